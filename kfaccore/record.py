@@ -1,0 +1,285 @@
+"""The record of a layer for one mini-batch, and the functions from record to record.
+
+Shapes: a (blocks, batch, shared, d_in), g (draws, blocks, batch, shared, d_out). Per block and draw, example b has
+J[v, b] = sum_s g[v, b, s] a[b, s]^T, and F = (1/n) sum_{v, b} vec(J) vec(J)^T with row-major vec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kfaccore import xp as kernels
+from kfaccore.linalg.patches import Patches
+from kfaccore.xp.arrays import Array, namespace, widen
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Inputs of an embedding: `index` (batch, shared) or (batch,) integers below `size`, never one-hot rows."""
+
+    index: Array
+    size: int
+
+    def __post_init__(self) -> None:
+        xp = namespace(self.index)
+        if not xp.isdtype(self.index.dtype, "integral"):
+            raise TypeError(f"Ids.index has dtype {self.index.dtype}; need integers")
+        if self.index.ndim not in (1, 2):
+            raise ValueError(f"Ids.index has shape {tuple(self.index.shape)}; need (batch,) or (batch, shared)")
+        if self.size < 1:
+            raise ValueError(f"Ids.size is {self.size}; need the number of rows of the embedding, at least 1")
+        if self.index.ndim == 1:
+            object.__setattr__(self, "index", self.index[:, None])
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a layer gives for one mini-batch.
+
+    a     layer inputs (blocks, batch, shared, d_in) | (batch, shared, d_in) | (batch, d_in), or Ids, or Patches;
+          a bias is a last column of ones (layers append it)
+    g     gradients of the PER-EXAMPLE loss with respect to the layer's output: the rank of `a`, or one more with the
+          draws first. Zero draws means G = I by definition
+    n     this record's share of the loss normaliser: mean over B examples: B; token mean: the valid tokens; class
+          weights: the sum of the weights; a sum loss: 1
+    mask  (batch, shared) or (batch,): True where a position exists; the others are zeroed here and not counted
+    ids   (batch,) dataset positions, for methods that remember examples
+
+    Raises ValueError or TypeError for wrong ranks, mismatched axes, mixed namespaces, dtypes or devices, an empty
+    batch and n <= 0. Half precision is widened to float32.
+    """
+
+    a: Array | Ids | Patches
+    g: Array
+    n: float
+    mask: Array | None = None
+    ids: Array | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        a, lead = _inputs(self.a)
+        g = _gradients(widen(self.g, "g"), a, lead)
+        put(self, "a", a)
+        put(self, "g", g)
+        _check_axes(a, g)
+        if isinstance(self.n, int | float) and not 0 < self.n < float("inf"):
+            raise ValueError(f"n is {self.n}; need the positive share of the loss normaliser (B for a mean over B)")
+        if self.mask is not None:
+            self._mask_out(put)
+        if self.ids is not None and tuple(self.ids.shape) != (self.batch,):
+            raise ValueError(f"ids has shape {tuple(self.ids.shape)}; need (batch,) = ({self.batch},)")
+
+    def _mask_out(self, put: Any) -> None:
+        """Zero the positions that do not exist, NaN padding included."""
+        xp = namespace(self.g, self.mask)
+        mask = xp.astype(self.mask, xp.bool)
+        mask = mask[:, None] if mask.ndim == 1 else mask
+        if tuple(mask.shape) != (self.batch, self.shared):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}; need (batch, shared) = {(self.batch, self.shared)}")
+        put(self, "mask", mask)
+        put(self, "g", xp.where(mask[..., None], self.g, xp.zeros_like(self.g)))
+        if not isinstance(self.a, Ids | Patches):
+            put(self, "a", xp.where(mask[..., None], self.a, xp.zeros_like(self.a)))
+
+    @property
+    def draws(self) -> int:
+        return self.g.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        return self.g.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.g.shape[2]
+
+    @property
+    def shared(self) -> int:
+        return self.g.shape[3]
+
+    @property
+    def d_out(self) -> int:
+        return self.g.shape[4]
+
+    @property
+    def d_in(self) -> int:
+        return self.a.size if isinstance(self.a, Ids) else self.a.shape[-1]
+
+    def rows(self) -> Array:
+        """`a` as an array (blocks, batch, shared, d_in): patches unfolded, ids one-hot; for small layers."""
+        if isinstance(self.a, Patches):
+            a = self.a.unfold()
+        elif isinstance(self.a, Ids):
+            xp = namespace(self.g)
+            hit = self.a.index[..., None] == xp.arange(self.a.size, dtype=self.a.index.dtype)
+            a = xp.astype(hit, self.g.dtype)[None, ...]
+        else:
+            return self.a
+        if self.mask is None:
+            return a
+        xp = namespace(a)
+        return xp.where(self.mask[..., None], a, xp.zeros_like(a))
+
+    def examples(self) -> Array:
+        """J (draws, blocks, batch, d_out, d_in): the gradient of each example, summed over its positions."""
+        return namespace(self.g).matmul(self.g.mT, self.rows()[None, ...])
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The mini-batch gradient g^T a / n, not multiplied out.
+
+    a (blocks, batch, shared, d_in) | (batch, shared, d_in) | (batch, d_in); g alike with d_out. Raises as Record.
+    """
+
+    a: Array
+    g: Array
+    n: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.a, Ids | Patches):
+            raise TypeError(f"Factored takes arrays, got {type(self.a).__name__}; form the gradient of such layers")
+        record = Record(self.a, self.g, self.n)
+        if record.draws != 1:
+            raise ValueError(f"Factored.g has {record.draws} draws; a gradient has one")
+        object.__setattr__(self, "a", record.a)
+        object.__setattr__(self, "g", record.g[0, ...])
+
+    def dense(self) -> Array:
+        """The gradient (blocks, d_out, d_in)."""
+        xp = namespace(self.a)
+        a, g = (xp.reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (self.a, self.g))
+        return xp.matmul(g.mT, a) / kernels.scalar(self.n, a)
+
+
+def expand(record: Record) -> Record:
+    """Each shared position becomes an example; n is kept. Exact when the shared axis survives to the loss."""
+    if record.shared == 1 or isinstance(record.a, Patches):
+        return record  # patches stay an image: every factor of expand is a sum over all positions anyway
+    xp = namespace(record.g)
+    rows = record.batch * record.shared
+    a = record.a
+    a = Ids(xp.reshape(a.index, (rows,)), a.size) if isinstance(a, Ids) else _fold(a)
+    mask = None if record.mask is None else xp.reshape(record.mask, (rows, 1))
+    ids = None if record.ids is None else xp.repeat(record.ids, record.shared)
+    return Record(a, _fold(record.g), record.n, mask, ids)
+
+
+def reduce(record: Record) -> Record:
+    """Mean of `a` over an example's valid positions, SUM of `g`: exact when the model averages or sums the axis.
+
+    Raises TypeError for Ids: the mean of one-hot rows is dense.
+    """
+    if isinstance(record.a, Ids):
+        raise TypeError("reduce got an embedding (Ids): the mean of one-hot rows is dense; use expand")
+    if record.shared == 1 and not isinstance(record.a, Patches):
+        return record
+    xp = namespace(record.g)
+    g = xp.sum(record.g, axis=-2, keepdims=True)
+    if record.mask is None:
+        a = record.a.mean() if isinstance(record.a, Patches) else xp.mean(record.a, axis=-2, keepdims=True)
+        return replace(record, a=a, g=g)
+    count = xp.sum(xp.astype(record.mask, g.dtype), axis=-1)
+    a = xp.sum(record.rows(), axis=-2, keepdims=True) / xp.where(count > 0, count, xp.ones_like(count))[:, None, None]
+    return Record(a, g, record.n, (count > 0)[:, None], record.ids)
+
+
+def concat(first: Record, second: Record) -> Record:
+    """Two records of one layer as one: batches joined, shares of the normaliser added.
+
+    Raises ValueError when they differ in kind, draws, blocks, shared or dimensions.
+    """
+    for name in ("draws", "blocks", "shared", "d_out", "d_in"):
+        left, right = getattr(first, name), getattr(second, name)
+        if left != right:
+            raise ValueError(f"concat: {name} is {left} in the first record and {right} in the second; need equal")
+    if type(first.a) is not type(second.a):
+        raise TypeError(f"concat: a is {type(first.a).__name__} and {type(second.a).__name__}; need one kind")
+    xp = namespace(first.g, second.g)
+    a: Any
+    if isinstance(first.a, Ids):
+        a = Ids(xp.concat([first.a.index, second.a.index]), first.a.size)
+    elif isinstance(first.a, Patches):
+        a = first.a.concat(second.a)
+    else:
+        a = xp.concat([first.a, second.a], axis=1)
+    mask = ids = None
+    if first.mask is not None or second.mask is not None:
+        mask = xp.concat([_full_mask(first), _full_mask(second)])
+    if first.ids is not None and second.ids is not None:
+        ids = xp.concat([first.ids, second.ids])
+    return Record(a, xp.concat([first.g, second.g], axis=2), first.n + second.n, mask, ids)
+
+
+def dense(record: Record) -> Array:
+    """F itself, literally: (blocks, d_out d_in, d_out d_in), row-major vec. The oracle of every method.
+
+    Raises ValueError for a record without draws, whose G is I only by definition.
+    """
+    if record.draws == 0:
+        raise ValueError("dense got a record of zero draws (forward only): its F is not defined, only G = I is")
+    xp = namespace(record.g)
+    j = xp.permute_dims(record.examples(), (1, 0, 2, 3, 4))
+    j = xp.reshape(j, (record.blocks, record.draws * record.batch, -1))
+    return kernels.gram(j) / kernels.scalar(record.n, j)
+
+
+def _inputs(a: Any) -> tuple[Any, int]:
+    """`a` with all its axes, and the rank that a `g` without draws must have."""
+    if isinstance(a, Ids):
+        return a, 3
+    if isinstance(a, Patches):
+        return a, 4 if a.blocks > 1 else 3
+    a = widen(a, "a")
+    if a.ndim not in (2, 3, 4):
+        raise ValueError(f"a has shape {tuple(a.shape)}; need (batch, d_in), (batch, shared, d_in) or with blocks first")
+    rank = a.ndim
+    for axis in {2: (1, 0), 3: (0,), 4: ()}[rank]:
+        a = namespace(a).expand_dims(a, axis=axis)
+    return a, rank
+
+
+def _gradients(g: Array, a: Any, rank: int) -> Array:
+    """`g` with all its axes, read by the rank of `a`."""
+    xp = namespace(g)
+    ranks = (2, 3) if isinstance(a, Ids) and a.index.shape[1] == 1 else (rank,)
+    full = 4 if isinstance(a, Patches) else rank
+    for r in (*ranks[::-1], full):
+        if g.ndim not in (r, r + 1):
+            continue
+        if g.ndim == r:
+            g = xp.expand_dims(g, axis=0)
+        if r == 2:
+            g = xp.expand_dims(g, axis=2)
+        return xp.expand_dims(g, axis=1) if r < 4 else g
+    raise ValueError(f"g has shape {tuple(g.shape)}; need rank {rank} like a, or {rank + 1} with the draws first")
+
+
+def _check_axes(a: Any, g: Array) -> None:
+    array = a.index if isinstance(a, Ids) else a.image if isinstance(a, Patches) else a
+    namespace(array, g)
+    import array_api_compat as aac
+
+    if aac.device(array) != aac.device(g):
+        raise ValueError(f"a is on {aac.device(array)} and g on {aac.device(g)}; need one device")
+    if not isinstance(a, Ids) and array.dtype != g.dtype:
+        raise TypeError(f"a has dtype {array.dtype} and g {g.dtype}; need one dtype")
+    shape = (1, *a.index.shape) if isinstance(a, Ids) else tuple(a.shape)[:-1]
+    for name, left, right in zip(("blocks", "batch", "shared"), shape, g.shape[1:4], strict=True):
+        if left != right:
+            raise ValueError(
+                f"{name} is {left} in a (shape {tuple(array.shape)}) and {right} in g (shape {tuple(g.shape)} with "
+                f"draws and blocks first); need equal"
+            )
+    if 0 in g.shape[1:] or 0 in shape:
+        raise ValueError(f"the record is empty: g has shape {tuple(g.shape)}; need at least one example, position and unit")
+
+
+def _fold(x: Array) -> Array:
+    return namespace(x).reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], 1, x.shape[-1]))
+
+
+def _full_mask(record: Record) -> Array:
+    xp = namespace(record.g)
+    return xp.ones((record.batch, record.shared), dtype=xp.bool) if record.mask is None else record.mask

@@ -1,0 +1,71 @@
+"""Trees: dataclasses, dicts, tuples and lists whose leaves are arrays or numbers.
+
+A dataclass field made with `static()` is structure, not a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import field, fields, is_dataclass, replace
+from typing import Any
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that belongs to the tree's structure."""
+    return field(metadata={"static": True}, **kwargs)
+
+
+def children(tree: Any) -> list[tuple[str, Any]] | None:
+    """(name, child) of each child in a fixed order, or None for a leaf."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [(f.name, getattr(tree, f.name)) for f in fields(tree) if not f.metadata.get("static")]
+    if isinstance(tree, dict):
+        return [(str(key), tree[key]) for key in tree]
+    if isinstance(tree, tuple | list):
+        return [(str(i), child) for i, child in enumerate(tree)]
+    return None
+
+
+def rebuild(tree: Any, new: list[Any]) -> Any:
+    """`tree` with its children replaced by `new`, in the order of `children`."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        names = [name for name, _ in children(tree) or []]
+        return replace(tree, **dict(zip(names, new, strict=True)))
+    if isinstance(tree, dict):
+        return dict(zip(tree, new, strict=True))
+    if hasattr(tree, "_fields"):
+        return type(tree)(*new)
+    return type(tree)(new)
+
+
+def items(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of every leaf, depth first; path components are joined by '/'."""
+    inner = children(tree)
+    if inner is None:
+        yield path, tree
+        return
+    for name, child in inner:
+        yield from items(child, f"{path}/{name}" if path else name)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """All leaves, depth first."""
+    return [leaf for _, leaf in items(tree)]
+
+
+def map(function: Callable, tree: Any, *others: Any) -> Any:
+    """`function` applied to corresponding leaves of trees of one structure."""
+    inner = children(tree)
+    if inner is None:
+        return function(tree, *others)
+    rows = [[child for _, child in children(other) or []] for other in others]
+    if any(len(row) != len(inner) for row in rows):
+        raise ValueError(f"trees differ: {[n for n, _ in inner]} against {[len(r) for r in rows]} children")
+    columns = zip(*rows, strict=True) if rows else ((),) * len(inner)
+    new = [map(function, child, *rest) for (_, child), rest in zip(inner, columns, strict=True)]
+    return rebuild(tree, new)
+
+
+def add(a: Any, b: Any) -> Any:
+    """Leafwise sum: how Stats of two micro-batches or ranks combine."""
+    return map(lambda x, y: x + y, a, b)

@@ -1,0 +1,44 @@
+"""Array kernels outside the Array API standard: a native call where a namespace has one, an agnostic twin otherwise.
+
+This folder is the only one that knows NumPy from CuPy from PyTorch from JAX; everything else is written against the
+standard. No kernel raises or synchronises on data: failure comes back as a `Code`.
+"""
+
+from kfaccore.xp.arrays import (
+    all_finite,
+    eps,
+    from_host,
+    is_numpy,
+    loop,
+    namespace,
+    scalar,
+    select,
+    to_host,
+    widen,
+)
+from kfaccore.xp.codes import Code
+from kfaccore.xp.factorise import eigh, spd_inverse
+from kfaccore.xp.fourier import irfftn, rfftn
+from kfaccore.xp.gram import average, gram
+from kfaccore.xp.scatter import segment_sum
+
+__all__ = [
+    "Code",
+    "all_finite",
+    "average",
+    "eigh",
+    "eps",
+    "from_host",
+    "gram",
+    "irfftn",
+    "is_numpy",
+    "loop",
+    "namespace",
+    "rfftn",
+    "scalar",
+    "segment_sum",
+    "select",
+    "spd_inverse",
+    "to_host",
+    "widen",
+]

@@ -1,0 +1,118 @@
+"""Which namespace an array belongs to, and the few operations on whole arrays that depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat as aac
+import numpy as np
+
+Array = Any  # an array of any Array API namespace
+
+
+def namespace(*arrays: Array) -> Any:
+    """The Array API namespace shared by `arrays`; TypeError when they come from different ones."""
+    try:
+        return aac.array_namespace(*arrays)
+    except TypeError as error:
+        kinds = ", ".join(sorted({f"{type(x).__module__}.{type(x).__name__}" for x in arrays}))
+        raise TypeError(f"arrays must come from one Array API namespace, got {kinds}; convert them first") from error
+
+
+def is_numpy(x: Array) -> bool:
+    """Whether `x` is a NumPy array."""
+    return isinstance(x, np.ndarray)
+
+
+def widen(x: Array, what: str) -> Array:
+    """`x` as float32 or float64: half precision is widened at the door, anything else is refused.
+
+    Raises TypeError for integers, booleans and complex numbers, naming the argument `what`.
+    """
+    xp = namespace(x)
+    if x.dtype in (xp.float32, xp.float64):
+        return x
+    if str(x.dtype).rsplit(".", 1)[-1] in ("float16", "bfloat16"):
+        return xp.astype(x, xp.float32)
+    raise TypeError(f"{what} has dtype {x.dtype}, shape {tuple(x.shape)}; need a real floating dtype: cast it first")
+
+
+def eps(dtype: Any, xp: Any) -> float:
+    """Machine epsilon of `dtype` as a Python float."""
+    return float(xp.finfo(dtype).eps)
+
+
+def scalar(value: float | Array, like: Array) -> Array | float:
+    """`value` ready for arithmetic with `like`: Python numbers as they are, 0-d arrays in the dtype of `like`."""
+    if isinstance(value, int | float):
+        return value
+    xp = namespace(like)
+    return xp.astype(xp.asarray(value), like.dtype)
+
+
+def all_finite(x: Array, axes: int = 1) -> Array:
+    """Whether all entries are finite, for each index of the leading `axes` axes (bool array of that shape)."""
+    xp = namespace(x)
+    lead = tuple(x.shape[:axes])
+    flat = xp.reshape(x, (*lead, -1))
+    if is_numpy(x):  # one BLAS pass; the exact test runs only when the square overflowed or something is wrong
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.vdot(flat, flat)):
+                return np.ones(lead, dtype=bool)
+    return xp.all(xp.isfinite(flat), axis=-1)
+
+
+def select(condition: Array, yes: Array, no: Array) -> Array:
+    """`yes` where the per-block `condition` (leading axes) holds, `no` elsewhere; free on NumPy when all agree."""
+    if is_numpy(condition):
+        if condition.all():
+            return yes
+        if not condition.any():
+            return no
+    xp = namespace(yes, no)
+    return xp.where(xp.reshape(condition, (*condition.shape, *(1,) * (yes.ndim - condition.ndim))), yes, no)
+
+
+def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
+    """Repeat `carry = body(carry)` while `cond(carry)`, at most `limit` times.
+
+    Python on eager namespaces (one host read an iteration), `jax.lax.while_loop` on tracers.
+    """
+    if any(_is_tracer(x) for x in carry):
+        import jax
+
+        def step(pair):
+            return pair[0] + 1, body(pair[1])
+
+        return jax.lax.while_loop(lambda pair: (pair[0] < limit) & cond(pair[1]), step, (0, carry))[1]
+    for _ in range(limit):
+        if not bool(cond(carry)):
+            break
+        carry = body(carry)
+    return carry
+
+
+def _is_tracer(x: Array) -> bool:
+    if not aac.is_jax_array(x):
+        return False
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
+
+
+def to_host(x: Array) -> np.ndarray:
+    """A NumPy copy or view of `x` on the host; a view must not be written to."""
+    if is_numpy(x) or isinstance(x, int | float | np.generic):
+        return np.asarray(x)
+    if aac.is_cupy_array(x):
+        return x.get()
+    if aac.is_torch_array(x):
+        return x.detach().resolve_conj().resolve_neg().cpu().numpy()
+    return np.asarray(x)
+
+
+def from_host(x: np.ndarray, like: Array) -> Array:
+    """`x` in the namespace and on the device of `like`, with the dtype of `x`; always a copy that may be kept."""
+    xp = namespace(like)
+    return xp.asarray(np.array(x), device=aac.device(like)) if not aac.is_jax_array(like) else xp.asarray(np.array(x))

@@ -1,0 +1,32 @@
+"""Sum of rows that share an index."""
+
+from __future__ import annotations
+
+import array_api_compat as aac
+import numpy as np
+
+from kfaccore.xp.arrays import Array, is_numpy, namespace
+
+
+def segment_sum(values: Array, index: Array, size: int) -> Array:
+    """out[i] = sum of values[r] over rows r with index[r] == i: (rows, d), (rows,) -> (size, d).
+
+    Indices outside 0 .. size-1 are the caller's error; `Ids` checks nothing on tracers.
+    """
+    xp = namespace(values)
+    if is_numpy(values):
+        from scipy.sparse import csr_array
+
+        rows = len(index)
+        pick = csr_array((np.ones(rows, values.dtype), (np.asarray(index), np.arange(rows))), shape=(size, rows))
+        return pick @ values
+    zeros = xp.zeros((size, values.shape[1]), dtype=values.dtype, device=aac.device(values))
+    if aac.is_torch_array(values):
+        return zeros.index_add(0, index, values)
+    if aac.is_jax_array(values):
+        return zeros.at[index].add(values)
+    if aac.is_cupy_array(values):
+        xp.add.at(zeros, index, values)
+        return zeros
+    positions = xp.astype(xp.arange(size, dtype=index.dtype)[:, None] == index[None, :], values.dtype)
+    return positions @ values
