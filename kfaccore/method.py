@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from kfaccore import tree
 from kfaccore.record import Factored, Ids, Record
-from kfaccore.xp import Code
+from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, namespace, select, widen
 
 __all__ = ["Block", "Code", "Hyper", "Method", "Solution", "cycle", "finish", "gradient", "settle"]
@@ -132,7 +132,7 @@ def finish(direction: Array, code: Array, state: State, squeeze: bool, **info: A
     xp = namespace(direction)
     ok = all_finite(direction)
     direction = select(ok, direction, xp.zeros_like(direction))
-    code = select(ok, code, xp.zeros_like(code) + int(Code.NONFINITE))
+    code = choose(~ok, Code.NONFINITE, code)
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)
 
 

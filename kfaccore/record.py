@@ -233,7 +233,9 @@ def _inputs(a: Any) -> tuple[Any, int]:
         return a, 4 if a.blocks > 1 else 3
     a = widen(a, "a")
     if a.ndim not in (2, 3, 4):
-        raise ValueError(f"a has shape {tuple(a.shape)}; need (batch, d_in), (batch, shared, d_in) or with blocks first")
+        raise ValueError(
+            f"a has shape {tuple(a.shape)}; need (batch, d_in), (batch, shared, d_in) or with blocks first"
+        )
     rank = a.ndim
     for axis in {2: (1, 0), 3: (0,), 4: ()}[rank]:
         a = namespace(a).expand_dims(a, axis=axis)
@@ -273,7 +275,9 @@ def _check_axes(a: Any, g: Array) -> None:
                 f"draws and blocks first); need equal"
             )
     if 0 in g.shape[1:] or 0 in shape:
-        raise ValueError(f"the record is empty: g has shape {tuple(g.shape)}; need at least one example, position and unit")
+        raise ValueError(
+            f"the record is empty: g has shape {tuple(g.shape)}; need at least one example, position and unit"
+        )
 
 
 def _fold(x: Array) -> Array:

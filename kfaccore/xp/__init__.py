@@ -16,7 +16,7 @@ from kfaccore.xp.arrays import (
     to_host,
     widen,
 )
-from kfaccore.xp.codes import Code
+from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, spd_inverse
 from kfaccore.xp.fourier import irfftn, rfftn
 from kfaccore.xp.gram import average, gram
@@ -26,6 +26,7 @@ __all__ = [
     "Code",
     "all_finite",
     "average",
+    "choose",
     "eigh",
     "eps",
     "from_host",

@@ -44,7 +44,7 @@ def eps(dtype: Any, xp: Any) -> float:
 
 
 def scalar(value: float | Array, like: Array) -> Array | float:
-    """`value` ready for arithmetic with `like`: Python numbers as they are, 0-d arrays in the dtype of `like`."""
+    """`value` ready for arithmetic with `like`: Python numbers as they are, arrays in the dtype of `like`."""
     if isinstance(value, int | float):
         return value
     xp = namespace(like)

@@ -1,6 +1,12 @@
 """Result codes: failure is data, one code a block."""
 
+from __future__ import annotations
+
 from enum import IntEnum
+
+import array_api_compat as aac
+
+from kfaccore.xp.arrays import Array, namespace
 
 
 class Code(IntEnum):
@@ -24,3 +30,10 @@ class Code(IntEnum):
     NONFINITE = 5
     INDEFINITE = 6
     UNCONVERGED = 7
+
+
+def choose(condition: Array, yes: Code, no: Code | Array) -> Array:
+    """int32 codes: `yes` where the condition (blocks,) holds, `no` (a code, or codes) elsewhere."""
+    xp = namespace(condition)
+    zero = xp.zeros(condition.shape, dtype=xp.int32, device=aac.device(condition))
+    return xp.where(condition, zero + int(yes), zero + int(no) if isinstance(no, Code) else no)

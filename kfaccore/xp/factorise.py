@@ -10,7 +10,7 @@ from scipy.linalg import eigh as scipy_eigh
 from scipy.linalg import lapack
 
 from kfaccore.xp.arrays import Array, all_finite, eps, is_numpy, loop, namespace, select
-from kfaccore.xp.codes import Code
+from kfaccore.xp.codes import Code, choose
 
 _ATTEMPTS = 5  # as it is, in float64, then float64 with a jitter of 10, 1e3, 1e5 times eps of the mean diagonal
 _PIVOT = 8.0  # a pivot below this many eps of its diagonal entry is rounding noise
@@ -36,17 +36,17 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
 
     def again(carry):
         inverse, code, ok, attempt = carry
-        jitter = xp.where(attempt < 2, 0.0, eps(x.dtype, xp) * 10.0 ** (2.0 * attempt - 3.0))
-        shift = xp.astype(jitter, x.dtype) * mean
+        jitter = eps(x.dtype, xp) * 10.0 ** (2.0 * attempt - 3.0)
+        shift = xp.where(attempt < 2, xp.zeros_like(jitter), jitter) * mean
         retry, good = _attempt(xp.astype(select(ok, xp.zeros_like(x) + eye, x) + shift[:, None, None] * eye, wide))
         newly = good & ~ok & finite
         inverse = select(newly, xp.astype(retry, x.dtype), inverse)
-        how = xp.astype(xp.where(attempt < 2, int(Code.FLOAT64), int(Code.JITTERED)), xp.int32)
+        how = choose(attempt < 2, Code.FLOAT64, Code.JITTERED)
         return inverse, xp.where(newly, how, code), ok | newly, attempt + 1.0
 
     first = xp.asarray(1.0, dtype=x.dtype, device=aac.device(x))
     inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, first), _ATTEMPTS - 1)
-    failed = xp.where(finite, zero + int(Code.INDEFINITE), zero + int(Code.NONFINITE))
+    failed = choose(finite, Code.INDEFINITE, Code.NONFINITE)
     return select(ok, inverse, xp.zeros_like(x) + eye), xp.where(ok, code, failed)
 
 
@@ -65,7 +65,7 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
         values, vectors = (np.stack(part) for part in zip(*pairs, strict=True))
     else:
         values, vectors = xp.linalg.eigh(x)
-    code = xp.astype(xp.where(finite, int(Code.OK), int(Code.NONFINITE)), xp.int32)
+    code = choose(finite, Code.OK, Code.NONFINITE)
     return values, vectors, code
 
 

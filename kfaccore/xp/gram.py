@@ -15,7 +15,7 @@ def gram(x: Array) -> Array:
     On NumPy `x.T @ x` of one shared buffer reaches the symmetric rank-k update, 1.4-1.8 times a plain product.
     """
     xp = namespace(x)
-    blocks, rows, d = x.shape
+    blocks, _, d = x.shape
     if is_numpy(x):
         if blocks == 1:
             return (x[0].T @ x[0])[None]
@@ -26,17 +26,21 @@ def gram(x: Array) -> Array:
     return xp.matmul(x.mT, x)
 
 
-def average(old: Array, total: Array, keep: Array, add: Array, donate: bool = False) -> Array:
-    """keep * old + add * total, with one coefficient a block: the moving average of factors.
+def average(old: Array, total: Array, keep: Array, add: Array, ok: Array, donate: bool = False) -> Array:
+    """keep * old + add * total where `ok`, `old` elsewhere: the moving average of factors.
 
-    old, total (blocks, ...); keep, add numbers or (blocks,) arrays. `donate=True` lets NumPy overwrite `old`.
+    old, total (blocks, ...); keep, add numbers or (blocks,) arrays; ok (blocks,) bool. `donate=True` lets NumPy
+    overwrite `old`.
     """
     keep, add = (_per_block(c, old) for c in (keep, add))
     if not is_numpy(old):
-        return keep * old + add * total
+        return namespace(old).where(_per_block(ok, old), keep * old + add * total, old)
     out = old if donate and old.flags.writeable else np.empty(old.shape, old.dtype)
     for block in range(old.shape[0]):
-        _axpby(old[block], total[block], _pick(keep, block), _pick(add, block), out[block])
+        if ok[block]:
+            _axpby(old[block], total[block], _pick(keep, block), _pick(add, block), out[block])
+        elif out is not old:
+            out[block] = old[block]
     return out
 
 
@@ -54,9 +58,8 @@ def _axpby(x: np.ndarray, y: np.ndarray, a: float, b: float, out: np.ndarray) ->
 
 
 def _per_block(value: float | Array, like: Array) -> Array | float:
-    value = scalar(value, like)
     if isinstance(value, int | float) or value.ndim == 0:
-        return value
+        return scalar(value, like)
     return namespace(like).reshape(value, (-1, *(1,) * (like.ndim - 1)))
 
 

@@ -1,0 +1,78 @@
+"""K-FAC on the Array API: a layer gives a record; a method measures it, updates its state, refreshes, and solves."""
+
+from kfaccore.comm import Serial
+from kfaccore.damping import Relative, equal, exact, mean_eigenvalue, per_factor, pi, top_eigenvalue
+from kfaccore.fisher import (
+    Bernoulli,
+    Gaussian,
+    SoftmaxCrossEntropy,
+    draw_noise,
+    empirical,
+    forward_only,
+    monte_carlo,
+    type2,
+)
+from kfaccore.io import load, metadata, save
+from kfaccore.linalg.inverse import cholesky, eigh
+from kfaccore.linalg.patches import Patches, Window
+from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
+from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
+from kfaccore.oneshot import direction
+from kfaccore.preconditioner import Clocks, Info, Preconditioner, Schedules
+from kfaccore.record import Factored, Ids, Record, concat, dense, expand, reduce
+from kfaccore.rescale import KLClip, NormConstraint
+from kfaccore.step import Fixed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Bernoulli",
+    "Block",
+    "Clocks",
+    "Code",
+    "Diagonal",
+    "Exact",
+    "Factored",
+    "Fixed",
+    "Gaussian",
+    "Hyper",
+    "Identity",
+    "Ids",
+    "Info",
+    "KLClip",
+    "Method",
+    "NormConstraint",
+    "Patches",
+    "Preconditioner",
+    "Record",
+    "Relative",
+    "Schedules",
+    "Serial",
+    "SoftmaxCrossEntropy",
+    "Solution",
+    "Window",
+    "cholesky",
+    "concat",
+    "dense",
+    "direction",
+    "draw_noise",
+    "eigh",
+    "empirical",
+    "equal",
+    "exact",
+    "expand",
+    "forward_only",
+    "load",
+    "mean_eigenvalue",
+    "metadata",
+    "monte_carlo",
+    "per_factor",
+    "pi",
+    "reduce",
+    "save",
+    "settle",
+    "top_eigenvalue",
+    "type2",
+]

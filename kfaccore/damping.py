@@ -1,0 +1,139 @@
+"""How one damping number is shared between the two factors of a Kronecker block.
+
+Source: Martens & Grosse 2015 (1503.05671), section 6.3 for pi; exact Kronecker damping needs both spectra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from kfaccore.linalg.side import Scale
+from kfaccore.xp.arrays import Array, namespace, scalar
+
+
+def mean_eigenvalue(a: Scale, g: Scale) -> Array:
+    """Mean eigenvalue of G (x) A, (blocks,)."""
+    return a.mean * g.mean
+
+
+def top_eigenvalue(a: Scale, g: Scale) -> Array:
+    """Largest eigenvalue of G (x) A, (blocks,)."""
+    return a.top() * g.top()
+
+
+class Split(Protocol):
+    """A damping form; `separable` ones shift each factor, the others only know the joint spectrum."""
+
+    @property
+    def separable(self) -> bool: ...
+
+    def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
+        """(d_a, d_g), (blocks,) each: the block becomes (G + d_g I) (x) (A + d_a I)."""
+        ...
+
+    def denominators(self, a: Array, g: Array, damping: float | Array) -> Array:
+        """Eigenvalues of the damped block (blocks, d_out, d_in) from a (blocks, d_in) and g (blocks, d_out) >= 0."""
+        ...
+
+
+class Separable:
+    """Damping forms that shift each factor."""
+
+    separable: ClassVar[bool] = True
+
+    def denominators(self: Split, a: Array, g: Array, damping: float | Array) -> Array:
+        d_a, d_g = self.shifts(Scale.of_eigenvalues(a), Scale.of_eigenvalues(g), damping)
+        return (g + d_g[:, None])[:, :, None] * (a + d_a[:, None])[:, None, :]
+
+
+@dataclass(frozen=True)
+class Pi(Separable):
+    """d_a = pi sqrt(damping), d_g = sqrt(damping) / pi with pi^2 = mean eigenvalue of A over that of G.
+
+    pi = 1 where a trace is zero. Invariant to moving a constant from one factor to the other.
+    """
+
+    def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
+        xp = namespace(a.mean)
+        usable = (a.mean > 0) & (g.mean > 0)
+        one = xp.ones_like(a.mean)
+        pi = xp.sqrt(xp.where(usable, a.mean, one)) / xp.sqrt(xp.where(usable, g.mean, one))
+        root = _root(damping, a.mean)
+        return pi * root, root / pi
+
+
+@dataclass(frozen=True)
+class Equal(Separable):
+    """d_a = d_g = sqrt(damping)."""
+
+    def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
+        root = _root(damping, a.mean)
+        return root, root
+
+
+@dataclass(frozen=True)
+class PerFactor(Separable):
+    """d_a = d_g = damping, as in forms that add the same number to every factor."""
+
+    def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
+        shift = namespace(a.mean).zeros_like(a.mean) + scalar(damping, a.mean)
+        return shift, shift
+
+
+@dataclass(frozen=True)
+class Exact:
+    """G (x) A + damping I itself, with no cross terms; needs an inverse that knows both spectra (`eigh`)."""
+
+    separable: ClassVar[bool] = False
+
+    def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
+        raise ValueError("split=exact is not a shift of each factor: use inverse=eigh")
+
+    def denominators(self, a: Array, g: Array, damping: float | Array) -> Array:
+        return g[:, :, None] * a[:, None, :] + _joint(damping, a)
+
+
+@dataclass(frozen=True)
+class Relative:
+    """`split` with damping in units of the block: of its mean or of its largest eigenvalue.
+
+    Relative(pi, mean_eigenvalue) multiplies damping by mean(A) mean(G), Relative(pi, top_eigenvalue) by the
+    largest eigenvalues (a Cholesky refresh then pays for an eigendecomposition).
+    """
+
+    split: Split = Pi()
+    to: Callable[[Scale, Scale], Array] = mean_eigenvalue
+
+    @property
+    def separable(self) -> bool:
+        return self.split.separable
+
+    def damping(self, a: Scale, g: Scale, damping: float | Array) -> Array:
+        """Absolute damping (blocks,); the unit of an all-zero block is 1."""
+        unit = self.to(a, g)
+        return scalar(damping, unit) * namespace(unit).where(unit > 0, unit, namespace(unit).ones_like(unit))
+
+    def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
+        return self.split.shifts(a, g, self.damping(a, g, damping))
+
+    def denominators(self, a: Array, g: Array, damping: float | Array) -> Array:
+        scales = Scale.of_eigenvalues(a), Scale.of_eigenvalues(g)
+        return self.split.denominators(a, g, self.damping(*scales, damping))
+
+
+def _joint(damping: float | Array, like: Array) -> float | Array:
+    damping = scalar(damping, like)
+    return damping[:, None, None] if getattr(damping, "ndim", 0) == 1 else damping
+
+
+def _root(damping: float | Array, like: Array) -> Array:
+    xp = namespace(like)
+    return xp.sqrt(xp.zeros_like(like) + scalar(damping, like))
+
+
+pi = Pi()
+equal = Equal()
+per_factor = PerFactor()
+exact = Exact()

@@ -1,0 +1,167 @@
+"""Kronecker factors: sums over a record, their moving averages, and squared per-example gradients.
+
+A = mean over valid rows of a a^T, G = (1/n) sum over rows of g g^T, after the method's sharing (expand or reduce).
+Source: Martens & Grosse 2015 (1503.05671); Eschenhagen et al. 2023 (2311.00636) for shared weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat as aac
+
+from kfaccore import xp as kernels
+from kfaccore.linalg import side
+from kfaccore.linalg.patches import Patches
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+from kfaccore.xp.codes import Code
+
+if TYPE_CHECKING:
+    from kfaccore.method import Block, Hyper
+
+_CHUNK = 1 << 22  # elements of per-example gradients held at once
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sums of one record: A over `rows` rows, G with its normaliser n; `bad` counts non-finite records."""
+
+    A: Array
+    rows: Array
+    G: Array
+    n: Array
+    bad: Array
+
+
+def init(block: Block, like: Array) -> dict[str, Array]:
+    """The fields every state with factors starts from: zero averages of weight zero, code IDENTITY."""
+    xp = namespace(like)
+    device = aac.device(like)
+    return {
+        "A": side.zeros(block.blocks, block.d_in, block.diagonal_in, like),
+        "G": side.zeros(block.blocks, block.d_out, False, like),
+        "weight": xp.zeros((block.blocks,), dtype=like.dtype, device=device),
+        "code": unrefreshed(block, like),
+    }
+
+
+def unrefreshed(block: Block, like: Array) -> Array:
+    """Code IDENTITY for every block."""
+    xp = namespace(like)
+    return xp.full((block.blocks,), int(Code.IDENTITY), dtype=xp.int32, device=aac.device(like))
+
+
+def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
+    """Stats of one record; zero draws give G = I by definition."""
+    record = sharing(record)
+    xp = namespace(record.g)
+    A = _gram_of_inputs(record)
+    if record.draws == 0:
+        like = xp.zeros((record.blocks, record.d_out, record.d_out), dtype=record.g.dtype, device=aac.device(A))
+        G = side.identity(like) * scalar(record.n, like)
+    else:
+        g = xp.permute_dims(record.g, (1, 0, 2, 3, 4)) if record.blocks > 1 else record.g
+        G = kernels.gram(xp.reshape(g, (record.blocks, -1, record.d_out)))
+    finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))  # a bad row shows on a gram's diagonal
+    bad = xp.astype(~finite, A.dtype)
+    return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
+
+
+def update(state: Any, stats: Stats, hyper: Hyper, donate: bool = False) -> Any:
+    """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
+    xp = namespace(state.weight)
+    ok = (stats.bad == 0) & (stats.rows > 0)
+    decay = scalar(hyper.decay, state.weight)
+    rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
+    return replace(
+        state,
+        A=kernels.average(state.A, stats.A, decay, (1 - decay) / rows, ok, donate),
+        G=kernels.average(state.G, stats.G, decay, (1 - decay) / stats.n, ok, donate),
+        weight=xp.where(ok, decay * state.weight + (1 - decay), state.weight),
+    )
+
+
+def mean(average: Array, weight: Array) -> Array:
+    """A zero-started average divided by its weight (1 where nothing was averaged yet)."""
+    xp = namespace(average)
+    safe = xp.where(weight > 0, weight, xp.ones_like(weight))
+    return average / xp.reshape(safe, (-1, *(1,) * (average.ndim - 1)))
+
+
+def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) -> Array:
+    """Sum over draws and examples of (Qg^T J Qa)^2 elementwise, J summed over shared: (blocks, d_out, d_in).
+
+    Without Qa, Qg in the standard basis. An embedding never forms J: positions with equal ids are paired instead.
+    """
+    if isinstance(record.a, Ids):
+        return _squares_of_ids(record, record.g if Qg is None else record.g @ Qg[None, :, None, :, :])
+    xp = namespace(record.g)
+    total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
+    chunk = record.batch if record.shared == 1 else max(1, _CHUNK // (record.d_out * record.d_in * record.blocks))
+    for start, a in _input_chunks(record, chunk):
+        a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
+        for draw in range(record.draws):
+            g = record.g[draw, :, start : start + a.shape[1], :, :]
+            g = g if Qg is None else xp.matmul(g, Qg[:, None, :, :])
+            if record.shared == 1:
+                total = total + xp.matmul((g * g)[:, :, 0, :].mT, (a * a)[:, :, 0, :])
+            else:
+                j = xp.matmul(g.mT, a)
+                total = total + xp.sum(j * j, axis=1)
+    return total
+
+
+def per_block(value: float | Array, like: Array) -> Array:
+    """A number as (blocks,) of the dtype of `like` (blocks,)."""
+    return namespace(like).zeros_like(like) + scalar(value, like)
+
+
+def valid_rows(record: Record) -> Array:
+    """Number of rows that exist, (blocks,)."""
+    xp = namespace(record.g)
+    zeros = xp.zeros((record.blocks,), dtype=record.g.dtype, device=aac.device(record.g))
+    if record.mask is None:
+        return zeros + float(record.batch * record.shared)
+    return zeros + xp.sum(xp.astype(record.mask, record.g.dtype))
+
+
+def _gram_of_inputs(record: Record) -> Array:
+    xp = namespace(record.g)
+    if isinstance(record.a, Ids):
+        ones = xp.ones_like(record.g[0, 0, ..., :1]) if record.draws else None
+        if ones is None:
+            ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=aac.device(record.g))
+        if record.mask is not None:
+            ones = xp.where(record.mask[..., None], ones, xp.zeros_like(ones))
+        index = xp.reshape(record.a.index, (-1,))
+        return kernels.segment_sum(xp.reshape(ones, (-1, 1)), index, record.a.size)[:, 0][None, :]
+    if isinstance(record.a, Patches) and record.mask is None:
+        return record.a.gram()
+    a = record.rows()
+    return kernels.gram(xp.reshape(a, (record.blocks, -1, record.d_in)))
+
+
+def _input_chunks(record: Record, chunk: int) -> Any:
+    """(first example, a of the next `chunk` examples), unfolding patches only one chunk at a time."""
+    if isinstance(record.a, Patches) and record.mask is None:
+        start = 0
+        for a in record.a.rows(chunk):
+            yield start, a
+            start += a.shape[1]
+        return
+    rows = record.rows()
+    for start in range(0, record.batch, chunk):
+        yield start, rows[:, start : min(start + chunk, record.batch), ...]
+
+
+def _squares_of_ids(record: Record, g: Array) -> Array:
+    """Column i of J is the sum of g over positions with id i, so its square sums g_s * g_t over equal ids s, t."""
+    xp = namespace(g)
+    index = record.a.index
+    same = xp.astype(index[:, :, None] == index[:, None, :], g.dtype)
+    paired = xp.sum(g * xp.matmul(same, g), axis=0)[0, ...]
+    rows = xp.reshape(paired, (-1, record.d_out))
+    return kernels.segment_sum(rows, xp.reshape(index, (-1,)), record.a.size).mT[None, ...]

@@ -1,0 +1,108 @@
+"""The two ways to solve with a damped Kronecker block: inverses by Cholesky, or the factors' eigenvectors.
+
+Both are frozen objects without fields; what they compute is an array tree in the method's state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kfaccore import tree
+from kfaccore.linalg import kron, side
+from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.codes import Code, choose
+
+if TYPE_CHECKING:
+    from kfaccore.damping import Split
+
+
+@dataclass(frozen=True)
+class Inverses:
+    """(A + d_a I)^-1 and (G + d_g I)^-1, shaped like the factors."""
+
+    A: Array
+    G: Array
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues a (blocks, d_in), g (blocks, d_out) and eigenvectors Qa, Qg, shaped like the factors."""
+
+    a: Array
+    g: Array
+    Qa: Array
+    Qg: Array
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """Damping is baked at refresh. Cost: d_in^3 + d_out^3 a refresh, two products a solve. Separable splits only."""
+
+    needs_separable: ClassVar[bool] = True
+
+    def init(self, A: Array, G: Array) -> Inverses:
+        return Inverses(side.identity(A), side.identity(G))
+
+    def refresh(self, A: Array, G: Array, split: Split, damping: float | Array) -> tuple[Inverses, Array]:
+        d_a, d_g = split.shifts(side.Scale.of_factor(A), side.Scale.of_factor(G), damping)
+        A, code_a = side.inverse(A, d_a)
+        G, code_g = side.inverse(G, d_g)
+        return Inverses(A, G), namespace(code_a).maximum(code_a, code_g)
+
+    def solve(self, parts: Inverses, grad: Any, split: Split, damping: float | Array, code: Array) -> tuple:
+        return kron.apply(parts.G, grad, parts.A), code
+
+
+@dataclass(frozen=True)
+class Eigh:
+    """Every split, at the newest damping. Cost: about 5 times Cholesky a refresh, four products a solve."""
+
+    needs_separable: ClassVar[bool] = False
+
+    def init(self, A: Array, G: Array) -> Eigenpairs:
+        xp = namespace(A)
+        ones = (xp.ones_like(side.diagonal(x)) for x in (A, G))
+        return Eigenpairs(*ones, side.identity(A), side.identity(G))
+
+    def refresh(self, A: Array, G: Array, split: Any = None, damping: Any = None) -> tuple[Eigenpairs, Array]:
+        a, Qa, code_a = side.eigh(A)
+        g, Qg, code_g = side.eigh(G)
+        return Eigenpairs(_clipped(a), _clipped(g), Qa, Qg), namespace(code_a).maximum(code_a, code_g)
+
+    def solve(self, parts: Eigenpairs, grad: Any, split: Split, damping: float | Array, code: Array) -> tuple:
+        below, code = floored(split.denominators(parts.a, parts.g, damping), code)
+        return kron.solve(parts.Qg, grad, parts.Qa, below), code
+
+
+def floored(below: Array, code: Array) -> tuple[Array, Array]:
+    """Denominators (blocks, d_out, d_in) that can be divided by, and the code: 1 before the first refresh
+    (IDENTITY), never under eps times the largest (JITTERED where that floor was needed)."""
+    xp = namespace(below)
+    top = xp.max(below, axis=(-2, -1))
+    floor = (eps(below.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top)))[:, None, None]
+    lifted = xp.any(below < floor, axis=(-2, -1)) & (code == int(Code.OK))
+    code = choose(lifted, Code.JITTERED, code)
+    ones = xp.ones_like(below)
+    return select(code == int(Code.IDENTITY), ones, xp.where(below < floor, floor * ones, below)), code
+
+
+def accepted(new: Any, code: Array, old: Any, old_code: Array, weight: Array) -> tuple[Any, Array]:
+    """The refreshed arrays where they can be used, the old ones (PREVIOUS, or IDENTITY before the first) elsewhere.
+
+    new, old trees of (blocks, ...) leaves; a block without any update yet (weight 0) counts as failed.
+    """
+    xp = namespace(code)
+    failed = (code >= int(Code.INDEFINITE)) | (weight == 0)
+    first = old_code == int(Code.IDENTITY)
+    kept = choose(first, Code.IDENTITY, Code.PREVIOUS)
+    return tree.map(lambda n, o: select(failed, o, n), new, old), xp.where(failed, kept, code)
+
+
+def _clipped(values: Array) -> Array:
+    xp = namespace(values)
+    return xp.where(values > 0, values, xp.zeros_like(values))
+
+
+cholesky = Cholesky()
+eigh = Eigh()

@@ -1,0 +1,91 @@
+"""One side of a Kronecker block: a dense factor (blocks, d, d) or, for an embedding, a diagonal (blocks, d)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import array_api_compat as aac
+
+from kfaccore import xp as kernels
+from kfaccore.xp.arrays import Array, eps, namespace
+from kfaccore.xp.codes import Code, choose
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Size of a factor: its mean eigenvalue (blocks,) and, computed only when asked, its largest."""
+
+    mean: Array
+    top: Callable[[], Array]
+
+    @classmethod
+    def of_factor(cls, x: Array) -> Scale:
+        return cls(namespace(x).mean(diagonal(x), axis=-1), lambda: top_eigenvalue(x))
+
+    @classmethod
+    def of_eigenvalues(cls, values: Array) -> Scale:
+        xp = namespace(values)
+        return cls(xp.mean(values, axis=-1), lambda: xp.max(values, axis=-1))
+
+
+def is_diagonal(x: Array) -> bool:
+    """Whether the factor holds only its diagonal."""
+    return x.ndim == 2
+
+
+def zeros(blocks: int, d: int, diagonal: bool, like: Array) -> Array:
+    """A zero factor in the namespace, dtype and device of `like`."""
+    shape = (blocks, d) if diagonal else (blocks, d, d)
+    return namespace(like).zeros(shape, dtype=like.dtype, device=aac.device(like))
+
+
+def identity(like: Array) -> Array:
+    """The identity, shaped like the factor `like`."""
+    xp = namespace(like)
+    if is_diagonal(like):
+        return xp.ones_like(like)
+    return xp.zeros_like(like) + xp.eye(like.shape[-1], dtype=like.dtype, device=aac.device(like))
+
+
+def diagonal(x: Array) -> Array:
+    """The diagonal (blocks, d)."""
+    return x if is_diagonal(x) else namespace(x).linalg.diagonal(x)
+
+
+def top_eigenvalue(x: Array) -> Array:
+    """Largest eigenvalue, (blocks,); an eigenvalue decomposition for a dense factor."""
+    xp = namespace(x)
+    return xp.max(x if is_diagonal(x) else kernels.eigh(x)[0], axis=-1)
+
+
+def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
+    """(x + shift I)^-1 and a code, for shift (blocks,)."""
+    xp = namespace(x)
+    if not is_diagonal(x):
+        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=aac.device(x))
+        return kernels.spd_inverse(x + shift[:, None, None] * eye)
+    shifted = x + shift[:, None]
+    floor = eps(x.dtype, xp) * xp.max(shifted, axis=-1, keepdims=True)
+    jittered = xp.any(shifted <= floor, axis=-1)
+    code = choose(floor[:, 0] > 0, Code.OK, Code.INDEFINITE)
+    code = choose(jittered & (code == int(Code.OK)), Code.JITTERED, code)
+    return 1.0 / xp.where(shifted > floor, shifted, xp.where(floor > 0, floor, xp.ones_like(floor))), code
+
+
+def eigh(x: Array) -> tuple[Array, Array, Array]:
+    """Eigenvalues (blocks, d), eigenvectors shaped like `x`, code; a diagonal factor is its own decomposition."""
+    if not is_diagonal(x):
+        return kernels.eigh(x)
+    xp = namespace(x)
+    return x, xp.ones_like(x), xp.zeros(x.shape[:1], dtype=xp.int32, device=aac.device(x))
+
+
+def times(v: Array, x: Array) -> Array:
+    """v x: (blocks, m, d) times the factor."""
+    return v * x[:, None, :] if is_diagonal(x) else namespace(v).matmul(v, x)
+
+
+def transposed(x: Array) -> Array:
+    """x^T."""
+    return x if is_diagonal(x) else x.mT

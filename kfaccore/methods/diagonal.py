@@ -1,0 +1,79 @@
+"""Diagonal Fisher: x = V / (D + damping) with D = (1/n) sum over draws and examples of J^2, elementwise.
+
+Exact when F is diagonal (a layer with one input and one output; an embedding seen through one label).
+Source: the diagonal of the definition; Amari 1998 for the natural gradient.
+Cost: update rows d_in d_out (shared 1), batch shared d_in d_out otherwise; no refresh; memory d_in d_out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import array_api_compat as aac
+
+from kfaccore import factors
+from kfaccore import xp as kernels
+from kfaccore.linalg.inverse import floored
+from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.record import Factored, Record
+from kfaccore.xp import Code, choose
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+
+
+@dataclass(frozen=True)
+class State:
+    """D (blocks, d_out, d_in) times `weight` (blocks,); code (blocks,)."""
+
+    D: Array
+    weight: Array
+    code: Array
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Summed squares, their normaliser and how many records were not finite."""
+
+    D: Array
+    n: Array
+    bad: Array
+
+
+@dataclass(frozen=True)
+class Diagonal(Additive):
+    """Diagonal of the Fisher, of per-example gradients summed over shared; see the module."""
+
+    cycles: ClassVar[int] = 1
+
+    def init(self, block: Block, like: Array) -> State:
+        xp = namespace(like)
+        device = aac.device(like)
+        D = xp.zeros((block.blocks, block.d_out, block.d_in), dtype=like.dtype, device=device)
+        weight = xp.zeros((block.blocks,), dtype=like.dtype, device=device)
+        return State(D, weight, factors.unrefreshed(block, like))
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        if record.draws == 0:
+            raise ValueError("Diagonal got a record of zero draws (forward only): it needs per-example gradients")
+        D = factors.squares(record)
+        bad = namespace(D).astype(~all_finite(D), D.dtype)
+        return Stats(D, factors.per_block(record.n, bad), bad)
+
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+        ok = stats.bad == 0
+        decay = scalar(hyper.decay, state.weight)
+        D = kernels.average(state.D, stats.D, decay, (1 - decay) / stats.n, ok, donate)
+        weight = namespace(D).where(ok, decay * state.weight + (1 - decay), state.weight)
+        return replace(state, D=D, weight=weight)
+
+    def refresh(self, state: State, hyper: Hyper) -> State:
+        return replace(state, code=choose(state.weight > 0, Code.OK, state.code))
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        grad, squeeze = gradient(grad, tuple(state.D.shape))
+        v = grad.dense() if isinstance(grad, Factored) else grad
+        below, code = floored(factors.mean(state.D, state.weight) + scalar(hyper.damping, v), state.code)
+        return finish(v / below, code, state, squeeze)
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        return factors.mean(state.D, state.weight) * v

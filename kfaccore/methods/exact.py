@@ -1,0 +1,94 @@
+"""Exact block: x = (F + damping I)^-1 vec(V) with F the dense block. For tests and small layers.
+
+F = (1/n) sum over draws and examples of vec(J) vec(J)^T, J summed over shared.
+
+Exact always (within the layer's block).
+Source: Amari 1998, natural gradient.
+Cost: update batch (d_out d_in)^2; refresh (d_out d_in)^3; memory 2 (d_out d_in)^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import array_api_compat as aac
+
+from kfaccore import factors
+from kfaccore import xp as kernels
+from kfaccore.linalg import side
+from kfaccore.linalg.inverse import accepted
+from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.record import Factored, Record, dense
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+
+
+@dataclass(frozen=True)
+class State:
+    """F (blocks, D, D) times `weight` (blocks,) with D = d_out d_in, its damped inverse, code (blocks,)."""
+
+    F: Array
+    weight: Array
+    inverse: Array
+    code: Array
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Summed outer products, their normaliser and how many records were not finite."""
+
+    F: Array
+    n: Array
+    bad: Array
+
+
+@dataclass(frozen=True)
+class Exact(Additive):
+    """The dense damped block; see the module. Refuses layers of more than `largest` parameters."""
+
+    largest: int = 8192
+    cycles: ClassVar[int] = 1
+
+    def init(self, block: Block, like: Array) -> State:
+        size = block.d_out * block.d_in
+        if size > self.largest:
+            raise ValueError(
+                f"Exact got a layer of {block.d_out} x {block.d_in} = {size} parameters; the dense block "
+                f"stops at {self.largest}: use KFAC or EKFAC, or raise `largest`"
+            )
+        F = side.zeros(block.blocks, size, False, like)
+        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
+        return State(F, weight, side.identity(F), factors.unrefreshed(block, like))
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        F = dense(record)
+        bad = namespace(F).astype(~all_finite(F), F.dtype)
+        n = factors.per_block(record.n, bad)
+        return Stats(F * n[:, None, None], n, bad)
+
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+        ok = stats.bad == 0
+        decay = scalar(hyper.decay, state.weight)
+        F = kernels.average(state.F, stats.F, decay, (1 - decay) / stats.n, ok, donate)
+        weight = namespace(F).where(ok, decay * state.weight + (1 - decay), state.weight)
+        return replace(state, F=F, weight=weight)
+
+    def refresh(self, state: State, hyper: Hyper) -> State:
+        shift = factors.per_block(hyper.damping, state.weight)
+        inverse, code = side.inverse(factors.mean(state.F, state.weight), shift)
+        inverse, code = accepted(inverse, code, state.inverse, state.code, state.weight)
+        return replace(state, inverse=inverse, code=code)
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        v = grad.dense() if isinstance(grad, Factored) else grad
+        d_in = v.shape[-1]
+        v, squeeze = gradient(v, (state.F.shape[0], state.F.shape[1] // d_in, d_in))
+        return finish(self._product(state.inverse, v), state.code, state, squeeze)
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        return self._product(factors.mean(state.F, state.weight), v)
+
+    @staticmethod
+    def _product(matrix: Array, v: Array) -> Array:
+        xp = namespace(v)
+        return xp.reshape(xp.matmul(matrix, xp.reshape(v, (v.shape[0], -1, 1))), v.shape)

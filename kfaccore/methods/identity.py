@@ -1,0 +1,57 @@
+"""Identity: x = V. For parameters that should keep their plain gradient.
+
+Exact when F is the identity and damping is 0.
+Source: gradient descent.
+Cost: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kfaccore import factors
+from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.record import Factored, Record
+from kfaccore.xp.arrays import Array, namespace
+
+
+@dataclass(frozen=True)
+class State:
+    """Nothing but the code (blocks,): OK, since the gradient is what was asked for."""
+
+    code: Array
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Nothing to measure."""
+
+    bad: Array
+
+
+@dataclass(frozen=True)
+class Identity(Additive):
+    """The gradient itself; see the module."""
+
+    cycles: ClassVar[int] = 1
+
+    def init(self, block: Block, like: Array) -> State:
+        return State(namespace(like).zeros_like(factors.unrefreshed(block, like)))
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        return Stats(namespace(state.code).zeros_like(state.code))
+
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+        return state
+
+    def refresh(self, state: State, hyper: Hyper) -> State:
+        return state
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        v = grad.dense() if isinstance(grad, Factored) else grad
+        v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
+        return finish(v, state.code, state, squeeze)
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        return v

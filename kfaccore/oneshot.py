@@ -1,0 +1,25 @@
+"""One call from a record and a gradient to a direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfaccore.method import Hyper, settle
+from kfaccore.methods.kfac import KFAC
+from kfaccore.record import Factored, Record
+from kfaccore.xp.arrays import Array
+
+
+def direction(record: Record, grad: Array | Factored, method: Any = None, damping: float = 1e-3) -> Array:
+    """(F~ + damping)^-1 grad with the curvature of one record: no averages, no state; for a first look and analysis.
+
+    record   one mini-batch of one layer
+    grad     (d_out, d_in), (blocks, d_out, d_in) or Factored; the direction comes back in the same shape
+    method   default KFAC(); it is settled on the record for its own number of cycles
+
+    What cannot be solved is handled as `Method.solve` says (zeros for a non-finite gradient); codes are not returned
+    here: use `settle` and `method.solve` to see them.
+    """
+    method = KFAC() if method is None else method
+    state = settle(method, record, damping=damping)
+    return method.solve(state, grad, Hyper(0, 0.0, damping), record).direction
