@@ -20,10 +20,11 @@ from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, spd_inverse
 from kfaccore.xp.fourier import irfftn, rfftn
 from kfaccore.xp.gram import average, gram
-from kfaccore.xp.scatter import segment_sum
+from kfaccore.xp.scatter import add_at, segment_sum
 
 __all__ = [
     "Code",
+    "add_at",
     "all_finite",
     "average",
     "choose",

@@ -1,4 +1,4 @@
-"""Sum of rows that share an index."""
+"""Sums into parts of an array."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def segment_sum(values: Array, index: Array, size: int) -> Array:
         return zeros
     positions = xp.astype(xp.arange(size, dtype=index.dtype)[:, None] == index[None, :], values.dtype)
     return positions @ values
+
+
+def add_at(owned: Array, spans: tuple[slice, ...], block: Array) -> Array:
+    """`owned` with `block` added at `spans`; the caller gives `owned` up, it is written to where arrays can be."""
+    if aac.is_jax_array(owned):
+        return owned.at[spans].add(block)
+    owned[spans] = owned[spans] + block
+    return owned
