@@ -14,6 +14,7 @@ from itertools import combinations, product
 from math import prod
 
 import array_api_compat as aac
+import numpy as np
 import scipy.fft
 
 from kfaccore import xp as kernels
@@ -71,12 +72,23 @@ def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
         spectrum = xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1))
         part = xp.matmul(xp.conj(spectrum).mT, spectrum)
         power = part if power is None else power + part
-    full = kernels.irfftn(power, size, tuple(range(len(kernel))))
-    for axis, k in enumerate(kernel):  # negative displacements wrap to the end
-        head, tail = [slice(None)] * full.ndim, [slice(None)] * full.ndim
-        head[axis], tail[axis] = slice(0, k), slice(size[axis] - k + 1, size[axis])
-        full = xp.concat([full[tuple(tail)], full[tuple(head)]], axis=axis)
-    return full
+    return _displacements(power, size, kernel)
+
+
+def _displacements(power: Array, size: tuple[int, ...], kernel: tuple[int, ...]) -> Array:
+    """Inverse transform of spectra (frequencies..., C, C) at |D| < kernel alone: one small product an axis."""
+    xp = namespace(power)
+    for axis, (h, k) in enumerate(zip(size, kernel, strict=True)):
+        last = axis == len(kernel) - 1
+        frequency = np.arange(h // 2 + 1 if last else h)
+        waves = np.exp(2j * np.pi / h * np.arange(1 - k, k)[:, None] * frequency) / h
+        if last:  # the other half of a real signal's spectrum is the conjugate
+            waves[:, 1 : (h + 1) // 2] *= 2
+        waves = kernels.from_host(waves, power)
+        lead = power.shape[:axis]
+        flat = xp.reshape(power, (*lead, power.shape[axis], -1))
+        power = xp.reshape(xp.matmul(xp.astype(waves, power.dtype), flat), (*lead, 2 * k - 1, *power.shape[axis + 1 :]))
+    return xp.real(power)
 
 
 def _toeplitz(R: Array, kernel: tuple[int, ...]) -> Array:

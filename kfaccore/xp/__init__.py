@@ -18,7 +18,7 @@ from kfaccore.xp.arrays import (
 )
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, spd_inverse
-from kfaccore.xp.fourier import irfftn, rfftn
+from kfaccore.xp.fourier import rfftn
 from kfaccore.xp.gram import average, gram
 from kfaccore.xp.scatter import add_at, segment_sum
 
@@ -32,7 +32,6 @@ __all__ = [
     "eps",
     "from_host",
     "gram",
-    "irfftn",
     "is_numpy",
     "loop",
     "namespace",

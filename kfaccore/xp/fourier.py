@@ -12,10 +12,3 @@ def rfftn(x: Array, size: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     if is_numpy(x):
         return scipy.fft.rfftn(x, s=size, axes=axes)
     return namespace(x).fft.rfftn(x, s=size, axes=axes)
-
-
-def irfftn(x: Array, size: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    """Inverse of `rfftn`: real output of `size` along `axes`."""
-    if is_numpy(x):
-        return scipy.fft.irfftn(x, s=size, axes=axes)
-    return namespace(x).fft.irfftn(x, s=size, axes=axes)
