@@ -24,12 +24,13 @@ _CHUNK_BYTES = 1 << 20  # unfolded rows held at once while a gram is summed
 class Window:
     """Geometry of a convolution over 1, 2 or 3 spatial axes: one integer an axis, or one for all.
 
-    padding is zero padding, a number or a (low, high) pair an axis. Other modes pad the image first.
+    padding is zero padding: a number or a (low, high) pair an axis, "valid" (none) or "same" (as many outputs as
+    inputs at stride 1, the odd one at the high end). Other modes pad the image first.
     """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...] | int = 1
-    padding: tuple | int = 0
+    padding: tuple | int | str = 0
     dilation: tuple[int, ...] | int = 1
 
     def __post_init__(self) -> None:
@@ -40,6 +41,8 @@ class Window:
             raise ValueError(f"kernel is {self.kernel}; need 1, 2 or 3 spatial axes")
         for name, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
             value = getattr(self, name)
+            if isinstance(value, str):
+                value = self._named_padding(value)
             value = (value,) * axes if isinstance(value, int) else tuple(value)
             if name == "padding":
                 value = tuple((v, v) if isinstance(v, int) else tuple(v) for v in value)
@@ -47,6 +50,16 @@ class Window:
             if len(value) != axes or min(flat) < least or min(self.kernel) < 1:
                 raise ValueError(f"{name} is {value} for kernel {self.kernel}; need {axes} values of at least {least}")
             put(self, name, value)
+
+    def _named_padding(self, name: str) -> tuple[tuple[int, int], ...]:
+        if name == "valid":
+            return ((0, 0),) * len(self.kernel)
+        if name != "same" or set(self.stride if isinstance(self.stride, tuple) else (self.stride,)) != {1}:
+            raise ValueError(
+                f'padding is {name!r} at stride {self.stride}; need numbers, "valid", or "same" at stride 1'
+            )
+        extra = [(k - 1) * r for k, r in zip(self.kernel, self.dilation, strict=True)]  # pyright: ignore
+        return tuple((e // 2, e - e // 2) for e in extra)
 
     def outputs(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """Output positions along each axis; ValueError where the window does not fit."""

@@ -1,0 +1,118 @@
+"""Trees on disk: one safetensors file, written atomically, readable by every framework.
+
+Leaves are stored under their tree paths ("layers/fc1/A"); the header carries a schema number and the caller's meta as
+JSON. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kfaccore import tree as trees
+from kfaccore.xp.arrays import from_host, to_host
+
+SCHEMA = 1
+
+
+def save(path: str | os.PathLike, tree: Any, **meta: Any) -> None:
+    """Write the leaves of `tree` and JSON-able `meta` to `path`; the old file stays until the new one is complete.
+
+    Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path.
+    """
+    from safetensors.numpy import save as serialise
+
+    arrays: dict[str, np.ndarray] = {}
+    for name, leaf in trees.items(tree):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, int | float):
+            raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}; need arrays or numbers")
+        if name in arrays:
+            raise ValueError(f"two leaves share the path {name!r}: rename one (a key may hold no '/')")
+        arrays[name] = np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf))
+    data = serialise(arrays, {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)})
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike, like: Any = None) -> Any:
+    """The tree in `path`: shaped, typed and placed like `like`, or nested dicts of NumPy arrays without it.
+
+    Raises ValueError, naming file and leaf, when the file is damaged or its leaves are not those of `like`;
+    FileNotFoundError when there is none.
+    """
+    arrays, _ = _read(path)
+    if like is None:
+        return _nested(arrays)
+    wanted = dict(trees.items(like))
+    if set(wanted) != set(arrays):
+        missing, extra = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
+        raise ValueError(f"{path} holds other leaves than asked for: missing {missing[:5]}, unexpected {extra[:5]}")
+    for name, leaf in wanted.items():
+        if arrays[name].shape != tuple(np.shape(leaf)):
+            raise ValueError(f"{path}: leaf {name!r} has shape {arrays[name].shape}; need {tuple(np.shape(leaf))}")
+    leaves = iter([_placed(arrays[name], leaf) for name, leaf in wanted.items()])
+    return trees.map(lambda _: next(leaves), like)
+
+
+def metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The meta given to `save`."""
+    return _read(path)[1]
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if header.get("kfaccore") != str(SCHEMA):
+        raise ValueError(f"{path} has kfaccore schema {header.get('kfaccore')}; this version reads {SCHEMA}")
+    try:
+        meta = json.loads(header.get("meta", ""))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has damaged metadata: {error}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} has damaged metadata: need an object, got {type(meta).__name__}")
+    return arrays, meta
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for name, array in sorted(arrays.items()):
+        *folders, last = name.split("/")
+        node = root
+        for folder in folders:
+            node = node.setdefault(folder, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"leaf {name!r} lies under another leaf")
+        node[last] = array
+    return root
+
+
+def _placed(array: np.ndarray, like: Any) -> Any:
+    """`array` as the kind of leaf `like` is."""
+    if isinstance(like, int | float):
+        return type(like)(array.item())
+    placed = from_host(array, like)
+    if placed.dtype != like.dtype:
+        raise ValueError(f"a leaf of dtype {array.dtype} was saved where {like.dtype} is needed")
+    return placed
