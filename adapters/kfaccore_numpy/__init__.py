@@ -1,0 +1,31 @@
+"""A small sequential network on the Array API (NumPy, CuPy): captures what kfaccore needs and trains with it."""
+
+from kfaccore_numpy.activations import GELU, ReLU, Sigmoid, Tanh
+from kfaccore_numpy.baselines import SGD, Adam
+from kfaccore_numpy.conv import AvgPool, Conv2d, MaxPool
+from kfaccore_numpy.dense import Dense, Flatten
+from kfaccore_numpy.network import Residual, Sequential, Tape
+from kfaccore_numpy.tasks import TASKS, Task
+from kfaccore_numpy.train import Progress, fit, mean_loss
+
+__all__ = [
+    "GELU",
+    "SGD",
+    "TASKS",
+    "Adam",
+    "AvgPool",
+    "Conv2d",
+    "Dense",
+    "Flatten",
+    "MaxPool",
+    "Progress",
+    "ReLU",
+    "Residual",
+    "Sequential",
+    "Sigmoid",
+    "Tanh",
+    "Tape",
+    "Task",
+    "fit",
+    "mean_loss",
+]
