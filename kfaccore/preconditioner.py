@@ -37,7 +37,7 @@ class Clocks:
 class Schedules:
     """damping: a number, a function of the step, or a mapping from layer to either; decay: a number or a function."""
 
-    damping: float | Schedule | Mapping[str, float | Schedule] = 1e-3
+    damping: float | Schedule | Mapping[str, float | Schedule] = 0.1
     decay: float | Schedule = 0.95
 
     def hyper(self, name: str, step: int) -> Hyper:

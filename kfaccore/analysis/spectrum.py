@@ -1,0 +1,43 @@
+"""What the eigenvalues of a factor say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kfaccore import xp as kernels
+from kfaccore.xp.arrays import Array, to_host
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of one block of a factor, ascending and clipped at 0, as float64 on the host."""
+
+    values: np.ndarray
+
+    @property
+    def trace(self) -> float:
+        return float(self.values.sum())
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest eigenvalue; inf for a singular factor."""
+        low, high = self.values[0], self.values[-1]
+        return float(high / low) if low > 0 else float("inf")
+
+    @property
+    def effective_rank(self) -> float:
+        """exp(entropy of the eigenvalues' shares of the trace): 1 for one direction, d for a flat spectrum.
+
+        Source: Roy & Vetterli 2007.
+        """
+        share = self.values[self.values > 0] / max(self.trace, np.finfo(float).tiny)
+        return float(np.exp(-np.sum(share * np.log(share)))) if share.size else 0.0
+
+
+def spectrum(factor: Array) -> list[Spectrum]:
+    """One Spectrum a block of a factor (blocks, d, d), or diagonal (blocks, d)."""
+    host = np.asarray(to_host(factor), dtype=np.float64)
+    values = np.sort(host, axis=-1) if host.ndim == 2 else kernels.eigh(host)[0]
+    return [Spectrum(np.maximum(v, 0.0)) for v in values]

@@ -1,0 +1,55 @@
+"""Pictures, with matplotlib if it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
+    """Loss against steps and against training seconds."""
+    plt = _pyplot(path)
+    if plt is None:
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, key, label in zip(panels, ("step", "seconds"), ("step", "training time [s]"), strict=True):
+        for name, curve in found.items():
+            panel.plot(curve[key], curve["loss"], label=name, linewidth=1.8)
+        panel.set(xlabel=label, yscale="log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("mean loss")
+    panels[0].legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def spectra(found: dict[str, Any], path: Path) -> None:
+    """Eigenvalues of every factor, largest first."""
+    plt = _pyplot(path)
+    if plt is None:
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, factor in zip(panels, ("A", "G"), strict=True):
+        for layer, pair in found.items():
+            for spectrum in pair[factor]:
+                panel.plot(range(1, len(spectrum.values) + 1), spectrum.values[::-1], label=layer, linewidth=1.2)
+        panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {factor}")
+        panel.grid(alpha=0.3)
+    panels[0].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _pyplot(path: Path) -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        typer.echo(f"{path} was not drawn: pip install 'kfaccore[plot]'", err=True)
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

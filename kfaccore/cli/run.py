@@ -1,0 +1,123 @@
+"""One call of `train`: runs every method on the same task and seed, and writes what it saw."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kfaccore import Preconditioner, __version__, load, metadata, save
+from kfaccore.cli.train import EVALUATIONS
+
+
+class Run:
+    """Curves of each method: evaluated loss at steps and training seconds; the first method's state is kept."""
+
+    def __init__(self, name: str, task: Any, steps: int, seed: int, xp: Any) -> None:
+        self.name, self.task, self.steps, self.seed, self.xp = name, task, steps, seed, xp
+        self.data, self.evaluation = [tuple(xp.asarray(part) for part in pair) for pair in task.load()]
+        self.curves: dict[str, dict[str, list]] = {}
+        self.codes: dict[str, dict[str, int]] = {}
+        self.kept: tuple[Any, Any, Any] | None = None  # optimiser, params, state of the first method
+
+    def train(self, name: str, optimiser: Any, resume: Path | None, quiet: bool) -> None:
+        """Run `optimiser`, with a progress bar on standard error unless `quiet`."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from kfaccore_numpy import fit, mean_loss
+
+        network, loss = self.task.network, self.task.loss
+        params = network.init(np.random.default_rng(self.seed), lambda w: self.xp.asarray(w, dtype=np.float32))
+        state, start = None, 0
+        if resume is not None:
+            params, state, start = self._resumed(resume, name, optimiser, params)
+        curve = self.curves[name] = {"step": [], "seconds": [], "loss": []}
+        codes = self.codes[name] = {}
+        every = max(1, self.steps // EVALUATIONS)
+        columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = Progress(
+            *columns, TextColumn("loss {task.fields[loss]:.4g}"), console=Console(stderr=True), disable=quiet
+        )
+        options = {"batch": self.task.batch, "steps": self.steps, "seed": self.seed, "state": state, "start": start}
+        with bar, np.errstate(all="ignore"):
+            row = bar.add_task(name, total=self.steps, completed=start, loss=float("nan"))
+            for progress in fit(network, params, self.data, loss, optimiser, **options):
+                if self.kept is None or self.kept[0] is optimiser:
+                    self.kept = (optimiser, progress.params, progress.state)
+                for code, count in progress.info.counts().items() if progress.info else ():
+                    codes[code.name] = codes.get(code.name, 0) + count
+                if progress.step % every == 0 or progress.step == self.steps or not math.isfinite(progress.loss):
+                    value = mean_loss(network, progress.params, self.evaluation, loss)
+                    for key, number in zip(curve, (progress.step, progress.seconds, value), strict=True):
+                        curve[key].append(number)
+                    bar.update(row, loss=value)
+                bar.advance(row)
+                if not math.isfinite(progress.loss):
+                    return
+
+    def summary(self) -> dict[str, Any]:
+        """What run.json holds."""
+        rows = []
+        for name, curve in self.curves.items():
+            losses = curve["loss"] or [float("nan")]
+            last = {key: (curve[key] or [0])[-1] for key in ("step", "seconds")}
+            finite = [value for value in losses if math.isfinite(value)]
+            best = min(finite) if finite else float("nan")
+            rows.append({"method": name, **last, "final": losses[-1], "best": best, "codes": self.codes[name]})
+        meta = {"task": self.name, "seed": self.seed, "batch": self.task.batch, "version": __version__}
+        return {**meta, "methods": rows, "curves": self.curves}
+
+    def write(self, out: Path) -> None:
+        """run.json, run.safetensors and curves.png in `out`, whatever was reached."""
+        (out / "run.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
+        if self.kept is not None:
+            self._save(out / "run.safetensors")
+        if self.curves:
+            from kfaccore.cli.plot import curves
+
+            curves(self.curves, self.name, out / "curves.png")
+
+    def show(self, out: Path | None) -> None:
+        """The table, and where the files are."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(
+            "method", "steps", "seconds", "final loss", "best loss", "codes", title=f"{self.name}, seed {self.seed}"
+        )
+        for row in self.summary()["methods"]:
+            codes = ", ".join(f"{count} {code}" for code, count in row["codes"].items())
+            figures = (f"{row['seconds']:.2f}", f"{row['final']:.4f}", f"{row['best']:.4f}")
+            table.add_row(row["method"], str(row["step"]), *figures, codes)
+        console = Console()
+        console.print(table)
+        if out is not None:
+            console.print(", ".join(str(path) for path in sorted(out.iterdir())), soft_wrap=True)
+
+    def _save(self, path: Path) -> None:
+        optimiser, params, state = self.kept  # type: ignore[misc]
+        tree: dict[str, Any] = {"params": params}
+        meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
+        if isinstance(optimiser, Preconditioner):
+            tree["state"] = state
+            hypers = {name: optimiser.schedules.hyper(name, state.step) for name in state.layers}
+            meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
+            meta["blocks"] = {name: asdict(block) for name, block in state.blocks}
+        save(path, tree, **meta)
+
+    def _resumed(self, path: Path, name: str, optimiser: Any, params: Any) -> tuple[Any, Any, int]:
+        if not isinstance(optimiser, Preconditioner):
+            raise ValueError(f"--resume continues a preconditioned method, not {name}")
+        meta = metadata(path)
+        if (meta.get("task"), meta.get("method")) != (self.name, name):
+            raise ValueError(
+                f"{path} is a run of {meta.get('method')} on {meta.get('task')}, not {name} on {self.name}"
+            )
+        fresh = optimiser.init(self.task.network.blocks(), next(iter(params.values())))
+        tree = load(path, like={"params": params, "state": fresh})
+        return tree["params"], tree["state"], tree["state"].step

@@ -1,0 +1,99 @@
+"""`kfaccore train`: a task with a method, against tuned baselines; table, picture and one file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
+
+EVALUATIONS = 40  # points of a curve
+
+
+def train(
+    task: Annotated[str, typer.Argument(help="A task; an unknown name lists them.")],
+    method: Annotated[str, typer.Option(help="kfac, ekfac, diagonal, ... (`kfaccore methods`)")] = "kfac",
+    against: Annotated[str, typer.Option(help="Baselines at their tuned rates: adam,sgd")] = "",
+    steps: Annotated[int, typer.Option(help="Updates; 0 for the task's own number.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, batches and label draws.")] = 0,
+    backend: Annotated[str, typer.Option(help="numpy or cupy")] = "numpy",
+    step: Annotated[str, typer.Option(help="fixed: rate 1, momentum 0.9, KL clip 1e-3")] = "fixed",
+    out: Annotated[Path | None, typer.Option(help="Folder for run.json, run.safetensors, curves.png.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="run.safetensors of an earlier run of the same method.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print run.json and nothing else.")] = False,
+) -> None:
+    """Train TASK and compare it with tuned baselines."""
+    from kfaccore.cli.run import Run
+
+    chosen = _task(task)
+    runs = [_optimiser(name, chosen, step) for name in (method, *filter(None, against.split(",")))]
+    xp = _backend(backend)
+    if steps < 0:
+        fail(f"--steps is {steps}; need a positive number, or 0 for the task's {chosen.steps}")
+    if out is not None:
+        _folder(out)
+    session = Run(task, chosen, steps or chosen.steps, seed, xp)
+    finished = True
+    try:
+        for index, (name, optimiser) in enumerate(runs):
+            session.train(name, optimiser, resume if index == 0 else None, quiet=as_json)
+    except KeyboardInterrupt:
+        finished = False
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    if out is not None:
+        session.write(out)
+    typer.echo(json.dumps(session.summary(), indent=2)) if as_json else session.show(out)
+    if not finished:
+        raise typer.Exit(INTERRUPTED)
+    if not all(math.isfinite(row["final"]) for row in session.summary()["methods"]):
+        fail("a run diverged: its loss is not finite", UNFINISHED)
+
+
+def _task(name: str) -> Any:
+    from kfaccore_numpy import TASKS
+
+    if name not in TASKS:
+        fail(f"no task {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def _optimiser(name: str, task: Any, step: str) -> tuple[str, Any]:
+    from kfaccore import Fixed, KLClip, Preconditioner
+    from kfaccore.methods import CATALOGUE
+    from kfaccore_numpy import SGD, Adam
+
+    if step != "fixed":
+        fail(f"--step is {step!r}; there is fixed")
+    if name in CATALOGUE:
+        rule = Fixed(1.0, 0.9, KLClip(1e-3))
+        return name, Preconditioner(CATALOGUE[name](), step=rule, donate=True)
+    if name in ("adam", "sgd"):
+        return name, {"adam": Adam, "sgd": SGD}[name](task.rates[name])
+    return fail(f"no method {name!r}; there are {', '.join(CATALOGUE)}, adam, sgd")
+
+
+def _backend(name: str) -> Any:
+    if name == "numpy":
+        import numpy as xp
+    elif name == "cupy":
+        try:
+            import cupy as xp
+        except ImportError:
+            fail("no CuPy here: install kfaccore[cuda12] or kfaccore[cuda13]")
+        if not xp.cuda.is_available():
+            fail("CuPy is installed but finds no CUDA device")
+    else:
+        fail(f"--backend is {name!r}; there are numpy and cupy")
+    return xp
+
+
+def _folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: {error}")
