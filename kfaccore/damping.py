@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from kfaccore.linalg.side import Scale
 from kfaccore.xp.arrays import Array, namespace, scalar
@@ -27,7 +27,9 @@ class Split(Protocol):
     """A damping form; `separable` ones shift each factor, the others only know the joint spectrum."""
 
     @property
-    def separable(self) -> bool: ...
+    def separable(self) -> bool:
+        """Whether `shifts` exists."""
+        ...
 
     def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
         """(d_a, d_g), (blocks,) each: the block becomes (G + d_g I) (x) (A + d_a I)."""
@@ -41,7 +43,9 @@ class Split(Protocol):
 class Separable:
     """Damping forms that shift each factor."""
 
-    separable: ClassVar[bool] = True
+    @property
+    def separable(self) -> bool:
+        return True
 
     def denominators(self: Split, a: Array, g: Array, damping: float | Array) -> Array:
         d_a, d_g = self.shifts(Scale.of_eigenvalues(a), Scale.of_eigenvalues(g), damping)
@@ -86,7 +90,9 @@ class PerFactor(Separable):
 class Exact:
     """G (x) A + damping I itself, with no cross terms; needs an inverse that knows both spectra (`eigh`)."""
 
-    separable: ClassVar[bool] = False
+    @property
+    def separable(self) -> bool:
+        return False
 
     def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
         raise ValueError("split=exact is not a shift of each factor: use inverse=eigh")

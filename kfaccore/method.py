@@ -112,7 +112,7 @@ class Additive:
         return tree.add(first, second)
 
 
-def gradient(grad: Array | Factored, block_shape: tuple[int, int, int]) -> tuple[Array | Factored, bool]:
+def gradient(grad: Any, block_shape: tuple[int, ...]) -> tuple[Any, bool]:
     """`grad` with its blocks axis, and whether that axis was added; ValueError when it does not fit the state."""
     if isinstance(grad, Factored):
         shape = (grad.a.shape[0], grad.g.shape[-1], grad.a.shape[-1])

@@ -50,7 +50,7 @@ class Record:
     batch and n <= 0. Half precision is widened to float32.
     """
 
-    a: Array | Ids | Patches
+    a: Any
     g: Array
     n: float
     mask: Array | None = None

@@ -35,7 +35,7 @@ def rebuild(tree: Any, new: list[Any]) -> Any:
         return dict(zip(tree, new, strict=True))
     if hasattr(tree, "_fields"):
         return type(tree)(*new)
-    return type(tree)(new)
+    return list(new) if isinstance(tree, list) else tuple(new)
 
 
 def items(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

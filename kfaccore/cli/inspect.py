@@ -24,7 +24,8 @@ def inspect(
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     layers = tree.get("state", {}).get("layers", {})
-    spectra = {name: _spectra(state) for name, state in layers.items() if {"A", "G", "weight"} <= set(state)}
+    order = [name for name in meta.get("blocks", layers) if {"A", "G", "weight"} <= set(layers.get(name, ()))]
+    spectra = {name: _spectra(layers[name]) for name in order}
     if not spectra:
         fail(f"{file} holds no Kronecker factors (method {meta.get('method')}): nothing to inspect")
     rows = [_row(name, pair, meta) for name, pair in spectra.items()]

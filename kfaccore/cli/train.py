@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,8 @@ def train(
     if out is not None:
         session.write(out)
     typer.echo(json.dumps(session.summary(), indent=2)) if as_json else session.show(out)
+    if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & set(os.environ):
+        typer.echo("hint: small networks train up to 10 times faster with OMP_NUM_THREADS=1", err=True)
     if not finished:
         raise typer.Exit(INTERRUPTED)
     if not all(math.isfinite(row["final"]) for row in session.summary()["methods"]):

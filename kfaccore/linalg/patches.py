@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from math import prod
+from typing import Any
 
 import array_api_compat as aac
 
@@ -29,9 +30,9 @@ class Window:
     """
 
     kernel: tuple[int, ...]
-    stride: tuple[int, ...] | int = 1
-    padding: tuple | int | str = 0
-    dilation: tuple[int, ...] | int = 1
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -58,7 +59,7 @@ class Window:
             raise ValueError(
                 f'padding is {name!r} at stride {self.stride}; need numbers, "valid", or "same" at stride 1'
             )
-        extra = [(k - 1) * r for k, r in zip(self.kernel, self.dilation, strict=True)]  # pyright: ignore
+        extra = [(k - 1) * r for k, r in zip(self.kernel, self.dilation, strict=True)]
         return tuple((e // 2, e - e // 2) for e in extra)
 
     def outputs(self, spatial: tuple[int, ...]) -> tuple[int, ...]:

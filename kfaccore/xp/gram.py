@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kfaccore.xp.arrays import Array, is_numpy, namespace, scalar
@@ -63,5 +65,5 @@ def _per_block(value: float | Array, like: Array) -> Array | float:
     return namespace(like).reshape(value, (-1, *(1,) * (like.ndim - 1)))
 
 
-def _pick(value: float | np.ndarray, block: int) -> float:
+def _pick(value: Any, block: int) -> Any:
     return value if np.ndim(value) == 0 else value[block].item()
