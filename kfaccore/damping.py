@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kfaccore.linalg.side import Scale
 from kfaccore.xp.arrays import Array, namespace, scalar
@@ -130,8 +130,8 @@ class Relative:
 
 
 def _joint(damping: float | Array, like: Array) -> float | Array:
-    damping = scalar(damping, like)
-    return damping[:, None, None] if getattr(damping, "ndim", 0) == 1 else damping
+    value: Any = scalar(damping, like)
+    return value[:, None, None] if getattr(value, "ndim", 0) == 1 else value
 
 
 def _root(damping: float | Array, like: Array) -> Array:

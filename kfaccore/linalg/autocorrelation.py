@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations, product
 from math import prod
+from typing import Any
 
 import array_api_compat as aac
 import numpy as np
@@ -63,7 +64,7 @@ def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
     xp = namespace(x)
     axes = tuple(range(1, x.ndim - 1))
     channels = x.shape[-1]
-    size = tuple(scipy.fft.next_fast_len(h + k - 1, real=True) for h, k in zip(x.shape[1:-1], kernel, strict=True))
+    size: Any = tuple(scipy.fft.next_fast_len(h + k - 1, real=True) for h, k in zip(x.shape[1:-1], kernel, strict=True))
     frequencies = prod(size[:-1]) * (size[-1] // 2 + 1)
     chunk = max(1, _SPECTRUM_BYTES // (frequencies * channels * 8))
     power = None

@@ -62,8 +62,8 @@ class Eigh:
 
     def init(self, A: Array, G: Array) -> Eigenpairs:
         xp = namespace(A)
-        ones = (xp.ones_like(side.diagonal(x)) for x in (A, G))
-        return Eigenpairs(*ones, side.identity(A), side.identity(G))
+        a, g = (xp.ones_like(side.diagonal(x)) for x in (A, G))
+        return Eigenpairs(a, g, side.identity(A), side.identity(G))
 
     def refresh(self, A: Array, G: Array, split: Any = None, damping: Any = None) -> tuple[Eigenpairs, Array]:
         a, Qa, code_a = side.eigh(A)

@@ -41,7 +41,7 @@ class Window:
         if axes not in (1, 2, 3):
             raise ValueError(f"kernel is {self.kernel}; need 1, 2 or 3 spatial axes")
         for name, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if isinstance(value, str):
                 value = self._named_padding(value)
             value = (value,) * axes if isinstance(value, int) else tuple(value)
