@@ -6,7 +6,7 @@ from kfaccore_numpy.conv import AvgPool, Conv2d, MaxPool
 from kfaccore_numpy.dense import Dense, Flatten
 from kfaccore_numpy.network import Residual, Sequential, Tape
 from kfaccore_numpy.tasks import TASKS, Task
-from kfaccore_numpy.train import Progress, fit, mean_loss
+from kfaccore_numpy.train import Progress, fit, initial_state, mean_loss, sampled, step, true_labels
 
 __all__ = [
     "GELU",
@@ -27,5 +27,9 @@ __all__ = [
     "Tape",
     "Task",
     "fit",
+    "initial_state",
     "mean_loss",
+    "sampled",
+    "step",
+    "true_labels",
 ]

@@ -12,7 +12,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class SGD:
-    """v <- momentum v + grad, W <- W - lr v."""
+    """v <- momentum v + grad, W <- W - lr v. Gradients are overwritten."""
 
     lr: float
     momentum: float = 0.9
@@ -22,17 +22,19 @@ class SGD:
 
     def step(self, params: dict[str, Array], grads: dict[str, Array], state: dict[str, Array], step: int) -> None:
         for name, W in params.items():
-            v, g = state[name], grads[name]
-            v *= self.momentum
-            v += g
-            g[...] = v
+            g = grads[name]
+            if self.momentum:
+                v = state[name]
+                v *= self.momentum
+                v += g
+                g[...] = v
             g *= self.lr
             W -= g
 
 
 @dataclass(frozen=True)
 class Adam:
-    """Bias-corrected first and second moments (Kingma & Ba 2015)."""
+    """Bias-corrected first and second moments (Kingma & Ba 2015). Gradients are overwritten."""
 
     lr: float
     decays: tuple[float, float] = (0.9, 0.999)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,20 @@ from kfaccore import Preconditioner, draw_noise, monte_carlo
 from kfaccore_numpy.baselines import SGD, Adam
 
 if TYPE_CHECKING:
-    from kfaccore_numpy.network import Sequential
+    from kfaccore_numpy.network import Sequential, Tape
 
 Array = Any
+Params = dict[str, Any]
+Fisher = Callable[..., Params]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A prediction, its target and their loss."""
+
+    f: Array
+    target: Array
+    loss: Any
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,48 @@ class Progress:
     info: Any = None
 
 
+def sampled(network: Sequential, params: Params, tape: Tape, batch: Batch, g: Params, rng: Any) -> Params:
+    """Output gradients of one Monte-Carlo draw of labels from the model: one more backward without weights."""
+    noise = aac.array_namespace(batch.f).asarray(draw_noise(batch.loss, tuple(batch.f.shape), 1, rng))
+    return network.backward(params, tape, monte_carlo(batch.loss, batch.f, noise, batch.target))
+
+
+def true_labels(network: Sequential, params: Params, tape: Tape, batch: Batch, g: Params, rng: Any) -> Params:
+    """The empirical Fisher: the training loss's own output gradients."""
+    return g
+
+
+def step(
+    network: Sequential,
+    params: Params,
+    data: tuple[Array, Array],
+    loss: Any,
+    optimiser: SGD | Adam | Preconditioner,
+    state: Any,
+    index: int,
+    rng: np.random.Generator,
+    fisher: Fisher = sampled,
+) -> tuple[float, Any, Any]:
+    """One update of `params` in place on the batch `data`: (mean loss before it, optimiser state, Info or None)."""
+    f, tape = network.forward(params, data[0])
+    n = float(loss.normaliser(f, data[1]))
+    g = network.backward(params, tape, loss.gradient(f, data[1]))
+    value = float(loss.value(f, data[1])) / n
+    if not isinstance(optimiser, Preconditioner):
+        optimiser.step(params, network.gradients(tape, g, n, factored=False), state, index)
+        return value, state, None
+    records = None
+    if optimiser.wants_records(state):
+        records = network.records(tape, fisher(network, params, tape, Batch(f, data[1], loss), g, rng), n)
+    updates, state, info = optimiser.step(state, records, network.gradients(tape, g, n))
+    for name, update in updates.items():
+        params[name] -= aac.array_namespace(update).reshape(update, params[name].shape)
+    return value, state, info
+
+
 def fit(
     network: Sequential,
-    params: dict[str, Array],
+    params: Params,
     data: tuple[Array, Array],
     loss: Any,
     optimiser: SGD | Adam | Preconditioner,
@@ -50,49 +100,26 @@ def fit(
     bit for bit. Evaluate between steps as long as you like: the clock is stopped.
     """
     x, y = data
-    state = _initial(network, params, optimiser) if state is None else state
+    state = initial_state(network, params, optimiser) if state is None else state
     seconds = 0.0
-    for step in range(start, steps):
-        rng = np.random.default_rng([seed, step])
+    for index in range(start, steps):
+        rng = np.random.default_rng([seed, index])
         rows = aac.array_namespace(x).asarray(rng.integers(0, x.shape[0], batch))
         begun = time.perf_counter()
-        f, tape = network.forward(params, x[rows, ...])
-        target = y[rows, ...]
-        n = loss.normaliser(f, target)
-        g = network.backward(params, tape, loss.gradient(f, target))
-        value = float(loss.value(f, target) / n)
-        info = None
-        if isinstance(optimiser, Preconditioner):
-            state, info = _precondition(network, params, optimiser, state, (f, tape, g, float(n), loss, target), rng)
-        else:
-            optimiser.step(params, network.gradients(tape, g, float(n), factored=False), state, step)
+        pair = x[rows, ...], y[rows, ...]
+        value, state, info = step(network, params, pair, loss, optimiser, state, index, rng)
         seconds += time.perf_counter() - begun
-        yield Progress(step + 1, value, seconds, params, state, info)
+        yield Progress(index + 1, value, seconds, params, state, info)
 
 
-def mean_loss(network: Sequential, params: dict[str, Array], data: tuple[Array, Array], loss: Any) -> float:
+def mean_loss(network: Sequential, params: Params, data: tuple[Array, Array], loss: Any) -> float:
     """Mean loss over all of `data`."""
     f, _ = network.forward(params, data[0])
     return float(loss.value(f, data[1]) / loss.normaliser(f, data[1]))
 
 
-def _initial(network: Sequential, params: dict[str, Array], optimiser: Any) -> Any:
+def initial_state(network: Sequential, params: Params, optimiser: SGD | Adam | Preconditioner) -> Any:
+    """What `step` needs of the optimiser before the first update."""
     if isinstance(optimiser, Preconditioner):
         return optimiser.init(network.blocks(), next(iter(params.values())))
     return optimiser.init(params)
-
-
-def _precondition(
-    network: Sequential, params: dict[str, Array], pre: Preconditioner, state: Any, batch: tuple, rng: Any
-) -> tuple[Any, Any]:
-    """One preconditioned update in place; label draws come from the same generator as the batch."""
-    f, tape, g, n, loss, target = batch
-    records = None
-    if pre.wants_records(state):
-        noise = aac.array_namespace(f).asarray(draw_noise(loss, tuple(f.shape), 1, rng), dtype=f.dtype)
-        draws = monte_carlo(loss, f, noise, target)
-        records = network.records(tape, network.backward(params, tape, draws), n)
-    updates, state, info = pre.step(state, records, network.gradients(tape, g, n))
-    for name, update in updates.items():
-        params[name] -= aac.array_namespace(update).reshape(update, params[name].shape)
-    return state, info

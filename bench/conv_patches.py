@@ -1,0 +1,118 @@
+"""What does the A factor of a convolution cost? FFT autocorrelation, chunks of patches, naive unfolding."""
+
+import os
+
+for _name in ("OMP", "OPENBLAS", "MKL"):
+    os.environ[f"{_name}_NUM_THREADS"] = "1"
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from report import Claim, arguments, at_least, at_most, finish, interleaved
+
+from kfaccore import Patches, Window
+
+IMAGES = 128
+CASES = {  # name: (groups, height, width, channels a group, window)
+    "3 ch 3x3": (1, 32, 32, 3, Window((3, 3), padding=1)),
+    "32 ch 3x3": (1, 32, 32, 32, Window((3, 3), padding=1)),
+    "64 ch 3x3": (1, 32, 32, 64, Window((3, 3), padding=1)),
+    "32 ch 5x5": (1, 32, 32, 32, Window((5, 5), padding=2)),
+    "64 ch 3x3 valid": (1, 32, 32, 64, Window((3, 3))),
+    "32 ch 3x3 padding (0, 2)": (1, 32, 32, 32, Window((3, 3), padding=(0, 2))),
+    "32 ch 3x3 on 31x29": (1, 31, 29, 32, Window((3, 3), padding=1)),
+    "3 ch 7x7 stride 2": (1, 32, 32, 3, Window((7, 7), stride=2, padding=3)),
+    "32 ch 3x3 stride 2": (1, 32, 32, 32, Window((3, 3), stride=2, padding=1)),
+    "32 ch 3x3 dilation 2": (1, 32, 32, 32, Window((3, 3), padding=2, dilation=2)),
+    "4 groups of 16 ch 3x3": (4, 32, 32, 16, Window((3, 3), padding=1)),
+}
+QUICK = ("3 ch 3x3", "32 ch 3x3", "64 ch 3x3", "3 ch 7x7 stride 2", "32 ch 3x3 stride 2")
+RIVALS = ("library", "chunks", "naive")
+
+
+def naive(image: np.ndarray, w: Window) -> np.ndarray:
+    """Sliding windows and one X^T X, in the library's column order."""
+    padded = np.pad(image, ((0, 0), (0, 0), *w.padding, (0, 0)))
+    reach = [(k - 1) * r + 1 for k, r in zip(w.kernel, w.dilation, strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
+    (s, t), (q, r) = w.stride, w.dilation
+    windows = windows[:, :, ::s, ::t, :, ::q, ::r].transpose(0, 1, 2, 3, 5, 6, 4)
+    grams = []
+    for block in windows:
+        rows = block.reshape(-1, block.shape[-1] * w.kernel[0] * w.kernel[1])
+        grams.append(rows.T @ rows)
+    return np.stack(grams)
+
+
+def peak(function: Callable[[], Any]) -> float:
+    """MB allocated at the highest point of one call."""
+    tracemalloc.start()
+    function()
+    found = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    return found
+
+
+def errors(image: np.ndarray, w: Window) -> tuple[float, float]:
+    """Largest difference of the library from naive unfolding over the largest entry, float64 and float32."""
+    exact = naive(image, w)
+    found = []
+    for dtype in (np.float64, np.float32):
+        for gram in (Patches(image.astype(dtype), w).gram(), Patches(image.astype(dtype), w).gram_by_chunks()):
+            found.append(float(np.abs(gram - exact).max() / np.abs(exact).max()))
+    return max(found[:2]), max(found[2:])
+
+
+def syrk_share(image: np.ndarray, w: Window) -> float:
+    """Rate of the baseline's product over that of X.T @ X on fresh rows of the same shape."""
+    rows = next(iter(Patches(image, w).rows(IMAGES)))[0].reshape(-1, image.shape[-1] * w.kernel[0] * w.kernel[1])
+    fresh = np.random.default_rng(1).standard_normal(rows.shape).astype(np.float32)
+    times = interleaved({"rows": lambda: rows.T @ rows, "fresh": lambda: fresh.T @ fresh}, 3)
+    return times["fresh"] / times["rows"]
+
+
+def case(name: str, repeats: int) -> tuple[list[Any], dict[str, float]]:
+    """A table row and the figures of one geometry."""
+    groups, height, width, channels, w = CASES[name]
+    shape = (groups, IMAGES, height, width, channels)
+    image = np.random.default_rng(0).standard_normal(shape)
+    double, single = errors(image, w)
+    small = image.astype(np.float32)
+    patches = Patches(small, w)
+    functions = {"library": patches.gram, "chunks": patches.gram_by_chunks, "naive": lambda: naive(small, w)}
+    seconds = interleaved(functions, repeats)
+    memory = {rival: peak(function) for rival, function in functions.items()}
+    row = [name, *(seconds[r] * 1e3 for r in RIVALS), seconds["naive"] / seconds["library"]]
+    row += [*(memory[r] for r in RIVALS), f"{double:.0e}", f"{single:.0e}"]
+    fastest = seconds["library"] / min(seconds.values())
+    figures = {"speed": seconds["naive"] / seconds["library"], "memory": memory["library"] / memory["naive"]}
+    return row, {**figures, "double": double, "single": single, "fastest": fastest}
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    names = QUICK if options.quick else tuple(CASES)
+    rows, figures = [], {}
+    for name in names:
+        row, figures[name] = case(name, 3 if options.quick else 7)
+        rows.append(row)
+    wide = CASES["64 ch 3x3"]
+    share = syrk_share(np.random.default_rng(0).standard_normal((1, IMAGES, 32, 32, 64)).astype(np.float32), wide[4])
+    claims: list[Claim] = [
+        at_most("largest float64 error", max(f["double"] for f in figures.values()), 1e-12),
+        at_most("largest float32 error", max(f["single"] for f in figures.values()), 1e-6),
+        at_least("64 channels 3x3, times faster than unfolding and one syrk", figures["64 ch 3x3"]["speed"], 5),
+        at_most("64 channels 3x3, share of unfolding's extra memory", figures["64 ch 3x3"]["memory"], 1 / 3),
+        at_least("32 channels 3x3, times faster than unfolding and one syrk", figures["32 ch 3x3"]["speed"], 3),
+        at_least("the baseline's syrk, share of the rate of X.T @ X", share, 0.8),
+        at_most("library over the fastest of the three, worst case", max(f["fastest"] for f in figures.values()), 1.15),
+    ]
+    columns = ["128 images", *(f"{r} ms" for r in RIVALS), "naive / library"]
+    columns += [*(f"{r} MB" for r in RIVALS), "err64", "err32"]
+    finish("A factor of a convolution, float32, one thread", columns, rows, claims, options.json)
+
+
+if __name__ == "__main__":
+    main()
