@@ -19,9 +19,10 @@ import numpy as np
 import scipy.fft
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, is_numpy, namespace
 
-_SPECTRUM_BYTES = 1 << 24  # spectra held at once
+_SPECTRUM_BYTES = 1 << 26  # float32 spectra held at once
+_GROUP = 1 << 18  # entries of spectra and power spectra worked on at once
 
 
 def autocorrelation(x: Array, kernel: tuple[int, ...], padding: tuple[tuple[int, int], ...]) -> Array:
@@ -59,37 +60,59 @@ def _outside(size: int, k: int, padding: tuple[int, int]) -> Iterator[tuple[slic
         yield slice(start, stop), start - (t - low)
 
 
+def transform_sizes(spatial: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Fast transform lengths at which displacements below the kernel do not wrap."""
+    need = [h + k - 1 for h, k in zip(spatial, kernel, strict=True)]
+    return tuple(scipy.fft.next_fast_len(n, real=axis == len(need) - 1) for axis, n in enumerate(need))
+
+
 def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
-    """R[D] for |D| < kernel on every axis, (2k-1, ..., C, C), from power spectra summed over chunks of examples."""
+    """R[D] for |D| < kernel on every axis, (2k-1, ..., C, C), summed over chunks of examples; R[-D] = R[D]^T."""
     xp = namespace(x)
     axes = tuple(range(1, x.ndim - 1))
-    channels = x.shape[-1]
-    size: Any = tuple(scipy.fft.next_fast_len(h + k - 1, real=True) for h, k in zip(x.shape[1:-1], kernel, strict=True))
-    frequencies = prod(size[:-1]) * (size[-1] // 2 + 1)
-    chunk = max(1, _SPECTRUM_BYTES // (frequencies * channels * 8))
-    power = None
-    for start in range(0, x.shape[0], chunk):
-        spectrum = kernels.rfftn(x[start : min(start + chunk, x.shape[0]), ...], size, axes)
-        spectrum = xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1))
-        part = xp.matmul(xp.conj(spectrum).mT, spectrum)
-        power = part if power is None else power + part
-    return _displacements(power, size, kernel)
+    batch, channels = x.shape[0], x.shape[-1]
+    size = transform_sizes(tuple(x.shape[1:-1]), kernel)
+    chunks = -(-batch * prod(size) * channels * 4 // _SPECTRUM_BYTES)
+    chunk = max(1, -(-batch // chunks))
+    total = None
+    for start in range(0, batch, chunk):
+        spectrum = kernels.rfftn(x[start : min(start + chunk, batch), ...], size, axes)
+        part = _displacements(xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1)), size, kernel)
+        total = part if total is None else total + part
+    return (total + xp.flip(total, axis=tuple(range(len(kernel)))).mT) / 2
 
 
-def _displacements(power: Array, size: tuple[int, ...], kernel: tuple[int, ...]) -> Array:
-    """Inverse transform of spectra (frequencies..., C, C) at |D| < kernel alone: one small product an axis."""
-    xp = namespace(power)
-    for axis, (h, k) in enumerate(zip(size, kernel, strict=True)):
-        last = axis == len(kernel) - 1
-        frequency = np.arange(h // 2 + 1 if last else h)
-        waves = np.exp(2j * np.pi / h * np.arange(1 - k, k)[:, None] * frequency) / h
-        if last:  # the other half of a real signal's spectrum is the conjugate
-            waves[:, 1 : (h + 1) // 2] *= 2
-        waves = kernels.from_host(waves, power)
-        lead = power.shape[:axis]
-        flat = xp.reshape(power, (*lead, power.shape[axis], -1))
-        power = xp.reshape(xp.matmul(xp.astype(waves, power.dtype), flat), (*lead, 2 * k - 1, *power.shape[axis + 1 :]))
-    return xp.real(power)
+def _displacements(spectrum: Array, size: tuple[int, ...], kernel: tuple[int, ...]) -> Array:
+    """R from spectra (frequencies..., batch, C): the power spectrum's inverse transform at |D| < kernel alone.
+
+    On NumPy a few rows of frequencies at a time, so that power spectra stay in cache.
+    """
+    xp = namespace(spectrum)
+    first, *rest = (
+        xp.astype(kernels.from_host(_waves(h, k, axis == len(size) - 1), spectrum), spectrum.dtype)
+        for axis, (h, k) in enumerate(zip(size, kernel, strict=True))
+    )
+    rows, channels = spectrum.shape[0], spectrum.shape[-1]
+    held = prod(spectrum.shape[1:]) + prod(spectrum.shape[1:-2]) * channels**2
+    group = max(1, _GROUP // held) if is_numpy(spectrum) else rows
+    total = None
+    for start in range(0, rows, group):
+        part = spectrum[start : min(start + group, rows), ...]
+        part = xp.matmul(xp.conj(part).mT, part)
+        if rest:
+            part = xp.matmul(rest[0], xp.reshape(part, (*part.shape[:2], -1)))
+        part = first[:, start : start + part.shape[0]] @ xp.reshape(part, (part.shape[0], -1))
+        total = xp.real(part) if total is None else total + xp.real(part)
+    return xp.reshape(total, (*(2 * k - 1 for k in kernel), channels, channels))
+
+
+def _waves(size: int, k: int, halved: bool) -> np.ndarray:
+    """Inverse transform of length `size` at |D| < k; `halved`: from a real signal's non-negative frequencies."""
+    frequency = np.arange(size // 2 + 1 if halved else size)
+    waves = np.exp(2j * np.pi / size * np.arange(1 - k, k)[:, None] * frequency) / size
+    if halved:  # the other half is the conjugate
+        waves[:, 1 : (size + 1) // 2] *= 2
+    return waves
 
 
 def _toeplitz(R: Array, kernel: tuple[int, ...]) -> Array:
