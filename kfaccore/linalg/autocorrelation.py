@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations, product
 from math import prod
-from typing import Any
 
 import array_api_compat as aac
 import numpy as np

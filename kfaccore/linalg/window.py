@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import prod
+from typing import Any
 
 import array_api_compat as aac
 import numpy as np
@@ -107,7 +109,7 @@ def _copied(padded: np.ndarray, w: Window, bias: bool) -> np.ndarray:
     views = views[:, :, *(slice(None, None, s) for s in w.stride), :, *(slice(None, None, r) for r in w.dilation)]
     views = np.moveaxis(views, len(axes) + 2, -1)
     outputs, inner = views.shape[2 : 2 + len(axes)], views.shape[2 + len(axes) :]
-    size = int(np.prod(inner))
+    size = prod(inner)
     rows = np.empty((*views.shape[:2], *outputs, size + bias), padded.dtype)
     rows[..., :size].reshape(*views.shape[:2], *outputs, *inner, copy=False)[...] = views
     rows[..., size:] = 1
