@@ -1,0 +1,114 @@
+"""Namespaces: every test that takes `xp` runs on each of them; REQUIRE=torch,jax makes their absence a failure."""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{_name}_NUM_THREADS", "1")
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+REQUIRED = tuple(filter(None, os.environ.get("REQUIRE", "").split(",")))
+RAN: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Where a test's arrays live: `put` takes them there, `get` brings them back as NumPy."""
+
+    name: str
+    put: Callable[[Any], Any]
+    get: Callable[[Any], np.ndarray]
+
+
+def _readonly(x: Any) -> np.ndarray:
+    x = np.array(x)
+    x.flags.writeable = False
+    return x
+
+
+def _strict() -> Namespace:
+    import array_api_strict as strict
+
+    strict.set_array_api_strict_flags(
+        boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=("linalg", "fft")
+    )
+    return Namespace("strict", lambda x: strict.asarray(np.asarray(x)), np.asarray)
+
+
+def _torch() -> Namespace:
+    import torch
+
+    torch.set_num_threads(1)
+    return Namespace("torch", lambda x: torch.asarray(np.array(x)), lambda x: x.detach().numpy())
+
+
+def _jax() -> Namespace:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return Namespace("jax", lambda x: jax.numpy.asarray(np.asarray(x)), np.asarray)
+
+
+def _cupy() -> Namespace:
+    import cupy
+
+    return Namespace("cupy", cupy.asarray, lambda x: x.get() if hasattr(x, "get") else np.asarray(x))
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    import cupy
+
+    return bool(cupy.cuda.is_available())
+
+
+def _namespaces() -> list[Namespace]:
+    found = [Namespace("numpy", np.array, np.asarray), Namespace("readonly", _readonly, np.asarray), _strict()]
+    for name, make in (("torch", _torch), ("jax", _jax)):
+        if importlib.util.find_spec(name):
+            found.append(make())
+        elif name in REQUIRED:
+            raise pytest.UsageError(f"REQUIRE names {name}, which is not installed")
+    if _has_gpu():
+        found.append(_cupy())
+    return found
+
+
+NAMESPACES = _namespaces()
+
+
+@pytest.fixture(params=NAMESPACES, ids=lambda n: n.name)
+def xp(request: pytest.FixtureRequest) -> Namespace:
+    """One of the namespaces of this machine."""
+    return request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in every test."""
+    return np.random.default_rng(20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if report.when == "call" and report.passed and {"xp", "row"} <= set(params):
+        RAN.add((params["xp"].name, params["row"].name))
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if RAN:
+        namespaces, methods = ({pair[i] for pair in RAN} for i in (0, 1))
+        print(f"namespaces x methods: {', '.join(sorted(namespaces))} x {', '.join(sorted(methods))} ({len(RAN)} pairs)")

@@ -1,0 +1,92 @@
+"""One row a method: what it is, when it is exact, and the laws it is excused from (with the reason)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import kfaccore as kf
+
+
+def arrays(rng: np.random.Generator, blocks=2, batch=5, shared=3, d_in=4, d_out=3, draws=2) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated a (blocks, batch, shared, d_in) and g (draws, blocks, batch, shared, d_out)."""
+    common = rng.normal(size=(blocks, batch, shared, 1))
+    a = rng.normal(size=(blocks, batch, shared, d_in)) + common
+    g = rng.normal(size=(draws, blocks, batch, shared, d_out)) * (1.0 + 0.5 * common) + 0.3
+    return a, g
+
+
+def one_example(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One example, one position: every block is a Kronecker product."""
+    return arrays(rng, batch=1, shared=1)
+
+
+def constant_gradients(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One example whose g is the same at all positions: reduce is exact, expand is not."""
+    a, g = arrays(rng, batch=1)
+    return a, np.repeat(g[..., :1, :], 3, axis=-2)
+
+
+def scalars(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One input, one output."""
+    return arrays(rng, d_in=1, d_out=1)
+
+
+def anything(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return arrays(rng)
+
+
+def damped(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
+    """F + damping I from the definition, (blocks, D, D)."""
+    J = np.einsum("vbnso,bnsi->bvnoi", g, a).reshape(len(a), -1, g.shape[-1] * a.shape[-1])
+    return np.einsum("bkd,bke->bde", J, J) / n + damping * np.eye(J.shape[-1])
+
+
+def _split(shifts: Callable[[float, float, float], tuple[float, float]], reduced: bool = False) -> Callable:
+    """(G + d_g I) kron (A + d_a I) with shifts from the mean eigenvalues."""
+
+    def matrix(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
+        if reduced:
+            a, g = a.mean(2, keepdims=True), g.sum(3, keepdims=True)
+        found = []
+        for block in range(len(a)):
+            rows, gs = a[block].reshape(-1, a.shape[-1]), g[:, block].reshape(-1, g.shape[-1])
+            A, G = rows.T @ rows / len(rows), gs.T @ gs / n
+            d_a, d_g = shifts(np.trace(A) / len(A), np.trace(G) / len(G), damping)
+            found.append(np.kron(G + d_g * np.eye(len(G)), A + d_a * np.eye(len(A))))
+        return np.stack(found)
+
+    return matrix
+
+
+def _pi(mean_a: float, mean_g: float, damping: float) -> tuple[float, float]:
+    ratio = np.sqrt(mean_a / mean_g)
+    return ratio * np.sqrt(damping), np.sqrt(damping) / ratio
+
+
+@dataclass(frozen=True)
+class Row:
+    """name, method, the regime it is exact in, the damped matrix it then inverts, and its large-damping scale."""
+
+    name: str
+    method: Any
+    regime: Callable
+    matrix: Callable = damped
+    scale: Callable[[float], float] = lambda damping: damping
+
+
+METHODS = [
+    Row("kfac", kf.KFAC(), one_example, _split(_pi)),
+    Row("kfac-reduce", kf.KFAC(sharing=kf.reduce), constant_gradients, _split(_pi, reduced=True)),
+    Row("kfac-equal", kf.KFAC(split=kf.equal), one_example, _split(lambda a, g, d: (d**0.5, d**0.5))),
+    Row("kfac-per-factor", kf.KFAC(split=kf.per_factor), one_example, _split(lambda a, g, d: (d, d)), lambda d: d * d),
+    Row("kfac-eigh", kf.KFAC(inverse=kf.eigh), one_example, _split(_pi)),
+    Row("kfac-exact-damping", kf.KFAC(inverse=kf.eigh, split=kf.exact), one_example),
+    Row("ekfac", kf.EKFAC(), one_example),
+    Row("diagonal", kf.Diagonal(), scalars),
+    Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
+    Row("exact", kf.Exact(), anything),
+]

@@ -1,0 +1,251 @@
+"""The laws every METHODS row inherits, on every namespace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rows import METHODS, arrays
+
+import kfaccore as kf
+from kfaccore import tree
+from kfaccore.method import cycle
+
+N, DAMPING = 2.5, 0.07
+rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)
+small = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def solve(row, record, v, damping=DAMPING):
+    state = kf.settle(row.method, record, damping=damping)
+    return row.method.solve(state, v, kf.Hyper(0, 0.0, damping), record)
+
+
+def make(xp, rng, **sizes):
+    a, g = arrays(rng, **sizes)
+    return kf.Record(xp.put(a), xp.put(g), N), xp.put(rng.normal(size=(len(a), g.shape[-1], a.shape[-1])))
+
+
+def close(x, y, tolerance=1e-12):
+    x, y = np.asarray(x), np.asarray(y)
+    return np.abs(x - y).max() <= tolerance * np.abs(y).max()
+
+
+@rows
+def test_exact_in_its_exact_regime(row, xp, rng):
+    a, g = row.regime(rng)
+    v = rng.normal(size=(len(a), g.shape[-1], a.shape[-1]))
+    got = xp.get(solve(row, kf.Record(xp.put(a), xp.put(g), N), xp.put(v)).direction)
+    matrix = row.matrix(a, g, N, DAMPING)
+    want = np.stack([np.linalg.solve(m, x.ravel()) for m, x in zip(matrix, v, strict=True)])
+    assert close(got, want.reshape(v.shape))
+
+
+@rows
+def test_linear_symmetric_positive(row, xp, rng):
+    record, u = make(xp, rng)
+    v = xp.put(rng.normal(size=u.shape))
+    Ku, Kv, both = (xp.get(solve(row, record, x).direction) for x in (u, v, 2.0 * u + v))
+    u, v = xp.get(u), xp.get(v)
+    assert close(both, 2 * Ku + Kv)
+    for block in range(2):
+        assert np.sum(u[block] * Kv[block]) == pytest.approx(np.sum(Ku[block] * v[block]), rel=1e-11)
+        assert np.sum(u[block] * Ku[block]) > 0
+
+
+@rows
+def test_large_damping_turns_to_the_gradient(row, xp, rng):
+    record, v = make(xp, rng)
+    direction = xp.get(solve(row, record, v, 1e14).direction)
+    assert close(direction * row.scale(1e14), xp.get(v), 1e-5)
+
+
+@rows
+def test_halves_combine_to_the_whole(row, xp, rng):
+    a, g = arrays(rng)
+    parts = [
+        kf.Record(xp.put(a[:, s]), xp.put(g[:, :, s]), N * share)
+        for s, share in ((slice(0, 2), 0.4), (slice(2, 5), 0.6))
+    ]
+    whole = kf.Record(xp.put(a), xp.put(g), N)
+    hyper = kf.Hyper(0, 0.0, DAMPING)
+    state = kf.settle(row.method, whole, damping=DAMPING)
+    one = row.method.measure(state, whole, hyper)
+    two = row.method.combine(*(row.method.measure(state, part, hyper) for part in parts))
+    for x, y in zip(tree.leaves(one), tree.leaves(two), strict=True):
+        np.testing.assert_allclose(xp.get(y), xp.get(x), rtol=1e-12, atol=1e-12)
+
+
+@rows
+def test_inputs_untouched_and_not_kept(row, rng):
+    a, g = arrays(rng)
+    before = a.copy(), g.copy()
+    record = kf.Record(a, g, N)
+    state = kf.settle(row.method, record)
+    v = rng.normal(size=(2, 3, 4))
+    kept = v.copy()
+    direction = row.method.solve(state, v, kf.Hyper(0, 0.0, DAMPING)).direction
+    if row.name != "identity":
+        assert not np.shares_memory(direction, v)
+    assert np.array_equal(a, before[0])
+    assert np.array_equal(g, before[1])
+    assert np.array_equal(v, kept)
+    for leaf in tree.leaves(state):
+        assert not np.shares_memory(leaf, a)
+        assert not np.shares_memory(leaf, g)
+
+
+@rows
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_same_tree_dtype_namespace(row, xp, rng, dtype):
+    a, g = (x.astype(dtype) for x in arrays(rng))
+    record, v = kf.Record(xp.put(a), xp.put(g), N), xp.put(rng.normal(size=(2, 3, 4)).astype(dtype))
+    start = row.method.init(kf.Block.of(record), record.g)
+    solution = solve(row, record, v)
+    for (name, x), (other, y) in zip(tree.items(start), tree.items(solution.state), strict=True):
+        assert (name, x.shape, x.dtype, type(x)) == (other, y.shape, y.dtype, type(y))
+    assert solution.direction.dtype == v.dtype
+    assert type(solution.direction) is type(v)
+
+
+@rows
+def test_agrees_with_numpy(row, xp, rng):
+    a, g = arrays(rng)
+    v = rng.normal(size=(2, 3, 4))
+    want = solve(row, kf.Record(a, g, N), v)
+    got = solve(row, kf.Record(xp.put(a), xp.put(g), N), xp.put(v))
+    assert close(xp.get(got.direction), want.direction, 1e-10)
+    assert np.array_equal(xp.get(got.code), want.code)
+
+
+@rows
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_factored_and_dense_agree(row, xp, rng, batch):
+    a, g = arrays(rng, batch=batch, shared=2)
+    record = kf.Record(xp.put(a), xp.put(g), N)
+    factored = kf.Factored(xp.put(a), xp.put(g[0]), 3.0)
+    dense = np.einsum("bnso,bnsi->boi", g[0], a) / 3.0
+    assert close(xp.get(factored.dense()), dense)
+    assert close(
+        xp.get(solve(row, record, factored).direction), xp.get(solve(row, record, xp.put(dense)).direction), 1e-11
+    )
+
+
+@rows
+def test_same_inputs_same_bits(row, xp, rng):
+    record, v = make(xp, rng)
+    first, second = (xp.get(solve(row, record, v).direction) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+@rows
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["a", "g"])
+def test_non_finite_record_changes_nothing(row, xp, rng, bad, where):
+    if row.name == "identity":
+        return
+    a, g = arrays(rng)
+    good = kf.Record(xp.put(a), xp.put(g), N)
+    state = kf.settle(row.method, good)
+    (a if where == "a" else g)[..., 1, 1, 1, 0] = bad  # the second block only
+    stats = row.method.measure(state, kf.Record(xp.put(a), xp.put(g), N), kf.Hyper(0, 0.5, DAMPING))
+    assert (xp.get(stats.bad) > 0).tolist() == [False, True]
+    after = row.method.update(state, stats, kf.Hyper(0, 0.5, DAMPING))
+    for x, y in zip(tree.leaves(state), tree.leaves(after), strict=True):
+        assert np.array_equal(xp.get(x)[1], xp.get(y)[1])
+
+
+@rows
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_non_finite_gradient_gives_zero_and_a_code(row, xp, rng):
+    record, _ = make(xp, rng)
+    v = rng.normal(size=(2, 3, 4))
+    v[1, 0, 0] = np.nan
+    solution = solve(row, record, xp.put(v))
+    direction = xp.get(solution.direction)
+    assert not direction[1].any()
+    assert np.isfinite(direction).all()
+    assert xp.get(solution.code).tolist() == [kf.Code.OK, kf.Code.NONFINITE]
+
+
+@rows
+def test_before_the_first_refresh_the_gradient(row, xp, rng):
+    record, v = make(xp, rng)
+    hyper = kf.Hyper(0, 0.9, DAMPING)
+    state = row.method.init(kf.Block.of(record), record.g)
+    for prepared in (state, row.method.refresh(state, hyper)):
+        solution = row.method.solve(prepared, v, hyper)
+        assert np.array_equal(xp.get(solution.direction), xp.get(v))
+        expected = kf.Code.OK if row.name == "identity" else kf.Code.IDENTITY
+        assert (xp.get(solution.code) == expected).all()
+
+
+@rows
+def test_ok_at_condition_1e8(row, rng):
+    d = 6
+    if row.name == "diagonal":
+        return
+    a = np.linalg.qr(rng.normal(size=(40, d)))[0] * np.logspace(0, -4, d) * 40**0.5
+    g = np.linalg.qr(rng.normal(size=(40, 4)))[0] * 40**0.5
+    record = kf.Record(a, g, 40.0)
+    solution = solve(row, record, rng.normal(size=(4, d)), 1e-12)
+    assert solution.code.tolist() == [kf.Code.OK]
+
+
+@rows
+@given(
+    sizes=st.tuples(*(st.integers(1, high) for high in (3, 4, 3, 9, 7, 3))),
+    damping=st.sampled_from([1e-3, 0.1, 10.0]),
+    seed=st.integers(0, 99),
+)
+@small
+def test_duplicating_and_permuting_change_nothing(row, sizes, damping, seed):
+    rng = np.random.default_rng(seed)
+    a, g = arrays(rng, *sizes)
+    v = rng.normal(size=(sizes[0], sizes[4], sizes[3]))
+    record = kf.Record(a, g, N)
+    want = solve(row, record, v, damping).direction
+    order = rng.permutation(sizes[1])
+    assert close(solve(row, kf.Record(a[:, order], g[:, :, order], N), v, damping).direction, want, 1e-8)
+    assert close(solve(row, kf.concat(record, record), v, damping).direction, want, 1e-8)
+
+
+@rows
+def test_matvec_is_the_undamped_matrix(row, xp, rng):
+    a, g = row.regime(rng)
+    record = kf.Record(xp.put(a), xp.put(g), N)
+    v = rng.normal(size=(len(a), g.shape[-1], a.shape[-1]))
+    state = kf.settle(row.method, record)
+    got = xp.get(row.method.matvec(state, xp.put(v), kf.Hyper(0, 0.0, 0.0)))
+    if row.name == "identity":
+        assert np.array_equal(got, v)
+        return
+    F = row.matrix(a, g, N, 0.0)
+    assert close(got, np.einsum("bde,be->bd", F, v.reshape(len(a), -1)).reshape(v.shape), 1e-11)
+
+
+@rows
+def test_averages_are_debiased(row, rng):
+    """Three updates with decay 0.6 equal one on the weighted mean of the three records' Stats."""
+    if row.name in ("identity", "ekfac"):
+        return
+    records = [kf.Record(*arrays(rng), N) for _ in range(3)]
+    hyper = kf.Hyper(0, 0.6, DAMPING)
+    state = row.method.init(kf.Block.of(records[0]), records[0].g)
+    for record in records:
+        state = cycle(row.method, state, record, hyper)
+    shares = np.array([0.36 * 0.4, 0.6 * 0.4, 0.4])
+    v = rng.normal(size=(2, 3, 4))
+    got = row.method.matvec(state, v, hyper)
+    single = [kf.settle(row.method, r) for r in records]
+    if row.name.startswith("kfac"):
+        A, G = (sum(s * getattr(x, f) / 1.0 for s, x in zip(shares, single, strict=True)) / shares.sum() for f in "AG")
+        want = G @ v @ A
+    else:
+        products = [row.method.matvec(x, v, hyper) for x in single]
+        want = sum(s * p for s, p in zip(shares, products, strict=True)) / shares.sum()
+    assert close(got, want)
