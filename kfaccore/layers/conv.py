@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+import array_api_compat as aac
+
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block
 from kfaccore.xp.arrays import Array, namespace
@@ -29,7 +31,7 @@ class Conv:
     channels_first: bool = False
 
     def __post_init__(self) -> None:
-        if any(c % self.groups for c in self.channels):
+        if self.groups < 1 or min(self.channels) < 1 or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels {self.channels} do not divide into {self.groups} groups")
         if self.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
             raise ValueError(f"padding_mode is {self.padding_mode!r}; need zeros, reflect, replicate or circular")
@@ -43,11 +45,9 @@ class Conv:
         """Images as Patches, groups first when there are several; other padding modes are applied here."""
         xp = namespace(x)
         axes = len(self.window.kernel)
+        self._check("x", x, 1, self.channels[0])
         if self.channels_first:
             x = xp.permute_dims(x, (0, *range(2, axes + 2), 1))
-        if x.ndim != axes + 2 or x.shape[-1] != self.channels[0]:
-            need = f"{axes} spatial axes and {self.channels[0]} channels"
-            raise ValueError(f"x has shape {tuple(x.shape)}, channels last; need {need}")
         window = self.window
         if self.padding_mode != "zeros":
             for axis, (low, high) in enumerate(window.padding, start=1):
@@ -59,9 +59,10 @@ class Conv:
         return Patches(x, window, self.bias)
 
     def gradients(self, gy: Array, draws: bool = False) -> Array:
-        """Gradients of the output image, draws first if `draws` -> g (groups, batch, positions, C_out / groups)."""
+        """Output gradients, draws first if `draws` -> g (groups if several, batch, positions, C_out / groups)."""
         xp = namespace(gy)
         lead = 1 + draws
+        self._check("gy", gy, lead, self.channels[1])
         if self.channels_first:
             gy = xp.permute_dims(gy, (*range(lead), *range(lead + 1, gy.ndim), lead))
         gy = xp.reshape(gy, (*gy.shape[:lead], -1, gy.shape[-1]))
@@ -73,7 +74,11 @@ class Conv:
     def matrix(self, parameters: dict[str, Array]) -> Array:
         """{"weight", "bias"} -> (groups, C_out / groups, d_in), columns (kernel positions, channel), then the bias."""
         xp = namespace(*parameters.values())
-        w, axes = parameters["weight"], len(self.window.kernel)
+        w, axes, kernel = parameters["weight"], len(self.window.kernel), self.window.kernel
+        c_in, c_out = self.channels[0] // self.groups, self.channels[1]
+        need = (c_out, c_in, *kernel) if self.channels_first else (*kernel, c_in, c_out)
+        if tuple(w.shape) != need:
+            raise ValueError(f"weight has shape {tuple(w.shape)}; need {need} for channels_first={self.channels_first}")
         w = xp.permute_dims(w, (0, *range(2, axes + 2), 1) if self.channels_first else (axes + 1, *range(axes + 1)))
         w = xp.reshape(w, (self.groups, self.channels[1] // self.groups, -1))
         return xp.concat([w, xp.reshape(parameters["bias"], (self.groups, -1, 1))], axis=-1) if self.bias else w
@@ -81,12 +86,22 @@ class Conv:
     def parameters(self, matrix: Array) -> dict[str, Array]:
         """The inverse of `matrix`; a 2-D matrix is taken for one group."""
         xp = namespace(matrix)
-        axes, c_in = len(self.window.kernel), self.channels[0] // self.groups
+        axes, c_in, block = len(self.window.kernel), self.channels[0] // self.groups, self.block()
+        need = (block.blocks, block.d_out, block.d_in)
+        if tuple(matrix.shape) != (need if matrix.ndim == 3 or block.blocks > 1 else need[1:]):
+            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; need (groups, d_out, d_in) = {need}")
         w = matrix[..., : matrix.shape[-1] - 1] if self.bias else matrix
         w = xp.reshape(w, (self.channels[1], *self.window.kernel, c_in))
         order = (0, axes + 1, *range(1, axes + 1)) if self.channels_first else (*range(1, axes + 2), 0)
         named = {"weight": xp.permute_dims(w, order)}
         return {**named, "bias": xp.reshape(matrix[..., -1], (-1,))} if self.bias else named
+
+    def _check(self, name: str, x: Array, lead: int, channels: int) -> None:
+        """ValueError unless `x` has `lead` leading axes, the spatial ones and `channels`."""
+        axes, place = len(self.window.kernel), lead if self.channels_first else -1
+        if x.ndim != lead + axes + 1 or x.shape[place] != channels:
+            order = f"{channels} channels {'before' if self.channels_first else 'after'} {axes} spatial axes"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; need {'draws, ' * (lead - 1)}batch and {order}")
 
 
 def _padded(x: Array, axis: int, low: int, high: int, mode: str) -> Array:
@@ -102,4 +117,4 @@ def _padded(x: Array, axis: int, low: int, high: int, mode: str) -> Array:
     else:
         index = [abs(i) if i < size else 2 * (size - 1) - i for i in index]
     xp = namespace(x)
-    return xp.take(x, xp.asarray(list(index)), axis=axis)
+    return xp.take(x, xp.asarray(list(index), device=aac.device(x)), axis=axis)

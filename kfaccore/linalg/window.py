@@ -29,10 +29,10 @@ class Window:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
+        if not isinstance(self.kernel, tuple | list) or len(self.kernel) not in (1, 2, 3) or min(self.kernel) < 1:
+            raise ValueError(f"kernel is {self.kernel}; need a tuple of 1, 2 or 3 sizes of at least 1, one an axis")
         put(self, "kernel", tuple(self.kernel))
         axes = len(self.kernel)
-        if axes not in (1, 2, 3):
-            raise ValueError(f"kernel is {self.kernel}; need 1, 2 or 3 spatial axes")
         for name, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
             value: Any = getattr(self, name)
             if isinstance(value, str):
@@ -41,8 +41,10 @@ class Window:
             if name == "padding":
                 value = tuple((v, v) if isinstance(v, int) else tuple(v) for v in value)
             flat = [v for pair in value for v in pair] if name == "padding" else value
-            if len(value) != axes or min(flat) < least or min(self.kernel) < 1:
-                raise ValueError(f"{name} is {value} for kernel {self.kernel}; need {axes} values of at least {least}")
+            pairs = name != "padding" or all(len(pair) == 2 for pair in value)
+            if len(value) != axes or min(flat) < least or not pairs:
+                need = "numbers or (low, high) pairs" if name == "padding" else "numbers"
+                raise ValueError(f"{name} is {value} for kernel {self.kernel}; need {axes} {need} of at least {least}")
             put(self, name, value)
 
     def _named_padding(self, name: str) -> tuple[tuple[int, int], ...]:
