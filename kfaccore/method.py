@@ -72,7 +72,7 @@ class Solution:
 class Method(Protocol):
     """What every method offers, and on which clock the preconditioner calls it."""
 
-    cycles: int  # measure-update-refresh rounds on one record until the state is settled
+    cycles: int  # measure-update-refresh rounds on one record until the last refresh is settled
 
     def init(self, block: Block, like: Array) -> State:
         """Once: the whole tree, in the namespace, dtype and device of `like`; leaf shapes never change again."""
@@ -142,9 +142,13 @@ def cycle(method: Any, state: State, record: Record, hyper: Hyper) -> State:
 
 
 def settle(method: Any, record: Record, k: int | None = None, damping: float = 1e-3) -> State:
-    """State of `method` fitted to one record: k cycles (default `method.cycles`) without memory (decay 0)."""
+    """State of `method` fitted to one record without memory (decay 0).
+
+    k cycles (default `method.cycles`), then one more measure and update, for what lives in the basis of the last
+    refresh: EKFAC's moments.
+    """
     hyper = Hyper(0, 0.0, damping)
     state = method.init(Block.of(record), record.g)
     for _ in range(method.cycles if k is None else k):
         state = cycle(method, state, record, hyper)
-    return state
+    return method.update(state, method.measure(state, record, hyper), hyper)

@@ -153,7 +153,7 @@ class Preconditioner:
         layers, motion = dict(state.layers), state.motion
         directions, codes, infos = {}, {}, {}
         for name, grad in grads.items():
-            with _named(name):
+            with _named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
                 hyper = self.schedules.hyper(name, state.step)
                 solution = self._layer(name, layers[name], batches.get(name, ()), grad, hyper, refreshed)
             layers[name] = solution.state

@@ -110,5 +110,5 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     if RAN:
-        namespaces, methods = ({pair[i] for pair in RAN} for i in (0, 1))
-        print(f"namespaces x methods: {', '.join(sorted(namespaces))} x {', '.join(sorted(methods))} ({len(RAN)} pairs)")
+        namespaces, methods = (", ".join(sorted({pair[i] for pair in RAN})) for i in (0, 1))
+        print(f"namespaces x methods: {namespaces} x {methods} ({len(RAN)} pairs)")

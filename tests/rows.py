@@ -10,8 +10,10 @@ import numpy as np
 
 import kfaccore as kf
 
+Pair = tuple[np.ndarray, np.ndarray]
 
-def arrays(rng: np.random.Generator, blocks=2, batch=5, shared=3, d_in=4, d_out=3, draws=2) -> tuple[np.ndarray, np.ndarray]:
+
+def arrays(rng: np.random.Generator, blocks=2, batch=5, shared=3, d_in=4, d_out=3, draws=2) -> Pair:
     """Correlated a (blocks, batch, shared, d_in) and g (draws, blocks, batch, shared, d_out)."""
     common = rng.normal(size=(blocks, batch, shared, 1))
     a = rng.normal(size=(blocks, batch, shared, d_in)) + common
@@ -19,23 +21,23 @@ def arrays(rng: np.random.Generator, blocks=2, batch=5, shared=3, d_in=4, d_out=
     return a, g
 
 
-def one_example(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def one_example(rng: np.random.Generator) -> Pair:
     """One example, one position: every block is a Kronecker product."""
     return arrays(rng, batch=1, shared=1)
 
 
-def constant_gradients(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def constant_gradients(rng: np.random.Generator) -> Pair:
     """One example whose g is the same at all positions: reduce is exact, expand is not."""
     a, g = arrays(rng, batch=1)
     return a, np.repeat(g[..., :1, :], 3, axis=-2)
 
 
-def scalars(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def scalars(rng: np.random.Generator) -> Pair:
     """One input, one output."""
     return arrays(rng, d_in=1, d_out=1)
 
 
-def anything(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def anything(rng: np.random.Generator) -> Pair:
     return arrays(rng)
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rows import METHODS, arrays
 
 import kfaccore as kf
 from kfaccore import tree
 from kfaccore.method import cycle
+from rows import METHODS, arrays
 
 N, DAMPING = 2.5, 0.07
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)

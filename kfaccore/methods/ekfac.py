@@ -56,7 +56,7 @@ class EKFAC(Additive):
     """Eigenvalue-corrected K-FAC; see the module. `sharing` shapes the basis only, never the moments."""
 
     sharing: Callable[[Record], Record] = expand
-    cycles: ClassVar[int] = 2
+    cycles: ClassVar[int] = 1
 
     def init(self, block: Block, like: Array) -> State:
         fields = factors.init(block, like)
