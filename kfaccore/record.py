@@ -29,8 +29,6 @@ class Ids:
             raise ValueError(f"Ids.index has shape {tuple(self.index.shape)}; need (batch,) or (batch, shared)")
         if self.size < 1:
             raise ValueError(f"Ids.size is {self.size}; need the number of rows of the embedding, at least 1")
-        if self.index.ndim == 1:
-            object.__setattr__(self, "index", self.index[:, None])
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ class Record:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        a, lead = _inputs(self.a)
-        g = _gradients(widen(self.g, "g"), a, lead)
+        a, rank = _inputs(self.a)
+        g = _gradients(widen(self.g, "g"), rank)
         put(self, "a", a)
         put(self, "g", g)
         _check_axes(a, g)
@@ -228,7 +226,8 @@ def dense(record: Record) -> Array:
 def _inputs(a: Any) -> tuple[Any, int]:
     """`a` with all its axes, and the rank that a `g` without draws must have."""
     if isinstance(a, Ids):
-        return a, 3
+        index = a.index[:, None] if a.index.ndim == 1 else a.index
+        return Ids(index, a.size), a.index.ndim + 1
     if isinstance(a, Patches):
         return a, 4 if a.blocks > 1 else 3
     a = widen(a, "a")
@@ -242,20 +241,16 @@ def _inputs(a: Any) -> tuple[Any, int]:
     return a, rank
 
 
-def _gradients(g: Array, a: Any, rank: int) -> Array:
-    """`g` with all its axes, read by the rank of `a`."""
+def _gradients(g: Array, rank: int) -> Array:
+    """`g` with all its axes, read by the rank that goes with `a`; five axes are all of them."""
     xp = namespace(g)
-    ranks = (2, 3) if isinstance(a, Ids) and a.index.shape[1] == 1 else (rank,)
-    full = 4 if isinstance(a, Patches) else rank
-    for r in (*ranks[::-1], full):
-        if g.ndim not in (r, r + 1):
-            continue
-        if g.ndim == r:
-            g = xp.expand_dims(g, axis=0)
-        if r == 2:
-            g = xp.expand_dims(g, axis=2)
-        return xp.expand_dims(g, axis=1) if r < 4 else g
-    raise ValueError(f"g has shape {tuple(g.shape)}; need rank {rank} like a, or {rank + 1} with the draws first")
+    if g.ndim == 5:
+        return g
+    if g.ndim not in (rank, rank + 1):
+        raise ValueError(f"g has shape {tuple(g.shape)}; need rank {rank} like a, or {rank + 1} with the draws first")
+    g = xp.expand_dims(g, axis=0) if g.ndim == rank else g
+    g = xp.expand_dims(g, axis=2) if rank == 2 else g
+    return xp.expand_dims(g, axis=1) if rank < 4 else g
 
 
 def _check_axes(a: Any, g: Array) -> None:

@@ -1,0 +1,160 @@
+"""Bad input: the message says what came and what is needed, or a code comes back, and the state stays as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from kfaccore import tree
+
+A, G = np.ones((6, 4)), np.ones((6, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: kf.Record(np.ones(4), G, 6.0), ValueError, r"a has shape \(4,\)"),
+        (lambda: kf.Record(A, np.ones((1, 1, 6, 3)), 6.0), ValueError, r"\(1, 1, 6, 3\); need rank 2 like a"),
+        (lambda: kf.Record(A, np.ones((5, 3)), 6.0), ValueError, r"batch is 6 in a .* and 5 in g"),
+        (lambda: kf.Record(np.ones((6, 2, 4)), np.ones((6, 3, 3)), 6.0), ValueError, "shared is 2 in a .* and 3 in g"),
+        (lambda: kf.Record(np.ones((2, 6, 1, 4)), np.ones((3, 6, 1, 3)), 6.0), ValueError, "blocks is 2 in a"),
+        (lambda: kf.Record(A, G, 0), ValueError, "n is 0; need the positive share"),
+        (lambda: kf.Record(A, G, -1.0), ValueError, "n is -1.0"),
+        (lambda: kf.Record(A, G, float("nan")), ValueError, "n is nan"),
+        (lambda: kf.Record(A.astype(int), G, 6.0), TypeError, r"a has dtype int64, shape \(6, 4\); need"),
+        (lambda: kf.Record(A, G.astype(np.float32), 6.0), TypeError, "float64 and g float32; need one dtype"),
+        (lambda: kf.Record(np.ones((0, 4)), np.ones((0, 3)), 6.0), ValueError, "the record is empty"),
+        (lambda: kf.Record(A, G, 6.0, np.ones((6, 2), bool)), ValueError, r"mask has shape \(6, 2\); need"),
+        (lambda: kf.Record(A, G, 6.0, ids=np.arange(5)), ValueError, r"ids has shape \(5,\); need \(batch,\) = \(6,\)"),
+        (lambda: kf.Record(kf.Ids(np.ones(6), 4), G, 6.0), TypeError, "Ids.index has dtype float64"),
+        (lambda: kf.Ids(np.ones(6, int), 0), ValueError, "Ids.size is 0"),
+        (lambda: kf.reduce(kf.Record(kf.Ids(np.ones(6, int), 4), G, 6.0)), TypeError, "use expand"),
+        (lambda: kf.concat(kf.Record(A, G, 6.0), kf.Record(A[:, :2], G, 6.0)), ValueError, "d_in is 4 in the first"),
+        (lambda: kf.Factored(A, np.ones((2, 6, 3)), 6.0), ValueError, "2 draws; a gradient has one"),
+        (lambda: kf.Factored(kf.Ids(np.ones(6, int), 4), G, 6.0), TypeError, "Factored takes arrays"),
+        (lambda: kf.Hyper(0, 0.9, -1.0), ValueError, "damping is -1.0; need a finite number >= 0"),
+        (lambda: kf.Hyper(0, 1.0, 1.0), ValueError, "decay is 1.0"),
+        (lambda: kf.direction(kf.Record(A, G, 6.0), np.ones((4, 3))), ValueError, r"grad has shape \(1, 4, 3\)"),
+        (lambda: kf.direction(kf.Record(A, G, 6.0), np.ones((3, 4), int)), TypeError, "grad has dtype int64"),
+        (lambda: kf.direction(kf.Record(A, G, 6.0), np.ones((3, 4)), damping=-1.0), ValueError, "damping is -1.0"),
+        (lambda: kf.KFAC(split=kf.exact), ValueError, "inverse=eigh"),
+        (lambda: kf.Exact().init(kf.Block(1000, 1000), A), ValueError, "use KFAC or EKFAC"),
+        (lambda: kf.Block(0, 3), ValueError, "at least 1"),
+        (lambda: kf.Clocks(0, 1), ValueError, "at least 1 step"),
+    ],
+)
+def test_message(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_mixed_namespaces():
+    strict = pytest.importorskip("array_api_strict")
+    with pytest.raises(TypeError, match=r"one Array API namespace, got .*array_api_strict"):
+        kf.Record(strict.asarray(A), G, 6.0)
+
+
+def test_mixed_devices():
+    strict = pytest.importorskip("array_api_strict")
+    there = strict.asarray(G, device=strict.Device("device1"))
+    with pytest.raises(ValueError, match="need one device"):
+        kf.Record(strict.asarray(A), there, 6.0)
+
+
+def fresh(rng, **options):
+    a, g = rng.normal(size=(6, 4)), rng.normal(size=(6, 3))
+    pre = kf.Preconditioner(kf.KFAC(), schedules=kf.Schedules(damping=0.1), **options)
+    state = pre.init({"fc": kf.Block(3, 4)}, a)
+    record, grad = kf.Record(a, g, 6.0), g.T @ a / 6
+    return pre, pre.step(state, {"fc": record}, {"fc": grad})[1], record, grad
+
+
+def snapshot(state):
+    return [np.array(leaf) for leaf in tree.leaves(state)]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    ("records", "grads", "message"),
+    [
+        ({"no": 0}, {"fc": 0}, r"records has layers \['no'\] that init never saw"),
+        ({"fc": 0}, {"no": 0}, r"grads has layers \['no'\]"),
+        (None, {"fc": 0}, "got no records"),
+        ({"fc": 1}, {"fc": 0}, "the record of layer 'fc' is for"),
+        ({"fc": 0}, {"fc": 1}, r"grad has shape \(1, 2, 2\)"),
+    ],
+)
+def test_a_failed_step_changes_nothing(rng, donate, records, grads, message):
+    pre, state, record, grad = fresh(rng, donate=donate)
+    good, wrong = (record, kf.Record(A[:, :2], G, 6.0)), (grad, np.ones((2, 2)))
+    before = snapshot(state)
+    given = None if records is None else {name: good[i] for name, i in records.items()}
+    with pytest.raises(ValueError, match=message):
+        pre.step(state, given, {name: wrong[i] for name, i in grads.items()})
+    assert all(np.array_equal(x, y) for x, y in zip(before, snapshot(state), strict=True))
+
+
+def test_an_error_names_its_layer_once(rng):
+    pre, state, record, _ = fresh(rng)
+    with pytest.raises(ValueError, match="grad has shape") as caught:
+        pre.step(state, {"fc": record}, {"fc": np.ones((2, 2))})
+    assert caught.value.__notes__ == ["in layer 'fc'"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["a", "g", "grad"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_non_finite_numbers_are_counted(rng, bad, where, donate):
+    pre, state, record, grad = fresh(rng, donate=donate)
+    a, g, v = record.a[0, :, 0].copy(), record.g[0, 0, :, 0].copy(), grad.copy()
+    {"a": a, "g": g, "grad": v}[where][1, 0] = bad
+    kept = snapshot((state.layers["fc"].A, state.layers["fc"].G, state.layers["fc"].weight))
+    updates, after, info = pre.step(state, {"fc": kf.Record(a, g, 6.0)}, {"fc": v})
+    assert info.counts() == {kf.Code.NONFINITE: 1}
+    assert np.isfinite(updates["fc"]).all()
+    if where == "grad":
+        assert not updates["fc"].any()
+    else:
+        now = snapshot((after.layers["fc"].A, after.layers["fc"].G, after.layers["fc"].weight))
+        assert all(np.array_equal(x, y) for x, y in zip(kept, now, strict=True))
+        assert updates["fc"].any()
+
+
+def test_zero_gradients_give_zero_directions(rng):
+    pre, state, record, grad = fresh(rng, step=kf.Fixed(1.0, 0.0, kf.KLClip()))
+    updates, _, info = pre.step(state, {"fc": record}, {"fc": 0 * grad})
+    assert not updates["fc"].any()
+    assert info.counts() == {kf.Code.OK: 1}
+
+
+def test_zero_curvature_divides_by_damping(rng):
+    record = kf.Record(A, 0 * G, 6.0)
+    v = rng.normal(size=(3, 4))
+    np.testing.assert_allclose(kf.direction(record, v, kf.KFAC(inverse=kf.eigh, split=kf.exact), 0.25), v / 0.25)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dead_units_and_rank_deficiency_at_damping_1e_12(rng, dtype):
+    a, g = rng.normal(size=(3, 20)).astype(dtype), rng.normal(size=(3, 15)).astype(dtype)
+    a[:, 4] = g[:, 2] = 0
+    record, v = kf.Record(a, g, 3.0), rng.normal(size=(15, 20)).astype(dtype)
+    for method in (kf.KFAC(), kf.KFAC(inverse=kf.eigh), kf.KFAC(inverse=kf.eigh, split=kf.exact), kf.EKFAC()):
+        solution = method.solve(kf.settle(method, record, damping=1e-12), v, kf.Hyper(0, 0.0, 1e-12))
+        assert np.isfinite(solution.direction).all()
+        assert solution.direction.any()
+        assert solution.code[0] in (kf.Code.OK, kf.Code.JITTERED, kf.Code.FLOAT64)
+        assert (solution.code[0] == kf.Code.OK) <= (dtype == np.float64)
+
+
+def test_a_failed_refresh_keeps_the_previous_inverse(rng):
+    method = kf.KFAC()
+    record = kf.Record(rng.normal(size=(6, 4)), rng.normal(size=(6, 3)), 6.0)
+    state = kf.settle(method, record, damping=0.1)
+    broken = dataclasses.replace(state, A=-state.A)
+    after = method.refresh(broken, kf.Hyper(0, 0.0, 0.1))
+    assert after.code.tolist() == [kf.Code.PREVIOUS]
+    assert np.array_equal(after.inverse.A, state.inverse.A)
+    assert np.array_equal(after.inverse.G, state.inverse.G)
