@@ -25,6 +25,7 @@ CASES = {  # name: (groups, height, width, channels a group, window)
     "32 ch 3x3 on 31x29": (1, 31, 29, 32, Window((3, 3), padding=1)),
     "3 ch 7x7 stride 2": (1, 32, 32, 3, Window((7, 7), stride=2, padding=3)),
     "32 ch 3x3 stride 2": (1, 32, 32, 32, Window((3, 3), stride=2, padding=1)),
+    "32 ch 5x5 stride 2": (1, 32, 32, 32, Window((5, 5), stride=2, padding=2)),
     "32 ch 3x3 dilation 2": (1, 32, 32, 32, Window((3, 3), padding=2, dilation=2)),
     "4 groups of 16 ch 3x3": (4, 32, 32, 16, Window((3, 3), padding=1)),
 }
@@ -32,18 +33,19 @@ QUICK = ("3 ch 3x3", "32 ch 3x3", "64 ch 3x3", "3 ch 7x7 stride 2", "32 ch 3x3 s
 RIVALS = ("library", "chunks", "naive")
 
 
-def naive(image: np.ndarray, w: Window) -> np.ndarray:
-    """Sliding windows and one X^T X, in the library's column order."""
+def unfolded(image: np.ndarray, w: Window) -> list[np.ndarray]:
+    """Sliding windows copied to rows, one array a group, in the library's column order."""
     padded = np.pad(image, ((0, 0), (0, 0), *w.padding, (0, 0)))
     reach = [(k - 1) * r + 1 for k, r in zip(w.kernel, w.dilation, strict=True)]
     windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
     (s, t), (q, r) = w.stride, w.dilation
     windows = windows[:, :, ::s, ::t, :, ::q, ::r].transpose(0, 1, 2, 3, 5, 6, 4)
-    grams = []
-    for block in windows:
-        rows = block.reshape(-1, block.shape[-1] * w.kernel[0] * w.kernel[1])
-        grams.append(rows.T @ rows)
-    return np.stack(grams)
+    return [block.reshape(-1, block.shape[-1] * w.kernel[0] * w.kernel[1]) for block in windows]
+
+
+def naive(image: np.ndarray, w: Window) -> np.ndarray:
+    """Unfolding and one X^T X."""
+    return np.stack([rows.T @ rows for rows in unfolded(image, w)])
 
 
 def peak(function: Callable[[], Any]) -> float:
@@ -66,11 +68,11 @@ def errors(image: np.ndarray, w: Window) -> tuple[float, float]:
 
 
 def syrk_share(image: np.ndarray, w: Window) -> float:
-    """Rate of the baseline's product over that of X.T @ X on fresh rows of the same shape."""
-    rows = next(iter(Patches(image, w).rows(IMAGES)))[0].reshape(-1, image.shape[-1] * w.kernel[0] * w.kernel[1])
-    fresh = np.random.default_rng(1).standard_normal(rows.shape).astype(np.float32)
-    times = interleaved({"rows": lambda: rows.T @ rows, "fresh": lambda: fresh.T @ fresh}, 3)
-    return times["fresh"] / times["rows"]
+    """Rate of the product inside `naive` (all of it less its unfolding) over that of X.T @ X on rows of its shape."""
+    fresh = np.random.default_rng(1).standard_normal(unfolded(image, w)[0].shape, dtype=np.float32)
+    functions = {"naive": lambda: naive(image, w), "unfolded": lambda: unfolded(image, w)}
+    times = interleaved({**functions, "fresh": lambda: fresh.T @ fresh}, 5)
+    return times["fresh"] / (times["naive"] - times["unfolded"])
 
 
 def case(name: str, repeats: int) -> tuple[list[Any], dict[str, float]]:

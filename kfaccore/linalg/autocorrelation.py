@@ -22,13 +22,13 @@ from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, is_numpy, namespace
 
 _SPECTRUM_BYTES = 1 << 26  # float32 spectra held at once
-_GROUP = 1 << 18  # entries of spectra and power spectra worked on at once
+_GROUP = 1 << 19  # entries of spectra and power spectra worked on at once
 
 
 def autocorrelation(x: Array, kernel: tuple[int, ...], padding: tuple[tuple[int, int], ...]) -> Array:
     """Gram (K C, K C), K = prod(kernel), of all patches of x (batch, *spatial, C), 1 or 2 spatial axes.
 
-    padding (low, high) an axis, zero padding of at most kernel - 1; each spatial axis is at least its kernel.
+    padding (low, high) an axis, of zeros; each spatial axis is at least its kernel.
     """
     xp = namespace(x)
     axes = range(len(kernel))

@@ -79,7 +79,7 @@ class Patches:
         if not autocorrelates(self.window, self.spatial):
             raise ValueError(
                 f"{self.window} over an image of {self.spatial} has no autocorrelation form; need 1 or 2 axes no "
-                f"shorter than the kernel, padding below it, and stride or dilation 1: use gram_by_chunks"
+                f"shorter than the kernel, and stride or dilation 1: use gram_by_chunks"
             )
         xp = namespace(self.image)
         return xp.stack([self._block_gram(self.image[block, ...]) for block in range(self.blocks)])

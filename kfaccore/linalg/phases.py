@@ -38,8 +38,7 @@ def autocorrelates(w: Window, spatial: tuple[int, ...]) -> bool:
         return False
     if max(w.dilation) > 1 or max(w.stride) > 1:
         return True  # padded first
-    fits = all(h >= k for h, k in zip(spatial, w.kernel, strict=True))
-    return fits and all(p < k for k, pair in zip(w.kernel, w.padding, strict=True) for p in pair)
+    return all(h >= k for h, k in zip(spatial, w.kernel, strict=True))
 
 
 def fft_pays(w: Window, shape: tuple[int, ...]) -> bool:
