@@ -19,8 +19,9 @@ from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Clocks, Info, Preconditioner, Schedules
-from kfaccore.record import Factored, Ids, Record, concat, dense, expand, reduce
+from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
+from kfaccore.sharing import concat, expand, reduce
 from kfaccore.step import Fixed
 
 __version__ = "0.1.0"

@@ -150,12 +150,12 @@ class Preconditioner:
         updated = self.wants_records(state)
         refreshed = state.step % self.clocks.refresh == 0
         batches = self._check(state, records or {}, grads, updated)
+        hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
         directions, codes, infos = {}, {}, {}
         for name, grad in grads.items():
             with _named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
-                hyper = self.schedules.hyper(name, state.step)
-                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hyper, refreshed)
+                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
         directions, motion, told = self.rule(motion, directions, dict(grads))

@@ -1,4 +1,4 @@
-"""The record of a layer for one mini-batch, and the functions from record to record.
+"""The record of a layer for one mini-batch, its gradient not multiplied out, and F by definition.
 
 Shapes: a (blocks, batch, shared, d_in), g (draws, blocks, batch, shared, d_out). Per block and draw, example b has
 J[v, b] = sum_s g[v, b, s] a[b, s]^T, and F = (1/n) sum_{v, b} vec(J) vec(J)^T with row-major vec.
@@ -6,7 +6,7 @@ J[v, b] = sum_s g[v, b, s] a[b, s]^T, and F = (1/n) sum_{v, b} vec(J) vec(J)^T w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from kfaccore import xp as kernels
@@ -151,6 +151,13 @@ class Factored:
         return xp.matmul(g.mT, a) / kernels.scalar(self.n, a)
 
 
+def dense(self) -> Array:
+    """The gradient (blocks, d_out, d_in)."""
+    xp = namespace(self.a)
+    a, g = (xp.reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (self.a, self.g))
+    return xp.matmul(g.mT, a) / kernels.scalar(self.n, a)
+
+
 def expand(record: Record) -> Record:
     """Each shared position becomes an example; n is kept. Exact when the shared axis survives to the loss."""
     if record.shared == 1 or isinstance(record.a, Patches):
@@ -273,12 +280,3 @@ def _check_axes(a: Any, g: Array) -> None:
         raise ValueError(
             f"the record is empty: g has shape {tuple(g.shape)}; need at least one example, position and unit"
         )
-
-
-def _fold(x: Array) -> Array:
-    return namespace(x).reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], 1, x.shape[-1]))
-
-
-def _full_mask(record: Record) -> Array:
-    xp = namespace(record.g)
-    return xp.ones((record.batch, record.shared), dtype=xp.bool) if record.mask is None else record.mask

@@ -75,7 +75,7 @@ def _show(file: Path, rows: list[dict[str, Any]], covered: float, meta: dict[str
     from rich.console import Console
     from rich.table import Table
 
-    heads = ("layer", "factor", "size", "condition", "effective rank", "trace", "λ / mean", "λ / top")
+    heads = ("layer", "factor", "size", "condition", "eff. rank", "trace", "λ / mean", "λ / top")
     table = Table(*heads, title=f"{file.name}: {meta.get('method')} on {meta.get('task')}")
     for row in rows:
         for factor in ("A", "G"):

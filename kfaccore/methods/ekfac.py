@@ -21,7 +21,8 @@ from kfaccore import xp as kernels
 from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh, floored
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
-from kfaccore.record import Factored, Ids, Record, expand
+from kfaccore.record import Factored, Ids, Record
+from kfaccore.sharing import expand
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 
 

@@ -20,7 +20,8 @@ from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron
 from kfaccore.linalg.inverse import Cholesky, Eigh, accepted, cholesky
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
-from kfaccore.record import Factored, Record, expand
+from kfaccore.record import Factored, Record
+from kfaccore.sharing import expand
 from kfaccore.xp.arrays import Array
 
 

@@ -62,7 +62,7 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
     x = select(finite, (x + x.mT) / 2, xp.zeros_like(x) + eye)
     if is_numpy(x):
         pairs = [scipy_eigh(block, driver="evd", check_finite=False) for block in x]
-        values, vectors = (np.stack(part) for part in zip(*pairs, strict=True))
+        values, vectors = (np.ascontiguousarray(np.stack(part)) for part in zip(*pairs, strict=True))
     else:
         values, vectors = xp.linalg.eigh(x)
     code = choose(finite, Code.OK, Code.NONFINITE)

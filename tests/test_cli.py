@@ -1,0 +1,142 @@
+"""The command as a user runs it: files, tables, exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import kfaccore as kf
+from kfaccore.cli import app
+
+pytest.importorskip("sklearn")
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return out, run("train", "digits-autoencoder", "--against", "adam", "--steps", 12, "--out", out)
+
+
+def test_train_writes_table_picture_and_files(trained):
+    out, result = trained
+    assert result.exit_code == 0
+    assert {path.name for path in out.iterdir()} == {"run.json", "run.safetensors", "curves.png"}
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    summary = json.loads((out / "run.json").read_text())
+    assert [row["method"] for row in summary["methods"]] == ["kfac", "adam"]
+    assert summary["methods"][0]["codes"] == {"OK": 12 * 8}
+    assert summary["curves"]["kfac"]["step"][-1] == 12
+    for word in ("kfac", "adam", "final loss"):
+        assert word in result.stdout
+
+
+def test_inspect_reads_the_file(trained):
+    out, _ = trained
+    result = run("inspect", out / "run.safetensors", "--json", "--plot")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["covered"] == 1.0
+    assert [row["layer"] for row in found["layers"]] == [f"dense{i}" for i in range(0, 15, 2)]
+    assert found["layers"][0]["A"]["size"] == 65
+    assert found["layers"][0]["damping"] == 0.1
+    tree = kf.load(out / "run.safetensors")["state"]["layers"]["dense0"]
+    values = np.linalg.eigvalsh(tree["G"][0].astype(float) / tree["weight"])
+    assert found["layers"][0]["G"]["trace"] == pytest.approx(values.sum(), rel=1e-5)
+    assert (out / "run-spectra.png").exists()
+    (out / "run-spectra.png").unlink()
+    assert "covered by Kronecker factors" in run("inspect", out / "run.safetensors").stdout
+
+
+def test_resume_continues(trained, tmp_path):
+    out, _ = trained
+    result = run("train", "digits-autoencoder", "--steps", 15, "--resume", out / "run.safetensors", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert kf.load(tmp_path / "run.safetensors")["state"]["step"] == 15
+    straight = run("train", "digits-autoencoder", "--steps", 15, "--json")
+    resumed = json.loads((tmp_path / "run.json").read_text())["methods"][0]["final"]
+    assert resumed == json.loads(straight.stdout)["methods"][0]["final"]
+
+
+@pytest.mark.parametrize("task", ["digits-classifier", "digits-cnn"])
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+def test_other_tasks_learn(task, method):
+    result = run("train", task, "--method", method, "--steps", 8, "--json")
+    assert result.exit_code == 0
+    losses = json.loads(result.stdout)["curves"][method]["loss"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "mnist"), "no task 'mnist'; there are digits-autoencoder"),
+        (("train", "digits-cnn", "--method", "newton"), "no method 'newton'; there are kfac"),
+        (("train", "digits-cnn", "--backend", "tpu"), "--backend is 'tpu'; there are numpy and cupy"),
+        (("train", "digits-cnn", "--step", "magic"), "--step is 'magic'"),
+        (("train", "digits-cnn", "--steps", "-3"), "--steps is -3"),
+        (("train", "digits-cnn", "--resume", "no.safetensors"), "no.safetensors is not a file"),
+        (("train", "digits-cnn", "--out", "/dev/null/x"), "--out /dev/null/x"),
+        (("inspect", "no.safetensors"), "no.safetensors is not a file"),
+    ],
+)
+def test_bad_input_exits_2(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_inspect_of_a_file_without_factors(tmp_path):
+    kf.save(tmp_path / "x.safetensors", {"params": {"a": np.ones(3)}}, method="adam")
+    result = run("inspect", tmp_path / "x.safetensors")
+    assert result.exit_code == 2
+    assert "holds no Kronecker factors (method adam)" in result.stderr
+
+
+def test_divergence_exits_3(monkeypatch, tmp_path):
+    import dataclasses
+
+    import kfaccore_numpy
+
+    task = kfaccore_numpy.TASKS["digits-autoencoder"]
+    wild = dataclasses.replace(task, rates={"sgd": 1e6})
+    monkeypatch.setitem(kfaccore_numpy.TASKS, "digits-autoencoder", wild)
+    result = run("train", "digits-autoencoder", "--method", "sgd", "--steps", 30, "--out", tmp_path)
+    assert result.exit_code == 3
+    assert "not finite" in result.stderr
+    assert (tmp_path / "run.safetensors").exists()
+
+
+def test_ctrl_c_leaves_readable_files(monkeypatch, tmp_path):
+    import kfaccore_numpy
+
+    def interrupted(*arguments, real=kfaccore_numpy.fit, **options):
+        for progress in real(*arguments, **options):
+            if progress.step == 11:
+                raise KeyboardInterrupt
+            yield progress
+
+    monkeypatch.setattr(kfaccore_numpy, "fit", interrupted)
+    result = run("train", "digits-autoencoder", "--steps", 100, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert kf.load(tmp_path / "run.safetensors")["state"]["step"] == 10
+    assert json.loads((tmp_path / "run.json").read_text())["curves"]["kfac"]["step"][-1] == 10
+
+
+def test_methods_version_and_doctor():
+    listed = run("methods")
+    assert listed.exit_code == 0
+    assert all(name in listed.stdout for name in ("kfac", "ekfac", "diagonal", "identity", "exact", "1806.03884"))
+    assert run("--version").stdout.strip() == f"kfaccore {kf.__version__}"
+    checked = run("doctor", "--json")
+    assert checked.exit_code == 0
+    report = json.loads(checked.stdout)
+    assert report["factorisations"] == {"cholesky": True, "eigh": True}
+    assert set(report["dlpack"].values()) <= {"ok"}
+    assert report["rates"]["gemm"] > 0

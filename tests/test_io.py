@@ -1,0 +1,120 @@
+"""One file for a tree: round trips, damage and interrupted writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from kfaccore import tree
+
+
+def fitted(rng, put=np.array):
+    record = kf.Record(put(rng.normal(size=(6, 4))), put(rng.normal(size=(6, 3))), 6.0)
+    pre = kf.Preconditioner(kf.EKFAC(), step=kf.Fixed(0.1, 0.9))
+    state = pre.init({"fc": kf.Block(3, 4)}, record.a)
+    return pre.step(state, {"fc": record}, {"fc": put(np.ones((3, 4)))})[1]
+
+
+def test_round_trip(xp, rng, tmp_path):
+    state, path = fitted(rng, xp.put), tmp_path / "x.safetensors"
+    kf.save(path, {"state": state, "tuple": (xp.put(np.arange(3)), 2.5)}, note="hello", rates={"a": 0.1})
+    like = {"state": state, "tuple": (xp.put(np.zeros(3, int)), 0.0)}
+    back = kf.load(path, like=like)
+    assert type(back["state"]) is type(state)
+    assert back["state"].blocks == state.blocks
+    assert (back["state"].step, back["tuple"][1]) == (1, 2.5)
+    for (name, x), (_, y) in zip(tree.items(state), tree.items(back["state"]), strict=True):
+        assert type(x) is type(y), name
+        assert np.array_equal(xp.get(x) if hasattr(x, "shape") else x, xp.get(y) if hasattr(y, "shape") else y), name
+    assert kf.metadata(path) == {"note": "hello", "rates": {"a": 0.1}}
+
+
+def test_without_like_nested_numpy(rng, tmp_path):
+    state, path = fitted(rng), tmp_path / "x.safetensors"
+    kf.save(path, state)
+    found = kf.load(path)
+    assert np.array_equal(found["layers"]["fc"]["basis"]["Qa"], state.layers["fc"].basis.Qa)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 60, 500, -1])
+def test_truncated_files_are_refused(rng, tmp_path, keep):
+    path = tmp_path / "x.safetensors"
+    kf.save(path, fitted(rng))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"x.safetensors is not a readable safetensors file"):
+        kf.load(path)
+
+
+def header(text: bytes, tail: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(text)) + text + tail
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        header(b"not json"),
+        header(b'{"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 99999]}}', b"12345678"),
+        header(b'{"a": {"dtype": "F64", "shape": [1000000000000], "data_offsets": [0, 8]}}', b"12345678"),
+        b"\x80\x04\x95pickle",
+    ],
+)
+def test_hostile_files_are_refused(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        kf.load(path)
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({}, "kfaccore schema None; this version reads 1"),
+        ({"kfaccore": "99", "meta": "{}"}, "schema 99"),
+        ({"kfaccore": "1", "meta": "{"}, "damaged metadata"),
+        ({"kfaccore": "1", "meta": "[]"}, "need an object, got list"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, meta, message):
+    text = json.dumps({"__metadata__": meta}).encode()
+    (tmp_path / "x.safetensors").write_bytes(header(text))
+    with pytest.raises(ValueError, match=message):
+        kf.load(tmp_path / "x.safetensors")
+
+
+def test_other_leaves_are_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    kf.save(path, {"a": np.ones(3), "b": np.ones(2)})
+    with pytest.raises(ValueError, match=r"missing \['c'\], unexpected \['b'\]"):
+        kf.load(path, like={"a": np.ones(3), "c": np.ones(2)})
+    with pytest.raises(ValueError, match=r"leaf 'b' has shape \(2,\); need \(3,\)"):
+        kf.load(path, like={"a": np.ones(3), "b": np.ones(3)})
+    with pytest.raises(ValueError, match="dtype float64 was saved where float32"):
+        kf.load(path, like={"a": np.ones(3), "b": np.ones(2, np.float32)})
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        kf.load(tmp_path / "no.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    kf.save(path, {"a": np.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="leaf 'b' is a str"):
+        kf.save(path, {"a": np.ones(3), "b": "no"})
+    with pytest.raises(ValueError, match="two leaves share the path 'a/b'"):
+        kf.save(path, {"a/b": np.ones(3), "a": {"b": np.ones(3)}})
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        kf.save(path, {"a": np.zeros(3)})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.safetensors"]
