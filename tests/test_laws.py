@@ -249,3 +249,14 @@ def test_averages_are_debiased(row, rng):
         products = [row.method.matvec(x, v, hyper) for x in single]
         want = sum(s * p for s, p in zip(shares, products, strict=True)) / shares.sum()
     assert close(got, want)
+
+
+def test_a_refresh_resets_the_moments_of_ekfac(rng):
+    """Between a refresh and the next update EKFAC is K-FAC with exact Kronecker damping, whatever came before."""
+    record, v = kf.Record(*arrays(rng), N), rng.normal(size=(2, 3, 4))
+    hyper, state = kf.Hyper(0, 0.0, DAMPING), kf.settle(kf.EKFAC(), record)
+    corrected = kf.EKFAC().solve(state, v, hyper).direction
+    got = kf.EKFAC().solve(kf.EKFAC().refresh(state, hyper), v, hyper).direction
+    want = kf.direction(record, v, kf.KFAC(inverse=kf.eigh, split=kf.exact), DAMPING)
+    assert close(got, want)
+    assert not close(got, corrected, 1e-3)

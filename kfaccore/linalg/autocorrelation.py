@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations, product
 from math import prod
-from typing import Any
 
 import array_api_compat as aac
 import numpy as np
-import scipy.fft
 
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, is_numpy, namespace
@@ -63,8 +61,7 @@ def _outside(size: int, k: int, padding: tuple[int, int]) -> Iterator[tuple[slic
 def transform_sizes(spatial: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
     """Fast transform lengths at which displacements below the kernel do not wrap."""
     need = [h + k - 1 for h, k in zip(spatial, kernel, strict=True)]
-    fast: Any = scipy.fft.next_fast_len
-    return tuple(fast(n, real=axis == len(need) - 1) for axis, n in enumerate(need))
+    return tuple(kernels.fast_length(n, real=axis == len(need) - 1) for axis, n in enumerate(need))
 
 
 def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:

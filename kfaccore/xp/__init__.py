@@ -18,7 +18,7 @@ from kfaccore.xp.arrays import (
 )
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, spd_inverse
-from kfaccore.xp.fourier import rfftn
+from kfaccore.xp.fourier import fast_length, rfftn
 from kfaccore.xp.gram import average, gram
 from kfaccore.xp.scatter import add_at, segment_sum
 
@@ -30,6 +30,7 @@ __all__ = [
     "choose",
     "eigh",
     "eps",
+    "fast_length",
     "from_host",
     "gram",
     "is_numpy",

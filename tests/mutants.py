@@ -1,0 +1,166 @@
+"""One-line mutants of the core: each must be killed by its tests. `python tests/mutants.py` exits 1 if one survives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
+    ("n dropped", "factors.py", "(1 - decay) / stats.n, ok", "(1 - decay), ok", "test_record.py"),
+    ("rows dropped", "factors.py", "(1 - decay) / rows, ok", "(1 - decay), ok", "test_identities.py"),
+    ("rows and n swapped", "factors.py", "(1 - decay) / rows, ok", "(1 - decay) / stats.n, ok", "test_record.py"),
+    (
+        "G and A swapped",
+        "linalg/inverse.py",
+        "kron.apply(parts.G, grad, parts.A), code",
+        "kron.apply(parts.A, grad, parts.G), code",
+        "test_identities.py",
+    ),
+    (
+        "mask counted",
+        "factors.py",
+        "if record.mask is None:\n        return zeros",
+        "if True:\n        return zeros",
+        "test_record.py",
+    ),
+    (
+        "masked rows kept",
+        "record.py",
+        'put(self, "g", xp.where(mask[..., None], self.g, xp.zeros_like(self.g)))',
+        "pass",
+        "test_record.py",
+    ),
+    (
+        "decay inverted",
+        "factors.py",
+        "decay = scalar(hyper.decay, state.weight)",
+        "decay = 1 - scalar(hyper.decay, state.weight)",
+        "test_preconditioner.py",
+    ),
+    ("draw weight lost", "fisher/draws.py", " * noise.shape[0] ** -0.5", "", "test_fisher.py"),
+    (
+        "reduce sums a",
+        "sharing.py",
+        "xp.mean(record.a, axis=-2, keepdims=True)",
+        "xp.sum(record.a, axis=-2, keepdims=True)",
+        "test_identities.py",
+    ),
+    (
+        "reduce averages g",
+        "sharing.py",
+        "g = xp.sum(record.g, axis=-2, keepdims=True)",
+        "g = xp.mean(record.g, axis=-2, keepdims=True)",
+        "test_identities.py",
+    ),
+    ("pi inverted", "damping.py", "return pi * root, root / pi", "return root / pi, pi * root", "test_catalogue.py"),
+    (
+        "damping not rooted",
+        "damping.py",
+        "return xp.sqrt(xp.zeros_like(like) + scalar(damping, like))",
+        "return xp.zeros_like(like) + scalar(damping, like)",
+        "test_catalogue.py",
+    ),
+    (
+        "exact damping dropped",
+        "damping.py",
+        "a[:, None, :] + _joint(damping, a)",
+        "a[:, None, :] + 0 * _joint(damping, a)",
+        "test_catalogue.py",
+    ),
+    (
+        "factored scale lost",
+        "linalg/kron.py",
+        "side.transposed(left)) * scale",
+        "side.transposed(left))",
+        "test_laws.py",
+    ),
+    (
+        "left side not transposed",
+        "linalg/kron.py",
+        "side.times(g, side.transposed(left))",
+        "side.times(g, left)",
+        "test_laws.py",
+    ),
+    (
+        "bias column lost",
+        "layers/linear.py",
+        "return with_ones(_shared(x)) if self.bias else _shared(x)",
+        "return _shared(x)",
+        "test_layers.py",
+    ),
+    ("moments not squared", "factors.py", "xp.sum(j * j, axis=1)", "xp.sum(j, axis=1)", "test_catalogue.py"),
+    (
+        "moments kept at refresh",
+        "methods/ekfac.py",
+        "(new, S, xp.zeros_like(state.S_weight))",
+        "(new, S, state.S_weight)",
+        "test_laws.py",
+    ),
+    (
+        "bad stats averaged",
+        "factors.py",
+        "ok = (stats.bad == 0) & (stats.rows > 0)",
+        "ok = stats.rows > 0",
+        "test_bad_input.py",
+    ),
+    (
+        "failed inverse accepted",
+        "linalg/inverse.py",
+        "failed = (code >= int(Code.INDEFINITE)) | (weight == 0)",
+        "failed = weight == 0",
+        "test_bad_input.py",
+    ),
+    (
+        "momentum before",
+        "step/fixed.py",
+        "self.momentum * namespace(d)",
+        "self.momentum**2 * namespace(d)",
+        "test_preconditioner.py",
+    ),
+    ("clip without rate", "rescale.py", "lr * lr * abs(total)", "abs(total)", "test_preconditioner.py"),
+    (
+        "sign of a border",
+        "linalg/autocorrelation.py",
+        "block if count % 2 == 0 else -block",
+        "-block",
+        "test_patches.py",
+    ),
+    ("smoothing ignored", "fisher/losses.py", "self.smoothing / f.shape[-1]", "0.0", "test_fisher.py"),
+]
+
+
+def killed(file: str, old: str, new: str, tests: str) -> bool | None:
+    """Whether the tests fail on a copy with `old` replaced by `new`; None if `old` is not there exactly once."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("kfaccore", "tests"):
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        shutil.copytree(ROOT / "adapters/kfaccore_numpy", Path(folder) / "kfaccore_numpy")
+        path = Path(folder) / "kfaccore" / file
+        text = path.read_text()
+        if text.count(old) != 1:
+            return None
+        path.write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"]
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode == 1
+
+
+def main() -> None:
+    survived = 0
+    for name, *mutant in MUTANTS:
+        verdict = {True: "killed", False: "SURVIVED", None: "PATTERN NOT FOUND"}[killed(*mutant)]
+        survived += verdict != "killed"
+        print(f"{name}: {verdict}", flush=True)
+    print(f"{len(MUTANTS) - survived} of {len(MUTANTS)} mutants killed")
+    sys.exit(survived > 0)
+
+
+if __name__ == "__main__":
+    main()
