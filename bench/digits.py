@@ -45,7 +45,7 @@ def run(optimiser: Any, seed: int, steps: int, every: int = 10) -> tuple[float, 
 
 
 def import_ratio(repeats: int) -> float:
-    """Time of `import kfaccore` over that of `import numpy, scipy.linalg`, each in a fresh interpreter with bytecode."""
+    """Time of `import kfaccore` over that of `import numpy, scipy.linalg`, in fresh interpreters with bytecode."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
     def seconds(code: str) -> float:
