@@ -84,6 +84,15 @@ def update(state: Any, stats: Stats, hyper: Hyper, donate: bool = False) -> Any:
     )
 
 
+def moved(
+    average: Array, weight: Array, total: Array, n: Array, ok: Array, hyper: Hyper, donate: bool
+) -> tuple[Array, Array]:
+    """(average, weight) of one quantity moved towards total / n where `ok`, for states with a single average."""
+    decay = scalar(hyper.decay, weight)
+    average = kernels.average(average, total, decay, (1 - decay) / n, ok, donate)
+    return average, namespace(weight).where(ok, decay * weight + (1 - decay), weight)
+
+
 def mean(average: Array, weight: Array) -> Array:
     """A zero-started average divided by its weight (1 where nothing was averaged yet)."""
     xp = namespace(average)
@@ -131,9 +140,7 @@ def valid_rows(record: Record) -> Array:
 def _gram_of_inputs(record: Record) -> Array:
     xp = namespace(record.g)
     if isinstance(record.a, Ids):
-        ones = xp.ones_like(record.g[0, 0, ..., :1]) if record.draws else None
-        if ones is None:
-            ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=aac.device(record.g))
+        ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=aac.device(record.g))
         if record.mask is not None:
             ones = xp.where(record.mask[..., None], ones, xp.zeros_like(ones))
         index = xp.reshape(record.a.index, (-1,))

@@ -35,7 +35,10 @@ class Clocks:
 
 @dataclass(frozen=True)
 class Schedules:
-    """damping: a number, a function of the step, or a mapping from layer to either; decay: a number or a function."""
+    """damping: a number, a function of the step, or a mapping from layer to either; decay: a number or a function.
+
+    Damping is absolute, in units of the curvature of the mean loss; a method's split may make it relative.
+    """
 
     damping: float | Schedule | Mapping[str, float | Schedule] = 0.1
     decay: float | Schedule = 0.95

@@ -14,9 +14,12 @@ from kfaccore.xp.arrays import Array, namespace
 
 
 def expand(record: Record) -> Record:
-    """Each shared position becomes an example; n is kept. Exact when the shared axis survives to the loss."""
+    """Each shared position becomes an example; n is kept. Exact when the shared axis survives to the loss.
+
+    Patches stay folded in their image: every factor of expand is a sum over all positions anyway.
+    """
     if record.shared == 1 or isinstance(record.a, Patches):
-        return record  # patches stay an image: every factor of expand is a sum over all positions anyway
+        return record
     xp = namespace(record.g)
     rows = record.batch * record.shared
     a = record.a

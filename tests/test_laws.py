@@ -214,6 +214,31 @@ def test_duplicating_and_permuting_change_nothing(row, sizes, damping, seed):
     assert close(solve(row, kf.concat(record, record), v, damping).direction, want, 1e-8)
 
 
+EVERYWHERE = [
+    r for r in METHODS if r.name in ("kfac", "kfac-reduce", "kfac-equal", "kfac-per-factor", "kfac-eigh", "exact")
+]
+
+
+@pytest.mark.parametrize("row", EVERYWHERE, ids=lambda r: r.name)
+@given(
+    sizes=st.tuples(*(st.integers(1, high) for high in (3, 4, 3, 8, 6, 3))),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    damping=st.sampled_from([0.03, 0.3, 30.0]),
+    seed=st.integers(0, 99),
+)
+@small
+def test_direction_is_the_stated_formula(row, sizes, dtype, damping, seed):
+    """Not only where it is exact: the damped matrix of the row's own factors, for any shape and dtype."""
+    rng = np.random.default_rng(seed)
+    a, g = (x.astype(dtype) for x in arrays(rng, *sizes))
+    v = rng.normal(size=(sizes[0], sizes[4], sizes[3])).astype(dtype)
+    got = solve(row, kf.Record(a, g, N), v, damping).direction
+    assert got.dtype == dtype
+    matrix = row.matrix(*(x.astype(np.float64) for x in (a, g)), N, damping)
+    want = np.linalg.solve(matrix, v.reshape(len(v), -1, 1).astype(np.float64)).reshape(v.shape)
+    assert close(got, want, 1e-11 if dtype == np.float64 else 1e-2)
+
+
 @rows
 def test_matvec_is_the_undamped_matrix(row, xp, rng):
     a, g = row.regime(rng)

@@ -13,7 +13,6 @@ from typing import ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors
-from kfaccore import xp as kernels
 from kfaccore.linalg.inverse import floored
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record
@@ -60,10 +59,7 @@ class Diagonal(Additive):
         return Stats(D, factors.per_block(record.n, bad), bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = stats.bad == 0
-        decay = scalar(hyper.decay, state.weight)
-        D = kernels.average(state.D, stats.D, decay, (1 - decay) / stats.n, ok, donate)
-        weight = namespace(D).where(ok, decay * state.weight + (1 - decay), state.weight)
+        D, weight = factors.moved(state.D, state.weight, stats.D, stats.n, stats.bad == 0, hyper, donate)
         return replace(state, D=D, weight=weight)
 
     def refresh(self, state: State, hyper: Hyper) -> State:

@@ -15,12 +15,11 @@ from typing import ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors
-from kfaccore import xp as kernels
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record, dense
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, namespace
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,7 @@ class Exact(Additive):
         return Stats(F * n[:, None, None], n, bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = stats.bad == 0
-        decay = scalar(hyper.decay, state.weight)
-        F = kernels.average(state.F, stats.F, decay, (1 - decay) / stats.n, ok, donate)
-        weight = namespace(F).where(ok, decay * state.weight + (1 - decay), state.weight)
+        F, weight = factors.moved(state.F, state.weight, stats.F, stats.n, stats.bad == 0, hyper, donate)
         return replace(state, F=F, weight=weight)
 
     def refresh(self, state: State, hyper: Hyper) -> State:

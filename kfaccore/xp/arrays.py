@@ -114,5 +114,5 @@ def to_host(x: Array) -> np.ndarray:
 
 def from_host(x: np.ndarray, like: Array) -> Array:
     """`x` in the namespace and on the device of `like`, with the dtype of `x`; always a copy that may be kept."""
-    xp = namespace(like)
-    return xp.asarray(np.array(x), device=aac.device(like)) if not aac.is_jax_array(like) else xp.asarray(np.array(x))
+    device = {} if aac.is_jax_array(like) else {"device": aac.device(like)}
+    return namespace(like).asarray(np.array(x), **device)
