@@ -18,9 +18,10 @@ from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
 from kfaccore.oneshot import direction
-from kfaccore.preconditioner import Clocks, Info, Preconditioner, Schedules
+from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
+from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
 from kfaccore.step import Fixed
 

@@ -15,42 +15,10 @@ from kfaccore import tree
 from kfaccore.comm import Communicator, Serial
 from kfaccore.method import Block, Hyper, Solution, gradient
 from kfaccore.record import Factored, Record
-from kfaccore.schedule import Schedule, at
+from kfaccore.schedule import Clocks, Schedules
 from kfaccore.step import Fixed
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace, to_host
-
-
-@dataclass(frozen=True)
-class Clocks:
-    """Statistics every `update` steps, inverses every `refresh` steps, both at step 0."""
-
-    update: int = 1
-    refresh: int = 5
-
-    def __post_init__(self) -> None:
-        if self.update < 1 or self.refresh < 1:
-            raise ValueError(f"{self}: need at least 1 step between updates and refreshes")
-
-
-@dataclass(frozen=True)
-class Schedules:
-    """damping: a number, a function of the step, or a mapping from layer to either; decay: a number or a function.
-
-    Damping is absolute, in units of the curvature of the mean loss; a method's split may make it relative.
-    """
-
-    damping: float | Schedule | Mapping[str, float | Schedule] = 0.1
-    decay: float | Schedule = 0.95
-
-    def hyper(self, name: str, step: int) -> Hyper:
-        """The numbers of layer `name` at `step`."""
-        damping = self.damping
-        if isinstance(damping, Mapping):
-            if name not in damping:
-                raise ValueError(f"Schedules.damping has no entry for layer {name!r}; it has {sorted(damping)}")
-            damping = damping[name]
-        return Hyper(step, at(self.decay, step), at(damping, step))
 
 
 @dataclass(frozen=True)
@@ -112,7 +80,10 @@ class Preconditioner:
                 object.__setattr__(self, "rule" if name == "step" else name, value)
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
-        """State of all layers, in the namespace, dtype and device of `like`."""
+        """State of all layers, in the namespace, dtype and device of `like`.
+
+        A float64 `like` keeps averages and inverses in float64 for float32 records; updates keep the gradients' dtype.
+        """
         layers, motion = {}, {}
         for name, block in blocks.items():
             with _named(name):
@@ -170,9 +141,10 @@ class Preconditioner:
     ) -> Solution:
         """One layer's measure, update, refresh and solve."""
         method = self._method(name)
-        refused = None
+        refused, like = None, _first_float(state)
         if records:
-            stats = reduce(method.combine, (method.measure(state, record, hyper) for record in records))
+            measured = (_in_dtype(method.measure(state, record, hyper), like) for record in records)
+            stats = reduce(method.combine, measured)
             stats = self.comm.all_reduce(stats)
             state = method.update(state, stats, hyper, self.donate)
             refused = stats.bad > 0
@@ -180,6 +152,9 @@ class Preconditioner:
             state = method.refresh(state, hyper)
         newest = records[-1] if records and getattr(method, "rows_at_solve", False) else None
         solution = method.solve(state, grad, hyper, newest)
+        wanted = getattr(grad, "g", grad).dtype
+        if solution.direction.dtype != wanted and wanted in (namespace(like).float32, namespace(like).float64):
+            solution = replace(solution, direction=namespace(like).astype(solution.direction, wanted))
         if refused is not None:
             solution = replace(solution, code=choose(refused, Code.NONFINITE, solution.code))
         return solution
@@ -216,6 +191,19 @@ class Preconditioner:
         if name not in self.methods:
             raise ValueError(f"methods has no entry for layer {name!r}; give it one, Identity() to leave it alone")
         return self.methods[name]
+
+
+def _first_float(state: Any) -> Array | None:
+    """A floating leaf of a method's state, to know its dtype by."""
+    leaves = [x for x in tree.leaves(state) if str(x.dtype).rsplit(".", 1)[-1] in ("float32", "float64")]
+    return leaves[0] if leaves else None
+
+
+def _in_dtype(stats: Any, like: Array | None) -> Any:
+    """Stats in the dtype of the state they will move."""
+    if like is None:
+        return stats
+    return tree.map(lambda x: x if x.dtype == like.dtype else namespace(x).astype(x, like.dtype), stats)
 
 
 @contextmanager

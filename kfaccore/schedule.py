@@ -1,9 +1,12 @@
-"""Schedules: functions from the step (an int) to a number, evaluated once a step by the preconditioner."""
+"""When things happen, and the numbers of a step: clocks, and functions from the step (an int) to a number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kfaccore.method import Hyper
 
 Schedule = Callable[[int], float]
 
@@ -38,3 +41,35 @@ def piecewise(values: tuple[float, ...], boundaries: tuple[int, ...]) -> Schedul
 def at(value: float | Schedule, step: int) -> float:
     """A number as it is, a schedule at `step`."""
     return value(step) if callable(value) else value
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Statistics every `update` steps, inverses every `refresh` steps, both at step 0."""
+
+    update: int = 1
+    refresh: int = 5
+
+    def __post_init__(self) -> None:
+        if self.update < 1 or self.refresh < 1:
+            raise ValueError(f"{self}: need at least 1 step between updates and refreshes")
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """damping: a number, a function of the step, or a mapping from layer to either; decay: a number or a function.
+
+    Damping is absolute, in units of the curvature of the mean loss; a method's split may make it relative.
+    """
+
+    damping: float | Schedule | Mapping[str, float | Schedule] = 0.1
+    decay: float | Schedule = 0.95
+
+    def hyper(self, name: str, step: int) -> Hyper:
+        """The numbers of layer `name` at `step`."""
+        damping = self.damping
+        if isinstance(damping, Mapping):
+            if name not in damping:
+                raise ValueError(f"Schedules.damping has no entry for layer {name!r}; it has {sorted(damping)}")
+            damping = damping[name]
+        return Hyper(step, at(self.decay, step), at(damping, step))

@@ -26,7 +26,7 @@ ALLOWED = {  # room: rooms it may import
     "fisher": {"xp", "tree", "linalg", "record"},
     "method": {"xp", "tree", "record"},
     "rescale": {"xp", "tree", "record"},
-    "schedule": set(),
+    "schedule": {"method"},
     "comm": set(),
     "io": {"xp", "tree"},
     "layers": {"xp", "tree", "linalg", "record", "method"},

@@ -177,3 +177,23 @@ def test_every_namespace(xp, rng):
         found.append(np.asarray(updates["a"]))
         assert info.counts() == {kf.Code.OK: 2}
     np.testing.assert_allclose(found[1], found[0], rtol=1e-10)
+
+
+def test_float64_on_request(rng):
+    """Float32 records and gradients, averages and inverses in float64, updates in float32."""
+    a, g = rng.normal(size=(50, 4)).astype(np.float32), rng.normal(size=(50, 3)).astype(np.float32)
+    grad = (g.T @ a / 50).astype(np.float32)
+    pre = kf.Preconditioner(kf.KFAC(), schedules=kf.Schedules(damping=1e-3))
+    wide, narrow = (pre.init({"a": kf.Block(3, 4)}, np.zeros(1, dtype)) for dtype in (np.float64, np.float32))
+    for _ in range(3):
+        updates, wide, _ = pre.step(
+            wide, {"a": [kf.Record(a[:20], g[:20], 20.0), kf.Record(a[20:], g[20:], 30.0)]}, {"a": grad}
+        )
+        narrow = pre.step(narrow, {"a": kf.Record(a, g, 50.0)}, {"a": grad})[1]
+    assert updates["a"].dtype == np.float32
+    assert {leaf.dtype for leaf in tree.leaves(wide.layers["a"].inverse)} == {np.dtype(np.float64)}
+    assert {leaf.dtype for leaf in tree.leaves(narrow.layers["a"].inverse)} == {np.dtype(np.float32)}
+    share = 1 - 0.95**3
+    np.testing.assert_allclose(wide.layers["a"].weight, [share], rtol=1e-14)
+    exact = a.astype(np.float64).T @ a.astype(np.float64) / 50
+    np.testing.assert_allclose(wide.layers["a"].A[0], share * exact, rtol=1e-5, atol=1e-7)
