@@ -69,8 +69,8 @@ class Preconditioner:
         self,
         methods: Any,
         *,
-        clocks: Clocks = Clocks(),
-        schedules: Schedules = Schedules(),
+        clocks: Clocks = Clocks(),  # noqa: B008 frozen
+        schedules: Schedules = Schedules(),  # noqa: B008 frozen
         step: Fixed = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
