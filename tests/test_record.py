@@ -84,7 +84,10 @@ def test_ekfac_of_an_embedding_has_exact_moments(rng):
     state = kf.settle(kf.EKFAC(), record)
     J = kf.Record(np.eye(7)[ids], g, 6.0).examples()[:, 0]
     rotated = np.einsum("op,vboi->vbpi", state.basis.Qg[0], J)
-    np.testing.assert_allclose(state.S[0] / state.S_weight[0], (rotated**2).sum((0, 1)) / 6, rtol=1e-11, atol=1e-13)
+    S, Qg, v = (rotated**2).sum((0, 1)) / 6, state.basis.Qg[0], rng.normal(size=(3, 7))
+    np.testing.assert_allclose(state.S[0] / state.S_weight[0], S, rtol=1e-11, atol=1e-13)
+    want = Qg @ ((Qg.T @ v) / (S + 0.1))
+    np.testing.assert_allclose(kf.direction(record, v, kf.EKFAC(), 0.1), want, rtol=1e-11)
 
 
 def test_patches_equal_their_rows(xp, rng):

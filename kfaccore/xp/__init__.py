@@ -1,7 +1,8 @@
 """Array kernels outside the Array API standard: a native call where a namespace has one, an agnostic twin otherwise.
 
 This folder is the only one that knows NumPy from CuPy from PyTorch from JAX; everything else is written against the
-standard. No kernel raises or synchronises on data: failure comes back as a `Code`.
+standard. No kernel raises on data: failure comes back as a `Code`. The only host read on a device is the condition of
+`loop`, once a factorisation.
 """
 
 from kfaccore.xp.arrays import (
