@@ -1,4 +1,4 @@
-"""One row a method: what it is, when it is exact, and the laws it is excused from (with the reason)."""
+"""One row a method, a layer kind, a framework: what the laws of the suite run over."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import kfaccore as kf
+from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -92,3 +93,56 @@ METHODS = [
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
     Row("exact", kf.Exact(), anything),
 ]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """name, layer, shapes of its input (batch first; labels below `ids` if that is set), output and parameters."""
+
+    name: str
+    layer: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    parameters: dict[str, tuple[int, ...]]
+    ids: int = 0
+
+
+_window = kf.Window((3, 2), stride=(2, 1), padding=1)
+LAYERS = [
+    LayerRow("linear", Linear(4, 3), (6, 4), (6, 3), {"weight": (3, 4), "bias": (3,)}),
+    LayerRow("linear shared", Linear(4, 3, bias=False), (6, 2, 5, 4), (6, 2, 5, 3), {"weight": (3, 4)}),
+    LayerRow("linear transposed", Linear(4, 3, transposed=True), (6, 4), (6, 3), {"weight": (4, 3), "bias": (3,)}),
+    LayerRow(
+        "conv channels last",
+        Conv(_window, (4, 6)),
+        (5, 7, 8, 4),
+        (5, 4, 9, 6),
+        {"weight": (3, 2, 4, 6), "bias": (6,)},
+    ),
+    LayerRow(
+        "conv groups, channels first",
+        Conv(_window, (4, 6), groups=2, channels_first=True),
+        (5, 4, 7, 8),
+        (5, 6, 4, 9),
+        {"weight": (6, 2, 3, 2), "bias": (6,)},
+    ),
+    LayerRow(
+        "conv 1d, circular",
+        Conv(kf.Window((3,), padding=1), (4, 6), bias=False, padding_mode="circular"),
+        (5, 7, 4),
+        (5, 7, 6),
+        {"weight": (3, 4, 6)},
+    ),
+    LayerRow(
+        "conv 3d",
+        Conv(kf.Window((2, 2, 2)), (2, 3)),
+        (4, 3, 3, 3, 2),
+        (4, 2, 2, 2, 3),
+        {"weight": (2, 2, 2, 2, 3), "bias": (3,)},
+    ),
+    LayerRow("embedding", Embedding(7, 3), (6, 5), (6, 5, 3), {"weight": (7, 3)}, ids=7),
+    LayerRow("bias", Bias(3), (6, 5, 3), (6, 5, 3), {"bias": (3,)}),
+    LayerRow("gain", Gain(3), (6, 5, 3), (6, 5, 3), {"gain": (3,)}),
+]
+
+FRAMEWORKS = ["numpy"]  # adapters/kfaccore_<name>

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import kfaccore as kf
+from rows import FRAMEWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("kfaccore/**/*.py"), *ROOT.glob("adapters/**/*.py")])
-FRAMEWORKS = {"torch", "jax", "tensorflow", "cupy", "cupyx"}
+FOREIGN = {"torch", "jax", "tensorflow", "cupy", "cupyx"}
 
 ALLOWED = {  # room: rooms it may import
     "xp": set(),
@@ -75,9 +76,9 @@ def test_arrows(path):
         assert {room(name) for name in ours} <= ALLOWED[parts[1]] | {parts[1]}
     if parts[:2] == ("kfaccore", "methods") and parts[2] != "__init__":
         assert not [name for name in ours if room(name) == "methods"]
-    used = {name.split(".")[0] for name in imports(path)} & FRAMEWORKS
+    used = {name.split(".")[0] for name in imports(path)} & FOREIGN
     assert not used or parts[1] in ("xp", "comm", "cli")
-    assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & FRAMEWORKS
+    assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & FOREIGN
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -123,8 +124,10 @@ def test_import_stays_light(tmp_path):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_installed_names(tmp_path):
-    assert python("import kfaccore, kfaccore_numpy", tmp_path).returncode == 0
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_installed_names(name, tmp_path):
+    assert python(f"import kfaccore, kfaccore_{name}", tmp_path).returncode == 0
+    assert (ROOT / "adapters" / f"kfaccore_{name}").is_dir()
     assert "No module named 'adapters'" in python("import adapters", tmp_path).stderr
     assert "No module named 'bench'" in python("import bench", tmp_path).stderr
 
