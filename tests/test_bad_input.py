@@ -23,6 +23,8 @@ A, G = np.ones((6, 4)), np.ones((6, 3))
         (lambda: kf.Record(np.ones((2, 6, 1, 4)), np.ones((3, 6, 1, 3)), 6.0), ValueError, "blocks is 2 in a"),
         (lambda: kf.Record(A, G, 0), ValueError, "n is 0; need the positive share"),
         (lambda: kf.Record(A, G, -1.0), ValueError, "n is -1.0"),
+        (lambda: kf.Record(A, G, "six"), TypeError, "n is 'six'; need a number"),
+        (lambda: kf.Record(A, G, np.ones(6)), TypeError, "need a number or a 0-d array"),
         (lambda: kf.Record(A, G, float("nan")), ValueError, "n is nan"),
         (lambda: kf.Record(A.astype(int), G, 6.0), TypeError, r"a has dtype int64, shape \(6, 4\); need"),
         (lambda: kf.Record(A, G.astype(np.float32), 6.0), TypeError, "float64 and g float32; need one dtype"),
