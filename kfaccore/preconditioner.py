@@ -54,7 +54,8 @@ class Preconditioner:
 
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
-    step       from directions to updates: Fixed(lr, momentum, rescale); the default hands directions on
+    network    for network-level methods, of which there is none yet
+    step       from directions to updates: Fixed(lr, momentum, rescale), kept as `rule`; the default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     """
 
@@ -68,16 +69,18 @@ class Preconditioner:
     def __init__(
         self,
         methods: Any,
-        *,
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
+        network: None = None,
         step: Fixed = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
     ) -> None:
-        for name, value in locals().items():
-            if name != "self":
-                object.__setattr__(self, "rule" if name == "step" else name, value)
+        if network is not None:
+            raise ValueError(f"network is {network!r}; there is no network-level method yet: leave it out")
+        numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "rule": step}
+        for name, value in {**numbers, "comm": comm, "donate": donate}.items():
+            object.__setattr__(self, name, value)
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         """State of all layers, in the namespace, dtype and device of `like`.

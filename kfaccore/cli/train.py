@@ -37,23 +37,23 @@ def train(
         fail(f"--steps is {steps}; need a positive number, or 0 for the task's {chosen.steps}")
     if out is not None:
         _folder(out)
-    session = Run(task, chosen, steps or chosen.steps, seed, xp)
+    trial = Run(task, chosen, steps or chosen.steps, seed, xp)
     finished = True
     try:
         for index, (name, optimiser) in enumerate(runs):
-            session.train(name, optimiser, resume if index == 0 else None, quiet=as_json)
+            trial.train(name, optimiser, resume if index == 0 else None, quiet=as_json)
     except KeyboardInterrupt:
         finished = False
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     if out is not None:
-        session.write(out)
-    typer.echo(json.dumps(session.summary(), indent=2)) if as_json else session.show(out)
+        trial.write(out)
+    typer.echo(json.dumps(trial.summary(), indent=2)) if as_json else trial.show(out)
     if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & set(os.environ):
         typer.echo("hint: small networks train up to 10 times faster with OMP_NUM_THREADS=1", err=True)
     if not finished:
         raise typer.Exit(INTERRUPTED)
-    if not all(math.isfinite(row["final"]) for row in session.summary()["methods"]):
+    if not all(math.isfinite(row["final"]) for row in trial.summary()["methods"]):
         fail("a run diverged: its loss is not finite", UNFINISHED)
 
 
