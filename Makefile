@@ -7,7 +7,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO = .venv-demo
 TEST = .venv-test
-BENCHES = step_cost conv_patches digits
+BENCHES = step_cost conv_patches digits self_tuning
 
 .PHONY: demo test lint bench mutants clean
 

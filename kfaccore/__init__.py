@@ -23,7 +23,7 @@ from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed
+from kfaccore.step import Fixed, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -51,6 +51,7 @@ __all__ = [
     "Record",
     "Relative",
     "Schedules",
+    "SelfTuning",
     "Serial",
     "SoftmaxCrossEntropy",
     "Solution",

@@ -16,7 +16,7 @@ from kfaccore.comm import Communicator, Serial
 from kfaccore.method import Block, Hyper, Solution, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
-from kfaccore.step import Fixed
+from kfaccore.step import Fixed, SelfTuning
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace, to_host
 
@@ -27,7 +27,7 @@ class State:
 
     step: int
     layers: dict[str, Any]
-    motion: dict[str, Array]
+    motion: Any
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
 
 
@@ -55,14 +55,15 @@ class Preconditioner:
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
     network    for network-level methods, of which there is none yet
-    step       from directions to updates: Fixed(lr, momentum, rescale), kept as `rule`; the default hands directions on
+    step       from directions to updates, kept as `rule`: SelfTuning(), or Fixed(lr, momentum, rescale), whose default
+               hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     """
 
     methods: Any
     clocks: Clocks
     schedules: Schedules
-    rule: Fixed
+    rule: Any
     comm: Communicator
     donate: bool
 
@@ -72,7 +73,7 @@ class Preconditioner:
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
         network: None = None,
-        step: Fixed = Fixed(),  # noqa: B008 frozen
+        step: Fixed | SelfTuning = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
     ) -> None:
@@ -108,7 +109,15 @@ class Preconditioner:
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
-        return state.step % self.clocks.update == 0
+        return self.rule.needs_records or state.step % self.clocks.update == 0
+
+    def judge(self, state: State, before: float, after: float) -> tuple[bool, State]:
+        """After the updates of a self-tuning step were applied: whether they may stay, and the state that follows.
+
+        before, after   loss of the step's batch without and with the updates; on False add the updates back
+        """
+        keep, motion = self.rule.judge(state.motion, before, after)
+        return keep, replace(state, motion=motion)
 
     def step(
         self,
@@ -129,13 +138,17 @@ class Preconditioner:
         batches = self._check(state, records or {}, grads, updated)
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
+        newest = {name: batches[name][-1] for name in grads if name in batches}
+        motion = self.rule.begin(motion, newest)
+        hypers = {name: self.rule.hyper(motion, hyper) for name, hyper in hypers.items()}
+        refreshed = refreshed or self.rule.restart(motion)
         directions, codes, infos = {}, {}, {}
         for name, grad in grads.items():
             with _named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
                 solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
-        directions, motion, told = self.rule(motion, directions, dict(grads))
+        directions, motion, told = self.rule(motion, directions, dict(grads), newest)
         info = Info(updated, refreshed, codes, infos, told)
         return directions, replace(state, step=state.step + 1, layers=layers, motion=motion), info
 

@@ -45,13 +45,20 @@ def test_inspect_reads_the_file(trained):
     assert found["covered"] == 1.0
     assert [row["layer"] for row in found["layers"]] == [f"dense{i}" for i in range(0, 15, 2)]
     assert found["layers"][0]["A"]["size"] == 65
-    assert found["layers"][0]["damping"] == 0.1
-    tree = kf.load(out / "run.safetensors")["state"]["layers"]["dense0"]
+    state = kf.load(out / "run.safetensors")["state"]
+    assert found["layers"][0]["damping"] == state["motion"]["damping"] > 0
+    tree = state["layers"]["dense0"]
     values = np.linalg.eigvalsh(tree["G"][0].astype(float) / tree["weight"])
     assert found["layers"][0]["G"]["trace"] == pytest.approx(values.sum(), rel=1e-5)
     assert (out / "run-spectra.png").exists()
     (out / "run-spectra.png").unlink()
     assert "covered by Kronecker factors" in run("inspect", out / "run.safetensors").stdout
+
+
+def test_the_fixed_step_remains(tmp_path):
+    result = run("train", "digits-autoencoder", "--steps", 5, "--step", "fixed", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert kf.metadata(tmp_path / "run.safetensors")["damping"]["dense0"] == 0.1
 
 
 def test_resume_continues(trained, tmp_path):

@@ -32,7 +32,7 @@ ALLOWED = {  # room: rooms it may import
     "io": {"xp", "tree"},
     "layers": {"xp", "tree", "linalg", "record", "method"},
     "methods": {"xp", "tree", "linalg", "record", "method", "damping", "factors", "sharing"},
-    "step": {"xp", "tree", "record", "rescale"},
+    "step": {"xp", "tree", "record", "method", "rescale"},
     "preconditioner": {"xp", "tree", "record", "method", "schedule", "step", "comm"},
     "oneshot": {"xp", "record", "method", "methods"},
     "analysis": {"xp", "tree", "record", "method", "factors"},

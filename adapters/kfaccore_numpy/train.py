@@ -78,6 +78,12 @@ def step(
     updates, state, info = optimiser.step(state, records, network.gradients(tape, g, n))
     for name, update in updates.items():
         params[name] -= aac.array_namespace(update).reshape(update, params[name].shape)
+    if optimiser.rule.needs_records:
+        after = float(loss.value(network.forward(params, data[0])[0], data[1])) / n
+        keep, state = optimiser.judge(state, value, after)
+        if not keep:
+            for name, update in updates.items():
+                params[name] += aac.array_namespace(update).reshape(update, params[name].shape)
     return value, state, info
 
 

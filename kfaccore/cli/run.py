@@ -105,7 +105,8 @@ class Run:
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(optimiser, Preconditioner):
             tree["state"] = state
-            hypers = {name: optimiser.schedules.hyper(name, state.step) for name in state.layers}
+            rule, schedules = optimiser.rule, optimiser.schedules
+            hypers = {name: rule.hyper(state.motion, schedules.hyper(name, state.step)) for name in state.layers}
             meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
             meta["blocks"] = {name: asdict(block) for name, block in state.blocks}
         save(path, tree, **meta)

@@ -22,7 +22,7 @@ def train(
     steps: Annotated[int, typer.Option(help="Updates; 0 for the task's own number.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, batches and label draws.")] = 0,
     backend: Annotated[str, typer.Option(help="numpy or cupy")] = "numpy",
-    step: Annotated[str, typer.Option(help="fixed: rate 1, momentum 0.9, KL clip 1e-3")] = "fixed",
+    step: Annotated[str, typer.Option(help="self-tuning; fixed: rate 1, momentum 0.9, KL clip 1e-3")] = "self-tuning",
     out: Annotated[Path | None, typer.Option(help="Folder for run.json, run.safetensors, curves.png.")] = None,
     resume: Annotated[Path | None, typer.Option(help="run.safetensors of an earlier run of the same method.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json and nothing else.")] = False,
@@ -66,14 +66,15 @@ def _task(name: str) -> Any:
 
 
 def _optimiser(name: str, task: Any, step: str) -> tuple[str, Any]:
-    from kfaccore import Fixed, KLClip, Preconditioner
+    from kfaccore import Fixed, KLClip, Preconditioner, SelfTuning
     from kfaccore.methods import CATALOGUE
     from kfaccore_numpy import SGD, Adam
 
-    if step != "fixed":
-        fail(f"--step is {step!r}; there is fixed")
+    rules = {"self-tuning": SelfTuning(), "fixed": Fixed(1.0, 0.9, KLClip(1e-3))}
+    if step not in rules:
+        fail(f"--step is {step!r}; there are {', '.join(rules)}")
     if name in CATALOGUE:
-        rule = Fixed(1.0, 0.9, KLClip(1e-3))
+        rule = rules[step]
         return name, Preconditioner(CATALOGUE[name](), step=rule, donate=True)
     if name in ("adam", "sgd"):
         return name, {"adam": Adam, "sgd": SGD}[name](task.rates[name])

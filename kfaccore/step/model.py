@@ -1,0 +1,61 @@
+"""The exact quadratic model of the loss along given directions, from records alone.
+
+(J v) of an example and draw is a sum over layers and positions of g . (V a): no Jacobian product, no framework. All
+layers must come from one batch with the same draws. Source: Martens & Grosse 2015 (1503.05671), section 7.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+
+from kfaccore.record import Factored, Ids, Record
+from kfaccore.xp.arrays import Array, namespace, to_host
+
+
+def products(record: Record, v: Array) -> Array:
+    """J v of each draw and example, (draws, batch), for v (blocks, d_out, d_in) of this layer."""
+    xp = namespace(record.g)
+    v = v if v.ndim == 3 else v[None, ...]
+    if isinstance(record.a, Ids):
+        index = xp.reshape(record.a.index, (-1,))
+        z = xp.reshape(xp.take(v[0, ...].mT, index, axis=0), (1, record.batch, record.shared, record.d_out))
+    else:
+        z = xp.matmul(record.rows(), v.mT[:, None, :, :])
+    return xp.sum(record.g * z[None, ...], axis=(1, 3, 4))
+
+
+def curvature(records: dict[str, Record], directions: list[dict[str, Array]]) -> np.ndarray:
+    """v_i^T F v_j for every pair of directions over all layers, float64 on the host."""
+    columns = []
+    for direction in directions:
+        terms = (products(records[name], v) for name, v in direction.items())
+        columns.append(to_host(reduce(add, terms)).astype(np.float64).ravel())
+    u = np.stack(columns)
+    n = float(next(iter(records.values())).n)
+    return u @ u.T / n
+
+
+def slope(grads: dict[str, Any], direction: dict[str, Array]) -> float:
+    """<gradient, direction> over all layers, in float64."""
+    total = 0.0
+    for name, v in direction.items():
+        grad = grads[name]
+        if isinstance(grad, Factored):
+            pair = Record(grad.a, grad.g, grad.n)
+            total += float(to_host(namespace(v).sum(products(pair, v)))) / float(grad.n)
+        else:
+            total += inner({name: grad}, {name: v})
+    return total
+
+
+def inner(first: dict[str, Array], second: dict[str, Array]) -> float:
+    """<first, second> over all layers, in float64."""
+    total = 0.0
+    for name, v in second.items():
+        xp = namespace(v)
+        total += float(to_host(xp.sum(xp.reshape(first[name], v.shape) * v)))
+    return total

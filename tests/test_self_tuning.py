@@ -1,0 +1,168 @@
+"""The quadratic model from records, the step it chooses, and how damping follows; T3 and T4 of the classical notes."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+import kfaccore_numpy as kn
+from kfaccore import tree
+from kfaccore.step.model import curvature, slope
+
+
+def batch(rng, masked=False):
+    """Two layers of one batch: one with blocks and shared positions, one plain; the same draws."""
+    mask = rng.uniform(size=(6, 3)) < 0.7 if masked else None
+    first = kf.Record(rng.normal(size=(2, 6, 3, 4)), rng.normal(size=(5, 2, 6, 3, 3)), 6.0, mask)
+    second = kf.Record(rng.normal(size=(6, 5)), rng.normal(size=(5, 6, 2)), 6.0)
+    return {"a": first, "b": second}
+
+
+def directions(rng):
+    return {"a": rng.normal(size=(2, 3, 4)), "b": rng.normal(size=(1, 2, 5))}
+
+
+def whole(records):
+    """F over all layers, (24 + 10, 24 + 10), from the joined gradients of each draw and example."""
+    J = [r.examples().transpose(0, 2, 1, 3, 4).reshape(30, -1) for r in records.values()]
+    J = np.concatenate(J, 1)
+    return J.T @ J / 6
+
+
+def flat(v):
+    return np.concatenate([x.ravel() for x in v.values()])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_curvature_from_records_is_the_dense_product(xp, rng, masked):
+    records, v, w = batch(rng, masked), directions(rng), directions(rng)
+    F = whole(records)
+    want = np.array([[flat(p) @ F @ flat(q) for q in (v, w)] for p in (v, w)])
+    moved = {
+        n: kf.Record(xp.put(r.a), xp.put(r.g), 6.0, None if r.mask is None else xp.put(r.mask))
+        for n, r in records.items()
+    }
+    got = curvature(moved, [{n: xp.put(x) for n, x in p.items()} for p in (v, w)])
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_curvature_of_embeddings_and_images(rng):
+    image, ids = kf.Patches(rng.normal(size=(6, 4, 4, 2)), kf.Window((2, 2)), bias=True), rng.integers(0, 7, (6, 3))
+    for a, d_in, positions in ((image, 9, 9), (kf.Ids(ids, 7), 7, 3)):
+        record, v = kf.Record(a, rng.normal(size=(2, 6, positions, 3)), 6.0), rng.normal(size=(1, 3, d_in))
+        want = v.ravel() @ kf.dense(record)[0] @ v.ravel()
+        assert curvature({"a": record}, [{"a": v}])[0, 0] == pytest.approx(want, rel=1e-12)
+
+
+def test_slope_of_factored_and_dense_gradients(rng):
+    a, g, v = rng.normal(size=(6, 4)), rng.normal(size=(6, 3)), rng.normal(size=(1, 3, 4))
+    want = np.sum(g.T @ a / 6 * v[0])
+    assert slope({"a": kf.Factored(a, g, 6.0)}, {"a": v}) == pytest.approx(want, rel=1e-12)
+    assert slope({"a": g.T @ a / 6}, {"a": v}) == pytest.approx(want, rel=1e-12)
+
+
+def test_T3_alpha_and_mu_beat_2000_perturbations(rng):
+    records, x, previous, grads = batch(rng), directions(rng), directions(rng), directions(rng)
+    rule = kf.SelfTuning(cap=np.inf)
+    motion = dataclasses.replace(rule.init(previous), damping=0.3)
+    updates, after, told = rule(motion, x, grads, records)
+    F = whole(records) + 0.3 * np.eye(34)
+
+    def model(alpha, mu):
+        u = alpha * flat(x) + mu * flat(previous)
+        return -flat(grads) @ u + 0.5 * u @ F @ u
+
+    best = model(told["alpha"], told["mu"])
+    np.testing.assert_allclose(flat(updates), told["alpha"] * flat(x) + told["mu"] * flat(previous), rtol=1e-12)
+    for size in (1e-3, 1e-1):
+        for _ in range(1000):
+            bump = 1 + size * rng.normal(size=2)
+            assert best <= model(told["alpha"] * bump[0], told["mu"] * bump[1]) + 1e-6 * abs(best)
+    u = flat(updates)
+    assert after.predicted == pytest.approx(-flat(grads) @ u + 0.5 * u @ (F - 0.3 * np.eye(34)) @ u, rel=1e-10)
+
+
+def test_T4_on_a_quadratic_the_ratio_is_one_and_damping_never_grows(rng):
+    """Linear regression with type-2 draws: the model is the loss."""
+    net, x, y = kn.Sequential((5,), (kn.Dense(3),)), rng.normal(size=(40, 5)), rng.normal(size=(40, 3))
+    params, loss = net.init(rng, np.asarray), kf.Gaussian()
+    pre = kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning())
+    state, dampings = pre.init(net.blocks(), params["dense0"]), []
+    for _ in range(12):
+        f, tape = net.forward(params, x)
+        before = float(loss.value(f, y)) / 40
+        records = net.records(tape, net.backward(params, tape, kf.type2(loss, f)), 40.0)
+        grads = net.gradients(tape, net.backward(params, tape, loss.gradient(f, y)), 40.0)
+        updates, state, _ = pre.step(state, records, grads)
+        params["dense0"] -= updates["dense0"]
+        after = float(loss.value(net.forward(params, x)[0], y)) / 40
+        if abs(state.motion.predicted) > 1e-9:
+            assert (after - before) / state.motion.predicted == pytest.approx(1.0, rel=1e-5)
+        keep, state = pre.judge(state, before, after)
+        assert keep
+        dampings.append(state.motion.damping)
+    assert all(later <= earlier for earlier, later in pairwise(dampings))
+    assert dampings[-1] < dampings[0]
+
+
+@pytest.mark.parametrize("after", [float("nan"), float("inf"), 1.6])
+def test_a_bad_step_is_taken_back(rng, after):
+    rule = kf.SelfTuning()
+    motion = dataclasses.replace(rule.init(directions(rng)), damping=0.01, predicted=-0.1, steps=9, restart=False)
+    keep, now = rule.judge(motion, 1.0, after)
+    assert not keep
+    assert (now.damping, now.rejected, now.restart) == (0.04, 1, True)
+    assert not any(x.any() for x in now.previous.values())
+    keep, now = rule.judge(motion, 1.0, 1.4)
+    assert keep
+    assert (now.damping, now.rejected, now.restart) == (0.01, 0, False)
+
+
+@pytest.mark.parametrize(("after", "factor"), [(0.92, 0.95**5), (0.95, 1.0), (0.99, 0.95**-5)])
+def test_damping_follows_the_reduction_ratio(rng, after, factor):
+    rule = kf.SelfTuning()
+    motion = dataclasses.replace(rule.init(directions(rng)), damping=0.01, predicted=-0.1, steps=10)
+    assert rule.judge(motion, 1.0, after)[1].damping == pytest.approx(0.01 * factor)
+
+
+def test_first_step_zero_gradient_and_cap(rng):
+    records, x, grads = batch(rng), directions(rng), directions(rng)
+    zeros = tree.map(np.zeros_like, x)
+    rule = kf.SelfTuning(cap=np.inf)
+    motion = dataclasses.replace(rule.init(zeros), damping=0.3)
+    _, _, told = rule(motion, x, grads, records)
+    want = flat(grads) @ flat(x) / (flat(x) @ (whole(records) + 0.3 * np.eye(34)) @ flat(x))
+    assert told["mu"] == 0.0
+    assert told["alpha"] == pytest.approx(want, rel=1e-6)
+    updates, _, told = rule(motion, zeros, zeros, records)
+    assert (told["alpha"], told["mu"]) == (0.0, 0.0)
+    assert not flat(updates).any()
+    tiny = {n: 1e-3 * v for n, v in x.items()}
+    _, _, told = kf.SelfTuning()(motion, tiny, {n: 1e3 * np.sign(v) for n, v in x.items()}, records)
+    assert abs(told["alpha"]) == pytest.approx(1.0)
+
+
+def test_first_damping_is_a_share_of_the_mean_eigenvalue(rng):
+    record = kf.Record(rng.normal(size=(9, 4)), rng.normal(size=(9, 3)), 9.0)
+    state = kf.settle(kf.KFAC(), record)
+    mean = np.trace(state.A[0]) * np.trace(state.G[0]) / 12
+    rule = kf.SelfTuning()
+    assert rule.begin(rule.init({}), {"a": record}).damping == pytest.approx(0.1 * mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-2, 1e2])
+def test_never_non_finite_from_any_first_damping(damping):
+    pytest.importorskip("sklearn")
+    task = kn.TASKS["digits-classifier"]
+    data, _ = task.load()
+    params = task.network.init(np.random.default_rng(0))
+    pre = kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning())
+    state = kn.initial_state(task.network, params, pre)
+    state = dataclasses.replace(state, motion=dataclasses.replace(state.motion, damping=damping))
+    for p in kn.fit(task.network, params, data, task.loss, pre, batch=128, steps=25, state=state):
+        assert np.isfinite(p.loss)
+    assert p.loss < 2.31
