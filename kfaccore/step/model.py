@@ -25,7 +25,7 @@ def products(record: Record, v: Array) -> Array:
         z = xp.reshape(xp.take(v[0, ...].mT, index, axis=0), (1, record.batch, record.shared, record.d_out))
     else:
         z = xp.matmul(record.rows(), v.mT[:, None, :, :])
-    return xp.sum(record.g * z[None, ...], axis=(1, 3, 4))
+    return xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3))
 
 
 def curvature(records: dict[str, Record], directions: list[dict[str, Array]]) -> np.ndarray:

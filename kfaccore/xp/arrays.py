@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import array_api_compat as aac
@@ -13,11 +14,18 @@ Array = Any  # an array of any Array API namespace
 
 def namespace(*arrays: Array) -> Any:
     """The Array API namespace shared by `arrays`; TypeError when they come from different ones."""
+    if all(type(x) is np.ndarray for x in arrays):
+        return _numpy()
     try:
         return aac.array_namespace(*arrays)
     except TypeError as error:
         kinds = ", ".join(sorted({f"{type(x).__module__}.{type(x).__name__}" for x in arrays}))
         raise TypeError(f"arrays must come from one Array API namespace, got {kinds}; convert them first") from error
+
+
+@cache
+def _numpy() -> Any:
+    return aac.array_namespace(np.zeros(0))
 
 
 def is_numpy(x: Array) -> bool:
