@@ -157,7 +157,7 @@ class Preconditioner:
     ) -> Solution:
         """One layer's measure, update, refresh and solve."""
         method = self._method(name)
-        refused, like = None, _first_float(state)
+        refused, like = None, getattr(state, "weight", None)
         if records:
             measured = (_in_dtype(method.measure(state, record, hyper), like) for record in records)
             stats = reduce(method.combine, measured)
@@ -169,7 +169,7 @@ class Preconditioner:
         newest = records[-1] if records and getattr(method, "rows_at_solve", False) else None
         solution = method.solve(state, grad, hyper, newest)
         wanted = getattr(grad, "g", grad).dtype
-        if solution.direction.dtype != wanted and wanted in (namespace(like).float32, namespace(like).float64):
+        if like is not None and solution.direction.dtype != wanted and solution.direction.dtype == like.dtype:
             solution = replace(solution, direction=namespace(like).astype(solution.direction, wanted))
         if refused is not None:
             solution = replace(solution, code=choose(refused, Code.NONFINITE, solution.code))
@@ -209,17 +209,11 @@ class Preconditioner:
         return self.methods[name]
 
 
-def _first_float(state: Any) -> Array | None:
-    """A floating leaf of a method's state, to know its dtype by."""
-    leaves = [x for x in tree.leaves(state) if str(x.dtype).rsplit(".", 1)[-1] in ("float32", "float64")]
-    return leaves[0] if leaves else None
-
-
 def _in_dtype(stats: Any, like: Array | None) -> Any:
     """Stats in the dtype of the state they will move."""
-    if like is None:
+    if like is None or stats.bad.dtype == like.dtype:
         return stats
-    return tree.map(lambda x: x if x.dtype == like.dtype else namespace(x).astype(x, like.dtype), stats)
+    return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
 
 
 @contextmanager

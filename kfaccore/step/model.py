@@ -16,25 +16,23 @@ from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp.arrays import Array, namespace, to_host
 
 
-def products(record: Record, v: Array) -> Array:
-    """J v of each draw and example, (draws, batch), for v (blocks, d_out, d_in) of this layer."""
+def products(record: Record, *vs: Array) -> list[Array]:
+    """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
     xp = namespace(record.g)
-    v = v if v.ndim == 3 else v[None, ...]
+    v = xp.concat([v if v.ndim == 3 else v[None, ...] for v in vs], axis=1)
     if isinstance(record.a, Ids):
         index = xp.reshape(record.a.index, (-1,))
-        z = xp.reshape(xp.take(v[0, ...].mT, index, axis=0), (1, record.batch, record.shared, record.d_out))
+        z = xp.reshape(xp.take(v[0, ...].mT, index, axis=0), (1, record.batch, record.shared, -1))
     else:
         z = xp.matmul(record.rows(), v.mT[:, None, :, :])
-    return xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3))
+    parts = (z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs)))
+    return [xp.sum(xp.vecdot(record.g, part[None, ...]), axis=(1, 3)) for part in parts]
 
 
 def curvature(records: dict[str, Record], directions: list[dict[str, Array]]) -> np.ndarray:
     """v_i^T F v_j for every pair of directions over all layers, float64 on the host."""
-    columns = []
-    for direction in directions:
-        terms = (products(records[name], v) for name, v in direction.items())
-        columns.append(to_host(reduce(add, terms)).astype(np.float64).ravel())
-    u = np.stack(columns)
+    layers = [products(records[name], *(v[name] for v in directions)) for name in directions[0]]
+    u = np.stack([to_host(reduce(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)])
     n = float(next(iter(records.values())).n)
     return u @ u.T / n
 
@@ -46,7 +44,7 @@ def slope(grads: dict[str, Any], direction: dict[str, Array]) -> float:
         grad = grads[name]
         if isinstance(grad, Factored):
             pair = Record(grad.a, grad.g, grad.n)
-            total += float(to_host(namespace(v).sum(products(pair, v)))) / float(grad.n)
+            total += float(to_host(namespace(v).sum(products(pair, v)[0]))) / float(grad.n)
         else:
             total += inner({name: grad}, {name: v})
     return total
