@@ -16,6 +16,7 @@ from kfaccore.comm import Communicator, Serial
 from kfaccore.method import Block, Hyper, Solution, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
+from kfaccore.sharing import concat
 from kfaccore.step import Fixed, SelfTuning
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace, to_host
@@ -138,8 +139,8 @@ class Preconditioner:
         batches = self._check(state, records or {}, grads, updated)
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
-        newest = {name: batches[name][-1] for name in grads if name in batches}
-        motion = self.rule.begin(motion, newest)
+        seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
+        motion = self.rule.begin(motion, seen)
         hypers = {name: self.rule.hyper(motion, hyper) for name, hyper in hypers.items()}
         refreshed = refreshed or self.rule.restart(motion)
         directions, codes, infos = {}, {}, {}
@@ -148,7 +149,7 @@ class Preconditioner:
                 solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
-        directions, motion, told = self.rule(motion, directions, dict(grads), newest)
+        directions, motion, told = self.rule(motion, directions, dict(grads), seen)
         info = Info(updated, refreshed, codes, infos, told)
         return directions, replace(state, step=state.step + 1, layers=layers, motion=motion), info
 
@@ -192,6 +193,9 @@ class Preconditioner:
                 f"step {state.step} updates statistics (every {self.clocks.update} steps) but got no records; "
                 f"ask wants_records(state) before each step"
             )
+        missing = sorted(set(grads) - set(records))
+        if missing and self.rule.needs_records:
+            raise ValueError(f"layers {missing} have gradients but no records, which {self.rule} needs at every step")
         batches = {}
         for name, given in records.items():
             batches[name] = [given] if isinstance(given, Record) else list(given)

@@ -33,7 +33,7 @@ ALLOWED = {  # room: rooms it may import
     "layers": {"xp", "tree", "linalg", "record", "method"},
     "methods": {"xp", "tree", "linalg", "record", "method", "damping", "factors", "sharing"},
     "step": {"xp", "tree", "record", "method", "rescale"},
-    "preconditioner": {"xp", "tree", "record", "method", "schedule", "step", "comm"},
+    "preconditioner": {"xp", "tree", "record", "method", "schedule", "sharing", "step", "comm"},
     "oneshot": {"xp", "record", "method", "methods"},
     "analysis": {"xp", "tree", "record", "method", "factors"},
 }

@@ -166,3 +166,17 @@ def test_never_non_finite_from_any_first_damping(damping):
     for p in kn.fit(task.network, params, data, task.loss, pre, batch=128, steps=25, state=state):
         assert np.isfinite(p.loss)
     assert p.loss < 2.31
+
+
+def test_micro_batches_records_missing_and_frozen_layers(rng):
+    a, g = rng.normal(size=(6, 4)), rng.normal(size=(6, 3))
+    pre = kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning())
+    state, grad = pre.init({"a": kf.Block(3, 4), "b": kf.Block(3, 4)}, a), g.T @ a / 6
+    whole = pre.step(state, {"a": kf.Record(a, g, 6.0)}, {"a": grad})
+    parts = [kf.Record(a[:2], g[:2], 2.0), kf.Record(a[2:], g[2:], 4.0)]
+    split = pre.step(state, {"a": parts}, {"a": grad})
+    np.testing.assert_allclose(split[0]["a"], whole[0]["a"], rtol=1e-10)
+    assert set(whole[0]) == {"a"}
+    assert pre.step(state, {"a": parts}, {})[0] == {}
+    with pytest.raises(ValueError, match=r"layers \['b'\] have gradients but no records"):
+        pre.step(state, {"a": parts}, {"a": grad, "b": grad})

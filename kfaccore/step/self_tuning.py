@@ -75,6 +75,8 @@ class SelfTuning:
         self, motion: Motion, directions: dict[str, Array], grads: dict[str, Any], records: dict[str, Record]
     ) -> tuple[dict[str, Array], Motion, dict[str, float]]:
         """(updates to subtract, motion, info) with alpha, mu, damping and the predicted change of the loss."""
+        if not directions:
+            return directions, motion, {}
         previous = {name: motion.previous[name] for name in directions}
         pair = [{n: _like(v, previous[n]) for n, v in directions.items()}, previous]
         F = curvature(records, pair)
