@@ -279,7 +279,9 @@ def test_averages_are_debiased(row, rng):
 def test_a_refresh_resets_the_moments_of_ekfac(rng):
     """Between a refresh and the next update EKFAC is K-FAC with exact Kronecker damping, whatever came before."""
     record, v = kf.Record(*arrays(rng), N), rng.normal(size=(2, 3, 4))
-    hyper, state = kf.Hyper(0, 0.0, DAMPING), kf.settle(kf.EKFAC(), record)
+    hyper = kf.Hyper(0, 0.6, DAMPING)
+    state = cycle(kf.EKFAC(), kf.EKFAC().init(kf.Block.of(record), record.g), record, hyper)
+    state = kf.EKFAC().update(state, kf.EKFAC().measure(state, record, hyper), hyper)
     corrected = kf.EKFAC().solve(state, v, hyper).direction
     got = kf.EKFAC().solve(kf.EKFAC().refresh(state, hyper), v, hyper).direction
     want = kf.direction(record, v, kf.KFAC(inverse=kf.eigh, split=kf.exact), DAMPING)
