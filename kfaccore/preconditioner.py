@@ -163,7 +163,8 @@ class Preconditioner:
                 solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
-        directions, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
+        with np.errstate(all="ignore"):
+            directions, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
         info = Info(updated, refreshed, codes, infos, told)
         return directions, replace(state, step=state.step + 1, layers=layers, motion=motion), info
 

@@ -93,7 +93,8 @@ def step(
         return float(loss.value(network.forward(params, data[0])[0], data[1])) / n + _penalty(params, l2)
 
     place(1.0)
-    _, state = optimiser.judge(state, value, place, batch_loss)
+    with np.errstate(all="ignore"):  # a loss that is not finite is an answer here
+        _, state = optimiser.judge(state, value, place, batch_loss)
     return value, state, info
 
 
@@ -136,7 +137,7 @@ def fit(
     """
     x, y = data
     state = initial_state(network, params, optimiser) if state is None else state
-    seconds, mean = 0.0, None if average is None else params
+    seconds, mean = 0.0, params
     for index in range(start, steps):
         rng = np.random.default_rng([seed, index])
         rows = aac.array_namespace(x).asarray(rng.integers(0, x.shape[0], batch))
@@ -146,7 +147,7 @@ def fit(
         if average is not None:
             mean = average(mean, params, index + 1 - start)
         seconds += time.perf_counter() - begun
-        yield Progress(index + 1, value, seconds, params, state, info, mean)
+        yield Progress(index + 1, value, seconds, params, state, info, None if average is None else mean)
 
 
 def mean_loss(network: Sequential, params: Params, data: tuple[Array, Array], loss: Any) -> float:
