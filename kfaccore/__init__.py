@@ -12,7 +12,7 @@ from kfaccore.fisher import (
     monte_carlo,
     type2,
 )
-from kfaccore.io import load, metadata, save
+from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
@@ -68,6 +68,7 @@ __all__ = [
     "equal",
     "exact",
     "expand",
+    "flatten",
     "forward_only",
     "load",
     "mean_eigenvalue",
@@ -80,4 +81,5 @@ __all__ = [
     "settle",
     "top_eigenvalue",
     "type2",
+    "unflatten",
 ]
