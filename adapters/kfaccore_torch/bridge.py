@@ -7,6 +7,7 @@ to float32 inside torch and never crosses; the lazy conjugate and negative bits,
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,8 +63,8 @@ def to_torch(x: Array, like: torch.Tensor) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x.to(like)
     if isinstance(x, np.ndarray):
-        plain = x if x.flags.writeable and x.flags.c_contiguous else np.array(x, order="C")
-        return torch.from_numpy(plain).to(like)
+        plain = x.flags.writeable and x.flags.c_contiguous and min(x.strides, default=0) >= 0
+        return torch.from_numpy(x if plain else np.array(x, order="C")).to(like)
     return torch.from_dlpack(x).to(like)
 
 

@@ -73,7 +73,7 @@ class Optimizer:
                 f = self._forward(inputs)
             if f.dtype == torch.float16:
                 raise ValueError(
-                    "the prediction is float16, whose gradients underflow: use bfloat16, or Preconditioner"
+                    "the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner"
                 )
             value = engine.objective.value(f, target)
             batch = Batch(f, target, mask)
