@@ -384,7 +384,7 @@ def test_checkpointing(reentrant):
         pre.step()
         return
     pre.loss(f, y).backward()
-    with pytest.raises(ValueError, match=r"'a' has a gradient .* use_reentrant"):
+    with pytest.raises(ValueError, match=r"'a' has a gradient but none.*use_reentrant"):
         pre.step()
 
 
