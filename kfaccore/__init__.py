@@ -16,20 +16,21 @@ from kfaccore.io import load, metadata, save
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
-from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
+from kfaccore.methods import EKFAC, KFAC, PINNKFAC, Diagonal, Exact, Identity
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed, SelfTuning
+from kfaccore.step import Fixed, LineSearch, Quadratic, SelfTuning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "PINNKFAC",
     "Bernoulli",
     "Block",
     "Clocks",
@@ -44,10 +45,12 @@ __all__ = [
     "Ids",
     "Info",
     "KLClip",
+    "LineSearch",
     "Method",
     "NormConstraint",
     "Patches",
     "Preconditioner",
+    "Quadratic",
     "Record",
     "Relative",
     "Schedules",

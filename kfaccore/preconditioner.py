@@ -17,7 +17,7 @@ from kfaccore.method import Block, Hyper, Solution, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
-from kfaccore.step import Fixed, SelfTuning
+from kfaccore.step import Fixed
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace, to_host
 
@@ -56,8 +56,8 @@ class Preconditioner:
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
     network    for network-level methods, of which there is none yet
-    step       from directions to updates, kept as `rule`: SelfTuning(), or Fixed(lr, momentum, rescale), whose default
-               hands directions on
+    step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), Quadratic(), or
+               Fixed(lr, momentum, rescale), whose default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     """
 
@@ -74,7 +74,7 @@ class Preconditioner:
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
         network: None = None,
-        step: Fixed | SelfTuning = Fixed(),  # noqa: B008 frozen
+        step: Any = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
     ) -> None:
@@ -128,7 +128,8 @@ class Preconditioner:
     ) -> tuple[dict[str, Array], State, Info]:
         """Updates to subtract, shaped like `grads`, the new state, and what happened.
 
-        records   {layer: Record, or a sequence of Records of micro-batches}; ignored when not wanted
+        records   {layer: Record, or a sequence of Records of micro-batches}; ignored when not wanted. For a method
+                  of several loss terms a tuple is one batch, a list holds tuples of micro-batches
         grads     {layer: array or Factored}; a layer left out is frozen: not measured, refreshed or solved
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
@@ -198,8 +199,9 @@ class Preconditioner:
             raise ValueError(f"layers {missing} have gradients but no records, which {self.rule} needs at every step")
         batches = {}
         for name, given in records.items():
-            batches[name] = [given] if isinstance(given, Record) else list(given)
-            for record in batches[name]:
+            terms = isinstance(given, tuple) and hasattr(self._method(name), "terms")
+            batches[name] = [given] if terms or isinstance(given, Record) else list(given)
+            for record in (t for r in batches[name] for t in (r if isinstance(r, tuple) else (r,))):
                 have, need = Block.of(record), blocks[name]
                 if (have.blocks, have.d_out, have.d_in) != (need.blocks, need.d_out, need.d_in):
                     raise ValueError(f"the record of layer {name!r} is for {have}; init was told {need}")

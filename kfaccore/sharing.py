@@ -48,11 +48,13 @@ def reduce(record: Record) -> Record:
     return Record(a, g, record.n, (count > 0)[:, None], record.ids)
 
 
-def concat(first: Record, second: Record) -> Record:
-    """Two records of one layer as one: batches joined, shares of the normaliser added.
+def concat(first: Any, second: Any) -> Any:
+    """Two records of one layer as one: batches joined, shares of the normaliser added; tuples term by term.
 
     Raises ValueError when they differ in kind, draws, blocks, shared or dimensions.
     """
+    if isinstance(first, tuple):
+        return tuple(concat(*pair) for pair in zip(first, second, strict=True))
     for name in ("draws", "blocks", "shared", "d_out", "d_in"):
         left, right = getattr(first, name), getattr(second, name)
         if left != right:

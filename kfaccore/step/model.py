@@ -29,12 +29,16 @@ def products(record: Record, *vs: Array) -> list[Array]:
     return [xp.sum(xp.vecdot(record.g, part[None, ...]), axis=(1, 3)) for part in parts]
 
 
-def curvature(records: dict[str, Record], directions: list[dict[str, Array]]) -> np.ndarray:
-    """v_i^T F v_j for every pair of directions over all layers, float64 on the host."""
-    layers = [products(records[name], *(v[name] for v in directions)) for name in directions[0]]
-    u = np.stack([to_host(reduce(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)])
-    n = float(next(iter(records.values())).n)
-    return u @ u.T / n
+def curvature(records: dict[str, Any], directions: list[dict[str, Array]]) -> np.ndarray:
+    """v_i^T F v_j for every pair of directions over all layers, float64 on the host; records or tuples, one a term."""
+    names = list(directions[0])
+    terms = [records[name] if isinstance(records[name], tuple) else (records[name],) for name in names]
+    total = np.zeros((len(directions),) * 2)
+    for batch in zip(*terms, strict=True):
+        layers = [products(r, *(v[name] for v in directions)) for name, r in zip(names, batch, strict=True)]
+        u = np.stack([to_host(reduce(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)])
+        total += u @ u.T / float(batch[0].n)
+    return total
 
 
 def slope(grads: dict[str, Any], direction: dict[str, Array]) -> float:
