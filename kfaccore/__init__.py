@@ -17,13 +17,14 @@ from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import EKFAC, KFAC, PINNKFAC, Diagonal, Exact, Identity
+from kfaccore.network import GaussNewton
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed, LineSearch, Quadratic, SelfTuning
+from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -39,11 +40,14 @@ __all__ = [
     "Exact",
     "Factored",
     "Fixed",
+    "GaussNewton",
     "Gaussian",
+    "GridSearch",
     "Hyper",
     "Identity",
     "Ids",
     "Info",
+    "IterateAverage",
     "KLClip",
     "LineSearch",
     "Method",

@@ -1,69 +1,82 @@
-"""Momentum, then a line search on a grid: m <- momentum m + x, update = s m with the s of least loss on the batch.
+"""Backtracking on the loss of the batch: the plan for records whose draws cannot model the loss.
 
-The shell evaluates the loss of all steps at once (`grid`) and hands the losses to `choose`; when none is lower than
-the loss before, the step is 0. The buffer is not scaled by past s.
-Source: Dangel, Mueller & Zeinhofer 2024 (2405.15603), in the form of the authors' runs.
+update = t x, t tried from twice the last accepted rate and halved until the batch loss is finite and no higher.
+Source: Nocedal & Wright 2006, algorithm 3.1, with simple decrease. Cost: one forward a try.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from kfaccore.method import Hyper
-from kfaccore.record import Factored, Record
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array
+from kfaccore.xp.codes import Code
+
+
+@dataclass(frozen=True)
+class Search:
+    """The rate proposed last, steps given up, and the code of the last step."""
+
+    rate: float
+    rejected: int = 0
+    code: int = int(Code.OK)
 
 
 @dataclass(frozen=True)
 class LineSearch:
-    """momentum, and steps 2^-(points - 1), ..., 1/2, 1."""
+    """No records, no momentum, no quadratic model: works with empirical draws, and never keeps a non-finite loss.
 
-    momentum: float = 0.5
-    points: int = 31
+    cap     largest rate, and the first one tried
+    grow    factor on the last accepted rate
+    shrink  factor after a try that raised the loss
+    least   a share of the proposed update below which the step is given up
+    """
+
+    cap: float = 1.0
+    grow: float = 2.0
+    shrink: float = 0.5
+    least: float = 1e-4
 
     needs_records: ClassVar[bool] = False
+    judges: ClassVar[bool] = True
 
-    def init(self, zeros: dict[str, Array]) -> dict[str, Array]:
-        """State: one buffer a layer."""
-        return zeros
+    def init(self, zeros: dict[str, Array]) -> Search:
+        return Search(self.cap)
 
-    def restart(self, state: dict[str, Array]) -> bool:
+    def restart(self, motion: Search) -> bool:
         """Never off the clock."""
         return False
 
-    def hyper(self, state: dict[str, Array], hyper: Hyper) -> Hyper:
+    def hyper(self, motion: Search, hyper: Hyper) -> Hyper:
         """As scheduled."""
         return hyper
 
-    def begin(self, state: dict[str, Array], records: dict[str, Record]) -> dict[str, Array]:
+    def begin(self, motion: Search, records: dict[str, Record]) -> Search:
         """Nothing to learn from records."""
-        return state
-
-    def judge(self, state: dict[str, Array], before: float, after: float) -> tuple[bool, dict[str, Array]]:
-        """Every step stays: `choose` has seen to it."""
-        return True, state
+        return motion
 
     def __call__(
         self,
-        state: dict[str, Array],
+        motion: Search,
         directions: dict[str, Array],
-        grads: dict[str, Array | Factored],
-        records: object = None,
-    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Any]]:
-        """(buffers, to be scaled by the chosen step, state, info); layers left out keep their buffer."""
-        moved = {n: self.momentum * namespace(d).reshape(state[n], d.shape) + d for n, d in directions.items()}
-        return moved, {**state, **{n: namespace(m).reshape(m, state[n].shape) for n, m in moved.items()}}, {}
+        grads: dict[str, Any],
+        records: dict[str, Record] | None = None,
+        l2: float = 0.0,
+    ) -> tuple[dict[str, Array], Search, dict[str, Any]]:
+        """(updates to try first, motion, info)."""
+        told = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}
+        return {name: motion.rate * x for name, x in directions.items()}, motion, told
 
-    def grid(self) -> np.ndarray:
-        """The steps tried, ascending."""
-        return 2.0 ** np.arange(1 - self.points, 1)
-
-    def choose(self, before: float, losses: Any) -> float:
-        """The step of the least finite loss, 0 when none is below `before`."""
-        losses = np.asarray(losses, dtype=np.float64)
-        losses = np.where(np.isfinite(losses), losses, np.inf)
-        best = int(np.argmin(losses))
-        return float(self.grid()[best]) if losses[best] < before else 0.0
+    def judge(self, motion: Search, share: float, before: float, after: float) -> tuple[float, Search]:
+        """`share` when the loss is finite and no higher, else less of it; 0 when the step is given up."""
+        if np.isfinite(after) and after <= before:
+            rate = min(self.cap, self.grow * share * motion.rate)
+            return share, replace(motion, rate=rate, code=int(Code.OK))
+        if share * self.shrink >= self.least:
+            return share * self.shrink, motion
+        code = Code.UNCONVERGED if np.isfinite(before) else Code.NONFINITE
+        return 0.0, replace(motion, rejected=motion.rejected + 1, code=int(code))
