@@ -149,9 +149,8 @@ class Preconditioner:
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, or missing records.
         """
-        updated = self.wants_records(state)
-        refreshed = state.step % self.clocks.refresh == 0
-        batches = self._check(state, records or {}, grads, updated)
+        updated, refreshed = state.step % self.clocks.update == 0, state.step % self.clocks.refresh == 0
+        batches = self._check(state, records or {}, grads, self.wants_records(state))
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
         seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
@@ -161,7 +160,8 @@ class Preconditioner:
         directions, codes, infos = {}, {}, {}
         for name, grad in grads.items():
             with _named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
-                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
+                due = updated, refreshed
+                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], due)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
         with np.errstate(all="ignore"):
@@ -174,12 +174,12 @@ class Preconditioner:
         return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
 
     def _layer(
-        self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, refreshed: bool
+        self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, due: tuple[bool, bool]
     ) -> Solution:
-        """One layer's measure, update, refresh and solve."""
-        method = self._method(name)
+        """One layer's measure and update, refresh, if they are `due`, and solve."""
+        method, (updated, refreshed) = self._method(name), due
         refused, like = None, getattr(state, "weight", None)
-        if records:
+        if records and updated:
             measured = (_in_dtype(method.measure(state, record, hyper), like) for record in records)
             stats = reduce(method.combine, measured)
             stats = self.comm.all_reduce(stats)

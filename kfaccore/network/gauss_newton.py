@@ -1,14 +1,13 @@
 """Gauss-Newton in sample space: x = (J^T J + damping I)^-1 J^T r = J^T (J J^T + damping I)^-1 r over all layers.
 
 Rows of J are the residuals' gradients J[b] = sum_s g[b, s] a[b, s]^T of every layer side by side, over sqrt(n) of
-their loss term; so is r. The matrix that is factorised is as large as the batch, never as the network. The step is the
-best of a grid on the batch's loss; damping is small and follows that step, as Levenberg and Marquardt's follows the
-reduction ratio: it falls after a full step that did what the model said, rises after a short one and jumps when no
-step helped.
+their loss term; so is r. The matrix that is factorised is as large as the batch, never as the network. The step is
+halved until it lowers the loss of the batch; damping follows the reduction ratio: it falls after a full step that did
+what the model said, rises after a short one and jumps when no step helped.
 
 Exact always (over the whole network); records of one draw, least-squares losses 1/(2 n) sum r^2.
 Source: Marquardt 1963; push-through form as in Ren & Goldfarb 2019 (1906.02353).
-Cost: batch^2 parameters a step; memory batch times the parameters of the widest layer, if rows are kept all of them.
+Cost: batch^2 parameters + batch^3 a step; memory batch times parameters.
 """
 
 from __future__ import annotations
@@ -41,13 +40,14 @@ class State:
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """Gauss-Newton steps with a grid search; none of the numbers usually needs setting.
+    """Gauss-Newton steps with backtracking; none of the numbers usually needs setting.
 
     damping   the first one, over the trace of J J^T
     drop      damping is multiplied by it after a full step with a reduction ratio over 3/4, divided by it after a step
               of at most 1/4 or a ratio under 1/4
     grow      factor on damping when no step lowered the loss
     points    steps tried: 1, 1/2, ..., 2^(1 - points)
+    least     damping never falls below it
     """
 
     damping: float = 1e-9
@@ -75,22 +75,18 @@ class GaussNewton:
         state = replace(state, damping=damping, slope=slope, curvature=curvature, steps=state.steps + 1)
         return pull(rows, weights, records), state, {"damping": damping, "code": code}
 
-    def grid(self) -> np.ndarray:
-        """The steps tried, descending."""
-        return 2.0 ** -np.arange(self.points)
-
-    def choose(self, state: State, before: float, losses: Any) -> tuple[float, State]:
-        """The step of the least finite loss (0 when none is below `before`) and the state with the damping to come."""
-        losses = np.asarray(losses, dtype=np.float64)
-        losses = np.where(np.isfinite(losses), losses, np.inf)
-        best = int(np.argmin(losses))
-        if not losses[best] < before:
-            return 0.0, replace(state, damping=min(state.damping * self.grow, 1e8), stuck=state.stuck + 1)
-        s = float(self.grid()[best])
-        predicted = -s * state.slope + 0.5 * s * s * state.curvature
-        ratio = (losses[best] - before) / predicted if predicted < 0 else 0.0
-        factor = self.drop if s == 1 and ratio > 0.75 else 1 / self.drop if s <= 0.25 or ratio < 0.25 else 1.0
-        return s, replace(state, damping=max(state.damping * factor, self.least))
+    def judge(self, state: State, share: float, before: float, after: float) -> tuple[float, State]:
+        """The share of the update that should be in force, given the batch loss with `share` of it; final when it is
+        `share` itself or 0."""
+        if np.isfinite(after) and after < before:
+            predicted = -share * state.slope + 0.5 * share**2 * state.curvature
+            ratio = (after - before) / predicted if predicted < 0 else 0.0
+            poor = share <= 0.25 or ratio < 0.25
+            factor = self.drop if share == 1 and ratio > 0.75 else 1 / self.drop if poor else 1.0
+            return share, replace(state, damping=max(state.damping * factor, self.least))
+        if share > 2.0 ** (1 - self.points):
+            return share / 2, state
+        return 0.0, replace(state, damping=min(state.damping * self.grow, 1e8), stuck=state.stuck + 1)
 
 
 def jacobian(record: Record | tuple[Record, ...]) -> Array:
@@ -110,7 +106,7 @@ def gram(rows: Mapping[str, Array]) -> Array:
     """J J^T over all layers, (examples, examples)."""
     total: Any = 0.0
     for part in rows.values():
-        total = total + part @ part.T
+        total = total + kernels.gram(part.mT[None, ...])[0, ...]
     return total
 
 
