@@ -23,7 +23,13 @@ def expand(record: Record) -> Record:
     xp = namespace(record.g)
     rows = record.batch * record.shared
     a = record.a
-    if record.mask is None and record.ids is None and not isinstance(a, Ids) and shared_first(a) and shared_first(record.g):
+    if (
+        record.mask is None
+        and record.ids is None
+        and not isinstance(a, Ids)
+        and shared_first(a)
+        and shared_first(record.g)
+    ):
         swapped = (xp.moveaxis(x, -2, -3) for x in (a, record.g))  # rows in the order of memory: no copy
         return Record(*(_fold(x) for x in swapped), record.n)
     a = Ids(xp.reshape(a.index, (rows,)), a.size) if isinstance(a, Ids) else _fold(a)

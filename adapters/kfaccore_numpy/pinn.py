@@ -1,4 +1,4 @@
-"""A network that solves a differential equation: residuals, losses of many steps at once, gradients, records.
+"""A network that solves a differential equation: residuals, loss, gradients, records, errors.
 
 loss = sum over terms of 1/(2 n) sum r^2. A record of a term holds the seeds' gradients g = dr/d(slots) of each dense
 layer (one draw, type-2), so grad = sum over terms of (1/n) sum_b r_b g_b^T a_b and J v needs no framework.
@@ -54,45 +54,47 @@ class PINN:
         return self.network.init(np.random.default_rng(seed), np.float64)
 
     def residuals(self, params: Params, batch: Batch) -> tuple[Array, ...]:
-        """r (..., points) of each term; leading axes of `params` are tried side by side, in chunks."""
-        first = next(iter(params.values()))
-        stack = int(np.prod(first.shape[:-2]))
+        """r (points,) of each term, in chunks of points that keep memory bounded."""
         widest = max(block.d_out for block in self.network.blocks().values())
-        size = max(1, _CHUNK // (stack * widest))
-        found = []
+        size, found = max(1, _CHUNK // widest), []
         for term, (x, y) in zip(self.problem.terms, batch, strict=True):
             parts = []
             for i in range(0, x.shape[0], size):
                 z = taylor.forward(self.network, params, x[i : i + size], term.slots, term.wanted)
                 parts.append(term.residual(z, x[i : i + size], y[i : i + size]))
-            found.append(aac.array_namespace(x).concat(parts, axis=-1))
+            found.append(aac.array_namespace(x).concat(parts))
         return tuple(found)
 
-    def losses(self, params: Params, batch: Batch) -> Array:
-        """Loss of each set of parameters along the leading axes of `params`; 0-d without."""
-        total = 0.0
-        for r in self.residuals(params, batch):
-            total = total + 0.5 * aac.array_namespace(r).mean(r * r, axis=-1)
-        return total
+    def loss(self, params: Params, batch: Batch) -> float:
+        """The loss, without a gradient."""
+        return sum(0.5 * float((r * r).mean()) for r in self.residuals(params, batch))
 
-    def along(self, params: Params, updates: Params, steps: Array) -> Params:
-        """params - step * updates for each of `steps` (k,), stacked."""
-        return {name: W - steps[:, None, None] * updates[name] for name, W in params.items()}
-
-    def capture(self, params: Params, batch: Batch) -> Captured:
-        """One forward and one backward a term."""
+    def capture(self, params: Params, batch: Batch, sizes: tuple[int, ...] = ()) -> Captured:
+        """One forward and one backward a term; `sizes` are those of the whole batch when this is a part of it."""
+        check(self.problem, params, batch)
         loss, residuals, grads, records = 0.0, [], {}, {}
-        for term, (x, y) in zip(self.problem.terms, batch, strict=True):
+        sizes = sizes or tuple(x.shape[0] for x, _ in batch)
+        for term, (x, y), n in zip(self.problem.terms, batch, sizes, strict=True):
             z, tape = taylor.record_forward(self.network, params, x, term.slots)
-            r, n = term.residual(z, x, y), x.shape[0]
+            r = term.residual(z, x, y)
             g = taylor.backward(self.network, params, tape, term.seeds(z, x), term.slots)
             loss += 0.5 * float((r * r).sum()) / n
             residuals.append(r)
             for name, a in tape.inputs.items():
-                records[name] = (*records.get(name, ()), term_record(a, g[name], n))
+                records[name] = (*records.get(name, ()), term_record(a, g[name], x.shape[0]))
                 grad = taylor_gradient(a, g[name], r / n)
                 grads[name] = grads[name] + grad if name in grads else grad
         return Captured(loss, tuple(residuals), grads, records)
+
+    def parts(self, params: Params, batch: Batch, rows: int) -> Iterator[Captured]:
+        """`capture` in parts of at most about `rows` points times slots, whose losses and gradients add up."""
+        sizes = tuple(x.shape[0] for x, _ in batch)
+        counts = [size * term.slots.count for size, term in zip(sizes, self.problem.terms, strict=True)]
+        k = min(*sizes, -(-sum(counts) // rows))
+        for i in range(k):
+            cuts = [(i * size // k, (i + 1) * size // k) for size in sizes]
+            part = [(x[lo:hi], y[lo:hi]) for (x, y), (lo, hi) in zip(batch, cuts, strict=True)]
+            yield self.capture(params, part, sizes)
 
     def gradient(self, params: Params, batch: Batch) -> tuple[float, dict[str, Array]]:
         """Loss and gradients, for first-order optimisers."""
@@ -118,6 +120,28 @@ class PINN:
                 batch = self.problem.sample(rng, interior, boundary)
             yield batch
             step += 1
+
+
+def check(problem: Problem, params: Params, batch: Batch) -> None:
+    """ValueError or TypeError when the batch does not belong to the problem and the parameters."""
+    names = [term.name for term in problem.terms]
+    if len(batch) != len(names):
+        raise ValueError(
+            f"the batch of {problem.name} has {len(batch)} sets of points; need {len(names)}: {', '.join(names)}. "
+            f"Without boundary values the solution is not determined"
+        )
+    dtype = next(iter(params.values())).dtype
+    for name, (x, y) in zip(names, batch, strict=True):
+        if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != problem.d or tuple(y.shape) != (x.shape[0],):
+            raise ValueError(
+                f"the {name} points of {problem.name} have shape {tuple(x.shape)} and their data {tuple(y.shape)}; "
+                f"need (points, {problem.d}) and (points,), at least one point"
+            )
+        if not x.dtype == y.dtype == dtype:
+            raise TypeError(f"parameters are {dtype}, {name} points {x.dtype} and data {y.dtype}; need one dtype")
+        outside = problem.outside(x)
+        if outside:
+            raise ValueError(f"{outside} of {x.shape[0]} {name} points are outside the domain {problem.box}")
 
 
 def term_record(a: Array, g: Array, n: float) -> Record:

@@ -26,6 +26,7 @@ class Data:
     """u - y: boundary or initial values."""
 
     slots: Slots
+    name = "boundary"
     wanted = (True, False, False)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
@@ -40,6 +41,7 @@ class Poisson:
     """D u + y, D u the second-order slot."""
 
     slots: Slots
+    name = "interior"
     wanted = (False, False, True)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
@@ -55,6 +57,7 @@ class Heat:
 
     slots: Slots
     rate: float = 0.25
+    name = "interior"
     wanted = (False, True, True)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
@@ -74,6 +77,7 @@ class LogFokkerPlanck:
     """
 
     slots: Slots
+    name = "interior"
     wanted = (False, True, True)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
@@ -127,6 +131,13 @@ class Problem:
         """Uniform points of the box, (count, d)."""
         low, high = np.asarray(self.box).T
         return rng.uniform(low, high, (count, self.d))
+
+    def outside(self, x: Array) -> int:
+        """How many points are not in the closed box; rounding is forgiven, NaN is not."""
+        low, high = (aac.array_namespace(x).asarray(v, dtype=x.dtype) for v in zip(*self.box, strict=True))
+        slack = 1e-6 * (high - low)
+        inside = (x >= low - slack) & (x <= high + slack)
+        return x.shape[0] - int(inside.all(-1).sum())
 
     def sample(self, rng: np.random.Generator, interior: int, boundary: int) -> tuple[tuple[Array, Array], ...]:
         """(points, data) of each term."""

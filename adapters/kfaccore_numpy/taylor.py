@@ -6,8 +6,8 @@ activation s maps
 
     z -> s(z)      d_i z -> s' d_i z      D z -> s' D z + s'' sum_ij c_ij d_i z d_j z
 
-The slots are the `shared` axis of a record. Arrays are (..., slots, batch, d); leading axes stack parameters forwards
-and seeds backwards. The first layer's derivative slots are the same for every point and are never multiplied out.
+The slots are the `shared` axis of a record. Arrays are (..., slots, batch, d); leading axes stack seeds backwards. The
+first layer's derivative slots are the same for every point and are never multiplied out.
 Source: Dangel, Mueller & Zeinhofer 2024 (2405.15603), section 3. Cost: d + 2 ordinary passes.
 """
 
@@ -101,7 +101,7 @@ class TaylorTape:
 def forward(
     network: Sequential, params: Params, x: Array, slots: Slots, last: tuple[bool, bool, bool] | None = None
 ) -> Coefficients:
-    """Slots of the prediction at x (batch, d); matrices of `params` may share leading axes.
+    """Slots of the prediction at x (batch, d).
 
     last   which of value, first and second of the last layer are wanted (default all): others are not computed
     """
@@ -109,7 +109,7 @@ def forward(
 
 
 def record_forward(network: Sequential, params: Params, x: Array, slots: Slots) -> tuple[Coefficients, TaylorTape]:
-    """As `forward`, with the tape `backward` and records need; one set of parameters."""
+    """As `forward`, with the tape `backward` and records need."""
     tape = TaylorTape({}, [])
     return _forward(network, params, x, slots, tape, (True, True, True)), tape
 

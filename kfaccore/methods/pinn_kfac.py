@@ -11,6 +11,7 @@ Cost: update rows (d_in^2 + d_out^2) a term; refresh 4 (d_in^3 + d_out^3) eigend
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce as fold
@@ -25,7 +26,7 @@ from kfaccore.method import Additive, Block, Code, Hyper, Solution, finish, grad
 from kfaccore.record import Factored, Record
 from kfaccore.sharing import expand
 from kfaccore.xp import choose
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, eps, namespace
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class PINNKFAC(Additive):
         return replace(state, terms=tuple(factors.update(t, replace(s, bad=bad), hyper, donate) for t, s in pairs))
 
     def refresh(self, state: State, hyper: Hyper) -> State:
+        _warn_if_lost(hyper.damping, state.weight)
         damped = self._damped(state, hyper)
         (G, A), rest = damped[0], damped[1:]
         xp = namespace(A)
@@ -139,3 +141,15 @@ class PINNKFAC(Additive):
             A, G = (x + d[:, None, None] * side.identity(x) for x, d in zip((A, G), shifts, strict=True))
             found.append((G, A))
         return found
+
+
+def _warn_if_lost(damping: float | Array, like: Array) -> None:
+    """A warning when damping is under the rounding of factors of size 1."""
+    rounding = eps(like.dtype, namespace(like))
+    if isinstance(damping, float) and 0 < damping < rounding:
+        warnings.warn(
+            f"damping {damping:g} is below {rounding:.2g}, the rounding of {like.dtype}: factors of size 1 do not "
+            f"change. Use float64 parameters, or damping of at least {rounding:.2g}",
+            RuntimeWarning,
+            stacklevel=3,
+        )

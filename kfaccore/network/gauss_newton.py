@@ -12,7 +12,7 @@ Cost: batch^2 parameters + batch^3 a step; memory batch times parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from kfaccore import xp as kernels
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, all_finite, namespace, select, to_host
-from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.codes import Code
 
 Records = Mapping[str, Record | tuple[Record, ...]]
 
@@ -75,18 +75,30 @@ class GaussNewton:
         state = replace(state, damping=damping, slope=slope, curvature=curvature, steps=state.steps + 1)
         return pull(rows, weights, records), state, {"damping": damping, "code": code}
 
-    def judge(self, state: State, share: float, before: float, after: float) -> tuple[float, State]:
-        """The share of the update that should be in force, given the batch loss with `share` of it; final when it is
-        `share` itself or 0."""
-        if np.isfinite(after) and after < before:
-            predicted = -share * state.slope + 0.5 * share**2 * state.curvature
-            ratio = (after - before) / predicted if predicted < 0 else 0.0
-            poor = share <= 0.25 or ratio < 0.25
-            factor = self.drop if share == 1 and ratio > 0.75 else 1 / self.drop if poor else 1.0
-            return share, replace(state, damping=max(state.damping * factor, self.least))
-        if share > 2.0 ** (1 - self.points):
-            return share / 2, state
+    def judge(
+        self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
+    ) -> tuple[float, State]:
+        """Once the full updates are in force: the share of them that stays (0: none lowers the loss), and the state.
+
+        before, place, loss   as of `Preconditioner.judge`
+        """
+        for k in range(self.points):
+            share = 2.0**-k
+            if k:
+                place(share)
+            after = loss()
+            if np.isfinite(after) and after < before:
+                return share, self._learnt(state, share, after - before)
+        place(0.0)
         return 0.0, replace(state, damping=min(state.damping * self.grow, 1e8), stuck=state.stuck + 1)
+
+    def _learnt(self, state: State, share: float, change: float) -> State:
+        """The damping to come, from how the change of the loss compares with the predicted one."""
+        predicted = -share * state.slope + 0.5 * share**2 * state.curvature
+        ratio = change / predicted if predicted < 0 else 0.0
+        poor = share <= 0.25 or ratio < 0.25
+        factor = self.drop if share == 1 and ratio > 0.75 else 1 / self.drop if poor else 1.0
+        return replace(state, damping=max(state.damping * factor, self.least))
 
 
 def jacobian(record: Record | tuple[Record, ...]) -> Array:
@@ -136,5 +148,6 @@ def pull(rows: Mapping[str, Array], weights: Array, records: Records) -> dict[st
     for name, part in rows.items():
         record = records[name]
         term = record[0] if isinstance(record, tuple) else record
-        found[name] = namespace(part).reshape(weights @ part, (term.blocks, term.d_out, term.d_in))
+        update = namespace(part).reshape(weights @ part, (term.blocks, term.d_out, term.d_in))
+        found[name] = select(all_finite(update), update, namespace(part).zeros_like(update))
     return found

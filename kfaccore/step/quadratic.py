@@ -69,7 +69,12 @@ class Quadratic:
         return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(Code.NONFINITE))
 
     def __call__(
-        self, motion: Memory, directions: dict[str, Array], grads: dict[str, Any], records: dict[str, Any], l2: float = 0.0
+        self,
+        motion: Memory,
+        directions: dict[str, Array],
+        grads: dict[str, Any],
+        records: dict[str, Any],
+        l2: float = 0.0,
     ) -> tuple[dict[str, Array], Memory, dict[str, Any]]:
         """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
         told = {"code": Code(motion.code), "rejected": motion.rejected}
