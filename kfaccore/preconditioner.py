@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.comm import Communicator, Serial
+from kfaccore.given import in_dtype, is_stats, named, records_of
 from kfaccore.method import Block, Hyper, Solution, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
@@ -56,8 +56,8 @@ class Preconditioner:
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
     network    for network-level methods, of which there is none yet
-    step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), or Fixed(lr, momentum, rescale),
-               whose default hands directions on
+    step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), GridSearch(), Quadratic(),
+               Fixed(lr, momentum, rescale); the default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     """
 
@@ -90,11 +90,11 @@ class Preconditioner:
         A float64 `like` keeps averages and inverses in float64 for float32 records; updates keep the gradients' dtype.
         """
         layers, motion = {}, {}
+        xp, device = namespace(like), aac.device(like)
         for name, block in blocks.items():
-            with _named(name):
+            with named(name):
                 layers[name] = self._method(name).init(block, like)
-            shape = (block.blocks, block.d_out, block.d_in)
-            motion[name] = namespace(like).zeros(shape, dtype=like.dtype, device=aac.device(like))
+            motion[name] = xp.zeros((block.blocks, block.d_out, block.d_in), dtype=like.dtype, device=device)
         return State(0, layers, self.rule.init(motion), tuple(blocks.items()))
 
     def memory(self, blocks: Mapping[str, Block], like: np.ndarray | None = None) -> dict[str, int]:
@@ -123,15 +123,13 @@ class Preconditioner:
 
         Needed after each step of a rule that `judges`; for the others it returns 1 and calls nothing.
         """
-        share, motion = 1.0, state.motion
-        while self.rule.judges:
-            wanted, motion = self.rule.judge(motion, share, before, loss())
-            if wanted == share:
-                break
+        share, wanted, motion = 0.0, 1.0, state.motion
+        while self.rule.judges and wanted not in (0, share):
             share = wanted
-            place(share)
-            if share == 0:
-                break
+            wanted, motion = self.rule.judge(motion, share, before, loss())
+            if wanted != share:
+                place(wanted)
+        share = wanted
         return share, replace(state, motion=motion)
 
     def step(
@@ -142,15 +140,15 @@ class Preconditioner:
     ) -> tuple[dict[str, Array], State, Info]:
         """Updates to subtract, shaped like `grads`, the new state, and what happened.
 
-        records   {layer: Record, or a sequence of Records of micro-batches}; ignored when not wanted
+        records   {layer: Record, or a sequence of Records of micro-batches}; ignored when not wanted. For a method of
+                  several loss terms a tuple is one batch; Stats of the method may stand for Records
         grads     {layer: array or Factored}; a layer left out is frozen: not measured, refreshed or solved
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, or missing records.
         """
-        updated = self.wants_records(state)
-        refreshed = state.step % self.clocks.refresh == 0
-        batches = self._check(state, records or {}, grads, updated)
+        updated, refreshed = state.step % self.clocks.update == 0, state.step % self.clocks.refresh == 0
+        batches = self._check(state, records or {}, grads, self.wants_records(state))
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
         seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
@@ -159,8 +157,9 @@ class Preconditioner:
         refreshed = refreshed or self.rule.restart(motion)
         directions, codes, infos = {}, {}, {}
         for name, grad in grads.items():
-            with _named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
-                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
+            with named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
+                due = updated, refreshed
+                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], due)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
         with np.errstate(all="ignore"):
@@ -173,13 +172,14 @@ class Preconditioner:
         return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
 
     def _layer(
-        self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, refreshed: bool
+        self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, due: tuple[bool, bool]
     ) -> Solution:
-        """One layer's measure, update, refresh and solve."""
-        method = self._method(name)
+        """One layer's measure and update, refresh, if they are `due`, and solve."""
+        method, (updated, refreshed) = self._method(name), due
         refused, like = None, getattr(state, "weight", None)
-        if records:
-            measured = (_in_dtype(method.measure(state, record, hyper), like) for record in records)
+        if records and updated:
+            found = (r if is_stats(r) else method.measure(state, r, hyper) for r in records)
+            measured = (in_dtype(stats, like) for stats in found)
             stats = reduce(method.combine, measured)
             stats = self.comm.all_reduce(stats)
             state = method.update(state, stats, hyper, self.donate)
@@ -203,7 +203,7 @@ class Preconditioner:
             if unknown:
                 raise ValueError(f"{what} has layers {unknown} that init never saw; it knows {sorted(blocks)}")
         for name, grad in grads.items():
-            with _named(name):
+            with named(name):
                 gradient(grad, (blocks[name].blocks, blocks[name].d_out, blocks[name].d_in))
         if not wanted:
             return {}
@@ -217,8 +217,9 @@ class Preconditioner:
             raise ValueError(f"layers {missing} have gradients but no records, which {self.rule} needs at every step")
         batches = {}
         for name, given in records.items():
-            batches[name] = [given] if isinstance(given, Record) else list(given)
-            for record in batches[name]:
+            terms = isinstance(given, tuple) and hasattr(self._method(name), "terms")
+            batches[name] = [given] if terms or isinstance(given, Record) or is_stats(given) else list(given)
+            for record in records_of(batches[name]):
                 have, need = Block.of(record), blocks[name]
                 if (have.blocks, have.d_out, have.d_in) != (need.blocks, need.d_out, need.d_in):
                     raise ValueError(f"the record of layer {name!r} is for {have}; init was told {need}")
@@ -230,20 +231,3 @@ class Preconditioner:
         if name not in self.methods:
             raise ValueError(f"methods has no entry for layer {name!r}; give it one, Identity() to leave it alone")
         return self.methods[name]
-
-
-def _in_dtype(stats: Any, like: Array | None) -> Any:
-    """Stats in the dtype of the state they will move."""
-    if like is None or stats.bad.dtype == like.dtype:
-        return stats
-    return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
-
-
-@contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """Adds the layer's name to whatever is raised inside, once."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in layer {layer!r}")
-        raise

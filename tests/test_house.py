@@ -34,7 +34,9 @@ ALLOWED = {  # room: rooms it may import
     "layers": {"xp", "tree", "linalg", "record", "method"},
     "methods": {"xp", "tree", "linalg", "record", "method", "damping", "factors", "sharing"},
     "step": {"xp", "tree", "record", "method", "rescale"},
-    "preconditioner": {"xp", "tree", "record", "method", "schedule", "sharing", "step", "comm"},
+    "network": {"xp", "tree", "record", "method"},
+    "given": {"xp", "tree", "record"},
+    "preconditioner": {"xp", "tree", "record", "given", "method", "schedule", "sharing", "step", "comm"},
     "oneshot": {"xp", "record", "method", "methods"},
     "analysis": {"xp", "tree", "record", "method", "factors"},
 }
