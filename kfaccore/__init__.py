@@ -12,6 +12,7 @@ from kfaccore.fisher import (
     monte_carlo,
     type2,
 )
+from kfaccore.info import Info
 from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
@@ -19,7 +20,7 @@ from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import EKFAC, KFAC, PINNKFAC, Diagonal, Exact, Identity
 from kfaccore.network import GaussNewton
 from kfaccore.oneshot import direction
-from kfaccore.preconditioner import Info, Preconditioner
+from kfaccore.preconditioner import Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules

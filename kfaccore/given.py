@@ -29,6 +29,14 @@ def in_dtype(stats: Any, like: Array | None) -> Any:
     return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
 
 
+def like_gradient(direction: Array, grad: Any, like: Array | None) -> Array:
+    """A direction in the dtype of its gradient, where the state's wider one made it wider."""
+    wanted = getattr(grad, "g", grad).dtype
+    if like is None or direction.dtype == wanted or direction.dtype != like.dtype:
+        return direction
+    return namespace(like).astype(direction, wanted)
+
+
 @contextmanager
 def named(layer: str) -> Iterator[None]:
     """Adds the layer's name to whatever is raised inside, once."""

@@ -12,14 +12,16 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.comm import Communicator, Serial
-from kfaccore.given import in_dtype, is_stats, named, records_of
+from kfaccore.given import in_dtype, is_stats, like_gradient, named, records_of
+from kfaccore.info import Info
 from kfaccore.method import Block, Hyper, Solution, gradient
+from kfaccore.placement import agree, assign, check, costs, exchanged, sent
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
 from kfaccore.step import Fixed, Rule
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, namespace, to_host
+from kfaccore.xp.arrays import Array, namespace
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,6 @@ class State:
     layers: dict[str, Any]
     motion: Any
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
-
-
-@dataclass(frozen=True)
-class Info:
-    """What one call did: result codes (blocks,) and solver information a layer, and the step's own numbers."""
-
-    updated: bool
-    refreshed: bool
-    codes: dict[str, Array]
-    layers: dict[str, dict[str, Array]]
-    step: dict[str, Any]
-
-    def counts(self) -> dict[Code, int]:
-        """How many blocks ended with each code; reads the codes to the host."""
-        codes = [to_host(code) for code in self.codes.values()]
-        found, how_many = np.unique(np.concatenate(codes), return_counts=True) if codes else ((), ())
-        return {Code(int(code)): int(count) for code, count in zip(found, how_many, strict=True)}
 
 
 @dataclass(frozen=True, init=False)
@@ -89,6 +74,7 @@ class Preconditioner:
 
         A float64 `like` keeps averages and inverses in float64 for float32 records; updates keep the gradients' dtype.
         """
+        check({name: self._method(name) for name in blocks}, self.comm)
         layers, motion = {}, {}
         xp, device = namespace(like), aac.device(like)
         for name, block in blocks.items():
@@ -149,19 +135,24 @@ class Preconditioner:
         """
         updated, refreshed = state.step % self.clocks.update == 0, state.step % self.clocks.refresh == 0
         batches = self._check(state, records or {}, grads, self.wants_records(state))
+        if self.comm.world > 1:
+            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.motion)[0])
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
         seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
         motion = self.rule.begin(motion, seen)
         hypers = {name: self._penalised(self.rule.hyper(motion, hyper)) for name, hyper in hypers.items()}
         refreshed = refreshed or self.rule.restart(motion)
+        refused = self._update(layers, batches if updated else {}, hypers)
+        work = assign(costs(dict(state.blocks)), self.comm.world, self.comm.fraction)
+        if refreshed:
+            self._refresh(layers, hypers, work)
+        newest = {name: found[-1] for name, found in batches.items() if found}
+        solutions = self._solve(layers, grads, hypers, newest, work)
         directions, codes, infos = {}, {}, {}
-        for name, grad in grads.items():
-            with named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
-                due = updated, refreshed
-                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], due)
-            layers[name] = solution.state
-            directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
+        for name, found in solutions.items():
+            layers[name], directions[name], infos[name] = found.state, found.direction, found.info
+            codes[name] = choose(refused[name], Code.NONFINITE, found.code) if name in refused else found.code
         with np.errstate(all="ignore"):
             directions, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
         info = Info(updated, refreshed, codes, infos, told)
@@ -171,29 +162,43 @@ class Preconditioner:
         """The curvature of the l2 penalty is l2 I: it joins the damping."""
         return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
 
-    def _layer(
-        self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, due: tuple[bool, bool]
-    ) -> Solution:
-        """One layer's measure and update, refresh, if they are `due`, and solve."""
-        method, (updated, refreshed) = self._method(name), due
-        refused, like = None, getattr(state, "weight", None)
-        if records and updated:
-            found = (r if is_stats(r) else method.measure(state, r, hyper) for r in records)
-            measured = (in_dtype(stats, like) for stats in found)
-            stats = reduce(method.combine, measured)
-            stats = self.comm.all_reduce(stats)
-            state = method.update(state, stats, hyper, self.donate)
-            refused = stats.bad > 0
-        if refreshed:
-            state = method.refresh(state, hyper)
-        newest = records[-1] if records and getattr(method, "rows_at_solve", False) else None
-        solution = method.solve(state, grad, hyper, newest)
-        wanted = getattr(grad, "g", grad).dtype
-        if like is not None and solution.direction.dtype != wanted and solution.direction.dtype == like.dtype:
-            solution = replace(solution, direction=namespace(like).astype(solution.direction, wanted))
-        if refused is not None:
-            solution = replace(solution, code=choose(refused, Code.NONFINITE, solution.code))
-        return solution
+    def _update(self, layers: dict, batches: Mapping[str, Sequence], hypers: dict[str, Hyper]) -> dict[str, Array]:
+        """Statistics of all layers into their states; where (blocks,) they were refused."""
+        refused = {}
+        for name in (name for name in hypers if batches.get(name)):
+            with named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
+                method, state = self._method(name), layers[name]
+                found = (r if is_stats(r) else method.measure(state, r, hypers[name]) for r in batches[name])
+                measured = (in_dtype(stats, getattr(state, "weight", None)) for stats in found)
+                stats = self.comm.all_reduce(reduce(method.combine, measured))
+                layers[name] = method.update(state, stats, hypers[name], self.donate)
+                refused[name] = stats.bad > 0
+        return refused
+
+    def _refresh(self, layers: dict, hypers: dict[str, Hyper], work: dict[str, tuple[int, ...]]) -> None:
+        """Refresh the layers this rank owns, and get the others from their owners."""
+        for name in (name for name in hypers if work[name][0] == self.comm.rank):
+            with named(name), np.errstate(all="ignore"):
+                layers[name] = self._method(name).refresh(layers[name], hypers[name])
+        states = {name: layers[name] for name in hypers}
+        layers.update(exchanged(self.comm, states, {name: self._method(name) for name in hypers}, work))
+
+    def _solve(
+        self, layers: dict, grads: Mapping, hypers: dict[str, Hyper], newest: Mapping, work: dict[str, tuple[int, ...]]
+    ) -> dict[str, Solution]:
+        """Directions of all layers, those solved by other ranks sent from the owner."""
+        found = {}
+        for name, grad in grads.items():
+            with named(name), np.errstate(all="ignore"):
+                method, state = self._method(name), layers[name]
+                if self.comm.rank in work[name]:
+                    record = newest.get(name) if getattr(method, "rows_at_solve", False) else None
+                    solution = method.solve(state, grad, hypers[name], record)
+                else:
+                    solution = Solution(namespace(grad).zeros_like(grad), state.code, state)
+                direction = like_gradient(solution.direction, grad, getattr(state, "weight", None))
+                found[name] = sent(self.comm, replace(solution, direction=direction), work[name])
+        return found
 
     def _check(self, state: State, records: Mapping, grads: Mapping, wanted: bool) -> dict[str, Sequence[Record]]:
         """Records as sequences, after every test that can fail without looking at the data."""
