@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import array_api_compat as aac
 
@@ -29,6 +29,7 @@ _CHUNK = 1 << 22  # elements of per-example gradients held at once
 class Stats:
     """Sums of one record: A over `rows` rows, G with its normaliser n; `bad` counts non-finite records."""
 
+    SYMMETRIC: ClassVar = ("A", "G")
     A: Array
     rows: Array
     G: Array

@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import array_api_compat as aac
+import numpy as np
 
 from kfaccore import tree
 from kfaccore.comm import Communicator
 from kfaccore.method import Additive, Block, Hyper, Solution
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array, from_host, namespace
 
 
 def costs(blocks: Mapping[str, Block]) -> dict[str, float]:
@@ -76,29 +78,81 @@ def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Arr
         raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
 
 
-def refreshed_leaves(method: Any, like: Array) -> tuple[bool, ...]:
-    """Which leaves of a method's state `refresh` replaces, found on a state of two by two."""
+def refreshed_leaves(method: Any, like: Array) -> tuple[tuple[bool, ...], bool]:
+    """Which leaves of a method's state `refresh` replaces, and whether `measure` looks at them; found on a layer of
+    two by two."""
+    xp, device = namespace(like), aac.device(like)
+    a, g = (
+        xp.asarray(x, dtype=like.dtype, device=device) for x in ([[1.0, 2.0], [3.0, 5.0]], [[1.0, -1.0], [2.0, 1.0]])
+    )
+    record, hyper = Record(a, g, 2), Hyper(0, 0.9, 0.1)
     state = method.init(Block(2, 2, rows=2, samples=2), like)
-    after = method.refresh(state, Hyper(0, 0.9, 0.1))
-    return tuple(new is not old for old, new in zip(tree.leaves(state), tree.leaves(after), strict=True))
+    stats = method.measure(state, record, hyper)
+    state = method.update(state, stats, hyper)
+    after = method.refresh(state, hyper)
+    again = method.measure(after, record, hyper)
+    pairs = zip(tree.leaves(stats), tree.leaves(again), strict=True)
+    written = tuple(new is not old for old, new in zip(tree.leaves(state), tree.leaves(after), strict=True))
+    return written, any(bool(xp.any(old != new)) for old, new in pairs)
+
+
+def reduced(comm: Communicator, stats: Any) -> Any:
+    """Stats summed over ranks."""
+    if comm.world == 1:
+        return stats
+    return _unpacked(comm.all_reduce(_packed(stats)), stats)
 
 
 def exchanged(comm: Communicator, states: dict[str, Any], methods: Mapping[str, Any], work: dict[str, tuple]) -> dict:
-    """States after a refresh by their owners, on all ranks that solve for them: only what `refresh` writes travels."""
+    """States after a refresh by their owners, on all ranks of `work`, or on all there are where the next `measure`
+    needs them; only what `refresh` writes travels."""
     if comm.world == 1:
         return states
     states = dict(states)
-    for ranks in sorted(set(work.values())):
-        names = [name for name in states if work[name] == ranks]
-        leaves = {name: tree.leaves(states[name]) for name in names}
-        sent = {name: refreshed_leaves(methods[name], leaves[name][0]) for name in names}
-        parcel = {name: [x for x, send in zip(leaves[name], sent[name], strict=True) if send] for name in names}
+    seen = {name: refreshed_leaves(methods[name], tree.leaves(states[name])[0]) for name in states}
+    everyone = range(comm.world)
+    to = {n: (w[0], *(r for r in everyone if r != w[0])) if seen[n][1] else w for n, w in work.items() if n in states}
+    for ranks in sorted(set(to.values())):
+        names = [name for name in states if to[name] == ranks]
+        send = {name: seen[name][0] for name in names}
+        packed = {name: _packed(states[name]) for name in names}
+        parcel = {n: [x for x, wanted in zip(packed[n], send[n], strict=True) if wanted] for n in names}
         parcel = comm.broadcast(parcel, ranks)
         for name in names:
             arrived = iter(parcel[name])
-            new = iter([next(arrived) if s else x for x, s in zip(leaves[name], sent[name], strict=True)])
-            states[name] = tree.map(lambda _, new=new: next(new), states[name])
+            leaves = [next(arrived) if wanted else x for x, wanted in zip(packed[name], send[name], strict=True)]
+            states[name] = _unpacked(leaves, states[name])
     return states
+
+
+def _packed(found: Any) -> list[Array]:
+    """The leaves, of symmetric ones (blocks, d, d) the upper triangle alone."""
+    leaves = []
+    for x, symmetric in zip(tree.leaves(found), tree.symmetries(found), strict=True):
+        if symmetric and x.ndim == 3:
+            flat = namespace(x).reshape(x, (x.shape[0], -1))
+            x = namespace(x).take(flat, _indices(x.shape[-1], x)[0], axis=1)
+        leaves.append(x)
+    return leaves
+
+
+def _unpacked(leaves: list[Array], like: Any) -> Any:
+    """The inverse of `_packed`."""
+    found = []
+    for x, old, symmetric in zip(leaves, tree.leaves(like), tree.symmetries(like), strict=True):
+        if symmetric and old.ndim == 3:
+            x = namespace(x).reshape(namespace(x).take(x, _indices(old.shape[-1], x)[1], axis=1), old.shape)
+        found.append(x)
+    new = iter(found)
+    return tree.map(lambda _: next(new), like)
+
+
+def _indices(d: int, like: Array) -> tuple[Array, Array]:
+    """Places of the upper triangle in a flat matrix, and for each place of the matrix its place in the triangle."""
+    rows, columns = np.triu_indices(d)
+    back = np.empty((d, d), np.int64)
+    back[rows, columns] = back[columns, rows] = np.arange(len(rows))
+    return from_host(rows * d + columns, like), from_host(back.reshape(-1), like)
 
 
 def sent(comm: Communicator, solution: Solution, ranks: tuple[int, ...]) -> Solution:

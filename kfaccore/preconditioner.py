@@ -15,7 +15,7 @@ from kfaccore.comm import Communicator, Serial
 from kfaccore.given import in_dtype, is_stats, like_gradient, named, records_of
 from kfaccore.info import Info
 from kfaccore.method import Block, Hyper, Solution, gradient
-from kfaccore.placement import agree, assign, check, costs, exchanged, sent
+from kfaccore.placement import agree, assign, check, costs, exchanged, reduced, sent
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
@@ -136,7 +136,7 @@ class Preconditioner:
         updated, refreshed = state.step % self.clocks.update == 0, state.step % self.clocks.refresh == 0
         batches = self._check(state, records or {}, grads, self.wants_records(state))
         if self.comm.world > 1:
-            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.motion)[0])
+            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.layers)[0])
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
         seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
@@ -158,6 +158,14 @@ class Preconditioner:
         info = Info(updated, refreshed, codes, infos, told)
         return directions, replace(state, step=state.step + 1, layers=layers, motion=motion), info
 
+    def gather(self, state: State) -> State:
+        """The state with the inverses of all ranks, to be saved by any of them; every rank must call it."""
+        ranks = tuple(range(self.comm.world))
+        work = assign(costs(dict(state.blocks)), self.comm.world, self.comm.fraction)
+        everyone = {name: (w[0], *(r for r in ranks if r != w[0])) for name, w in work.items()}
+        methods = {name: self._method(name) for name in state.layers}
+        return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone))
+
     def _penalised(self, hyper: Hyper) -> Hyper:
         """The curvature of the l2 penalty is l2 I: it joins the damping."""
         return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
@@ -170,7 +178,7 @@ class Preconditioner:
                 method, state = self._method(name), layers[name]
                 found = (r if is_stats(r) else method.measure(state, r, hypers[name]) for r in batches[name])
                 measured = (in_dtype(stats, getattr(state, "weight", None)) for stats in found)
-                stats = self.comm.all_reduce(reduce(method.combine, measured))
+                stats = reduced(self.comm, reduce(method.combine, measured))
                 layers[name] = method.update(state, stats, hypers[name], self.donate)
                 refused[name] = stats.bad > 0
         return refused

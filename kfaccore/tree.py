@@ -15,6 +15,16 @@ def static(**kwargs: Any) -> Any:
     return field(metadata={"static": True}, **kwargs)
 
 
+def symmetries(tree: Any, marked: bool = False) -> list[bool]:
+    """Whether each leaf is symmetric in its last two axes, in the order of `leaves`: fields that a dataclass lists in
+    its class variable `SYMMETRIC`."""
+    inner = children(tree)
+    if inner is None:
+        return [marked]
+    names = getattr(type(tree), "SYMMETRIC", ())
+    return [mark for name, child in inner for mark in symmetries(child, name in names)]
+
+
 def children(tree: Any) -> list[tuple[str, Any]] | None:
     """(name, child) of each child in a fixed order, or None for a leaf."""
     if is_dataclass(tree) and not isinstance(tree, type):

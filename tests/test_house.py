@@ -31,7 +31,7 @@ ALLOWED = {  # room: rooms it may import
     "schedule": {"method"},
     "comm": set(),
     "info": {"xp"},
-    "placement": {"xp", "tree", "comm", "method"},
+    "placement": {"xp", "tree", "comm", "record", "method"},
     "io": {"xp", "tree"},
     "layers": {"xp", "tree", "linalg", "record", "method"},
     "methods": {"xp", "tree", "linalg", "record", "method", "damping", "factors", "sharing"},

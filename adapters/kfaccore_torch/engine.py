@@ -14,6 +14,7 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Call, Capture
+from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.records import record
 from kfaccore_torch.report import Coverage, coverage
@@ -27,7 +28,7 @@ class Settings:
     fisher      kfaccore's monte_carlo (default), type2 or empirical; each costs one backward a draw, without weight
                 gradients, on steps that update statistics
     draws       of monte_carlo
-    seed        draws are a function of (seed, step, micro-batch)
+    seed        draws are a function of (seed, step, micro-batch, rank)
     namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and CuPy for one on CUDA
     skip        patterns of parameter names to leave uncovered
     strict      ValueError when a trainable parameter is not covered
@@ -97,7 +98,8 @@ class Engine:
 
     def records(self, calls: dict[str, list[Call]], batch: Batch, turn: int) -> dict[str, kf.Record]:
         """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched."""
-        rng = np.random.default_rng([self.settings.seed, self.state.step, turn])
+        rank = [self.core.comm.rank] if self.core.comm.rank else []
+        rng = np.random.default_rng([self.settings.seed, self.state.step, turn, *rank])
         draws = self.objective.draws(self.settings.fisher, self.settings.draws, batch.f, batch.target, rng)
         flat = [(name, call) for name, found in calls.items() for call in found]
         edges = [call.edge for _, call in flat]
@@ -124,7 +126,12 @@ class Engine:
 
     def step(self, records: dict[str, list[kf.Record]] | None, grads: dict[str, Any]) -> dict[str, Any]:
         """The core's step; state and info move on."""
-        updates, self.state, self.info = self.core.step(self.state, records, grads)
+        try:
+            updates, self.state, self.info = self.core.step(self.state, records, grads)
+        except Exception as error:
+            if isinstance(self.core.comm, Distributed):
+                self.core.comm.failed(error)
+            raise
         return updates
 
     def tensors(self, layer: Layer, matrix: Any) -> dict[str, torch.Tensor]:
@@ -139,8 +146,9 @@ class Engine:
             yield seen
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as CPU tensors by path, for `torch.save`; the same on any device and namespace."""
-        arrays = kf.flatten(self.state)
+        """The state as CPU tensors by path, the same on any device, namespace and rank; every rank must call it."""
+        with ordered(self.namespace, self.device):
+            arrays = kf.flatten(self.core.gather(self.state))
         return {"kfaccore": 1, "state": {path: torch.from_numpy(np.array(x)) for path, x in arrays.items()}}
 
     def load_state_dict(self, found: dict[str, Any]) -> None:

@@ -43,6 +43,12 @@ class Optimizer:
         **settings: Any,
     ) -> None:
         core = core or kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning(), donate=True)
+        if core.comm.world > 1 and (core.rule.judges or core.rule.needs_records):
+            raise ValueError(
+                f"{core.rule} needs the records of all ranks: on {core.comm.world} ranks use step=Fixed(lr)"
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise TypeError("Optimizer sums gradients over ranks itself: give it the module without the wrapper")
         self.model = model
         self.engine = Engine(model, loss, core, Settings(**settings))
         plan = self.engine.plan
@@ -80,7 +86,8 @@ class Optimizer:
             records = engine.records(seen.calls, batch, 0) if engine.due else None
             with ordered(engine.namespace, engine.device):
                 grads, rest = self._gradients(value, seen.calls, f.shape[0], l2)
-        before = float(value.detach()) + self._penalty(l2)
+        before, grads, rest = self._summed(float(value.detach()), grads, rest, engine.objective.share(f, target))
+        before += self._penalty(l2)
         with torch.no_grad(), ordered(engine.namespace, engine.device):
             updates = engine.step({name: [r] for name, r in records.items()} if records else None, grads)
             place = self._placing(updates)
@@ -109,7 +116,8 @@ class Optimizer:
         """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
         engine = self.engine
         layers = engine.plan.layers
-        edges = {name: found[0] for name, found in calls.items() if not l2 and _factors(layers[name].kind, found)}
+        whole = bool(l2) or engine.core.comm.world > 1
+        edges = {name: found[0] for name, found in calls.items() if not whole and _factors(layers[name].kind, found)}
         dense = [(name, role, p) for name in layers if name not in edges for role, p in layers[name].parameters.items()]
         wanted = [c.edge for c in edges.values()] + [p for *_, p in dense] + list(engine.plan.rest.values())
         found = torch.autograd.grad(value, wanted, allow_unused=True)
@@ -127,6 +135,18 @@ class Optimizer:
             if len(given) == len(layers[name].parameters):
                 grads[name] = engine.matrix(layers[name], given)
         return grads, rest
+
+    def _summed(self, value: float, grads: dict, rest: tuple, n: float) -> tuple[float, dict, tuple]:
+        """Loss and gradients of the global batch: means over ranks by their shares n of it."""
+        comm = self.engine.core.comm
+        if comm.world == 1:
+            return value, grads, rest
+        total = comm.all_reduce([torch.tensor([n, n * value], dtype=torch.float64)])[0]
+        scaled = {name: g * (n / float(total[0])) for name, g in grads.items()}
+        others = [torch.zeros(0) if g is None else g * (n / float(total[0])) for g in rest]
+        with ordered(self.engine.namespace, self.engine.device):
+            grads, others = comm.all_reduce([scaled, others])
+        return float(total[1] / total[0]), grads, tuple(g if g.numel() else None for g in others)
 
     def _penalty(self, l2: float) -> float:
         if not l2:

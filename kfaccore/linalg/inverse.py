@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class Inverses:
     """(A + d_a I)^-1 and (G + d_g I)^-1, shaped like the factors."""
 
+    SYMMETRIC: ClassVar = ("A", "G")
     A: Array
     G: Array
 

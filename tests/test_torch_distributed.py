@@ -1,0 +1,277 @@
+"""Data parallel training: every world size and fraction equals the single process; failures are named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from kfaccore import placement
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+SETUP = """
+import os, sys, datetime
+import torch, torch.nn as nn, torch.distributed as dist
+import kfaccore as kf, kfaccore_torch as kt
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=20))
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 7), nn.Tanh(),
+                         nn.Linear(7, 3))
+
+def batch(step, size=41):
+    rng = torch.Generator().manual_seed(step)
+    return torch.randn(size, 2, 6, generator=rng), torch.randint(0, 3, (size,), generator=rng)
+
+def mine(x, uneven=True):
+    size = len(x) if uneven else len(x) // world * world
+    return x[:size][rank::world] if not uneven else x.tensor_split(world)[rank]
+
+def core(method=None, comm=None, **options):
+    return kf.Preconditioner(method or kf.KFAC(), kf.Clocks(2, 3), kf.Schedules(0.1, 0.9), comm=comm or kf.Serial(),
+                             **options)
+
+def comm(fraction=1.0):
+    return kt.Distributed(fraction) if world > 1 else kf.Serial()
+"""
+
+
+def launch(body: str, folder: Path, world: int, check: bool = True) -> list[subprocess.CompletedProcess]:
+    """`body` after SETUP on `world` ranks; their results in order."""
+    code = SETUP + textwrap.dedent(body)
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    running = [
+        subprocess.Popen([*command, str(r), str(world), str(folder)], env=env, text=True, stderr=subprocess.PIPE)
+        for r in range(world)
+    ]
+    found = []
+    for process in running:
+        _, err = process.communicate(timeout=120)
+        found.append(subprocess.CompletedProcess(process.args, process.returncode, "", err))
+    for result in found if check else ():
+        assert result.returncode == 0, result.stderr
+    return found
+
+
+OPTIMIZER = """
+for fraction in FRACTIONS:
+    for name, method in METHODS.items():
+        net = model()
+        optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), core(method, comm(fraction), step=kf.Fixed(0.3, 0.9)),
+                                 fisher=kf.type2)
+        losses = []
+        for step in range(5):
+            x, y = batch(step)
+            losses.append(optimizer.step(mine(x), mine(y)))
+        state = optimizer.state_dict()
+        if rank == 0:
+            torch.save([list(net.parameters()), losses, state], f"{folder}/{name}-{fraction}.pt")
+"""
+
+
+@pytest.mark.parametrize(("world", "fractions"), [(2, (0, 1)), (4, (0, 0.5, 1))])
+def test_every_world_size_and_fraction_equals_one_process(world, fractions, tmp_path):
+    methods = "METHODS = {'kfac': kf.KFAC(), 'ekfac': kf.EKFAC()}\n"
+    (tmp_path / "one").mkdir()
+    launch(f"FRACTIONS = (1,)\n{methods}{OPTIMIZER}", tmp_path / "one", 1)
+    launch(f"FRACTIONS = {fractions}\n{methods}{OPTIMIZER}", tmp_path, world)
+    for name in ("kfac", "ekfac"):
+        wanted, losses, state = torch.load(tmp_path / "one" / f"{name}-1.pt", weights_only=False)
+        for fraction in fractions:
+            found, values, other = torch.load(tmp_path / f"{name}-{fraction}.pt", weights_only=False)
+            np.testing.assert_allclose(values, losses, rtol=1e-10)
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+            for path, x in state["state"].items():
+                if not any(word in path for word in ("Q", "/S")):  # eigenvectors have no sign
+                    torch.testing.assert_close(other["state"][path], x, rtol=1e-8, atol=1e-10)
+
+
+def test_under_ddp(tmp_path):
+    """Hooks of DistributedDataParallel average the gradient, ours sum statistics; the draws wake none."""
+    body = """
+    net = model()
+    wrapped = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), core(comm=comm()), fisher=kf.type2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.3, 0.9)
+    for step in range(5):
+        x, y = batch(step, 12)
+        optimizer.zero_grad()
+        with pre.capture():
+            f = wrapped(mine(x, False))
+        pre.loss(f, mine(y, False)).backward()
+        pre.step()
+        optimizer.step()
+    if rank == 0:
+        torch.save(list(net.parameters()), f"{folder}/found.pt")
+    """
+    found = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        launch(body, folder, world)
+        found.append(torch.load(folder / "found.pt", weights_only=False))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_two_ranks_resume_on_one(tmp_path):
+    body = """
+    import os
+    net = model()
+    optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), core(comm=comm(0), step=kf.Fixed(0.3)), fisher=kf.type2)
+    saved = f"{folder}/../saved.pt"
+    start, end = (4, 8) if os.path.exists(saved) else (0, 4) if world > 1 else (0, 8)
+    if start:
+        weights, state = torch.load(saved)
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+    for step in range(start, end):
+        x, y = batch(step)
+        optimizer.step(mine(x), mine(y))
+    state = optimizer.state_dict()
+    if rank == 0:
+        torch.save([net.state_dict(), state], saved if world > 1 else f"{folder}/found.pt")
+    """
+    for number, world in ((0, 1), (1, 2), (2, 1)):
+        (tmp_path / str(number)).mkdir()
+        launch(body, tmp_path / str(number), world)
+    whole, continued = (torch.load(tmp_path / n / "found.pt")[0] for n in ("0", "2"))
+    for name, x in whole.items():
+        torch.testing.assert_close(continued[name], x, rtol=1e-10, atol=1e-12)
+
+
+FAILING = """
+net = model()
+optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), core(comm=comm(), step=kf.Fixed(0.3)), fisher=kf.type2)
+for step in range(4):
+    x, y = batch(step)
+    if rank == 1 and step == 2:
+        {what}
+    optimizer.step(mine(x), mine(y))
+"""
+
+
+def test_a_killed_rank_is_named(tmp_path):
+    first, second = launch(FAILING.format(what="os._exit(9)"), tmp_path, 2, check=False)
+    assert second.returncode == 9
+    assert first.returncode == 1
+    assert "rank 0 stops, for ranks [1] died or hang before collective" in first.stderr
+
+
+def test_a_rank_that_raises_is_quoted(tmp_path):
+    what = "optimizer.engine.step({'what': []}, {'what': None})"
+    first, second = launch(FAILING.format(what=what), tmp_path, 2, check=False)
+    assert "init never saw" in second.stderr
+    assert first.returncode == 1
+    assert "rank 1 failed with" in first.stderr
+    assert "init never saw" in first.stderr
+
+
+def test_ranks_that_disagree_all_stop(tmp_path):
+    body = """
+    net = model()
+    pre = kt.Preconditioner(net, nn.CrossEntropyLoss(), core(comm=comm()), fisher=kf.type2)
+    x, y = batch(0)
+    with pre.capture():
+        f = net(x)
+    pre.loss(f, y).backward()
+    if rank == 1:
+        net[3].weight.grad = None
+    pre.step()
+    """
+    for result in launch(body, tmp_path, 2, check=False):
+        assert result.returncode == 1
+        assert "layers ['3'] take part in this step on some ranks only" in result.stderr
+
+
+def test_what_ranks_cannot_do(tmp_path):
+    body = """
+    import pytest
+    with pytest.raises(ValueError, match="needs the records of all ranks"):
+        kt.Optimizer(model(), nn.CrossEntropyLoss(), core(comm=comm(), step=kf.SelfTuning()))
+    with pytest.raises(TypeError, match="without the wrapper"):
+        kt.Optimizer(nn.parallel.DistributedDataParallel(model()), nn.CrossEntropyLoss(),
+                     core(comm=comm(), step=kf.Fixed(0.1)))
+    """
+    launch(body, tmp_path, 2)
+    import kfaccore_torch as kt
+
+    with pytest.raises(ValueError, match="init_process_group"):
+        kt.Distributed()
+
+
+def test_greedy_placement():
+    work = {"a": 8.0, "b": 7.0, "c": 6.0, "d": 5.0, "e": 4.0}
+    assert placement.assign(work, 2, 0) == {"a": (0,), "b": (1,), "c": (1,), "d": (0,), "e": (0,)}
+    assert placement.assign(work, 2, 1) == {"a": (0, 1), "b": (1, 0), "c": (1, 0), "d": (0, 1), "e": (0, 1)}
+    half = placement.assign(work, 4, 0.5)
+    assert {frozenset(ranks) for ranks in half.values()} == {frozenset({0, 1}), frozenset({2, 3})}
+    assert placement.assign(dict(reversed(work.items())), 4, 0.5) == half
+    loads = [0.0] * 4
+    for name, ranks in half.items():
+        loads[ranks[0]] += work[name]
+    assert max(loads) <= 4 / 3 * 8.0
+    with pytest.raises(ValueError, match="groups divide the ranks"):
+        placement.group_size(4, 0.75)
+    with pytest.raises(ValueError, match="need a share in"):
+        placement.group_size(4, 1.5)
+    assert placement.costs({"x": kf.Block(2, 3), "e": kf.Block(2, 9, diagonal_in=True)}) == {"x": 35.0, "e": 8.0}
+
+
+def test_symmetric_leaves_travel_as_triangles():
+    """Only one triangle is sent, and both come back."""
+    sizes = []
+
+    class Loop:
+        rank, world, fraction = 0, 2, 1.0
+
+        def all_reduce(self, leaves):
+            sizes.extend(x.size for x in leaves)
+            return [2 * x for x in leaves]
+
+    rng = np.random.default_rng(0)
+    record = kf.Record(rng.normal(size=(9, 6)), rng.normal(size=(9, 4)), 9)
+    method = kf.KFAC()
+    stats = method.measure(method.init(kf.Block(4, 6), record.g), record, kf.Hyper(0, 0.9, 0.1))
+    found = placement.reduced(Loop(), stats)
+    assert sizes[0] == 21
+    assert sizes[2] == 10
+    for a, b in zip(kf.flatten(found).values(), kf.flatten(stats).values(), strict=True):
+        np.testing.assert_array_equal(a, 2 * b)
+
+
+def test_only_what_refresh_writes_travels():
+    like = np.zeros(1)
+    for method, kept in ((kf.KFAC(), {"A", "G", "weight"}), (kf.EKFAC(), {"A", "G", "weight"})):
+        state = method.init(kf.Block(2, 2), like)
+        sent, basis = placement.refreshed_leaves(method, like)
+        assert basis == isinstance(method, kf.EKFAC)
+        paths = kf.flatten(state)
+        assert {path for path, moves in zip(paths, sent, strict=True) if not moves} == kept
+
+
+def test_methods_that_keep_rows_are_refused():
+    class Rows(kf.KFAC):
+        rows_at_solve = True
+
+    class Two(kf.Serial):
+        pass
+
+    with pytest.raises(ValueError, match="keeps rows of one process"):
+        kf.Preconditioner(Rows(), comm=Two(world=2)).init({"fc": kf.Block(2, 3)}, np.zeros(1))
