@@ -10,6 +10,7 @@ import numpy as np
 
 import kfaccore as kf
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
+from kfaccore.linalg.recursion import independent
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -70,6 +71,20 @@ def _pi(mean_a: float, mean_g: float, damping: float) -> tuple[float, float]:
     return ratio * np.sqrt(damping), np.sqrt(damping) / ratio
 
 
+def _coupled(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
+    """Inverse of the Kronecker matrix Q kron P with P^-1 = (tr(QG)/d_out) A + damping (tr(Q)/d_out) I, and so for Q."""
+    found = []
+    for block in range(len(a)):
+        rows, gs = a[block].reshape(-1, a.shape[-1]), g[:, block].reshape(-1, g.shape[-1])
+        A, G = rows.T @ rows / len(rows), gs.T @ gs / n
+        P = np.eye(len(A))
+        for _ in range(300):
+            Q = np.linalg.inv((np.trace(P @ A) * G + damping * np.trace(P) * np.eye(len(G))) / len(A))
+            P = np.linalg.inv((np.trace(Q @ G) * A + damping * np.trace(Q) * np.eye(len(A))) / len(G))
+        found.append(np.linalg.inv(np.kron(Q, P)))
+    return np.stack(found)
+
+
 @dataclass(frozen=True)
 class Row:
     """name, method, the regime it is exact in, the damped matrix it then inverts, and its large-damping scale."""
@@ -79,6 +94,7 @@ class Row:
     regime: Callable
     matrix: Callable = damped
     scale: Callable[[float], float] = lambda damping: damping
+    inverse_only: bool = False  # no F~, no averages of it: matvec refuses
 
 
 METHODS = [
@@ -92,6 +108,15 @@ METHODS = [
     Row("diagonal", kf.Diagonal(), scalars),
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
     Row("exact", kf.Exact(), anything),
+    Row("singd", kf.SINGD(momentum=0.0, rate=0.5, cycles=60), anything, _coupled, inverse_only=True),
+    Row(
+        "singd-ikfac",
+        kf.SINGD(momentum=0.0, rate=0.9, cycles=50, coupling=independent),
+        anything,
+        _split(lambda a, g, d: (d, d)),
+        lambda d: d * d,
+        inverse_only=True,
+    ),
 ]
 
 

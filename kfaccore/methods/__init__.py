@@ -5,7 +5,8 @@ from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
 from kfaccore.methods.identity import Identity
 from kfaccore.methods.kfac import KFAC
+from kfaccore.methods.singd import SINGD
 
-CATALOGUE = {"kfac": KFAC, "ekfac": EKFAC, "diagonal": Diagonal, "identity": Identity, "exact": Exact}
+CATALOGUE = {"kfac": KFAC, "ekfac": EKFAC, "diagonal": Diagonal, "identity": Identity, "exact": Exact, "singd": SINGD}
 
-__all__ = ["CATALOGUE", "EKFAC", "KFAC", "Diagonal", "Exact", "Identity"]
+__all__ = ["CATALOGUE", "EKFAC", "KFAC", "SINGD", "Diagonal", "Exact", "Identity"]

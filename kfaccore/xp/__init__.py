@@ -21,6 +21,7 @@ from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, spd_inverse
 from kfaccore.xp.fourier import fast_length, rfftn
 from kfaccore.xp.gram import average, gram
+from kfaccore.xp.half import to_bfloat16
 from kfaccore.xp.scatter import add_at, segment_sum
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "segment_sum",
     "select",
     "spd_inverse",
+    "to_bfloat16",
     "to_host",
     "widen",
 ]
