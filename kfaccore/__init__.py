@@ -1,7 +1,7 @@
 """K-FAC on the Array API: a layer gives a record; a method measures it, updates its state, refreshes, and solves."""
 
 from kfaccore.comm import Serial
-from kfaccore.damping import Relative, equal, exact, mean_eigenvalue, per_factor, pi, top_eigenvalue
+from kfaccore.damping import Relative, equal, exact, mean_eigenvalue, per_factor, pi, top, top_eigenvalue
 from kfaccore.fisher import (
     Bernoulli,
     Gaussian,
@@ -14,9 +14,23 @@ from kfaccore.fisher import (
 )
 from kfaccore.io import load, metadata, save
 from kfaccore.linalg.inverse import cholesky, eigh
+from kfaccore.linalg.lowrank import Rank, adaptive, adaptive_brand, even, lowest, nothing
 from kfaccore.linalg.patches import Patches, Window
+from kfaccore.linalg.sketch import Singular, Symmetric
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
-from kfaccore.methods import EKFAC, KFAC, SINGD, Diagonal, Exact, Identity
+from kfaccore.methods import (
+    EKFAC,
+    IKFAC,
+    KFAC,
+    SINGD,
+    BrandCKFAC,
+    BrandKFAC,
+    BrandRKFAC,
+    Diagonal,
+    Exact,
+    Identity,
+    RandomizedKFAC,
+)
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
@@ -29,10 +43,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
+    "IKFAC",
     "KFAC",
     "SINGD",
     "Bernoulli",
     "Block",
+    "BrandCKFAC",
+    "BrandKFAC",
+    "BrandRKFAC",
     "Clocks",
     "Code",
     "Diagonal",
@@ -51,14 +69,20 @@ __all__ = [
     "NormConstraint",
     "Patches",
     "Preconditioner",
+    "RandomizedKFAC",
+    "Rank",
     "Record",
     "Relative",
     "Schedules",
     "SelfTuning",
     "Serial",
+    "Singular",
     "SoftmaxCrossEntropy",
     "Solution",
+    "Symmetric",
     "Window",
+    "adaptive",
+    "adaptive_brand",
     "cholesky",
     "concat",
     "dense",
@@ -67,18 +91,22 @@ __all__ = [
     "eigh",
     "empirical",
     "equal",
+    "even",
     "exact",
     "expand",
     "forward_only",
     "load",
+    "lowest",
     "mean_eigenvalue",
     "metadata",
     "monte_carlo",
+    "nothing",
     "per_factor",
     "pi",
     "reduce",
     "save",
     "settle",
+    "top",
     "top_eigenvalue",
     "type2",
 ]

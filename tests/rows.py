@@ -95,8 +95,10 @@ class Row:
     matrix: Callable = damped
     scale: Callable[[float], float] = lambda damping: damping
     inverse_only: bool = False  # no F~, no averages of it: matvec refuses
+    truncated: bool = False  # of averages only the largest modes are kept, which is not linear
 
 
+_two, _narrow = kf.Rank(2, 2), kf.Symmetric(oversample=0)
 METHODS = [
     Row("kfac", kf.KFAC(), one_example, _split(_pi)),
     Row("kfac-reduce", kf.KFAC(sharing=kf.reduce), constant_gradients, _split(_pi, reduced=True)),
@@ -117,6 +119,11 @@ METHODS = [
         lambda d: d * d,
         inverse_only=True,
     ),
+    Row("randomized", kf.RandomizedKFAC(), one_example, _split(_pi), truncated=True),
+    Row("randomized-2", kf.RandomizedKFAC(rank=_two, sketch=_narrow), one_example, _split(_pi), truncated=True),
+    Row("brand-2", kf.BrandKFAC(rank=_two), one_example, _split(_pi), truncated=True),
+    Row("brand-r-2", kf.BrandRKFAC(rank=_two, sketch=_narrow), one_example, _split(_pi), truncated=True),
+    Row("brand-c-2", kf.BrandCKFAC(rank=_two), one_example, _split(_pi), truncated=True),
 ]
 
 

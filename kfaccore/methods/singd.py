@@ -5,7 +5,7 @@ With H_K = K^T A K, H_C = C^T G C (A and G as in K-FAC, never formed), everythin
 INGD couples the sides, c_K = tr(H_C) / d_out and e_K = |C|_F^2 / d_out (c_C, e_C with d_in); IKFAC has c = e = 1. K and
 C live in a structure, where m holds Pi of the bracket. w is 1/2, and (1 - momentum) / 2 with a limited step:
     INGD      SINGD(), the default                     SINGD    SINGD(inputs=Diagonal(), outputs=Hierarchical(), ...)
-    IKFAC     SINGD(momentum=0.0, coupling=independent): no m is kept
+    IKFAC     IKFAC(): no momentum, so no m is kept, and coupling=independent
 The recursion is the average (`decay` is not used) and `damping` is baked at `update`. There is no F~: only inverses.
 
 Exact at the fixed point: IKFAC's is K K^T = (A + damping I)^-1 and C C^T = (G + damping I)^-1, INGD's the inverse of
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from kfaccore import factors, tree
 from kfaccore.linalg import kron, recursion, structured
 from kfaccore.linalg.blocks import Dense, Diagonal
-from kfaccore.linalg.recursion import Limit, Rule, Storage, by_norm, coupled, full
+from kfaccore.linalg.recursion import Limit, Rule, Storage, by_norm, coupled, full, independent
 from kfaccore.linalg.structured import Parts, Structure
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Ids, Record
@@ -160,6 +160,14 @@ class SINGD(Additive):
         d = side.size(K)
         square = side.square(recursion.wide(K, next(iter(H.values()))))
         return self.coupling(side.trace(H) / d, square / d)
+
+
+@dataclass(frozen=True)
+class IKFAC(SINGD):
+    """SINGD whose sides do not see each other, without momentum: K-FAC's averages to first order in the rate."""
+
+    coupling: Callable[[Array, Array], tuple[Array, Array]] = independent
+    momentum: float = 0.0
 
 
 def _input_rows(record: Record) -> Iterator[Array]:
