@@ -10,7 +10,7 @@ import numpy as np
 
 import kfaccore as kf
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
-from kfaccore.linalg.recursion import independent
+from kfaccore.linalg.recursion import Rule, independent
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -110,10 +110,10 @@ METHODS = [
     Row("diagonal", kf.Diagonal(), scalars),
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
     Row("exact", kf.Exact(), anything),
-    Row("singd", kf.SINGD(momentum=0.0, rate=0.5, cycles=60), anything, _coupled, inverse_only=True),
+    Row("singd", kf.SINGD(rule=Rule(momentum=0.0, rate=0.5), cycles=60), anything, _coupled, inverse_only=True),
     Row(
         "singd-ikfac",
-        kf.SINGD(momentum=0.0, rate=0.9, cycles=50, coupling=independent),
+        kf.IKFAC(coupling=independent, rule=Rule(momentum=0.0, rate=0.9), cycles=50),
         anything,
         _split(lambda a, g, d: (d, d)),
         lambda d: d * d,

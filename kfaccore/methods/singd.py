@@ -1,15 +1,16 @@
 """SINGD: (G + ..)^-1 (x) (A + ..)^-1 ~ C C^T (x) K K^T, grown by matrix products alone, so x = C C^T V K K^T.
 
 With H_K = K^T A K, H_C = C^T G C (A and G as in K-FAC, never formed), everything from the OLD K and C:
-    m_K <- momentum m_K + w [ c_K H_K + damping e_K K^T K - I ],    K <- K (I - rate m_K),    C likewise.
-INGD couples the sides, c_K = tr(H_C) / d_out and e_K = |C|_F^2 / d_out (c_C, e_C with d_in); IKFAC has c = e = 1. K and
-C live in a structure, where m holds Pi of the bracket. w is 1/2, and (1 - momentum) / 2 with a limited step:
+    m_K <- momentum m_K + w [ c_K H_K + e_K K^T K - I ],    K <- K (I - rate m_K),    C likewise.
+INGD couples the sides, c_K = tr(H_C) / d_out and e_K = damping |C|_F^2 / d_out (c_C, e_C with d_in); IKFAC does not:
+c = 1, e = damping as published (independent) or its root (rooted). K and C live in a structure, where m holds Pi of the
+bracket. w is 1/2, and (1 - momentum) / 2 with a limited step:
     INGD      SINGD(), the default                     SINGD    SINGD(inputs=Diagonal(), outputs=Hierarchical(), ...)
-    IKFAC     IKFAC(): no momentum, so no m is kept, and coupling=independent
+    IKFAC     IKFAC(): no momentum, so no m is kept, and coupling=rooted
 The recursion is the average (`decay` is not used) and `damping` is baked at `update`. There is no F~: only inverses.
 
-Exact at the fixed point: IKFAC's is K K^T = (A + damping I)^-1 and C C^T = (G + damping I)^-1, INGD's the inverse of
-the Kronecker matrix closest to G (x) A + damping I in KL, so exact for one input and one output.
+Exact at the fixed point: IKFAC's is K K^T = (A + e I)^-1 and C C^T = (G + e I)^-1, INGD's the inverse of the Kronecker
+matrix closest to G (x) A + damping I in KL, so exact for one input and one output.
 Source: Lin et al. 2024 (2312.05705); Lin et al. 2023 (2302.09738) for INGD.
 Cost: dense rows (d_in^2 + d_out^2) + d_in^3 + d_out^3 an update, memory 2 (d_in^2 + d_out^2), less without momentum;
 structures hold and make k d, diagonal and Toeplitz d. No inverse or decomposition anywhere.
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from kfaccore import factors, tree
 from kfaccore.linalg import kron, recursion, structured
 from kfaccore.linalg.blocks import Dense, Diagonal
-from kfaccore.linalg.recursion import Limit, Rule, Storage, by_norm, coupled, full, independent
+from kfaccore.linalg.recursion import Rule, coupled, rooted
 from kfaccore.linalg.structured import Parts, Structure
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Ids, Record
@@ -31,19 +32,20 @@ from kfaccore.sharing import expand
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 
-_DENSE = Dense()
+_DENSE, _RULE, _ALONE = Dense(), Rule(), Rule(momentum=0.0)
 _CHUNK = 1 << 20  # entries of rows times K held at once
 
 
 @dataclass(frozen=True)
 class State:
     """K, C and their momenta as parts of the structures (inputs, outputs) of `sides`; no m (an empty dict) without
-    momentum; code (blocks,)."""
+    momentum; how many `moves` were made (blocks,), code (blocks,)."""
 
     K: Parts
     C: Parts
     m_K: Parts
     m_C: Parts
+    moves: Array
     code: Array
     sides: tuple[Structure, Structure] = tree.static()
 
@@ -65,22 +67,16 @@ class SINGD(Additive):
 
     sharing            expand | reduce
     inputs, outputs    structures of K and C; an embedding's K is diagonal whatever is asked
-    coupling           coupled (INGD) | independent (IKFAC)
-    momentum, rate     of m, and the step along it
-    limit              by_norm: rate / max(1, |m|_F), so that I - rate m stays definite for rate < 1 |
-                       by_entries: max(1, largest |entry|) instead | unlimited, as first published: ramp the rate up
-    storage            full | bfloat16 | master (float32 K and C, bfloat16 momenta)
+    coupling           coupled (INGD) | independent, rooted (IKFAC)
+    rule               Rule(momentum, rate, warm, limit, storage)
     cycles             updates on one record that `settle` makes
     """
 
     sharing: Callable[[Record], Record] = expand
     inputs: Structure = _DENSE
     outputs: Structure = _DENSE
-    coupling: Callable[[Array, Array], tuple[Array, Array]] = coupled
-    momentum: float = 0.5
-    rate: float = 1e-2
-    limit: Limit = by_norm
-    storage: Storage = full
+    coupling: Callable[[Array, Array, float | Array], tuple[Array, Array]] = coupled
+    rule: Rule = _RULE
     cycles: int = 1
 
     def init(self, block: Block, like: Array) -> State:
@@ -88,10 +84,11 @@ class SINGD(Additive):
         found = []
         for side, d in zip(sides, (block.d_in, block.d_out), strict=True):
             K = side.eye(block.blocks, d, like)
-            m = tree.map(self.storage.momentum, structured.scaled(0.0, K)) if self.momentum else {}
-            found.append((tree.map(self.storage.main, K), m))
+            m = tree.map(self.rule.storage.momentum, structured.scaled(0.0, K)) if self.rule.momentum else {}
+            found.append((tree.map(self.rule.storage.main, K), m))
         (K, m_K), (C, m_C) = found
-        return State(K, C, m_K, m_C, factors.unrefreshed(block, like), sides)
+        code = factors.unrefreshed(block, like)
+        return State(K, C, m_K, m_C, namespace(like).astype(0 * code, like.dtype), code, sides)
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         record = self.sharing(record)
@@ -116,10 +113,10 @@ class SINGD(Additive):
         inputs, outputs = state.sides
         H_K = structured.scaled(1 / xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows)), stats.H_K)
         H_C = structured.scaled(1 / stats.n, stats.H_C)
-        rule = Rule(self.momentum, self.rate, self.limit, self.storage)
-        from_C, from_K = self._scales(outputs, state.C, H_C), self._scales(inputs, state.K, H_K)
-        K, m_K = rule.moved(inputs, state.K, state.m_K, H_K, from_C, hyper.damping)
-        C, m_C = rule.moved(outputs, state.C, state.m_C, H_C, from_K, hyper.damping)
+        from_C = self._scales(outputs, state.C, H_C, hyper.damping)
+        from_K = self._scales(inputs, state.K, H_K, hyper.damping)
+        K, m_K = self.rule.moved(inputs, state.K, state.m_K, H_K, from_C, state.moves)
+        C, m_C = self.rule.moved(outputs, state.C, state.m_C, H_C, from_K, state.moves)
         old, new = (state.K, state.C, state.m_K, state.m_C), (K, C, m_K, m_C)
         finite = ok
         for x in tree.leaves(new):
@@ -127,7 +124,7 @@ class SINGD(Additive):
         kept = choose(state.code == int(Code.IDENTITY), Code.IDENTITY, Code.PREVIOUS)
         code = xp.where(ok, choose(finite, Code.OK, kept), state.code)
         K, C, m_K, m_C = tree.map(lambda n, o: select(finite, n, o), new, old)
-        return State(K, C, m_K, m_C, code, state.sides)
+        return State(K, C, m_K, m_C, xp.where(finite, state.moves + 1, state.moves), code, state.sides)
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         return state
@@ -137,9 +134,9 @@ class SINGD(Additive):
         shape = (state.code.shape[0], outputs.size(state.C), inputs.size(state.K))
         grad, squeeze = gradient(grad, shape)
         direction = kron.sandwich(
-            lambda g: recursion.both(outputs, self.storage, state.C, g),
+            lambda g: recursion.both(outputs, self.rule.storage, state.C, g),
             grad,
-            lambda a: recursion.both(inputs, self.storage, state.K, a),
+            lambda a: recursion.both(inputs, self.rule.storage, state.K, a),
         )
         if not isinstance(grad, Factored):
             direction = select(state.code == int(Code.IDENTITY), grad, direction)
@@ -150,24 +147,24 @@ class SINGD(Additive):
 
     def _summed(self, side: Structure, K: Parts, rows: Iterator[Array]) -> Parts:
         """Pi(K^T x^T x K) summed over chunks of rows x."""
-        total = recursion.inner(side, self.storage, K, next(rows))
+        total = recursion.inner(side, self.rule.storage, K, next(rows))
         for x in rows:
-            total = tree.add(total, recursion.inner(side, self.storage, K, x))
+            total = tree.add(total, recursion.inner(side, self.rule.storage, K, x))
         return total
 
-    def _scales(self, side: Structure, K: Parts, H: Parts) -> tuple[Array, Array]:
+    def _scales(self, side: Structure, K: Parts, H: Parts, damping: float | Array) -> tuple[Array, Array]:
         """What one side gives the other: (c, e)."""
         d = side.size(K)
         square = side.square(recursion.wide(K, next(iter(H.values()))))
-        return self.coupling(side.trace(H) / d, square / d)
+        return self.coupling(side.trace(H) / d, square / d, damping)
 
 
 @dataclass(frozen=True)
 class IKFAC(SINGD):
     """SINGD whose sides do not see each other, without momentum: K-FAC's averages to first order in the rate."""
 
-    coupling: Callable[[Array, Array], tuple[Array, Array]] = independent
-    momentum: float = 0.0
+    coupling: Callable[[Array, Array, float | Array], tuple[Array, Array]] = rooted
+    rule: Rule = _ALONE
 
 
 def _input_rows(record: Record) -> Iterator[Array]:
