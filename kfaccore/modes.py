@@ -149,7 +149,13 @@ def normaliser(weight: Array, start: float) -> tuple[Array, Array]:
     return total, left / total
 
 
-def inverses(
+def inverses(state: Any, A: Any, G: Any, split: Split, identity: Array, hyper: Hyper) -> tuple[Array, Array]:
+    """Dense damped inverses of both sides, for analysis."""
+    inner, outer, _ = damped(A, G, split, hyper.damping, identity, state.code == int(Code.IDENTITY))
+    return lowrank.dense(inner), lowrank.dense(outer)
+
+
+def damped(
     A: Any, G: Any, split: Split, damping: float | Array, identity: Array, unit: Array
 ) -> tuple[Any, Any, Array]:
     """Damped inverses of both sides (means), and whether a denominator had to be lifted; I for blocks where `unit`."""
@@ -163,7 +169,7 @@ def solve(state: Any, A: Any, G: Any, split: Split, identity: Array, grad: Array
     """(G + d_g I)^-1 V (A + d_a I)^-1 for the means A, G, at the newest damping; a factored V is never formed."""
     grad, squeeze = gradient(grad, (state.code.shape[0], lowrank.size(G), lowrank.size(A)))
     unit = state.code == int(Code.IDENTITY)
-    inner, outer, lifted = inverses(A, G, split, hyper.damping, identity, unit)
+    inner, outer, lifted = damped(A, G, split, hyper.damping, identity, unit)
     direction = kron.sandwich(lambda g: lowrank.times(g, outer), grad, lambda a: lowrank.times(a, inner))
     code = choose(lifted & (state.code == int(Code.OK)), Code.JITTERED, state.code)
     return finish(direction, code, state, squeeze)

@@ -15,7 +15,8 @@ from dataclasses import replace
 from kfaccore import xp as kernels
 from kfaccore.linalg import lowrank
 from kfaccore.linalg.lowrank import LowRank, Rank
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, all_finite, namespace
+from kfaccore.xp.codes import Code, choose
 
 
 def moved(
@@ -66,7 +67,9 @@ def corrected(
     """
     xp = namespace(M)
     U, kept = xp.take(low.U, chosen, axis=-1), xp.take(low.U, rest, axis=-1)
-    values, vectors, code = kernels.eigh(xp.matmul(U.mT, xp.matmul(M, U)))
+    inner = xp.matmul(U.mT, xp.matmul(M, U))
+    values, vectors, _ = kernels.eigh(inner)
+    code = choose(all_finite(inner), Code.OK, Code.INDEFINITE)
     U = xp.concat([xp.matmul(U, vectors), kept], axis=-1)
     D = xp.concat([values, xp.take(low.D, rest, axis=-1)], axis=-1)
     order = xp.argsort(D, axis=-1)

@@ -103,10 +103,10 @@ def counted(low: LowRank) -> Array:
 def start(blocks: int, d: int, k: int, rank: Rank, like: Array) -> LowRank:
     """The last min(k, d) columns of the identity, all eigenvalues zero."""
     xp, k = namespace(like), min(k, d)
-    eye = side.identity(side.zeros(blocks, d, False, like))
-    zeros = xp.zeros((blocks, k + 2), dtype=like.dtype, device=aac.device(like))
-    count = rank.first(blocks, d, like)
-    return LowRank(eye[:, :, d - k :] + 0, zeros[:, :k] + 0, zeros[:, k] + 0, zeros[:, k + 1] + 0, count)
+    where = {"dtype": like.dtype, "device": aac.device(like)}
+    U = xp.zeros((blocks, d, k), **where) + xp.eye(d, k, k=k - d, **where)
+    D, outside, trace = (xp.zeros(shape, **where) for shape in ((blocks, k), (blocks,), (blocks,)))
+    return LowRank(U, D, outside, trace, rank.first(blocks, d, like))
 
 
 def with_modes(low: LowRank, U: Array, D: Array, trace: Array, outside: Any) -> LowRank:

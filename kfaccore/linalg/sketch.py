@@ -40,9 +40,9 @@ class Symmetric:
         return namespace(like).astype(kernels.from_host(omega.astype(np.float32), like), like.dtype)
 
     def modes(self, M: Array, omega: Array, k: int) -> tuple[Array, Array, Array]:
-        """(U (blocks, d, k), ascending D (blocks, k), code) of M (blocks, d, d)."""
+        """(U (blocks, d, k), ascending D (blocks, k), code) of M (blocks, d, d); INDEFINITE where M is not finite."""
         xp = namespace(M)
-        code = choose(all_finite(M), Code.OK, Code.NONFINITE)
+        code = choose(all_finite(M), Code.OK, Code.INDEFINITE)
         if omega.shape[-1] == 0:
             values, vectors, _ = kernels.eigh(M)
         else:

@@ -106,6 +106,11 @@ class BrandCKFAC:
         A, G, identity = modes.means(state, self.start)
         return modes.solve(state, A, G, self.split, identity, grad, hyper)
 
+    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array]:
+        """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
+        A, G, identity = modes.means(state, self.start)
+        return modes.inverses(state, A, G, self.split, identity, hyper)
+
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         A, G, _ = modes.means(state, self.start)
         return kron.sandwich(lambda g: lowrank.times(g, G), v, lambda a: lowrank.times(a, A))

@@ -98,6 +98,11 @@ class RandomizedKFAC(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return kron.sandwich(lambda g: lowrank.times(g, state.modes_G), v, lambda a: lowrank.times(a, state.modes_A))
 
+    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array]:
+        """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
+        _, identity = modes.normaliser(state.weight, self.start)
+        return modes.inverses(state, state.modes_A, state.modes_G, self.split, identity, hyper)
+
     def _modes(self, average: Array, total: Array, old: Any, omega: Array) -> tuple[Any, Array]:
         """Modes of average / total and a code; the next count of modes follows from them."""
         xp = namespace(average)
