@@ -1,7 +1,7 @@
 """Bytes of state for a 4096 x 4096 layer: each structure of SINGD beside K-FAC and Adam; and what bfloat16 costs.
 
-State is what a step keeps beside weights and gradients: K, C and their momenta, K-FAC's factors and inverses, Adam's two
-moments. Peaks are traced over one measure, update and factored solve of 32 rows.
+State is what a step keeps beside weights and gradients: K, C and their momenta; K-FAC's factors and inverses; Adam's
+two moments. Peaks are traced over one measure, update and factored solve of 32 rows.
 """
 
 import os
