@@ -39,7 +39,7 @@ def moved(
         M = xp.matmul(U * D[:, None, :], U.mT) + add[:, None, None] * kernels.gram(rows)
         values, vectors, _ = kernels.eigh(M)
     else:
-        Q, R = xp.linalg.qr(xp.concat([U, rows.mT], axis=-1))
+        Q, R = kernels.qr(xp.concat([U, rows.mT], axis=-1))
         middle = xp.concat([D, add[:, None] + xp.zeros_like(rows[:, :, 0])], axis=-1)
         values, small, _ = kernels.eigh(xp.matmul(R * middle[:, None, :], R.mT))
         vectors = xp.matmul(Q, small)

@@ -49,8 +49,8 @@ class Symmetric:
             M = select(code == int(Code.OK), (M + M.mT) / 2, xp.zeros_like(M))
             Y = xp.matmul(M, omega)
             for _ in range(self.passes - 1):
-                Y = xp.matmul(M, xp.linalg.qr(Y)[0])
-            values, vectors = self._found(xp.linalg.qr(Y)[0], M)
+                Y = xp.matmul(M, kernels.qr(Y)[0])
+            values, vectors = self._found(kernels.qr(Y)[0], M)
         lo = values.shape[-1] - k
         return vectors[:, :, lo:], values[:, lo:], code
 
@@ -66,7 +66,7 @@ class Singular(Symmetric):
 
     def _found(self, Q: Array, M: Array) -> tuple[Array, Array]:
         xp = namespace(M)
-        V, R = xp.linalg.qr(xp.matmul(M, Q))
+        V, R = kernels.qr(xp.matmul(M, Q))
         left, values, _ = xp.linalg.svd(R, full_matrices=False)
         return xp.flip(values, axis=-1), xp.matmul(V, xp.flip(left, axis=-1))
 

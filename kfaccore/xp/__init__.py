@@ -18,7 +18,7 @@ from kfaccore.xp.arrays import (
     widen,
 )
 from kfaccore.xp.codes import Code, choose
-from kfaccore.xp.factorise import eigh, spd_inverse
+from kfaccore.xp.factorise import eigh, qr, spd_inverse
 from kfaccore.xp.fourier import fast_length, rfftn
 from kfaccore.xp.gram import average, gram
 from kfaccore.xp.half import to_bfloat16
@@ -38,6 +38,7 @@ __all__ = [
     "is_numpy",
     "loop",
     "namespace",
+    "qr",
     "rfftn",
     "scalar",
     "segment_sum",
