@@ -66,8 +66,7 @@ def sketches(d: int, repeats: int) -> tuple[dict[str, float], dict[str, tuple[fl
     rules = {f"{kind.__name__.lower()} {p}": kind(passes=p) for kind in (kf.Symmetric, kf.Singular) for p in (2, 4)}
     draws = {name: rule.draw(1, d, RANK, 0, M) for name, rule in rules.items()}
     functions: dict[str, Any] = {name: lambda n=name: rules[n].modes(M[None], draws[n], RANK) for name in rules}
-    seconds = interleaved(functions, repeats)
-    seconds |= interleaved({"eigh": lambda: eigh(M, driver="evd", check_finite=False)}, max(1, repeats // 3))
+    seconds = interleaved(functions | {"eigh": lambda: eigh(M, driver="evd", check_finite=False)}, repeats)
     values, found = np.linalg.eigvalsh(M.astype(np.float64)), {}
     for name, call in functions.items():
         U, D, _ = call()

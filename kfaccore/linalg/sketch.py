@@ -46,7 +46,7 @@ class Symmetric:
         if omega.shape[-1] == 0:
             values, vectors, _ = kernels.eigh(M)
         else:
-            M = select(code == int(Code.OK), (M + M.mT) / 2, xp.zeros_like(M))
+            M = select(code == int(Code.OK), M, xp.zeros_like(M))
             Y = xp.matmul(M, omega)
             for _ in range(self.passes - 1):
                 Y = xp.matmul(M, kernels.qr(Y)[0])
