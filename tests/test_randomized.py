@@ -156,7 +156,7 @@ def test_R_9_the_adaptive_rank_follows_the_spectrum(rng):
     for name, decay in (("slow", 0.9), ("fast", 0.1), ("between", 0.51)):
         _, q = spectrum(20, np.ones(20), rng)
         record = kf.Record((q * (20 * decay ** np.arange(20)) ** 0.5).T, rng.normal(size=(20, 2)), 20.0)
-        method = kf.RandomizedKFAC(rank=rule, sketch=kf.Symmetric(passes=8, oversample=6))
+        method = kf.RandomizedKFAC(rank=rule, sketch=kf.Symmetric(passes=8, oversample=6), outside=kf.nothing)
         state, hyper = method.init(kf.Block.of(record), record.g), kf.Hyper(0, 0.0, 0.1)
         state = method.update(state, method.measure(state, record, hyper), hyper)
         found[name] = []
@@ -206,7 +206,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(rng):
 def test_rank_nought_is_damping_alone(rank, rng):
     record, v = kf.Record(rng.normal(size=(30, 6)), rng.normal(size=(30, 5)), 30.0), rng.normal(size=(5, 6))
     for kind in (kf.RandomizedKFAC, kf.BrandKFAC, kf.BrandRKFAC, kf.BrandCKFAC):
-        method = kind(rank=Rank(rank, rank), split=kf.equal)
+        method = kind(rank=Rank(rank, rank), split=kf.equal, outside=kf.nothing)
         solution = method.solve(kf.settle(method, record, damping=0.25), v, kf.Hyper(0, 0.0, 0.25))
         assert solution.code.tolist() == [kf.Code.OK]
         assert same(solution.direction, v / 0.25) == (rank == 0)
@@ -217,7 +217,7 @@ def test_damping_to_nought_and_infinity(damping, rng):
     """At rank < d and no damping nothing is left to divide by: lifted, JITTERED, finite."""
     record, v = kf.Record(rng.normal(size=(30, 20)), rng.normal(size=(30, 3)), 30.0), rng.normal(size=(3, 20))
     for kind in (kf.RandomizedKFAC, kf.BrandKFAC):
-        method = kind(rank=Rank(5, 5))
+        method = kind(rank=Rank(5, 5), outside=kf.nothing)
         solution = method.solve(kf.settle(method, record, damping=damping), v, kf.Hyper(0, 0.0, damping))
         assert np.isfinite(solution.direction).all()
         assert solution.code.tolist() == [kf.Code.OK if damping > 1 else kf.Code.JITTERED]

@@ -19,7 +19,7 @@ from kfaccore.xp.arrays import Array, eps, namespace, select
 @dataclass(frozen=True)
 class LowRank:
     """Modes U (blocks, d, k), ascending D (blocks, k), the eigenvalue `outside` of all other directions (blocks,), the
-    trace of the factor itself (blocks,), and how many modes count, `rank` (blocks,); the others have D = 0."""
+    trace of the factor itself (blocks,), and how many modes count, `rank` (blocks,); for the others D is `outside`."""
 
     U: Array
     D: Array

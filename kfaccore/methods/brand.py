@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from kfaccore import modes
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron, lowrank
-from kfaccore.linalg.lowrank import LowRank, Rank, fixed, nothing
+from kfaccore.linalg.lowrank import LowRank, Rank, even, fixed
 from kfaccore.method import Block, Hyper, Solution
 from kfaccore.record import Factored, Record
 from kfaccore.sharing import expand
@@ -51,7 +51,7 @@ class BrandKFAC:
     sharing: Callable[[Record], Record] = expand
     rank: Rank = fixed
     split: Split = pi
-    outside: Callable[[LowRank], Array] = nothing
+    outside: Callable[[LowRank], Array] = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 

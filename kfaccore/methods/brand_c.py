@@ -24,7 +24,7 @@ from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import brand, kron, lowrank
 from kfaccore.linalg.inverse import accepted
-from kfaccore.linalg.lowrank import LowRank, Rank, fixed, nothing
+from kfaccore.linalg.lowrank import LowRank, Rank, even, fixed
 from kfaccore.method import Block, Hyper, Solution
 from kfaccore.record import Factored, Record
 from kfaccore.sharing import expand
@@ -69,7 +69,7 @@ class BrandCKFAC:
     rank: Rank = fixed
     correction: Correction = Correction()
     split: Split = pi
-    outside: Callable[[LowRank], Array] = nothing
+    outside: Callable[[LowRank], Array] = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 

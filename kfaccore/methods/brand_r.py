@@ -19,7 +19,7 @@ from kfaccore import factors, modes
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import brand, kron, lowrank
 from kfaccore.linalg.inverse import accepted
-from kfaccore.linalg.lowrank import LowRank, Rank, fixed, nothing
+from kfaccore.linalg.lowrank import LowRank, Rank, even, fixed
 from kfaccore.linalg.sketch import Symmetric, symmetric
 from kfaccore.method import Block, Hyper, Solution
 from kfaccore.record import Factored, Record
@@ -52,7 +52,7 @@ class BrandRKFAC:
     rank: Rank = fixed
     sketch: Symmetric = symmetric
     split: Split = pi
-    outside: Callable[[LowRank], Array] = nothing
+    outside: Callable[[LowRank], Array] = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 

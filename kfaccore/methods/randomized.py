@@ -22,7 +22,7 @@ from kfaccore import factors, modes
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron, lowrank, side
 from kfaccore.linalg.inverse import accepted
-from kfaccore.linalg.lowrank import LowRank, Rank, fixed, nothing
+from kfaccore.linalg.lowrank import LowRank, Rank, even, fixed
 from kfaccore.linalg.sketch import Symmetric, symmetric
 from kfaccore.method import Additive, Block, Hyper, Solution
 from kfaccore.record import Factored, Record
@@ -53,7 +53,7 @@ class RandomizedKFAC(Additive):
     rank      fixed | adaptive | Rank(cap, start, ...)
     sketch    symmetric | singular, or either class with passes, oversample and seed
     split     pi | equal | per_factor | top | Relative(...)
-    outside   nothing | lowest | even
+    outside   even | lowest | nothing; nothing makes steps along what the modes miss as long as damping allows
     start     the identity's coefficient before any update: 0 (averages are divided by their weight) or 1
     """
 
@@ -61,7 +61,7 @@ class RandomizedKFAC(Additive):
     rank: Rank = fixed
     sketch: Symmetric = symmetric
     split: Split = pi
-    outside: Callable[[LowRank], Array] = nothing
+    outside: Callable[[LowRank], Array] = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 
