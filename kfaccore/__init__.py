@@ -1,7 +1,7 @@
 """K-FAC on the Array API: a layer gives a record; a method measures it, updates its state, refreshes, and solves."""
 
 from kfaccore.comm import Serial
-from kfaccore.damping import Relative, equal, exact, mean_eigenvalue, per_factor, pi, top_eigenvalue
+from kfaccore.damping import Relative, equal, exact, mean_eigenvalue, per_factor, pi, top, top_eigenvalue
 from kfaccore.fisher import (
     Bernoulli,
     Gaussian,
@@ -15,9 +15,24 @@ from kfaccore.fisher import (
 from kfaccore.info import Info
 from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
+from kfaccore.linalg.lowrank import Rank, adaptive, adaptive_brand, even, lowest, nothing
 from kfaccore.linalg.patches import Patches, Window
+from kfaccore.linalg.sketch import Singular, Symmetric
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
-from kfaccore.methods import EKFAC, KFAC, PINNKFAC, Diagonal, Exact, Identity
+from kfaccore.methods import (
+    EKFAC,
+    IKFAC,
+    KFAC,
+    PINNKFAC,
+    SINGD,
+    BrandCKFAC,
+    BrandKFAC,
+    BrandRKFAC,
+    Diagonal,
+    Exact,
+    Identity,
+    RandomizedKFAC,
+)
 from kfaccore.network import GaussNewton
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Preconditioner
@@ -31,10 +46,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
+    "IKFAC",
     "KFAC",
     "PINNKFAC",
+    "SINGD",
     "Bernoulli",
     "Block",
+    "BrandCKFAC",
+    "BrandKFAC",
+    "BrandRKFAC",
     "Clocks",
     "Code",
     "Diagonal",
@@ -56,14 +76,20 @@ __all__ = [
     "Patches",
     "Preconditioner",
     "Quadratic",
+    "RandomizedKFAC",
+    "Rank",
     "Record",
     "Relative",
     "Schedules",
     "SelfTuning",
     "Serial",
+    "Singular",
     "SoftmaxCrossEntropy",
     "Solution",
+    "Symmetric",
     "Window",
+    "adaptive",
+    "adaptive_brand",
     "cholesky",
     "concat",
     "dense",
@@ -72,19 +98,23 @@ __all__ = [
     "eigh",
     "empirical",
     "equal",
+    "even",
     "exact",
     "expand",
     "flatten",
     "forward_only",
     "load",
+    "lowest",
     "mean_eigenvalue",
     "metadata",
     "monte_carlo",
+    "nothing",
     "per_factor",
     "pi",
     "reduce",
     "save",
     "settle",
+    "top",
     "top_eigenvalue",
     "type2",
     "unflatten",

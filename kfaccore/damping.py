@@ -87,6 +87,17 @@ class PerFactor(Separable):
 
 
 @dataclass(frozen=True)
+class Top(Separable):
+    """d_a = damping times A's largest eigenvalue, d_g likewise; damping itself for a zero factor."""
+
+    def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
+        xp = namespace(a.mean)
+        tops = (a.top(), g.top())
+        d_a, d_g = (scalar(damping, top) * xp.where(top > 0, top, xp.ones_like(top)) for top in tops)
+        return d_a, d_g
+
+
+@dataclass(frozen=True)
 class Exact:
     """G (x) A + damping I itself, with no cross terms; needs an inverse that knows both spectra (`eigh`)."""
 
@@ -142,4 +153,5 @@ def _root(damping: float | Array, like: Array) -> Array:
 pi = Pi()
 equal = Equal()
 per_factor = PerFactor()
+top = Top()
 exact = Exact()

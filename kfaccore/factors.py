@@ -59,7 +59,7 @@ def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
     """Stats of one record; zero draws give G = I by definition."""
     record = sharing(record)
     xp = namespace(record.g)
-    A = _gram_of_inputs(record)
+    A = gram_of_inputs(record)
     if record.draws == 0:
         like = xp.zeros((record.blocks, record.d_out, record.d_out), dtype=record.g.dtype, device=aac.device(A))
         G = side.identity(like) * scalar(record.n, like)
@@ -111,7 +111,7 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
     xp = namespace(record.g)
     total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
     chunk = record.batch if record.shared == 1 else max(1, _CHUNK // (record.d_out * record.d_in * record.blocks))
-    for start, a in _input_chunks(record, chunk):
+    for start, a in input_chunks(record, chunk):
         a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
         for draw in range(record.draws):
             g = record.g[draw, :, start : start + a.shape[1], :, :]
@@ -138,7 +138,8 @@ def valid_rows(record: Record) -> Array:
     return zeros + xp.sum(xp.astype(record.mask, record.g.dtype))
 
 
-def _gram_of_inputs(record: Record) -> Array:
+def gram_of_inputs(record: Record) -> Array:
+    """Sum over rows of a a^T (blocks, d_in, d_in); counts (1, size) for ids."""
     xp = namespace(record.g)
     if isinstance(record.a, Ids):
         ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=aac.device(record.g))
@@ -152,7 +153,7 @@ def _gram_of_inputs(record: Record) -> Array:
     return kernels.gram(xp.reshape(a, (record.blocks, -1, record.d_in)))
 
 
-def _input_chunks(record: Record, chunk: int) -> Any:
+def input_chunks(record: Record, chunk: int) -> Any:
     """(first example, a of the next `chunk` examples), unfolding patches only one chunk at a time."""
     if isinstance(record.a, Patches) and record.mask is None:
         start = 0

@@ -10,6 +10,7 @@ import numpy as np
 
 import kfaccore as kf
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
+from kfaccore.linalg.recursion import Rule, independent
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -70,6 +71,20 @@ def _pi(mean_a: float, mean_g: float, damping: float) -> tuple[float, float]:
     return ratio * np.sqrt(damping), np.sqrt(damping) / ratio
 
 
+def _coupled(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
+    """Inverse of the Kronecker matrix Q kron P with P^-1 = (tr(QG)/d_out) A + damping (tr(Q)/d_out) I, and so for Q."""
+    found = []
+    for block in range(len(a)):
+        rows, gs = a[block].reshape(-1, a.shape[-1]), g[:, block].reshape(-1, g.shape[-1])
+        A, G = rows.T @ rows / len(rows), gs.T @ gs / n
+        P = np.eye(len(A))
+        for _ in range(300):
+            Q = np.linalg.inv((np.trace(P @ A) * G + damping * np.trace(P) * np.eye(len(G))) / len(A))
+            P = np.linalg.inv((np.trace(Q @ G) * A + damping * np.trace(Q) * np.eye(len(A))) / len(G))
+        found.append(np.linalg.inv(np.kron(Q, P)))
+    return np.stack(found)
+
+
 @dataclass(frozen=True)
 class Row:
     """name, method, the regime it is exact in, the damped matrix it then inverts, and its large-damping scale."""
@@ -79,8 +94,11 @@ class Row:
     regime: Callable
     matrix: Callable = damped
     scale: Callable[[float], float] = lambda damping: damping
+    inverse_only: bool = False  # no F~, no averages of it: matvec refuses
+    truncated: bool = False  # of averages only the largest modes are kept, which is not linear
 
 
+_two, _narrow = kf.Rank(2, 2), kf.Symmetric(oversample=0)
 METHODS = [
     Row("kfac", kf.KFAC(), one_example, _split(_pi)),
     Row("kfac-reduce", kf.KFAC(sharing=kf.reduce), constant_gradients, _split(_pi, reduced=True)),
@@ -93,6 +111,20 @@ METHODS = [
     Row("pinn-kfac", kf.PINNKFAC(terms=1), one_example, _split(lambda a, g, d: (d, d)), lambda d: d * d),
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
     Row("exact", kf.Exact(), anything),
+    Row("singd", kf.SINGD(rule=Rule(momentum=0.0, rate=0.5), cycles=60), anything, _coupled, inverse_only=True),
+    Row(
+        "singd-ikfac",
+        kf.IKFAC(coupling=independent, rule=Rule(momentum=0.0, rate=0.9), cycles=50),
+        anything,
+        _split(lambda a, g, d: (d, d)),
+        lambda d: d * d,
+        inverse_only=True,
+    ),
+    Row("randomized", kf.RandomizedKFAC(), one_example, _split(_pi), truncated=True),
+    Row("randomized-2", kf.RandomizedKFAC(rank=_two, sketch=_narrow), one_example, _split(_pi), truncated=True),
+    Row("brand-2", kf.BrandKFAC(rank=_two), one_example, _split(_pi), truncated=True),
+    Row("brand-r-2", kf.BrandRKFAC(rank=_two, sketch=_narrow), one_example, _split(_pi), truncated=True),
+    Row("brand-c-2", kf.BrandCKFAC(rank=_two), one_example, _split(_pi), truncated=True),
 ]
 
 

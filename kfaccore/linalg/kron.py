@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kfaccore import xp as kernels
@@ -31,6 +32,23 @@ def apply(left: Array, grad: Any, right: Array) -> Array:
     if not into_g:
         v = _from_left(left, v * scale)
     return v if into_a else side.times(v, right)
+
+
+def sandwich(left: Callable[[Array], Array], grad: Any, right: Callable[[Array], Array]) -> Array:
+    """L V R for symmetric L, R known by what they do to rows: left(x) = x L, right(x) = x R.
+
+    V (blocks, d_out, d_in) or V = g^T a / n not multiplied out; each side goes into its rows by the rule of `apply`.
+    """
+    if not hasattr(grad, "g"):
+        return right(left(grad.mT).mT)
+    xp = namespace(grad.a)
+    a, g = (xp.reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (grad.a, grad.g))
+    (_, rows, d_in), d_out = a.shape, g.shape[-1]
+    into_g, into_a = rows < d_in, rows < d_out
+    g = (left(g) if into_g else g) * (1.0 / kernels.scalar(grad.n, a))
+    v = xp.matmul(g.mT, right(a) if into_a else a)
+    v = v if into_g else left(v.mT).mT
+    return v if into_a else right(v)
 
 
 def solve(vectors_g: Array, grad: Any, vectors_a: Array, denominators: Array) -> Array:

@@ -1,11 +1,16 @@
 """One file a method, named as its paper names it."""
 
+from kfaccore.methods.brand import BrandKFAC
+from kfaccore.methods.brand_c import BrandCKFAC
+from kfaccore.methods.brand_r import BrandRKFAC
 from kfaccore.methods.diagonal import Diagonal
 from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
 from kfaccore.methods.identity import Identity
 from kfaccore.methods.kfac import KFAC
 from kfaccore.methods.pinn_kfac import PINNKFAC
+from kfaccore.methods.randomized import RandomizedKFAC
+from kfaccore.methods.singd import IKFAC, SINGD
 
 CATALOGUE = {
     "kfac": KFAC,
@@ -14,6 +19,26 @@ CATALOGUE = {
     "identity": Identity,
     "exact": Exact,
     "pinn-kfac": PINNKFAC,
+    "singd": SINGD,
+    "ikfac": IKFAC,
+    "randomized": RandomizedKFAC,
+    "brand": BrandKFAC,
+    "brand-r": BrandRKFAC,
+    "brand-c": BrandCKFAC,
 }
 
-__all__ = ["CATALOGUE", "EKFAC", "KFAC", "PINNKFAC", "Diagonal", "Exact", "Identity"]
+__all__ = [
+    "CATALOGUE",
+    "EKFAC",
+    "IKFAC",
+    "KFAC",
+    "PINNKFAC",
+    "SINGD",
+    "BrandCKFAC",
+    "BrandKFAC",
+    "BrandRKFAC",
+    "Diagonal",
+    "Exact",
+    "Identity",
+    "RandomizedKFAC",
+]

@@ -19,9 +19,10 @@ from kfaccore.xp.arrays import (
     widen,
 )
 from kfaccore.xp.codes import Code, choose
-from kfaccore.xp.factorise import eigh, spd_inverse
+from kfaccore.xp.factorise import eigh, qr, spd_inverse
 from kfaccore.xp.fourier import fast_length, rfftn
 from kfaccore.xp.gram import average, gram
+from kfaccore.xp.half import to_bfloat16
 from kfaccore.xp.scatter import add_at, segment_sum
 
 __all__ = [
@@ -38,12 +39,14 @@ __all__ = [
     "is_numpy",
     "loop",
     "namespace",
+    "qr",
     "rfftn",
     "scalar",
     "segment_sum",
     "select",
     "shared_first",
     "spd_inverse",
+    "to_bfloat16",
     "to_host",
     "widen",
 ]
