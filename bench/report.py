@@ -44,14 +44,15 @@ def at_least(name: str, figure: float | None, limit: float) -> Claim:
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, all of them once a round after one warm-up round."""
+    """Median CPU seconds of each function, all of them once a round after one warm-up round: other processes on the
+    machine disturb them less than the clock on the wall."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             function()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -74,12 +74,12 @@ def run(
     for index in range(steps):
         rng = np.random.default_rng([seed, index])
         rows = rng.integers(0, len(x), batch) if batch else slice(None)
-        begun = time.perf_counter()
+        begun = time.process_time()
         if watch is not None:
             watch(params, x[rows])
         _, state, _ = kn.step(task.network, params, (x[rows], y[rows]), task.loss, optimiser, state, index, rng, fisher)
         mean = params if average is None else average(mean, params, index + 1)
-        trial.seconds += time.perf_counter() - begun
+        trial.seconds += time.process_time() - begun
         if (index + 1) % 5 == 0:
             done, trial.last = reached(name, task, mean, evaluation)
             trial.best = min(trial.best, trial.last)
