@@ -1,0 +1,177 @@
+"""One training step: capture and gradients in TensorFlow, eager or in a graph; the core on NumPy inside py_function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import kfaccore as kf
+from kfaccore import tree
+from kfaccore_tensorflow.bridge import HALF, to_numpy, to_tensor, widened
+from kfaccore_tensorflow.losses import Objective, count_draws, objective
+from kfaccore_tensorflow.plan import Part, coverage
+from kfaccore_tensorflow.tap import Calls
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What preconditions and when.
+
+    method             one for all layers or a mapping from layer to method; clocks, schedules, step: as Preconditioner
+    fisher, draws      kfaccore's monte_carlo (with so many draws), type2, empirical or forward_only
+    seed               of the draws: the same seed and step give the same bits
+    strict             refuse models with trainable variables that are not covered
+    """
+
+    method: Any = kf.KFAC()  # noqa: RUF009 frozen
+    clocks: kf.Clocks = kf.Clocks()  # noqa: RUF009 frozen
+    schedules: kf.Schedules = kf.Schedules()  # noqa: RUF009 frozen
+    step: Any = kf.Fixed()  # noqa: RUF009 frozen
+    fisher: Callable = kf.monte_carlo
+    draws: int = 1
+    seed: int = 0
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.step.needs_records:
+            raise ValueError(f"step is {self.step}; the Keras optimizer takes the step here, so only Fixed(...) fits")
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}; need at least 1")
+
+    def preconditioner(self) -> kf.Preconditioner:
+        """The core's; it may reuse the buffers of the state it is given, which only the engine holds."""
+        return kf.Preconditioner(self.method, self.clocks, self.schedules, step=self.step, donate=True)
+
+
+class Engine:
+    """A model's plan, objective and preconditioner, and what changes: the core's `state` and the last `info`."""
+
+    def __init__(self, model: Any, loss: Any, settings: Settings) -> None:
+        self.plan = coverage(model, settings.strict)
+        self.objective: Objective = objective(loss, settings.fisher)
+        self.settings = settings
+        self.preconditioner = settings.preconditioner()
+        wide = any(v.dtype == "float64" for part in self.plan.parts for v in part.variables.values())
+        self.state = self.preconditioner.init(self.plan.blocks(), np.zeros(1, np.float64 if wide else np.float32))
+        self.info: kf.Info | None = None
+
+    def leaves(self) -> list[np.ndarray]:
+        """The state as a list of arrays, in a fixed order."""
+        return [np.asarray(leaf) for leaf in tree.leaves(self.state)]
+
+    def restore(self, leaves: list[np.ndarray]) -> None:
+        """Puts back what `leaves` gave; ValueError when it is the state of other layers or settings."""
+        mine = tree.leaves(self.state)
+        if [np.shape(x) for x in mine] != [np.shape(x) for x in leaves]:
+            raise ValueError("the saved curvature belongs to other layers or settings than these")
+        new = iter([type(old)(x) if isinstance(old, int) else np.array(x) for old, x in zip(mine, leaves, strict=True)])
+        self.state = tree.map(lambda _: next(new), self.state)
+
+    def updates(
+        self, tape: Any, calls: Calls, f: Any, data: tuple[Any, Any], variables: Sequence[Any], gradients: list[Any]
+    ) -> list[Any]:
+        """`gradients` of the loss with those of covered variables turned into the core's updates.
+
+        f       the model's prediction, made inside the persistent `tape` and `tap`
+        data    (target, sample weight or None)
+        """
+        _check_prediction(f)
+        place = {id(v): i for i, v in enumerate(variables)}
+        used = [part for part in self.plan.parts if _reached(part, calls, place, gradients)]
+        seen = [call for part in used for layer in part.layers for call in calls[id(layer)]]
+        inputs, outputs = [x for x, _ in seen], [o for _, o in seen]
+        n, g = self._output_gradients(tape, f, data, outputs)
+        where = [place[id(v)] for part in used for v in part.variables.values()]
+        grads = [gradients[i] for i in where]
+        core = partial(self._core, used, [len(calls[id(layer)]) for part in used for layer in part.layers])
+        found = tf.py_function(core, [n, *map(widened, [*inputs, *g, *grads])], [gradients[i].dtype for i in where])
+        new = list(gradients)
+        for i, update in zip(where, found, strict=True):
+            update.set_shape(variables[i].shape)
+            new[i] = update
+        return new
+
+    def _output_gradients(self, tape: Any, f: Any, data: tuple[Any, Any], outputs: list[Any]) -> tuple[Any, list[Any]]:
+        """n, and (draws, *o.shape) for each output o; n = 0 and zeros where the clock wants no records."""
+        draws = count_draws(self.settings.fisher, self.settings.draws, tuple(f.shape))
+        kind = tf.float32 if f.dtype in HALF else f.dtype
+        given = [widened(f), *(x for x in data if x is not None)]
+
+        def wanted() -> list[Any]:
+            n, drawn = tf.py_function(self._draw, given, [tf.float64, kind])
+            drawn = tf.cast(tf.reshape(drawn, tf.concat([[draws], tf.shape(f)], 0)), f.dtype)
+            rows = [tape.gradient(f, outputs, output_gradients=drawn[i]) for i in range(draws)]
+            zeros = [tf.zeros_like(o) for o in outputs]
+            rows = [[z if g is None else g for z, g in zip(zeros, row, strict=True)] for row in rows]
+            g = [tf.stack(list(r)) for r in zip(*rows, strict=True)] if rows else [z[None][:0] for z in zeros]
+            return [tf.ensure_shape(n, ()), *g]
+
+        def unwanted() -> list[Any]:
+            return [tf.zeros((), tf.float64), *(tf.zeros((draws, *o.shape[1:]), o.dtype)[:, None] for o in outputs)]
+
+        if self.settings.clocks.update == 1:
+            n, *g = wanted()
+        else:
+            due = tf.ensure_shape(tf.py_function(lambda: self.preconditioner.wants_records(self.state), [], tf.bool), ())
+            n, *g = tf.cond(due, wanted, unwanted)
+        return n, g
+
+    def _draw(self, f: Any, y: Any, weight: Any = None) -> tuple[Any, Any]:
+        """(n, draws) of the batch, by the core."""
+        f, y = to_numpy(f), to_numpy(y)
+        rng = np.random.default_rng([self.settings.seed, self.state.step])
+        weight = None if weight is None else to_numpy(weight)
+        draws = self.objective.draws(self.settings.fisher, self.settings.draws, f, y, weight, rng)
+        return to_tensor(self.objective.share(f, y), tf.float64), to_tensor(draws, f.dtype)
+
+    def _core(self, parts: list[Part], counts: list[int], n: Any, *tensors: Any) -> list[Any]:
+        """Updates of the parts' variables from views of: inputs and g of every call, gradients of every variable."""
+        arrays = [to_numpy(x) for x in tensors]
+        calls = sum(counts)
+        inputs, g, grads = iter(arrays[:calls]), iter(arrays[calls : 2 * calls]), iter(arrays[2 * calls :])
+        many, records, matrices = iter(counts), {}, {}
+        for part in parts:
+            times = sum(next(many) for _ in part.layers)
+            rows = [(next(inputs), next(g)) for _ in range(times)]
+            if float(n) > 0:
+                records[part.name] = record(part, rows, float(n))
+            matrices[part.name] = part.matrix({role: next(grads) for role in part.variables})
+        directions, self.state, self.info = self.preconditioner.step(self.state, records or None, matrices)
+        new = [part.arrays(directions[part.name]) for part in parts]
+        return [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]
+
+
+def record(part: Part, rows: list[tuple[np.ndarray, np.ndarray]], n: float) -> kf.Record:
+    """The record of one part from (input, output gradients, draws first) of each of its calls, joined on shared."""
+    found = []
+    for x, gy in rows:
+        some = gy if len(gy) else np.zeros((1, *gy.shape[1:]), gy.dtype)
+        a, g = part.kind.rows(x, some)
+        found.append(kf.Record(a, g[: len(gy)], n))
+    if len({r.batch for r in found}) != 1:
+        raise ValueError(f"layer {part.name!r} is called on batches of {[r.batch for r in found]}; need one size")
+    if len(found) == 1:
+        return found[0]
+    g = np.concatenate([r.g for r in found], axis=3)
+    if isinstance(found[0].a, kf.Ids):
+        index = np.concatenate([r.a.index for r in found], axis=1)
+        return kf.Record(kf.Ids(index, found[0].a.size), g[:, 0], n)
+    return kf.Record(np.concatenate([r.rows() for r in found], axis=2), g, n)
+
+
+def _reached(part: Part, calls: Calls, place: dict[int, int], gradients: list[Any]) -> bool:
+    """Whether the batch went through every layer of a part and its variables have gradients."""
+    known = all(gradients[place[id(v)]] is not None for v in part.variables.values())
+    return known and any(calls[id(layer)] for layer in part.layers)
+
+
+def _check_prediction(f: Any) -> None:
+    if not tf.is_tensor(f) or f.shape.rank is None or f.shape.rank < 2:
+        raise ValueError(f"the model returns {f!r}; need one tensor (batch, ..., outputs)")
+    if any(size is None for size in f.shape[1:]):
+        raise ValueError(f"the prediction has shape {f.shape}; all axes but the batch must be known")

@@ -1,0 +1,81 @@
+"""An own training loop: one object, one call a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kfaccore_tensorflow.engine import Engine, Settings
+from kfaccore_tensorflow.losses import Objective
+from kfaccore_tensorflow.tap import tap
+
+
+class Optimizer:
+    """Preconditions a Keras model's gradients and lets any Keras optimizer apply them.
+
+    model       built, with one output
+    loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added
+    optimizer   of Keras; it gets the directions in place of gradients: step size, momentum, decay and clipping are its
+    settings    fields of `Settings`: method, clocks, schedules, fisher, draws, seed, strict
+
+    Raises ValueError, before any step, for models, losses and optimizers that cannot be served.
+    """
+
+    def __init__(self, model: Any, loss: Any, optimizer: Any = "sgd", **settings: Any) -> None:
+        self.model = model
+        self.optimizer = usable(keras.optimizers.get(optimizer))
+        self.engine = Engine(model, loss, Settings(**settings))
+        self.optimizer.build(model.trainable_variables)
+        self._graph = tf.function(self._traced, reduce_retracing=True)
+
+    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
+        """One update on a batch; the loss before it, 0-d."""
+        return self._graph(x, y, sample_weight)
+
+    def _traced(self, x: Any, y: Any, weight: Any) -> Any:
+        objective = self.engine.objective
+        return take_step(
+            self.model, self.engine, self.optimizer, x, (y, weight), lambda f: total(self.model, objective, f, y, weight)
+        )[0]
+
+
+def total(model: Any, objective: Objective, f: Any, y: Any, weight: Any) -> Any:
+    """Loss of the batch and the model's own."""
+    value = objective.value(y, f, weight)
+    return value + tf.add_n([tf.cast(x, value.dtype) for x in model.losses]) if model.losses else value
+
+
+def take_step(model: Any, engine: Engine, optimizer: Any, x: Any, data: tuple[Any, Any], loss_of: Any) -> tuple:
+    """(loss before, prediction) of one applied update; runs eagerly or while a graph is traced."""
+    with tf.GradientTape(persistent=True) as tape, tap(engine.plan) as calls:
+        f = model(x, training=True)
+        loss = loss_of(f)
+    variables = model.trainable_variables
+    gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
+    new = engine.updates(tape, calls, f, (data[0], _masked(f, data[1])), variables, gradients)
+    optimizer.apply(new, variables)
+    return loss, f
+
+
+def usable(optimizer: Any) -> Any:
+    """The optimizer; ValueError where directions would not survive it."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError("LossScaleOptimizer looks for overflow in gradients, which never reach it: use bfloat16")
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        raise ValueError("several replicas are not supported: the curvature's state lives in one process")
+    return optimizer
+
+
+def _masked(f: Any, weight: Any) -> Any:
+    """The weight under which Keras averages: a mask of the prediction makes the mean one over valid positions."""
+    mask = getattr(f, "_keras_mask", None)
+    if mask is None:
+        return weight
+    mask = tf.cast(mask, f.dtype)
+    mask = mask * tf.cast(tf.size(mask), f.dtype) / tf.maximum(tf.reduce_sum(mask), 1)
+    if weight is None:
+        return mask
+    weight = tf.cast(weight, f.dtype)
+    return mask * tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (mask.shape.rank - weight.shape.rank)], 0))
