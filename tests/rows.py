@@ -145,4 +145,4 @@ LAYERS = [
     LayerRow("gain", Gain(3), (6, 5, 3), (6, 5, 3), {"gain": (3,)}),
 ]
 
-FRAMEWORKS = ["numpy"]  # adapters/kfaccore_<name>
+FRAMEWORKS = ["numpy", "tensorflow"]  # adapters/kfaccore_<name>

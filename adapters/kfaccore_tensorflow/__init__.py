@@ -1,5 +1,6 @@
 """kfaccore for TensorFlow: Keras models, their layers read from inside; the core runs on NumPy."""
 
+from kfaccore_tensorflow.analysis import records
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.engine import Engine, Settings, record
 from kfaccore_tensorflow.losses import Objective, objective
@@ -20,6 +21,7 @@ __all__ = [
     "coverage",
     "objective",
     "record",
+    "records",
     "tap",
     "to_numpy",
     "to_tensor",

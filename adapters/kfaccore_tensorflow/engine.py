@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
-from kfaccore import tree
 from kfaccore_tensorflow.bridge import HALF, to_numpy, to_tensor, widened
 from kfaccore_tensorflow.losses import Objective, count_draws, objective
 from kfaccore_tensorflow.plan import Part, coverage
@@ -60,17 +62,17 @@ class Engine:
         self.state = self.preconditioner.init(self.plan.blocks(), np.zeros(1, np.float64 if wide else np.float32))
         self.info: kf.Info | None = None
 
-    def leaves(self) -> list[np.ndarray]:
-        """The state as a list of arrays, in a fixed order."""
-        return [np.asarray(leaf) for leaf in tree.leaves(self.state)]
+    def saved(self) -> bytes:
+        """The state as one safetensors file."""
+        with TemporaryDirectory() as folder:
+            kf.save(Path(folder, "state"), self.state)
+            return Path(folder, "state").read_bytes()
 
-    def restore(self, leaves: list[np.ndarray]) -> None:
-        """Puts back what `leaves` gave; ValueError when it is the state of other layers or settings."""
-        mine = tree.leaves(self.state)
-        if [np.shape(x) for x in mine] != [np.shape(x) for x in leaves]:
-            raise ValueError("the saved curvature belongs to other layers or settings than these")
-        new = iter([type(old)(x) if isinstance(old, int) else np.array(x) for old, x in zip(mine, leaves, strict=True)])
-        self.state = tree.map(lambda _: next(new), self.state)
+    def restore(self, saved: bytes) -> None:
+        """Puts back what `saved` gave; ValueError when it is the state of other layers or settings."""
+        with TemporaryDirectory() as folder:
+            Path(folder, "state").write_bytes(saved)
+            self.state = kf.load(Path(folder, "state"), like=self.state)
 
     def updates(
         self, tape: Any, calls: Calls, f: Any, data: tuple[Any, Any], variables: Sequence[Any], gradients: list[Any]
@@ -80,21 +82,30 @@ class Engine:
         f       the model's prediction, made inside the persistent `tape` and `tap`
         data    (target, sample weight or None)
         """
-        _check_prediction(f)
         place = {id(v): i for i, v in enumerate(variables)}
-        used = [part for part in self.plan.parts if _reached(part, calls, place, gradients)]
-        seen = [call for part in used for layer in part.layers for call in calls[id(layer)]]
-        inputs, outputs = [x for x, _ in seen], [o for _, o in seen]
-        n, g = self._output_gradients(tape, f, data, outputs)
+        given = {key for key, i in place.items() if gradients[i] is not None}
+        used = [part for part in self.plan.parts if all(id(v) in given for v in part.variables.values())]
+        used, n, tensors = self.captured(used, tape, calls, f, data)
         where = [place[id(v)] for part in used for v in part.variables.values()]
-        grads = [gradients[i] for i in where]
-        core = partial(self._core, used, [len(calls[id(layer)]) for part in used for layer in part.layers])
-        found = tf.py_function(core, [n, *map(widened, [*inputs, *g, *grads])], [gradients[i].dtype for i in where])
+        grads = [widened(gradients[i]) for i in where]
+        core = partial(self._core, used, [part.times(calls) for part in used])
+        found = tf.py_function(core, [n, *tensors, *grads], [gradients[i].dtype for i in where])
         new = list(gradients)
         for i, update in zip(where, found, strict=True):
             update.set_shape(variables[i].shape)
             new[i] = update
         return new
+
+    def captured(
+        self, parts: Sequence[Part], tape: Any, calls: Calls, f: Any, data: tuple[Any, Any]
+    ) -> tuple[list[Part], Any, list[Any]]:
+        """The parts the batch went through, n, and input and output gradients of each of their calls in turn."""
+        _check_prediction(f)
+        used = [part for part in parts if part.times(calls)]
+        seen = [call for part in used for layer in part.layers for call in calls[id(layer)]]
+        n, g = self._output_gradients(tape, f, data, [output for _, output in seen])
+        pairs = zip((x for x, _ in seen), g, strict=True)
+        return used, n, [widened(x) for pair in pairs for x in pair]
 
     def _output_gradients(self, tape: Any, f: Any, data: tuple[Any, Any], outputs: list[Any]) -> tuple[Any, list[Any]]:
         """n, and (draws, *o.shape) for each output o; n = 0 and zeros where the clock wants no records."""
@@ -129,21 +140,24 @@ class Engine:
         draws = self.objective.draws(self.settings.fisher, self.settings.draws, f, y, weight, rng)
         return to_tensor(self.objective.share(f, y), tf.float64), to_tensor(draws, f.dtype)
 
-    def _core(self, parts: list[Part], counts: list[int], n: Any, *tensors: Any) -> list[Any]:
-        """Updates of the parts' variables from views of: inputs and g of every call, gradients of every variable."""
-        arrays = [to_numpy(x) for x in tensors]
-        calls = sum(counts)
-        inputs, g, grads = iter(arrays[:calls]), iter(arrays[calls : 2 * calls]), iter(arrays[2 * calls :])
-        many, records, matrices = iter(counts), {}, {}
-        for part in parts:
-            times = sum(next(many) for _ in part.layers)
-            rows = [(next(inputs), next(g)) for _ in range(times)]
-            if float(n) > 0:
-                records[part.name] = record(part, rows, float(n))
-            matrices[part.name] = part.matrix({role: next(grads) for role in part.variables})
-        directions, self.state, self.info = self.preconditioner.step(self.state, records or None, matrices)
+    def _core(self, parts: list[Part], times: list[int], n: Any, *tensors: Any) -> list[Any]:
+        """Updates of the parts' variables from views of what `captured` gave and of the variables' gradients."""
+        arrays = iter([to_numpy(x) for x in tensors])
+        records = unpacked(parts, times, float(n), arrays)
+        grads = {part.name: part.matrix(dict(zip(part.variables, arrays, strict=False))) for part in parts}
+        directions, self.state, self.info = self.preconditioner.step(self.state, records, grads)
         new = [part.arrays(directions[part.name]) for part in parts]
         return [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]
+
+
+def unpacked(parts: Sequence[Part], times: Sequence[int], n: float, arrays: Iterator[np.ndarray]) -> dict | None:
+    """{name: Record} from the arrays of `captured`, which are used up; None where the clock wanted no records."""
+    records = {}
+    for part, count in zip(parts, times, strict=True):
+        mine = list(islice(arrays, 2 * count))
+        if n > 0:
+            records[part.name] = record(part, list(zip(mine[::2], mine[1::2], strict=True)), n)
+    return records or None
 
 
 def record(part: Part, rows: list[tuple[np.ndarray, np.ndarray]], n: float) -> kf.Record:
@@ -162,12 +176,6 @@ def record(part: Part, rows: list[tuple[np.ndarray, np.ndarray]], n: float) -> k
         index = np.concatenate([r.a.index for r in found], axis=1)
         return kf.Record(kf.Ids(index, found[0].a.size), g[:, 0], n)
     return kf.Record(np.concatenate([r.rows() for r in found], axis=2), g, n)
-
-
-def _reached(part: Part, calls: Calls, place: dict[int, int], gradients: list[Any]) -> bool:
-    """Whether the batch went through every layer of a part and its variables have gradients."""
-    known = all(gradients[place[id(v)]] is not None for v in part.variables.values())
-    return known and any(calls[id(layer)] for layer in part.layers)
 
 
 def _check_prediction(f: Any) -> None:

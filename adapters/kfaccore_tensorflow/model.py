@@ -29,7 +29,7 @@ class KFACModel(keras.Model):
         self.settings = Settings(**settings)
         self.engine: Engine | None = None
         self.supports_jit = False  # the core is not XLA's to compile
-        self._waiting: list[np.ndarray] | None = None
+        self._waiting: bytes | None = None
         self.built = model.built
 
     def build(self, input_shape: Any) -> None:
@@ -79,14 +79,13 @@ class KFACModel(keras.Model):
 
     def save_own_variables(self, store: Any) -> None:
         """Adds the curvature's state to what Keras saves."""
-        leaves = self._waiting or ([] if self.engine is None else self.engine.leaves())
-        for i, leaf in enumerate(leaves):
-            store[f"kfaccore_{i}"] = leaf
+        saved = self._waiting if self.engine is None else self.engine.saved()
+        if saved is not None:
+            store["kfaccore"] = np.frombuffer(saved, np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
         """Takes the curvature's state out again; a file of the same layers and settings is needed to train on."""
-        found = [key for key in store.keys() if key.startswith("kfaccore_")]  # noqa: SIM118 not a mapping
-        self._waiting = [np.asarray(store[f"kfaccore_{i}"]) for i in range(len(found))] or None
+        self._waiting = np.asarray(store["kfaccore"]).tobytes() if "kfaccore" in store.keys() else None  # noqa: SIM118
         if self.engine is not None:
             self._restore()
 

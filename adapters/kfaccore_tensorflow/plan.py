@@ -27,6 +27,10 @@ class Part:
     variables: dict[str, Variable]
     layers: tuple[Layer, ...]
 
+    def times(self, calls: dict[int, list]) -> int:
+        """How many of the calls seen feed it."""
+        return sum(len(calls[id(layer)]) for layer in self.layers)
+
     def matrix(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """Arrays like the variables, by role -> the matrix."""
         return self.kind.matrix(arrays)
