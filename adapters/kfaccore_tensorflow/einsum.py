@@ -59,8 +59,8 @@ class Einsum:
 
     def block(self) -> Block:
         """d_out, d_in with the bias column, blocks."""
-        blocks, _, inputs, outputs = (self._size(letters) for letters in self.letters)
-        return Block(outputs, inputs + self.bias, blocks)
+        blocks, _, inputs, outputs = self.letters
+        return Block(self._size(outputs), self._size(inputs) + self.bias, self._size(blocks))
 
     def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Input and output gradients, draws first -> a (blocks, batch, shared, d_in) and g alike, draws first."""

@@ -84,7 +84,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Shift:
-    """A lone bias (d,) along `axes` of the layer's output."""
+    """A lone bias (d,) along `axes` of the layer's output, negative ones counted from the last."""
 
     axes: tuple[int, ...]
     d: int
@@ -104,7 +104,8 @@ class Shift:
 
     def _last(self, y: np.ndarray, lead: int) -> np.ndarray:
         """(*lead, batch, positions, d): `axes` of the array behind `lead` axes joined at the end."""
-        y = np.moveaxis(y, [axis + lead for axis in self.axes], range(-len(self.axes), 0))
+        places = [axis if axis < 0 else axis + lead for axis in self.axes]
+        y = np.moveaxis(y, places, range(-len(self.axes), 0))
         return y.reshape(*y.shape[: lead + 1], -1, self.d)
 
 
