@@ -79,7 +79,10 @@ def images():
     return keras.Model(image, L.Dense(3, name="out")(x))
 
 
-NETS = {"text": (text, lambda rng: rng.integers(0, 7, (4, 5))), "images": (images, lambda rng: rng.normal(size=(4, 7, 6, 2)))}
+NETS = {
+    "text": (text, lambda rng: rng.integers(0, 7, (4, 5))),
+    "images": (images, lambda rng: rng.normal(size=(4, 7, 6, 2))),
+}
 nets = pytest.mark.parametrize(("make", "inputs"), NETS.values(), ids=NETS)
 
 
@@ -166,11 +169,22 @@ NUMPY = {
     "cnn": (
         kn.Sequential(
             (6, 6, 2),
-            (kn.Conv2d(3, kf.Window((3, 3), padding=1)), kn.Tanh(), kn.Conv2d(2, kf.Window((2, 3), stride=2)))
-            + (kn.Sigmoid(), kn.Flatten(), kn.Dense(3)),
+            (
+                kn.Conv2d(3, kf.Window((3, 3), padding=1)),
+                kn.Tanh(),
+                kn.Conv2d(2, kf.Window((2, 3), stride=2)),
+                kn.Sigmoid(),
+                kn.Flatten(),
+                kn.Dense(3),
+            ),
         ),
-        lambda: [keras.Input((6, 6, 2)), L.Conv2D(3, 3, padding="same", activation="tanh")]
-        + [L.Conv2D(2, (2, 3), strides=2, activation="sigmoid"), L.Flatten(), L.Dense(3)],
+        lambda: [
+            keras.Input((6, 6, 2)),
+            L.Conv2D(3, 3, padding="same", activation="tanh"),
+            L.Conv2D(2, (2, 3), strides=2, activation="sigmoid"),
+            L.Flatten(),
+            L.Dense(3),
+        ],
     ),
 }
 

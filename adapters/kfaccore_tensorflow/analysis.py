@@ -23,6 +23,6 @@ def records(
     with tf.GradientTape(persistent=True) as tape, tap(engine.plan) as calls:
         f = model(x, training=training)
     data = (tf.convert_to_tensor(y), sample_weight)
-    parts, n, tensors = engine.captured(engine.plan.parts, tape, calls, f, data)
+    parts, count, tensors = engine.captured(engine.plan.parts, tape, calls, f, data)
     arrays = iter([to_numpy(t) for t in tensors])
-    return unpacked(parts, [part.times(calls) for part in parts], float(n), arrays) or {}
+    return unpacked(parts, [part.times(calls) for part in parts], to_numpy(count), arrays) or {}

@@ -40,7 +40,7 @@ class Settings:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if self.step.needs_records:
+        if self.step.needs_records or self.step.judges:
             raise ValueError(f"step is {self.step}; the Keras optimizer takes the step here, so only Fixed(...) fits")
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; need at least 1")
@@ -85,11 +85,11 @@ class Engine:
         place = {id(v): i for i, v in enumerate(variables)}
         given = {key for key, i in place.items() if gradients[i] is not None}
         used = [part for part in self.plan.parts if all(id(v) in given for v in part.variables.values())]
-        used, n, tensors = self.captured(used, tape, calls, f, data)
+        used, count, tensors = self.captured(used, tape, calls, f, data)
         where = [place[id(v)] for part in used for v in part.variables.values()]
         grads = [widened(gradients[i]) for i in where]
         core = partial(self._core, used, [part.times(calls) for part in used])
-        found = tf.py_function(core, [n, *tensors, *grads], [gradients[i].dtype for i in where])
+        found = tf.py_function(core, [count, *tensors, *grads], [gradients[i].dtype for i in where])
         new = list(gradients)
         for i, update in zip(where, found, strict=True):
             update.set_shape(variables[i].shape)
@@ -99,64 +99,69 @@ class Engine:
     def captured(
         self, parts: Sequence[Part], tape: Any, calls: Calls, f: Any, data: tuple[Any, Any]
     ) -> tuple[list[Part], Any, list[Any]]:
-        """The parts the batch went through, n, and input and output gradients of each of their calls in turn."""
+        """The parts the batch went through, (n, batch), and input and output gradients of their calls in turn."""
         _check_prediction(f)
         used = [part for part in parts if part.times(calls)]
         seen = [call for part in used for layer in part.layers for call in calls[id(layer)]]
-        n, g = self._output_gradients(tape, f, data, [output for _, output in seen])
+        count, g = self._output_gradients(tape, f, data, [output for _, output in seen])
         pairs = zip((x for x, _ in seen), g, strict=True)
-        return used, n, [widened(x) for pair in pairs for x in pair]
+        return used, count, [widened(x) for pair in pairs for x in pair]
 
     def _output_gradients(self, tape: Any, f: Any, data: tuple[Any, Any], outputs: list[Any]) -> tuple[Any, list[Any]]:
-        """n, and (draws, *o.shape) for each output o; n = 0 and zeros where the clock wants no records."""
+        """(n, batch), and (draws, *o.shape) for each output o; zeros where the clock wants no records."""
         draws = count_draws(self.settings.fisher, self.settings.draws, tuple(f.shape))
         kind = tf.float32 if f.dtype in HALF else f.dtype
         given = [widened(f), *(x for x in data if x is not None)]
 
         def wanted() -> list[Any]:
-            n, drawn = tf.py_function(self._draw, given, [tf.float64, kind])
+            count, drawn = tf.py_function(self._draw, given, [tf.float64, kind])
             drawn = tf.cast(tf.reshape(drawn, tf.concat([[draws], tf.shape(f)], 0)), f.dtype)
             rows = [tape.gradient(f, outputs, output_gradients=drawn[i]) for i in range(draws)]
             zeros = [tf.zeros_like(o) for o in outputs]
             rows = [[z if g is None else g for z, g in zip(zeros, row, strict=True)] for row in rows]
             g = [tf.stack(list(r)) for r in zip(*rows, strict=True)] if rows else [z[None][:0] for z in zeros]
-            return [tf.ensure_shape(n, ()), *g]
+            return [tf.ensure_shape(count, (2,)), *g]
 
         def unwanted() -> list[Any]:
-            return [tf.zeros((), tf.float64), *(tf.zeros((draws, *o.shape[1:]), o.dtype)[:, None] for o in outputs)]
+            return [tf.zeros(2, tf.float64), *(tf.zeros((draws, *o.shape[1:]), o.dtype)[:, None] for o in outputs)]
 
         if self.settings.clocks.update == 1:
-            n, *g = wanted()
+            count, *g = wanted()
         else:
-            due = tf.ensure_shape(tf.py_function(lambda: self.preconditioner.wants_records(self.state), [], tf.bool), ())
-            n, *g = tf.cond(due, wanted, unwanted)
-        return n, g
+            due = tf.py_function(lambda: self.preconditioner.wants_records(self.state), [], tf.bool)
+            count, *g = tf.cond(tf.ensure_shape(due, ()), wanted, unwanted)
+        return count, g
 
     def _draw(self, f: Any, y: Any, weight: Any = None) -> tuple[Any, Any]:
-        """(n, draws) of the batch, by the core."""
+        """((n, batch), draws) of the batch, by the core."""
         f, y = to_numpy(f), to_numpy(y)
         rng = np.random.default_rng([self.settings.seed, self.state.step])
         weight = None if weight is None else to_numpy(weight)
         draws = self.objective.draws(self.settings.fisher, self.settings.draws, f, y, weight, rng)
-        return to_tensor(self.objective.share(f, y), tf.float64), to_tensor(draws, f.dtype)
+        return to_tensor([self.objective.share(f, y), len(f)], tf.float64), to_tensor(draws, f.dtype)
 
-    def _core(self, parts: list[Part], times: list[int], n: Any, *tensors: Any) -> list[Any]:
+    def _core(self, parts: list[Part], times: list[int], count: Any, *tensors: Any) -> list[Any]:
         """Updates of the parts' variables from views of what `captured` gave and of the variables' gradients."""
         arrays = iter([to_numpy(x) for x in tensors])
-        records = unpacked(parts, times, float(n), arrays)
+        records = unpacked(parts, times, to_numpy(count), arrays)
         grads = {part.name: part.matrix(dict(zip(part.variables, arrays, strict=False))) for part in parts}
         directions, self.state, self.info = self.preconditioner.step(self.state, records, grads)
         new = [part.arrays(directions[part.name]) for part in parts]
         return [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]
 
 
-def unpacked(parts: Sequence[Part], times: Sequence[int], n: float, arrays: Iterator[np.ndarray]) -> dict | None:
-    """{name: Record} from the arrays of `captured`, which are used up; None where the clock wanted no records."""
-    records = {}
-    for part, count in zip(parts, times, strict=True):
-        mine = list(islice(arrays, 2 * count))
+def unpacked(
+    parts: Sequence[Part], times: Sequence[int], count: np.ndarray, arrays: Iterator[np.ndarray]
+) -> dict[str, kf.Record] | None:
+    """{name: Record} from what `captured` gave, the arrays used up; None where the clock wanted no records."""
+    records, (n, batch) = {}, (float(x) for x in count)
+    for part, calls in zip(parts, times, strict=True):
+        mine = list(islice(arrays, 2 * calls))
         if n > 0:
-            records[part.name] = record(part, list(zip(mine[::2], mine[1::2], strict=True)), n)
+            found = record(part, list(zip(mine[::2], mine[1::2], strict=True)), n)
+            if found.batch != batch:
+                raise ValueError(f"layer {part.name!r} is called on {found.batch} rows of a batch of {batch:g}")
+            records[part.name] = found
     return records or None
 
 
@@ -168,7 +173,7 @@ def record(part: Part, rows: list[tuple[np.ndarray, np.ndarray]], n: float) -> k
         a, g = part.kind.rows(x, some)
         found.append(kf.Record(a, g[: len(gy)], n))
     if len({r.batch for r in found}) != 1:
-        raise ValueError(f"layer {part.name!r} is called on batches of {[r.batch for r in found]}; need one size")
+        raise ValueError(f"layer {part.name!r} is called on {[r.batch for r in found]} rows; need one size")
     if len(found) == 1:
         return found[0]
     g = np.concatenate([r.g for r in found], axis=3)

@@ -35,10 +35,10 @@ class Optimizer:
         return self._graph(x, y, sample_weight)
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
-        objective = self.engine.objective
-        return take_step(
-            self.model, self.engine, self.optimizer, x, (y, weight), lambda f: total(self.model, objective, f, y, weight)
-        )[0]
+        def loss_of(f: Any) -> Any:
+            return total(self.model, self.engine.objective, f, y, weight)
+
+        return take_step(self.model, self.engine, self.optimizer, x, (y, weight), loss_of)[0]
 
 
 def total(model: Any, objective: Objective, f: Any, y: Any, weight: Any) -> Any:

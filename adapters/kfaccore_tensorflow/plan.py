@@ -14,7 +14,8 @@ from kfaccore.layers import Embedding, Linear
 from kfaccore_tensorflow.einsum import Einsum, spelled
 from kfaccore_tensorflow.kinds import Convolution, Plain, Scale, Shift
 
-Layer, Variable = Any, Any
+Layer = Any
+Variable = Any
 LOOPS = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
 
 
@@ -155,7 +156,8 @@ def _roles(layer: Layer, trained: set[int], weight: str = "kernel") -> dict[str,
 
 def _dense(name: str, layer: Layer, trained: set[int]) -> list[Part]:
     roles = _roles(layer, trained)
-    kind = Linear(*(int(size) for size in layer.kernel.shape), "bias" in roles, transposed=True)
+    d_in, d_out = (int(size) for size in layer.kernel.shape)
+    kind = Linear(d_in, d_out, "bias" in roles, transposed=True)
     return [Part(name, Plain(kind), roles, (layer,))]
 
 
