@@ -1,6 +1,6 @@
 """kfaccore for TensorFlow: Keras models, their layers read from inside; the core runs on NumPy."""
 
-from kfaccore_tensorflow.analysis import records
+from kfaccore_tensorflow.analysis import records, unread
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.engine import Engine, Settings, record
 from kfaccore_tensorflow.losses import Objective, objective
@@ -25,4 +25,5 @@ __all__ = [
     "tap",
     "to_numpy",
     "to_tensor",
+    "unread",
 ]

@@ -133,7 +133,10 @@ def _tied(parts: list[Part], refused: dict) -> tuple[list[Part], dict]:
     for part in groups.values():
         variables = tuple(part.variables.values())
         if any(uses[id(v)] > 1 for v in variables):
-            refused[part.name] = (variables, "a variable of it plays another role in another layer")
+            refused[part.name] = (
+                variables,
+                "it shares some variables with another layer, but not all in the same roles",
+            )
         else:
             kept.append(part)
     return kept, refused
