@@ -43,9 +43,9 @@ def unread(model: Any, x: Any, tolerance: float = 1e-3) -> dict[str, float]:
     found = {}
     for part in plan.parts:
         seen = [call for layer in part.layers for call in calls[id(layer)]]
-        outputs: Any = tape.gradient(f, [o for _, o in seen], draw, zero)
+        outputs: Any = tape.gradient([f], [o for _, o in seen], [draw], zero)
         rows = [(to_numpy(x), to_numpy(g)[None]) for (x, _), g in zip(seen, outputs, strict=True)]
-        true: Any = tape.gradient(f, list(part.variables.values()), draw, zero)
+        true: Any = tape.gradient([f], list(part.variables.values()), [draw], zero)
         whole = part.matrix({role: to_numpy(g) for role, g in zip(part.variables, true, strict=True)})
         summed = record(part, rows, 1.0).examples().sum((0, 2)) if rows else 0.0
         error = float(np.linalg.norm(summed - whole) / max(np.linalg.norm(whole), 1e-30))
