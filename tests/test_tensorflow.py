@@ -141,8 +141,8 @@ def test_the_matrix_of_a_part_goes_there_and_back(make, inputs, rng):
 
 def test_attention_is_covered_through_its_inner_layers():
     names = {part.name for part in kt.coverage(text()).parts}
-    assert {f"mha/{inner}" for inner in ("query", "key", "value", "attention_output")} <= names
-    assert "scaled/inner" in names
+    assert {f"mha.{inner}" for inner in ("query", "key", "value", "attention_output")} <= names
+    assert "scaled.inner" in names
     assert "places" in str(kt.coverage(text()))
 
 

@@ -108,10 +108,10 @@ REFUSED = {
     ),
     "prelu": (lambda: sequential(L.PReLU(name="it")), "it: PReLU has no row in the table"),
     "own": (lambda: sequential(Own(name="it")), "it: Own has no row in the table"),
-    "lstm": (lambda: sequential(L.LSTM(3, name="it"), shape=(5, 6)), f"it/lstm_cell: {LOOP.format('LSTM')}"),
+    "lstm": (lambda: sequential(L.LSTM(3, name="it"), shape=(5, 6)), f"it.lstm_cell: {LOOP.format('LSTM')}"),
     "loop over dense": (
         lambda: sequential(L.TimeDistributed(L.Dense(3, name="inner"), name="it"), shape=(5, 6)),
-        f"it/inner: {LOOP.format('TimeDistributed')}",
+        f"it.inner: {LOOP.format('TimeDistributed')}",
     ),
     "frozen kernel": (
         lambda: changed(frozen_kernel, L.Dense(3, name="it")),

@@ -62,6 +62,21 @@ class Engine:
         self.state = self.preconditioner.init(self.plan.blocks(), np.zeros(1, np.float64 if wide else np.float32))
         self.info: kf.Info | None = None
 
+    def tree(self) -> dict[str, Any]:
+        """{"params": {part: matrix, 2-D if there is one block}, "state": state}."""
+        params = {}
+        for part in self.plan.parts:
+            matrix = part.matrix({role: to_numpy(v.value) for role, v in part.variables.items()})
+            params[part.name] = matrix[0] if matrix.ndim == 3 and len(matrix) == 1 else matrix
+        return {"params": params, "state": self.state}
+
+    def replant(self, tree: dict[str, Any]) -> None:
+        """The inverse of `tree`."""
+        for part in self.plan.parts:
+            for role, value in part.arrays(tree["params"][part.name]).items():
+                part.variables[role].assign(to_tensor(value, part.variables[role].dtype))
+        self.state = tree["state"]
+
     def saved(self) -> bytes:
         """The state as one safetensors file."""
         with TemporaryDirectory() as folder:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from os import PathLike
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+import kfaccore as kf
 from kfaccore_tensorflow.engine import Engine, Settings
 from kfaccore_tensorflow.losses import Objective
 from kfaccore_tensorflow.tap import tap
@@ -33,6 +36,26 @@ class Optimizer:
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update on a batch; the loss before it, 0-d."""
         return self._graph(x, y, sample_weight)
+
+    @property
+    def info(self) -> kf.Info | None:
+        """What the core's last step did; its counts() say how many inverses ended with each code."""
+        return self.engine.info
+
+    def save(self, path: str | PathLike, **meta: Any) -> None:
+        """kfaccore's own file: covered weights as matrices, and the state; any adapter or the NumPy network reads it.
+
+        The Keras optimizer's slots and variables that are not covered are Keras's to save.
+        """
+        engine, schedules = self.engine, self.engine.settings.schedules
+        blocks = {name: asdict(block) for name, block in engine.plan.blocks().items()}
+        damping = {name: schedules.hyper(name, engine.state.step).damping for name in blocks}
+        told = {"method": type(engine.settings.method).__name__, "damping": damping, "blocks": blocks}
+        kf.save(path, engine.tree(), **{**told, **meta})
+
+    def load(self, path: str | PathLike) -> None:
+        """Takes weights and state from such a file, whose layers bear this model's names; ValueError for others."""
+        self.engine.replant(kf.load(path, like=self.engine.tree()))
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
         def loss_of(f: Any) -> Any:

@@ -93,7 +93,7 @@ def _walk(layer: Layer, path: str, seen: set[int], looped: str = "") -> Iterator
     for inner in layer._layers:
         if id(inner) not in seen:
             seen.add(id(inner))
-            yield from _walk(inner, f"{path}/{inner.name}" if path else inner.name, seen, looped)
+            yield from _walk(inner, f"{path}.{inner.name}" if path else inner.name, seen, looped)
 
 
 def _own(layer: Layer) -> list[Variable]:
@@ -177,7 +177,7 @@ def _einsum(name: str, layer: Layer, trained: set[int]) -> list[Part]:
     lone = Shift(tuple(output.index(c) for c in output if c in axes), int(np.prod(roles["bias"].shape)))
     return [
         Part(name, kind, {"weight": roles["weight"]}, (layer,)),
-        Part(f"{name}/bias", lone, {"weight": roles["bias"]}, (layer,)),
+        Part(f"{name}.bias", lone, {"weight": roles["bias"]}, (layer,)),
     ]
 
 
@@ -207,7 +207,7 @@ def _norm(name: str, layer: Layer, trained: set[int]) -> list[Part]:
         if variable is not None and id(variable) in trained:
             axes, d = tuple(layer.axis), int(np.prod(variable.shape))
             kind = Scale(axes, d, float(layer.epsilon)) if role == "gamma" else Shift(axes, d)
-            parts.append(Part(f"{name}/{role}", kind, {"weight": variable}, (layer,)))
+            parts.append(Part(f"{name}.{role}", kind, {"weight": variable}, (layer,)))
     return parts
 
 
