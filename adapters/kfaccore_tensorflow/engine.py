@@ -104,11 +104,11 @@ class Engine:
         where = [place[id(v)] for part in used for v in part.variables.values()]
         grads = [widened(gradients[i]) for i in where]
         core = partial(self._core, used, [part.times(calls) for part in used])
-        found = tf.py_function(core, [count, *tensors, *grads], [gradients[i].dtype for i in where])
+        found = tf.py_function(core, [count, *tensors, *grads], [g.dtype for g in grads])
         new = list(gradients)
         for i, update in zip(where, found, strict=True):
             update.set_shape(variables[i].shape)
-            new[i] = update
+            new[i] = tf.cast(update, gradients[i].dtype)
         return new
 
     def captured(

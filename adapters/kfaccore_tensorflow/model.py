@@ -17,7 +17,7 @@ class KFACModel(keras.Model):
     """`model` with another train_step: compile, fit, evaluate, callbacks and saving are Keras's own.
 
     model       any Keras model of the table's layers with one output, kept as `inner`; its variables are trained
-    settings    fields of `Settings`: method, clocks, schedules, fisher, draws, seed, strict
+    settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
 
     The optimizer given to `compile` applies the directions; the loss must be a Keras loss on logits. A saved file
     holds the curvature's state too, so training resumes where it stopped.
@@ -44,8 +44,6 @@ class KFACModel(keras.Model):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One update, traced by `fit` or run eagerly; the metrics of the batch."""
-        if self.jit_compile:
-            raise ValueError("compile(jit_compile=True) cannot be served: leave it out")
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
         optimizer, engine = usable(self.optimizer), self._ready()
 

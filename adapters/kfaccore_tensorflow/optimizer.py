@@ -21,7 +21,7 @@ class Optimizer:
     model       built, with one output
     loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added
     optimizer   of Keras; it gets the directions in place of gradients: step size, momentum, decay and clipping are its
-    settings    fields of `Settings`: method, clocks, schedules, fisher, draws, seed, strict
+    settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
 
     Raises ValueError, before any step, for models, losses and optimizers that cannot be served.
     """
