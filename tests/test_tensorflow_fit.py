@@ -360,6 +360,76 @@ def test_one_file_goes_from_numpy_to_tensorflow_and_back(method, tmp_path):
         np.testing.assert_allclose(tree["params"][name], W, rtol=1e-8, atol=1e-8)
 
 
+RULES = {
+    "self-tuning": ({"step": kf.SelfTuning()}, None, {}),
+    "that is taken back": ({"step": kf.SelfTuning(tolerance=-0.02)}, None, {}),
+    "line search": ({"step": kf.LineSearch(cap=8.0)}, None, {}),
+    "penalty": ({"step": kf.SelfTuning()}, None, {"l2": 0.03}),
+    "penalty and rate": ({"step": kf.Fixed(0.05, 0.9)}, SGD, {"l2": 0.03}),
+    "decay": ({"step": kf.Fixed(0.05)}, SGD, {"weight_decay": 0.3}),
+    "decay and line search": ({"step": kf.LineSearch()}, None, {"weight_decay": 0.3}),
+}
+
+
+@pytest.mark.parametrize(("rule", "plain", "numbers"), RULES.values(), ids=RULES)
+def test_steps_of_every_rule_are_those_of_the_numpy_network(rule, plain, numbers):
+    net = kn.Sequential((4,), (kn.Dense(6), kn.Tanh(), kn.Dense(3)))
+    options = {"clocks": kf.Clocks(1, 3), "schedules": kf.Schedules(0.1, 0.9, **numbers)}
+    params, loss = net.init(np.random.default_rng(2), np.asarray), kf.SoftmaxCrossEntropy()
+    model = keras.Sequential([keras.Input((4,)), L.Dense(6, "tanh", name="dense0"), L.Dense(3, name="dense2")])
+    ours = kt.Optimizer(model, loss, plain and plain(1.0), seed=5, **options, **rule)
+    pre = kf.Preconditioner(kf.KFAC(), **options, **rule)
+    state = pre.init(net.blocks(), np.zeros(1))
+    ours.engine.replant({"params": params, "state": ours.engine.state})
+    for i in range(12):
+        noise = np.random.default_rng([5, i])
+        value, state, info = kn.step(net, params, batch(i), loss, pre, state, i, noise)
+        assert float(ours.step(*batch(i))) == pytest.approx(value, rel=1e-8)
+        assert float(ours.info.step["alpha"]) == pytest.approx(float(info.step["alpha"]), rel=1e-6)
+    found = ours.engine.tree()
+    for name, W in params.items():
+        np.testing.assert_allclose(found["params"][name], W, rtol=1e-8, atol=1e-8)
+    assert getattr(found["state"].motion, "rejected", 0) == getattr(state.motion, "rejected", 0)
+
+
+@pytest.mark.parametrize("several", [1, 4])
+@pytest.mark.parametrize("clocks", [kf.Clocks(1, 2), kf.Clocks(3, 3)])
+def test_self_tuned_fit_is_the_own_loop_even_many_steps_a_graph(several, clocks):
+    loss, net = crossentropy(), network()
+    model = kt.KFACModel(network(), step=kf.SelfTuning(tolerance=0.02), clocks=clocks)
+    model.compile(SGD(1.0), loss, steps_per_execution=several)
+    fitted(model, 3)
+    ours = kt.Optimizer(net, loss, step=kf.SelfTuning(tolerance=0.02), clocks=clocks)
+    x, y = data()
+    for i in range(12):
+        rows = slice(10 * (i % 4), 10 * (i % 4) + 10)
+        ours.step(x[rows], y[rows])
+    assert ours.engine.state.motion.rejected > 0
+    assert model.engine.state.motion.rejected == ours.engine.state.motion.rejected
+    np.testing.assert_allclose(weights(model.inner), weights(net), rtol=1e-9, atol=1e-11)
+
+
+def test_fit_takes_many_steps_a_graph():
+    """The clock is asked between steps, and each step sees what the one before it left."""
+    one, many = compiled(clocks=kf.Clocks(3, 3)), compiled(clocks=kf.Clocks(3, 3))
+    many.compile(SGD(0.1), crossentropy(), steps_per_execution=4)
+    fitted(one, 3)
+    fitted(many, 3)
+    assert many.engine.state.step == 12
+    np.testing.assert_allclose(weights(many), weights(one), rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_goes_through_no_foreign_memory(monkeypatch):
+    def never(*args):
+        raise AssertionError("memory of another library reached TensorFlow")
+
+    monkeypatch.setattr(tf.experimental.dlpack, "from_dlpack", never)
+    ours = kt.Optimizer(network(), crossentropy())
+    before = weights(ours.model)
+    ours.step(*data(10))
+    assert np.abs(weights(ours.model) - before).max() > 0
+
+
 def test_files_of_other_layers_are_refused(tmp_path):
     ours = kt.Optimizer(network(), crossentropy())
     kf.save(tmp_path / "other", {"params": {"x": np.ones((2, 2))}, "state": {}})

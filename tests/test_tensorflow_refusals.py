@@ -207,14 +207,34 @@ def test_soft_labels_have_no_empirical_fisher():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"step": kf.SelfTuning()}, r"the Keras optimizer takes the step here, so only Fixed"),
-        ({"step": kf.LineSearch()}, r"the Keras optimizer takes the step here, so only Fixed"),
+        ({"step": kf.SelfTuning()}, r"SelfTuning sets its own rate, and SGD would change it: use SGD\(1.0\)"),
+        ({"step": kf.LineSearch()}, r"LineSearch sets its own rate, and SGD would change it: use SGD\(1.0\)"),
         ({"draws": 0}, "draws is 0; need at least 1"),
     ],
 )
 def test_settings_that_cannot_be_served(settings, reason):
     with pytest.raises(ValueError, match=reason):
-        kt.Optimizer(sequential(L.Dense(3)), kf.Gaussian(), **settings)
+        kt.Optimizer(sequential(L.Dense(3)), kf.Gaussian(), "sgd", **settings)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.Adam(1.0),
+        keras.optimizers.SGD(1.0, momentum=0.9),
+        keras.optimizers.SGD(1.0, clipnorm=1.0),
+        keras.optimizers.SGD(1.0, weight_decay=0.1),
+    ],
+)
+def test_optimizers_that_would_change_a_self_tuned_step(optimizer):
+    with pytest.raises(ValueError, match="SelfTuning sets its own rate"):
+        kt.Optimizer(sequential(L.Dense(3)), kf.Gaussian(), optimizer, step=kf.SelfTuning())
+
+
+def test_a_self_tuned_step_wants_all_variables():
+    model = sequential(L.BatchNormalization(name="it"), L.Dense(3))
+    with pytest.raises(ValueError, match="SelfTuning finds no rate for variables that are not covered: it"):
+        kt.Optimizer(model, kf.Gaussian(), strict=False)
 
 
 def test_optimizers_that_would_spoil_directions():

@@ -24,7 +24,8 @@ from kfaccore_tensorflow.tap import Calls
 class Settings:
     """What preconditions and when.
 
-    method             one for all layers or a mapping from layer to method; clocks, schedules, step: as Preconditioner
+    method             one for all layers or a mapping from layer to method; clocks, schedules: as Preconditioner
+    step               from directions to updates; SelfTuning() and LineSearch() also judge what was applied
     fisher, draws      kfaccore's monte_carlo (with so many draws), type2, empirical or forward_only
     seed               of the draws: the same seed and step give the same bits
     strict             refuse models with trainable variables that are not covered
@@ -40,8 +41,6 @@ class Settings:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if self.step.needs_records or self.step.judges:
-            raise ValueError(f"step is {self.step}; the Keras optimizer takes the step here, so only Fixed(...) fits")
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; need at least 1")
 
@@ -77,6 +76,14 @@ class Engine:
                 part.variables[role].assign(to_tensor(value, part.variables[role].dtype))
         self.state = tree["state"]
 
+    def penalty(self) -> Any:
+        """l2/2 |theta|^2 over covered variables, part of the loss; 0 without l2."""
+        half = 0.5 * self.settings.schedules.l2
+        if not half:
+            return 0.0
+        every = [v for part in self.plan.parts for v in part.variables.values()]
+        return half * tf.add_n([tf.reduce_sum(tf.square(tf.cast(v, every[0].dtype))) for v in every])
+
     def saved(self) -> bytes:
         """The state as one safetensors file."""
         with TemporaryDirectory() as folder:
@@ -104,10 +111,13 @@ class Engine:
         where = [place[id(v)] for part in used for v in part.variables.values()]
         grads = [widened(gradients[i]) for i in where]
         core = partial(self._core, used, [part.times(calls) for part in used])
-        found = tf.py_function(core, [count, *tensors, *grads], [g.dtype for g in grads])
+        found = tf.py_function(core, [count, *tensors, *grads], [tf.float64, *(g.dtype for g in grads)])
+        shrink = found.pop(0)
         new = list(gradients)
         for i, update in zip(where, found, strict=True):
-            update.set_shape(variables[i].shape)
+            update = tf.ensure_shape(update, variables[i].shape)
+            if self.settings.schedules.weight_decay:
+                update += tf.cast(shrink, update.dtype) * tf.cast(variables[i], update.dtype)
             new[i] = tf.cast(update, gradients[i].dtype)
         return new
 
@@ -143,7 +153,8 @@ class Engine:
         if self.settings.clocks.update == 1:
             count, *g = wanted()
         else:
-            due = tf.py_function(lambda: self.preconditioner.wants_records(self.state), [], tf.bool)
+            one = tf.reshape(f, [-1])[:1]  # orders the question behind the step before, in graphs of several steps
+            due = tf.py_function(lambda _: self.preconditioner.wants_records(self.state), [one], tf.bool)
             count, *g = tf.cond(tf.ensure_shape(due, ()), wanted, unwanted)
         return count, g
 
@@ -156,13 +167,18 @@ class Engine:
         return to_tensor([self.objective.share(f, y), len(f)], tf.float64), to_tensor(draws, f.dtype)
 
     def _core(self, parts: list[Part], times: list[int], count: Any, *tensors: Any) -> list[Any]:
-        """Updates of the parts' variables from views of what `captured` gave and of the variables' gradients."""
+        """The factor of decoupled weight decay, then updates of the parts' variables.
+
+        tensors   what `captured` gave, and the variables' gradients
+        """
         arrays = iter([to_numpy(x) for x in tensors])
         records = unpacked(parts, times, to_numpy(count), arrays)
         grads = {part.name: part.matrix(dict(zip(part.variables, arrays, strict=False))) for part in parts}
         directions, self.state, self.info = self.preconditioner.step(self.state, records, grads)
         new = [part.arrays(directions[part.name]) for part in parts]
-        return [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]
+        shrink = float(self.info.step["alpha"]) * self.settings.schedules.weight_decay
+        updates = [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]
+        return [to_tensor(shrink, tf.float64), *updates]
 
 
 def unpacked(

@@ -6,10 +6,12 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from kfaccore_tensorflow.config import decoded, encoded
 from kfaccore_tensorflow.engine import Engine, Settings
-from kfaccore_tensorflow.optimizer import take_step, usable
+from kfaccore_tensorflow.judge import Judge, fitting
+from kfaccore_tensorflow.optimizer import take_step
 
 
 @keras.saving.register_keras_serializable("kfaccore_tensorflow")
@@ -19,7 +21,8 @@ class KFACModel(keras.Model):
     model       any Keras model of the table's layers with one output, kept as `inner`; its variables are trained
     settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
 
-    The optimizer given to `compile` applies the directions; the loss must be a Keras loss on logits. A saved file
+    The optimizer given to `compile` applies the updates: SGD(1.0) when the step is SelfTuning() or LineSearch(), which
+    set their own rate. The loss must be a Keras loss on logits. A saved file
     holds the curvature's state too, so training resumes where it stopped.
     """
 
@@ -29,6 +32,7 @@ class KFACModel(keras.Model):
         self.settings = Settings(**settings)
         self.engine: Engine | None = None
         self.supports_jit = False  # the core is not XLA's to compile
+        self._judge: Judge | None = None
         self._waiting: bytes | None = None
         self.built = model.built
 
@@ -45,23 +49,34 @@ class KFACModel(keras.Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One update, traced by `fit` or run eagerly; the metrics of the batch."""
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-        optimizer, engine = usable(self.optimizer), self._ready()
-
-        def loss_of(f: Any) -> Any:
-            return self.compute_loss(x, y, f, weight, training=True)
-
-        loss, f = take_step(self, engine, optimizer, x, (y, weight), loss_of)
+        judge = self._ready()
+        optimizer = fitting(self.optimizer, judge.engine)
+        loss, f = take_step(self, judge, optimizer, (x, y, weight), self._loss(judge.engine, x))
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(loss)
         return self.compute_metrics(x, y, f, sample_weight=weight)
 
-    def _ready(self) -> Engine:
-        """The engine, made once the inner model has variables; a loaded state goes in."""
-        if self.engine is None:
-            self.engine = Engine(self.inner, self.loss, self.settings)
+    def _loss(self, engine: Engine, x: Any) -> Any:
+        """Keras's loss of a prediction for inputs x, and the penalty."""
+
+        def value(f: Any, y: Any, weight: Any) -> Any:
+            found = self.compute_loss(x, y, f, weight, training=True)
+            return found + tf.cast(engine.penalty(), found.dtype)
+
+        return value
+
+    def _ready(self) -> Judge:
+        """The engine and its judge, made once the inner model has variables; a loaded state goes in."""
+        if self.engine is None or self._judge is None:
+            engine = Engine(self.inner, self.loss, self.settings)
+
+            def value(x: Any, y: Any, weight: Any) -> Any:
+                return self._loss(engine, x)(self(x, training=True), y, weight)
+
+            self.engine, self._judge = engine, Judge(engine, value)
             self._restore()
-        return self.engine
+        return self._judge
 
     def get_config(self) -> dict[str, Any]:
         """The inner model and the settings."""

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import kfaccore as kf
 from kfaccore_tensorflow.engine import Engine, Settings
-from kfaccore_tensorflow.losses import Objective
+from kfaccore_tensorflow.judge import Judge, fitting
 from kfaccore_tensorflow.tap import tap
 
 
@@ -20,17 +20,22 @@ class Optimizer:
 
     model       built, with one output
     loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added
-    optimizer   of Keras; it gets the directions in place of gradients: step size, momentum, decay and clipping are its
+    optimizer   of Keras; it gets the updates in place of gradients: step size, momentum, decay and clipping are its.
+                Without one they are subtracted as they are, and the step is SelfTuning() unless `step` is given
     settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
 
     Raises ValueError, before any step, for models, losses and optimizers that cannot be served.
     """
 
-    def __init__(self, model: Any, loss: Any, optimizer: Any = "sgd", **settings: Any) -> None:
+    def __init__(self, model: Any, loss: Any, optimizer: Any = None, **settings: Any) -> None:
+        if optimizer is None:
+            settings = {"step": kf.SelfTuning(), **settings}
+            optimizer = keras.optimizers.SGD(1.0)
         self.model = model
-        self.optimizer = usable(keras.optimizers.get(optimizer))
         self.engine = Engine(model, loss, Settings(**settings))
+        self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
         self.optimizer.build(model.trainable_variables)
+        self.judge = Judge(self.engine, lambda x, y, weight: self._loss(model(x, training=True), y, weight))
         self._graph = tf.function(self._traced, reduce_retracing=True)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
@@ -38,8 +43,10 @@ class Optimizer:
         return self._graph(x, y, sample_weight)
 
     @property
-    def info(self) -> kf.Info | None:
+    def info(self) -> kf.Info:
         """What the core's last step did; its counts() say how many inverses ended with each code."""
+        if self.engine.info is None:
+            raise ValueError("there is no information before the first step")
         return self.engine.info
 
     def save(self, path: str | PathLike, **meta: Any) -> None:
@@ -58,37 +65,30 @@ class Optimizer:
         self.engine.replant(kf.load(path, like=self.engine.tree()))
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
-        def loss_of(f: Any) -> Any:
-            return total(self.model, self.engine.objective, f, y, weight)
+        return take_step(self.model, self.judge, self.optimizer, (x, y, weight), self._loss)[0]
 
-        return take_step(self.model, self.engine, self.optimizer, x, (y, weight), loss_of)[0]
-
-
-def total(model: Any, objective: Objective, f: Any, y: Any, weight: Any) -> Any:
-    """Loss of the batch and the model's own."""
-    value = objective.value(y, f, weight)
-    return value + tf.add_n([tf.cast(x, value.dtype) for x in model.losses]) if model.losses else value
+    def _loss(self, f: Any, y: Any, weight: Any) -> Any:
+        """Loss of the batch, the model's own and the penalty."""
+        value = self.engine.objective.value(y, f, weight)
+        own = [tf.cast(x, value.dtype) for x in self.model.losses]
+        return tf.add_n([value, *own]) + tf.cast(self.engine.penalty(), value.dtype)
 
 
-def take_step(model: Any, engine: Engine, optimizer: Any, x: Any, data: tuple[Any, Any], loss_of: Any) -> tuple:
+def take_step(model: Any, judge: Judge, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Any) -> tuple[Any, Any]:
     """(loss before, prediction) of one applied update; runs eagerly or while a graph is traced."""
+    (x, y, weight), engine = data, judge.engine
     with tf.GradientTape(persistent=True) as tape, tap(engine.plan) as calls:
         f = model(x, training=True)
-        loss = loss_of(f)
+        loss = loss_of(f, y, weight)
     variables = model.trainable_variables
     gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
-    new = engine.updates(tape, calls, f, (data[0], _masked(f, data[1])), variables, gradients)
+    new = engine.updates(tape, calls, f, (y, _masked(f, weight)), variables, gradients)
+    judged = engine.settings.step.judges
+    old = [tf.convert_to_tensor(v) for v in variables] if judged else []
     optimizer.apply(new, variables)
+    if judged:
+        judge(loss, data, variables, old)
     return loss, f
-
-
-def usable(optimizer: Any) -> Any:
-    """The optimizer; ValueError where directions would not survive it."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError("LossScaleOptimizer looks for overflow in gradients, which never reach it: use bfloat16")
-    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-        raise ValueError("several replicas are not supported: the curvature's state lives in one process")
-    return optimizer
 
 
 def _masked(f: Any, weight: Any) -> Any:
