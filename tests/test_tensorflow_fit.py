@@ -142,9 +142,17 @@ def test_a_short_last_batch_is_traced_once_more_at_most():
     assert model.engine.state.step == 12
 
 
-@pytest.mark.parametrize("make", [lambda: SGD(0.05, momentum=0.9), lambda: keras.optimizers.Adam(0.01)])
-def test_saved_models_train_on_where_they_stopped(make, tmp_path):
-    whole, first = compiled(make()), compiled(make())
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: SGD(0.05, momentum=0.9), {}),
+        (lambda: keras.optimizers.Adam(0.01), {"method": kf.EKFAC()}),
+        (lambda: SGD(1.0), {"step": kf.SelfTuning()}),
+    ],
+    ids=["sgd", "adam", "self-tuning"],
+)
+def test_saved_models_train_on_where_they_stopped(make, options, tmp_path):
+    whole, first = compiled(make(), **options), compiled(make(), **options)
     fitted(whole, 4)
     fitted(first, 2)
     first.save(tmp_path / "model.keras")
