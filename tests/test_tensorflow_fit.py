@@ -103,6 +103,29 @@ def test_fit_eager_fit_and_the_own_loop_are_one():
     assert np.abs(weights(other) - weights(graph)).max() > 1e-4
 
 
+def test_fit_builds_what_was_not_built():
+    model = kt.KFACModel(keras.Sequential([L.Dense(6, "tanh"), L.Dense(3)]), **CLOCKS)
+    model.compile(SGD(0.1), crossentropy())
+    losses = fitted(model, 5).history["loss"]
+    assert losses[-1] < losses[0]
+    assert model.engine.state.step == 20
+
+
+def test_several_inputs_and_class_weights():
+    """A weight on a class is that weight on its examples."""
+    x, y = data()
+    found = []
+    for given in ({"class_weight": {0: 1.0, 1: 2.0, 2: 0.5}}, {"sample_weight": np.array([1.0, 2.0, 0.5])[y]}):
+        keras.utils.set_random_seed(1)
+        one, two = keras.Input((4,), name="one"), keras.Input((2,), name="two")
+        net = keras.Model({"one": one, "two": two}, L.Dense(3)(L.Concatenate()([one, L.Dense(2)(two)])))
+        model = kt.KFACModel(net, **CLOCKS)
+        model.compile(SGD(0.1), crossentropy())
+        model.fit({"one": x, "two": x[:, :2]}, y, batch_size=10, shuffle=False, verbose=0, **given)
+        found.append(weights(net))
+    np.testing.assert_allclose(*found, rtol=1e-6, atol=1e-8)
+
+
 def test_metrics_of_an_epoch_are_those_of_keras():
     """With a rate of 0 nothing moves, so fit must report what evaluate does."""
     model = compiled(SGD(0.0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -273,3 +275,9 @@ def test_uses_of_a_variable_outside_its_layer_are_found(rng):
     found = kt.unread(tied, given)
     assert list(found) == ["words"]
     assert found["words"] > 0.1
+
+
+def test_another_backend_of_keras_is_refused():
+    code = "import keras; keras.backend.backend = lambda: 'jax'; import kfaccore_tensorflow"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: Keras runs on 'jax' here; kfaccore_tensorflow needs 'tensorflow'" in done.stderr

@@ -1,5 +1,10 @@
 """kfaccore for TensorFlow: Keras models, their layers read from inside; the core runs on NumPy."""
 
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(f"Keras runs on {keras.backend.backend()!r} here; kfaccore_tensorflow needs 'tensorflow'")
+
 from kfaccore_tensorflow.analysis import records, unread
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.engine import Engine, Settings, record

@@ -49,6 +49,8 @@ class KFACModel(keras.Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One update, traced by `fit` or run eagerly; the metrics of the batch."""
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not self.inner.built:
+            self(x, training=False)
         judge = self._ready()
         optimizer = fitting(self.optimizer, judge.engine)
         loss, f = take_step(self, judge, optimizer, (x, y, weight), self._loss(judge.engine, x))
