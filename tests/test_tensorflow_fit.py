@@ -294,6 +294,38 @@ def test_masked_sequences_ignore_their_padding():
     assert np.array_equal(*found)
 
 
+def test_masked_positions_have_no_curvature():
+    """Type-2 draws over n are the Hessian of Keras's masked mean, by differentiating it twice."""
+    net = keras.Sequential(
+        [keras.Input((5,), dtype="int32"), L.Embedding(7, 4, mask_zero=True), L.Dense(3, name="out")]
+    )
+    x, y = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 1, 2]]), np.array([[0, 1, 2, 0, 0], [1, 1, 0, 2, 2]])
+    record = kt.records(net, x, y, crossentropy(), fisher=kf.type2)["out"]
+    f = net(x)
+    mask, flat = f._keras_mask, tf.Variable(f)
+
+    def loss(f):
+        f = tf.reshape(f, (2, 5, 3))
+        f._keras_mask = mask
+        return crossentropy()(y, f)
+
+    with tf.GradientTape() as outer:
+        with tf.GradientTape() as inner:
+            value = loss(flat)
+        first = inner.gradient(value, flat)
+    H = np.einsum("bsobpq->bsopq", outer.jacobian(first, flat).numpy())
+    np.testing.assert_allclose(np.einsum("vbso,vbpq->bsopq", record.g[:, 0], record.g[:, 0]) / record.n, H, atol=1e-12)
+    assert not np.any(record.g[:, :, 0, 3:])
+
+
+def test_what_is_taken_back_is_what_was_there():
+    from kfaccore_tensorflow.judge import _between
+
+    old, new = tf.constant([1.0, 2.0]), tf.constant([np.inf, 3.0])
+    assert _between(old, new, tf.constant(0.0)).numpy().tolist() == [1.0, 2.0]
+    assert _between(old, new, tf.constant(0.5)).numpy().tolist() == [np.inf, 2.5]
+
+
 def test_a_failing_call_leaves_no_trace():
     class Failing(L.Layer):
         def call(self, x):

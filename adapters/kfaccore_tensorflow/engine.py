@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import HALF, to_numpy, to_tensor, widened
-from kfaccore_tensorflow.losses import Objective, count_draws, objective
+from kfaccore_tensorflow.losses import Objective, count_draws, masked, objective
 from kfaccore_tensorflow.plan import Part, coverage
 from kfaccore_tensorflow.tap import Calls
 
@@ -136,7 +136,7 @@ class Engine:
         """(n, batch), and (draws, *o.shape) for each output o; zeros where the clock wants no records."""
         draws = count_draws(self.settings.fisher, self.settings.draws, tuple(f.shape))
         kind = tf.float32 if f.dtype in HALF else f.dtype
-        given = [widened(f), *(x for x in data if x is not None)]
+        given = [widened(f), *(x for x in (data[0], masked(f, data[1])) if x is not None)]
 
         def wanted() -> list[Any]:
             count, drawn = tf.py_function(self._draw, given, [tf.float64, kind])

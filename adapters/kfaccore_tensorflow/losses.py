@@ -115,6 +115,19 @@ def _value(loss: Any) -> Callable:
     return value
 
 
+def masked(f: Any, weight: Any) -> Any:
+    """The weight under which Keras averages: a mask of the prediction makes the mean one over valid positions."""
+    mask = getattr(f, "_keras_mask", None)
+    if mask is None:
+        return weight
+    mask = tf.cast(mask, f.dtype)
+    mask = mask * tf.cast(tf.size(mask), f.dtype) / tf.maximum(tf.reduce_sum(mask), 1)
+    if weight is None:
+        return mask
+    weight = tf.cast(weight, f.dtype)
+    return mask * tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (mask.shape.rank - weight.shape.rank)], 0))
+
+
 def _sparse(loss: Any) -> tuple[Any, Callable]:
     core = kf.SoftmaxCrossEntropy(ignore=_option(loss, "ignore_class"))
     return core, lambda f, y: float(core.normaliser(f, y))

@@ -82,23 +82,10 @@ def take_step(model: Any, judge: Judge, optimizer: Any, data: tuple[Any, Any, An
         loss = loss_of(f, y, weight)
     variables = model.trainable_variables
     gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
-    new = engine.updates(tape, calls, f, (y, _masked(f, weight)), variables, gradients)
+    new = engine.updates(tape, calls, f, (y, weight), variables, gradients)
     judged = engine.settings.step.judges
     old = [tf.convert_to_tensor(v) for v in variables] if judged else []
     optimizer.apply(new, variables)
     if judged:
         judge(loss, data, variables, old)
     return loss, f
-
-
-def _masked(f: Any, weight: Any) -> Any:
-    """The weight under which Keras averages: a mask of the prediction makes the mean one over valid positions."""
-    mask = getattr(f, "_keras_mask", None)
-    if mask is None:
-        return weight
-    mask = tf.cast(mask, f.dtype)
-    mask = mask * tf.cast(tf.size(mask), f.dtype) / tf.maximum(tf.reduce_sum(mask), 1)
-    if weight is None:
-        return mask
-    weight = tf.cast(weight, f.dtype)
-    return mask * tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (mask.shape.rank - weight.shape.rank)], 0))
