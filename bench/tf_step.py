@@ -137,7 +137,7 @@ def amortised(t: dict[str, float], update: int, refresh: int) -> float:
 
 def main() -> None:
     options = arguments(__doc__)
-    repeats, share = (2, 2) if options.quick else (9, 1)
+    repeats, share = (2, 2) if options.quick else (5, 1)
     names = ("cnn", "transformer") if options.quick else ROWS
     rows, cost = [], {}
     for name in names:
