@@ -139,6 +139,50 @@ def test_the_matrix_of_a_part_goes_there_and_back(make, inputs, rng):
         assert all(np.array_equal(back[role], arrays[role]) for role in arrays), part.name
 
 
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_channels_first_is_channels_last_turned(padding, rng):
+    from kfaccore_tensorflow.kinds import Convolution
+
+    window = kf.Window((2, 3), (1, 2))
+    last, first = (Convolution(window, padding, (4, 6), 2, True, turned) for turned in (False, True))
+    x = rng.normal(size=(3, 5, 6, 4))
+    gy = rng.normal(size=(2, 3, *last._window((5, 6)).outputs((5, 6)), 6))
+    turned = first.rows(np.moveaxis(x, -1, 1), np.moveaxis(gy, -1, 2))
+    for got, want in zip(turned, last.rows(x, gy), strict=True):
+        got, want = (np.asarray(v.rows(3).__next__() if isinstance(v, kf.Patches) else v) for v in (got, want))
+        assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("equation", "reason"),
+    [
+        ("abb,bc->ac", "an axis is repeated"),
+        ("ab,ac->bc", "the batch axis is contracted"),
+        ("ab,bc->c", "the batch axis is contracted"),
+        ("abc,cd->ad", "an axis of the input is summed without a weight"),
+    ],
+)
+def test_equations_that_are_not_a_matrix_a_block(equation, reason):
+    from kfaccore_tensorflow.einsum import spelled
+
+    with pytest.raises(ValueError, match=f"in the equation '{equation}' {reason}"):
+        spelled(equation, len(equation.split(",")[0]))
+
+
+def test_empirical_records_add_up_to_the_gradient(rng):
+    model, x, y = shaken(text(), rng), rng.integers(0, 7, (4, 5)), rng.integers(0, 3, 4)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    found = kt.records(model, x, y, loss, fisher=kf.empirical)
+    with tf.GradientTape() as tape:
+        value = loss(y, model(x))
+    grads = dict(zip(map(id, model.trainable_variables), tape.gradient(value, model.trainable_variables), strict=True))
+    for part in kt.coverage(model).parts:
+        record = found[part.name]
+        summed = part.arrays(record.examples()[0].sum(1) / record.n)
+        for role, v in part.variables.items():
+            np.testing.assert_allclose(summed[role], kt.to_numpy(grads[id(v)]), rtol=1e-9, atol=1e-13)
+
+
 def test_attention_is_covered_through_its_inner_layers():
     names = {part.name for part in kt.coverage(text()).parts}
     assert {f"mha.{inner}" for inner in ("query", "key", "value", "attention_output")} <= names
