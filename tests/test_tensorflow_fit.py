@@ -251,6 +251,31 @@ def test_frozen_layers_stay_and_regularisers_count():
     assert list(optimizer.engine.plan.blocks()) == ["b", "c"]
 
 
+def test_layers_may_be_frozen_later_but_not_thawed():
+    model = compiled()
+    model.inner.layers[0].trainable = False
+    fitted(model, 1)
+    before = weights(model.inner.layers[1])
+    model.inner.layers[1].trainable = False
+    model.compile(SGD(0.1), crossentropy())
+    fitted(model, 1)
+    assert np.array_equal(model.inner.layers[1].get_weights()[0].ravel(), before[: 6 * 5])
+    model.inner.layers[0].trainable = True
+    model.compile(SGD(0.1), crossentropy())
+    with pytest.raises(ValueError, match=r"what is trained has changed since the plan was made, at .*a/kernel"):
+        fitted(model, 1)
+
+
+def test_another_loss_may_be_compiled():
+    model = kt.KFACModel(network(), **CLOCKS)
+    model.compile(SGD(0.1), crossentropy())
+    fitted(model, 1)
+    model.compile(SGD(0.1), keras.losses.MeanSquaredError())
+    x, y = data()
+    model.fit(x, np.eye(3)[y], verbose=0)
+    assert isinstance(model.engine.objective.core, kf.Gaussian)
+
+
 def test_uncovered_variables_move_by_their_gradients():
     def made():
         keras.utils.set_random_seed(0)

@@ -105,6 +105,7 @@ class Engine:
         data    (target, sample weight or None)
         """
         place = {id(v): i for i, v in enumerate(variables)}
+        self.plan.check(variables)
         given = {key for key, i in place.items() if gradients[i] is not None}
         used = [part for part in self.plan.parts if all(id(v) in given for v in part.variables.values())]
         used, count, tensors = self.captured(used, tape, calls, f, data)

@@ -19,7 +19,7 @@ class Judge:
 
     def __init__(self, engine: Engine, value: Callable[[Any, Any, Any], Any]) -> None:
         self.engine = engine
-        self.value = tf.function(value, reduce_retracing=True)
+        self.value = tf.function(value, reduce_retracing=True, autograph=False)
 
     def __call__(self, before: Any, data: tuple[Any, Any, Any], variables: Sequence[Any], old: Sequence[Any]) -> None:
         """Sets `variables`, just updated from `old`, to what stays; `before` is the loss without the updates."""

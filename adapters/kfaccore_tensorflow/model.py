@@ -11,6 +11,7 @@ import tensorflow as tf
 from kfaccore_tensorflow.config import decoded, encoded
 from kfaccore_tensorflow.engine import Engine, Settings
 from kfaccore_tensorflow.judge import Judge, fitting
+from kfaccore_tensorflow.losses import objective
 from kfaccore_tensorflow.optimizer import take_step
 
 
@@ -22,8 +23,8 @@ class KFACModel(keras.Model):
     settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
 
     The optimizer given to `compile` applies the updates: SGD(1.0) when the step is SelfTuning() or LineSearch(), which
-    set their own rate. The loss must be a Keras loss on logits. A saved file
-    holds the curvature's state too, so training resumes where it stopped.
+    set their own rate. The loss must be a Keras loss on logits. A saved file holds the curvature's state too, so
+    training resumes where it stopped.
     """
 
     def __init__(self, model: Any, name: str | None = None, **settings: Any) -> None:
@@ -78,6 +79,7 @@ class KFACModel(keras.Model):
 
             self.engine, self._judge = engine, Judge(engine, value)
             self._restore()
+        self.engine.objective = objective(self.loss, self.settings.fisher)  # compile may have changed it
         return self._judge
 
     def get_config(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Optimizer:
         self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
         self.optimizer.build(model.trainable_variables)
         self.judge = Judge(self.engine, lambda x, y, weight: self._loss(model(x, training=True), y, weight))
-        self._graph = tf.function(self._traced, reduce_retracing=True)
+        self._graph = tf.function(self._traced, reduce_retracing=True, autograph=False)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update on a batch; the loss before it, 0-d."""

@@ -53,6 +53,16 @@ class Plan:
         """Sizes of every part."""
         return {part.name: part.kind.block() for part in self.parts}
 
+    def check(self, variables: Iterable[Variable]) -> None:
+        """ValueError unless `variables`, those now trained, are variables of the plan, a part's all or none."""
+        now = {id(v): v for v in variables}
+        split = [p.name for p in self.parts if len({id(v) in now for v in p.variables.values()}) == 2]
+        known = {id(v) for p in self.parts for v in p.variables.values()}
+        known |= {id(v) for refused, _ in self.refused.values() for v in refused}
+        changed = [*split, *(v.path for key, v in now.items() if key not in known)]
+        if changed:
+            raise ValueError(f"what is trained has changed since the plan was made, at {changed}: make a new one")
+
     def __str__(self) -> str:
         rows = [(p.name, _shapes(p.variables.values()), type(p.layers[0]).__name__) for p in self.parts]
         rows += [(name, _shapes(v), "PLAIN GRADIENT: " + reason) for name, (v, reason) in self.refused.items()]
