@@ -1,0 +1,147 @@
+"""Training losses: as TensorFlow differentiates them, and the core loss and normaliser their Fisher needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import kfaccore as kf
+from kfaccore_tensorflow.bridge import to_numpy, to_tensor
+
+FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss whose Fisher is known.
+
+    core     the per-example loss
+    value    (target, prediction, sample weight or None) -> 0-d tensor, differentiable
+    share    (prediction, target) -> n, what the mean divides the core's sum by
+    """
+
+    core: Any
+    value: Callable[[Any, Any, Any], Any]
+    share: Callable[[np.ndarray, Any], float]
+
+    def draws(self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any) -> np.ndarray:
+        """Output gradients (draws, *f.shape) of one of the core's four Fishers; a weight w scales draws by sqrt(w)."""
+        y = _target(self.core, f, y)
+        if fisher is kf.monte_carlo:
+            noise = kf.draw_noise(self.core, f.shape, count, rng)
+            draws = kf.monte_carlo(self.core, f, noise, y)
+        elif fisher is kf.forward_only:
+            return kf.forward_only(f)
+        else:
+            draws = fisher(self.core, f, y)
+        if weight is None:
+            return draws
+        root = np.sqrt(np.asarray(weight, f.dtype)).reshape(weight.shape + (1,) * (f.ndim - weight.ndim))
+        return draws * root
+
+
+def count_draws(fisher: Callable, draws: int, shape: tuple[int | None, ...]) -> int:
+    """How many draws a Fisher makes for predictions of `shape`, which is static but for the batch."""
+    if fisher is kf.type2:
+        return prod(int(size) for size in shape[1:] if size is not None)
+    return {kf.monte_carlo: draws, kf.empirical: 1}.get(fisher, 0)
+
+
+def objective(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
+    """From a loss of kfaccore, or a Keras loss of mean reduction on logits; ValueError for any other."""
+    if fisher not in FISHERS:
+        raise ValueError(f"fisher is {fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
+    if isinstance(loss, kf.SoftmaxCrossEntropy | kf.Bernoulli | kf.Gaussian):
+        return Objective(loss, _value(loss), lambda f, y: float(loss.normaliser(f, y)))
+    kind = type(loss) if isinstance(loss, keras.losses.Loss) else keras.losses.get(loss)
+    if kind not in TABLE:
+        known = sorted(k.__name__ for k in TABLE)
+        raise ValueError(f"loss {loss!r} has no Fisher here; need a loss of kfaccore or one of Keras's {known}")
+    squared = kind in (keras.losses.MeanSquaredError, keras.losses.mean_squared_error)
+    if not squared and not _option(loss, "from_logits"):
+        raise ValueError(f"{kind.__name__} is taken of probabilities; end the model linearly and set from_logits=True")
+    if getattr(loss, "reduction", "sum_over_batch_size") != "sum_over_batch_size":
+        raise ValueError(f"{kind.__name__} has reduction {loss.reduction!r}; need 'sum_over_batch_size', the default")
+    soft = kind is keras.losses.CategoricalCrossentropy or _option(loss, "label_smoothing")
+    if soft and fisher is kf.empirical:
+        raise ValueError(f"the empirical Fisher of {kind.__name__} needs hard labels; sample them: fisher=monte_carlo")
+    core, share = TABLE[kind](loss)
+    function = loss if isinstance(loss, keras.losses.Loss) else keras.losses.MeanSquaredError()
+    return Objective(core, lambda y, f, w: function(y, f, sample_weight=w), share)
+
+
+def _target(core: Any, f: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Labels as integers of the prediction's positions, of one-hot rows the largest; other targets like f."""
+    if not isinstance(core, kf.SoftmaxCrossEntropy):
+        return np.asarray(y, f.dtype).reshape(f.shape)
+    if y.shape == f.shape:
+        return np.argmax(y, axis=-1)
+    return np.asarray(y, np.int64).reshape(f.shape[:-1])
+
+
+def _option(loss: Any, name: str) -> Any:
+    return getattr(loss, name, getattr(loss, "_fn_kwargs", {}).get(name))
+
+
+def _value(loss: Any) -> Callable:
+    """The mean of a core loss for TensorFlow: value and gradient come from the core."""
+
+    def both(f: Any, y: Any) -> tuple[Any, Any]:
+        f, y = to_numpy(f), to_numpy(y)
+        y = _target(loss, f, y)
+        n = float(loss.normaliser(f, y))
+        return to_tensor(loss.value(f, y) / n), to_tensor(loss.gradient(f, y) / n)
+
+    def value(y: Any, f: Any, weight: Any) -> Any:
+        if weight is not None:
+            raise ValueError("a loss of kfaccore takes no sample weights; use the Keras loss")
+
+        @tf.custom_gradient
+        def mean(f: Any) -> tuple[Any, Callable]:
+            wide = tf.float32 if f.dtype in (tf.float16, tf.bfloat16) else f.dtype
+            total, gradient = tf.py_function(both, [f, y], [wide, wide])
+            total.set_shape(())
+            gradient.set_shape(f.shape)
+            return total, lambda upstream: tf.cast(upstream * gradient, f.dtype)
+
+        return mean(f)
+
+    return value
+
+
+def masked(f: Any, weight: Any) -> Any:
+    """The weight under which Keras averages: a mask of the prediction makes the mean one over valid positions."""
+    mask = getattr(f, "_keras_mask", None)
+    if mask is None:
+        return weight
+    mask = tf.cast(mask, f.dtype)
+    mask = mask * tf.cast(tf.size(mask), f.dtype) / tf.maximum(tf.reduce_sum(mask), 1)
+    if weight is None:
+        return mask
+    weight = tf.cast(weight, f.dtype)
+    return mask * tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (mask.shape.rank - weight.shape.rank)], 0))
+
+
+def _sparse(loss: Any) -> tuple[Any, Callable]:
+    core = kf.SoftmaxCrossEntropy(ignore=_option(loss, "ignore_class"))
+    return core, lambda f, y: float(core.normaliser(f, y))
+
+
+def _gaussian(loss: Any) -> tuple[Any, Callable]:
+    """Keras takes the mean of (f - y)^2 over everything: 2 / f.size times the core's sum."""
+    return kf.Gaussian(), lambda f, y: f.size / 2
+
+
+TABLE: dict[Any, Callable[[Any], tuple[Any, Callable]]] = {
+    keras.losses.SparseCategoricalCrossentropy: _sparse,
+    keras.losses.CategoricalCrossentropy: lambda loss: (kf.SoftmaxCrossEntropy(), lambda f, y: f.size / f.shape[-1]),
+    keras.losses.BinaryCrossentropy: lambda loss: (kf.Bernoulli(), lambda f, y: float(f.size)),
+    keras.losses.MeanSquaredError: _gaussian,
+    keras.losses.mean_squared_error: _gaussian,
+}

@@ -1,0 +1,91 @@
+"""An own training loop: one object, one call a batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from os import PathLike
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import kfaccore as kf
+from kfaccore_tensorflow.engine import Engine, Settings
+from kfaccore_tensorflow.judge import Judge, fitting
+from kfaccore_tensorflow.tap import tap
+
+
+class Optimizer:
+    """Preconditions a Keras model's gradients and lets any Keras optimizer apply them.
+
+    model       built, with one output
+    loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added
+    optimizer   of Keras; it gets the updates in place of gradients: step size, momentum, decay and clipping are its.
+                Without one they are subtracted as they are, and the step is SelfTuning() unless `step` is given
+    settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
+
+    Raises ValueError, before any step, for models, losses and optimizers that cannot be served.
+    """
+
+    def __init__(self, model: Any, loss: Any, optimizer: Any = None, **settings: Any) -> None:
+        if optimizer is None:
+            settings = {"step": kf.SelfTuning(), **settings}
+            optimizer = keras.optimizers.SGD(1.0)
+        self.model = model
+        self.engine = Engine(model, loss, Settings(**settings))
+        self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
+        self.optimizer.build(model.trainable_variables)
+        self.judge = Judge(self.engine, lambda x, y, weight: self._loss(model(x, training=True), y, weight))
+        self._graph = tf.function(self._traced, reduce_retracing=True, autograph=False)
+
+    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
+        """One update on a batch; the loss before it, 0-d."""
+        return self._graph(x, y, sample_weight)
+
+    @property
+    def info(self) -> kf.Info:
+        """What the core's last step did; its counts() say how many inverses ended with each code."""
+        if self.engine.info is None:
+            raise ValueError("there is no information before the first step")
+        return self.engine.info
+
+    def save(self, path: str | PathLike, **meta: Any) -> None:
+        """kfaccore's own file: covered weights as matrices, and the state; any adapter or the NumPy network reads it.
+
+        The Keras optimizer's slots and variables that are not covered are Keras's to save.
+        """
+        engine, schedules = self.engine, self.engine.settings.schedules
+        blocks = {name: asdict(block) for name, block in engine.plan.blocks().items()}
+        damping = {name: schedules.hyper(name, engine.state.step).damping for name in blocks}
+        told = {"method": type(engine.settings.method).__name__, "damping": damping, "blocks": blocks}
+        kf.save(path, engine.tree(), **{**told, **meta})
+
+    def load(self, path: str | PathLike) -> None:
+        """Takes weights and state from such a file, whose layers bear this model's names; ValueError for others."""
+        self.engine.replant(kf.load(path, like=self.engine.tree()))
+
+    def _traced(self, x: Any, y: Any, weight: Any) -> Any:
+        return take_step(self.model, self.judge, self.optimizer, (x, y, weight), self._loss)[0]
+
+    def _loss(self, f: Any, y: Any, weight: Any) -> Any:
+        """Loss of the batch, the model's own and the penalty."""
+        value = self.engine.objective.value(y, f, weight)
+        own = [tf.cast(x, value.dtype) for x in self.model.losses]
+        return tf.add_n([value, *own]) + tf.cast(self.engine.penalty(), value.dtype)
+
+
+def take_step(model: Any, judge: Judge, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Any) -> tuple[Any, Any]:
+    """(loss before, prediction) of one applied update; runs eagerly or while a graph is traced."""
+    (x, y, weight), engine = data, judge.engine
+    with tf.GradientTape(persistent=True) as tape, tap(engine.plan) as calls:
+        f = model(x, training=True)
+        loss = loss_of(f, y, weight)
+    variables = model.trainable_variables
+    gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
+    new = engine.updates(tape, calls, f, (y, weight), variables, gradients)
+    judged = engine.settings.step.judges
+    old = [tf.convert_to_tensor(v) for v in variables] if judged else []
+    optimizer.apply(new, variables)
+    if judged:
+        judge(loss, data, variables, old)
+    return loss, f
