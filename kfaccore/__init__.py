@@ -1,7 +1,7 @@
 """K-FAC on the Array API: a layer gives a record; a method measures it, updates its state, refreshes, and solves."""
 
 from kfaccore.comm import Serial
-from kfaccore.damping import Relative, equal, exact, mean_eigenvalue, per_factor, pi, top_eigenvalue
+from kfaccore.damping import Adaptive, Relative, as_given, equal, exact, mean_eigenvalue, per_factor, pi, top_eigenvalue
 from kfaccore.fisher import (
     Bernoulli,
     Gaussian,
@@ -15,8 +15,21 @@ from kfaccore.fisher import (
 from kfaccore.io import load, metadata, save
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
+from kfaccore.linalg.two_terms import absolute, first_term
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
-from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
+from kfaccore.methods import (
+    EKFAC,
+    KFAC,
+    KPSVD,
+    TEKFAC,
+    TKFAC,
+    Deflation,
+    Diagonal,
+    Exact,
+    Identity,
+    KFACCorrected,
+    Lanczos,
+)
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
@@ -30,10 +43,15 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KPSVD",
+    "TEKFAC",
+    "TKFAC",
+    "Adaptive",
     "Bernoulli",
     "Block",
     "Clocks",
     "Code",
+    "Deflation",
     "Diagonal",
     "Exact",
     "Factored",
@@ -43,7 +61,9 @@ __all__ = [
     "Identity",
     "Ids",
     "Info",
+    "KFACCorrected",
     "KLClip",
+    "Lanczos",
     "Method",
     "NormConstraint",
     "Patches",
@@ -56,6 +76,8 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "Solution",
     "Window",
+    "absolute",
+    "as_given",
     "cholesky",
     "concat",
     "dense",
@@ -66,6 +88,7 @@ __all__ = [
     "equal",
     "exact",
     "expand",
+    "first_term",
     "forward_only",
     "load",
     "mean_eigenvalue",

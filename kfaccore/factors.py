@@ -63,11 +63,37 @@ def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
         like = xp.zeros((record.blocks, record.d_out, record.d_out), dtype=record.g.dtype, device=aac.device(A))
         G = side.identity(like) * scalar(record.n, like)
     else:
-        g = xp.permute_dims(record.g, (1, 0, 2, 3, 4)) if record.blocks > 1 else record.g
-        G = kernels.gram(xp.reshape(g, (record.blocks, -1, record.d_out)))
+        G = kernels.gram(_rows(record.g))
     finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))  # a bad row shows on a gram's diagonal
     bad = xp.astype(~finite, A.dtype)
     return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
+
+
+def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats:
+    """Sums over rows of |g|^2 a a^T in A and |a|^2 g g^T in G, both over n; each has the trace sum |a|^2 |g|^2."""
+    record = sharing(record)
+    if record.draws == 0:
+        raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
+    xp = namespace(record.g)
+    weight = xp.sum(xp.sum(record.g * record.g, axis=-1), axis=0)
+    if isinstance(record.a, Ids):
+        index = xp.reshape(record.a.index, (-1,))
+        A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), index, record.a.size)[:, 0][None, :]
+        G = kernels.gram(_rows(record.g))
+    else:
+        chunk = record.batch
+        if isinstance(record.a, Patches):
+            chunk = max(1, _CHUNK // (record.shared * record.d_in * record.blocks))
+        A = side.zeros(record.blocks, record.d_in, False, record.g)
+        G = side.zeros(record.blocks, record.d_out, False, record.g)
+        for start, a in input_chunks(record, chunk):
+            span = slice(start, start + a.shape[1])
+            A = A + kernels.gram(_rows((xp.sqrt(weight[:, span, :])[..., None] * a)[None, ...]))
+            norm = xp.sqrt(xp.sum(a * a, axis=-1, keepdims=True))
+            G = G + kernels.gram(_rows(record.g[:, :, span, ...] * norm))
+    bad = xp.astype(~(all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))), record.g.dtype)
+    n = per_block(record.n, bad)
+    return Stats(A, n, G, n, bad)
 
 
 def update(state: Any, stats: Stats, hyper: Hyper, donate: bool = False) -> Any:
@@ -110,7 +136,7 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
     xp = namespace(record.g)
     total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
     chunk = record.batch if record.shared == 1 else max(1, _CHUNK // (record.d_out * record.d_in * record.blocks))
-    for start, a in _input_chunks(record, chunk):
+    for start, a in input_chunks(record, chunk):
         a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
         for draw in range(record.draws):
             g = record.g[draw, :, start : start + a.shape[1], :, :]
@@ -137,6 +163,13 @@ def valid_rows(record: Record) -> Array:
     return zeros + xp.sum(xp.astype(record.mask, record.g.dtype))
 
 
+def _rows(x: Array) -> Array:
+    """(draws, blocks, batch, shared, d) as (blocks, rows, d)."""
+    xp = namespace(x)
+    blocks = x.shape[1]
+    return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3, 4)) if blocks > 1 else x, (blocks, -1, x.shape[-1]))
+
+
 def _gram_of_inputs(record: Record) -> Array:
     xp = namespace(record.g)
     if isinstance(record.a, Ids):
@@ -151,7 +184,7 @@ def _gram_of_inputs(record: Record) -> Array:
     return kernels.gram(xp.reshape(a, (record.blocks, -1, record.d_in)))
 
 
-def _input_chunks(record: Record, chunk: int) -> Any:
+def input_chunks(record: Record, chunk: int) -> Any:
     """(first example, a of the next `chunk` examples), unfolding patches only one chunk at a time."""
     if isinstance(record.a, Patches) and record.mask is None:
         start = 0

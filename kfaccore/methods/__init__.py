@@ -1,11 +1,42 @@
 """One file a method, named as its paper names it."""
 
 from kfaccore.methods.diagonal import Diagonal
+from kfaccore.methods.deflation import Deflation
 from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
 from kfaccore.methods.identity import Identity
 from kfaccore.methods.kfac import KFAC
+from kfaccore.methods.kfac_corrected import KFACCorrected
+from kfaccore.methods.kpsvd import KPSVD
+from kfaccore.methods.lanczos import Lanczos
+from kfaccore.methods.tekfac import TEKFAC
+from kfaccore.methods.tkfac import TKFAC
 
-CATALOGUE = {"kfac": KFAC, "ekfac": EKFAC, "diagonal": Diagonal, "identity": Identity, "exact": Exact}
+CATALOGUE = {
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+    "tkfac": TKFAC,
+    "tekfac": TEKFAC,
+    "kpsvd": KPSVD,
+    "deflation": Deflation,
+    "lanczos": Lanczos,
+    "kfac-corrected": KFACCorrected,
+    "diagonal": Diagonal,
+    "identity": Identity,
+    "exact": Exact,
+}
 
-__all__ = ["CATALOGUE", "EKFAC", "KFAC", "Diagonal", "Exact", "Identity"]
+__all__ = [
+    "CATALOGUE",
+    "EKFAC",
+    "KFAC",
+    "KPSVD",
+    "TEKFAC",
+    "TKFAC",
+    "Deflation",
+    "Diagonal",
+    "Exact",
+    "Identity",
+    "KFACCorrected",
+    "Lanczos",
+]
