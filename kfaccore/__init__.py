@@ -36,7 +36,7 @@ from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed, SelfTuning
+from kfaccore.step import Fixed, IterateAverage, LineSearch, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -61,9 +61,11 @@ __all__ = [
     "Identity",
     "Ids",
     "Info",
+    "IterateAverage",
     "KFACCorrected",
     "KLClip",
     "Lanczos",
+    "LineSearch",
     "Method",
     "NormConstraint",
     "Patches",
