@@ -47,7 +47,9 @@ class Pair:
 def refuse(name: str, block: Block) -> None:
     """ValueError for an embedding: these factors are dense in the vocabulary."""
     if block.diagonal_in:
-        raise ValueError(f"{name} got an embedding (Ids) of {block.d_in} rows: its factors are dense; use KFAC or TKFAC")
+        raise ValueError(
+            f"{name} got an embedding (Ids) of {block.d_in} rows: its factors are dense; use KFAC or TKFAC"
+        )
 
 
 def check(record: Record) -> None:
@@ -151,9 +153,7 @@ def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Arr
     rest_g = sums.G / n - G * inner(A, V)[:, None, None]
     rest_a = sums.A / n - A * inner(G, U)[:, None, None]
     decay = scalar(hyper.decay, G)
-    averages = [
-        kernels.average(old, new, decay, 1 - decay, ok) for old, new in ((pair.G, rest_g), (pair.A, rest_a))
-    ]
+    averages = [kernels.average(old, new, decay, 1 - decay, ok) for old, new in ((pair.G, rest_g), (pair.A, rest_a))]
     return Pair(averages[0], averages[1], select(ok, U, pair.U), select(ok, V, pair.V))
 
 

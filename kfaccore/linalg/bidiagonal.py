@@ -62,38 +62,46 @@ def leading(
 def _cycle(
     times: Product, transposed: Product, left: Array, right: Array, values: Array, q: Array, steps: int
 ) -> tuple[Array, ...]:
-    """Kept triples and the next right vector after `steps` more vectors; the residual."""
+    """Kept triples and the next right vector after `steps` more vectors; the residual.
+
+    Bases and projected matrix have their final shapes from the start: rows not reached yet are zero.
+    """
     xp = namespace(q)
     rank = values.shape[1]
-    P, Q = ([x[:, i, :] for i in range(rank)] for x in (left, right))
-    zero = xp.zeros_like(values[:, 0])
-    columns = [xp.stack([values[:, i] if i == j else zero for j in range(rank)], axis=1) for i in range(rank)]
-    top, beta = xp.max(values, axis=1), zero
-    for _ in range(steps):
-        Q.append(q)
+    size = rank + steps
+    eye = xp.eye(size, dtype=q.dtype, device=aac.device(q))
+    P, Q = (_padded(x, size) for x in (left, right))
+    projected = eye[None, ...] * _padded(values, size)[:, :, None]
+    top, beta = xp.max(values, axis=1), xp.zeros_like(values[:, 0])
+    for at in range(rank, size):
+        place = eye[at, :]
+        Q = Q + place[None, :, None] * q[:, None, :]
         w = times(q)
         top = xp.maximum(top, _norm(w))
         w, coefficients = _orthogonalised(w, P)
         p, alpha = _unit(w, top)
-        columns.append(xp.concat([coefficients, alpha[:, None]], axis=1))
-        P.append(p)
+        projected = projected + (coefficients + alpha[:, None] * place)[:, :, None] * place
+        P = P + place[None, :, None] * p[:, None, :]
         z = transposed(p)
         top = xp.maximum(top, _norm(z))
         q, beta = _unit(_orthogonalised(z, Q)[0], top)
-    size = rank + steps
-    padded = [xp.concat([c, xp.zeros((*c.shape[:1], size - c.shape[1]), dtype=c.dtype, device=aac.device(c))], axis=1) for c in columns]
-    x, values, y = _svd(xp.stack(padded, axis=2), rank)
-    left = xp.matmul(x.mT, xp.stack(P, axis=1))
-    right = xp.matmul(y.mT, xp.stack(Q, axis=1))
+    x, values, y = _svd(projected, rank)
+    left, right = xp.matmul(x.mT, P), xp.matmul(y.mT, Q)
     safe = xp.where(top > 0, top, xp.ones_like(top))
     residual = xp.max(xp.abs(beta[:, None] * x[:, -1, :]), axis=1) / safe
     return left, right, values, q, residual
 
 
-def _orthogonalised(x: Array, basis: list[Array]) -> tuple[Array, Array]:
+def _padded(x: Array, size: int) -> Array:
+    """x with zeros after its entries on the second axis, up to `size`."""
+    xp = namespace(x)
+    shape = (x.shape[0], size - x.shape[1], *x.shape[2:])
+    return xp.concat([x, xp.zeros(shape, dtype=x.dtype, device=aac.device(x))], axis=1)
+
+
+def _orthogonalised(x: Array, rows: Array) -> tuple[Array, Array]:
     """x less its part in the span of orthonormal (or zero) rows, and the coefficients of that part."""
     xp = namespace(x)
-    rows = xp.stack(basis, axis=1)
     total = xp.zeros_like(rows[:, :, 0])
     for _ in range(2):
         coefficients = xp.matmul(rows, x[:, :, None])[:, :, 0]

@@ -1,7 +1,7 @@
 """One file a method, named as its paper names it."""
 
-from kfaccore.methods.diagonal import Diagonal
 from kfaccore.methods.deflation import Deflation
+from kfaccore.methods.diagonal import Diagonal
 from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
 from kfaccore.methods.identity import Identity

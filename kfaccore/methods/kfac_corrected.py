@@ -1,8 +1,9 @@
 """KFAC-CORRECTED: F ~ G (x) A + C (x) D, K-FAC and the Kronecker product nearest to its residual; solved by whitening.
 
 A, G are K-FAC's averages; C, D come from power iteration on the rearranged residual Z - vec(G) vec(A)^T, one
-simultaneous sweep an update, warm: P = sum J V J^T / n - <A, V> G and Q = sum J^T U J / n - <G, U> A, C (x) D = P (x) V.
-Signs of U, V follow the last ones, or averages over updates would cancel. The damping is split over the first pair.
+simultaneous sweep an update, warm: P = sum J V J^T / n - <A, V> G and Q = sum J^T U J / n - <G, U> A; then C (x) D is
+P (x) V. Signs of U, V follow the last ones, or averages over updates would cancel. The damping is split over the first
+pair.
 
 Exact wherever K-FAC is; at convergence its squared Frobenius error is K-FAC's less the largest squared singular value
 of the residual. The second pair is indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.

@@ -15,7 +15,7 @@ solve; memory (krylov + 2) (d_in^2 + d_out^2) and the rows, patches unfolded, of
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors, rearranged
 from kfaccore import xp as kernels
@@ -159,6 +159,6 @@ class Lanczos:
         return max(self.tolerance, 100.0 * eps(like.dtype, namespace(like)))
 
     @staticmethod
-    def _terms(state: State) -> Any:
+    def _terms(state: State) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))
-        return tuple((A[:, k, ...], G[:, k, ...]) for k in range(2))
+        return (A[:, 0, ...], G[:, 0, ...]), (A[:, 1, ...], G[:, 1, ...])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kfaccore import factors
 from kfaccore import xp as kernels
@@ -115,5 +115,5 @@ class TEKFAC(Additive):
 
 def _shift(damping: float | Array, S: Array) -> float | Array:
     """A number, or one a block, ready to be added to S."""
-    value = scalar(damping, S)
+    value: Any = scalar(damping, S)
     return value[:, None, None] if getattr(value, "ndim", 0) == 1 else value

@@ -1,9 +1,9 @@
-"""TKFAC: F ~ Psi (x) Phi / delta, so x = (G + d_g I)^-1 V (A + d_a I)^-1 with G = Psi / sqrt(delta), A = Phi / sqrt(delta).
+"""TKFAC: F ~ Psi (x) Phi / delta = G (x) A, so x = (G + d_g I)^-1 V (A + d_a I)^-1.
 
-Phi = (1/n) sum |g|^2 a a^T and Psi = (1/n) sum |a|^2 g g^T over rows are the partial traces of F, delta their common
-trace: the approximation keeps the trace of F, as K-FAC does not. The averages are of Phi and Psi themselves, so they
-stay partial traces of the averaged F. `sharing` turns shared positions into rows: the trace kept is that of the F whose
-examples are those rows.
+G = Psi / sqrt(delta), A = Phi / sqrt(delta); Phi = (1/n) sum |g|^2 a a^T and Psi = (1/n) sum |a|^2 g g^T over rows are
+the partial traces of F, delta their common trace: the approximation keeps the trace of F, as K-FAC does not. The
+averages are of Phi and Psi themselves, so they stay partial traces of the averaged F. `sharing` turns shared positions
+into rows: the trace kept is that of the F whose examples are those rows.
 
 Exact when F is a Kronecker product, wherever K-FAC is with the same sharing.
 Source: Gao et al. 2021 (2011.10741).
