@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat as aac
@@ -75,7 +77,7 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats
     if record.draws == 0:
         raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
     xp = namespace(record.g)
-    weight = xp.sum(xp.sum(record.g * record.g, axis=-1), axis=0)
+    weight = xp.sum(xp.vecdot(record.g, record.g), axis=0)
     if isinstance(record.a, Ids):
         index = xp.reshape(record.a.index, (-1,))
         A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), index, record.a.size)[:, 0][None, :]
@@ -84,13 +86,13 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats
         chunk = record.batch
         if isinstance(record.a, Patches):
             chunk = max(1, _CHUNK // (record.shared * record.d_in * record.blocks))
-        A = side.zeros(record.blocks, record.d_in, False, record.g)
-        G = side.zeros(record.blocks, record.d_out, False, record.g)
+        parts = []
         for start, a in input_chunks(record, chunk):
             span = slice(start, start + a.shape[1])
-            A = A + kernels.gram(_rows((xp.sqrt(weight[:, span, :])[..., None] * a)[None, ...]))
-            norm = xp.sqrt(xp.sum(a * a, axis=-1, keepdims=True))
-            G = G + kernels.gram(_rows(record.g[:, :, span, ...] * norm))
+            norm = xp.sqrt(xp.vecdot(a, a))[..., None]
+            scaled = (xp.sqrt(weight[:, span, :])[..., None] * a)[None, ...], record.g[:, :, span, ...] * norm
+            parts.append(tuple(kernels.gram(_rows(x)) for x in scaled))
+        A, G = (reduce(add, sums) for sums in zip(*parts, strict=True))
     bad = xp.astype(~(all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))), record.g.dtype)
     n = per_block(record.n, bad)
     return Stats(A, n, G, n, bad)

@@ -27,7 +27,7 @@ _ROWS = 1 << 22  # elements of unfolded patches held at once
 
 @dataclass(frozen=True)
 class Sweep:
-    """Sums of J V J^T (G) and J^T U J (A) for unit matrices V, U."""
+    """Sums of J V J^T (G) and J^T U J (A) for matrices V, U."""
 
     G: Array
     A: Array
@@ -78,8 +78,10 @@ def bad(sums: Sweep) -> Array:
 
 
 def inner(x: Array, y: Array) -> Array:
-    """Frobenius inner product, (blocks,)."""
-    return namespace(x).sum(x * y, axis=(-2, -1))
+    """Frobenius inner product, (blocks,) or with the leading axes there are."""
+    xp = namespace(x)
+    flat = (*x.shape[:-2], -1)
+    return xp.vecdot(xp.reshape(x, flat), xp.reshape(y, flat))
 
 
 def unit(x: Array, otherwise: Array) -> Array:
@@ -92,11 +94,6 @@ def unit(x: Array, otherwise: Array) -> Array:
     return select(usable, x / xp.where(usable, norm, xp.ones_like(norm))[:, None, None], otherwise)
 
 
-def even(like: Array) -> Array:
-    """The unit multiple of the identity."""
-    return side.identity(like) / float(like.shape[-1]) ** 0.5
-
-
 def generic(like: Array) -> Array:
     """A fixed symmetric unit matrix without structure: cos(i j) for i, j = 1, 2, ..."""
     xp = namespace(like)
@@ -106,13 +103,13 @@ def generic(like: Array) -> Array:
 
 
 def positive(A: Array, G: Array) -> tuple[Array, Array]:
-    """Unit (U, V) of the next sweep of a first term: its averages over their norms, at first the identity."""
-    return unit(G, even(G)), unit(A, even(A))
+    """(U, V) of the next sweep of a first term: its averages, of trace 1; at first the identity over its size."""
+    return _traced(G), _traced(A)
 
 
 def averaged(state: Any, sums: Sweep, n: Array, ok: Array, hyper: Hyper, donate: bool) -> tuple[Array, ...]:
     """(A, G, core, weight) of a first term one sweep on; core averages <U, Z vec(V)> = <V, Z^T vec(U)>."""
-    core = inner(positive(state.A, state.G)[0], sums.G)
+    core = inner(_traced(state.G), sums.G)
     decay = scalar(hyper.decay, core)
     core = namespace(core).where(ok, decay * state.core + (1 - decay) * core / n, state.core)
     A, weight = factors.moved(state.A, state.weight, sums.A, n, ok, hyper, donate)
@@ -160,3 +157,14 @@ def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Arr
 def second(pair: Pair, weight: Array) -> tuple[Array, Array]:
     """(A, G) of the second term: for its V no other G is nearer."""
     return pair.V, factors.mean(pair.G, weight)
+
+
+def _traced(x: Array) -> Array:
+    """A positive semidefinite matrix over its trace; the identity over its size where that is zero."""
+    xp = namespace(x)
+    trace = xp.sum(side.diagonal(x), axis=-1)
+    usable = trace > 0
+    size = x.shape[-1]
+    eye = xp.broadcast_to(xp.eye(size, dtype=x.dtype, device=aac.device(x)), x.shape)
+    scale = 1.0 / xp.where(usable, trace, xp.full_like(trace, float(size)))
+    return select(usable, x, eye) * scale[:, None, None]

@@ -40,7 +40,7 @@ def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
 def _weighted(x: Array, y: Array, v: Array, positive: bool) -> Array:
     """One position: each y y^T weighs x^T V x; x (draws, blocks, batch, d)."""
     xp = namespace(x)
-    weight = xp.sum(xp.sum(xp.matmul(x, v) * x, axis=-1), axis=0)
+    weight = xp.sum(kernels.quadratic(x, v), axis=0)
     if positive:  # a negative weight is rounding
         weight = xp.sqrt(xp.where(weight < 0, xp.zeros_like(weight), weight))
     scaled = weight[..., None] * y

@@ -1,8 +1,8 @@
 """KPSVD: F ~ G (x) A, the Kronecker product nearest to F, so x = (G + d_g I)^-1 V (A + d_a I)^-1.
 
-Power iteration for the top singular triple of the rearranged block Z, one simultaneous sweep an update, warm: from unit
+Power iteration for the top singular triple of the rearranged block Z, one simultaneous sweep an update, warm: from
 matrices U, V of the last update come P = Z vec(V) and Q = Z^T vec(U), sums over examples of J V J^T and J^T U J, and
-s = <U, P>. P, Q and s are averaged and the block is P (x) Q / s; the next U, V are P, Q over their norms. From the
+s = <U, P>. P, Q and s are averaged and the block is P (x) Q / s; the next U, V are P, Q over their traces. From the
 identity the first sweep is TKFAC on the per-example gradients J (summed over shared). All iterates are positive
 semidefinite because Z keeps that cone.
 

@@ -20,7 +20,7 @@ from typing import ClassVar
 from kfaccore import factors, rearranged
 from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
-from kfaccore.linalg import two_terms
+from kfaccore.linalg import side, two_terms
 from kfaccore.linalg.bidiagonal import leading
 from kfaccore.linalg.inverse import accepted
 from kfaccore.linalg.sandwich import sandwich
@@ -141,7 +141,7 @@ class Lanczos:
             return xp.reshape(sandwich(stats.g, a, u), (blocks, -1)) / n
 
         A, G = state.A[:, 0, ...], state.G[:, 0, ...]
-        right = rearranged.even(A) + rearranged.generic(A)
+        right = side.identity(A) / float(d_in) ** 0.5 + rearranged.generic(A)
         for k in range(2):
             right = right + rearranged.unit(state.A[:, k, ...], xp.zeros_like(A))
         start = xp.reshape(G, (blocks, -1)), xp.reshape(right, (blocks, -1))

@@ -20,7 +20,7 @@ from kfaccore.xp.arrays import (
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, spd_inverse
 from kfaccore.xp.fourier import fast_length, rfftn
-from kfaccore.xp.gram import average, gram
+from kfaccore.xp.gram import average, gram, quadratic
 from kfaccore.xp.scatter import add_at, segment_sum
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "is_numpy",
     "loop",
     "namespace",
+    "quadratic",
     "rfftn",
     "scalar",
     "segment_sum",
