@@ -130,7 +130,7 @@ def along(task: kn.Task, steps: list[int], methods: dict[str, Any]) -> Curves:
     """Error curves of every small layer of a task."""
     found: Curves = {}
     for _, records in checkpoints(task, steps):
-        for layer, given in records.items():
+        for layer, given in reversed(records.items()):
             record = small(given)
             if record is None:
                 continue
