@@ -160,10 +160,10 @@ def second(pair: Pair, weight: Array) -> tuple[Array, Array]:
 
 
 def _traced(x: Array) -> Array:
-    """A positive semidefinite matrix over its trace; the identity over its size where that is zero."""
+    """A positive semidefinite matrix over its trace; the identity over its size where that cannot be divided by."""
     xp = namespace(x)
     trace = xp.sum(side.diagonal(x), axis=-1)
-    usable = trace > 0
+    usable = trace >= float(xp.finfo(x.dtype).smallest_normal)
     size = x.shape[-1]
     eye = xp.broadcast_to(xp.eye(size, dtype=x.dtype, device=aac.device(x)), x.shape)
     scale = 1.0 / xp.where(usable, trace, xp.full_like(trace, float(size)))

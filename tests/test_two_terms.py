@@ -164,3 +164,16 @@ def test_T20_zeros_give_no_nan(rng, method):
     for _ in range(120):
         state = cycle(method, state, record, hyper)
     assert apart(method.matvec(state, v, hyper), method.matvec(kf.settle(method, record, 120), v, hyper)) < 1e-7
+
+
+@pytest.mark.parametrize("method", [*TWO, kf.KPSVD()], ids=lambda m: type(m).__name__)
+def test_T20_gradients_near_underflow_pass(rng, method):
+    """float32 gradients whose squares are no normal numbers: finite directions, and larger ones come through."""
+    record, v, hyper = small(rng), rng.normal(size=(2, 3, 4)).astype(np.float32), kf.Hyper(0, 0.0, 0.5)
+    a, g = (x.astype(np.float32) for x in (record.a, record.g))
+    state = method.init(kf.Block.of(record), a)
+    for scale in [1e-20] * 3 + [1.0] * 120:
+        state = cycle(method, state, kf.Record(a, (scale * g).astype(np.float32), record.n), hyper)
+        assert np.isfinite(method.solve(state, v, hyper).direction).all()
+    want = method.matvec(kf.settle(method, kf.Record(a, g, record.n), 120), v, hyper)
+    assert apart(method.matvec(state, v, hyper), want) < 1e-3

@@ -8,7 +8,8 @@ last ones, or averages over updates would cancel. The damping is split over the 
 Exact when F is a sum of two Kronecker products, to the convergence of the iteration; at convergence nothing of two
 terms is nearer. The second pair is indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.
 Source: Koroko et al. 2022 (2201.10285).
-Cost: update 4 rows (d_in^2 + d_out^2) at shared 1; refresh four eigendecompositions; four products a solve.
+Cost: update 4 rows (d_in^2 + d_out^2) at shared 1, about 5 times K-FAC's; refresh four eigendecompositions; four
+products a solve.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ semidefinite because Z keeps that cone.
 
 Exact when F is a Kronecker product; at convergence <F - G (x) A, G (x) A> = 0 and no Kronecker product is nearer.
 Source: Koroko et al. 2022 (2201.10285); Van Loan & Pitsianis 1993.
-Cost: update 2 rows (d_in^2 + d_out^2) at shared 1, some 2.5 times K-FAC's; refresh and solve as K-FAC.
+Cost: update 2 rows (d_in^2 + d_out^2) at shared 1, about twice K-FAC's; refresh and solve as K-FAC.
 """
 
 from __future__ import annotations
