@@ -12,7 +12,8 @@ from kfaccore.fisher import (
     monte_carlo,
     type2,
 )
-from kfaccore.io import load, metadata, save
+from kfaccore.info import Info
+from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.linalg.two_terms import absolute, first_term
@@ -21,6 +22,7 @@ from kfaccore.methods import (
     EKFAC,
     KFAC,
     KPSVD,
+    PINNKFAC,
     TEKFAC,
     TKFAC,
     Deflation,
@@ -30,13 +32,14 @@ from kfaccore.methods import (
     KFACCorrected,
     Lanczos,
 )
+from kfaccore.network import GaussNewton
 from kfaccore.oneshot import direction
-from kfaccore.preconditioner import Info, Preconditioner
+from kfaccore.preconditioner import Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed, IterateAverage, LineSearch, SelfTuning
+from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "KPSVD",
+    "PINNKFAC",
     "TEKFAC",
     "TKFAC",
     "Adaptive",
@@ -56,7 +60,9 @@ __all__ = [
     "Exact",
     "Factored",
     "Fixed",
+    "GaussNewton",
     "Gaussian",
+    "GridSearch",
     "Hyper",
     "Identity",
     "Ids",
@@ -70,6 +76,7 @@ __all__ = [
     "NormConstraint",
     "Patches",
     "Preconditioner",
+    "Quadratic",
     "Record",
     "Relative",
     "Schedules",
@@ -91,6 +98,7 @@ __all__ = [
     "exact",
     "expand",
     "first_term",
+    "flatten",
     "forward_only",
     "load",
     "mean_eigenvalue",
@@ -103,4 +111,5 @@ __all__ = [
     "settle",
     "top_eigenvalue",
     "type2",
+    "unflatten",
 ]

@@ -103,6 +103,14 @@ METHODS = [
     Row("kfac-corrected", kf.KFACCorrected(), one_example, _split(_pi), additive=False),
     Row("lanczos", kf.Lanczos(), one_example, _split(_pi), additive=False),
     Row("diagonal", kf.Diagonal(), scalars),
+    Row(
+        "pinn-kfac",
+        kf.PINNKFAC(terms=1),
+        one_example,
+        _split(lambda a, g, d: (d, d)),
+        lambda d: d * d,
+        additive=False,
+    ),
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0, False),
     Row("exact", kf.Exact(), anything),
 ]
@@ -158,4 +166,4 @@ LAYERS = [
     LayerRow("gain", Gain(3), (6, 5, 3), (6, 5, 3), {"gain": (3,)}),
 ]
 
-FRAMEWORKS = ["numpy"]  # adapters/kfaccore_<name>
+FRAMEWORKS = ["numpy", "torch"]  # adapters/kfaccore_<name>

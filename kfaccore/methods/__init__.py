@@ -9,6 +9,7 @@ from kfaccore.methods.kfac import KFAC
 from kfaccore.methods.kfac_corrected import KFACCorrected
 from kfaccore.methods.kpsvd import KPSVD
 from kfaccore.methods.lanczos import Lanczos
+from kfaccore.methods.pinn_kfac import PINNKFAC
 from kfaccore.methods.tekfac import TEKFAC
 from kfaccore.methods.tkfac import TKFAC
 
@@ -24,6 +25,7 @@ CATALOGUE = {
     "diagonal": Diagonal,
     "identity": Identity,
     "exact": Exact,
+    "pinn-kfac": PINNKFAC,
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "KPSVD",
+    "PINNKFAC",
     "TEKFAC",
     "TKFAC",
     "Deflation",
