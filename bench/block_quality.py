@@ -12,6 +12,7 @@ import os
 for _name in ("OMP", "OPENBLAS", "MKL"):
     os.environ[f"{_name}_NUM_THREADS"] = "1"
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def dense_methods() -> dict[str, Any]:
             method = make()
             method.matvec(kf.settle(method, record), np.ones((1, 2, 3)), HYPER)
         except (NotImplementedError, TypeError, ValueError) as why:
-            print(f"{name} gives no dense block: {why}")
+            print(f"{name} gives no dense block: {why}", file=sys.stderr)
         else:
             found[name] = method
     return found
