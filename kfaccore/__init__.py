@@ -1,7 +1,18 @@
 """K-FAC on the Array API: a layer gives a record; a method measures it, updates its state, refreshes, and solves."""
 
 from kfaccore.comm import Serial
-from kfaccore.damping import Relative, equal, exact, mean_eigenvalue, per_factor, pi, top, top_eigenvalue
+from kfaccore.damping import (
+    Adaptive,
+    Relative,
+    as_given,
+    equal,
+    exact,
+    mean_eigenvalue,
+    per_factor,
+    pi,
+    top,
+    top_eigenvalue,
+)
 from kfaccore.fisher import (
     Bernoulli,
     Gaussian,
@@ -18,19 +29,26 @@ from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.lowrank import Rank, adaptive, adaptive_brand, even, lowest, nothing
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.linalg.sketch import Singular, Symmetric
+from kfaccore.linalg.two_terms import absolute, first_term
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import (
     EKFAC,
     IKFAC,
     KFAC,
+    KPSVD,
     PINNKFAC,
     SINGD,
+    TEKFAC,
+    TKFAC,
     BrandCKFAC,
     BrandKFAC,
     BrandRKFAC,
+    Deflation,
     Diagonal,
     Exact,
     Identity,
+    KFACCorrected,
+    Lanczos,
     RandomizedKFAC,
 )
 from kfaccore.network import GaussNewton
@@ -48,8 +66,12 @@ __all__ = [
     "EKFAC",
     "IKFAC",
     "KFAC",
+    "KPSVD",
     "PINNKFAC",
     "SINGD",
+    "TEKFAC",
+    "TKFAC",
+    "Adaptive",
     "Bernoulli",
     "Block",
     "BrandCKFAC",
@@ -57,6 +79,7 @@ __all__ = [
     "BrandRKFAC",
     "Clocks",
     "Code",
+    "Deflation",
     "Diagonal",
     "Exact",
     "Factored",
@@ -69,7 +92,9 @@ __all__ = [
     "Ids",
     "Info",
     "IterateAverage",
+    "KFACCorrected",
     "KLClip",
+    "Lanczos",
     "LineSearch",
     "Method",
     "NormConstraint",
@@ -88,8 +113,10 @@ __all__ = [
     "Solution",
     "Symmetric",
     "Window",
+    "absolute",
     "adaptive",
     "adaptive_brand",
+    "as_given",
     "cholesky",
     "concat",
     "dense",
@@ -101,6 +128,7 @@ __all__ = [
     "even",
     "exact",
     "expand",
+    "first_term",
     "flatten",
     "forward_only",
     "load",

@@ -140,6 +140,26 @@ class Relative:
         return self.split.denominators(a, g, self.damping(*scales, damping))
 
 
+def as_given(trace: Array, size: int, damping: float | Array) -> float | Array:
+    """The damping of the step itself, whatever the block's trace."""
+    return damping
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """damping max(tr F, floor) / size for a block of `size` parameters: damping in units of the mean eigenvalue.
+
+    The form for convolutions, whose Fishers differ by orders of magnitude; `floor` bounds it as gradients vanish.
+    Source: Gao et al. 2020 (2011.13609, equation 3.5), with damping 1.
+    """
+
+    floor: float = 1e-3
+
+    def __call__(self, trace: Array, size: int, damping: float | Array) -> Array:
+        low = namespace(trace).zeros_like(trace) + self.floor
+        return scalar(damping, trace) * namespace(trace).where(trace < low, low, trace) / size
+
+
 def _joint(damping: float | Array, like: Array) -> float | Array:
     value: Any = scalar(damping, like)
     return value[:, None, None] if getattr(value, "ndim", 0) == 1 else value

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import array_api_compat as aac
@@ -64,11 +66,37 @@ def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
         like = xp.zeros((record.blocks, record.d_out, record.d_out), dtype=record.g.dtype, device=aac.device(A))
         G = side.identity(like) * scalar(record.n, like)
     else:
-        g = xp.permute_dims(record.g, (1, 0, 2, 3, 4)) if record.blocks > 1 else record.g
-        G = kernels.gram(xp.reshape(g, (record.blocks, -1, record.d_out)))
+        G = kernels.gram(_rows(record.g))
     finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))  # a bad row shows on a gram's diagonal
     bad = xp.astype(~finite, A.dtype)
     return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
+
+
+def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats:
+    """Sums over rows of |g|^2 a a^T in A and |a|^2 g g^T in G, both over n; each has the trace sum |a|^2 |g|^2."""
+    record = sharing(record)
+    if record.draws == 0:
+        raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
+    xp = namespace(record.g)
+    weight = xp.sum(xp.vecdot(record.g, record.g), axis=0)
+    if isinstance(record.a, Ids):
+        index = xp.reshape(record.a.index, (-1,))
+        A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), index, record.a.size)[:, 0][None, :]
+        G = kernels.gram(_rows(record.g))
+    else:
+        chunk = record.batch
+        if isinstance(record.a, Patches):
+            chunk = max(1, _CHUNK // (record.shared * record.d_in * record.blocks))
+        parts = []
+        for start, a in input_chunks(record, chunk):
+            span = slice(start, start + a.shape[1])
+            norm = xp.sqrt(xp.vecdot(a, a))[..., None]
+            scaled = (xp.sqrt(weight[:, span, :])[..., None] * a)[None, ...], record.g[:, :, span, ...] * norm
+            parts.append(tuple(kernels.gram(_rows(x)) for x in scaled))
+        A, G = (reduce(add, sums) for sums in zip(*parts, strict=True))
+    bad = xp.astype(~(all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))), record.g.dtype)
+    n = per_block(record.n, bad)
+    return Stats(A, n, G, n, bad)
 
 
 def update(state: Any, stats: Stats, hyper: Hyper, donate: bool = False) -> Any:
@@ -136,6 +164,13 @@ def valid_rows(record: Record) -> Array:
     if record.mask is None:
         return zeros + float(record.batch * record.shared)
     return zeros + xp.sum(xp.astype(record.mask, record.g.dtype))
+
+
+def _rows(x: Array) -> Array:
+    """(draws, blocks, batch, shared, d) as (blocks, rows, d)."""
+    xp = namespace(x)
+    blocks = x.shape[1]
+    return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3, 4)) if blocks > 1 else x, (blocks, -1, x.shape[-1]))
 
 
 def gram_of_inputs(record: Record) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -101,3 +102,15 @@ def column_major(matrix: np.ndarray, d_out: int, d_in: int) -> np.ndarray:
     """A block in row-major vec reordered to column-major vec."""
     order = np.arange(d_out * d_in).reshape(d_out, d_in).T.ravel()
     return matrix[np.ix_(order, order)]
+
+
+def rearranged(F: np.ndarray, d_out: int, d_in: int) -> np.ndarray:
+    """Z (d_out^2, d_in^2): Z of G (x) A is vec(G) vec(A)^T."""
+    return F.reshape(d_out, d_in, d_out, d_in).swapaxes(1, 2).reshape(d_out**2, d_in**2)
+
+
+def matrix(method: Any, state: Any, hyper: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """A method's own F~ (blocks, D, D), column by column; `shape` is (blocks, d_out, d_in)."""
+    blocks, d_out, d_in = shape
+    columns = [np.broadcast_to(e.reshape(d_out, d_in), shape) for e in np.eye(d_out * d_in)]
+    return np.stack([np.asarray(method.matvec(state, c, hyper)).reshape(blocks, -1) for c in columns], axis=2)

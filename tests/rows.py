@@ -85,9 +85,15 @@ def _coupled(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarr
     return np.stack(found)
 
 
+def _equal_traces(mean_a: float, mean_g: float, damping: float) -> tuple[float, float]:
+    """sqrt(damping) on factors of 4 and 3 rows once their traces are made equal."""
+    return _pi(4 * mean_a, 3 * mean_g, damping)
+
+
 @dataclass(frozen=True)
 class Row:
-    """name, method, the regime it is exact in, the damped matrix it then inverts, and its large-damping scale."""
+    """name, method (whose `cycles` say how many settle it), the regime it is exact in, the damped matrix it then
+    inverts, and its large-damping scale."""
 
     name: str
     method: Any
@@ -96,6 +102,7 @@ class Row:
     scale: Callable[[float], float] = lambda damping: damping
     inverse_only: bool = False  # no F~, no averages of it: matvec refuses
     truncated: bool = False  # of averages only the largest modes are kept, which is not linear
+    additive: bool = True  # F~ of averaged Stats is the average of the F~
 
 
 _two, _narrow = kf.Rank(2, 2), kf.Symmetric(oversample=0)
@@ -106,10 +113,23 @@ METHODS = [
     Row("kfac-per-factor", kf.KFAC(split=kf.per_factor), one_example, _split(lambda a, g, d: (d, d)), lambda d: d * d),
     Row("kfac-eigh", kf.KFAC(inverse=kf.eigh), one_example, _split(_pi)),
     Row("kfac-exact-damping", kf.KFAC(inverse=kf.eigh, split=kf.exact), one_example),
-    Row("ekfac", kf.EKFAC(), one_example),
+    Row("ekfac", kf.EKFAC(), one_example, additive=False),
+    Row("tkfac", kf.TKFAC(), one_example, _split(_equal_traces), additive=False),
+    Row("tekfac", kf.TEKFAC(), one_example, additive=False),
+    Row("kpsvd", kf.KPSVD(), one_example, _split(_pi), additive=False),  # 30 cycles of settle, as the next two
+    Row("deflation", kf.Deflation(), one_example, _split(_pi), additive=False),
+    Row("kfac-corrected", kf.KFACCorrected(), one_example, _split(_pi), additive=False),
+    Row("lanczos", kf.Lanczos(), one_example, _split(_pi), additive=False),
     Row("diagonal", kf.Diagonal(), scalars),
-    Row("pinn-kfac", kf.PINNKFAC(terms=1), one_example, _split(lambda a, g, d: (d, d)), lambda d: d * d),
-    Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
+    Row(
+        "pinn-kfac",
+        kf.PINNKFAC(terms=1),
+        one_example,
+        _split(lambda a, g, d: (d, d)),
+        lambda d: d * d,
+        additive=False,
+    ),
+    Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0, False),
     Row("exact", kf.Exact(), anything),
     Row("singd", kf.SINGD(rule=Rule(momentum=0.0, rate=0.5), cycles=60), anything, _coupled, inverse_only=True),
     Row(

@@ -164,12 +164,14 @@ def test_non_finite_record_changes_nothing(row, xp, rng, bad, where):
 def test_non_finite_gradient_gives_zero_and_a_code(row, xp, rng):
     record, _ = make(xp, rng)
     v = rng.normal(size=(2, 3, 4))
+    before = xp.get(solve(row, record, xp.put(v)).code)[0]
     v[1, 0, 0] = np.nan
     solution = solve(row, record, xp.put(v))
     direction = xp.get(solution.direction)
     assert not direction[1].any()
     assert np.isfinite(direction).all()
-    assert xp.get(solution.code).tolist() == [kf.Code.OK, kf.Code.NONFINITE]
+    assert before in (kf.Code.OK, kf.Code.INDEFINITE)  # a true answer about two terms
+    assert xp.get(solution.code).tolist() == [before, kf.Code.NONFINITE]
 
 
 @rows
@@ -260,7 +262,7 @@ def test_matvec_is_the_undamped_matrix(row, xp, rng):
 @rows
 def test_averages_are_debiased(row, rng):
     """Three updates with decay 0.6 equal one on the weighted mean of the three records' Stats."""
-    if row.name in ("identity", "ekfac", "pinn-kfac") or row.inverse_only or row.truncated:
+    if not row.additive or row.inverse_only or row.truncated:
         return
     records = [kf.Record(*arrays(rng), N) for _ in range(3)]
     hyper = kf.Hyper(0, 0.6, DAMPING)

@@ -77,6 +77,15 @@ def test_gram_is_exact_and_symmetric(xp, rng, shape):
         assert np.array_equal(got, got.mT)
 
 
+@pytest.mark.parametrize("d", [5, 80])
+def test_quadratic_forms_of_rows(xp, rng, d):
+    """Large ones on NumPy read one triangle."""
+    x, v = rng.normal(size=(2, 3, 9, d)), rng.normal(size=(3, d, d))
+    v = v + v.mT
+    got = xp.get(kernels.quadratic(xp.put(x), xp.put(v)))
+    np.testing.assert_allclose(got, np.einsum("nbri,bij,nbrj->nbr", x, v, x), rtol=1e-11, atol=1e-10)
+
+
 @pytest.mark.parametrize("donate", [False, True])
 def test_average(xp, rng, donate):
     old, total = rng.normal(size=(2, 300, 400)), rng.normal(size=(2, 300, 400))

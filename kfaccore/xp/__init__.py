@@ -21,7 +21,7 @@ from kfaccore.xp.arrays import (
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, qr, spd_inverse
 from kfaccore.xp.fourier import fast_length, rfftn
-from kfaccore.xp.gram import average, gram
+from kfaccore.xp.gram import average, gram, quadratic
 from kfaccore.xp.half import to_bfloat16
 from kfaccore.xp.scatter import add_at, segment_sum
 
@@ -40,6 +40,7 @@ __all__ = [
     "loop",
     "namespace",
     "qr",
+    "quadratic",
     "rfftn",
     "scalar",
     "segment_sum",

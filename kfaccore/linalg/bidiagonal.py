@@ -1,0 +1,136 @@
+"""The leading singular triples of an operator by Golub-Kahan bidiagonalisation with thick restarts.
+
+Vectors are rows (blocks, D). Every new vector is orthogonalised against all kept ones, twice; the coefficients fill the
+projected matrix, which is bidiagonal but for the column that couples the kept triples to the first new vector.
+Source: Golub & Kahan 1965; Baglama & Reichel 2005 for the restart.
+Cost: 2 `steps` products a cycle; memory (rank + steps) (D_left + D_right).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import array_api_compat as aac
+
+from kfaccore import xp as kernels
+from kfaccore.xp.arrays import Array, eps, loop, namespace
+
+Product = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Triples:
+    """left (blocks, rank, D_left), values (blocks, rank) descending, right (blocks, rank, D_right); the largest
+    residual |Z^T u - s v| over the largest value, (blocks,); products taken, 0-d int32."""
+
+    left: Array
+    values: Array
+    right: Array
+    residual: Array
+    matvecs: Array
+
+
+def leading(
+    times: Product, transposed: Product, start: tuple[Array, Array], rank: int, steps: int, tolerance: float, limit: int
+) -> Triples:
+    """The `rank` largest singular triples of Z, times(v) = Z v and transposed(u) = Z^T u.
+
+    start   a left vector (its shape counts only) and the right vector to begin with; `steps` new vectors a cycle, at
+    most `limit` cycles; stops where every block's residual is at most `tolerance`, never under 100 eps.
+    """
+    left, right = start
+    xp = namespace(right)
+    tolerance = max(tolerance, 100.0 * eps(right.dtype, xp))
+    kept = (xp.stack([xp.zeros_like(x)] * rank, axis=1) for x in (left, right))
+    values = xp.zeros((right.shape[0], rank), dtype=right.dtype, device=aac.device(right))
+    residual = values[:, 0] + float("inf")
+    matvecs = xp.zeros((), dtype=xp.int32, device=aac.device(right))
+
+    def unfinished(carry: tuple) -> Array:
+        return xp.any(carry[4] > tolerance)
+
+    def again(carry: tuple) -> tuple:
+        *basis, matvecs = carry
+        return (*_cycle(times, transposed, basis[0], basis[1], basis[2], basis[3], steps), matvecs + 2 * steps)
+
+    first = (*kept, values, _unit(right, _norm(right))[0], residual, matvecs)
+    left, right, values, _, residual, matvecs = loop(unfinished, again, first, limit)
+    return Triples(left, values, right, residual, matvecs)
+
+
+def _cycle(
+    times: Product, transposed: Product, left: Array, right: Array, values: Array, q: Array, steps: int
+) -> tuple[Array, ...]:
+    """Kept triples and the next right vector after `steps` more vectors; the residual.
+
+    Bases and projected matrix have their final shapes from the start: rows not reached yet are zero.
+    """
+    xp = namespace(q)
+    rank = values.shape[1]
+    size = rank + steps
+    eye = xp.eye(size, dtype=q.dtype, device=aac.device(q))
+    P, Q = (_padded(x, size) for x in (left, right))
+    projected = eye[None, ...] * _padded(values, size)[:, :, None]
+    top, beta = xp.max(values, axis=1), xp.zeros_like(values[:, 0])
+    for at in range(rank, size):
+        place = eye[at, :]
+        Q = Q + place[None, :, None] * q[:, None, :]
+        w = times(q)
+        top = xp.maximum(top, _norm(w))
+        w, coefficients = _orthogonalised(w, P)
+        p, alpha = _unit(w, top)
+        projected = projected + (coefficients + alpha[:, None] * place)[:, :, None] * place
+        P = P + place[None, :, None] * p[:, None, :]
+        z = transposed(p)
+        top = xp.maximum(top, _norm(z))
+        q, beta = _unit(_orthogonalised(z, Q)[0], top)
+    x, values, y = _svd(projected, rank)
+    left, right = xp.matmul(x.mT, P), xp.matmul(y.mT, Q)
+    safe = xp.where(top > 0, top, xp.ones_like(top))
+    residual = xp.max(xp.abs(beta[:, None] * x[:, -1, :]), axis=1) / safe
+    return left, right, values, q, residual
+
+
+def _padded(x: Array, size: int) -> Array:
+    """x with zeros after its entries on the second axis, up to `size`."""
+    xp = namespace(x)
+    shape = (x.shape[0], size - x.shape[1], *x.shape[2:])
+    return xp.concat([x, xp.zeros(shape, dtype=x.dtype, device=aac.device(x))], axis=1)
+
+
+def _orthogonalised(x: Array, rows: Array) -> tuple[Array, Array]:
+    """x less its part in the span of orthonormal (or zero) rows, and the coefficients of that part."""
+    xp = namespace(x)
+    total = xp.zeros_like(rows[:, :, 0])
+    for _ in range(2):
+        coefficients = xp.matmul(rows, x[:, :, None])[:, :, 0]
+        x = x - xp.matmul(rows.mT, coefficients[:, :, None])[:, :, 0]
+        total = total + coefficients
+    return x, total
+
+
+def _unit(x: Array, scale: Array) -> tuple[Array, Array]:
+    """x over its norm, and the norm; zero where it is rounding of `scale`."""
+    xp = namespace(x)
+    norm = _norm(x)
+    real = norm > 1e3 * eps(x.dtype, xp) * scale
+    norm = xp.where(real, norm, xp.zeros_like(norm))
+    return xp.where(real[:, None], x, xp.zeros_like(x)) / xp.where(real, norm, xp.ones_like(norm))[:, None], norm
+
+
+def _norm(x: Array) -> Array:
+    return namespace(x).linalg.vector_norm(x, axis=-1)
+
+
+def _svd(x: Array, rank: int) -> tuple[Array, Array, Array]:
+    """Leading triples of small square matrices from the eigenpairs of [[0, x], [x^T, 0]]: columns u, values, v."""
+    xp = namespace(x)
+    size = x.shape[-1]
+    zero = xp.zeros_like(x)
+    whole = xp.concat([xp.concat([zero, x], axis=2), xp.concat([x.mT, zero], axis=2)], axis=1)
+    values, vectors, _ = kernels.eigh(whole)
+    values = xp.flip(values[:, -rank:], axis=-1)
+    values = xp.where(values > 0, values, xp.zeros_like(values))
+    vectors = xp.flip(vectors[:, :, -rank:], axis=-1) * 2.0**0.5
+    return vectors[:, :size, :], values, vectors[:, size:, :]
