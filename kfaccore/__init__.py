@@ -16,13 +16,13 @@ from kfaccore.io import load, metadata, save
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
-from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
+from kfaccore.methods import EKFAC, KFAC, SKFAC, Diagonal, Exact, Identity
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
-from kfaccore.sharing import concat, expand, reduce
+from kfaccore.sharing import Subsample, concat, expand, mean_mean, reduce, sum_sum
 from kfaccore.step import Fixed, SelfTuning
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "KFAC",
+    "SKFAC",
     "Bernoulli",
     "Block",
     "Clocks",
@@ -55,6 +56,7 @@ __all__ = [
     "Serial",
     "SoftmaxCrossEntropy",
     "Solution",
+    "Subsample",
     "Window",
     "cholesky",
     "concat",
@@ -69,6 +71,7 @@ __all__ = [
     "forward_only",
     "load",
     "mean_eigenvalue",
+    "mean_mean",
     "metadata",
     "monte_carlo",
     "per_factor",
@@ -76,6 +79,7 @@ __all__ = [
     "reduce",
     "save",
     "settle",
+    "sum_sum",
     "top_eigenvalue",
     "type2",
 ]

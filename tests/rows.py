@@ -92,6 +92,8 @@ METHODS = [
     Row("diagonal", kf.Diagonal(), scalars),
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
     Row("exact", kf.Exact(), anything),
+    Row("skfac", kf.SKFAC(), one_example, _split(_pi)),
+    Row("skfac-stacked", kf.SKFAC(branch=lambda rows, d: True, rows=96), one_example, _split(_pi)),
 ]
 
 

@@ -5,7 +5,15 @@ from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
 from kfaccore.methods.identity import Identity
 from kfaccore.methods.kfac import KFAC
+from kfaccore.methods.skfac import SKFAC
 
-CATALOGUE = {"kfac": KFAC, "ekfac": EKFAC, "diagonal": Diagonal, "identity": Identity, "exact": Exact}
+CATALOGUE = {
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+    "diagonal": Diagonal,
+    "identity": Identity,
+    "exact": Exact,
+    "skfac": SKFAC,
+}
 
-__all__ = ["CATALOGUE", "EKFAC", "KFAC", "Diagonal", "Exact", "Identity"]
+__all__ = ["CATALOGUE", "EKFAC", "KFAC", "SKFAC", "Diagonal", "Exact", "Identity"]

@@ -18,7 +18,7 @@ from kfaccore.xp.arrays import (
     widen,
 )
 from kfaccore.xp.codes import Code, choose
-from kfaccore.xp.factorise import eigh, spd_inverse
+from kfaccore.xp.factorise import eigh, spd_inverse, widest
 from kfaccore.xp.fourier import fast_length, rfftn
 from kfaccore.xp.gram import average, gram
 from kfaccore.xp.scatter import add_at, segment_sum
@@ -44,4 +44,5 @@ __all__ = [
     "spd_inverse",
     "to_host",
     "widen",
+    "widest",
 ]
