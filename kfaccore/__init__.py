@@ -23,7 +23,7 @@ from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import Subsample, concat, expand, mean_mean, reduce, sum_sum
-from kfaccore.step import Fixed, SelfTuning
+from kfaccore.step import Fixed, IterateAverage, LineSearch, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,9 @@ __all__ = [
     "Identity",
     "Ids",
     "Info",
+    "IterateAverage",
     "KLClip",
+    "LineSearch",
     "Method",
     "NormConstraint",
     "Patches",
