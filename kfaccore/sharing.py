@@ -16,6 +16,11 @@ from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace
 
 
+def whole(record: Record) -> Record:
+    """The record itself: an example is all of its positions."""
+    return record
+
+
 def expand(record: Record) -> Record:
     """Each shared position becomes an example; n is kept. Exact when the shared axis survives to the loss.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 import kfaccore as kf
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
+from kfaccore.methods import cgfac
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -81,6 +82,11 @@ class Row:
     scale: Callable[[float], float] = lambda damping: damping
 
 
+def _cg(operator: Any = cgfac.Kron()) -> kf.CGFAC:  # noqa: B008 frozen
+    """CG-FAC iterated to the end: truncated, it is neither linear nor symmetric."""
+    return kf.CGFAC(operator, cgfac.CG(cgfac.cg.Residual(1e-15), 400), 96)
+
+
 METHODS = [
     Row("kfac", kf.KFAC(), one_example, _split(_pi)),
     Row("kfac-reduce", kf.KFAC(sharing=kf.reduce), constant_gradients, _split(_pi, reduced=True)),
@@ -94,6 +100,9 @@ METHODS = [
     Row("exact", kf.Exact(), anything),
     Row("skfac", kf.SKFAC(), one_example, _split(_pi)),
     Row("skfac-stacked", kf.SKFAC(branch=lambda rows, d: True, rows=96), one_example, _split(_pi)),
+    Row("cgfac", _cg(), one_example),
+    Row("cgfac-factored", _cg(cgfac.KronFactored(branch=lambda rows, d: True)), one_example, _split(_pi)),
+    Row("cgfac-empirical", _cg(cgfac.Empirical()), anything),
 ]
 
 

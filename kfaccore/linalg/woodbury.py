@@ -60,9 +60,17 @@ def times(v: Array, inverse: LowRank) -> Array:
     """v (A + c I)^-1 for any v (blocks, m, d), by a difference taken in the widest dtype; returned in it."""
     xp = namespace(v)
     rows, small, scale, shift = _wide(inverse)
+    scale, shift = scale[:, None, :], shift[:, None, None]
+
+    def once(v: Array) -> Array:
+        inner = xp.matmul(xp.matmul(v, rows.mT) * scale, small) * scale
+        return (v - xp.matmul(inner, rows)) / shift
+
     v = xp.astype(v, small.dtype)
-    inner = xp.matmul(xp.matmul(v, rows.mT) * scale[:, None, :], small) * scale[:, None, :]
-    return (v - xp.matmul(inner, rows)) / shift[:, None, None]
+    x = once(v)
+    if rows.shape[1] <= rows.shape[2]:
+        return x
+    return x + once(v - shift * x - xp.matmul(xp.matmul(x, rows.mT) * scale**2, rows))  # one refinement
 
 
 def times_rows(v: Array, inverse: LowRank) -> Array:

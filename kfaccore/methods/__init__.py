@@ -1,5 +1,6 @@
 """One file a method, named as its paper names it."""
 
+from kfaccore.methods.cgfac import CGFAC
 from kfaccore.methods.diagonal import Diagonal
 from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
@@ -14,6 +15,7 @@ CATALOGUE = {
     "identity": Identity,
     "exact": Exact,
     "skfac": SKFAC,
+    "cgfac": CGFAC,
 }
 
-__all__ = ["CATALOGUE", "EKFAC", "KFAC", "SKFAC", "Diagonal", "Exact", "Identity"]
+__all__ = ["CATALOGUE", "CGFAC", "EKFAC", "KFAC", "SKFAC", "Diagonal", "Exact", "Identity"]
