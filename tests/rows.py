@@ -10,7 +10,9 @@ import numpy as np
 
 import kfaccore as kf
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
+from kfaccore.linalg.cg import Residual
 from kfaccore.methods import cgfac
+from kfaccore.stacked.factors import always, never
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -84,7 +86,7 @@ class Row:
 
 def _cg(operator: Any = cgfac.Kron()) -> kf.CGFAC:  # noqa: B008 frozen
     """CG-FAC iterated to the end: truncated, it is neither linear nor symmetric."""
-    return kf.CGFAC(operator, cgfac.CG(cgfac.cg.Residual(1e-15), 400), 96)
+    return kf.CGFAC(operator, cgfac.CG(Residual(1e-15), 400), 96)
 
 
 METHODS = [
@@ -99,9 +101,9 @@ METHODS = [
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
     Row("exact", kf.Exact(), anything),
     Row("skfac", kf.SKFAC(), one_example, _split(_pi)),
-    Row("skfac-stacked", kf.SKFAC(branch=lambda rows, d: True, rows=96), one_example, _split(_pi)),
+    Row("skfac-stacked", kf.SKFAC(branch=always, rows=96, explicit=never), one_example, _split(_pi)),
     Row("cgfac", _cg(), one_example),
-    Row("cgfac-factored", _cg(cgfac.KronFactored(branch=lambda rows, d: True)), one_example, _split(_pi)),
+    Row("cgfac-factored", _cg(cgfac.KronFactored(branch=always)), one_example, _split(_pi)),
     Row("cgfac-empirical", _cg(cgfac.Empirical()), anything),
 ]
 

@@ -24,7 +24,7 @@ ALLOWED = {  # room: rooms it may import
     "sharing": {"xp", "tree", "linalg", "record"},
     "damping": {"xp", "tree", "linalg", "record"},
     "factors": {"xp", "tree", "linalg", "record"},
-    "stacked": {"xp", "tree", "linalg", "record", "factors"},
+    "stacked": {"xp", "tree", "linalg", "record", "factors", "damping", "sharing"},
     "fisher": {"xp", "tree", "linalg", "record"},
     "method": {"xp", "tree", "record"},
     "rescale": {"xp", "tree", "record"},

@@ -13,10 +13,10 @@ from kfaccore.linalg import stack as stacks
 from kfaccore.linalg import woodbury
 from kfaccore.method import cycle
 from kfaccore.methods.skfac import release
-from kfaccore.stacked.factors import always
+from kfaccore.stacked.factors import always, cheaper_dense, never
 
 ROWS = pytest.mark.parametrize("B", [1, 3, 7, 28])  # of d = 7
-LOW = kf.SKFAC(branch=always, rows=32)
+LOW = kf.SKFAC(branch=always, rows=32, explicit=never)
 
 
 def close(x, y, tolerance=1e-10):
@@ -49,6 +49,15 @@ def direction(method, a, g, V, damping=0.01, n=None):
     return kf.direction(kf.Record(a, g, n or len(a)), V, method, damping)
 
 
+def test_S2_the_cost_model_of_the_application(rng):
+    """rows < 0.414 d: two products with the rows and one with their system cost less than one with the inverse."""
+    for rows, d in ((41, 100), (42, 100)):
+        method = kf.SKFAC(rows=rows)
+        state = method.init(kf.Block(6, d), np.zeros(1))
+        assert isinstance(state.inverse_a, woodbury.LowRank) == (2 * rows * d + rows**2 < d**2) == (rows == 41)
+        assert cheaper_dense(rows, d) == (rows == 42)
+
+
 @ROWS
 @pytest.mark.parametrize("shift", [1e-4, 1e-2, 1.0, 1e6])
 def test_S1_woodbury_is_the_dense_inverse(B, shift, rng):
@@ -70,7 +79,8 @@ def test_S2_modes_agree(B, rng):
     )
     modes = {
         "lowrank": direction(LOW, a, g, DW),
-        "dense": direction(kf.SKFAC(branch=lambda rows, d: False), a, g, DW),
+        "dense": direction(kf.SKFAC(branch=never), a, g, DW),
+        "explicit": direction(kf.SKFAC(branch=always, rows=32, explicit=always), a, g, DW),
         "kfac": direction(kf.KFAC(), a, g, DW),
         "push-through": direction(LOW, a, g, factored)[0],
         "span": g.T @ small[0] @ small[1] @ a / B,
@@ -354,7 +364,7 @@ def float32_errors(record_rows, gradient_rows, damping=1e-8):
             kf.direction(
                 kf.Record(*(x.astype(t) for x in record_rows), float(record_rows[0].shape[0])),
                 kind(*(x.astype(t) for x in gradient_rows)),
-                kf.SKFAC(split=kf.equal, rows=64),
+                kf.SKFAC(split=kf.equal, rows=64, explicit=never),
                 damping,
             )
             for t in (np.float64, np.float32)

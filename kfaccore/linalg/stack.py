@@ -103,7 +103,7 @@ def scale(stack: Stack) -> side.Scale:
 
 
 def floored(shift: Array, mean: Array) -> tuple[Array, Array]:
-    """A shift (blocks,) that can be divided by, at least float64's eps of the mean eigenvalue, and where lifted to it."""
+    """A shift (blocks,) that can be divided by, at least float64's eps of the mean eigenvalue, and where lifted."""
     xp = namespace(shift)
     floor = eps(kernels.widest(shift), xp) * xp.where(mean > 0, mean, xp.ones_like(mean))
     return xp.where(shift > floor, shift, floor), shift <= floor

@@ -14,149 +14,21 @@ Cost: memory rows (d_in + d_out) and 4 d_in d_out; update a copy of the rows; no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import array_api_compat as aac
 
 from kfaccore import stacked
-from kfaccore.damping import Split, pi
-from kfaccore.factors import per_block
-from kfaccore.linalg import cg, span
-from kfaccore.linalg import stack as stacks
+from kfaccore.linalg import cg
 from kfaccore.linalg.cg import CG
-from kfaccore.linalg.stack import Stack
 from kfaccore.method import Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record
-from kfaccore.sharing import expand, whole
-from kfaccore.stacked import fisher
-from kfaccore.stacked.factors import Branch, fewer_rows
+from kfaccore.stacked.operators import Empirical, Kron, KronFactored
 from kfaccore.xp.arrays import Array, namespace, select
 from kfaccore.xp.codes import Code, choose
 
-Sharing = Callable[[Record], Record]
-
-
-@dataclass(frozen=True)
-class Kron:
-    """G (x) A + damping I from rows; a side of rows >= d is a matrix.
-
-    sharing         expand | reduce | mean_mean | Subsample(...)
-    branch          fewer_rows | always: when a side of (rows, d) is kept as rows
-    through_batch   None takes the cheaper product order; False forbids rows x rows arrays
-    """
-
-    sharing: Sharing = expand
-    branch: Branch = fewer_rows
-    through_batch: bool | None = None
-
-    def init(self, block: Block, like: Array, rows: int) -> Any:
-        return stacked.init(block, like, rows, self.branch)
-
-    def measure(self, parts: Any, record: Record) -> Any:
-        return stacked.measure(parts, self.sharing(record))
-
-    def combine(self, first: Any, second: Any) -> Any:
-        return stacked.combine(first, second)
-
-    def update(self, parts: Any, stats: Any, hyper: Hyper, donate: bool) -> Any:
-        return stacked.update(parts, stats, hyper, donate=donate)
-
-    def product(self, parts: Any, v: Array) -> Array:
-        """G v A."""
-        A, G = stacked.debiased(parts)
-        return stacked.product(G, v, A, self.through_batch)
-
-    def systems(self, parts: Any, damping: float | Array) -> tuple[cg.Map, ...]:
-        """Operators to solve with, one after the other."""
-        c = per_block(damping, parts.weight)[:, None, None]
-        return (lambda v: self.product(parts, v) + c * v,)
-
-    def diagonals(self, parts: Any, damping: float | Array) -> tuple[Array, ...]:
-        """Diagonal of each of `systems`."""
-        A, G = (stacked.diagonal(x) for x in stacked.debiased(parts))
-        return (G[:, :, None] * A[:, None, :] + per_block(damping, parts.weight)[:, None, None],)
-
-    def in_rows(self, parts: Any, v: Array, damping: float | Array) -> tuple[Array, Array]:
-        """The solution without iterations, and a code; ValueError unless both sides are rows."""
-        A, G = stacked.debiased(parts)
-        if not (isinstance(A, Stack) and isinstance(G, Stack)):
-            raise ValueError("InRows needs both sides as rows; a side has rows >= d: give the operator branch=always")
-        a, g = (x.rows * stacks.scales(x)[:, :, None] for x in (A, G))
-        c = per_block(damping, parts.weight)
-        return span.solve(g, a, v, c), choose(c > 0, Code.OK, Code.INDEFINITE)
-
-
-@dataclass(frozen=True)
-class KronFactored(Kron):
-    """(G + d_g I) (x) (A + d_a I) from rows: at convergence SKFAC's and K-FAC's own solution.
-
-    split       pi | equal | per_factor | Relative(...)
-    one_side    two systems, one a side, of about the root of the condition number
-    """
-
-    split: Split = pi
-    one_side: bool = False
-
-    def systems(self, parts: Any, damping: float | Array) -> tuple[cg.Map, ...]:
-        A, G = stacked.debiased(parts)
-        d_a, d_g = (x[:, None, None] for x in self._shifts(A, G, damping))
-
-        def right(v: Array) -> Array:
-            return stacked.times(v, A) + d_a * v
-
-        def left(v: Array) -> Array:
-            return stacked.times(v.mT, G).mT + d_g * v
-
-        return (right, left) if self.one_side else (lambda v: left(right(v)),)
-
-    def diagonals(self, parts: Any, damping: float | Array) -> tuple[Array, ...]:
-        A, G = stacked.debiased(parts)
-        d_a, d_g = (x[:, None] for x in self._shifts(A, G, damping))
-        a, g = (stacked.diagonal(A) + d_a)[:, None, :], (stacked.diagonal(G) + d_g)[:, :, None]
-        return (a, g) if self.one_side else (g * a,)
-
-    def in_rows(self, parts: Any, v: Array, damping: float | Array) -> tuple[Array, Array]:
-        raise ValueError("KronFactored in the space of its rows is SKFAC: use that method")
-
-    def _shifts(self, A: Any, G: Any, damping: float | Array) -> tuple[Array, Array]:
-        return self.split.shifts(stacked.scale(A), stacked.scale(G), damping)
-
-
-@dataclass(frozen=True)
-class Empirical:
-    """F + damping I of the newest examples: not a Kronecker product, and not K-FAC's block.
-
-    sharing     whole (an example is all its positions, exact) | expand (every position one) | reduce
-    """
-
-    sharing: Sharing = whole
-
-    def init(self, block: Block, like: Array, rows: int) -> Any:
-        return fisher.init(block, like, rows)
-
-    def measure(self, parts: Any, record: Record) -> Any:
-        return fisher.measure(parts, self.sharing(record))
-
-    def combine(self, first: Any, second: Any) -> Any:
-        return fisher.combine(first, second)
-
-    def update(self, parts: Any, stats: Any, hyper: Hyper, donate: bool) -> Any:
-        return fisher.update(parts, stats, hyper)
-
-    def product(self, parts: Any, v: Array) -> Array:
-        return fisher.product(parts, v)
-
-    def systems(self, parts: Any, damping: float | Array) -> tuple[cg.Map, ...]:
-        c = per_block(damping, parts.weight)[:, None, None]
-        return (lambda v: fisher.product(parts, v) + c * v,)
-
-    def diagonals(self, parts: Any, damping: float | Array) -> tuple[Array, ...]:
-        return (fisher.diagonal(parts) + per_block(damping, parts.weight)[:, None, None],)
-
-    def in_rows(self, parts: Any, v: Array, damping: float | Array) -> tuple[Array, Array]:
-        return fisher.solve(parts, v, per_block(damping, parts.weight))
+__all__ = ["CG", "CGFAC", "Empirical", "InRows", "Kron", "KronFactored"]
 
 
 @dataclass(frozen=True)
@@ -190,7 +62,7 @@ class CGFAC:
     """
 
     operator: Any = field(default=Kron())
-    solver: CG | InRows = CG()
+    solver: CG | InRows = field(default=CG())
     rows: int = 512
     cycles: ClassVar[int] = 1
 

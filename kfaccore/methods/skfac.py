@@ -1,14 +1,15 @@
 """SKFAC: K-FAC's x = (G + d_g I)^-1 V (A + d_a I)^-1 with each inverse taken by Woodbury where rows are fewer than d.
 
 A side of fewer rows than its dimension is kept as rows: (Y^T Y / m + d I)^-1 = (I - Y^T (Y Y^T + m d I)^-1 Y) / d, a
-system of m x m, never d x d. The rows are a ring of the newest batches, weighted by the moving average (exact for
+system of m x m. The rows are a ring of the newest batches, weighted by the moving average (exact for
 those that fit); `rank` rows of it may hold the best approximation of what left. V not multiplied out, whose rows are
 the factor's own, is solved by push-through, without the difference.
 
 Exact where K-FAC is, with the sharing that fits.
 Source: Tang et al. 2021 (CVPR, SKFAC); the average, compression and push-through are ours.
 Cost: update a copy of rows d; refresh rows^2 d + rows^3 a side; solve 2 rows d_in d_out a side, or rows^2 d on V not
-multiplied out; memory rows (d + rows). A side with rows >= d costs what K-FAC's does.
+multiplied out; memory rows (d + rows). A side with rows >= d costs what K-FAC's does, and so does a solve with a side
+whose rows are more than about 0.4 d, where the inverse is multiplied out (`explicit`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kfaccore.linalg.woodbury import LowRank
 from kfaccore.method import Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.sharing import expand, mean_mean
-from kfaccore.stacked.factors import Branch, Factors, Stats, always, fewer_rows
+from kfaccore.stacked.factors import Branch, Factors, Stats, always, cheaper_dense, fewer_rows
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -55,6 +56,7 @@ class SKFAC:
     branch    fewer_rows | always: when a side of (rows, d) is kept as rows
     rows      capacity of a side kept as rows, where Block.rows is 0; a larger batch is compressed to it
     rank      rows of the capacity that hold the compressed past; 0 drops it
+    explicit  cheaper_dense | always | never: when a side of (rows, d) kept as rows holds its inverse as a matrix
     """
 
     sharing: Callable[[Record], Record] = expand
@@ -62,6 +64,7 @@ class SKFAC:
     branch: Branch = fewer_rows
     rows: int = 512
     rank: int = 0
+    explicit: Branch = cheaper_dense
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -74,8 +77,8 @@ class SKFAC:
         if 0 < block.rows <= self.rank:
             raise ValueError(f"{block} leaves no row beside rank={self.rank}; need Block.rows above it")
         factors = stacked.init(block, like, self.rows, self.branch)
-        parts = (woodbury.identity(x) if isinstance(x, Stack) else side.identity(x) for x in (factors.A, factors.G))
-        return State(factors, *parts, stacked.unrefreshed(block, like))
+        a, g = (self._identity(x) for x in (factors.A, factors.G))
+        return State(factors, a, g, stacked.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         return stacked.measure(state.factors, self.sharing(record))
@@ -89,8 +92,8 @@ class SKFAC:
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G = stacked.debiased(state.factors)
         d_a, d_g = self.split.shifts(stacked.scale(A), stacked.scale(G), hyper.damping)
-        a, code_a = _inverse(A, d_a)
-        g, code_g = _inverse(G, d_g)
+        a, code_a = self._inverse(A, d_a)
+        g, code_g = self._inverse(G, d_g)
         code, old = namespace(code_a).maximum(code_a, code_g), (state.inverse_a, state.inverse_g)
         (a, g), code = accepted((a, g), code, old, state.code, state.weight)
         return replace(state, inverse_a=a, inverse_g=g, code=code)
@@ -103,13 +106,29 @@ class SKFAC:
         A, G = stacked.debiased(state.factors)
         return stacked.product(G, v, A)
 
+    def _dense(self, factor: Stack) -> bool:
+        return self.explicit(factor.rows.shape[1], factor.rows.shape[2])
 
-release = SKFAC(mean_mean, equal, always)  # the authors' settings: means over positions, sqrt(damping) on each factor,
-# the batch's own small system whatever its size; give Block.rows the batch size, so that a batch replaces the last
+    def _identity(self, factor: Any) -> Any:
+        if not isinstance(factor, Stack):
+            return side.identity(factor)
+        blocks, _, d = factor.rows.shape
+        if self._dense(factor):
+            return side.identity(side.zeros(blocks, d, False, factor.rows))
+        return woodbury.identity(factor)
+
+    def _inverse(self, factor: Any, shift: Array) -> tuple[Any, Array]:
+        if not isinstance(factor, Stack):
+            return side.inverse(factor, shift)
+        found, code = woodbury.inverse(factor, shift)
+        if self._dense(factor):
+            return namespace(shift).astype(woodbury.dense(found), factor.rows.dtype), code
+        return found, code
 
 
-def _inverse(factor: Any, shift: Array) -> tuple[Any, Array]:
-    return woodbury.inverse(factor, shift) if isinstance(factor, Stack) else side.inverse(factor, shift)
+release = SKFAC(mean_mean, equal, always, explicit=always)
+"""The authors' settings: means over positions, sqrt(damping) on each factor, the batch's own small system whatever its
+size, inverses multiplied out. Give Block.rows the batch size, so that a batch replaces the last."""
 
 
 def _size(inverse: Any) -> int:

@@ -35,6 +35,16 @@ def always(rows: int, d: int) -> bool:
     return True
 
 
+def never(rows: int, d: int) -> bool:
+    """Whatever their number, not."""
+    return False
+
+
+def cheaper_dense(rows: int, d: int) -> bool:
+    """Where one product with a d x d inverse is less than 2 with the rows and one with their small system."""
+    return 2 * rows * d + rows * rows > d * d
+
+
 @dataclass(frozen=True)
 class Factors:
     """A and G, each a Stack (debiased by itself) or a matrix times `weight` (blocks,); A may be diagonal."""

@@ -103,8 +103,8 @@ def update(state: Examples, stats: Stats, hyper: Any) -> Examples:
     old = (state.a[:, :kept, :], state.g[:, :kept, :], share, mass, shifted[:, :kept])
     before = (state.a, state.g, state.share, state.mass, state.number)
     pairs = zip(new, old, before, strict=True)
-    leaves = [select(ok, xp.concat([n, o], axis=1), b) for n, o, b in pairs]
-    return Examples(*leaves, xp.where(ok, decay * state.weight + (1 - decay), state.weight))
+    a, g, share, mass, number = (select(ok, xp.concat([n, o], axis=1), b) for n, o, b in pairs)
+    return Examples(a, g, share, mass, number, xp.where(ok, decay * state.weight + (1 - decay), state.weight))
 
 
 def product(state: Examples, v: Array) -> Array:
