@@ -152,6 +152,7 @@ class _System:
         top = xp.where(good & (gain > top), gain, top)
         alpha = (xp.where(good, rz, zero) / xp.where(good, pq, ones))[:, None, None]
         k, x, r = k + 1, x + alpha * p, r - alpha * select(good, q, xp.zeros_like(q))
+        del q
         (r,) = loop(lambda _: k % _RENEW == 0, lambda _: (self.b - self.operator(x),), (r,), 1)
         z = self._preconditioned(r)
         new = _dot(r, z)
@@ -169,12 +170,13 @@ class _System:
     def _noted(self, phi: Array, k: Array, x: Array, r: Array) -> Array:
         xp = namespace(x)
         index = xp.arange(self.limit + 1, dtype=xp.int32, device=aac.device(x))
-        return xp.where(index == k, -0.5 * _dot(x, r + self.b)[:, None], phi)
+        return xp.where(index == k, -0.5 * (_dot(x, r) + _dot(x, self.b))[:, None], phi)
 
     def _preconditioned(self, r: Array) -> Array:
         return r if self.precondition is None else self.precondition(r)
 
 
 def _dot(x: Array, y: Array) -> Array:
-    """<x, y> of each block."""
-    return namespace(x).sum(x * y, axis=(-2, -1))
+    """<x, y> of each block, (blocks,), without an array like x."""
+    xp = namespace(x)
+    return xp.matmul(xp.reshape(x, (x.shape[0], 1, -1)), xp.reshape(y, (y.shape[0], -1, 1)))[:, 0, 0]

@@ -138,6 +138,13 @@ def diagonal(state: Examples) -> Array:
     return xp.matmul((state.g**2 * shares(state)[:, :, None]).mT, state.a**2)
 
 
+def mean_eigenvalue(state: Examples) -> Array:
+    """tr(F) / (d_in d_out) if every row were an example of its own, (blocks,)."""
+    xp = namespace(state.a)
+    squares = xp.sum(state.a**2, axis=-1) * xp.sum(state.g**2, axis=-1) * shares(state)
+    return xp.sum(squares, axis=-1) / (state.a.shape[-1] * state.g.shape[-1])
+
+
 def solve(state: Examples, v: Array, shift: Array) -> tuple[Array, Array]:
     """(F + shift I)^-1 v for any v and shift (blocks,), by a system of the size of the rows; and a code.
 

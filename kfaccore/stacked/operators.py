@@ -76,8 +76,9 @@ class Kron:
         if not (isinstance(A, Stack) and isinstance(G, Stack)):
             raise ValueError("InRows needs both sides as rows; a side has rows >= d: give the operator branch=always")
         a, g = (x.rows * stacks.scales(x)[:, :, None] for x in (A, G))
-        c = per_block(damping, parts.weight)
-        return span.solve(g, a, v, c), choose(c > 0, Code.OK, Code.INDEFINITE)
+        mean = factors.scale(A).mean * factors.scale(G).mean
+        c, lifted = stacks.floored(per_block(damping, parts.weight), mean)
+        return span.solve(g, a, v, c), choose(lifted, Code.JITTERED, Code.OK)
 
 
 @dataclass(frozen=True)
@@ -148,4 +149,7 @@ class Empirical:
         return (fisher.diagonal(parts) + per_block(damping, parts.weight)[:, None, None],)
 
     def in_rows(self, parts: Any, v: Array, damping: float | Array) -> tuple[Array, Array]:
-        return fisher.solve(parts, v, per_block(damping, parts.weight))
+        mean = fisher.mean_eigenvalue(parts)
+        c, lifted = stacks.floored(per_block(damping, parts.weight), mean)
+        x, code = fisher.solve(parts, v, c)
+        return x, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
