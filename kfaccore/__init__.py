@@ -16,7 +16,7 @@ from kfaccore.io import load, metadata, save
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
-from kfaccore.methods import CGFAC, EKFAC, KFAC, SKFAC, Diagonal, Exact, Identity
+from kfaccore.methods import CGFAC, EKFAC, FNGD, KFAC, SKFAC, Diagonal, Exact, Identity
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CGFAC",
     "EKFAC",
+    "FNGD",
     "KFAC",
     "SKFAC",
     "Bernoulli",

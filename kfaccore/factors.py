@@ -104,7 +104,7 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
     xp = namespace(record.g)
     total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
     chunk = record.batch if record.shared == 1 else max(1, _CHUNK // (record.d_out * record.d_in * record.blocks))
-    for start, a in _input_chunks(record, chunk):
+    for start, a in input_chunks(record, chunk):
         a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
         for draw in range(record.draws):
             g = record.g[draw, :, start : start + a.shape[1], :, :]
@@ -157,7 +157,7 @@ def gram_of_inputs(record: Record) -> Array:
     return kernels.gram(xp.reshape(a, (record.blocks, -1, record.d_in)))
 
 
-def _input_chunks(record: Record, chunk: int) -> Any:
+def input_chunks(record: Record, chunk: int) -> Any:
     """(first example, a of the next `chunk` examples), unfolding patches only one chunk at a time."""
     if isinstance(record.a, Patches) and record.mask is None:
         start = 0

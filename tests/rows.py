@@ -105,6 +105,7 @@ METHODS = [
     Row("cgfac", _cg(), one_example),
     Row("cgfac-factored", _cg(cgfac.KronFactored(branch=always)), one_example, _split(_pi)),
     Row("cgfac-empirical", _cg(cgfac.Empirical()), anything),
+    Row("fngd", kf.FNGD(), anything),
 ]
 
 

@@ -4,6 +4,7 @@ from kfaccore.methods.cgfac import CGFAC
 from kfaccore.methods.diagonal import Diagonal
 from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
+from kfaccore.methods.fngd import FNGD
 from kfaccore.methods.identity import Identity
 from kfaccore.methods.kfac import KFAC
 from kfaccore.methods.skfac import SKFAC
@@ -16,6 +17,7 @@ CATALOGUE = {
     "exact": Exact,
     "skfac": SKFAC,
     "cgfac": CGFAC,
+    "fngd": FNGD,
 }
 
-__all__ = ["CATALOGUE", "CGFAC", "EKFAC", "KFAC", "SKFAC", "Diagonal", "Exact", "Identity"]
+__all__ = ["CATALOGUE", "CGFAC", "EKFAC", "FNGD", "KFAC", "SKFAC", "Diagonal", "Exact", "Identity"]

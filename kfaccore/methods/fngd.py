@@ -1,0 +1,202 @@
+"""FNGD: x = sum_i c_i J_i with (K + n damping I) c = 1 and K the inner products of the examples' gradients J.
+
+That is (F + damping I)^-1 of the batch's own gradient, F empirical: records must hold the training loss's own g. In the
+first epoch (`steps` steps) coefficients are computed; afterwards they are shared and the shell multiplies the output
+gradients by them on the weight path (`weighted`), so that the ordinary weight gradient already is the direction: no
+solve, no record, no second product. Kept is beta = n c, which does not depend on the batch size; beta = 1 is SGD.
+
+Exact while coefficients are computed: for any gradient, in the layer. Shared ones promise nothing, not even descent.
+Source: Ou et al. 2024 (2403.03473), of which abstract and introduction were open to us; how coefficients are matched
+between epochs is not in them: the four ways are our reading, and `scalar` (a rate a layer) the one to beat.
+Cost: first epoch batch^2 (d_in + d_out) + batch^3 and up to two weight gradients; later batch d_out; memory the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import array_api_compat as aac
+
+from kfaccore import factors
+from kfaccore import xp as kernels
+from kfaccore.linalg import table
+from kfaccore.linalg.patches import Patches
+from kfaccore.linalg.table import Table
+from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.record import Factored, Ids, Record
+from kfaccore.sharing import expand, whole
+from kfaccore.stacked import units
+from kfaccore.stacked.shares import Position, Share, mean_vector, position, sample, scalar_rate
+from kfaccore.xp.arrays import Array, all_finite, loop, namespace, scalar, select
+from kfaccore.xp.codes import Code, choose
+
+__all__ = ["FNGD", "mean_vector", "position", "sample", "scalar_rate"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Sums of beta and how many (blocks, entries); weight (blocks,), 1 once a record was seen; code (blocks,)."""
+
+    betas: Table
+    weight: Array
+    code: Array
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Nothing but how many records were not finite: the rows are used at `solve`."""
+
+    bad: Array
+
+
+@dataclass(frozen=True)
+class FNGD(Additive):
+    """Shared coefficients of per-example gradients; see the module.
+
+    share      mean_vector | position | sample | scalar_rate
+    steps      steps of an epoch; 0 computes coefficients at every step
+    every      epochs between epochs that compute; 0: only the first does
+    sharing    whole (a unit is an example) | expand (a position) | reduce (an example, its K approximate)
+    slots      most units of a batch, where Block.rows is 0
+    relative   damping in units of tr(K) / n^2
+    """
+
+    share: Share = mean_vector
+    steps: int = 100
+    every: int = 0
+    sharing: Callable[[Record], Record] = whole
+    slots: int = 512
+    relative: bool = False
+    cycles: ClassVar[int] = 1
+    rows_at_solve: ClassVar[bool] = True
+    own_gradients: ClassVar[bool] = True
+
+    def init(self, block: Block, like: Array) -> State:
+        size = self.share.size(block.samples, block.rows or self.slots, max(self.steps, 1))
+        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
+        return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
+
+    def rests(self, hyper: Hyper) -> bool | Array:
+        """Whether the step uses shared coefficients: no record is needed, and gradients come weighted."""
+        if not self.steps:
+            return False
+        epoch = hyper.step // self.steps
+        return epoch % self.every != 0 if self.every else epoch > 0
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        xp = namespace(record.g)
+        fine = xp.all(all_finite(record.g, 2), axis=0)
+        if isinstance(record.a, Patches):
+            fine = fine & xp.all(xp.isfinite(record.a.image))
+        elif not isinstance(record.a, Ids):
+            fine = fine & all_finite(record.a)
+        return Stats(xp.astype(~fine, record.g.dtype))
+
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+        xp = namespace(state.weight)
+        return replace(state, weight=xp.where(stats.bad == 0, xp.ones_like(state.weight), state.weight))
+
+    def refresh(self, state: State, hyper: Hyper) -> State:
+        return replace(state, code=choose(state.weight > 0, Code.OK, state.code))
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        xp, rests = namespace(state.weight), self.rests(hyper)
+        if record is None:
+            v = grad.dense() if isinstance(grad, Factored) else grad
+            v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
+            waits = ~xp.asarray(rests) | (state.code == int(Code.IDENTITY))
+            (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)  # not the caller's
+            return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
+        _, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
+        own, record = self._own(record, grad), self.sharing(record)
+        inverse, shift, code = self._inverse(record, hyper.damping)
+        c = xp.sum(inverse, axis=-1)
+
+        def general(_: Any) -> tuple[Array]:
+            v = _dense(grad, record)
+            y = xp.matmul(inverse, units.inner(record, v)[:, :, None])[:, :, 0]
+            return ((v - units.combined(record, y)) / shift[:, None, None],)
+
+        x = (units.combined(record, c) * (scalar(record.n, c) / scalar(grad.n, c)),) if own is not None else general(0)
+        if own is not None:
+            x = loop(lambda _: ~xp.all(own), lambda x: (select(own, x[0], general(0)[0]),), x, 1)
+        fresh = state.code == int(Code.IDENTITY)
+        (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, record), x[0]),), x, 1)
+        ok = (code < int(Code.INDEFINITE)) & ~fresh & ~xp.asarray(rests)
+        if record.draws == 1 and self.steps:
+            turn = hyper.step % self.steps
+            beta = c * scalar(record.n, c)
+            index = self._index(state, beta.shape[-1], record.ids, turn)
+            betas = table.added(state.betas, index, beta, ok & xp.all(xp.isfinite(beta), axis=-1), turn == 0)
+            state = replace(state, betas=betas)
+        return finish(x, choose(fresh, Code.IDENTITY, code), state, squeeze)
+
+    def weighted(self, state: State, g: Array, hyper: Hyper, ids: Array | None = None) -> Array:
+        """g for the weight path: times beta while coefficients are shared, as it is otherwise.
+
+        g (batch, [positions,] d_out) or with blocks first; ids (batch,).
+        """
+        rests = self.rests(hyper)
+        if rests is False:
+            return g
+        xp = namespace(g)
+        g4 = xp.reshape(g, (state.code.shape[0], *_axes(g, state.code.shape[0])))
+        per_position = self.sharing is expand
+        count = g4.shape[1] * (g4.shape[2] if per_position else 1)
+        ids = xp.repeat(ids, g4.shape[2]) if per_position and ids is not None else ids
+        beta = table.read(state.betas, self._index(state, count, ids, hyper.step % self.steps))
+        beta = xp.reshape(beta, (beta.shape[0], g4.shape[1], -1, 1))
+        beta = xp.where(xp.asarray(rests), beta, xp.ones_like(beta))
+        return xp.reshape(g4 * xp.astype(beta, g.dtype), g.shape)
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        raise TypeError("FNGD keeps coefficients, not curvature: CGFAC(Empirical()) has its F")
+
+    def _index(self, state: State, units: int, ids: Array | None, turn: int | Array) -> Array:
+        xp, size = namespace(state.weight), state.betas.total.shape[1]
+        slot = xp.arange(units, dtype=xp.int64, device=aac.device(state.weight))
+        return self.share.index(slot, ids, turn, size // self.steps if isinstance(self.share, Position) else size)
+
+    def _inverse(self, record: Record, damping: float | Array) -> tuple[Array, Array, Array]:
+        """(K + n damping I)^-1, damping (blocks,), and a code; a damping of 0 is lifted to eps of the mean of F."""
+        xp = namespace(record.g)
+        K = units.gram(record)
+        eye = xp.eye(K.shape[-1], dtype=K.dtype, device=aac.device(K))
+        mean = xp.sum(xp.linalg.diagonal(K), axis=-1) / scalar(record.n, K)
+        shift = factors.per_block(damping, mean)
+        if self.relative:
+            unit = mean / scalar(record.n, K)
+            shift = shift * xp.where(unit > 1e-12, unit, xp.zeros_like(unit) + 1e-12)
+        floor = kernels.eps(K.dtype, xp) * xp.where(mean > 0, mean, xp.ones_like(mean)) / K.shape[-1]
+        lifted = shift <= floor
+        shift = xp.where(lifted, floor, shift)
+        inverse, code = kernels.spd_inverse(K + (shift * scalar(record.n, K))[:, None, None] * eye)
+        return inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
+
+    def _own(self, record: Record, grad: Any) -> Array | None:
+        """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""
+        xp = namespace(record.g)
+        arrays = isinstance(grad, Factored) and not isinstance(record.a, Ids | Patches)
+        if not arrays or grad.g.shape != record.g.shape[1:] or record.draws != 1:
+            return None
+        if record.shared > 1 and self.sharing not in (whole, expand):
+            return None
+        axes = (-3, -2, -1)
+        return xp.all(grad.g == record.g[0, ...], axis=axes) & xp.all(grad.a == record.a, axis=axes)
+
+
+def _dense(grad: Any, record: Record) -> Array:
+    """The gradient (blocks, d_out, d_in)."""
+    if isinstance(grad, Factored):
+        return grad.dense()
+    return gradient(grad, (record.blocks, record.d_out, record.d_in))[0]
+
+
+def _axes(g: Array, blocks: int) -> tuple[int, int, int]:
+    """(batch, positions, d_out) of output gradients with or without axes of blocks and positions."""
+    shape = g.shape[1:] if g.ndim == 4 else g.shape
+    if blocks > 1 and g.ndim != 4:
+        raise ValueError(f"g has shape {tuple(g.shape)}; need (blocks, batch, positions, d_out) for {blocks} blocks")
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else tuple(shape)
