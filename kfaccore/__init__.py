@@ -24,6 +24,7 @@ from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import Subsample, concat, expand, mean_mean, reduce, sum_sum
 from kfaccore.step import Fixed, IterateAverage, LineSearch, SelfTuning
+from kfaccore.weighting import own_gradients, weighted
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ __all__ = [
     "mean_mean",
     "metadata",
     "monte_carlo",
+    "own_gradients",
     "per_factor",
     "pi",
     "reduce",
@@ -86,4 +88,5 @@ __all__ = [
     "sum_sum",
     "top_eigenvalue",
     "type2",
+    "weighted",
 ]

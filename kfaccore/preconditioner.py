@@ -18,6 +18,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
 from kfaccore.step import Fixed, Rule
+from kfaccore.weighting import resting, rows_at_solve
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace, to_host
 
@@ -110,7 +111,7 @@ class Preconditioner:
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
-        return self.rule.needs_records or state.step % self.clocks.update == 0
+        return self.rule.needs_records or (state.step % self.clocks.update == 0 and not resting(self, state))
 
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
@@ -186,7 +187,7 @@ class Preconditioner:
             refused = stats.bad > 0
         if refreshed:
             state = method.refresh(state, hyper)
-        newest = records[-1] if records and getattr(method, "rows_at_solve", False) else None
+        newest = reduce(concat, records) if records and rows_at_solve(self, name, hyper) else None
         solution = method.solve(state, grad, hyper, newest)
         wanted = getattr(grad, "g", grad).dtype
         if like is not None and solution.direction.dtype != wanted and solution.direction.dtype == like.dtype:

@@ -1,9 +1,10 @@
 """FNGD: x = sum_i c_i J_i with (K + n damping I) c = 1 and K the inner products of the examples' gradients J.
 
 That is (F + damping I)^-1 of the batch's own gradient, F empirical: records must hold the training loss's own g. In the
-first epoch (`steps` steps) coefficients are computed; afterwards they are shared and the shell multiplies the output
-gradients by them on the weight path (`weighted`), so that the ordinary weight gradient already is the direction: no
-solve, no record, no second product. Kept is beta = n c, which does not depend on the batch size; beta = 1 is SGD.
+first epoch (`steps` steps, each with a record) coefficients are computed; afterwards they are shared and the shell
+multiplies the output gradients by them on the weight path (`weighted`), so that the ordinary weight gradient already is
+the direction: no solve, no record, no second product. Kept is beta = n c, which does not depend on the batch size;
+beta = 1 is SGD.
 
 Exact while coefficients are computed: for any gradient, in the layer. Shared ones promise nothing, not even descent.
 Source: Ou et al. 2024 (2403.03473), of which abstract and introduction were open to us; how coefficients are matched
@@ -20,7 +21,6 @@ from typing import Any, ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors
-from kfaccore import xp as kernels
 from kfaccore.linalg import table
 from kfaccore.linalg.patches import Patches
 from kfaccore.linalg.table import Table
@@ -28,7 +28,7 @@ from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.sharing import expand, whole
 from kfaccore.stacked import units
-from kfaccore.stacked.shares import Position, Share, mean_vector, position, sample, scalar_rate
+from kfaccore.stacked.shares import Share, entries, epochs_rest, mean_vector, position, sample, scalar_rate
 from kfaccore.xp.arrays import Array, all_finite, loop, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 
@@ -80,10 +80,7 @@ class FNGD(Additive):
 
     def rests(self, hyper: Hyper) -> bool | Array:
         """Whether the step uses shared coefficients: no record is needed, and gradients come weighted."""
-        if not self.steps:
-            return False
-        epoch = hyper.step // self.steps
-        return epoch % self.every != 0 if self.every else epoch > 0
+        return epochs_rest(hyper.step, self.steps, self.every)
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         xp = namespace(record.g)
@@ -111,7 +108,7 @@ class FNGD(Additive):
             return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
         _, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
         own, record = self._own(record, grad), self.sharing(record)
-        inverse, shift, code = self._inverse(record, hyper.damping)
+        inverse, shift, code = units.damped_inverse(units.gram(record), record.n, hyper.damping, self.relative)
         c = xp.sum(inverse, axis=-1)
 
         def general(_: Any) -> tuple[Array]:
@@ -124,12 +121,11 @@ class FNGD(Additive):
             x = loop(lambda _: ~xp.all(own), lambda x: (select(own, x[0], general(0)[0]),), x, 1)
         fresh = state.code == int(Code.IDENTITY)
         (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, record), x[0]),), x, 1)
-        ok = (code < int(Code.INDEFINITE)) & ~fresh & ~xp.asarray(rests)
+        ok = (code < int(Code.INDEFINITE)) & ~fresh & ~xp.asarray(rests) & xp.all(xp.isfinite(c), axis=-1)
         if record.draws == 1 and self.steps:
-            turn = hyper.step % self.steps
             beta = c * scalar(record.n, c)
-            index = self._index(state, beta.shape[-1], record.ids, turn)
-            betas = table.added(state.betas, index, beta, ok & xp.all(xp.isfinite(beta), axis=-1), turn == 0)
+            index = self._index(state, beta.shape[-1], record.ids, hyper.step)
+            betas = table.added(state.betas, index, beta, ok, hyper.step % self.steps == 0)
             state = replace(state, betas=betas)
         return finish(x, choose(fresh, Code.IDENTITY, code), state, squeeze)
 
@@ -146,7 +142,7 @@ class FNGD(Additive):
         per_position = self.sharing is expand
         count = g4.shape[1] * (g4.shape[2] if per_position else 1)
         ids = xp.repeat(ids, g4.shape[2]) if per_position and ids is not None else ids
-        beta = table.read(state.betas, self._index(state, count, ids, hyper.step % self.steps))
+        beta = table.read(state.betas, self._index(state, count, ids, hyper.step))
         beta = xp.reshape(beta, (beta.shape[0], g4.shape[1], -1, 1))
         beta = xp.where(xp.asarray(rests), beta, xp.ones_like(beta))
         return xp.reshape(g4 * xp.astype(beta, g.dtype), g.shape)
@@ -154,26 +150,8 @@ class FNGD(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         raise TypeError("FNGD keeps coefficients, not curvature: CGFAC(Empirical()) has its F")
 
-    def _index(self, state: State, units: int, ids: Array | None, turn: int | Array) -> Array:
-        xp, size = namespace(state.weight), state.betas.total.shape[1]
-        slot = xp.arange(units, dtype=xp.int64, device=aac.device(state.weight))
-        return self.share.index(slot, ids, turn, size // self.steps if isinstance(self.share, Position) else size)
-
-    def _inverse(self, record: Record, damping: float | Array) -> tuple[Array, Array, Array]:
-        """(K + n damping I)^-1, damping (blocks,), and a code; a damping of 0 is lifted to eps of the mean of F."""
-        xp = namespace(record.g)
-        K = units.gram(record)
-        eye = xp.eye(K.shape[-1], dtype=K.dtype, device=aac.device(K))
-        mean = xp.sum(xp.linalg.diagonal(K), axis=-1) / scalar(record.n, K)
-        shift = factors.per_block(damping, mean)
-        if self.relative:
-            unit = mean / scalar(record.n, K)
-            shift = shift * xp.where(unit > 1e-12, unit, xp.zeros_like(unit) + 1e-12)
-        floor = kernels.eps(K.dtype, xp) * xp.where(mean > 0, mean, xp.ones_like(mean)) / K.shape[-1]
-        lifted = shift <= floor
-        shift = xp.where(lifted, floor, shift)
-        inverse, code = kernels.spd_inverse(K + (shift * scalar(record.n, K))[:, None, None] * eye)
-        return inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
+    def _index(self, state: State, units: int, ids: Array | None, step: int | Array) -> Array:
+        return entries(self.share, units, ids, step, self.steps, state.betas.total.shape[1], state.weight)
 
     def _own(self, record: Record, grad: Any) -> Array | None:
         """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""

@@ -9,7 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import array_api_compat as aac
+
 from kfaccore.xp.arrays import Array, namespace, scalar
+
+
+def epochs_rest(step: int | Array, steps: int, every: int) -> bool | Array:
+    """Whether `step` is in an epoch of `steps` that shares: every one but the first, or but each `every`-th."""
+    if not steps:
+        return False
+    epoch = step // steps
+    return epoch % every != 0 if every else epoch > 0
+
+
+def entries(
+    share: Share, units: int, ids: Array | None, step: int | Array, steps: int, size: int, like: Array
+) -> Array:
+    """Entries (units,) of the units of the batch at `step`, in a table of `size`; ValueError where they do not fit."""
+    slot = namespace(like).arange(units, dtype=namespace(like).int64, device=aac.device(like))
+    return share.index(slot, ids, step % steps, size // steps if isinstance(share, Position) else size)
 
 
 class Share(Protocol):

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import array_api_compat as aac
+
 from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.linalg.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.codes import Code, choose
 
 _CHUNK = 1 << 22  # elements of a slice of J, or of unfolded patches
 
@@ -52,6 +55,28 @@ def combined(record: Record, y: Array) -> Array:
         rows_a, rows_g = (xp.reshape(x, (record.blocks, -1, x.shape[-1])) for x in (a, g[0, ...]))
         total = total + xp.matmul(rows_g.mT, rows_a)
     return total
+
+
+def damped_inverse(
+    K: Array, n: float | Array, damping: float | Array, relative: bool = False
+) -> tuple[Array, Array, Array]:
+    """(K + n damping I)^-1, damping (blocks,), and a code; a damping of 0 is lifted to eps of the mean eigenvalue.
+
+    relative: damping in units of tr(K) / n^2, at least 1e-12.
+    """
+    xp = namespace(K)
+    size = K.shape[-1]
+    trace = xp.sum(xp.linalg.diagonal(K), axis=-1) / kernels.scalar(n, K)
+    shift = factors.per_block(damping, trace)
+    if relative:
+        unit = trace / kernels.scalar(n, K)
+        shift = shift * xp.where(unit > 1e-12, unit, xp.zeros_like(unit) + 1e-12)
+    floor = kernels.eps(K.dtype, xp) * xp.where(trace > 0, trace, xp.ones_like(trace)) / size
+    lifted = shift <= floor
+    shift = xp.where(lifted, floor, shift)
+    eye = xp.eye(size, dtype=K.dtype, device=aac.device(K))
+    inverse, code = kernels.spd_inverse(K + (shift * kernels.scalar(n, K))[:, None, None] * eye)
+    return inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
 
 
 def _by_pairs(record: Record) -> Array:

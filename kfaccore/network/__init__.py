@@ -1,0 +1,5 @@
+"""Network-level methods: the names of a method, on dicts {layer: ...} of one batch with the same draws."""
+
+from kfaccore.network.fngd import GlobalFNGD
+
+__all__ = ["GlobalFNGD"]
