@@ -86,6 +86,11 @@ def times(v: Array, stack: Stack) -> Array:
     return xp.matmul(xp.matmul(v, stack.rows.mT) * weights[:, None, :], stack.rows)
 
 
+def dense(stack: Stack) -> Array:
+    """A itself, (blocks, d, d)."""
+    return kernels.gram(stack.rows * scales(stack)[:, :, None])
+
+
 def diagonal(stack: Stack) -> Array:
     """diag(A), (blocks, d)."""
     xp = namespace(stack.rows)

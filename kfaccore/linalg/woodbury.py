@@ -15,7 +15,7 @@ import array_api_compat as aac
 from kfaccore import xp as kernels
 from kfaccore.linalg import stack as stacks
 from kfaccore.linalg.stack import Stack
-from kfaccore.xp.arrays import Array, namespace, select
+from kfaccore.xp.arrays import Array, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 
@@ -83,7 +83,11 @@ def times_rows(v: Array, inverse: LowRank) -> Array:
     if count > inverse.rows.shape[1]:
         return times(v, inverse)
     own = xp.all(v == inverse.rows[:, :count, :], axis=(-2, -1)) & xp.all(inverse.scale[:, :count] > 0, axis=-1)
-    return select(own, _pushed(inverse, count), times(v, inverse))
+    zero = xp.zeros(v.shape, dtype=inverse.small.dtype, device=aac.device(v))
+    # either way is computed only where a block needs it
+    (x,) = loop(lambda _: xp.any(own), lambda _: (_pushed(inverse, count),), (zero,), 1)
+    (x,) = loop(lambda _: ~xp.all(own), lambda x: (select(own, x[0], times(v, inverse)),), (x,), 1)
+    return x
 
 
 def dense(inverse: LowRank) -> Array:

@@ -8,8 +8,8 @@ the factor's own, is solved by push-through, without the difference.
 Exact where K-FAC is, with the sharing that fits.
 Source: Tang et al. 2021 (CVPR, SKFAC); the average, compression and push-through are ours.
 Cost: update a copy of rows d; refresh rows^2 d + rows^3 a side; solve 2 rows d_in d_out a side, or rows^2 d on V not
-multiplied out; memory rows (d + rows). A side with rows >= d costs what K-FAC's does, and so does a solve with a side
-whose rows are more than about 0.4 d, where the inverse is multiplied out (`explicit`).
+multiplied out; memory rows (d + rows). A side with rows >= d costs what K-FAC's does, and so do refresh and solve of
+one whose rows are more than about 0.4 d, where products with the inverse are cheaper (`explicit`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from kfaccore import stacked
 from kfaccore import xp as kernels
 from kfaccore.damping import Split, equal, pi
 from kfaccore.linalg import side, woodbury
+from kfaccore.linalg import stack as stacks
 from kfaccore.linalg.inverse import accepted
 from kfaccore.linalg.stack import Stack
 from kfaccore.linalg.woodbury import LowRank
 from kfaccore.method import Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.sharing import expand, mean_mean
-from kfaccore.stacked.factors import Branch, Factors, Stats, always, cheaper_dense, fewer_rows
+from kfaccore.stacked.factors import Branch, Factors, Stats, always, cheaper_dense, fewer_rows, never
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -56,7 +57,7 @@ class SKFAC:
     branch    fewer_rows | always: when a side of (rows, d) is kept as rows
     rows      capacity of a side kept as rows, where Block.rows is 0; a larger batch is compressed to it
     rank      rows of the capacity that hold the compressed past; 0 drops it
-    explicit  cheaper_dense | always | never: when a side of (rows, d) kept as rows holds its inverse as a matrix
+    explicit  cheaper_dense | always | never: when a side of (rows, d) kept as rows is inverted as a matrix after all
     """
 
     sharing: Callable[[Record], Record] = expand
@@ -120,15 +121,15 @@ class SKFAC:
     def _inverse(self, factor: Any, shift: Array) -> tuple[Any, Array]:
         if not isinstance(factor, Stack):
             return side.inverse(factor, shift)
-        found, code = woodbury.inverse(factor, shift)
         if self._dense(factor):
-            return namespace(shift).astype(woodbury.dense(found), factor.rows.dtype), code
-        return found, code
+            return side.inverse(stacks.dense(factor), shift)
+        return woodbury.inverse(factor, shift)
 
 
-release = SKFAC(mean_mean, equal, always, explicit=always)
+release = SKFAC(mean_mean, equal, always, explicit=never)
 """The authors' settings: means over positions, sqrt(damping) on each factor, the batch's own small system whatever its
-size, inverses multiplied out. Give Block.rows the batch size, so that a batch replaces the last."""
+size. They multiply the inverses out; here they stay products. Give Block.rows the batch size, so that a batch replaces
+the last."""
 
 
 def _size(inverse: Any) -> int:
