@@ -333,6 +333,76 @@ def test_C16_nothing_of_d_squared(kind, rng):
     assert peak < 10 * V.size + 8 * (4096 + 8)
 
 
+def records(kind, B, rng):
+    """A layer's record and the gradient of its batch."""
+    if kind == "conv":
+        patches = kf.Patches(rng.normal(size=(B, 5, 5, 2)), kf.Window((3, 3), stride=2, padding=1), bias=True)
+        return kf.Record(patches, rng.normal(size=(B, 9, 4)), float(B))
+    shape = (B, 3) if kind == "sequence" else (B,)
+    a = rng.normal(size=(*shape, 7))
+    a[..., -1] = 1.0 if kind == "bias" else a[..., -1]
+    return kf.Record(a, rng.normal(size=(*shape, 6)), 1.0 if kind == "sum loss" else float(B))
+
+
+@pytest.mark.parametrize("kind", ["linear", "bias", "sum loss", "sequence", "conv"])
+@pytest.mark.parametrize("damping", [1e-8, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("B", [1, 3, 7, 28])
+def test_methods_that_must_agree(kind, damping, B, rng):
+    """CG on F = F in the space of its rows = FNGD = dense; CG on damped factors = SKFAC = K-FAC of one batch;
+    CG on G (x) A + damping I = its closed form = K-FAC with exact damping."""
+    record = records(kind, B, rng)
+    V = record.examples().sum((0, 2))[0] / record.n
+    long, room = CG(Residual(1e-15), 3000), record.batch * record.shared
+    groups = {
+        "empirical": [
+            kf.Exact(),
+            kf.CGFAC(Empirical(), long, room),
+            kf.CGFAC(Empirical(), InRows(), room),
+            kf.FNGD(),
+        ],
+        "factored": [
+            kf.KFAC(),
+            kf.SKFAC(branch=always, rows=room),
+            kf.CGFAC(KronFactored(branch=always), long, room),
+            kf.CGFAC(KronFactored(branch=always, one_side=True), long, room),
+        ],
+        "kron": [
+            kf.KFAC(inverse=kf.eigh, split=kf.exact),
+            kf.CGFAC(Kron(branch=always), long, room),
+            kf.CGFAC(Kron(branch=always), InRows(), room),
+        ],
+    }
+    hyper = kf.Hyper(0, 0.0, damping)
+    for chosen in groups.values():
+        found = []
+        for one in chosen:
+            solution = one.solve(kf.settle(one, record, damping=damping), V, hyper, record)
+            assert solution.code.tolist() == [kf.Code.OK], one
+            found.append(solution.direction)
+        for one, x in zip(chosen, found, strict=True):
+            assert close(x, found[0], 1e-9 if damping >= 1e-3 else 1e-3), one
+
+
+@pytest.mark.parametrize("B", [1, 3, 28])
+@pytest.mark.parametrize("damping", [1e-2, 1.0, 1e6])
+def test_float32_agrees(B, damping, rng):
+    a, g = pair(rng, (B, 7, 6))
+    V, single = g.T @ a / B, [x.astype(np.float32) for x in (a, g)]
+    for one in (
+        kf.CGFAC(KINDS["kron"], LONG, 64),
+        kf.CGFAC(KINDS["empirical"], LONG, 64),
+        kf.CGFAC(KINDS["empirical"], InRows(), 64),
+        kf.SKFAC(branch=always, rows=64),
+        kf.FNGD(),
+    ):
+        hyper, found = kf.Hyper(0, 0.0, damping), []
+        for x, y, v in ((a, g, V), (*single, V.astype(np.float32))):
+            record = kf.Record(x, y, float(B))
+            found.append(one.solve(kf.settle(one, record, damping=damping), v, hyper, record).direction)
+        assert found[1].dtype == np.float32
+        assert close(found[1], found[0], 2e-4 if damping < 1 else 1e-5), one
+
+
 def test_every_identity_has_a_test():
     found = {int(name.split("_")[1][1:]) for name in globals() if name.startswith("test_C")}
     assert found == set(range(1, 17))

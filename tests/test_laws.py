@@ -215,7 +215,9 @@ def test_duplicating_and_permuting_change_nothing(row, sizes, damping, seed):
 
 
 EVERYWHERE = [
-    r for r in METHODS if r.name in ("kfac", "kfac-reduce", "kfac-equal", "kfac-per-factor", "kfac-eigh", "exact")
+    r
+    for r in METHODS
+    if r.name.startswith(("kfac", "exact", "skfac", "cgfac-")) and r.name != "kfac-exact-damping"
 ]
 
 

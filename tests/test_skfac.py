@@ -454,6 +454,16 @@ def test_no_array_of_d_squared(rng):
     assert max(x.size for x in tree.leaves(state)) <= 8 * 300
 
 
+@pytest.mark.parametrize("method", [kf.SKFAC(rows=6), LOW, release], ids=["default", "low", "release"])
+def test_no_damping(method, rng):
+    """Singular factors at damping 0: a code that says what was done, a finite direction."""
+    a, g = pair(rng, 3)
+    found = kf.settle(method, kf.Record(a, g, 3.0), damping=0.0)
+    assert found.code.tolist() == [kf.Code.JITTERED]
+    for V in (g.T @ a / 3, rng.normal(size=(6, 7))):
+        assert np.isfinite(method.solve(found, V, kf.Hyper(0, 0.0, 0.0)).direction).all()
+
+
 def test_refusals(rng):
     with pytest.raises(ValueError, match="split"):
         kf.SKFAC(split=kf.exact)

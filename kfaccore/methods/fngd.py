@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors
+from kfaccore import xp as kernels
 from kfaccore.linalg import table
 from kfaccore.linalg.patches import Patches
 from kfaccore.linalg.table import Table
@@ -108,19 +109,16 @@ class FNGD(Additive):
             return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
         _, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
         own, record = self._own(record, grad), self.sharing(record)
-        inverse, shift, code = units.damped_inverse(units.gram(record), record.n, hyper.damping, self.relative)
-        c = xp.sum(inverse, axis=-1)
-
-        def general(_: Any) -> tuple[Array]:
-            v = _dense(grad, record)
-            y = xp.matmul(inverse, units.inner(record, v)[:, :, None])[:, :, 0]
-            return ((v - units.combined(record, y)) / shift[:, None, None],)
-
-        x = (units.combined(record, c) * (scalar(record.n, c) / scalar(grad.n, c)),) if own is not None else general(0)
-        if own is not None:
-            x = loop(lambda _: ~xp.all(own), lambda x: (select(own, x[0], general(0)[0]),), x, 1)
+        if own is None:
+            x, c, code = self._general(record, grad, hyper.damping)
+        else:
+            inverse, _, code = units.damped_inverse(units.gram(record), record.n, hyper.damping, self.relative)
+            c = xp.sum(inverse, axis=-1)
+            x = units.combined(record, c) * (scalar(record.n, c) / scalar(grad.n, c))
+            general = lambda x: (select(own, x[0], self._general(record, grad, hyper.damping)[0]),)  # noqa: E731
+            (x,) = loop(lambda _: ~xp.all(own), general, (x,), 1)
         fresh = state.code == int(Code.IDENTITY)
-        (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, record), x[0]),), x, 1)
+        (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, record), x[0]),), (x,), 1)
         ok = (code < int(Code.INDEFINITE)) & ~fresh & ~xp.asarray(rests) & xp.all(xp.isfinite(c), axis=-1)
         if record.draws == 1 and self.steps:
             beta = c * scalar(record.n, c)
@@ -153,6 +151,16 @@ class FNGD(Additive):
     def _index(self, state: State, units: int, ids: Array | None, step: int | Array) -> Array:
         return entries(self.share, units, ids, step, self.steps, state.betas.total.shape[1], state.weight)
 
+    def _general(self, record: Record, grad: Any, damping: float | Array) -> tuple[Array, Array, Array]:
+        """(V - U (K + n damping I)^-1 U^T V) / damping for any V, a difference taken in the widest dtype; c; a code."""
+        v, wide = _dense(grad, record), _widened(record)
+        xp, dtype = namespace(v), v.dtype
+        v = xp.astype(v, wide.g.dtype)
+        inverse, shift, code = units.damped_inverse(units.gram(wide), wide.n, damping, self.relative)
+        y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
+        x = (v - units.combined(wide, y)) / shift[:, None, None]
+        return xp.astype(x, dtype), xp.astype(xp.sum(inverse, axis=-1), dtype), code
+
     def _own(self, record: Record, grad: Any) -> Array | None:
         """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""
         xp = namespace(record.g)
@@ -163,6 +171,18 @@ class FNGD(Additive):
             return None
         axes = (-3, -2, -1)
         return xp.all(grad.g == record.g[0, ...], axis=axes) & xp.all(grad.a == record.a, axis=axes)
+
+
+def _widened(record: Record) -> Record:
+    """The record in the widest dtype."""
+    xp, dtype, a = namespace(record.g), kernels.widest(record.g), record.a
+    if record.g.dtype == dtype:
+        return record
+    if isinstance(a, Patches):
+        a = replace(a, image=xp.astype(a.image, dtype))
+    elif not isinstance(a, Ids):
+        a = xp.astype(a, dtype)
+    return replace(record, a=a, g=xp.astype(record.g, dtype))
 
 
 def _dense(grad: Any, record: Record) -> Array:

@@ -8,9 +8,10 @@ Source: Chen 2021 (2101.00218) for never forming A and G.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
 from kfaccore.factors import per_block
 from kfaccore.linalg import span
@@ -20,7 +21,7 @@ from kfaccore.record import Record
 from kfaccore.sharing import expand, whole
 from kfaccore.stacked import factors, fisher
 from kfaccore.stacked.factors import Branch, fewer_rows
-from kfaccore.xp.arrays import Array
+from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
 
 if TYPE_CHECKING:
@@ -75,10 +76,11 @@ class Kron:
         A, G = factors.debiased(parts)
         if not (isinstance(A, Stack) and isinstance(G, Stack)):
             raise ValueError("InRows needs both sides as rows; a side has rows >= d: give the operator branch=always")
-        a, g = (x.rows * stacks.scales(x)[:, :, None] for x in (A, G))
+        a, g = (_wide(x.rows) * _wide(stacks.scales(x))[:, :, None] for x in (A, G))
         mean = factors.scale(A).mean * factors.scale(G).mean
         c, lifted = stacks.floored(per_block(damping, parts.weight), mean)
-        return span.solve(g, a, v, c), choose(lifted, Code.JITTERED, Code.OK)
+        x = span.solve(g, a, _wide(v), _wide(c))
+        return namespace(v).astype(x, v.dtype), choose(lifted, Code.JITTERED, Code.OK)
 
 
 @dataclass(frozen=True)
@@ -151,5 +153,11 @@ class Empirical:
     def in_rows(self, parts: Any, v: Array, damping: float | Array) -> tuple[Array, Array]:
         mean = fisher.mean_eigenvalue(parts)
         c, lifted = stacks.floored(per_block(damping, parts.weight), mean)
-        x, code = fisher.solve(parts, v, c)
-        return x, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
+        wide = {name: _wide(getattr(parts, name)) for name in ("a", "g", "share", "mass")}
+        x, code = fisher.solve(replace(parts, **wide), _wide(v), _wide(c))
+        return namespace(v).astype(x, v.dtype), choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
+
+
+def _wide(x: Array) -> Array:
+    """x in the widest dtype, for differences that cancel."""
+    return namespace(x).astype(x, kernels.widest(x))
