@@ -215,9 +215,7 @@ def test_duplicating_and_permuting_change_nothing(row, sizes, damping, seed):
 
 
 EVERYWHERE = [
-    r
-    for r in METHODS
-    if r.name.startswith(("kfac", "exact", "skfac", "cgfac-")) and r.name != "kfac-exact-damping"
+    r for r in METHODS if r.name.startswith(("kfac", "exact", "skfac", "cgfac-")) and r.name != "kfac-exact-damping"
 ]
 
 
