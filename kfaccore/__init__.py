@@ -32,12 +32,15 @@ from kfaccore.linalg.sketch import Singular, Symmetric
 from kfaccore.linalg.two_terms import absolute, first_term
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import (
+    CGFAC,
     EKFAC,
+    FNGD,
     IKFAC,
     KFAC,
     KPSVD,
     PINNKFAC,
     SINGD,
+    SKFAC,
     TEKFAC,
     TKFAC,
     BrandCKFAC,
@@ -57,18 +60,22 @@ from kfaccore.preconditioner import Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
-from kfaccore.sharing import concat, expand, reduce
+from kfaccore.sharing import Subsample, concat, expand, mean_mean, reduce, sum_sum
 from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
+from kfaccore.weighting import own_gradients, weighted
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CGFAC",
     "EKFAC",
+    "FNGD",
     "IKFAC",
     "KFAC",
     "KPSVD",
     "PINNKFAC",
     "SINGD",
+    "SKFAC",
     "TEKFAC",
     "TKFAC",
     "Adaptive",
@@ -111,6 +118,7 @@ __all__ = [
     "Singular",
     "SoftmaxCrossEntropy",
     "Solution",
+    "Subsample",
     "Symmetric",
     "Window",
     "absolute",
@@ -134,16 +142,20 @@ __all__ = [
     "load",
     "lowest",
     "mean_eigenvalue",
+    "mean_mean",
     "metadata",
     "monte_carlo",
     "nothing",
+    "own_gradients",
     "per_factor",
     "pi",
     "reduce",
     "save",
     "settle",
+    "sum_sum",
     "top",
     "top_eigenvalue",
     "type2",
     "unflatten",
+    "weighted",
 ]

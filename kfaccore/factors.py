@@ -61,12 +61,7 @@ def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
     """Stats of one record; zero draws give G = I by definition."""
     record = sharing(record)
     xp = namespace(record.g)
-    A = gram_of_inputs(record)
-    if record.draws == 0:
-        like = xp.zeros((record.blocks, record.d_out, record.d_out), dtype=record.g.dtype, device=aac.device(A))
-        G = side.identity(like) * scalar(record.n, like)
-    else:
-        G = kernels.gram(_rows(record.g))
+    A, G = gram_of_inputs(record), gram_of_gradients(record)
     finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))  # a bad row shows on a gram's diagonal
     bad = xp.astype(~finite, A.dtype)
     return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
@@ -173,8 +168,18 @@ def _rows(x: Array) -> Array:
     return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3, 4)) if blocks > 1 else x, (blocks, -1, x.shape[-1]))
 
 
+def gram_of_gradients(record: Record) -> Array:
+    """Sum of g g^T, (blocks, d_out, d_out); n I for zero draws."""
+    xp = namespace(record.g)
+    if record.draws == 0:
+        shape = (record.blocks, record.d_out, record.d_out)
+        like = xp.zeros(shape, dtype=record.g.dtype, device=aac.device(record.g))
+        return side.identity(like) * scalar(record.n, like)
+    return kernels.gram(_rows(record.g))
+
+
 def gram_of_inputs(record: Record) -> Array:
-    """Sum over rows of a a^T (blocks, d_in, d_in); counts (1, size) for ids."""
+    """Sum of a a^T over valid rows, (blocks, d_in, d_in); the diagonal (blocks, d_in) for an embedding."""
     xp = namespace(record.g)
     if isinstance(record.a, Ids):
         ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=aac.device(record.g))

@@ -20,6 +20,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
 from kfaccore.step import Fixed, Rule
+from kfaccore.weighting import resting, rows_at_solve
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace
 
@@ -96,7 +97,7 @@ class Preconditioner:
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
-        return self.rule.needs_records or state.step % self.clocks.update == 0
+        return self.rule.needs_records or (state.step % self.clocks.update == 0 and not resting(self, state))
 
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
@@ -147,8 +148,7 @@ class Preconditioner:
         work = assign(costs(dict(state.blocks)), self.comm.world, self.comm.fraction)
         if refreshed:
             self._refresh(layers, hypers, work)
-        newest = {name: found[-1] for name, found in batches.items() if found}
-        solutions = self._solve(layers, grads, hypers, newest, work)
+        solutions = self._solve(layers, grads, hypers, batches, work)
         directions, codes, infos = {}, {}, {}
         for name, found in solutions.items():
             layers[name], directions[name], infos[name] = found.state, found.direction, found.info
@@ -192,7 +192,7 @@ class Preconditioner:
         layers.update(exchanged(self.comm, states, {name: self._method(name) for name in hypers}, work))
 
     def _solve(
-        self, layers: dict, grads: Mapping, hypers: dict[str, Hyper], newest: Mapping, work: dict[str, tuple[int, ...]]
+        self, layers: dict, grads: Mapping, hypers: dict[str, Hyper], batches: Mapping, work: dict[str, tuple[int, ...]]
     ) -> dict[str, Solution]:
         """Directions of all layers, those solved by other ranks sent from the owner."""
         found = {}
@@ -200,7 +200,8 @@ class Preconditioner:
             with named(name), np.errstate(all="ignore"):
                 method, state = self._method(name), layers[name]
                 if self.comm.rank in work[name]:
-                    record = newest.get(name) if getattr(method, "rows_at_solve", False) else None
+                    rows = batches.get(name) and rows_at_solve(self, name, hypers[name])
+                    record = reduce(concat, batches[name]) if rows else None
                     solution = method.solve(state, grad, hypers[name], record)
                 else:
                     solution = Solution(namespace(grad).zeros_like(grad), state.code, state)

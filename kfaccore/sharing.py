@@ -5,12 +5,20 @@ Source: Eschenhagen et al. 2023 (2311.00636) for expand and reduce.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import array_api_compat as aac
+import numpy as np
 
 from kfaccore.linalg.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace, shared_first
+
+
+def whole(record: Record) -> Record:
+    """The record itself: an example is all of its positions."""
+    return record
 
 
 def expand(record: Record) -> Record:
@@ -57,6 +65,65 @@ def reduce(record: Record) -> Record:
     return Record(a, g, record.n, (count > 0)[:, None], record.ids)
 
 
+def mean_mean(record: Record) -> Record:
+    """Mean over an example's valid positions of `a` AND of `g`: reduce with G divided by the squared position count."""
+    record, counts = reduce(record), _counts(record)
+    return replace(record, g=record.g / counts)
+
+
+def sum_sum(record: Record) -> Record:
+    """Sum over an example's positions of `a` AND of `g`: reduce with A times the squared position count."""
+    record, counts = reduce(record), _counts(record)
+    return replace(record, a=record.a * counts[0, ...])
+
+
+@dataclass(frozen=True)
+class Subsample:
+    """expand on `count` of the shared positions, the same for a and g and for the whole batch.
+
+    positions   which ones; () takes `count` of them: evenly spaced, or drawn without replacement from `seed`
+    A stays the mean over its rows and g is scaled by sqrt(shared / kept), so that over a random choice both factors
+    have those of expand as their mean; with all positions they are expand's. Takes arrays and Patches.
+    Source: Tang et al. 2021 (CVPR, SKFAC), spatial subsampling; its exact rule is not known to us.
+    """
+
+    count: int = 0
+    seed: int | None = None
+    positions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.count < 1) == (not self.positions):
+            raise ValueError(f"{self}: need count >= 1 or positions, not both")
+
+    def chosen(self, shared: int) -> tuple[int, ...]:
+        """Positions kept of `shared`; ValueError when they do not exist."""
+        if self.positions:
+            found = self.positions
+        elif self.seed is None or self.count >= shared:
+            kept = min(self.count, shared)
+            found = tuple(i * shared // kept for i in range(kept))
+        else:
+            drawn = np.random.default_rng(self.seed).choice(shared, self.count, replace=False)
+            found = tuple(sorted(drawn.tolist()))
+        if not all(0 <= i < shared for i in found):
+            raise ValueError(f"{self}: there are only {shared} shared positions")
+        return found
+
+    def __call__(self, record: Record) -> Record:
+        if isinstance(record.a, Ids):
+            raise TypeError("Subsample got an embedding (Ids): its A is diagonal for any number of rows; use expand")
+        chosen = self.chosen(record.shared)
+        xp = namespace(record.g)
+        index = xp.asarray(list(chosen), device=aac.device(record.g))
+        if isinstance(record.a, Patches):
+            a = xp.concat([xp.take(part, index, axis=2) for part in record.a.rows(8)], axis=1)
+        else:
+            a = xp.take(record.a, index, axis=2)
+        mask = None if record.mask is None else xp.take(record.mask, index, axis=1)
+        g = xp.take(record.g, index, axis=3) * (record.shared / len(chosen)) ** 0.5
+        return expand(Record(a, g, record.n, mask, record.ids))
+
+
 def concat(first: Any, second: Any) -> Any:
     """Two records of one layer as one: batches joined, shares of the normaliser added; tuples term by term.
 
@@ -84,6 +151,15 @@ def concat(first: Any, second: Any) -> Any:
     if first.ids is not None and second.ids is not None:
         ids = xp.concat([first.ids, second.ids])
     return Record(a, xp.concat([first.g, second.g], axis=2), first.n + second.n, mask, ids)
+
+
+def _counts(record: Record) -> Array:
+    """Valid positions of each example, (1, 1, batch, 1, 1); 1 where there are none."""
+    xp = namespace(record.g)
+    if record.mask is None:
+        return xp.ones_like(record.g[:1, :1, :, :1, :1]) * float(record.shared)
+    count = xp.sum(xp.astype(record.mask, record.g.dtype), axis=-1)
+    return xp.where(count > 0, count, xp.ones_like(count))[None, None, :, None, None]
 
 
 def _fold(x: Array) -> Array:

@@ -10,7 +10,10 @@ import numpy as np
 
 import kfaccore as kf
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
+from kfaccore.linalg.cg import Residual
 from kfaccore.linalg.recursion import Rule, independent
+from kfaccore.methods import cgfac
+from kfaccore.stacked.factors import always, never
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -106,6 +109,13 @@ class Row:
 
 
 _two, _narrow = kf.Rank(2, 2), kf.Symmetric(oversample=0)
+
+
+def _cg(operator: Any = cgfac.Kron()) -> kf.CGFAC:  # noqa: B008 frozen
+    """CG-FAC iterated to the end: truncated, it is neither linear nor symmetric."""
+    return kf.CGFAC(operator, cgfac.CG(Residual(1e-15), 400), 96)
+
+
 METHODS = [
     Row("kfac", kf.KFAC(), one_example, _split(_pi)),
     Row("kfac-reduce", kf.KFAC(sharing=kf.reduce), constant_gradients, _split(_pi, reduced=True)),
@@ -145,6 +155,12 @@ METHODS = [
     Row("brand-2", kf.BrandKFAC(rank=_two), one_example, _split(_pi), truncated=True),
     Row("brand-r-2", kf.BrandRKFAC(rank=_two, sketch=_narrow), one_example, _split(_pi), truncated=True),
     Row("brand-c-2", kf.BrandCKFAC(rank=_two), one_example, _split(_pi), truncated=True),
+    Row("skfac", kf.SKFAC(), one_example, _split(_pi)),
+    Row("skfac-stacked", kf.SKFAC(branch=always, rows=96, explicit=never), one_example, _split(_pi)),
+    Row("cgfac", _cg(), one_example),
+    Row("cgfac-factored", _cg(cgfac.KronFactored(branch=always)), one_example, _split(_pi)),
+    Row("cgfac-empirical", _cg(cgfac.Empirical()), anything),
+    Row("fngd", kf.FNGD(), anything, additive=False),
 ]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat as aac
 import numpy as np
 
-from kfaccore import IterateAverage, Preconditioner, draw_noise, monte_carlo
+from kfaccore import IterateAverage, Preconditioner, draw_noise, monte_carlo, own_gradients, weighted
 from kfaccore_numpy.baselines import SGD, Adam
 
 if TYPE_CHECKING:
@@ -64,12 +64,15 @@ def step(
     state: Any,
     index: int,
     rng: np.random.Generator,
-    fisher: Fisher = sampled,
+    fisher: Fisher | None = None,
+    ids: Array | None = None,
 ) -> tuple[float, Any, Any]:
     """One update of `params` on the batch `data`: (mean loss before it, optimiser state, Info or None).
 
     The loss includes l2/2 |theta|^2, biases too, where the optimiser's settings ask for it. A Preconditioner's step
-    puts new arrays into the dict `params`, so one that was taken back leaves exactly the old ones.
+    puts new arrays into the dict `params`, so one that was taken back leaves exactly the old ones. Without `fisher`,
+    records are `sampled`, or hold the `true_labels` where a method wants the gradient's own. ids (batch,) are dataset
+    positions, for methods that go by them.
     """
     preconditioned = isinstance(optimiser, Preconditioner)
     l2 = (optimiser.schedules if preconditioned else optimiser).l2
@@ -77,7 +80,8 @@ def step(
     n = float(loss.normaliser(f, data[1]))
     g = network.backward(params, tape, loss.gradient(f, data[1]))
     value = float(loss.value(f, data[1])) / n + _penalty(params, l2)
-    grads = network.gradients(tape, g, n, factored=preconditioned and not l2)
+    on_weights = weighted(optimiser, state, g, ids) if preconditioned else g
+    grads = network.gradients(tape, on_weights, n, factored=preconditioned and not l2)
     if l2:
         grads = {name: grad + l2 * params[name] for name, grad in grads.items()}
     if not preconditioned:
@@ -85,7 +89,8 @@ def step(
         return value, state, None
     records = None
     if optimiser.wants_records(state):
-        records = network.records(tape, fisher(network, params, tape, Batch(f, data[1], loss), g, rng), n)
+        fisher = fisher or (true_labels if own_gradients(optimiser) else sampled)
+        records = network.records(tape, fisher(network, params, tape, Batch(f, data[1], loss), g, rng), n, ids)
     updates, state, info = optimiser.step(state, records, grads)
     place = _placing(params, updates, float(info.step["alpha"]) * optimiser.schedules.weight_decay)
 
@@ -136,14 +141,14 @@ def fit(
     bit for bit. Evaluate between steps as long as you like: the clock is stopped.
     """
     x, y = data
-    state = initial_state(network, params, optimiser) if state is None else state
+    state = initial_state(network, params, optimiser, x.shape[0]) if state is None else state
     seconds, mean = 0.0, params
     for index in range(start, steps):
         rng = np.random.default_rng([seed, index])
         rows = aac.array_namespace(x).asarray(rng.integers(0, x.shape[0], batch))
         begun = time.perf_counter()
         pair = x[rows, ...], y[rows, ...]
-        value, state, info = step(network, params, pair, loss, optimiser, state, index, rng)
+        value, state, info = step(network, params, pair, loss, optimiser, state, index, rng, ids=rows)
         if average is not None:
             mean = average(mean, params, index + 1 - start)
         seconds += time.perf_counter() - begun
@@ -156,8 +161,9 @@ def mean_loss(network: Sequential, params: Params, data: tuple[Array, Array], lo
     return float(loss.value(f, data[1]) / loss.normaliser(f, data[1]))
 
 
-def initial_state(network: Sequential, params: Params, optimiser: SGD | Adam | Preconditioner) -> Any:
-    """What `step` needs of the optimiser before the first update."""
+def initial_state(network: Sequential, params: Params, optimiser: SGD | Adam | Preconditioner, samples: int = 0) -> Any:
+    """What `step` needs of the optimiser before the first update; `samples` is the size of the dataset."""
     if isinstance(optimiser, Preconditioner):
-        return optimiser.init(network.blocks(), next(iter(params.values())))
+        blocks = {name: replace(block, samples=samples) for name, block in network.blocks().items()}
+        return optimiser.init(blocks, next(iter(params.values())))
     return optimiser.init(params)

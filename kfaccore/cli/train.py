@@ -23,7 +23,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of initialisation, batches and label draws.")] = 0,
     backend: Annotated[str, typer.Option(help="numpy or cupy")] = "numpy",
     step: Annotated[
-        str, typer.Option(help="self-tuning | line-search | fixed (rate 1, momentum 0.9, KL clip 1e-3)")
+        str,
+        typer.Option(help="self-tuning (fngd: line-search) | line-search | fixed (rate 1, momentum 0.9, KL clip 1e-3)"),
     ] = "self-tuning",
     l2: Annotated[float, typer.Option(help="Penalty l2/2 |theta|^2 in the loss, its gradient and curvature.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Decoupled: rate x this x theta beside each update.")] = 0.0,
@@ -82,8 +83,10 @@ def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> 
     if step not in rules:
         fail(f"--step is {step!r}; there are {', '.join(rules)}")
     if name in CATALOGUE:
-        rule = rules[step]
-        return name, Preconditioner(CATALOGUE[name](), schedules=Schedules(**penalties), step=rule, donate=True)
+        method = CATALOGUE[name]()
+        empirical = getattr(method, "own_gradients", False)  # which a quadratic model of the loss cannot be made of
+        rule = rules["line-search" if empirical and step == "self-tuning" else step]
+        return name, Preconditioner(method, schedules=Schedules(**penalties), step=rule, donate=True)
     if name in ("adam", "sgd"):
         return name, {"adam": Adam, "sgd": SGD}[name](task.rates[name], **penalties)
     return fail(f"no method {name!r}; there are {', '.join(CATALOGUE)}, adam, sgd")

@@ -3,10 +3,12 @@
 from kfaccore.methods.brand import BrandKFAC
 from kfaccore.methods.brand_c import BrandCKFAC
 from kfaccore.methods.brand_r import BrandRKFAC
+from kfaccore.methods.cgfac import CGFAC
 from kfaccore.methods.deflation import Deflation
 from kfaccore.methods.diagonal import Diagonal
 from kfaccore.methods.ekfac import EKFAC
 from kfaccore.methods.exact import Exact
+from kfaccore.methods.fngd import FNGD
 from kfaccore.methods.identity import Identity
 from kfaccore.methods.kfac import KFAC
 from kfaccore.methods.kfac_corrected import KFACCorrected
@@ -15,6 +17,7 @@ from kfaccore.methods.lanczos import Lanczos
 from kfaccore.methods.pinn_kfac import PINNKFAC
 from kfaccore.methods.randomized import RandomizedKFAC
 from kfaccore.methods.singd import IKFAC, SINGD
+from kfaccore.methods.skfac import SKFAC
 from kfaccore.methods.tekfac import TEKFAC
 from kfaccore.methods.tkfac import TKFAC
 
@@ -37,16 +40,22 @@ CATALOGUE = {
     "brand": BrandKFAC,
     "brand-r": BrandRKFAC,
     "brand-c": BrandCKFAC,
+    "skfac": SKFAC,
+    "cgfac": CGFAC,
+    "fngd": FNGD,
 }
 
 __all__ = [
     "CATALOGUE",
+    "CGFAC",
     "EKFAC",
+    "FNGD",
     "IKFAC",
     "KFAC",
     "KPSVD",
     "PINNKFAC",
     "SINGD",
+    "SKFAC",
     "TEKFAC",
     "TKFAC",
     "BrandCKFAC",

@@ -2,8 +2,7 @@
 
 This folder is the only one that knows NumPy from CuPy from PyTorch from JAX; everything else is written against the
 standard. No kernel raises on data: failure comes back as a `Code`. The only host read on a device is the condition of
-`loop`, once a factorisation.
-"""
+`loop`, once a factorisation."""
 
 from kfaccore.xp.arrays import (
     all_finite,
@@ -19,7 +18,7 @@ from kfaccore.xp.arrays import (
     widen,
 )
 from kfaccore.xp.codes import Code, choose
-from kfaccore.xp.factorise import eigh, qr, spd_inverse
+from kfaccore.xp.factorise import eigh, qr, spd_inverse, widest
 from kfaccore.xp.fourier import fast_length, rfftn
 from kfaccore.xp.gram import average, gram, quadratic
 from kfaccore.xp.half import to_bfloat16
@@ -50,4 +49,5 @@ __all__ = [
     "to_bfloat16",
     "to_host",
     "widen",
+    "widest",
 ]

@@ -29,7 +29,7 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     inverse, ok = _attempt(x)
     ok = ok & finite
     zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=aac.device(x))
-    wide = _widest(x, xp)
+    wide = widest(x, xp)
     mean = xp.mean(xp.linalg.diagonal(x), axis=-1)
 
     def unfinished(carry):
@@ -82,8 +82,9 @@ def qr(x: Array) -> tuple[Array, Array]:
     return Q, R
 
 
-def _widest(x: Array, xp: Any) -> Any:
+def widest(x: Array, xp: Any = None) -> Any:
     """float64 where the namespace has it (JAX only with 64-bit mode on)."""
+    xp = namespace(x) if xp is None else xp
     if not aac.is_jax_array(x):
         return xp.float64
     import jax

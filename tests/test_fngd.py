@@ -1,0 +1,538 @@
+"""FNGD against dense oracles in float64; tests carry the numbers F1 to F18 of its identities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+import kfaccore_numpy as kn
+from kfaccore import xp as kernels
+from kfaccore.linalg.cg import CG, Residual
+from kfaccore.methods.cgfac import Empirical, InRows
+from kfaccore.methods.fngd import mean_vector, position, sample, scalar_rate
+from kfaccore.network import GlobalFNGD
+from kfaccore.stacked import units
+
+SIZES = pytest.mark.parametrize("sizes", [(5, 3, 4), (12, 3, 4), (40, 3, 4), (3, 1, 4), (1, 5, 4)], ids=str)
+SHARES = {"position": position, "sample": sample, "mean_vector": mean_vector, "scalar": scalar_rate}
+EVERY = pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+
+
+def close(x, y, tolerance=1e-10):
+    x, y = np.asarray(x), np.asarray(y)
+    return np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+def pair(rng, sizes):
+    B, d_in, d_out = sizes
+    return rng.normal(size=(B, d_in)), rng.normal(size=(B, d_out))
+
+
+def U(a, g):
+    """Per-example gradients as rows."""
+    a, g = (x[:, None] if x.ndim == 2 else x for x in (a, g))
+    return np.einsum("nso,nsi->noi", g, a).reshape(len(a), -1)
+
+
+def ngd(a, g, V, damping, n=None):
+    J = U(a, g)
+    return np.linalg.solve(J.T @ J / (n or len(a)) + damping * np.eye(J.shape[1]), V.ravel()).reshape(V.shape)
+
+
+def solved(method, a, g, grad, damping=0.1, step=0, ids=None, n=None, state=None):
+    record = kf.Record(a, g, n or float(len(a)), ids=ids)
+    hyper = kf.Hyper(step, 0.0, damping)
+    if state is None:
+        state = method.init(replace(kf.Block.of(record), samples=100), record.g)
+    state = method.refresh(method.update(state, method.measure(state, record, hyper), hyper), hyper)
+    return method.solve(state, grad, hyper, record)
+
+
+def betas(method, a, g, damping=0.1):
+    """beta of every example, from the table of slots."""
+    state = solved(method, a, g, g.T @ a / len(a), damping).state
+    return state.betas.total[0, : len(a)] / state.betas.count[0, : len(a)]
+
+
+@SIZES
+def test_F1_the_gram(sizes, rng):
+    a, g = pair(rng, sizes)
+    assert close(units.gram(kf.Record(a, g, 1.0))[0], U(a, g) @ U(a, g).T, 1e-12)
+    T = 3
+    a, g = rng.normal(size=(sizes[0], T, sizes[1])), rng.normal(size=(sizes[0], T, sizes[2]))
+    for pairs in (True, False, None):
+        assert close(units.gram(kf.Record(a, g, 1.0), pairs)[0], U(a, g) @ U(a, g).T, 1e-12)
+
+
+def test_F1_of_convolutions_embeddings_draws_and_blocks(rng, monkeypatch):
+    patches = kf.Patches(rng.normal(size=(6, 5, 4, 2)), kf.Window((3, 3), stride=2, padding=1), bias=True)
+    g = rng.normal(size=(2, 6, patches.shape[2], 3))
+    conv = kf.Record(patches, g, 6.0)
+    words = kf.Record(kf.Ids(rng.integers(0, 5, (6, 4)), 5), rng.normal(size=(6, 4, 3)), 6.0)
+    blocks = kf.Record(rng.normal(size=(2, 6, 3, 4)), rng.normal(size=(2, 2, 6, 3, 5)), 6.0)
+    for chunk in (1 << 22, 40):
+        monkeypatch.setattr(units, "_CHUNK", chunk)
+        for record in (conv, words, blocks):
+            J = np.moveaxis(record.examples(), 0, 1).reshape(record.blocks, record.draws * 6, -1)
+            V = rng.normal(size=(record.blocks, record.d_out, record.d_in))
+            y = rng.normal(size=J.shape[:2])
+            for order in (True, False) if record is not words else (None,):
+                assert close(units.gram(record, order), J @ J.swapaxes(1, 2), 1e-12)
+            assert close(units.inner(record, V), (J @ V.reshape(record.blocks, -1, 1))[..., 0], 1e-12)
+            assert close(units.combined(record, y).reshape(record.blocks, -1), (y[:, None] @ J)[:, 0], 1e-12)
+
+
+@SIZES
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
+def test_F2_the_first_epoch_is_natural_gradient(sizes, damping, rng):
+    a, g = pair(rng, sizes)
+    DW = g.T @ a / len(a)
+    for given in (DW, kf.Factored(a, g, float(len(a)))):
+        found = solved(kf.FNGD(), a, g, given, damping)
+        assert close(np.reshape(found.direction, DW.shape), ngd(a, g, DW, damping))
+        assert found.code.tolist() == [kf.Code.OK]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 3), (3, 4, 5)])
+def test_F2_with_shared_positions(sizes, rng):
+    a, g = rng.normal(size=(4, sizes[0], sizes[1])), rng.normal(size=(4, sizes[0], sizes[2]))
+    DW = np.einsum("nso,nsi->oi", g, a) / 4
+    assert close(solved(kf.FNGD(), a, g, DW).direction, ngd(a, g, DW, 0.1))
+    assert close(solved(kf.FNGD(), a, g, kf.Factored(a, g, 4.0)).direction[0], ngd(a, g, DW, 0.1))
+    flat = a.reshape(-1, sizes[1]), g.reshape(-1, sizes[2])
+    token = solved(kf.FNGD(sharing=kf.expand), a, g, DW)
+    assert close(token.direction, ngd(*flat, DW, 0.1, 4))
+
+
+@SIZES
+def test_F3_any_right_side_and_sampled_gradients(sizes, rng):
+    a, g = pair(rng, sizes)
+    for V in (g.T @ a / len(a), rng.normal(size=(sizes[2], sizes[1]))):
+        assert close(solved(kf.FNGD(), a, g, V).direction, ngd(a, g, V, 0.1))
+    sampled = rng.normal(size=g.shape)  # the gradient is not in the span of the record
+    for given in (g.T @ a / len(a), kf.Factored(a, g, float(len(a)))):
+        found = solved(kf.FNGD(), a, sampled, given).direction
+        assert close(np.reshape(found, (sizes[2], sizes[1])), ngd(a, sampled, g.T @ a / len(a), 0.1))
+
+
+def network(rng):
+    net = kn.Sequential(
+        (6, 6, 1),
+        (kn.Conv2d(3, kf.Window((3, 3), padding=1)), kn.Tanh(), kn.Flatten(), kn.Dense(5), kn.Tanh(), kn.Dense(3)),
+    )
+    return net, net.init(rng, np.asarray)
+
+
+def test_F4_only_the_weight_path_is_scaled(rng):
+    """Gradients of the weights are sum_n beta_n u_n / n; what earlier layers get is bit-identical."""
+    net, params = network(rng)
+    x = rng.normal(size=(8, 6, 6, 1))
+    f, tape = net.forward(params, x)
+    g = net.backward(params, tape, rng.normal(size=f.shape))
+    before = {name: v.copy() for name, v in g.items()}
+    pre = kf.Preconditioner(kf.FNGD(steps=1))
+    state = pre.init(net.blocks(), x)
+    grads = net.gradients(tape, g, 8.0)
+    _, state, _ = pre.step(state, net.records(tape, g, 8.0), grads)
+    weighted = kf.weighted(pre, state, g)
+    found = net.gradients(tape, weighted, 8.0, factored=False)
+    for name, record in net.records(tape, g, 8.0).items():
+        betas = state.layers[name].betas
+        beta = betas.total[0, :8] / betas.count[0, :8]
+        want = np.einsum("n,noi->oi", beta, record.examples()[0, 0]) / 8
+        assert close(found[name], want, 1e-12)
+        assert np.array_equal(g[name], before[name])
+        assert weighted[name] is not g[name]
+
+
+def test_F4_later_steps_are_one_product_a_layer(rng, monkeypatch):
+    """A resting step asks for no records, forms each weight gradient once, and hands it on as the direction."""
+    net, params = network(rng)
+    loss, data = kf.SoftmaxCrossEntropy(), (rng.normal(size=(8, 6, 6, 1)), rng.integers(0, 3, 8))
+    pre = kf.Preconditioner(kf.FNGD(steps=1), schedules=kf.Schedules(0.1), step=kf.Fixed(0.1))
+    state = kn.initial_state(net, params, pre)
+    counted = {"products": 0, "records": 0}
+    for kind in (kn.Conv2d, kn.Dense):
+        original = kind.gradient
+
+        def gradient(self, *args, original=original):
+            counted["products"] += 1
+            found = original(self, *args)
+            return found.dense()[0] if isinstance(found, kf.Factored) else found
+
+        monkeypatch.setattr(kind, "gradient", gradient)
+    original_records = kn.Sequential.records
+
+    def records(self, *args, **kwargs):
+        counted["records"] += 1
+        return original_records(self, *args, **kwargs)
+
+    monkeypatch.setattr(kn.Sequential, "records", records)
+    for index in range(3):
+        products = dict(counted)
+        _, state, info = kn.step(net, params, data, loss, pre, state, index, rng)
+        assert counted["products"] - products["products"] == 3
+        assert counted["records"] == 1
+        assert info.counts() == {kf.Code.OK: 3}
+
+
+def test_F5_beta_one_is_the_gradient(rng):
+    """An empty table reads as 1: a shell that starts in a later epoch does SGD."""
+    net, params = network(rng)
+    x = rng.normal(size=(8, 6, 6, 1))
+    f, tape = net.forward(params, x)
+    g = net.backward(params, tape, rng.normal(size=f.shape))
+    pre = kf.Preconditioner(kf.FNGD(steps=1))
+    state = replace(pre.init(net.blocks(), x), step=1)
+    found = net.gradients(tape, kf.weighted(pre, state, g), 8.0, factored=False)
+    for name, want in net.gradients(tape, g, 8.0, factored=False).items():
+        assert close(found[name], want, 1e-14)
+
+
+def test_F6_large_damping(rng):
+    a, g = pair(rng, (5, 3, 4))
+    DW = g.T @ a / 5
+    assert close(solved(kf.FNGD(), a, g, DW, 1e12).direction * 1e12, DW, 1e-6)
+    np.testing.assert_allclose(betas(kf.FNGD(), a, g, 1e12) * 1e12, 1, rtol=1e-6)
+
+
+def test_F7_small_damping(rng):
+    a, g = pair(rng, (5, 3, 4))
+    x = solved(kf.FNGD(), a, g, kf.Factored(a, g, 5.0), 1e-12).direction[0]
+    np.testing.assert_allclose(U(a, g) @ x.ravel(), 1, rtol=1e-7)
+    F = U(a, g).T @ U(a, g) / 5
+    assert close(x.ravel(), np.linalg.pinv(F, rcond=1e-12) @ (g.T @ a / 5).ravel(), 1e-7)
+
+
+def test_F7_duplicated_examples(rng):
+    """Equal coefficients for equal examples, finite; direction and beta do not see the whole batch twice."""
+    a, g = pair(rng, (5, 3, 4))
+    twice = np.tile(a, (2, 1)), np.tile(g, (2, 1))
+    one, two = betas(kf.FNGD(), a, g), betas(kf.FNGD(), *twice)
+    assert close(two[:5], one)
+    assert close(two[5:], one)
+    DW = g.T @ a / 5
+    assert close(solved(kf.FNGD(), *twice, DW).direction, solved(kf.FNGD(), a, g, DW).direction)
+    tiny = solved(kf.FNGD(), *twice, kf.Factored(*twice, 10.0), 1e-9)
+    assert np.isfinite(tiny.direction).all()
+    assert close(tiny.direction, solved(kf.FNGD(), a, g, kf.Factored(a, g, 5.0), 1e-9).direction, 1e-5)
+
+
+def test_F8_zero_gradients(rng):
+    a, g = pair(rng, (5, 3, 4))
+    g[2] = 0
+    assert betas(kf.FNGD(), a, g)[2] == pytest.approx(1 / 0.1, rel=1e-12)
+    zero = solved(kf.FNGD(), a, 0 * g, np.zeros((4, 3)))
+    assert not zero.direction.any()
+    np.testing.assert_allclose(betas(kf.FNGD(), a, 0 * g), 1 / 0.1, rtol=1e-12)
+
+
+def test_F9_one_example(rng):
+    a, g = pair(rng, (1, 5, 4))
+    want = g.T @ a / ((a**2).sum() * (g**2).sum() + 0.1)
+    assert close(solved(kf.FNGD(), a, g, g.T @ a).direction, want, 1e-12)
+
+
+def test_F10_orthonormal_examples(rng):
+    a, g = np.eye(4)[:, :3][[0, 1, 2, 0]], np.eye(4)[[0, 1, 2, 3]]
+    assert np.array_equal(units.gram(kf.Record(a, g, 4.0))[0], np.eye(4))
+    np.testing.assert_allclose(betas(kf.FNGD(), a, g), 4 / (1 + 4 * 0.1), rtol=1e-13)
+
+
+@SIZES
+@pytest.mark.parametrize("damping", [1e-2, 1.0])
+def test_F11_sum_rule_and_bounds(sizes, damping, rng):
+    a, g = pair(rng, sizes)
+    B, K = len(a), U(a, g) @ U(a, g).T
+    c = betas(kf.FNGD(), a, g, damping) / B
+    DW = g.T @ a / B
+    X = solved(kf.FNGD(), a, g, DW, damping).direction
+    assert c.sum() == pytest.approx(c @ K @ c + B * damping * c @ c, rel=1e-10)
+    assert 0 < c.sum() <= 1 / damping
+    assert np.sum(X * DW) == pytest.approx(np.sum(K @ c) / B, rel=1e-9)
+    assert np.sum(X * DW) >= 0
+    assert np.linalg.norm(X) <= np.linalg.norm(DW) / damping
+
+
+def test_F11_coefficients_may_be_negative(rng):
+    a = np.array([[1.0, 0.0], [10.0, 0.5]])
+    assert betas(kf.FNGD(), a, np.ones((2, 1)), 1e-3).min() < 0
+
+
+def test_F12_scaling(rng):
+    a, g = pair(rng, (5, 3, 4))
+    DW = g.T @ a / 5
+    want = solved(kf.FNGD(), a, g, DW).direction
+    assert close(solved(kf.FNGD(), a, 3 * g, 3 * DW, 0.9).direction, want / 3)
+    relative = kf.FNGD(relative=True)
+    want = solved(relative, a, g, DW).direction
+    assert close(solved(relative, a, 3 * g, 3 * DW).direction, want / 3)
+    K = U(a, g) @ U(a, g).T
+    assert close(want, ngd(a, g, DW, 0.1 * np.trace(K) / 25))
+
+
+def test_F13_permutation(rng):
+    a, g = pair(rng, (6, 3, 4))
+    order = rng.permutation(6)
+    assert close(betas(kf.FNGD(), a[order], g[order]), betas(kf.FNGD(), a, g)[order])
+
+
+def test_F13_found_by_dataset_index(rng):
+    """Five batches of a shuffled set of 23, the last ragged: every example gets the beta of its own index back."""
+    a, g = pair(rng, (23, 3, 4))
+    method = kf.FNGD(sample, steps=5)
+    state = method.init(kf.Block(4, 3, samples=23), a)
+    order, want = rng.permutation(23), np.zeros(23)
+    for step in range(5):
+        ids = order[5 * step : 5 * step + 5]
+        x, y = a[ids], g[ids]
+        state = solved(method, x, y, y.T @ x / len(ids), step=step, ids=ids, state=state).state
+        B = len(ids)
+        want[ids] = B * np.linalg.solve(U(x, y) @ U(x, y).T + B * 0.1 * np.eye(B), np.ones(B))
+    assert B == 3
+    again = rng.permutation(23)
+    ids = again[20:]
+    found = method.weighted(state, g[ids], kf.Hyper(9, 0.0, 0.1), ids)
+    assert close(found, g[ids] * want[ids][:, None], 1e-12)
+
+
+def epochs(method, a, g, batches, count, damping=0.1):
+    """Directions of `count` epochs with frozen weights, as a shell makes them; batches(epoch) gives index arrays."""
+    pre = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(damping))
+    state = pre.init({"fc": kf.Block(4, 3, rows=10, samples=len(a))}, a)
+    found = []
+    for epoch in range(count):
+        for ids in batches(epoch):
+            x, y = a[ids], g[ids]
+            scaled = kf.weighted(pre, state, {"fc": y}, ids)["fc"]
+            records = {"fc": kf.Record(x, y, float(len(ids)), ids=ids)} if pre.wants_records(state) else None
+            updates, state, _ = pre.step(state, records, {"fc": scaled.T @ x / len(ids)})
+            found.append((ids, updates["fc"]))
+    return found, state
+
+
+def test_F14_replayed_order_repeats_the_first_epoch(rng):
+    a, g = pair(rng, (23, 3, 4))
+    parts = np.array_split(rng.permutation(23), 4)
+    for share in (position, sample):
+        found, _ = epochs(kf.FNGD(share, steps=4), a, g, lambda e: parts, 3)
+        for (ids, first), (_, second), (_, third) in zip(found[:4], found[4:8], found[8:], strict=True):
+            assert close(first, ngd(a[ids], g[ids], g[ids].T @ a[ids] / len(ids), 0.1))
+            assert close(second, first, 1e-13)
+            assert np.array_equal(second, third)
+
+
+def test_F14_reshuffled_batches_are_not_natural_gradient(rng):
+    """A coefficient depends on the rest of its batch; with one batch for the whole set it does not change."""
+    a, g = pair(rng, (24, 3, 4))
+    orders = [rng.permutation(24) for _ in range(2)]
+    found, _ = epochs(kf.FNGD(sample, steps=4), a, g, lambda e: np.split(orders[e], 4), 2)
+    ids, second = found[4]
+    assert not close(second, ngd(a[ids], g[ids], g[ids].T @ a[ids] / 6, 0.1), 1e-2)
+    a, g = a[:10], g[:10]
+    orders = [rng.permutation(10) for _ in range(2)]
+    found, _ = epochs(kf.FNGD(sample, steps=1), a, g, lambda e: [orders[e]], 2)
+    assert close(found[1][1], ngd(a, g, g.T @ a / 10, 0.1))
+    found, _ = epochs(kf.FNGD(position, steps=1), a, g, lambda e: [orders[e]], 2)
+    assert not close(found[1][1], ngd(a, g, g.T @ a / 10, 0.1), 1e-2)
+
+
+def test_F14_mean_vector_and_scalar(rng):
+    a, g = pair(rng, (23, 3, 4))
+    parts = np.array_split(np.arange(23), 4)  # 6, 6, 6, 5
+    each = [betas(kf.FNGD(), a[p], g[p]) for p in parts]
+    found, _ = epochs(kf.FNGD(mean_vector, steps=4), a, g, lambda e: parts, 2)
+    mean = np.append(np.mean([b[:5] for b in each], 0), np.mean([b[5] for b in each[:3]]))
+    assert close(found[4][1], (g[parts[0]] * mean[:, None]).T @ a[parts[0]] / 6, 1e-12)
+    found, _ = epochs(kf.FNGD(scalar_rate, steps=4), a, g, lambda e: parts, 2)
+    assert close(found[7][1], np.concatenate(each).mean() * g[parts[3]].T @ a[parts[3]] / 5, 1e-12)
+
+
+def counting(monkeypatch):
+    calls = []
+    original = kernels.spd_inverse
+    monkeypatch.setattr(kernels, "spd_inverse", lambda x: calls.append(x.shape) or original(x))
+    return calls
+
+
+@EVERY
+def test_F15_no_solve_after_the_first_epoch(share, rng, monkeypatch):
+    a, g = pair(rng, (20, 3, 4))
+    parts = np.split(np.arange(20), 4)
+    calls = counting(monkeypatch)
+    epochs(kf.FNGD(share, steps=4), a, g, lambda e: parts, 5)
+    assert len(calls) == 4
+    calls.clear()
+    epochs(kf.FNGD(share, steps=4, every=2), a, g, lambda e: parts, 5)
+    assert len(calls) == 12  # epochs 0, 2 and 4
+
+
+@pytest.mark.parametrize("method", [kf.FNGD(steps=4, every=1), kf.FNGD(steps=0)], ids=["every epoch", "no epochs"])
+def test_F15_computed_at_every_step(method, rng):
+    a, g = pair(rng, (20, 3, 4))
+    orders = [np.split(rng.permutation(20), 4) for _ in range(3)]
+    for ids, x in epochs(method, a, g, lambda e: orders[e], 3)[0]:
+        assert close(x, ngd(a[ids], g[ids], g[ids].T @ a[ids] / 5, 0.1))
+
+
+def test_F15_a_refreshed_epoch_forgets_the_one_before(rng):
+    a, g = pair(rng, (20, 3, 4))
+    parts = np.split(np.arange(20), 4)
+    _, state = epochs(kf.FNGD(mean_vector, steps=4, every=2), a, g, lambda e: parts, 3)
+    assert state.layers["fc"].betas.count[0, :5].tolist() == [4] * 5
+
+
+@EVERY
+@pytest.mark.parametrize("stop", [2, 9])
+def test_F16_saved_and_continued_bit_for_bit(share, stop, tmp_path, rng):
+    """In the middle of the first epoch and of the third."""
+    net = kn.Sequential((5,), (kn.Dense(6), kn.Tanh(), kn.Dense(3)))
+    data, loss = (rng.normal(size=(20, 5)), rng.integers(0, 3, 20)), kf.SoftmaxCrossEntropy()
+    pre = kf.Preconditioner(kf.FNGD(share, steps=4), schedules=kf.Schedules(0.3), step=kf.Fixed(0.1, 0.5))
+
+    def run(params, state, start, steps):
+        for progress in kn.fit(net, params, data, loss, pre, batch=5, steps=steps, state=state, start=start):
+            state = progress.state
+        return params, state
+
+    params = net.init(np.random.default_rng(0), np.asarray)
+    first, state = run(dict(params), None, 0, stop)
+    kf.save(tmp_path / "x.safetensors", {"params": first, "state": state})
+    whole, _ = run(dict(params), None, 0, 12)
+    like = {"params": first, "state": kn.initial_state(net, first, pre, 20)}
+    tree = kf.load(tmp_path / "x.safetensors", like=like)
+    resumed, _ = run(tree["params"], tree["state"], stop, 12)
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+@SIZES
+def test_F17_equals_cgfac_and_the_dense_block(sizes, rng):
+    a, g = pair(rng, sizes)
+    record, V = kf.Record(a, g, float(len(a))), g.T @ a / len(a)
+    want = kf.direction(record, V, kf.Exact(), 0.1)
+    for method in (kf.FNGD(), kf.CGFAC(Empirical(), CG(Residual(1e-15), 400), 64), kf.CGFAC(Empirical(), InRows(), 64)):
+        assert close(solved(method, a, g, V).direction, want, 1e-11)
+
+
+def test_F18_bias(rng):
+    """Alone, a bias has K = g g^T and coefficients of its own; folded in, K gains g g^T."""
+    a, g = pair(rng, (6, 3, 4))
+    folded = np.c_[a, np.ones(6)]
+    K = units.gram(kf.Record(a, g, 6.0))[0]
+    assert close(units.gram(kf.Record(folded, g, 6.0))[0], K + g @ g.T, 1e-12)
+    ones = np.ones((6, 1))
+    assert close(units.gram(kf.Record(ones, g, 6.0))[0], g @ g.T, 1e-12)
+    for rows in (folded, ones):
+        DW = g.T @ rows / 6
+        assert close(solved(kf.FNGD(), rows, g, DW).direction, ngd(rows, g, DW, 0.1))
+
+
+def test_every_identity_has_a_test():
+    found = {int(name.split("_")[1][1:]) for name in globals() if name.startswith("test_F")}
+    assert found == set(range(1, 19))
+
+
+def test_padding_does_not_count(rng):
+    """Masked positions are zero rows; n is what says how many there are."""
+    a, g = rng.normal(size=(4, 3, 5)), rng.normal(size=(4, 3, 2))
+    mask = np.ones((4, 3), bool)
+    mask[1, 1:] = mask[3, 2:] = False
+    V = rng.normal(size=(2, 5))
+    record = kf.Record(a, g, float(mask.sum()), mask)
+    token = kf.FNGD(sharing=kf.expand)
+    want = ngd(a[mask], g[mask], V, 0.1, mask.sum())
+    hyper = kf.Hyper(0, 0.0, 0.1)
+    assert close(token.solve(kf.settle(token, record), V, hyper, record).direction, want)
+
+
+def test_tokens_are_weighted_one_by_one(rng):
+    a, g = rng.normal(size=(4, 3, 5)), rng.normal(size=(4, 3, 2))
+    method = kf.FNGD(position, steps=1, sharing=kf.expand)
+    DW = np.einsum("nso,nsi->oi", g, a) / 4
+    state = solved(method, a, g, DW).state
+    scaled = method.weighted(state, g, kf.Hyper(1, 0.0, 0.1))
+    assert close(np.einsum("nso,nsi->oi", scaled, a) / 4, ngd(a.reshape(12, 5), g.reshape(12, 2), DW, 0.1, 4))
+
+
+def test_micro_batches_are_one_batch(rng):
+    a, g = pair(rng, (9, 3, 4))
+    pre = kf.Preconditioner(kf.FNGD(), schedules=kf.Schedules(0.1))
+    state = pre.init({"fc": kf.Block(4, 3)}, a)
+    parts = [kf.Record(a[s], g[s], float(len(a[s]))) for s in (slice(0, 4), slice(4, 9))]
+    DW = g.T @ a / 9
+    assert close(pre.step(state, {"fc": parts}, {"fc": DW})[0]["fc"], ngd(a, g, DW, 0.1))
+
+
+def test_under_a_rule_that_needs_records_every_step_computes(rng):
+    """A self-tuning step needs the true gradient and sampled draws: nothing is shared, and true labels are refused."""
+    net = kn.Sequential((5,), (kn.Dense(6), kn.Tanh(), kn.Dense(3)))
+    params, data = net.init(rng, np.asarray), (rng.normal(size=(20, 5)), rng.integers(0, 3, 20))
+    pre, loss = kf.Preconditioner(kf.FNGD(steps=2), step=kf.SelfTuning()), kf.SoftmaxCrossEntropy()
+    state = kn.initial_state(net, params, pre)
+    with pytest.raises(ValueError, match="true labels"):
+        kn.step(net, params, data, loss, pre, state, 0, rng)
+    for index in range(5):
+        assert pre.wants_records(state)
+        _, state, info = kn.step(net, params, data, loss, pre, state, index, rng, kn.sampled)
+        assert info.counts() == {kf.Code.OK: 2}
+
+
+def test_under_jit(rng):
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    a, g = pair(rng, (6, 3, 4))
+    V = rng.normal(size=(4, 3))
+
+    def run(a, g, V):
+        record, method = kf.Record(a, g, 6.0), kf.FNGD()
+        return method.solve(kf.settle(method, record), V, kf.Hyper(0, 0.0, 0.1), record).direction
+
+    got = jax.jit(run)(*(jax.numpy.asarray(x) for x in (a, g, V)))
+    assert close(np.asarray(got), ngd(a, g, V, 0.1))
+
+
+def layers(rng, B=7):
+    sizes = {"first": (3, 4), "second": (5, 2)}
+    pairs = {name: (rng.normal(size=(B, i)), rng.normal(size=(B, o))) for name, (i, o) in sizes.items()}
+    records = {name: kf.Record(a, g, float(B)) for name, (a, g) in pairs.items()}
+    return pairs, records, {name: g.T @ a / B for name, (a, g) in pairs.items()}
+
+
+def test_global_is_the_whole_networks_fisher(rng):
+    pairs, records, grads = layers(rng)
+    method = GlobalFNGD(steps=1)
+    state = method.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    J = np.concatenate([U(*pairs[name]) for name in pairs], 1)
+    for given in (grads, {name: rng.normal(size=v.shape) for name, v in grads.items()}):
+        flat = np.concatenate([v.ravel() for v in given.values()])
+        want = np.linalg.solve(J.T @ J / 7 + 0.1 * np.eye(J.shape[1]), flat)
+        found, after = method.solve(state, given, kf.Hyper(0, 0.0, 0.1), records)
+        assert close(np.concatenate([x.ravel() for x in found.values()]), want)
+        assert after.code.tolist() == [kf.Code.OK]
+    first = method.solve(state, grads, kf.Hyper(0, 0.0, 0.1), records)[0]
+    g = method.weighted(after, {name: p[1] for name, p in pairs.items()}, kf.Hyper(1, 0.0, 0.1))
+    for name, (a, _) in pairs.items():
+        assert close(g[name].T @ a / 7, first[name][0])
+    unscaled = method.weighted(after, {"first": pairs["first"][1]}, kf.Hyper(0, 0.0, 0.1))
+    assert np.array_equal(unscaled["first"], pairs["first"][1])
+
+
+def test_refusals(rng):
+    a, g = pair(rng, (5, 3, 4))
+    with pytest.raises(ValueError, match=r"Block\.samples"):
+        kf.FNGD(sample).init(kf.Block(4, 3), a)
+    with pytest.raises(ValueError, match="no ids"):
+        solved(kf.FNGD(sample), a, g, g.T @ a)
+    with pytest.raises(ValueError, match="4 slots"):
+        solved(kf.FNGD(slots=4), a, g, g.T @ a)
+    with pytest.raises(ValueError, match="positions differ"):
+        GlobalFNGD(sharing=kf.expand)
+    _, records, grads = layers(rng)
+    records["second"] = kf.Record(*(rng.normal(size=(6, d)) for d in (5, 2)), 6.0)
+    with pytest.raises(ValueError, match="'second'"):
+        GlobalFNGD().solve(GlobalFNGD().init({}, a), grads, kf.Hyper(0, 0.0, 0.1), records)
+    with pytest.raises(ValueError, match="2 blocks"):
+        kf.FNGD(steps=1).weighted(kf.FNGD(steps=1).init(kf.Block(4, 3, 2), a), g, kf.Hyper(1, 0.0, 0.1))
