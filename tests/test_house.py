@@ -32,10 +32,12 @@ ALLOWED = {  # room: rooms it may import
     "io": {"xp", "tree"},
     "layers": {"xp", "tree", "linalg", "record", "method"},
     "methods": {"xp", "tree", "linalg", "record", "method", "damping", "factors", "sharing"},
-    "step": {"xp", "tree", "record", "method", "rescale"},
+    "jacobian": {"xp", "record"},
+    "step": {"xp", "tree", "record", "method", "rescale", "jacobian"},
+    "network": {"xp", "tree", "linalg", "record", "method", "methods", "damping", "factors", "sharing", "jacobian"},
     "preconditioner": {"xp", "tree", "record", "method", "schedule", "sharing", "step", "comm"},
     "oneshot": {"xp", "record", "method", "methods"},
-    "analysis": {"xp", "tree", "record", "method", "factors"},
+    "analysis": {"xp", "tree", "linalg", "record", "method", "factors", "jacobian", "sharing", "io"},
 }
 
 

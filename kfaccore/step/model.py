@@ -1,7 +1,6 @@
 """The exact quadratic model of the loss along given directions, from records alone.
 
-(J v) of an example and draw is a sum over layers and positions of g . (V a): no Jacobian product, no framework. All
-layers must come from one batch with the same draws. Source: Martens & Grosse 2015 (1503.05671), section 7.
+All layers must come from one batch with the same draws. Source: Martens & Grosse 2015 (1503.05671), section 7.
 """
 
 from __future__ import annotations
@@ -12,21 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.record import Factored, Ids, Record
+from kfaccore.jacobian import products
+from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array, namespace, to_host
-
-
-def products(record: Record, *vs: Array) -> list[Array]:
-    """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
-    xp = namespace(record.g)
-    v = xp.concat([v if v.ndim == 3 else v[None, ...] for v in vs], axis=1)
-    if isinstance(record.a, Ids):
-        index = xp.reshape(record.a.index, (-1,))
-        z = xp.reshape(xp.take(v[0, ...].mT, index, axis=0), (1, record.batch, record.shared, -1))
-    else:
-        z = xp.matmul(record.rows(), v.mT[:, None, :, :])
-    parts = (z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs)))
-    return [xp.sum(xp.vecdot(record.g, part[None, ...]), axis=(1, 3)) for part in parts]
 
 
 def curvature(records: dict[str, Record], directions: list[dict[str, Array]]) -> np.ndarray:

@@ -1,0 +1,222 @@
+"""The Fisher operator of a fitted state, F~ + damping I, layer by layer and whole, in float64 on the host.
+
+A method that knows its eigenvectors says so with `eigensystem(state, block)`; any other with a `matvec` is multiplied
+out, up to `limit` parameters a block. Layers are independent: the whole is block-diagonal.
+Cost: eigensystem d_in^3 + d_out^3 once, then four products; otherwise (d_out d_in)^3 once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator, cg
+
+from kfaccore import tree
+from kfaccore.analysis.spectrum import Spectrum
+from kfaccore.linalg import kron
+from kfaccore.method import Block, Hyper
+from kfaccore.xp.arrays import to_host
+
+_UNDAMPED = Hyper(0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class System:
+    """Eigenvalues and the way into their basis and back: values (blocks, ...); v and result (blocks, d_out, d_in)."""
+
+    values: np.ndarray
+    left: np.ndarray
+    right: np.ndarray | None
+
+    def divide(self, v: np.ndarray, shift: float) -> np.ndarray:
+        """(F~ + shift I)^-1 v."""
+        below = self.values + shift
+        if not below.min() > 0:
+            raise ValueError(f"F~ + {shift} I is singular (smallest eigenvalue {below.min():.3g}): give damping > 0")
+        if self.right is not None:
+            return kron.solve(self.left, v, self.right, below)
+        flat = v.reshape(*below.shape, 1)
+        return (self.left @ (self.left.mT @ flat / below[..., None])).reshape(v.shape)
+
+
+@dataclass(frozen=True)
+class LayerOperator:
+    """F~ + damping I of one layer; vectors are (blocks, d_out, d_in), 2-D ones come back 2-D."""
+
+    method: Any
+    state: Any
+    block: Block
+    damping: float = 0.0
+    limit: int = 4096
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.block.blocks, self.block.d_out, self.block.d_in
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return int(np.prod(self.shape))
+
+    @property
+    def solvable(self) -> bool:
+        """Whether trace, logdet and eigenvalues can be had exactly."""
+        return hasattr(self.method, "eigensystem") or self.block.d_out * self.block.d_in <= self.limit
+
+    @cached_property
+    def system(self) -> System:
+        """Eigenvalues and eigenvectors of F~, without the damping."""
+        if hasattr(self.method, "eigensystem"):
+            values, Qg, Qa = self.method.eigensystem(self.state, self.block)
+            return System(values, Qg, Qa)
+        values, vectors = np.linalg.eigh(self.dense() - self.damping * np.eye(self.block.d_out * self.block.d_in))
+        return System(values, vectors, None)
+
+    def matvec(self, v: np.ndarray) -> np.ndarray:
+        """(F~ + damping I) v."""
+        full = v.reshape(self.shape)
+        return (self.method.matvec(self.state, full, _UNDAMPED) + self.damping * full).reshape(v.shape)
+
+    def solve(self, v: np.ndarray) -> np.ndarray:
+        """(F~ + damping I)^-1 v; conjugate gradients to 1e-12 where eigenvectors cannot be had."""
+        full = v.reshape(self.shape)
+        if self.solvable:
+            return self.system.divide(full, self.damping).reshape(v.shape)
+        found, info = cg(self.linear_operator(), full.ravel(), rtol=1e-12)
+        if info:
+            raise ValueError(f"conjugate gradients stopped after {info} iterations: give a larger damping")
+        return found.reshape(v.shape)
+
+    def dense(self) -> np.ndarray:
+        """F~ + damping I itself, (blocks, D, D) with row-major vec; ValueError above `limit`."""
+        size = self.block.d_out * self.block.d_in
+        if size > self.limit:
+            raise ValueError(
+                f"{type(self.method).__name__} has no eigensystem and {size} parameters a block; multiplying it out "
+                f"stops at limit={self.limit}"
+            )
+        columns = np.empty((self.block.blocks, size, size))
+        for i in range(size):
+            unit = np.zeros(self.shape)
+            unit[:, i // self.block.d_in, i % self.block.d_in] = 1.0
+            columns[:, :, i] = self.matvec(unit).reshape(self.block.blocks, size)
+        return (columns + columns.mT) / 2
+
+    def trace(self) -> float:
+        return float(self.system.values.sum() + self.damping * self.size)
+
+    def logdet(self) -> float:
+        """log of the determinant; -inf for a singular operator, ValueError for an indefinite one."""
+        values = self.eigvalsh()
+        if values[0] < -1e-10 * values[-1]:
+            raise ValueError(f"F~ + damping I is indefinite (smallest eigenvalue {values[0]:.3g}): give more damping")
+        with np.errstate(divide="ignore"):
+            return float(np.log(np.maximum(values, 0.0)).sum())
+
+    def eigvalsh(self) -> np.ndarray:
+        """All eigenvalues, ascending."""
+        return np.sort(self.system.values.ravel()) + self.damping
+
+    def effective_rank(self) -> float:
+        """exp(entropy of the spectrum of F~, without damping); see `Spectrum`."""
+        return Spectrum(np.maximum(np.sort(self.system.values.ravel()), 0.0)).effective_rank
+
+    def effective_dimension(self) -> float:
+        """tr F~ (F~ + damping I)^-1: the number of parameters the curvature, not the damping, decides."""
+        values = np.maximum(self.system.values, 0.0)
+        return float((values / (values + self.damping)).sum()) if self.damping else float((values > 0).sum())
+
+    def linear_operator(self) -> LinearOperator:
+        """For SciPy, on vectors of `size` entries."""
+        return _exported(self.size, self.matvec)
+
+
+@dataclass(frozen=True)
+class NetworkOperator:
+    """All layers as one block-diagonal operator; vectors are {layer: array}, or flat in the order of `layers`."""
+
+    layers: Mapping[str, LayerOperator]
+
+    @property
+    def size(self) -> int:
+        return sum(layer.size for layer in self.layers.values())
+
+    def matvec(self, v: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: layer.matvec(v[name]) for name, layer in self.layers.items()}
+
+    def solve(self, v: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: layer.solve(v[name]) for name, layer in self.layers.items()}
+
+    def trace(self) -> float:
+        return sum(layer.trace() for layer in self.layers.values())
+
+    def logdet(self) -> float:
+        return sum(layer.logdet() for layer in self.layers.values())
+
+    def eigvalsh(self) -> np.ndarray:
+        """All eigenvalues of all layers, ascending."""
+        return np.sort(np.concatenate([layer.eigvalsh() for layer in self.layers.values()]))
+
+    def effective_rank(self) -> float:
+        """Of the joint spectrum, without damping."""
+        values = np.concatenate([layer.system.values.ravel() for layer in self.layers.values()])
+        return Spectrum(np.maximum(np.sort(values), 0.0)).effective_rank
+
+    def effective_dimension(self) -> float:
+        return sum(layer.effective_dimension() for layer in self.layers.values())
+
+    def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """A flat vector as {layer: (blocks, d_out, d_in)}."""
+        ends = np.cumsum([layer.size for layer in self.layers.values()])[:-1]
+        parts = np.split(flat, ends)
+        return {name: part.reshape(self.layers[name].shape) for name, part in zip(self.layers, parts, strict=True)}
+
+    def join(self, v: Mapping[str, np.ndarray]) -> np.ndarray:
+        """{layer: array} as a flat vector."""
+        return np.concatenate([np.ravel(v[name]) for name in self.layers])
+
+    def linear_operator(self) -> LinearOperator:
+        """For SciPy, on flat vectors."""
+        return _exported(self.size, lambda flat: self.join(self.matvec(self.split(flat))))
+
+
+def operator(
+    methods: Any,
+    states: Mapping[str, Any],
+    blocks: Mapping[str, Block],
+    damping: float | Mapping[str, float] = 0.0,
+    limit: int = 4096,
+) -> NetworkOperator:
+    """The operator of fitted states: `operator(pre.methods, state.layers, dict(state.blocks), damping)`.
+
+    methods, damping   one for all layers, or a mapping from layer; arrays of the states may live anywhere
+    """
+    return NetworkOperator({
+        name: LayerOperator(
+            methods[name] if isinstance(methods, Mapping) else methods,
+            on_host(state),
+            blocks[name],
+            float(damping[name] if isinstance(damping, Mapping) else damping),
+            limit,
+        )
+        for name, state in states.items()
+    })
+
+
+def on_host(state: Any) -> Any:
+    """A state on NumPy with floating leaves in float64."""
+
+    def moved(leaf: Any) -> Any:
+        host = to_host(leaf)
+        return host.astype(np.float64) if np.issubdtype(host.dtype, np.floating) else host
+
+    return tree.map(moved, state)
+
+
+def _exported(size: int, matvec: Any) -> LinearOperator:
+    symmetric: Any = lambda v: matvec(np.asarray(v, np.float64).reshape(size))  # noqa: E731
+    return LinearOperator((size, size), matvec=symmetric, rmatvec=symmetric, dtype=np.float64)  # pyright: ignore

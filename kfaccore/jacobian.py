@@ -1,0 +1,36 @@
+"""Products with J, the matrix of per-example gradients, from records alone: nothing of size examples x parameters.
+
+(J v) of an example and draw is a sum over layers and positions of g . (V a); J^T w is a sum of w g a^T. Layers of one
+batch with the same draws add: F v = J^T (J v) / n over the whole network.
+Cost: rows d_in d_out a vector, each way.
+"""
+
+from __future__ import annotations
+
+from kfaccore import xp as kernels
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array, namespace
+
+
+def products(record: Record, *vs: Array) -> list[Array]:
+    """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
+    xp = namespace(record.g)
+    v = xp.concat([v if v.ndim == 3 else v[None, ...] for v in vs], axis=1)
+    if isinstance(record.a, Ids):
+        index = xp.reshape(record.a.index, (-1,))
+        z = xp.reshape(xp.take(v[0, ...].mT, index, axis=0), (1, record.batch, record.shared, -1))
+    else:
+        z = xp.matmul(record.rows(), v.mT[:, None, :, :])
+    parts = (z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs)))
+    return [xp.sum(xp.vecdot(record.g, part[None, ...]), axis=(1, 3)) for part in parts]
+
+
+def adjoint(record: Record, w: Array) -> Array:
+    """J^T w, (blocks, d_out, d_in), for a number w (draws, batch) a draw and example."""
+    xp = namespace(record.g)
+    g = xp.sum(record.g * w[:, None, :, None, None], axis=0)
+    g = xp.reshape(g, (record.blocks, -1, record.d_out))
+    if isinstance(record.a, Ids):
+        index = xp.reshape(record.a.index, (-1,))
+        return kernels.segment_sum(g[0, ...], index, record.a.size).mT[None, ...]
+    return xp.matmul(g.mT, xp.reshape(record.rows(), (record.blocks, -1, record.d_in)))
