@@ -20,6 +20,7 @@ from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
+from kfaccore.records import load_records, save_records
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
@@ -68,6 +69,7 @@ __all__ = [
     "expand",
     "forward_only",
     "load",
+    "load_records",
     "mean_eigenvalue",
     "metadata",
     "monte_carlo",
@@ -75,6 +77,7 @@ __all__ = [
     "pi",
     "reduce",
     "save",
+    "save_records",
     "settle",
     "top_eigenvalue",
     "type2",

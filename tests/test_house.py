@@ -37,7 +37,8 @@ ALLOWED = {  # room: rooms it may import
     "network": {"xp", "tree", "linalg", "record", "method", "methods", "damping", "factors", "sharing", "jacobian"},
     "preconditioner": {"xp", "tree", "record", "method", "schedule", "sharing", "step", "comm"},
     "oneshot": {"xp", "record", "method", "methods"},
-    "analysis": {"xp", "tree", "linalg", "record", "method", "factors", "jacobian", "sharing", "io"},
+    "analysis": {"xp", "tree", "linalg", "record", "method", "factors", "jacobian"},
+    "records": {"linalg", "record", "sharing", "io"},
 }
 
 

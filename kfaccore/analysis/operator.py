@@ -132,7 +132,7 @@ class LayerOperator:
 
     def linear_operator(self) -> LinearOperator:
         """For SciPy, on vectors of `size` entries."""
-        return _exported(self.size, self.matvec)
+        return exported(self.size, self.matvec)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class NetworkOperator:
 
     def linear_operator(self) -> LinearOperator:
         """For SciPy, on flat vectors."""
-        return _exported(self.size, lambda flat: self.join(self.matvec(self.split(flat))))
+        return exported(self.size, lambda flat: self.join(self.matvec(self.split(flat))))
 
 
 def operator(
@@ -195,16 +195,18 @@ def operator(
 
     methods, damping   one for all layers, or a mapping from layer; arrays of the states may live anywhere
     """
-    return NetworkOperator({
-        name: LayerOperator(
-            methods[name] if isinstance(methods, Mapping) else methods,
-            on_host(state),
-            blocks[name],
-            float(damping[name] if isinstance(damping, Mapping) else damping),
-            limit,
-        )
-        for name, state in states.items()
-    })
+    return NetworkOperator(
+        {
+            name: LayerOperator(
+                methods[name] if isinstance(methods, Mapping) else methods,
+                on_host(state),
+                blocks[name],
+                float(damping[name] if isinstance(damping, Mapping) else damping),
+                limit,
+            )
+            for name, state in states.items()
+        }
+    )
 
 
 def on_host(state: Any) -> Any:
@@ -217,6 +219,6 @@ def on_host(state: Any) -> Any:
     return tree.map(moved, state)
 
 
-def _exported(size: int, matvec: Any) -> LinearOperator:
+def exported(size: int, matvec: Any) -> LinearOperator:
     symmetric: Any = lambda v: matvec(np.asarray(v, np.float64).reshape(size))  # noqa: E731
     return LinearOperator((size, size), matvec=symmetric, rmatvec=symmetric, dtype=np.float64)  # pyright: ignore
