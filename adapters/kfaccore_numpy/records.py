@@ -31,4 +31,5 @@ def save_records(
     g = network.backward(params, tape, loss.gradient(f, data[1]))
     grads = network.gradients(tape, g, n, factored=False)
     drawn = fisher(network, params, tape, Batch(f, data[1], loss), g, np.random.default_rng(seed))
-    kfaccore.save_records(path, network.records(tape, drawn, n), grads, seed=seed)
+    records = network.records(tape, drawn, n)
+    kfaccore.save_records(path, {name: records[name] for name in network.blocks()}, grads, seed=seed)

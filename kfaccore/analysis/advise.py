@@ -1,6 +1,7 @@
 """Which method for which layer, under a budget: the multiple-choice knapsack over the figures of `compare`.
 
-Minimises the squared error of the damped direction summed over layers, sum ||x~_l - x_l||^2, subject to a sum of costs.
+Minimises a loss summed over layers subject to a sum of costs; the loss is the squared error of the damped direction,
+||x~_l - x_l||^2, or of the block, ||F~_l - F_l||^2.
 Layer by layer only plans that no other beats in both cost and error are kept, which is exact; above `WIDTH` of them the
 front is thinned evenly in cost.
 """
@@ -13,11 +14,15 @@ from dataclasses import dataclass
 from kfaccore.analysis.compare import Figures
 
 WIDTH = 20_000
+BY = {  # (relative error, what it is relative to) of one layer
+    "direction": lambda f: (f.inverse_error, f.size),
+    "block": lambda f: (f.error, f.norm),
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A method a layer, its total cost, and its squared error relative to the squared size of the direction."""
+    """A method a layer, its total cost, and its error: the root of the summed losses over that of the exact sizes."""
 
     methods: dict[str, str]
     cost: float
@@ -32,21 +37,27 @@ class Advice:
     cheapest: Plan
 
 
-def advise(figures: Sequence[Figures], cost: Callable[[Figures], float], budget: float) -> Advice:
+def advise(
+    figures: Sequence[Figures],
+    cost: Callable[[Figures], float],
+    budget: float,
+    by: Callable[[Figures], tuple[float, float]] = BY["direction"],
+) -> Advice:
     """The plan of least error whose cost is at most `budget`; ties go to the cheaper.
 
     Raises ValueError naming a layer that no method could be measured on.
     """
     layers = list(dict.fromkeys(f.layer for f in figures))
-    scale = sum(max(f.size**2 for f in figures if f.layer == layer) for layer in layers) or 1.0
     front: list[tuple[float, float, tuple[str, ...]]] = [(0.0, 0.0, ())]
+    scale = 0.0
     for layer in layers:
-        choices = [f for f in figures if f.layer == layer and f.inverse_error == f.inverse_error]
+        choices = [f for f in figures if f.layer == layer and by(f)[0] == by(f)[0]]
         if not choices:
             raise ValueError(f"no method could be measured on layer {layer!r}")
-        moves = [(cost(f), (f.inverse_error * f.size) ** 2, f.method) for f in choices]
+        scale += max(by(f)[1] for f in choices) ** 2
+        moves = [(cost(f), (by(f)[0] * by(f)[1]) ** 2, f.method) for f in choices]
         front = _front([(c + dc, e + de, (*names, name)) for c, e, names in front for dc, de, name in moves])
-    plans = [Plan(dict(zip(layers, names, strict=True)), c, e / scale) for c, e, names in front]
+    plans = [Plan(dict(zip(layers, names, strict=True)), c, (e / (scale or 1.0)) ** 0.5) for c, e, names in front]
     within = [plan for plan in plans if plan.cost <= budget]
     return Advice(within[-1] if within else None, plans[0])
 

@@ -72,20 +72,17 @@ class ExactBlock:
 
     def overlap(self, op: LayerOperator) -> float:
         """<F, F~> for the undamped matrix of `op`."""
-        system = op.system
-        if system.right is not None:
-            Qa, Qg = (None if q.ndim == 2 else q for q in (system.right, system.left))
+        if hasattr(op.method, "eigensystem"):
+            system = op.system
+            Qa, Qg = (None if q is None or q.ndim == 2 else q for q in (system.right, system.left))
             return float((system.values * factors.squares(self.record, Qa, Qg)).sum()) / self.record.n
-        total = 0.0
-        for i, part in enumerate(self.parts):
-            for J in _chunks(part):
-                total += float((system.values[i] * (J @ system.left[i]) ** 2).sum())
-        return total / self.record.n
+        chunks = ((J, op.undamped[i]) for i, part in enumerate(self.parts) for J in _chunks(part))
+        return sum(float(((J @ F) * J).sum()) for J, F in chunks) / self.record.n
 
 
 def distance(exact: ExactBlock, op: LayerOperator) -> float:
     """||F - F~|| / ||F|| with nothing estimated."""
-    squared = exact.norm**2 - 2 * exact.overlap(op) + float((op.system.values**2).sum())
+    squared = exact.norm**2 - 2 * exact.overlap(op) + op.square()
     return float(np.sqrt(max(squared, 0.0))) / exact.norm
 
 

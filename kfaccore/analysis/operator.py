@@ -1,7 +1,8 @@
 """The Fisher operator of a fitted state, F~ + damping I, layer by layer and whole, in float64 on the host.
 
-A method that knows its eigenvectors says so with `eigensystem(state, block)`; any other with a `matvec` is multiplied
-out, up to `limit` parameters a block. Layers are independent: the whole is block-diagonal.
+A method that knows its eigenvectors says so with `eigensystem(state, block)`, one that holds its dense block with
+`matrix(state, block)`; any other is multiplied out by its `matvec`, up to `limit` parameters a block. Layers are
+independent: the whole is block-diagonal.
 Cost: eigensystem d_in^3 + d_out^3 once, then four products; otherwise (d_out d_in)^3 once.
 """
 
@@ -51,7 +52,7 @@ class LayerOperator:
     state: Any
     block: Block
     damping: float = 0.0
-    limit: int = 4096
+    limit: int = 2048
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,7 +66,8 @@ class LayerOperator:
     @property
     def solvable(self) -> bool:
         """Whether trace, logdet and eigenvalues can be had exactly."""
-        return hasattr(self.method, "eigensystem") or self.block.d_out * self.block.d_in <= self.limit
+        known = hasattr(self.method, "eigensystem") or hasattr(self.method, "matrix")
+        return known or self.block.d_out * self.block.d_in <= self.limit
 
     @cached_property
     def system(self) -> System:
@@ -73,7 +75,7 @@ class LayerOperator:
         if hasattr(self.method, "eigensystem"):
             values, Qg, Qa = self.method.eigensystem(self.state, self.block)
             return System(values, Qg, Qa)
-        values, vectors = np.linalg.eigh(self.dense() - self.damping * np.eye(self.block.d_out * self.block.d_in))
+        values, vectors = np.linalg.eigh(self.undamped)
         return System(values, vectors, None)
 
     def matvec(self, v: np.ndarray) -> np.ndarray:
@@ -91,8 +93,11 @@ class LayerOperator:
             raise ValueError(f"conjugate gradients stopped after {info} iterations: give a larger damping")
         return found.reshape(v.shape)
 
-    def dense(self) -> np.ndarray:
-        """F~ + damping I itself, (blocks, D, D) with row-major vec; ValueError above `limit`."""
+    @cached_property
+    def undamped(self) -> np.ndarray:
+        """F~ itself, (blocks, D, D) with row-major vec; ValueError above `limit` unless the method holds it."""
+        if hasattr(self.method, "matrix"):
+            return self.method.matrix(self.state, self.block)
         size = self.block.d_out * self.block.d_in
         if size > self.limit:
             raise ValueError(
@@ -103,11 +108,24 @@ class LayerOperator:
         for i in range(size):
             unit = np.zeros(self.shape)
             unit[:, i // self.block.d_in, i % self.block.d_in] = 1.0
-            columns[:, :, i] = self.matvec(unit).reshape(self.block.blocks, size)
+            columns[:, :, i] = self.method.matvec(self.state, unit, _UNDAMPED).reshape(self.block.blocks, size)
         return (columns + columns.mT) / 2
 
+    def dense(self) -> np.ndarray:
+        """F~ + damping I itself."""
+        return self.undamped + self.damping * np.eye(self.block.d_out * self.block.d_in)
+
     def trace(self) -> float:
-        return float(self.system.values.sum() + self.damping * self.size)
+        """Sum of the eigenvalues."""
+        if hasattr(self.method, "eigensystem"):
+            total = self.system.values.sum()
+        else:
+            total = np.trace(self.undamped, axis1=-2, axis2=-1).sum()
+        return float(total + self.damping * self.size)
+
+    def square(self) -> float:
+        """||F~||^2 in Frobenius norm, without the damping."""
+        return float(((self.system.values if hasattr(self.method, "eigensystem") else self.undamped) ** 2).sum())
 
     def logdet(self) -> float:
         """log of the determinant; -inf for a singular operator, ValueError for an indefinite one."""
@@ -189,7 +207,7 @@ def operator(
     states: Mapping[str, Any],
     blocks: Mapping[str, Block],
     damping: float | Mapping[str, float] = 0.0,
-    limit: int = 4096,
+    limit: int = 2048,
 ) -> NetworkOperator:
     """The operator of fitted states: `operator(pre.methods, state.layers, dict(state.blocks), damping)`.
 

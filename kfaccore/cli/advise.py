@@ -23,12 +23,17 @@ def advise(
     time: Annotated[str, typer.Option(help="Budget of a step: 500us, 20ms, 1s")] = "",
     methods: Annotated[str, typer.Option(help="kfac,ekfac,... (default all)")] = "",
     damping: Annotated[float | None, typer.Option(help="Absolute; default 0.1 of the layer's mean eigenvalue.")] = None,
+    by: Annotated[str, typer.Option(help="What to be close in: direction, block")] = "direction",
     update: Annotated[int, typer.Option(min=1, help="Steps between updates.")] = 1,
     refresh: Annotated[int, typer.Option(min=1, help="Steps between refreshes.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """The methods of least direction error on RECORDS within --memory or --time."""
-    from kfaccore.analysis import advise as plan
+    """The methods of least error on RECORDS within --memory or --time."""
+    from kfaccore.analysis.advise import BY
+    from kfaccore.analysis.advise import advise as plan
+
+    if by not in BY:
+        fail(f"--by is {by!r}; there are {', '.join(BY)}")
 
     if bool(memory) == bool(time):
         fail("give one budget: --memory 4MB or --time 20ms")
@@ -37,16 +42,16 @@ def advise(
     layers, grads = read(records)
     figures = measured(layers, named, grads, damping)
     try:
-        found = plan(figures, lambda f: float(f.bytes) if memory else f.per_step(update, refresh), budget)
+        found = plan(figures, lambda f: float(f.bytes) if memory else f.per_step(update, refresh), budget, BY[by])
     except ValueError as error:
         fail(str(error))
     answer = found.best or found.cheapest
     line = _python({layer: named[name] for layer, name in answer.methods.items()}, update, refresh)
     if as_json:
-        told = {"feasible": found.best is not None, "budget": budget, "cost": answer.cost, "error": answer.error**0.5}
+        told = {"feasible": found.best is not None, "budget": budget, "cost": answer.cost, "error": answer.error}
         typer.echo(json.dumps({**told, "methods": answer.methods, "python": line}, indent=2))
     else:
-        _show(answer, figures, memory != "", update, refresh)
+        _show(answer, figures, by, memory != "", update, refresh)
         typer.echo(line)
     if found.best is None:
         shown = size(answer.cost) if memory else f"{answer.cost * 1e3:.3g} ms"
@@ -69,18 +74,24 @@ def _python(methods: dict[str, Any], update: int, refresh: int) -> str:
     return f"kf.Preconditioner({shown}, clocks=kf.Clocks({update}, {refresh}))"
 
 
-def _show(answer: Any, figures: list[Any], memory: bool, update: int, refresh: int) -> None:
+def _show(answer: Any, figures: list[Any], by: str, memory: bool, update: int, refresh: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layer", "method", "x error", "state", "a step", title="least direction error within the budget")
+    title = f"least error of the {by} within the budget: {answer.error:.3g}"
+    table = Table("layer", "method", "F error", "x error", "state", "a step", title=title)
     rows = {(f.layer, f.method): f for f in figures}
     for layer, method in answer.methods.items():
         f = rows[layer, method]
         table.add_row(
-            layer, method, f"{f.inverse_error:.3g}", size(f.bytes), f"{f.per_step(update, refresh) * 1e3:.3g} ms"
+            layer,
+            method,
+            f"{f.error:.3g}",
+            f"{f.inverse_error:.3g}",
+            size(f.bytes),
+            f"{f.per_step(update, refresh) * 1e3:.3g} ms",
         )
     total = size(answer.cost) if memory else f"{answer.cost * 1e3:.3g} ms"
     table.add_section()
-    table.add_row("all", "", f"{answer.error**0.5:.3g}", *((total, "") if memory else ("", total)))
+    table.add_row("all", "", "", "", *((total, "") if memory else ("", total)))
     Console().print(table)

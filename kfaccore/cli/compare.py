@@ -35,7 +35,7 @@ def compare(
         methods_ = {name: _finite(row) for name, row in summary.items()}
         typer.echo(json.dumps({"layers": rows, "methods": methods_, "violations": broken}, indent=2))
     else:
-        _show(figures, update, refresh)
+        _show(figures, summary)
     if plot is not None:
         from kfaccore.cli.plot import costs
 
@@ -55,12 +55,13 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and (v != v or v in bad) else v for key, v in row.items()}
 
 
-def _show(figures: list[Any], update: int, refresh: int) -> None:
+def _show(figures: list[Any], summary: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    heads = ("layer", "method", "‖F-F~‖/‖F‖", "x error", "x cosine", "trace", "state", "update", "refresh", "solve")
-    table = Table(*heads, title=f"against the exact block; cost of a step counts update/{update}, refresh/{refresh}")
+    heads = ("layer", "method", "F error", "x error", "cosine", "trace", "state", "update", "refresh", "solve")
+    table = Table(*heads, title="against the exact block of each layer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[2:]:
         column.justify = "right"
     layer = None
@@ -75,6 +76,15 @@ def _show(figures: list[Any], update: int, refresh: int) -> None:
         layer = f.layer
     console = Console()
     console.print(table)
+    console.print(
+        "F error: ‖F - F~‖ / ‖F‖; x = (F + λ I)⁻¹ gradient, x error: ‖x~ - x‖ / ‖x‖; trace: tr F~ / tr F.",
+        soft_wrap=True,
+    )
+    for method, row in summary.items():
+        each = _time(row["seconds"]) if row["seconds"] == row["seconds"] else "-"
+        console.print(
+            f"{method}: F error {row['error']:.3g}, x error {row['inverse_error']:.3g}, {size(row['bytes'])}, {each} a step"
+        )
     for note in dict.fromkeys(f"{f.method} on {f.layer}: {f.note}" for f in figures if f.note):
         console.print(f"- {note}", soft_wrap=True, markup=False)
 
@@ -83,12 +93,14 @@ def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
-            return f"{count:.3g} {unit}"
+            return f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g}GB"
 
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+    return (
+        f"{seconds * 1e6:.3g}µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g}ms" if seconds < 1 else f"{seconds:.3g}s"
+    )
