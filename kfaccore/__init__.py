@@ -24,7 +24,7 @@ from kfaccore.records import load_records, save_records
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed, SelfTuning
+from kfaccore.step import Fixed, IterateAverage, LineSearch, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,9 @@ __all__ = [
     "Identity",
     "Ids",
     "Info",
+    "IterateAverage",
     "KLClip",
+    "LineSearch",
     "Method",
     "NormConstraint",
     "Patches",

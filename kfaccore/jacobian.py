@@ -12,17 +12,22 @@ from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace
 
 
-def products(record: Record, *vs: Array) -> list[Array]:
-    """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
+def outputs(record: Record, *vs: Array) -> list[Array]:
+    """V a of each position, (blocks, batch, shared, d_out), for each v (blocks, d_out, d_in) of this layer."""
     xp = namespace(record.g)
     v = xp.concat([v if v.ndim == 3 else v[None, ...] for v in vs], axis=1)
     if isinstance(record.a, Ids):
-        index = xp.reshape(record.a.index, (-1,))
-        z = xp.reshape(xp.take(v[0, ...].mT, index, axis=0), (1, record.batch, record.shared, -1))
+        z = xp.take(v[0, ...].mT, xp.reshape(record.a.index, (-1,)), axis=0)
     else:
-        z = xp.matmul(record.rows(), v.mT[:, None, :, :])
-    parts = (z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs)))
-    return [xp.sum(xp.vecdot(record.g, part[None, ...]), axis=(1, 3)) for part in parts]
+        z = xp.matmul(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), v.mT)
+    z = xp.reshape(z, (record.blocks, record.batch, record.shared, -1))
+    return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
+
+
+def products(record: Record, *vs: Array) -> list[Array]:
+    """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
+    xp = namespace(record.g)
+    return [xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3)) for z in outputs(record, *vs)]
 
 
 def adjoint(record: Record, w: Array) -> Array:
