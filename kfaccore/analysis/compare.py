@@ -2,6 +2,9 @@
 
 error          ||F - F~|| / ||F||, exact up to 4,096 rows of J, else from probes with a standard error
 inverse_error  ||x~ - x|| / ||x|| and cosine of the damped direction of the gradient, x = (F + damping I)^-1 v
+
+Errors are what an approximation loses, not rounding: states are fitted in float64 without memory. Bytes and seconds are
+those of the record as it came.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from kfaccore import tree
 from kfaccore.analysis.exact import ROWS, ExactBlock, distance, probed
 from kfaccore.analysis.operator import LayerOperator, on_host
 from kfaccore.jacobian import adjoint
-from kfaccore.method import Block, Hyper, settle
+from kfaccore.method import Block, Code, Hyper, cycle, settle
 from kfaccore.record import Record
 from kfaccore.xp.arrays import from_host, namespace, to_host
 
@@ -62,12 +65,14 @@ def compare(
     damping: float | None = None,
     repeats: int = 5,
     rows: int = ROWS,
+    converged: bool = False,
 ) -> list[Figures]:
     """Figures of every method on every layer.
 
     grads     gradients to be preconditioned; by default that of the record's first draw
     damping   absolute; by default a tenth of the mean eigenvalue of the layer's exact block
     rows      rows of J up to which nothing is estimated
+    converged methods that iterate go on until F~ stands still, instead of their usual number of cycles
     """
     found = []
     for name, record in records.items():
@@ -78,7 +83,7 @@ def compare(
         grad = (grads or {}).get(name)
         target = _Target(name, record, exact, float(chosen), grad)
         for label, method in methods.items():
-            found.append(_figures(target, label, method, repeats))
+            found.append(_figures(target, label, method, repeats, converged))
     return found
 
 
@@ -101,48 +106,68 @@ class _Target:
         return self._images
 
 
-def _figures(target: _Target, label: str, method: Any, repeats: int) -> Figures:
-    record, exact = target.record, target.exact
-    hyper = Hyper(0, 0.0, target.damping)
-    known: dict[str, Any] = {"layer": target.name, "method": label, "damping": target.damping, "shared": record.shared}
-    known["size"] = float(np.linalg.norm(target.x))
+def _figures(target: _Target, label: str, method: Any, repeats: int, converged: bool) -> Figures:
+    exact, hyper = target.exact, Hyper(0, 0.0, target.damping)
+    known: dict[str, Any] = {"layer": target.name, "method": label, "damping": target.damping}
+    known |= {"shared": target.record.shared, "size": float(np.linalg.norm(target.x))}
     try:
-        state = settle(method, record, damping=target.damping)
-        grad = _like(target.grad, record.g)
-        direction = np.asarray(to_host(method.solve(state, grad, hyper, record).direction), np.float64)
-        known["seconds"] = _seconds(method, state, record, grad, hyper, repeats)
+        state = fitted(method, exact.record, target.damping, target.probes[0] if converged else None)
+        solution = method.solve(state, target.grad, hyper, exact.record)
+        known |= _costs(method, target.record, _like(target.grad, target.record.g), hyper, repeats)
     except (ValueError, TypeError) as error:
-        return Figures(**known, note=str(error))
-    known["bytes"] = sum(np.asarray(to_host(leaf)).nbytes for leaf in tree.leaves(state))
-    x, y = target.x.ravel(), direction.ravel()
-    product = np.linalg.norm(x) * np.linalg.norm(y)
-    known["inverse_error"] = float(np.linalg.norm(y - x) / np.linalg.norm(x)) if x.any() else float("nan")
-    known["cosine"] = float(x @ y / product) if product else float("nan")
+        return Figures(**known, norm=exact.norm if exact.exact else float("nan"), note=str(error))
+    worst = Code(int(to_host(solution.code).max()))
+    known["note"] = "" if worst == Code.OK else f"code {worst.name}"
+    known |= _direction_error(target.x.ravel(), np.asarray(solution.direction).ravel())
     try:
         return Figures(**known, **_block_error(target, method, state))
     except (ValueError, NotImplementedError) as error:
-        return Figures(**known, norm=exact.norm if exact.exact else float("nan"), note=str(error))
+        return Figures(**{**known, "note": str(error)}, norm=exact.norm if exact.exact else float("nan"))
+
+
+def fitted(method: Any, record: Record, damping: float, probe: np.ndarray | None = None) -> Any:
+    """State of `method` on one record without memory; with a probe, its sweeps go on until F~ probe moves by less than
+    1e-8 of itself, at most 3,000 times."""
+    state, hyper = settle(method, record, damping=damping), Hyper(0, 0.0, damping)
+    if probe is None or method.cycles == 1:
+        return state
+    old = method.matvec(state, probe, hyper)
+    for _ in range(3000):
+        state = method.update(state, method.measure(state, record, hyper), hyper)
+        new = method.matvec(state, probe, hyper)
+        if np.linalg.norm(new - old) <= 1e-8 * np.linalg.norm(new):
+            break
+        old = new
+    return method.refresh(state, hyper)
+
+
+def _direction_error(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    size, product = np.linalg.norm(x), np.linalg.norm(x) * np.linalg.norm(y)
+    error = float(np.linalg.norm(y - x) / size) if size else 0.0 if not y.any() else float("inf")
+    return {"inverse_error": error, "cosine": float(x @ y / product) if product else float("nan")}
 
 
 def _block_error(target: _Target, method: Any, state: Any) -> dict[str, Any]:
     exact = target.exact
     op = LayerOperator(method, on_host(state), Block.of(exact.record))
-    if exact.exact and op.solvable:
+    if exact.exact and op.measurable:
         trace = op.trace() / exact.trace if exact.trace else float("nan")
         return {"error": distance(exact, op), "norm": exact.norm, "trace_ratio": trace}
     error, spread = probed(exact, op, target.probes, target.images)
     norm = exact.norm if exact.exact else float(np.sqrt(np.mean([(z**2).sum() for z in target.images])))
-    trace = op.trace() if op.solvable else float(np.mean([(z * op.matvec(z)).sum() for z in target.probes]))
+    trace = op.trace() if op.measurable else float(np.mean([(z * op.matvec(z)).sum() for z in target.probes]))
     return {"error": error, "standard_error": spread, "norm": norm, "trace_ratio": trace / exact.trace}
 
 
-def _seconds(method: Any, state: Any, record: Record, grad: Any, hyper: Hyper, repeats: int) -> dict[str, float]:
-    """Median seconds of one update (measure included), refresh and solve."""
-    return {
+def _costs(method: Any, record: Record, grad: Any, hyper: Hyper, repeats: int) -> dict[str, Any]:
+    """Bytes of the state, and median seconds of one update (measure included), refresh and solve."""
+    state = cycle(method, method.init(Block.of(record), record.g), record, hyper)
+    seconds = {
         "update": _median(lambda: method.update(state, method.measure(state, record, hyper), hyper), repeats),
         "refresh": _median(lambda: method.refresh(state, hyper), repeats),
         "solve": _median(lambda: to_host(method.solve(state, grad, hyper, record).direction), repeats),
     }
+    return {"seconds": seconds, "bytes": sum(np.asarray(to_host(leaf)).nbytes for leaf in tree.leaves(state))}
 
 
 def _median(function: Callable[[], Any], repeats: int, budget: float = 1.0) -> float:

@@ -18,6 +18,7 @@ from scipy.sparse.linalg import cg
 from kfaccore import factors
 from kfaccore.analysis.operator import LayerOperator, exported
 from kfaccore.jacobian import adjoint, products
+from kfaccore.linalg import side
 from kfaccore.linalg.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import to_host
@@ -71,13 +72,18 @@ class ExactBlock:
         return found
 
     def overlap(self, op: LayerOperator) -> float:
-        """<F, F~> for the undamped matrix of `op`."""
+        """<F, F~> for the undamped matrix of `op`; in an eigenbasis it is a sum over squared per-example gradients."""
         if hasattr(op.method, "eigensystem"):
-            system = op.system
-            Qa, Qg = (None if q is None or q.ndim == 2 else q for q in (system.right, system.left))
-            return float((system.values * factors.squares(self.record, Qa, Qg)).sum()) / self.record.n
+            return self._in_basis(op.system.values, op.system.left, op.system.right)
+        if op.terms:
+            found = (tuple(side.eigh(x)[:2] for x in pair) for pair in op.terms)
+            return sum(self._in_basis(g[:, :, None] * a[:, None, :], Qg, Qa) for (a, Qa), (g, Qg) in found)
         chunks = ((J, op.undamped[i]) for i, part in enumerate(self.parts) for J in _chunks(part))
         return sum(float(((J @ F) * J).sum()) for J, F in chunks) / self.record.n
+
+    def _in_basis(self, values: np.ndarray, Qg: np.ndarray, Qa: Any) -> float:
+        vectors = (None if q is None or q.ndim == 2 else q for q in (Qa, Qg))
+        return float((values * factors.squares(self.record, *vectors)).sum()) / self.record.n
 
 
 def distance(exact: ExactBlock, op: LayerOperator) -> float:

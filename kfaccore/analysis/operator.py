@@ -1,9 +1,9 @@
 """The Fisher operator of a fitted state, F~ + damping I, layer by layer and whole, in float64 on the host.
 
-A method that knows its eigenvectors says so with `eigensystem(state, block)`, one that holds its dense block with
-`matrix(state, block)`; any other is multiplied out by its `matvec`, up to `limit` parameters a block. Layers are
-independent: the whole is block-diagonal.
-Cost: eigensystem d_in^3 + d_out^3 once, then four products; otherwise (d_out d_in)^3 once.
+A method that knows its eigenvectors says so with `eigensystem(state, block)`, one that is a sum of Kronecker products
+with `terms(state, block)`, pairs (A, G), one that holds its dense block with `matrix(state, block)`; any other is
+multiplied out by its `matvec`, up to `limit` parameters a block. Layers are independent: the whole is block-diagonal.
+Cost: eigensystem or one term d_in^3 + d_out^3 once, then four products; otherwise (d_out d_in)^3 once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 from kfaccore import tree
 from kfaccore.analysis.spectrum import Spectrum
-from kfaccore.linalg import kron
+from kfaccore.linalg import kron, side
 from kfaccore.method import Block, Hyper
 from kfaccore.xp.arrays import to_host
 
@@ -64,10 +64,20 @@ class LayerOperator:
         return int(np.prod(self.shape))
 
     @property
+    def measurable(self) -> bool:
+        """Whether trace and Frobenius norm can be had exactly."""
+        return self.solvable or hasattr(self.method, "terms")
+
+    @property
     def solvable(self) -> bool:
-        """Whether trace, logdet and eigenvalues can be had exactly."""
-        known = hasattr(self.method, "eigensystem") or hasattr(self.method, "matrix")
+        """Whether logdet and eigenvalues can be had too."""
+        known = hasattr(self.method, "eigensystem") or hasattr(self.method, "matrix") or len(self.terms) == 1
         return known or self.block.d_out * self.block.d_in <= self.limit
+
+    @cached_property
+    def terms(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Pairs (A, G) of F~ = sum of G (x) A; none where the method does not say."""
+        return self.method.terms(self.state, self.block) if hasattr(self.method, "terms") else ()
 
     @cached_property
     def system(self) -> System:
@@ -75,6 +85,9 @@ class LayerOperator:
         if hasattr(self.method, "eigensystem"):
             values, Qg, Qa = self.method.eigensystem(self.state, self.block)
             return System(values, Qg, Qa)
+        if len(self.terms) == 1:
+            (a, Qa, _), (g, Qg, _) = (side.eigh(x) for x in self.terms[0])
+            return System(g[:, :, None] * a[:, None, :], Qg, Qa)
         values, vectors = np.linalg.eigh(self.undamped)
         return System(values, vectors, None)
 
@@ -119,13 +132,19 @@ class LayerOperator:
         """Sum of the eigenvalues."""
         if hasattr(self.method, "eigensystem"):
             total = self.system.values.sum()
+        elif self.terms:
+            total = sum((side.diagonal(A).sum(-1) * side.diagonal(G).sum(-1)).sum() for A, G in self.terms)
         else:
             total = np.trace(self.undamped, axis1=-2, axis2=-1).sum()
         return float(total + self.damping * self.size)
 
     def square(self) -> float:
         """||F~||^2 in Frobenius norm, without the damping."""
-        return float(((self.system.values if hasattr(self.method, "eigensystem") else self.undamped) ** 2).sum())
+        if hasattr(self.method, "eigensystem"):
+            return float((self.system.values**2).sum())
+        if self.terms:
+            return float(sum((_inner(A, B) * _inner(G, H)).sum() for A, G in self.terms for B, H in self.terms))
+        return float((self.undamped**2).sum())
 
     def logdet(self) -> float:
         """log of the determinant; -inf for a singular operator, ValueError for an indefinite one."""
@@ -200,6 +219,11 @@ class NetworkOperator:
     def linear_operator(self) -> LinearOperator:
         """For SciPy, on flat vectors."""
         return exported(self.size, lambda flat: self.join(self.matvec(self.split(flat))))
+
+
+def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """<x, y> of each block, (blocks,)."""
+    return (x * y).reshape(len(x), -1).sum(-1)
 
 
 def operator(

@@ -31,7 +31,9 @@ def chosen(names: str) -> dict[str, Any]:
     return {name: CATALOGUE[name]() for name in wanted}
 
 
-def measured(records: Any, methods: dict[str, Any], grads: Any, damping: float | None) -> list[Any]:
+def measured(
+    records: Any, methods: dict[str, Any], grads: Any, damping: float | None, converged: bool = False
+) -> list[Any]:
     """Figures of every method on every layer, with a bar on standard error."""
     from rich.console import Console
     from rich.progress import track
@@ -45,7 +47,7 @@ def measured(records: Any, methods: dict[str, Any], grads: Any, damping: float |
     with np.errstate(all="ignore"):
         for name in track(records, "comparing", console=console, disable=not console.is_terminal, transient=True):
             try:
-                found += compare({name: records[name]}, methods, grads, damping)
+                found += compare({name: records[name]}, methods, grads, damping, converged=converged)
             except ValueError as error:
                 fail(f"layer {name!r}: {error}")
     return found

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from kfaccore import factors
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import Cholesky, Eigh, accepted, cholesky, eigh
+from kfaccore.linalg.inverse import Cholesky, Eigh, accepted, cholesky
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.sharing import expand
@@ -79,7 +79,6 @@ class KFAC(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return kron.apply(factors.mean(state.G, state.weight), v, factors.mean(state.A, state.weight))
 
-    def eigensystem(self, state: State, block: Block) -> tuple[Array, Array, Array]:
-        """(S (blocks, d_out, d_in), Qg, Qa) of F~ = (Qg (x) Qa) diag(S) (Qg (x) Qa)^T."""
-        new, _ = eigh.refresh(*(factors.mean(x, state.weight) for x in (state.A, state.G)))
-        return new.g[:, :, None] * new.a[:, None, :], new.Qg, new.Qa
+    def terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """((A, G),) of F~ = G (x) A."""
+        return ((factors.mean(state.A, state.weight), factors.mean(state.G, state.weight)),)
