@@ -17,6 +17,7 @@ from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
+from kfaccore.network import TwoLevel
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
@@ -58,6 +59,7 @@ __all__ = [
     "Serial",
     "SoftmaxCrossEntropy",
     "Solution",
+    "TwoLevel",
     "Window",
     "cholesky",
     "concat",

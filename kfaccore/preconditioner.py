@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -13,22 +12,25 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.comm import Communicator, Serial
-from kfaccore.method import Block, Hyper, Solution, gradient
+from kfaccore.layerwise import Turn, named
+from kfaccore.method import Block, Hyper, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
 from kfaccore.step import Fixed, Rule
-from kfaccore.xp import Code, choose
+from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, namespace, to_host
 
 
 @dataclass(frozen=True)
 class State:
-    """Steps taken, one method state a layer, the step's own buffers; `blocks` is structure."""
+    """Steps taken, one method state a layer, the step's own buffers, that of a network-level method; `blocks` is
+    structure."""
 
     step: int
     layers: dict[str, Any]
     motion: Any
+    network: Any = ()
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
 
 
@@ -55,7 +57,7 @@ class Preconditioner:
 
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
-    network    for network-level methods, of which there is none yet
+    network    TwoLevel(KFAC()), Tridiagonal(): one method for all the layers it covers; `methods` has the others
     step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), or Fixed(lr, momentum, rescale),
                whose default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
@@ -64,23 +66,26 @@ class Preconditioner:
     methods: Any
     clocks: Clocks
     schedules: Schedules
+    network: Any
     rule: Any
     comm: Communicator
     donate: bool
 
     def __init__(
         self,
-        methods: Any,
+        methods: Any = None,
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
-        network: None = None,
+        network: Any = None,
         step: Rule = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
     ) -> None:
-        if network is not None:
-            raise ValueError(f"network is {network!r}; there is no network-level method yet: leave it out")
-        numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "rule": step}
+        if network is not None and not hasattr(network, "covers"):
+            raise ValueError(f"network is {network!r}; need a network-level method such as TwoLevel()")
+        if methods is None and network is None:
+            raise ValueError("a Preconditioner needs methods, such as KFAC(), or a network-level method as network")
+        numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
         for name, value in {**numbers, "comm": comm, "donate": donate}.items():
             object.__setattr__(self, name, value)
 
@@ -89,28 +94,31 @@ class Preconditioner:
 
         A float64 `like` keeps averages and inverses in float64 for float32 records; updates keep the gradients' dtype.
         """
-        layers, motion = {}, {}
+        layers, motion, together = {}, {}, self._together(blocks)
         for name, block in blocks.items():
-            with _named(name):
-                layers[name] = self._method(name).init(block, like)
+            if name not in together:
+                with named(name):
+                    layers[name] = self._method(name).init(block, like)
             shape = (block.blocks, block.d_out, block.d_in)
             motion[name] = namespace(like).zeros(shape, dtype=like.dtype, device=aac.device(like))
-        return State(0, layers, self.rule.init(motion), tuple(blocks.items()))
+        network = self.network.init(together, like) if together else ()
+        return State(0, layers, self.rule.init(motion), network, tuple(blocks.items()))
 
     def memory(self, blocks: Mapping[str, Block], like: np.ndarray | None = None) -> dict[str, int]:
         """Bytes of each layer's state, before a run: states are made on NumPy, one at a time, and dropped.
 
-        `like` gives the dtype (default float32). Records, gradients and momentum are not counted.
+        `like` gives the dtype (default float32). Records, gradients and momentum are not counted; a network-level
+        method is one entry, "network".
         """
         like = np.zeros(1, np.float32) if like is None else like
-        return {
-            name: sum(np.asarray(leaf).nbytes for leaf in tree.leaves(self._method(name).init(block, like)))
-            for name, block in blocks.items()
-        }
+        together = self._together(blocks)
+        made = {name: (self._method(name).init, block) for name, block in blocks.items() if name not in together}
+        made |= {"network": (self.network.init, together)} if together else {}
+        return {n: sum(np.asarray(leaf).nbytes for leaf in tree.leaves(f(b, like))) for n, (f, b) in made.items()}
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
-        return self.rule.needs_records or state.step % self.clocks.update == 0
+        return getattr(self.network, "needs_records", False) or self._updates(state)
 
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
@@ -148,52 +156,46 @@ class Preconditioner:
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, or missing records.
         """
-        updated = self.wants_records(state)
         refreshed = state.step % self.clocks.refresh == 0
-        batches = self._check(state, records or {}, grads, updated)
+        batches = self._check(state, records or {}, grads, self.wants_records(state))
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
         seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
         motion = self.rule.begin(motion, seen)
         hypers = {name: self._penalised(self.rule.hyper(motion, hyper)) for name, hyper in hypers.items()}
         refreshed = refreshed or self.rule.restart(motion)
-        directions, codes, infos = {}, {}, {}
-        for name, grad in grads.items():
-            with _named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
-                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
+        turn = Turn(self._updates(state), refreshed, self.comm, self.donate)
+        directions, codes, infos, network = {}, {}, {}, state.network
+        together = self._together(dict(state.blocks)) if grads else {}
+        if together:
+            ours: Any = (
+                {name: given[name] for name in together if name in given} for given in (batches, grads, hypers)
+            )
+            with np.errstate(all="ignore"):
+                solution = turn.together(self.network, network, *ours)
+            network, infos["network"] = solution.state, solution.info
+            directions, codes = dict(solution.direction), dict(solution.code)
+        for name in (name for name in grads if name not in together):
+            with named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
+                given = batches.get(name, ()), grads[name], hypers[name]
+                solution = turn.alone(self._method(name), layers[name], *given)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
         with np.errstate(all="ignore"):
             directions, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
-        info = Info(updated, refreshed, codes, infos, told)
-        return directions, replace(state, step=state.step + 1, layers=layers, motion=motion), info
+        info = Info(turn.updated, refreshed, codes, infos, told)
+        return directions, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
+
+    def _updates(self, state: State) -> bool:
+        return self.rule.needs_records or state.step % self.clocks.update == 0
+
+    def _together(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """Layers of the network-level method."""
+        return {name: blocks[name] for name in self.network.covers(blocks)} if self.network is not None else {}
 
     def _penalised(self, hyper: Hyper) -> Hyper:
         """The curvature of the l2 penalty is l2 I: it joins the damping."""
         return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
-
-    def _layer(
-        self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, refreshed: bool
-    ) -> Solution:
-        """One layer's measure, update, refresh and solve."""
-        method = self._method(name)
-        refused, like = None, getattr(state, "weight", None)
-        if records:
-            measured = (_in_dtype(method.measure(state, record, hyper), like) for record in records)
-            stats = reduce(method.combine, measured)
-            stats = self.comm.all_reduce(stats)
-            state = method.update(state, stats, hyper, self.donate)
-            refused = stats.bad > 0
-        if refreshed:
-            state = method.refresh(state, hyper)
-        newest = records[-1] if records and getattr(method, "rows_at_solve", False) else None
-        solution = method.solve(state, grad, hyper, newest)
-        wanted = getattr(grad, "g", grad).dtype
-        if like is not None and solution.direction.dtype != wanted and solution.direction.dtype == like.dtype:
-            solution = replace(solution, direction=namespace(like).astype(solution.direction, wanted))
-        if refused is not None:
-            solution = replace(solution, code=choose(refused, Code.NONFINITE, solution.code))
-        return solution
 
     def _check(self, state: State, records: Mapping, grads: Mapping, wanted: bool) -> dict[str, Sequence[Record]]:
         """Records as sequences, after every test that can fail without looking at the data."""
@@ -203,18 +205,22 @@ class Preconditioner:
             if unknown:
                 raise ValueError(f"{what} has layers {unknown} that init never saw; it knows {sorted(blocks)}")
         for name, grad in grads.items():
-            with _named(name):
+            with named(name):
                 gradient(grad, (blocks[name].blocks, blocks[name].d_out, blocks[name].d_in))
+        together = set(self._together(blocks)) if grads else set()
+        if together - set(grads):
+            raise ValueError(f"layers {sorted(together - set(grads))} have no gradients; {self.network} needs them all")
         if not wanted:
             return {}
-        if grads and not records:
+        if grads and not records and self._updates(state):
             raise ValueError(
                 f"step {state.step} updates statistics (every {self.clocks.update} steps) but got no records; "
                 f"ask wants_records(state) before each step"
             )
-        missing = sorted(set(grads) - set(records))
-        if missing and self.rule.needs_records:
-            raise ValueError(f"layers {missing} have gradients but no records, which {self.rule} needs at every step")
+        missing = sorted((set(grads) if self.rule.needs_records else together) - set(records))
+        if missing:
+            whose = self.rule if self.rule.needs_records else self.network
+            raise ValueError(f"layers {missing} have gradients but no records, which {whose} needs at every step")
         batches = {}
         for name, given in records.items():
             batches[name] = [given] if isinstance(given, Record) else list(given)
@@ -225,25 +231,10 @@ class Preconditioner:
         return batches
 
     def _method(self, name: str) -> Any:
+        if self.methods is None:
+            raise ValueError(f"{self.network} leaves out layer {name!r}: give `methods` for it, Identity() to leave it")
         if not isinstance(self.methods, Mapping):
             return self.methods
         if name not in self.methods:
             raise ValueError(f"methods has no entry for layer {name!r}; give it one, Identity() to leave it alone")
         return self.methods[name]
-
-
-def _in_dtype(stats: Any, like: Array | None) -> Any:
-    """Stats in the dtype of the state they will move."""
-    if like is None or stats.bad.dtype == like.dtype:
-        return stats
-    return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
-
-
-@contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """Adds the layer's name to whatever is raised inside, once."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in layer {layer!r}")
-        raise

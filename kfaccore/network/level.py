@@ -1,0 +1,116 @@
+"""The coarse level of one step, and products with the network's J and F_d = F + damping I, from records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kfaccore.jacobian import adjoint, products
+from kfaccore.network.coarse import Outer, dense
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array, from_host, namespace, scalar
+
+Tree = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The coarse level of one step: layer of each vector in `layers`, the vectors, Y = J R^T (rows, m), R R^T of equal
+    layers times damping in `ridge`, and the fine direction z0 with its image w0 = J z0 (rows,)."""
+
+    records: dict[str, Record]
+    damping: dict[str, Any]
+    n: Any
+    layers: tuple[str, ...]
+    vectors: tuple[Any, ...]
+    Y: Array
+    ridge: Array
+    z0: Tree
+    w0: Array
+
+    def restrict(self, v: Tree) -> Array:
+        """R v, (m,)."""
+        xp = namespace(self.Y)
+        return xp.stack([xp.sum(dense(r) * v[name]) for name, r in zip(self.layers, self.vectors, strict=True)])
+
+    def prolong(self, beta: Array) -> Tree:
+        """R^T beta."""
+        found = {name: 0.0 * v for name, v in self.z0.items()}
+        for i, (name, r) in enumerate(zip(self.layers, self.vectors, strict=True)):
+            found[name] = found[name] + beta[i] * dense(r)
+        return found
+
+    def image(self, v: Tree) -> Array:
+        """J v, (rows,)."""
+        return image(self.records, v)
+
+    def curved(self, v: Tree, w: Array) -> Tree:
+        """F_d v, given w = J v."""
+        return curved(self.records, self.damping, self.n, v, w)
+
+    def curved_coarse(self, v: Tree, w: Array) -> Array:
+        """R F_d v, given w = J v, without J^T."""
+        damped = {name: scalar(self.damping[name], x) * x for name, x in v.items()}
+        return self.Y.mT @ w / self.n + self.restrict(damped)
+
+    def apart(self) -> Array:
+        """1 where two vectors lie on different layers, (m, m)."""
+        names = np.array(self.layers)
+        mask = from_host((names[:, None] != names[None, :]).astype(np.float64), self.Y)
+        return namespace(self.Y).astype(mask, self.Y.dtype)
+
+
+def image(records: dict[str, Record], v: Tree) -> Array:
+    """J v of every draw and example over all layers, (rows,)."""
+    parts = [namespace(v[name]).reshape(products(records[name], v[name])[0], (-1,)) for name in v]
+    return sum(parts[1:], parts[0])
+
+
+def curved(records: dict[str, Record], damping: dict[str, Any], n: Any, v: Tree, w: Array) -> Tree:
+    """F_d v over all layers, given w = J v."""
+    found = {}
+    for name, x in v.items():
+        record = records[name]
+        back = adjoint(record, namespace(w).reshape(w, (record.draws, record.batch)))
+        found[name] = back / n + scalar(damping[name], x) * x
+    return found
+
+
+def images(records: dict[str, Record], layers: tuple[str, ...], vectors: tuple[Any, ...]) -> Array:
+    """Y = J R^T, (rows, m)."""
+    found: list[Any] = [None] * len(layers)
+    for name in dict.fromkeys(layers):
+        record = records[name]
+        mine = [i for i, layer in enumerate(layers) if layer == name]
+        full = [i for i in mine if not isinstance(vectors[i], Outer)]
+        for i in set(mine) - set(full):
+            p, q = dots(record, vectors[i])
+            found[i] = namespace(q).sum(q * p[None, ...], axis=(1, 3))
+        for i, w in zip(full, products(record, *(vectors[i] for i in full)) if full else (), strict=True):
+            found[i] = w
+    xp = namespace(found[0])
+    return xp.stack([xp.reshape(w, (-1,)) for w in found], axis=-1)
+
+
+def dots(record: Record, r: Outer) -> tuple[Array, Array]:
+    xp = namespace(record.g)
+    if isinstance(record.a, Ids):
+        p = xp.reshape(xp.take(r.right[0, :], xp.reshape(record.a.index, (-1,))), (1, record.batch, record.shared))
+    else:
+        p = xp.sum(record.rows() * r.right[:, None, None, :], axis=-1)
+    return p, xp.sum(record.g * r.left[None, :, None, None, :], axis=-1)
+
+
+def ridge(layers: tuple[str, ...], vectors: tuple[Any, ...], damping: dict[str, Any]) -> Array:
+    """damping <r_i, r_j> of vectors of one layer, (m, m)."""
+    full = [dense(r) for r in vectors]
+    xp = namespace(full[0])
+    zero = xp.sum(0.0 * full[0])
+    rows = []
+    for name, x in zip(layers, full, strict=True):
+        pairs = zip(layers, full, strict=True)
+        row = [scalar(damping[name], x) * xp.sum(x * y) if name == other else zero for other, y in pairs]
+        rows.append(xp.stack(row))
+    return xp.stack(rows)
