@@ -376,8 +376,9 @@ def test_any_block_method_gains(rng, method):
 
 
 def test_every_namespace_agrees(xp):
-    """One space on jax, whose every operation is compiled here; the residual ones are run under jit below."""
-    for space in ("enriched",) if xp.name == "jax" else ("nicolaides", "krylov-residual", "enriched"):
+    if xp.name == "jax":
+        pytest.skip("compiled below: one by one its operations take half a minute")
+    for space in ("nicolaides", "krylov-residual", "enriched"):
         want = solved(kf.TwoLevel(space=SPACES[space]), *problem(np.random.default_rng(5)))
         found = solved(kf.TwoLevel(space=SPACES[space]), *problem(np.random.default_rng(5), xp.put))
         for name in SHAPES:
@@ -387,18 +388,22 @@ def test_every_namespace_agrees(xp):
 
 def test_a_step_under_jit(rng):
     jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
     records, grads = problem(rng)
-    names = ("first", "third")
-    arrays_ = {n: (np.asarray(records[n].a), np.asarray(records[n].g), grads[n]) for n in names}
+    inputs = {n: records[n].a.image if n == "conv" else records[n].a for n in ("first", "conv")}
+    given = {n: (np.asarray(a), np.asarray(records[n].g), grads[n]) for n, a in inputs.items()}
 
     def step(given, damping):
-        seen = {n: kf.Record(a, g, 9.0) for n, (a, g, _) in given.items()}
+        seen = {}
+        for name, (a, g, _) in given.items():
+            a = kf.Patches(a, kf.Window((2, 2)), bias=True) if name == "conv" else a
+            seen[name] = kf.Record(a, g, 9.0)
         method = kf.TwoLevel(space=net.Krylov(net.Residual()))
         return solved(method, seen, {n: v[2] for n, v in given.items()}, damping).direction
 
-    want = step(arrays_, DAMPING)
-    found = jax.jit(step)(jax.tree.map(jax.numpy.asarray, arrays_), DAMPING)
-    for name in names:
+    want = step(given, DAMPING)
+    found = jax.jit(step)(jax.tree.map(jax.numpy.asarray, given), DAMPING)
+    for name in want:
         np.testing.assert_allclose(found[name], want[name], rtol=1e-8, atol=1e-10)
 
 
