@@ -17,7 +17,7 @@ from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
-from kfaccore.network import TwoLevel
+from kfaccore.network import Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Info, Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
@@ -59,6 +59,7 @@ __all__ = [
     "Serial",
     "SoftmaxCrossEntropy",
     "Solution",
+    "Tridiagonal",
     "TwoLevel",
     "Window",
     "cholesky",
