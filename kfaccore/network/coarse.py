@@ -1,7 +1,6 @@
 """Coarse spaces of the two-level method: which vectors of each layer span the correction.
 
-A vector lives on one layer, shaped like its gradient, and is divided by its largest entry. `Outer` is a product
-left right^T, whose image under J costs rows (d_in + d_out). Only the span matters: nothing is orthonormalised.
+A vector lives on one layer, shaped like its gradient. Only the span matters: nothing is orthonormalised.
 Source: Koroko et al. 2023 (2303.18083); ones and eigenvectors: Tselepidis et al. 2020 (2011.00573).
 """
 
@@ -16,28 +15,17 @@ import numpy as np
 
 from kfaccore.linalg import side
 from kfaccore.method import Block
+from kfaccore.network.vectors import Outer, dense, pair, unit
 from kfaccore.xp.arrays import Array, from_host, namespace
 
 
 @dataclass(frozen=True)
-class Outer:
-    """left (blocks, d_out) times right (blocks, d_in)."""
-
-    left: Array
-    right: Array
-
-    def dense(self) -> Array:
-        """(blocks, d_out, d_in)."""
-        return self.left[:, :, None] * self.right[:, None, :]
-
-
-@dataclass(frozen=True)
 class Local:
-    """What a space may use of its layer: M^-1 v, eigenpairs of M, and at a step its gradient and the residual."""
+    """What a space may use of its layer: M^-1 v, eigenpairs of M, and at a step grad() and the residual."""
 
     solve: Callable[[Array], Array]
     eigensystem: Callable[[], tuple[Array, Array, Array]]
-    grad: Array | None = None
+    grad: Any = None
     residual: Array | None = None
 
 
@@ -98,7 +86,7 @@ class Spectral(Nicolaides):
     def refresh(self, kept: Outer, local: Local) -> Outer:
         S, Qg, Qa = local.eigensystem()
         xp = namespace(S)
-        return _pair(xp.argmin(xp.reshape(S, (S.shape[0], -1)), axis=-1), Qg, Qa)
+        return pair(xp.argmin(xp.reshape(S, (S.shape[0], -1)), axis=-1), Qg, Qa)
 
 
 @dataclass(frozen=True)
@@ -211,37 +199,9 @@ class Enriched:
         if self.count == 1:
             return [ones]
         xp = namespace(Qg)
-        rotated = side.times(xp.matmul(Qg.mT, local.grad), Qa)
+        rotated = side.times(xp.matmul(Qg.mT, local.grad()), Qa)
         order = xp.argsort(xp.abs(xp.reshape(rotated, (rotated.shape[0], -1))), axis=-1, descending=True)
-        return [ones, *(_pair(order[:, i], Qg, Qa) for i in range(self.count - 1))]
-
-
-def dense(v: Any) -> Array:
-    """A vector as an array (blocks, d_out, d_in)."""
-    return v.dense() if isinstance(v, Outer) else v
-
-
-def unit(v: Any) -> Any:
-    """The vector over its largest absolute entry; under 1e-30 it is dropped: zero."""
-    full = dense(v)
-    xp = namespace(full)
-    top = xp.max(xp.abs(full))
-    scale = xp.where(top > 1e-30, 1.0 / xp.where(top > 1e-30, top, xp.ones_like(top)), xp.zeros_like(top))
-    return Outer(v.left * scale, v.right) if isinstance(v, Outer) else v * scale
-
-
-def _pair(index: Array, Qg: Array, Qa: Array) -> Outer:
-    """Eigenvector number `index` (blocks,) of the d_out d_in Kronecker ones, row-major."""
-    d_in = Qa.shape[-1]
-    row = index // d_in
-    return Outer(_column(Qg, row), _column(Qa, index - row * d_in))
-
-
-def _column(Q: Array, index: Array) -> Array:
-    """Column index[b] of block b, (blocks, d); a diagonal side has unit vectors."""
-    xp = namespace(Q)
-    hit = xp.astype(xp.arange(Q.shape[-1], device=aac.device(Q))[None, :] == index[:, None], Q.dtype)
-    return hit if side.is_diagonal(Q) else xp.sum(Q * hit[:, None, :], axis=-1)
+        return [ones, *(pair(order[:, i], Qg, Qa) for i in range(self.count - 1))]
 
 
 def _no_eigenvectors() -> Any:

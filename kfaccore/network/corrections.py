@@ -14,57 +14,64 @@ Source: Koroko et al. 2023 (2303.18083) A-DEF2; Tselepidis et al. 2020 (2011.005
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import array_api_compat as aac
 
 from kfaccore import xp as kernels
-from kfaccore.network.coarse import dense
 from kfaccore.network.level import Level, Tree
+from kfaccore.network.vectors import dense
 from kfaccore.xp.arrays import Array, eps, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 Solver = Callable[[Tree], Tree]
-Inverse = Callable[[Array], Array]
 
 
-def deflate_last(level: Level, matrix: Array, fine: Solver, g: Tree) -> tuple[Tree, Array | None, Array]:
-    """A-DEF2: (d, J d or None, code (1,)) of the correction d = z - z0."""
+@dataclass(frozen=True)
+class Change:
+    """z - z0 as coarse numbers beta (m,), or as a tree d where it leaves the coarse space; code (1,)."""
+
+    code: Array
+    beta: Array | None = None
+    d: Tree | None = None
+
+
+def deflate_last(level: Level, matrix: Array, fine: Solver) -> Change:
+    """A-DEF2."""
     inverse, code = inverted(matrix + level.ridge)
-    beta = inverse @ (level.restrict(g) - level.curved_coarse(level.z0, level.w0))
-    return level.prolong(beta), level.Y @ beta, code
+    return Change(code, beta=inverse @ level.rhs)
 
 
-def add(level: Level, matrix: Array, fine: Solver, g: Tree) -> tuple[Tree, Array | None, Array]:
+def add(level: Level, matrix: Array, fine: Solver) -> Change:
     """Additive."""
     inverse, code = inverted(matrix + level.ridge)
-    beta = inverse @ level.restrict(g)
-    return level.prolong(beta), level.Y @ beta, code
+    return Change(code, beta=inverse @ level.rg)
 
 
-def deflate_first(level: Level, matrix: Array, fine: Solver, g: Tree) -> tuple[Tree, Array | None, Array]:
+def deflate_first(level: Level, matrix: Array, fine: Solver) -> Change:
     """A-DEF1."""
     inverse, code = inverted(matrix + level.ridge)
-    y, coarse = _projected(level, inverse, fine, g)
-    return {name: y[name] + coarse[name] - level.z0[name] for name in y}, None, code
+    y, coarse = _projected(level, inverse, fine)
+    return Change(code, d={name: y[name] + coarse[name] - level.z0[name] for name in y})
 
 
-def balance(level: Level, matrix: Array, fine: Solver, g: Tree) -> tuple[Tree, Array | None, Array]:
+def balance(level: Level, matrix: Array, fine: Solver) -> Change:
     """Balanced: A-DEF1 and A-DEF2 together, symmetric."""
     inverse, code = inverted(matrix + level.ridge)
-    y, coarse = _projected(level, inverse, fine, g)
+    y, coarse = _projected(level, inverse, fine)
     again = level.prolong(inverse @ level.curved_coarse(y, level.image(y)))
-    return {name: y[name] - again[name] + coarse[name] - level.z0[name] for name in y}, None, code
+    return Change(code, d={name: y[name] - again[name] + coarse[name] - level.z0[name] for name in y})
 
 
-def _projected(level: Level, inverse: Array, fine: Solver, g: Tree) -> tuple[Tree, Tree]:
+def _projected(level: Level, inverse: Array, fine: Solver) -> tuple[Tree, Tree]:
     """M^-1 (g - F_d Q g) and Q g."""
-    beta = inverse @ level.restrict(g)
+    beta, g = inverse @ level.rg, level.g()
     coarse = level.prolong(beta)
     curved = level.curved(coarse, level.Y @ beta)
     return fine({name: g[name] - curved[name] for name in g}), coarse
 
 
-def woodbury(level: Level, matrix: Array, fine: Solver, g: Tree) -> tuple[Tree, Array | None, Array]:
+def woodbury(level: Level, matrix: Array, fine: Solver) -> Change:
     """-M^-1 R^T (I + F_o S)^-1 F_o R z0 with S = R M^-1 R^T, for any F_o; INDEFINITE where M + R^T F_o R is."""
     S, smoothed = _smoothed(level, fine)
     Fo = matrix * level.apart()
@@ -72,10 +79,10 @@ def woodbury(level: Level, matrix: Array, fine: Solver, g: Tree) -> tuple[Tree, 
     W = half.mT @ Fo @ half
     middle, code = _inner(W, ok)
     beta = Fo @ (level.restrict(level.z0) - half @ (middle @ (half.mT @ (Fo @ level.restrict(level.z0)))))
-    return _against(smoothed, beta), None, code
+    return Change(code, d=_against(level, smoothed, beta))
 
 
-def woodbury_inverse(level: Level, matrix: Array, fine: Solver, g: Tree) -> tuple[Tree, Array | None, Array]:
+def woodbury_inverse(level: Level, matrix: Array, fine: Solver) -> Change:
     """-M^-1 R^T (F_o^-1 + S)^-1 R z0: the form for an F_o that can be inverted; else INDEFINITE as well."""
     xp = namespace(matrix)
     S, smoothed = _smoothed(level, fine)
@@ -89,7 +96,7 @@ def woodbury_inverse(level: Level, matrix: Array, fine: Solver, g: Tree) -> tupl
     low, Q, _ = kernels.eigh(((vectors / safe) @ vectors.mT + S)[None, ...])
     low = xp.where(xp.abs(low) > 0, low, xp.ones_like(low))
     beta = Q[0, ...] @ ((Q[0, ...].mT @ level.restrict(level.z0)) / low[0, :])
-    return _against(smoothed, beta), None, code
+    return Change(code, d=_against(level, smoothed, beta))
 
 
 def _smoothed(level: Level, fine: Solver) -> tuple[Array, list[tuple[str, Array]]]:
@@ -105,10 +112,10 @@ def _smoothed(level: Level, fine: Solver) -> tuple[Array, list[tuple[str, Array]
     return (S + S.mT) / 2, smoothed
 
 
-def _against(smoothed: list[tuple[str, Array]], beta: Array) -> Tree:
-    found: Tree = {}
+def _against(level: Level, smoothed: list[tuple[str, Array]], beta: Array) -> Tree:
+    found = {name: namespace(z).zeros_like(z) for name, z in level.z0.items()}
     for i, (name, x) in enumerate(smoothed):
-        found[name] = found.get(name, 0.0 * x) - beta[i] * x
+        found[name] = found[name] - beta[i] * x
     return found
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kfaccore.jacobian import adjoint, products
-from kfaccore.network.coarse import Outer, dense
-from kfaccore.record import Ids, Record
+from kfaccore.network.vectors import Outer, dense, inner, scaled
+from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp.arrays import Array, from_host, namespace, scalar
 
 Tree = dict[str, Array]
@@ -18,7 +19,7 @@ Tree = dict[str, Array]
 @dataclass(frozen=True)
 class Level:
     """The coarse level of one step: layer of each vector in `layers`, the vectors, Y = J R^T (rows, m), R R^T of equal
-    layers times damping in `ridge`, and the fine direction z0 with its image w0 = J z0 (rows,)."""
+    layers times damping in `ridge`, the fine direction z0 with its image w0 = J z0 (rows,), the gradients, and R g."""
 
     records: dict[str, Record]
     damping: dict[str, Any]
@@ -29,18 +30,28 @@ class Level:
     ridge: Array
     z0: Tree
     w0: Array
+    g: Callable[[], Tree]
+    rg: Array
+
+    @property
+    def rhs(self) -> Array:
+        """R (g - F_d z0), (m,)."""
+        return self.rg - self.curved_coarse(self.z0, self.w0)
 
     def restrict(self, v: Tree) -> Array:
         """R v, (m,)."""
-        xp = namespace(self.Y)
-        return xp.stack([xp.sum(dense(r) * v[name]) for name, r in zip(self.layers, self.vectors, strict=True)])
+        return namespace(self.Y).stack([inner(r, v[name]) for name, r in self._pairs()])
 
     def prolong(self, beta: Array) -> Tree:
         """R^T beta."""
-        found = {name: 0.0 * v for name, v in self.z0.items()}
-        for i, (name, r) in enumerate(zip(self.layers, self.vectors, strict=True)):
-            found[name] = found[name] + beta[i] * dense(r)
-        return found
+        found: Tree = {}
+        for i, (name, r) in enumerate(self._pairs()):
+            x = scaled(beta[i], r)
+            found[name] = found[name] + x if name in found else x
+        return {name: found[name] if name in found else namespace(z).zeros_like(z) for name, z in self.z0.items()}
+
+    def _pairs(self) -> Iterator[tuple[str, Any]]:
+        return zip(self.layers, self.vectors, strict=True)
 
     def image(self, v: Tree) -> Array:
         """J v, (rows,)."""
@@ -52,8 +63,8 @@ class Level:
 
     def curved_coarse(self, v: Tree, w: Array) -> Array:
         """R F_d v, given w = J v, without J^T."""
-        damped = {name: scalar(self.damping[name], x) * x for name, x in v.items()}
-        return self.Y.mT @ w / self.n + self.restrict(damped)
+        damped = [scalar(self.damping[name], self.Y) * inner(r, v[name]) for name, r in self._pairs()]
+        return self.Y.mT @ w / self.n + namespace(self.Y).stack(damped)
 
     def apart(self) -> Array:
         """1 where two vectors lie on different layers, (m, m)."""
@@ -105,12 +116,23 @@ def dots(record: Record, r: Outer) -> tuple[Array, Array]:
 
 def ridge(layers: tuple[str, ...], vectors: tuple[Any, ...], damping: dict[str, Any]) -> Array:
     """damping <r_i, r_j> of vectors of one layer, (m, m)."""
-    full = [dense(r) for r in vectors]
-    xp = namespace(full[0])
-    zero = xp.sum(0.0 * full[0])
-    rows = []
-    for name, x in zip(layers, full, strict=True):
-        pairs = zip(layers, full, strict=True)
-        row = [scalar(damping[name], x) * xp.sum(x * y) if name == other else zero for other, y in pairs]
+    pairs, rows = list(zip(layers, vectors, strict=True)), []
+    xp = namespace(dense(vectors[0]))
+    zero = 0.0 * inner(vectors[0], vectors[0])
+    for name, x in pairs:
+        row = [scalar(damping[name], zero) * inner(x, y) if name == other else zero for other, y in pairs]
         rows.append(xp.stack(row))
     return xp.stack(rows)
+
+
+def slopes(grads: dict[str, Any], layers: tuple[str, ...], vectors: tuple[Any, ...], g: Callable[[], Tree]) -> Array:
+    """R g, (m,); of a gradient not multiplied out only where a vector is no product is it formed."""
+    found = []
+    for name, r in zip(layers, vectors, strict=True):
+        grad = grads[name]
+        if isinstance(grad, Factored) and isinstance(r, Outer):
+            p, q = dots(Record(grad.a, grad.g, grad.n), r)
+            found.append(namespace(p).sum(p * q[0, ...]) / scalar(grad.n, p))
+        else:
+            found.append(inner(r, g()[name]))
+    return namespace(found[0]).stack(found)

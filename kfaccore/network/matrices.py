@@ -5,9 +5,9 @@ Source: Koroko et al. 2023 (2303.18083) exact; Tselepidis et al. 2020 (2011.0057
 
 from __future__ import annotations
 
-from kfaccore.network.coarse import Outer
 from kfaccore.network.level import Level, dots
 from kfaccore.network.pooling import common, grid, pooled
+from kfaccore.network.vectors import Outer
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, namespace
 

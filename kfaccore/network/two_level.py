@@ -21,10 +21,11 @@ from kfaccore import tree
 from kfaccore.linalg import side
 from kfaccore.method import Block, Hyper, Solution
 from kfaccore.methods import KFAC
-from kfaccore.network.coarse import Local, Nicolaides, unit
-from kfaccore.network.corrections import deflate_last
-from kfaccore.network.level import Level, Tree, curved, image, images, ridge
+from kfaccore.network.coarse import Local, Nicolaides
+from kfaccore.network.corrections import Change, deflate_last
+from kfaccore.network.level import Level, Tree, curved, image, images, ridge, slopes
 from kfaccore.network.matrices import exact, kronecker
+from kfaccore.network.vectors import unit
 from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
@@ -99,44 +100,39 @@ class TwoLevel:
         state = replace(state, layers={**state.layers, **{name: s.state for name, s in solutions.items()}})
         if records is None:
             raise ValueError("TwoLevel got no records: its correction needs those of every step")
-        g = {name: _full(grad, z[name]) for name, grad in grads.items()}
-        z0 = {name: _full(x, x) for name, x in z.items()}
-        level = self._level(state, g, z0, hypers, dict(records))
+        level = self._level(state, grads, {name: _full(x, x) for name, x in z.items()}, hypers, records)
         if level is None:
             return Solution(z, codes, state, {})
-        d, w, code = self.correction(level, self.matrix(level), self._fine(state, hypers), g)
-        d, ok = _usable(d, code)
-        c = self.coefficient
-        d = {name: c * x for name, x in d.items()}
-        w = level.image(d) if w is None else select(ok, c * w[None, ...], 0.0 * w[None, ...])[0, ...]
-        codes = {name: choose(ok | (x > 0), Code.OK, code) + x for name, x in codes.items()}
-        z = {name: namespace(x).reshape(z0[name] + d[name], x.shape) for name, x in z.items()}
-        return Solution(z, codes, state, {"gain": _gain(level, d, w, g), "coarse": code})
+        change = self.correction(level, self.matrix(level), self._fine(state, hypers))
+        d, gain, ok = _applied(level, change, self.coefficient)
+        codes = {name: choose(ok | (x > 0), Code.OK, change.code) + x for name, x in codes.items()}
+        z = {name: namespace(x).reshape(level.z0[name] + d[name], x.shape) for name, x in z.items()}
+        return Solution(z, codes, state, {"gain": gain, "coarse": change.code})
 
     def matvec(self, state: State, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
         """The block method's F~ v; the correction has none without records."""
         return {name: self._of(name).matvec(state.layers[name], x, hypers[name]) for name, x in v.items()}
 
-    def _level(self, state: State, g: Tree, z0: Tree, hypers: Hypers, records: dict[str, Record]) -> Level | None:
+    def _level(
+        self, state: State, grads: Mapping[str, Any], z0: Tree, hypers: Hypers, records: Mapping[str, Record]
+    ) -> Level | None:
         """The coarse level of this step; None when the space is empty."""
-        n, damping = _checked(records, g), {name: hypers[name].damping for name in g}
-        records = {name: records[name] for name in g}
-        w0 = image(records, z0)
-        residual = dict.fromkeys(g)
+        n, damping = _checked(records, z0), {name: hypers[name].damping for name in z0}
+        seen = {name: records[name] for name in z0}
+        w0, g = image(seen, z0), _Dense(grads, z0)
+        residual: dict[str, Any] = dict.fromkeys(z0)
         if self.space.residual:
-            Fz = curved(records, damping, n, z0, w0)
-            residual = {name: g[name] - Fz[name] for name in g}
-        layers, vectors = [], []
-        for name in g:
-            local = replace(self._local(state, name, hypers[name]), grad=g[name], residual=residual[name])
-            for v in self.space.vectors(state.kept[name], local):
-                layers.append(name)
-                vectors.append(unit(v))
-        if not layers:
+            residual = {name: g()[name] - x for name, x in curved(seen, damping, n, z0, w0).items()}
+        pairs = []
+        for name in z0:
+            local = self._local(state, name, hypers[name])
+            local = replace(local, grad=lambda name=name: g()[name], residual=residual[name])
+            pairs += [(name, unit(v)) for v in self.space.vectors(state.kept[name], local)]
+        if not pairs:
             return None
-        names, rows = tuple(layers), tuple(vectors)
-        Y = images(records, names, rows)
-        return Level(records, damping, n, names, rows, Y, ridge(names, rows, damping), z0, w0)
+        layers, vectors = (tuple(column) for column in zip(*pairs, strict=True))
+        Y, RR = images(seen, layers, vectors), ridge(layers, vectors, damping)
+        return Level(seen, damping, n, layers, vectors, Y, RR, z0, w0, g, slopes(g.grads, layers, vectors, g))
 
     def _local(self, state: State, name: str, hyper: Hyper) -> Local:
         def eigensystem() -> tuple[Array, Array, Array]:
@@ -197,18 +193,35 @@ def _full(grad: Any, like: Array) -> Array:
     return xp.astype(v if v.ndim == 3 else v[None, ...], like.dtype, copy=False)
 
 
-def _usable(d: Tree, code: Array) -> tuple[Tree, Array]:
-    """The correction, zero for all layers unless all of it is finite and its coarse system could be solved."""
-    ok = code < int(Code.INDEFINITE)
-    for x in d.values():
-        ok = ok & namespace(x).all(all_finite(x))
-    return {name: select(ok, x[None, ...], namespace(x).zeros_like(x)[None, ...])[0, ...] for name, x in d.items()}, ok
+class _Dense:
+    """The gradients with their blocks axis, multiplied out when first asked for."""
+
+    def __init__(self, grads: Mapping[str, Any], like: Tree) -> None:
+        self.grads = {n: g if isinstance(g, Factored) else _full(g, like[n]) for n, g in grads.items()}
+        self.like, self.found = like, {}
+
+    def __call__(self) -> Tree:
+        self.found = self.found or {name: _full(g, self.like[name]) for name, g in self.grads.items()}
+        return self.found
 
 
-def _gain(level: Level, d: Tree, w: Array, g: Tree) -> Array:
-    """E(z0 + d) - E(z0) for E(z) = ||z - F_d^-1 g||^2 in the norm of F_d on these records; w = J d."""
-    xp = namespace(w)
-    total = (xp.sum(w * w) + 2 * xp.sum(w * level.w0)) / level.n
+def _applied(level: Level, change: Change, c: float) -> tuple[Tree, Array, Array]:
+    """(c (z - z0), gain, ok (1,)): zero for all layers unless all of it is finite and its system could be solved.
+
+    gain = E(z0 + d) - E(z0) for E(z) = ||z - F_d^-1 g||^2 in the norm of F_d on these records.
+    """
+    xp, ok = namespace(level.Y), change.code < int(Code.INDEFINITE)
+    if change.beta is not None:
+        ok = ok & xp.all(xp.isfinite(change.beta))
+        beta = c * xp.where(ok, change.beta, xp.zeros_like(change.beta))
+        w = level.Y @ beta
+        gain = xp.sum(w * w) / level.n + xp.sum(beta * (level.ridge @ beta)) - 2 * xp.sum(beta * level.rhs)
+        return level.prolong(beta), gain, ok
+    for x in (change.d or {}).values():
+        ok = ok & xp.all(all_finite(x))
+    d = {n: c * select(ok, x[None, ...], xp.zeros_like(x)[None, ...])[0, ...] for n, x in (change.d or {}).items()}
+    w, g = level.image(d), level.g()
+    gain = (xp.sum(w * w) + 2 * xp.sum(w * level.w0)) / level.n
     for name, x in d.items():
-        total = total + xp.sum(x * (scalar(level.damping[name], x) * (x + 2 * level.z0[name]) - 2 * g[name]))
-    return total
+        gain = gain + xp.sum(x * (scalar(level.damping[name], x) * (x + 2 * level.z0[name]) - 2 * g[name]))
+    return d, gain, ok
