@@ -15,7 +15,8 @@ from kfaccore.xp.arrays import Array, namespace
 def outputs(record: Record, *vs: Array) -> list[Array]:
     """V a of each position, (blocks, batch, shared, d_out), for each v (blocks, d_out, d_in) of this layer."""
     xp = namespace(record.g)
-    v = xp.concat([v if v.ndim == 3 else v[None, ...] for v in vs], axis=1)
+    full = [v if v.ndim == 3 else v[None, ...] for v in vs]
+    v = full[0] if len(full) == 1 else xp.concat(full, axis=1)
     if isinstance(record.a, Ids):
         z = xp.take(v[0, ...].mT, xp.reshape(record.a.index, (-1,)), axis=0)
     else:

@@ -106,12 +106,15 @@ def images(records: dict[str, Record], layers: tuple[str, ...], vectors: tuple[A
 
 
 def dots(record: Record, r: Outer) -> tuple[Array, Array]:
+    """right . a (blocks, batch, shared) and left . g (draws, blocks, batch, shared)."""
     xp = namespace(record.g)
+    shape = (record.blocks, record.batch, record.shared)
     if isinstance(record.a, Ids):
-        p = xp.reshape(xp.take(r.right[0, :], xp.reshape(record.a.index, (-1,))), (1, record.batch, record.shared))
+        p = xp.take(r.right[0, :], xp.reshape(record.a.index, (-1,)))
     else:
-        p = xp.sum(record.rows() * r.right[:, None, None, :], axis=-1)
-    return p, xp.sum(record.g * r.left[None, :, None, None, :], axis=-1)
+        p = xp.matmul(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), r.right[:, :, None])
+    q = xp.matmul(xp.reshape(record.g, (record.draws, record.blocks, -1, record.d_out)), r.left[None, :, :, None])
+    return xp.reshape(p, shape), xp.reshape(q, (record.draws, *shape))
 
 
 def ridge(layers: tuple[str, ...], vectors: tuple[Any, ...], damping: dict[str, Any]) -> Array:

@@ -1,4 +1,4 @@
-"""Coarse vectors: arrays (blocks, d_out, d_in), or products left right^T whose image under J costs rows (d_in + d_out)."""
+"""Coarse vectors: arrays (blocks, d_out, d_in), or products left right^T, whose image under J costs far less."""
 
 from __future__ import annotations
 
