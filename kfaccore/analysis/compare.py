@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -159,25 +160,23 @@ def _block_error(target: _Target, method: Any, state: Any) -> dict[str, Any]:
     return {"error": error, "standard_error": spread, "norm": norm, "trace_ratio": trace / exact.trace}
 
 
-def _costs(method: Any, record: Record, grad: Any, hyper: Hyper, repeats: int) -> dict[str, Any]:
-    """Bytes of the state, and median seconds of one update (measure included), refresh and solve."""
+def _costs(method: Any, record: Record, grad: Any, hyper: Hyper, repeats: int, budget: float = 3.0) -> dict[str, Any]:
+    """Bytes of the state, and median seconds of one update (measure included), refresh and solve, taken in turn as a
+    step takes them; fewer than `repeats` rounds once they took `budget` seconds together."""
     state = cycle(method, method.init(Block.of(record), record.g), record, hyper)
-    seconds = {
-        "update": _median(lambda: method.update(state, method.measure(state, record, hyper), hyper), repeats),
-        "refresh": _median(lambda: method.refresh(state, hyper), repeats),
-        "solve": _median(lambda: to_host(method.solve(state, grad, hyper, record).direction), repeats),
-    }
+    times: dict[str, list[float]] = {"update": [], "refresh": [], "solve": []}
+    while len(times["solve"]) < repeats and sum(map(sum, times.values())) < budget:
+        marks = [time.perf_counter()]
+        state = method.update(state, method.measure(state, record, hyper), hyper)
+        marks.append(time.perf_counter())
+        state = method.refresh(state, hyper)
+        marks.append(time.perf_counter())
+        to_host(method.solve(state, grad, hyper, record).direction)
+        marks.append(time.perf_counter())
+        for name, (start, end) in zip(times, pairwise(marks), strict=True):
+            times[name].append(end - start)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     return {"seconds": seconds, "bytes": sum(np.asarray(to_host(leaf)).nbytes for leaf in tree.leaves(state))}
-
-
-def _median(function: Callable[[], Any], repeats: int, budget: float = 1.0) -> float:
-    """Of `repeats` calls, fewer once they took `budget` seconds together."""
-    times: list[float] = []
-    while len(times) < repeats and sum(times) < budget:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def _first_draw(exact: ExactBlock) -> np.ndarray:
