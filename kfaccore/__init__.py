@@ -54,10 +54,11 @@ from kfaccore.methods import (
     Lanczos,
     RandomizedKFAC,
 )
-from kfaccore.network import GaussNewton
+from kfaccore.network import GaussNewton, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
+from kfaccore.records import load_records, save_records
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import Subsample, concat, expand, mean_mean, reduce, sum_sum
@@ -120,6 +121,8 @@ __all__ = [
     "Solution",
     "Subsample",
     "Symmetric",
+    "Tridiagonal",
+    "TwoLevel",
     "Window",
     "absolute",
     "adaptive",
@@ -140,6 +143,7 @@ __all__ = [
     "flatten",
     "forward_only",
     "load",
+    "load_records",
     "lowest",
     "mean_eigenvalue",
     "mean_mean",
@@ -151,6 +155,7 @@ __all__ = [
     "pi",
     "reduce",
     "save",
+    "save_records",
     "settle",
     "sum_sum",
     "top",

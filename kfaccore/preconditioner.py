@@ -12,26 +12,28 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.comm import Communicator, Serial
-from kfaccore.given import in_dtype, is_stats, like_gradient, named, records_of
+from kfaccore.given import is_stats, named, records_of
 from kfaccore.info import Info
-from kfaccore.method import Block, Hyper, Solution, gradient
-from kfaccore.placement import agree, assign, check, costs, exchanged, reduced, sent
+from kfaccore.layerwise import Turn
+from kfaccore.method import Block, Hyper, gradient
+from kfaccore.placement import agree, assign, check, costs, exchanged
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
 from kfaccore.step import Fixed, Rule
 from kfaccore.weighting import resting, rows_at_solve
-from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace
 
 
 @dataclass(frozen=True)
 class State:
-    """Steps taken, one method state a layer, the step's own buffers; `blocks` is structure."""
+    """Steps taken, one method state a layer, the step's own buffers, that of a network-level method; `blocks` is
+    structure."""
 
     step: int
     layers: dict[str, Any]
     motion: Any
+    network: Any = ()
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
 
 
@@ -41,7 +43,7 @@ class Preconditioner:
 
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
-    network    for network-level methods, of which there is none yet
+    network    TwoLevel(KFAC()), Tridiagonal(): one method for all the layers it covers; `methods` has the others
     step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), GridSearch(), Quadratic(),
                Fixed(lr, momentum, rescale); the default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
@@ -50,23 +52,28 @@ class Preconditioner:
     methods: Any
     clocks: Clocks
     schedules: Schedules
+    network: Any
     rule: Any
     comm: Communicator
     donate: bool
 
     def __init__(
         self,
-        methods: Any,
+        methods: Any = None,
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
-        network: None = None,
+        network: Any = None,
         step: Rule = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
     ) -> None:
-        if network is not None:
-            raise ValueError(f"network is {network!r}; there is no network-level method yet: leave it out")
-        numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "rule": step}
+        if network is not None and not hasattr(network, "covers"):
+            raise ValueError(f"network is {network!r}; need a network-level method such as TwoLevel()")
+        if methods is None and network is None:
+            raise ValueError("a Preconditioner needs methods, such as KFAC(), or a network-level method as network")
+        if network is not None and comm.world > 1:
+            raise ValueError(f"{network} needs the records of all {comm.world} ranks; it runs in one process")
+        numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
         for name, value in {**numbers, "comm": comm, "donate": donate}.items():
             object.__setattr__(self, name, value)
 
@@ -75,29 +82,34 @@ class Preconditioner:
 
         A float64 `like` keeps averages and inverses in float64 for float32 records; updates keep the gradients' dtype.
         """
-        check({name: self._method(name) for name in blocks}, self.comm)
+        together = self._together(blocks)
+        methods = {name: self._method(name) for name in blocks if name not in together}
+        check(methods, self.comm)
         layers, motion = {}, {}
         xp, device = namespace(like), aac.device(like)
         for name, block in blocks.items():
             with named(name):
-                layers[name] = self._method(name).init(block, like)
+                layers |= {name: methods[name].init(block, like)} if name in methods else {}
             motion[name] = xp.zeros((block.blocks, block.d_out, block.d_in), dtype=like.dtype, device=device)
-        return State(0, layers, self.rule.init(motion), tuple(blocks.items()))
+        network = self.network.init(together, like) if together else ()
+        return State(0, layers, self.rule.init(motion), network, tuple(blocks.items()))
 
     def memory(self, blocks: Mapping[str, Block], like: np.ndarray | None = None) -> dict[str, int]:
         """Bytes of each layer's state, before a run: states are made on NumPy, one at a time, and dropped.
 
-        `like` gives the dtype (default float32). Records, gradients and momentum are not counted.
+        `like` gives the dtype (default float32). Records, gradients and momentum are not counted; a network-level
+        method is one entry, "network".
         """
         like = np.zeros(1, np.float32) if like is None else like
-        return {
-            name: sum(np.asarray(leaf).nbytes for leaf in tree.leaves(self._method(name).init(block, like)))
-            for name, block in blocks.items()
-        }
+        together = self._together(blocks)
+        made = {name: (self._method(name).init, block) for name, block in blocks.items() if name not in together}
+        made |= {"network": (self.network.init, together)} if together else {}
+        return {n: sum(np.asarray(leaf).nbytes for leaf in tree.leaves(f(b, like))) for n, (f, b) in made.items()}
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
-        return self.rule.needs_records or (state.step % self.clocks.update == 0 and not resting(self, state))
+        whole = self.rule.needs_records or getattr(self.network, "needs_records", False)
+        return whole or (state.step % self.clocks.update == 0 and not resting(self, state))
 
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
@@ -144,19 +156,26 @@ class Preconditioner:
         motion = self.rule.begin(motion, seen)
         hypers = {name: self._penalised(self.rule.hyper(motion, hyper)) for name, hyper in hypers.items()}
         refreshed = refreshed or self.rule.restart(motion)
-        refused = self._update(layers, batches if updated else {}, hypers)
         work = assign(costs(dict(state.blocks)), self.comm.world, self.comm.fraction)
-        if refreshed:
-            self._refresh(layers, hypers, work)
-        solutions = self._solve(layers, grads, hypers, batches, work)
-        directions, codes, infos = {}, {}, {}
-        for name, found in solutions.items():
-            layers[name], directions[name], infos[name] = found.state, found.direction, found.info
-            codes[name] = choose(refused[name], Code.NONFINITE, found.code) if name in refused else found.code
+        turn = Turn(updated, refreshed, self.comm, work, self.donate)
+        directions, codes, infos, network = {}, {}, {}, state.network
+        together = self._together(dict(state.blocks)) if grads else {}
+        if together:
+            ours: Any = ({n: given[n] for n in together if n in given} for given in (batches, grads, hypers))
+            with np.errstate(all="ignore"):
+                solution = turn.together(self.network, network, *ours)
+            network, infos["network"] = solution.state, solution.info
+            directions, codes = dict(solution.direction), dict(solution.code)
+        alone = {name: grad for name, grad in grads.items() if name not in together}
+        rows = {name for name in alone if rows_at_solve(self, name, hypers[name])}
+        methods = {name: self._method(name) for name in alone}
+        for name, found in turn.alone(methods, layers, batches, alone, hypers, rows).items():
+            layers[name], directions[name], codes[name] = found.state, found.direction, found.code
+            infos[name] = found.info
         with np.errstate(all="ignore"):
             directions, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
         info = Info(updated, refreshed, codes, infos, told)
-        return directions, replace(state, step=state.step + 1, layers=layers, motion=motion), info
+        return directions, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def gather(self, state: State) -> State:
         """The state with the inverses of all ranks, to be saved by any of them; every rank must call it."""
@@ -170,44 +189,9 @@ class Preconditioner:
         """The curvature of the l2 penalty is l2 I: it joins the damping."""
         return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
 
-    def _update(self, layers: dict, batches: Mapping[str, Sequence], hypers: dict[str, Hyper]) -> dict[str, Array]:
-        """Statistics of all layers into their states; where (blocks,) they were refused."""
-        refused = {}
-        for name in (name for name in hypers if batches.get(name)):
-            with named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
-                method, state = self._method(name), layers[name]
-                found = (r if is_stats(r) else method.measure(state, r, hypers[name]) for r in batches[name])
-                measured = (in_dtype(stats, getattr(state, "weight", None)) for stats in found)
-                stats = reduced(self.comm, reduce(method.combine, measured))
-                layers[name] = method.update(state, stats, hypers[name], self.donate)
-                refused[name] = stats.bad > 0
-        return refused
-
-    def _refresh(self, layers: dict, hypers: dict[str, Hyper], work: dict[str, tuple[int, ...]]) -> None:
-        """Refresh the layers this rank owns, and get the others from their owners."""
-        for name in (name for name in hypers if work[name][0] == self.comm.rank):
-            with named(name), np.errstate(all="ignore"):
-                layers[name] = self._method(name).refresh(layers[name], hypers[name])
-        states = {name: layers[name] for name in hypers}
-        layers.update(exchanged(self.comm, states, {name: self._method(name) for name in hypers}, work))
-
-    def _solve(
-        self, layers: dict, grads: Mapping, hypers: dict[str, Hyper], batches: Mapping, work: dict[str, tuple[int, ...]]
-    ) -> dict[str, Solution]:
-        """Directions of all layers, those solved by other ranks sent from the owner."""
-        found = {}
-        for name, grad in grads.items():
-            with named(name), np.errstate(all="ignore"):
-                method, state = self._method(name), layers[name]
-                if self.comm.rank in work[name]:
-                    rows = batches.get(name) and rows_at_solve(self, name, hypers[name])
-                    record = reduce(concat, batches[name]) if rows else None
-                    solution = method.solve(state, grad, hypers[name], record)
-                else:
-                    solution = Solution(namespace(grad).zeros_like(grad), state.code, state)
-                direction = like_gradient(solution.direction, grad, getattr(state, "weight", None))
-                found[name] = sent(self.comm, replace(solution, direction=direction), work[name])
-        return found
+    def _together(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """Layers of the network-level method."""
+        return {name: blocks[name] for name in self.network.covers(blocks)} if self.network is not None else {}
 
     def _check(self, state: State, records: Mapping, grads: Mapping, wanted: bool) -> dict[str, Sequence[Record]]:
         """Records as sequences, after every test that can fail without looking at the data."""
@@ -219,19 +203,23 @@ class Preconditioner:
         for name, grad in grads.items():
             with named(name):
                 gradient(grad, (blocks[name].blocks, blocks[name].d_out, blocks[name].d_in))
+        together = set(self._together(blocks)) if grads else set()
+        if together - set(grads):
+            raise ValueError(f"layers {sorted(together - set(grads))} have no gradients; {self.network} needs them all")
         if not wanted:
             return {}
-        if grads and not records:
+        if grads and not records and (self.rule.needs_records or state.step % self.clocks.update == 0):
             raise ValueError(
                 f"step {state.step} updates statistics (every {self.clocks.update} steps) but got no records; "
                 f"ask wants_records(state) before each step"
             )
-        missing = sorted(set(grads) - set(records))
-        if missing and self.rule.needs_records:
-            raise ValueError(f"layers {missing} have gradients but no records, which {self.rule} needs at every step")
+        missing = sorted((set(grads) if self.rule.needs_records else together) - set(records))
+        if missing:
+            whose = self.rule if self.rule.needs_records else self.network
+            raise ValueError(f"layers {missing} have gradients but no records, which {whose} needs at every step")
         batches = {}
         for name, given in records.items():
-            terms = isinstance(given, tuple) and hasattr(self._method(name), "terms")
+            terms = isinstance(given, tuple) and name not in together and hasattr(self._method(name), "terms")
             batches[name] = [given] if terms or isinstance(given, Record) or is_stats(given) else list(given)
             for record in records_of(batches[name]):
                 have, need = Block.of(record), blocks[name]
@@ -240,6 +228,8 @@ class Preconditioner:
         return batches
 
     def _method(self, name: str) -> Any:
+        if self.methods is None:
+            raise ValueError(f"{self.network} leaves out layer {name!r}: give `methods` for it, Identity() to leave it")
         if not isinstance(self.methods, Mapping):
             return self.methods
         if name not in self.methods:

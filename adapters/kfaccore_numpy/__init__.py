@@ -5,6 +5,7 @@ from kfaccore_numpy.baselines import SGD, Adam
 from kfaccore_numpy.conv import AvgPool, Conv2d, MaxPool
 from kfaccore_numpy.dense import Dense, Flatten
 from kfaccore_numpy.network import Residual, Sequential, Tape
+from kfaccore_numpy.records import save_records
 from kfaccore_numpy.tasks import TASKS, Task
 from kfaccore_numpy.train import Progress, fit, initial_state, mean_loss, sampled, step, true_labels
 
@@ -30,6 +31,7 @@ __all__ = [
     "initial_state",
     "mean_loss",
     "sampled",
+    "save_records",
     "step",
     "true_labels",
 ]

@@ -23,7 +23,8 @@ def inspect(
         tree, meta = load(file), metadata(file)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    layers = tree.get("state", {}).get("layers", {})
+    state = tree.get("state", {})
+    layers = {**state.get("layers", {}), **state.get("network", {}).get("layers", {})}
     order = [name for name in meta.get("blocks", layers) if {"A", "G", "weight"} <= set(layers.get(name, ()))]
     spectra = {name: _spectra(layers[name]) for name in order}
     if not spectra:

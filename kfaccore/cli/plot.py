@@ -43,6 +43,30 @@ def spectra(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def costs(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Errors of the block and of the damped direction against seconds a step, a point a method."""
+    plt = _pyplot(path)
+    if plt is None:
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    keys = {"error": "block: ‖F - F~‖ / ‖F‖", "inverse_error": "direction: ‖x~ - x‖ / ‖x‖"}
+    for panel, (key, title) in zip(panels, keys.items(), strict=True):
+        for name, row in found.items():
+            if row[key] == row[key] and row["seconds"] == row["seconds"]:
+                point = panel.scatter(row["seconds"], max(row[key], 1e-8), s=36)
+                panel.annotate(
+                    name,
+                    (row["seconds"], max(row[key], 1e-8)),
+                    textcoords="offset points",
+                    xytext=(5, 4),
+                    color=point.get_facecolor()[0],
+                )
+        panel.set(xlabel="seconds a step", xscale="log", yscale="log", title=title)
+        panel.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _pyplot(path: Path) -> Any:
     try:
         import matplotlib

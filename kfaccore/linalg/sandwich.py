@@ -34,7 +34,8 @@ def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
     held = shared * (shared + d + e) if by_rows <= formed else 2 * d * e
     chunk = max(1, _CHUNK // (blocks * draws * held))
     spans = [slice(start, min(start + chunk, batch)) for start in range(0, batch, chunk)]
-    return reduce(add, (one(x[:, :, span, ...], y[:, :, span, ...], v) for span in spans))
+    total = reduce(add, (one(x[:, :, span, ...], y[:, :, span, ...], v) for span in spans))
+    return (total + total.mT) / 2  # rounding would grow into an antisymmetric part under iteration
 
 
 def _weighted(x: Array, y: Array, v: Array, positive: bool) -> Array:

@@ -88,3 +88,7 @@ class Exact(Additive):
     def _product(matrix: Array, v: Array) -> Array:
         xp = namespace(v)
         return xp.reshape(xp.matmul(matrix, xp.reshape(v, (v.shape[0], -1, 1))), v.shape)
+
+    def matrix(self, state: State, block: Block) -> Array:
+        """F itself, (blocks, D, D)."""
+        return factors.mean(state.F, state.weight)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import array_api_compat as aac
+
 from kfaccore import factors
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record
@@ -55,3 +57,10 @@ class Identity(Additive):
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return v
+
+    def eigensystem(self, state: State, block: Block) -> tuple[Array, Array, Array]:
+        """(1, I, I), as diagonals."""
+        xp = namespace(state.code)
+        shapes = (block.blocks, block.d_out, block.d_in), (block.blocks, block.d_out), (block.blocks, block.d_in)
+        values, left, right = (xp.ones(shape, device=aac.device(state.code)) for shape in shapes)
+        return values, left, right

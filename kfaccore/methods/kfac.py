@@ -78,3 +78,7 @@ class KFAC(Additive):
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return kron.apply(factors.mean(state.G, state.weight), v, factors.mean(state.A, state.weight))
+
+    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """((A, G),) of F~ = G (x) A."""
+        return ((factors.mean(state.A, state.weight), factors.mean(state.G, state.weight)),)

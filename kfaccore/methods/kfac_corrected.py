@@ -98,6 +98,10 @@ class KFACCorrected(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return two_terms.matvec(*self._terms(state), v)
 
+    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """Pairs (A, G) whose Kronecker products add up to F~."""
+        return self._terms(state)
+
     @staticmethod
     def _terms(state: State) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))

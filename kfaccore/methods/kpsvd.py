@@ -88,3 +88,7 @@ class KPSVD(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         A, G = rearranged.balanced(state)
         return kron.apply(G, v, A)
+
+    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """Pairs (A, G) whose Kronecker products add up to F~."""
+        return (rearranged.balanced(state),)

@@ -126,6 +126,10 @@ class Lanczos:
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return two_terms.matvec(*self._terms(state), v)
 
+    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """Pairs (A, G) whose Kronecker products add up to F~."""
+        return self._terms(state)
+
     def _pairs(self, state: State, stats: Stats) -> tuple[Array, Array, Array, Array]:
         """(A, G) of the rows, signs as in the averages, residual and products taken."""
         xp = namespace(stats.a)

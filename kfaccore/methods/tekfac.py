@@ -112,6 +112,10 @@ class TEKFAC(Additive):
         Qg, Qa = state.basis.Qg, state.basis.Qa
         return kron.apply(Qg, S * kron.apply(side.transposed(Qg), v, Qa), side.transposed(Qa))
 
+    def eigensystem(self, state: State, block: Block) -> tuple[Array, Array, Array]:
+        """(S (blocks, d_out, d_in), Qg, Qa) of F~ = (Qg (x) Qa) diag(S) (Qg (x) Qa)^T."""
+        return factors.mean(state.S, state.S_weight), state.basis.Qg, state.basis.Qa
+
 
 def _shift(damping: float | Array, S: Array) -> float | Array:
     """A number, or one a block, ready to be added to S."""

@@ -86,6 +86,10 @@ class TKFAC(Additive):
         A, G, _ = self._balanced(state)
         return kron.apply(G, v, A)
 
+    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """Pairs (A, G) whose Kronecker products add up to F~."""
+        return (self._balanced(state)[:2],)
+
     def _damping(self, state: State, trace: Array, hyper: Hyper) -> float | Array:
         return self.damping(trace, state.G.shape[-1] * state.A.shape[-1], hyper.damping)
 

@@ -1,6 +1,30 @@
 """Network-level methods: the names of a method, on dicts {layer: ...} of one batch with the same draws."""
 
+from kfaccore.network.coarse import Enriched, Given, Krylov, Nicolaides, Residual, Spectral
+from kfaccore.network.corrections import add, balance, deflate_first, deflate_last, woodbury, woodbury_inverse
 from kfaccore.network.fngd import GlobalFNGD
 from kfaccore.network.gauss_newton import GaussNewton
+from kfaccore.network.matrices import exact, kronecker
+from kfaccore.network.tridiagonal import Tridiagonal
+from kfaccore.network.two_level import TwoLevel
 
-__all__ = ["GaussNewton", "GlobalFNGD"]
+__all__ = [
+    "Enriched",
+    "GaussNewton",
+    "Given",
+    "GlobalFNGD",
+    "Krylov",
+    "Nicolaides",
+    "Residual",
+    "Spectral",
+    "Tridiagonal",
+    "TwoLevel",
+    "add",
+    "balance",
+    "deflate_first",
+    "deflate_last",
+    "exact",
+    "kronecker",
+    "woodbury",
+    "woodbury_inverse",
+]

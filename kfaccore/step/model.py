@@ -1,7 +1,6 @@
 """The exact quadratic model of the loss along given directions, from records alone.
 
-(J v) of an example and draw is a sum over layers and positions of g . (V a): no Jacobian product, no framework. All
-layers must come from one batch with the same draws. Source: Martens & Grosse 2015 (1503.05671), section 7.
+All layers must come from one batch with the same draws. Source: Martens & Grosse 2015 (1503.05671), section 7.
 """
 
 from __future__ import annotations
@@ -11,31 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kfaccore.jacobian import outputs
 from kfaccore.record import Factored, Ids, Record
-from kfaccore.xp.arrays import Array, namespace, shared_first, to_host
-
-
-def outputs(record: Record, *vs: Array) -> list[Array]:
-    """V a of each position, (blocks, batch, shared, d_out), for each v (blocks, d_out, d_in) of this layer."""
-    xp = namespace(record.g)
-    v = xp.concat([v if v.ndim == 3 else v[None, ...] for v in vs], axis=1)
-    if isinstance(record.a, Ids):
-        z = xp.take(v[0, ...].mT, xp.reshape(record.a.index, (-1,)), axis=0)
-    elif shared_first(record.a):
-        a = xp.reshape(xp.moveaxis(record.a, -2, -3), (record.blocks, -1, record.d_in))
-        z = xp.reshape(xp.matmul(a, v.mT), (record.blocks, record.shared, record.batch, -1))
-        z = xp.moveaxis(z, -2, -3)
-        return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
-    else:
-        z = xp.matmul(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), v.mT)
-    z = xp.reshape(z, (record.blocks, record.batch, record.shared, -1))
-    return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
-
-
-def products(record: Record, *vs: Array) -> list[Array]:
-    """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
-    xp = namespace(record.g)
-    return [xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3)) for z in outputs(record, *vs)]
+from kfaccore.xp.arrays import Array, namespace, to_host
 
 
 @dataclass(frozen=True)

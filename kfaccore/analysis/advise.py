@@ -1,0 +1,74 @@
+"""Which method for which layer, under a budget: the multiple-choice knapsack over the figures of `compare`.
+
+Minimises a loss summed over layers subject to a sum of costs; the loss is the squared error of the damped direction,
+||x~_l - x_l||^2, or of the block, ||F~_l - F_l||^2.
+Layer by layer only plans that no other beats in both cost and error are kept, which is exact; above `WIDTH` of them the
+front is thinned evenly in cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kfaccore.analysis.compare import Figures
+
+WIDTH = 20_000
+BY = {  # (relative error, what it is relative to) of one layer
+    "direction": lambda f: (f.inverse_error, f.size),
+    "block": lambda f: (f.error, f.norm),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method a layer, its total cost, and its error: the root of the summed losses over that of the exact sizes."""
+
+    methods: dict[str, str]
+    cost: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The best plan within the budget, None if there is none, and the cheapest plan there is."""
+
+    best: Plan | None
+    cheapest: Plan
+
+
+def advise(
+    figures: Sequence[Figures],
+    cost: Callable[[Figures], float],
+    budget: float,
+    by: Callable[[Figures], tuple[float, float]] = BY["direction"],
+) -> Advice:
+    """The plan of least error whose cost is at most `budget`; ties go to the cheaper.
+
+    Raises ValueError naming a layer that no method could be measured on.
+    """
+    layers = list(dict.fromkeys(f.layer for f in figures))
+    front: list[tuple[float, float, tuple[str, ...]]] = [(0.0, 0.0, ())]
+    scale = 0.0
+    for layer in layers:
+        choices = [f for f in figures if f.layer == layer and by(f)[0] == by(f)[0]]
+        if not choices:
+            raise ValueError(f"no method could be measured on layer {layer!r}")
+        scale += max(by(f)[1] for f in choices) ** 2
+        moves = [(cost(f), (by(f)[0] * by(f)[1]) ** 2, f.method) for f in choices]
+        front = _front([(c + dc, e + de, (*names, name)) for c, e, names in front for dc, de, name in moves])
+    plans = [Plan(dict(zip(layers, names, strict=True)), c, (e / (scale or 1.0)) ** 0.5) for c, e, names in front]
+    within = [plan for plan in plans if plan.cost <= budget]
+    return Advice(within[-1] if within else None, plans[0])
+
+
+def _front(plans: list[tuple[float, float, tuple[str, ...]]]) -> list[tuple[float, float, tuple[str, ...]]]:
+    """Plans by rising cost and strictly falling error; the cheapest and the best are never thinned away."""
+    kept: list[tuple[float, float, tuple[str, ...]]] = []
+    for plan in sorted(plans):
+        if not kept or plan[1] < kept[-1][1]:
+            kept.append(plan)
+    if len(kept) <= WIDTH:
+        return kept
+    step = (len(kept) - 1) / (WIDTH - 1)
+    return [kept[round(i * step)] for i in range(WIDTH)]

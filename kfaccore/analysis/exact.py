@@ -1,0 +1,159 @@
+"""The exact block of a layer, F = (1/n) J^T J, in float64 on the host and never formed.
+
+||F||^2 = ||J J^T||^2 / n^2;  <F, X> = (1/n) sum_k J_k^T X J_k;  (F + d I)^-1 v = (v - J^T (n d I + J J^T)^-1 J v) / d.
+Above `limit` rows of J norms come from probes and inverses from conjugate gradients.
+Cost: K^2 (d_in + d_out) for K = draws batch rows without shared positions, K^2 d_in d_out with them; memory K^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from scipy.sparse.linalg import cg
+
+from kfaccore import factors
+from kfaccore.analysis.operator import LayerOperator, exported
+from kfaccore.jacobian import adjoint, products
+from kfaccore.linalg import side
+from kfaccore.linalg.patches import Patches
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import to_host
+
+ROWS = 4096
+_CHUNK = 1 << 22  # elements of J held at once
+
+
+class ExactBlock:
+    """F of one record; every block of the layer is a record of its own here, and norms sum over blocks."""
+
+    def __init__(self, record: Record, limit: int = ROWS) -> None:
+        self.record = hosted(record)
+        self.parts = [_block(self.record, i) for i in range(record.blocks)]
+        self.rows = record.draws * record.batch
+        self.exact = self.rows <= limit
+        self.shape = (record.blocks, record.d_out, record.d_in)
+
+    @cached_property
+    def grams(self) -> list[np.ndarray]:
+        """J J^T of each block, (K, K)."""
+        return [_gram(part) for part in self.parts]
+
+    @cached_property
+    def trace(self) -> float:
+        return float(factors.squares(self.record).sum()) / self.record.n
+
+    @cached_property
+    def norm(self) -> float:
+        """Frobenius norm, from the Gram matrices; only where `exact`."""
+        return float(np.sqrt(sum((gram**2).sum() for gram in self.grams))) / self.record.n
+
+    def matvec(self, v: np.ndarray) -> np.ndarray:
+        """F v, (blocks, d_out, d_in)."""
+        parts = [adjoint(part, products(part, v[i : i + 1])[0])[0] for i, part in enumerate(self.parts)]
+        return np.stack(parts) / self.record.n
+
+    def solve(self, v: np.ndarray, damping: float) -> np.ndarray:
+        """(F + damping I)^-1 v for damping > 0."""
+        if not self.exact:
+            shifted = exported(v.size, lambda x: self.matvec(x.reshape(v.shape)).ravel() + damping * x)
+            found, info = cg(shifted, v.ravel(), rtol=1e-10, maxiter=10 * self.rows)
+            if info:
+                raise ValueError(f"conjugate gradients stopped after {info} iterations: give a larger damping")
+            return found.reshape(v.shape)
+        found = np.empty(v.shape)
+        for i, (part, gram) in enumerate(zip(self.parts, self.grams, strict=True)):
+            w = products(part, v[i : i + 1])[0]
+            lower = cho_factor(gram + self.record.n * damping * np.eye(self.rows), lower=True)
+            found[i] = (v[i] - adjoint(part, cho_solve(lower, w.ravel()).reshape(w.shape))[0]) / damping
+        return found
+
+    def overlap(self, op: LayerOperator) -> float:
+        """<F, F~> for the undamped matrix of `op`; in an eigenbasis it is a sum over squared per-example gradients."""
+        if hasattr(op.method, "eigensystem"):
+            return self._in_basis(op.system.values, op.system.left, op.system.right)
+        if op.terms:
+            found = (tuple(side.eigh(x)[:2] for x in pair) for pair in op.terms)
+            return sum(self._in_basis(g[:, :, None] * a[:, None, :], Qg, Qa) for (a, Qa), (g, Qg) in found)
+        chunks = ((J, op.undamped[i]) for i, part in enumerate(self.parts) for J in _chunks(part))
+        return sum(float(((J @ F) * J).sum()) for J, F in chunks) / self.record.n
+
+    def _in_basis(self, values: np.ndarray, Qg: np.ndarray, Qa: Any) -> float:
+        vectors = (None if q is None or q.ndim == 2 else q for q in (Qa, Qg))
+        return float((values * factors.squares(self.record, *vectors)).sum()) / self.record.n
+
+
+def distance(exact: ExactBlock, op: LayerOperator) -> float:
+    """||F - F~|| / ||F|| with nothing estimated."""
+    squared = exact.norm**2 - 2 * exact.overlap(op) + op.square()
+    return float(np.sqrt(max(squared, 0.0))) / exact.norm
+
+
+def probed(exact: ExactBlock, op: LayerOperator, probes: list[np.ndarray], images: list[np.ndarray]) -> tuple:
+    """(estimate, standard error) of ||F - F~|| / ||F|| from Rademacher probes and their images F z."""
+    over = np.array([((image - op.matvec(z)) ** 2).sum() for z, image in zip(probes, images, strict=True)])
+    below = np.array([(image**2).sum() for image in images])
+    ratio = over.mean() / below.mean()
+    spread = np.std(over - ratio * below, ddof=1) / np.sqrt(len(over)) / below.mean()
+    error = float(np.sqrt(ratio))
+    return error, float(spread / (2 * error)) if error else 0.0
+
+
+def hosted(record: Record) -> Record:
+    """The record on NumPy in float64."""
+    a: Any = record.a
+    if isinstance(a, Ids):
+        a = Ids(to_host(a.index), a.size)
+    elif isinstance(a, Patches):
+        a = Patches(to_host(a.image).astype(np.float64), a.window, a.bias)
+    else:
+        a = to_host(a).astype(np.float64)
+    mask = None if record.mask is None else to_host(record.mask)
+    return Record(a, to_host(record.g).astype(np.float64), float(record.n), mask)
+
+
+def _block(record: Record, i: int) -> Record:
+    a = record.a
+    if isinstance(a, Patches):
+        a = Patches(a.image[i], a.window, a.bias)
+    elif not isinstance(a, Ids):
+        a = a[i : i + 1]
+    return Record(a, record.g[:, i : i + 1], record.n, record.mask)
+
+
+def _gram(record: Record) -> np.ndarray:
+    """J J^T, (K, K), of a record of one block, rows ordered by draw, then example."""
+    K = record.draws * record.batch
+    if record.shared == 1 and not isinstance(record.a, Ids):
+        a, g = record.rows().reshape(record.batch, -1), record.g.reshape(K, -1)
+        return np.tile(a @ a.T, (record.draws, record.draws)) * (g @ g.T)
+    gram = np.empty((K, K))
+    if isinstance(record.a, Ids):
+        index, g = record.a.index, record.g.reshape(K, record.shared, -1)
+        for k in range(K):
+            same = index[k % record.batch][:, None, None] == index[None]  # (s, batch, t)
+            z = np.einsum("sbt,so->bto", same.astype(float), g[k])
+            gram[k] = np.einsum("bto,vbto->vb", z, g.reshape(record.draws, record.batch, record.shared, -1)).ravel()
+        return gram
+    at = 0
+    for J in _chunks(record):
+        to = 0
+        for other in _chunks(record):
+            gram[at : at + len(J), to : to + len(other)] = J @ other.T
+            to += len(other)
+        at += len(J)
+    return gram
+
+
+def _chunks(record: Record) -> Iterator[np.ndarray]:
+    """Rows of J, some at a time, (rows, d_out d_in)."""
+    size = record.d_out * record.d_in
+    step = max(1, _CHUNK // size)
+    a = record.rows()[0]
+    for draw in range(record.draws):
+        for start in range(0, record.batch, step):
+            part = slice(start, start + step)
+            yield (record.g[draw, 0, part].mT @ a[part]).reshape(-1, size)

@@ -1,0 +1,192 @@
+"""The Fisher operator of a fitted state, F~ + damping I, layer by layer and whole, in float64 on the host.
+
+A method that knows its eigenvectors says so with `eigensystem(state, block)`, one that is a sum of Kronecker products
+with `kronecker_terms(state, block)`, pairs (A, G), one that holds its dense block with `matrix(state, block)`; any
+other is multiplied out by its `matvec`, up to `limit` parameters a block. Layers are independent: the whole is
+block-diagonal.
+Cost: eigensystem or one term d_in^3 + d_out^3 once, then four products; otherwise (d_out d_in)^3 once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator, cg
+
+from kfaccore import tree
+from kfaccore.analysis.spectrum import Spectrum
+from kfaccore.linalg import kron, side
+from kfaccore.method import Block, Hyper
+from kfaccore.xp.arrays import to_host
+
+_UNDAMPED = Hyper(0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class System:
+    """Eigenvalues and the way into their basis and back: values (blocks, ...); v and result (blocks, d_out, d_in)."""
+
+    values: np.ndarray
+    left: np.ndarray
+    right: np.ndarray | None
+
+    def divide(self, v: np.ndarray, shift: float) -> np.ndarray:
+        """(F~ + shift I)^-1 v."""
+        below = self.values + shift
+        if not below.min() > 0:
+            raise ValueError(f"F~ + {shift} I is singular (smallest eigenvalue {below.min():.3g}): give damping > 0")
+        if self.right is not None:
+            return kron.solve(self.left, v, self.right, below)
+        flat = v.reshape(*below.shape, 1)
+        return (self.left @ (self.left.mT @ flat / below[..., None])).reshape(v.shape)
+
+
+@dataclass(frozen=True)
+class LayerOperator:
+    """F~ + damping I of one layer; vectors are (blocks, d_out, d_in), 2-D ones come back 2-D."""
+
+    method: Any
+    state: Any
+    block: Block
+    damping: float = 0.0
+    limit: int = 2048
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.block.blocks, self.block.d_out, self.block.d_in
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return int(np.prod(self.shape))
+
+    @property
+    def measurable(self) -> bool:
+        """Whether trace and Frobenius norm can be had exactly."""
+        return self.solvable or hasattr(self.method, "kronecker_terms")
+
+    @property
+    def solvable(self) -> bool:
+        """Whether logdet and eigenvalues can be had too."""
+        known = hasattr(self.method, "eigensystem") or hasattr(self.method, "matrix") or len(self.terms) == 1
+        return known or self.block.d_out * self.block.d_in <= self.limit
+
+    @cached_property
+    def terms(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Pairs (A, G) of F~ = sum of G (x) A; none where the method does not say."""
+        return self.method.kronecker_terms(self.state, self.block) if hasattr(self.method, "kronecker_terms") else ()
+
+    @cached_property
+    def system(self) -> System:
+        """Eigenvalues and eigenvectors of F~, without the damping."""
+        if hasattr(self.method, "eigensystem"):
+            values, Qg, Qa = self.method.eigensystem(self.state, self.block)
+            return System(values, Qg, Qa)
+        if len(self.terms) == 1:
+            (a, Qa, _), (g, Qg, _) = (side.eigh(x) for x in self.terms[0])
+            return System(g[:, :, None] * a[:, None, :], Qg, Qa)
+        values, vectors = np.linalg.eigh(self.undamped)
+        return System(values, vectors, None)
+
+    def matvec(self, v: np.ndarray) -> np.ndarray:
+        """(F~ + damping I) v."""
+        full = v.reshape(self.shape)
+        return (self.method.matvec(self.state, full, _UNDAMPED) + self.damping * full).reshape(v.shape)
+
+    def solve(self, v: np.ndarray) -> np.ndarray:
+        """(F~ + damping I)^-1 v; conjugate gradients to 1e-12 where eigenvectors cannot be had."""
+        full = v.reshape(self.shape)
+        if self.solvable:
+            return self.system.divide(full, self.damping).reshape(v.shape)
+        found, info = cg(self.linear_operator(), full.ravel(), rtol=1e-12)
+        if info:
+            raise ValueError(f"conjugate gradients stopped after {info} iterations: give a larger damping")
+        return found.reshape(v.shape)
+
+    @cached_property
+    def undamped(self) -> np.ndarray:
+        """F~ itself, (blocks, D, D) with row-major vec; ValueError above `limit` unless the method holds it."""
+        if hasattr(self.method, "matrix"):
+            return self.method.matrix(self.state, self.block)
+        size = self.block.d_out * self.block.d_in
+        if size > self.limit:
+            raise ValueError(
+                f"{type(self.method).__name__} has no eigensystem and {size} parameters a block; multiplying it out "
+                f"stops at limit={self.limit}"
+            )
+        columns = np.empty((self.block.blocks, size, size))
+        for i in range(size):
+            unit = np.zeros(self.shape)
+            unit[:, i // self.block.d_in, i % self.block.d_in] = 1.0
+            columns[:, :, i] = self.method.matvec(self.state, unit, _UNDAMPED).reshape(self.block.blocks, size)
+        return (columns + columns.mT) / 2
+
+    def dense(self) -> np.ndarray:
+        """F~ + damping I itself."""
+        return self.undamped + self.damping * np.eye(self.block.d_out * self.block.d_in)
+
+    def trace(self) -> float:
+        """Sum of the eigenvalues."""
+        if hasattr(self.method, "eigensystem"):
+            total = self.system.values.sum()
+        elif self.terms:
+            total = sum((side.diagonal(A).sum(-1) * side.diagonal(G).sum(-1)).sum() for A, G in self.terms)
+        else:
+            total = np.trace(self.undamped, axis1=-2, axis2=-1).sum()
+        return float(total + self.damping * self.size)
+
+    def square(self) -> float:
+        """||F~||^2 in Frobenius norm, without the damping."""
+        if hasattr(self.method, "eigensystem"):
+            return float((self.system.values**2).sum())
+        if self.terms:
+            return float(sum((_inner(A, B) * _inner(G, H)).sum() for A, G in self.terms for B, H in self.terms))
+        return float((self.undamped**2).sum())
+
+    def logdet(self) -> float:
+        """log of the determinant; -inf for a singular operator, ValueError for an indefinite one."""
+        values = self.eigvalsh()
+        if values[0] < -1e-10 * values[-1]:
+            raise ValueError(f"F~ + damping I is indefinite (smallest eigenvalue {values[0]:.3g}): give more damping")
+        with np.errstate(divide="ignore"):
+            return float(np.log(np.maximum(values, 0.0)).sum())
+
+    def eigvalsh(self) -> np.ndarray:
+        """All eigenvalues, ascending."""
+        return np.sort(self.system.values.ravel()) + self.damping
+
+    def effective_rank(self) -> float:
+        """exp(entropy of the spectrum of F~, without damping); see `Spectrum`."""
+        return Spectrum(np.maximum(np.sort(self.system.values.ravel()), 0.0)).effective_rank
+
+    def effective_dimension(self) -> float:
+        """tr F~ (F~ + damping I)^-1: the number of parameters the curvature, not the damping, decides."""
+        values = np.maximum(self.system.values, 0.0)
+        return float((values / (values + self.damping)).sum()) if self.damping else float((values > 0).sum())
+
+    def linear_operator(self) -> LinearOperator:
+        """For SciPy, on vectors of `size` entries."""
+        return exported(self.size, self.matvec)
+
+
+def on_host(state: Any) -> Any:
+    """A state on NumPy with floating leaves in float64."""
+
+    def moved(leaf: Any) -> Any:
+        host = to_host(leaf)
+        return host.astype(np.float64) if np.issubdtype(host.dtype, np.floating) else host
+
+    return tree.map(moved, state)
+
+
+def exported(size: int, matvec: Any) -> LinearOperator:
+    symmetric: Any = lambda v: matvec(np.asarray(v, np.float64).reshape(size))  # noqa: E731
+    return LinearOperator((size, size), matvec=symmetric, rmatvec=symmetric, dtype=np.float64)  # pyright: ignore
+
+
+def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """<x, y> of each block, (blocks,)."""
+    return (x * y).reshape(len(x), -1).sum(-1)

@@ -1,0 +1,47 @@
+"""Products with J, the matrix of per-example gradients, from records alone: nothing of size examples x parameters.
+
+(J v) of an example and draw is a sum over layers and positions of g . (V a); J^T w is a sum of w g a^T. Layers of one
+batch with the same draws add: F v = J^T (J v) / n over the whole network.
+Cost: rows d_in d_out a vector, each way.
+"""
+
+from __future__ import annotations
+
+from kfaccore import xp as kernels
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array, namespace, shared_first
+
+
+def outputs(record: Record, *vs: Array) -> list[Array]:
+    """V a of each position, (blocks, batch, shared, d_out), for each v (blocks, d_out, d_in) of this layer."""
+    xp = namespace(record.g)
+    full = [v if v.ndim == 3 else v[None, ...] for v in vs]
+    v = full[0] if len(full) == 1 else xp.concat(full, axis=1)
+    if isinstance(record.a, Ids):
+        z = xp.take(v[0, ...].mT, xp.reshape(record.a.index, (-1,)), axis=0)
+    elif shared_first(record.a):
+        a = xp.reshape(xp.moveaxis(record.a, -2, -3), (record.blocks, -1, record.d_in))
+        z = xp.reshape(xp.matmul(a, v.mT), (record.blocks, record.shared, record.batch, -1))
+        z = xp.moveaxis(z, -2, -3)
+        return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
+    else:
+        z = xp.matmul(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), v.mT)
+    z = xp.reshape(z, (record.blocks, record.batch, record.shared, -1))
+    return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
+
+
+def products(record: Record, *vs: Array) -> list[Array]:
+    """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
+    xp = namespace(record.g)
+    return [xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3)) for z in outputs(record, *vs)]
+
+
+def adjoint(record: Record, w: Array) -> Array:
+    """J^T w, (blocks, d_out, d_in), for a number w (draws, batch) a draw and example."""
+    xp = namespace(record.g)
+    g = xp.sum(record.g * w[:, None, :, None, None], axis=0)
+    g = xp.reshape(g, (record.blocks, -1, record.d_out))
+    if isinstance(record.a, Ids):
+        index = xp.reshape(record.a.index, (-1,))
+        return kernels.segment_sum(g[0, ...], index, record.a.size).mT[None, ...]
+    return xp.matmul(g.mT, xp.reshape(record.rows(), (record.blocks, -1, record.d_in)))

@@ -1,0 +1,227 @@
+"""TwoLevel: z = z0 + c R^T F_c^-1 R (g - F_d z0) with z0 = M^-1 g layer by layer and F_c = R F_d R^T.
+
+Block methods drop the curvature between layers; a few vectors a layer, the rows of R, bring some of it back. F_d = F +
+damping I is the whole network's exact curvature on this step's records, met only in products: nothing has the size of
+examples times parameters or of parameters squared. F_c is rebuilt at every step, so with c = 1 the step is never
+further from F_d^-1 g, in the norm of F_d, than z0 is; `info` tells the `gain` E(z) - E(z0) <= 0.
+
+Exact when the vectors span the whole space (A-DEF2, A-DEF1, balanced; not the additive form), or where M is F_d.
+Source: Koroko et al. 2023 (2303.18083); Tselepidis et al. 2020 (2011.00573).
+Cost: records at every step; rows d_in d_out a product with J: 1 for ones and eigenvectors, 2 with M^-1 1, 3 (4) for the
+residual (and its power), beside the block method's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kfaccore import tree
+from kfaccore.linalg import side
+from kfaccore.method import Block, Hyper, Solution
+from kfaccore.methods import KFAC
+from kfaccore.network.coarse import Local, Nicolaides
+from kfaccore.network.corrections import Change, deflate_last
+from kfaccore.network.level import Level, Tree, curved, image, images, ridge, slopes
+from kfaccore.network.matrices import exact, kronecker
+from kfaccore.network.vectors import unit
+from kfaccore.record import Factored, Record
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+from kfaccore.xp.codes import Code, choose
+
+Hypers = Mapping[str, Hyper]
+
+
+@dataclass(frozen=True)
+class State:
+    """The block method's state of every layer, and what the coarse space keeps from refresh to refresh."""
+
+    layers: dict[str, Any]
+    kept: dict[str, Any]
+    blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """A coarse correction between layers on top of a block method; see the module.
+
+    method        the block method, or a mapping from layer to method
+    space         Nicolaides | Spectral | Residual | Krylov(Nicolaides() or Residual()) | Enriched(count) | Given(make)
+    correction    deflate_last | deflate_first | balance | add | woodbury | woodbury_inverse
+    matrix        exact | kronecker (for spaces of products: ones and eigenvectors)
+    coefficient   c, a factor on the correction
+    """
+
+    method: Any = field(default=KFAC())
+    space: Any = field(default=Nicolaides())
+    correction: Callable = deflate_last
+    matrix: Callable[[Level], Array] = exact
+    coefficient: float = 1.0
+
+    needs_records = True
+
+    def __post_init__(self) -> None:
+        if self.matrix is kronecker and not self.space.outer:
+            raise ValueError(f"matrix=kronecker needs vectors that are products; {self.space} has others: use exact")
+
+    def covers(self, blocks: Mapping[str, Block]) -> list[str]:
+        """All layers."""
+        return list(blocks)
+
+    def init(self, blocks: Mapping[str, Block], like: Array) -> State:
+        layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
+        kept = {name: self.space.init(name, block, like) for name, block in blocks.items()}
+        return State(layers, kept, tuple(blocks.items()))
+
+    def measure(self, state: State, records: Mapping[str, Record], hypers: Hypers) -> dict[str, Any]:
+        return {name: self._of(name).measure(state.layers[name], r, hypers[name]) for name, r in records.items()}
+
+    def combine(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+        return {name: self._of(name).combine(stats, second[name]) for name, stats in first.items()}
+
+    def update(self, state: State, stats: Mapping[str, Any], hypers: Hypers, donate: bool = False) -> State:
+        moved = {n: self._of(n).update(state.layers[n], s, hypers[n], donate) for n, s in stats.items()}
+        return replace(state, layers={**state.layers, **moved})
+
+    def refresh(self, state: State, hypers: Hypers) -> State:
+        layers = {name: self._of(name).refresh(s, hypers[name]) for name, s in state.layers.items()}
+        state = replace(state, layers=layers)
+        kept = {n: self.space.refresh(kept, self._local(state, n, hypers[n])) for n, kept in state.kept.items()}
+        return replace(state, kept=kept)
+
+    def solve(
+        self, state: State, grads: Mapping[str, Any], hypers: Hypers, records: Mapping[str, Record] | None = None
+    ) -> Solution:
+        """`direction`, `code` and `state` as the block method's, on dicts; info: gain, and the coarse code."""
+        solutions = {name: self._solve(state, name, grad, hypers[name]) for name, grad in grads.items()}
+        codes = {name: s.code for name, s in solutions.items()}
+        z = {name: s.direction for name, s in solutions.items()}
+        state = replace(state, layers={**state.layers, **{name: s.state for name, s in solutions.items()}})
+        if records is None:
+            raise ValueError("TwoLevel got no records: its correction needs those of every step")
+        level = self._level(state, grads, {name: _full(x, x) for name, x in z.items()}, hypers, records)
+        if level is None:
+            return Solution(z, codes, state, {})
+        change = self.correction(level, self.matrix(level), self._fine(state, hypers))
+        d, gain, ok = _applied(level, change, self.coefficient)
+        codes = {name: choose(ok | (x > 0), Code.OK, change.code) + x for name, x in codes.items()}
+        z = {name: namespace(x).reshape(level.z0[name] + d[name], x.shape) for name, x in z.items()}
+        return Solution(z, codes, state, {"gain": gain, "coarse": change.code})
+
+    def matvec(self, state: State, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
+        """The block method's F~ v; the correction has none without records."""
+        return {name: self._of(name).matvec(state.layers[name], x, hypers[name]) for name, x in v.items()}
+
+    def _level(
+        self, state: State, grads: Mapping[str, Any], z0: Tree, hypers: Hypers, records: Mapping[str, Record]
+    ) -> Level | None:
+        """The coarse level of this step; None when the space is empty."""
+        n, damping = _checked(records, z0), {name: hypers[name].damping for name in z0}
+        seen = {name: records[name] for name in z0}
+        w0, g = image(seen, z0), _Dense(grads, z0)
+        residual: dict[str, Any] = dict.fromkeys(z0)
+        if self.space.residual:
+            residual = {name: g()[name] - x for name, x in curved(seen, damping, n, z0, w0).items()}
+        pairs = []
+        for name in z0:
+            local = self._local(state, name, hypers[name])
+            local = replace(local, grad=lambda name=name: g()[name], residual=residual[name])
+            pairs += [(name, unit(v)) for v in self.space.vectors(state.kept[name], local)]
+        if not pairs:
+            return None
+        layers, vectors = (tuple(column) for column in zip(*pairs, strict=True))
+        Y, RR = images(seen, layers, vectors), ridge(layers, vectors, damping)
+        return Level(seen, damping, n, layers, vectors, Y, RR, z0, w0, g, slopes(g.grads, layers, vectors, g))
+
+    def _local(self, state: State, name: str, hyper: Hyper) -> Local:
+        def eigensystem() -> tuple[Array, Array, Array]:
+            return _eigensystem(self._of(name), state.layers[name], name, dict(state.blocks)[name])
+
+        return Local(lambda v: self._solve(state, name, v, hyper).direction, eigensystem)
+
+    def _fine(self, state: State, hypers: Hypers) -> Callable[[Tree], Tree]:
+        """M^-1 of the layers it is given."""
+        return lambda v: {name: self._solve(state, name, x, hypers[name]).direction for name, x in v.items()}
+
+    def _solve(self, state: State, name: str, grad: Any, hyper: Hyper) -> Solution:
+        return self._of(name).solve(state.layers[name], grad, hyper)
+
+    def _of(self, name: str) -> Any:
+        if not isinstance(self.method, Mapping):
+            return self.method
+        if name not in self.method:
+            raise ValueError(f"TwoLevel.method has no entry for layer {name!r}; it has {sorted(self.method)}")
+        return self.method[name]
+
+
+def _eigensystem(method: Any, state: Any, name: str, block: Block) -> tuple[Array, Array, Array]:
+    """(S (blocks, d_out, d_in), Qg, Qa) of a method that is one Kronecker product or knows its eigenvectors."""
+    if hasattr(method, "eigensystem"):
+        S, Qg, Qa = method.eigensystem(state, block)
+        return S, _full_side(Qg), Qa if block.diagonal_in else _full_side(Qa)
+    terms = method.kronecker_terms(state, block) if hasattr(method, "kronecker_terms") else ()
+    if len(terms) != 1:
+        raise ValueError(f"layer {name!r}: {type(method).__name__} knows no eigenvectors; choose another coarse space")
+    (a, Qa, _), (g, Qg, _) = (side.eigh(x) for x in terms[0])
+    return g[:, :, None] * a[:, None, :], Qg, Qa
+
+
+def _full_side(Q: Array) -> Array:
+    """Eigenvectors as a matrix, also those of a standard basis, which come as a diagonal of ones."""
+    return side.identity(side.zeros(Q.shape[0], Q.shape[1], False, Q)) if side.is_diagonal(Q) else Q
+
+
+def _checked(records: Mapping[str, Record], g: Mapping[str, Any]) -> Any:
+    """n of the batch; ValueError where the records are not of one batch with the same draws."""
+    missing = sorted(set(g) - set(records))
+    if missing:
+        raise ValueError(f"layers {missing} have gradients but no records")
+    first = next(iter(g))
+    for name in g:
+        for what in ("draws", "batch"):
+            left, right = getattr(records[first], what), getattr(records[name], what)
+            if left != right:
+                raise ValueError(f"{what} is {left} in layer {first!r} and {right} in {name!r}; need one batch")
+    return scalar(records[first].n, records[first].g)
+
+
+def _full(grad: Any, like: Array) -> Array:
+    """A gradient or direction with its blocks axis, in the dtype of `like`."""
+    v = grad.dense() if isinstance(grad, Factored) else grad
+    xp = namespace(v)
+    return xp.astype(v if v.ndim == 3 else v[None, ...], like.dtype, copy=False)
+
+
+class _Dense:
+    """The gradients with their blocks axis, multiplied out when first asked for."""
+
+    def __init__(self, grads: Mapping[str, Any], like: Tree) -> None:
+        self.grads = {n: g if isinstance(g, Factored) else _full(g, like[n]) for n, g in grads.items()}
+        self.like, self.found = like, {}
+
+    def __call__(self) -> Tree:
+        self.found = self.found or {name: _full(g, self.like[name]) for name, g in self.grads.items()}
+        return self.found
+
+
+def _applied(level: Level, change: Change, c: float) -> tuple[Tree, Array, Array]:
+    """(c (z - z0), gain, ok (1,)): zero for all layers unless all of it is finite and its system could be solved.
+
+    gain = E(z0 + d) - E(z0) for E(z) = ||z - F_d^-1 g||^2 in the norm of F_d on these records.
+    """
+    xp, ok = namespace(level.Y), change.code < int(Code.INDEFINITE)
+    if change.beta is not None:
+        ok = ok & xp.all(xp.isfinite(change.beta))
+        beta = c * xp.where(ok, change.beta, xp.zeros_like(change.beta))
+        w = level.Y @ beta
+        gain = xp.sum(w * w) / level.n + xp.sum(beta * (level.ridge @ beta)) - 2 * xp.sum(beta * level.rhs)
+        return level.prolong(beta), gain, ok
+    for x in (change.d or {}).values():
+        ok = ok & xp.all(all_finite(x))
+    d = {n: c * select(ok, x[None, ...], xp.zeros_like(x)[None, ...])[0, ...] for n, x in (change.d or {}).items()}
+    w, g = level.image(d), level.g()
+    gain = (xp.sum(w * w) + 2 * xp.sum(w * level.w0)) / level.n
+    for name, x in d.items():
+        gain = gain + xp.sum(x * (scalar(level.damping[name], x) * (x + 2 * level.z0[name]) - 2 * g[name]))
+    return d, gain, ok
