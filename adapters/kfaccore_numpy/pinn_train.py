@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 
 from kfaccore import GaussNewton, Preconditioner
 from kfaccore_numpy.baselines import SGD, Adam
@@ -46,8 +45,10 @@ def step(
         solver.step(params, grads, state, index)
         return loss, state, None
     found = streamed(pinn, params, batch, solver, state, rows) if rows else pinn.capture(params, batch)
-    given = found.residuals if isinstance(solver, GaussNewton) else found.grads
-    updates, state, info = solver.step(state, found.records, given)
+    if isinstance(solver, GaussNewton):
+        updates, state, info = solver.step(state, found.records, found.residuals)
+    else:
+        updates, state, info = solver.step(state, found.records, found.grads)
     place = _placing(params, updates, 0.0)
     place(1.0)
     with np.errstate(all="ignore"):  # a loss that is not finite is an answer here
@@ -106,6 +107,8 @@ def unflatten(vector: np.ndarray, like: Params) -> Params:
 
 
 def _lbfgs(pinn: PINN, params: Params, batch: Batch, solver: LBFGS, steps: int) -> Iterator[Progress]:
+    from scipy.optimize import minimize
+
     begun, seen = time.perf_counter(), []
 
     def value(vector: np.ndarray) -> tuple[float, np.ndarray]:
