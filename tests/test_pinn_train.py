@@ -218,13 +218,17 @@ def test_methods_refuse_what_they_cannot_be():
         next(fit(pinn, params, iter([batch]), penalised, 1))
 
 
-def test_the_quadratic_step_forgets_what_is_not_finite():
+def test_the_quadratic_step_is_halved_while_the_loss_rises():
     rule = kf.Quadratic(1e-3)
     motion = rule.init({"x": np.ones((1, 1, 1))})
-    assert rule.judge(motion, 1.0, 1.0, 5.0) == (1.0, motion)
-    share, motion = rule.judge(motion, 1.0, 1.0, np.nan)
-    assert (share, motion.rejected, motion.code) == (0.0, 1, kf.Code.NONFINITE)
-    assert not motion.previous["x"].any()
+    assert rule.judge(motion, 1.0, 1.0, 1.4) == (1.0, motion)
+    assert rule.judge(motion, 1.0, 1.0, 1.6) == (0.5, motion)
+    share, after = rule.judge(motion, 0.25, 1.0, 0.9)
+    assert (share, float(after.previous["x"][0, 0, 0])) == (0.25, 0.25)
+    share, after = rule.judge(motion, 2.0**-15, 1.0, np.nan)
+    assert (share, after.rejected, after.code) == (0.0, 1, kf.Code.UNCONVERGED)
+    assert not after.previous["x"].any()
+    assert replace(rule, tolerance=np.inf).judge(motion, 1.0, 1.0, 9.0) == (1.0, motion)
 
 
 # The command line.
