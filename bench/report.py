@@ -43,15 +43,17 @@ def at_least(name: str, figure: float | None, limit: float) -> Claim:
     return claim(name, figure, f">= {limit:g}", None if figure is None else figure >= limit)
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each function, all of them once a round after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

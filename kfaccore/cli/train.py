@@ -37,16 +37,13 @@ def train(
     if steps < 0:
         fail(f"--steps is {steps}; need a positive number, or 0 for the task's own")
     methods = [method, *filter(None, against.split(","))]
+    penalties = {"l2": l2, "weight_decay": weight_decay}
     if _is_pinn(task):
-        options = {"--backend": backend != "numpy", "--l2": l2 != 0, "--weight-decay": weight_decay != 0}
-        options |= {"--resume": resume is not None, "--step": step != "self-tuning"}
-        _equation(task, methods, steps, seed, out, as_json, [name for name, given in options.items() if given])
+        options = {"backend": backend != "numpy", "step": step != "self-tuning", "resume": resume is not None}
+        _equation(task, methods, steps, seed, out, as_json, {**options, **penalties})
         return
     chosen = _task(task)
-    for option, value in (("--l2", l2), ("--weight-decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            fail(f"{option} is {value}; need a finite number >= 0")
-    penalties = {"l2": l2, "weight_decay": weight_decay}
+    _check(penalties)
     runs = [_optimiser(name, chosen, step, penalties) for name in methods]
     xp = _backend(backend)
     if out is not None:
@@ -71,6 +68,12 @@ def train(
         fail("a run diverged: its loss is not finite", UNFINISHED)
 
 
+def _check(penalties: dict[str, float]) -> None:
+    for option, value in penalties.items():
+        if not 0 <= value < math.inf:
+            fail(f"--{option.replace('_', '-')} is {value}; need a finite number >= 0")
+
+
 def _task(name: str) -> Any:
     from kfaccore_numpy import TASKS
     from kfaccore_numpy.pinn_tasks import PINN_TASKS
@@ -87,11 +90,12 @@ def _is_pinn(name: str) -> bool:
 
 
 def _equation(
-    task: str, methods: list[str], steps: int, seed: int, out: Path | None, as_json: bool, foreign: list[str]
+    task: str, methods: list[str], steps: int, seed: int, out: Path | None, as_json: bool, options: dict[str, Any]
 ) -> None:
     """A differential equation: methods and figures of its own."""
     from kfaccore.cli.pinn import train_pinn
 
+    foreign = [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
     if foreign:
         fail(f"{', '.join(foreign)}: not for {task}, a differential equation, whose methods set their own step")
     if out is not None:
