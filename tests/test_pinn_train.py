@@ -213,6 +213,9 @@ def test_methods_refuse_what_they_cannot_be():
     with pytest.raises(ValueError, match="record has 1 terms; this PINNKFAC needs a tuple of 2"):
         kf.settle(kf.PINNKFAC(), record)
     pinn, params, batch = small()
+    tuning = kf.Preconditioner(kf.PINNKFAC(), step=kf.SelfTuning())
+    with pytest.raises(ValueError, match=r"cannot model several loss terms; use Quadratic\(\) or GridSearch\(\)"):
+        step(pinn, params, batch, tuning, initial_state(pinn, params, tuning), 0)
     penalised = kf.Preconditioner(kf.PINNKFAC(), schedules=kf.Schedules(1e-3, l2=0.1))
     with pytest.raises(ValueError, match="leave l2 and weight_decay 0"):
         next(fit(pinn, params, iter([batch]), penalised, 1))

@@ -38,13 +38,15 @@ def step(
     """One update of `params`: (loss of the batch before it, state, Info or None).
 
     rows   bounds memory: points times slots of one pass, whose statistics and gradients are added up; 0 is all at once.
-           For a Preconditioner whose step rule needs no records
+           Only where statistics are enough: the quadratic step and Gauss-Newton hold the records of the whole batch
     """
     if not isinstance(solver, Preconditioner | GaussNewton):
         loss, grads = pinn.gradient(params, batch)
         solver.step(params, grads, state, index)
         return loss, state, None
-    found = streamed(pinn, params, batch, solver, state, rows) if rows else pinn.capture(params, batch)
+    enough = isinstance(solver, Preconditioner) and not solver.rule.needs_records
+    parts = rows if enough else 0
+    found = streamed(pinn, params, batch, solver, state, parts) if parts else pinn.capture(params, batch)
     if isinstance(solver, GaussNewton):
         updates, state, info = solver.step(state, found.records, found.residuals)
     else:
