@@ -136,7 +136,7 @@ def finish(direction: Array, code: Array, state: State, squeeze: bool, **info: A
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)
 
 
-def cycle(method: Any, state: State, record: Record, hyper: Hyper) -> State:
+def cycle(method: Any, state: State, record: Any, hyper: Hyper) -> State:
     """One measure, update, refresh."""
     return method.refresh(method.update(state, method.measure(state, record, hyper), hyper), hyper)
 

@@ -31,15 +31,10 @@ def expand(record: Record) -> Record:
     xp = namespace(record.g)
     rows = record.batch * record.shared
     a = record.a
-    if (
-        record.mask is None
-        and record.ids is None
-        and not isinstance(a, Ids)
-        and shared_first(a)
-        and shared_first(record.g)
-    ):
-        swapped = (xp.moveaxis(x, -2, -3) for x in (a, record.g))  # rows in the order of memory: no copy
-        return Record(*(_fold(x) for x in swapped), record.n)
+    plain = record.mask is None and record.ids is None
+    if plain and shared_first(a) and shared_first(record.g):
+        a, g = (_fold(xp.moveaxis(x, -2, -3)) for x in (a, record.g))  # rows in the order of memory: no copy
+        return Record(a, g, record.n)
     a = Ids(xp.reshape(a.index, (rows,)), a.size) if isinstance(a, Ids) else _fold(a)
     mask = None if record.mask is None else xp.reshape(record.mask, (rows, 1))
     ids = None if record.ids is None else xp.repeat(record.ids, record.shared)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from kfaccore.jacobian import products
 from kfaccore.linalg import kronsum
 from kfaccore.record import Factored
-from kfaccore.step.model import products
 from kfaccore.step.quadratic import curvature, minimiser, slope
 from kfaccore_numpy import GELU, Dense, Sequential, Sigmoid, Tanh, taylor
 from kfaccore_numpy.activations import Activation

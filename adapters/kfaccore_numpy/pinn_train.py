@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 
 from kfaccore import GaussNewton, Preconditioner
 from kfaccore_numpy.baselines import SGD, Adam
@@ -39,15 +38,19 @@ def step(
     """One update of `params`: (loss of the batch before it, state, Info or None).
 
     rows   bounds memory: points times slots of one pass, whose statistics and gradients are added up; 0 is all at once.
-           For a Preconditioner whose step rule needs no records
+           Only where statistics are enough: the quadratic step and Gauss-Newton hold the records of the whole batch
     """
     if not isinstance(solver, Preconditioner | GaussNewton):
         loss, grads = pinn.gradient(params, batch)
         solver.step(params, grads, state, index)
         return loss, state, None
-    found = streamed(pinn, params, batch, solver, state, rows) if rows else pinn.capture(params, batch)
-    given = found.residuals if isinstance(solver, GaussNewton) else found.grads
-    updates, state, info = solver.step(state, found.records, given)
+    enough = isinstance(solver, Preconditioner) and not solver.rule.needs_records
+    parts = rows if enough else 0
+    found = streamed(pinn, params, batch, solver, state, parts) if parts else pinn.capture(params, batch)
+    if isinstance(solver, GaussNewton):
+        updates, state, info = solver.step(state, found.records, found.residuals)
+    else:
+        updates, state, info = solver.step(state, found.records, found.grads)
     place = _placing(params, updates, 0.0)
     place(1.0)
     with np.errstate(all="ignore"):  # a loss that is not finite is an answer here
@@ -106,6 +109,8 @@ def unflatten(vector: np.ndarray, like: Params) -> Params:
 
 
 def _lbfgs(pinn: PINN, params: Params, batch: Batch, solver: LBFGS, steps: int) -> Iterator[Progress]:
+    from scipy.optimize import minimize
+
     begun, seen = time.perf_counter(), []
 
     def value(vector: np.ndarray) -> tuple[float, np.ndarray]:

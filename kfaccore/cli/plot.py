@@ -67,6 +67,35 @@ def costs(found: dict[str, dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
+def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: str, path: Path) -> None:
+    """The network and its error over the first two coordinates (others in mid-domain), and relative L2 errors."""
+    plt = _pyplot(path)
+    if plt is None:
+        return
+    import numpy as np
+
+    box = pinn.problem.box
+    axes = [np.linspace(low, high, 81) for low, high in box[:2]]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+    x = np.concatenate([grid, np.tile([(low + high) / 2 for low, high in box[2:]], (len(grid), 1))], axis=1)
+    u = pinn.predict(params, x)
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for panel, field, name in zip(panels, (u, u - pinn.problem.solution(x)), ("network", "error"), strict=False):
+        top = float(np.abs(field).max())
+        shade = {"cmap": "RdBu_r", "vmin": -top, "vmax": top} if name == "error" else {"cmap": "viridis"}
+        picture = panel.pcolormesh(*axes, field.reshape(81, 81).T, shading="gouraud", **shade)
+        figure.colorbar(picture, ax=panel)
+        panel.set(title=name, xlabel="coordinate 0", ylabel="coordinate 1")
+    for name, curve in found.items():
+        panels[2].plot(curve["seconds"], curve["relative"], label=name, linewidth=1.8)
+    panels[2].set(title="relative L2 error", xlabel="training time [s]", yscale="log")
+    panels[2].grid(alpha=0.3, which="both")
+    panels[2].legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _pyplot(path: Path) -> Any:
     try:
         import matplotlib

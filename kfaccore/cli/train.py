@@ -35,15 +35,18 @@ def train(
     """Train TASK and compare it with tuned baselines."""
     from kfaccore.cli.run import Run
 
-    chosen = _task(task)
-    for option, value in (("--l2", l2), ("--weight-decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            fail(f"{option} is {value}; need a finite number >= 0")
-    penalties = {"l2": l2, "weight_decay": weight_decay}
-    runs = [_optimiser(name, chosen, step, penalties) for name in (method, *filter(None, against.split(",")))]
-    xp = _backend(backend)
     if steps < 0:
-        fail(f"--steps is {steps}; need a positive number, or 0 for the task's {chosen.steps}")
+        fail(f"--steps is {steps}; need a positive number, or 0 for the task's own")
+    methods = [method, *filter(None, against.split(","))]
+    penalties = {"l2": l2, "weight_decay": weight_decay}
+    if _is_pinn(task):
+        options = {"backend": backend != "numpy", "step": step != "self-tuning", "resume": resume is not None}
+        _equation(task, methods, steps, seed, out, as_json, {**options, **penalties})
+        return
+    chosen = _task(task)
+    _check(penalties)
+    runs = [_optimiser(name, chosen, step, penalties) for name in methods]
+    xp = _backend(backend)
     if out is not None:
         _folder(out)
     trial = Run(task, chosen, steps or chosen.steps, seed, xp)
@@ -66,12 +69,39 @@ def train(
         fail("a run diverged: its loss is not finite", UNFINISHED)
 
 
+def _check(penalties: dict[str, float]) -> None:
+    for option, value in penalties.items():
+        if not 0 <= value < math.inf:
+            fail(f"--{option.replace('_', '-')} is {value}; need a finite number >= 0")
+
+
 def _task(name: str) -> Any:
     from kfaccore_numpy import TASKS
+    from kfaccore_numpy.pinn_tasks import PINN_TASKS
 
     if name not in TASKS:
-        fail(f"no task {name!r}; there are {', '.join(TASKS)}")
+        fail(f"no task {name!r}; there are {', '.join([*TASKS, *PINN_TASKS])}")
     return TASKS[name]
+
+
+def _is_pinn(name: str) -> bool:
+    from kfaccore_numpy.pinn_tasks import PINN_TASKS
+
+    return name in PINN_TASKS
+
+
+def _equation(
+    task: str, methods: list[str], steps: int, seed: int, out: Path | None, as_json: bool, options: dict[str, Any]
+) -> None:
+    """A differential equation: methods and figures of its own."""
+    from kfaccore.cli.pinn import train_pinn
+
+    foreign = [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
+    if foreign:
+        fail(f"{', '.join(foreign)}: not for {task}, a differential equation, whose methods set their own step")
+    if out is not None:
+        _folder(out)
+    train_pinn(task, ["pinn-kfac", *methods[1:]] if methods[0] == "kfac" else methods, steps, seed, out, as_json)
 
 
 def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> tuple[str, Any]:

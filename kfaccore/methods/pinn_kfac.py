@@ -89,8 +89,8 @@ class PINNKFAC(Additive):
             raise TypeError("PINNKFAC got an embedding; a network of coordinates has dense layers only")
         fields = factors.init(block, like)
         A, G = fields["A"], fields["G"]
-        begun = [self.start * side.identity(x) for x in (A, G)]
-        terms = tuple(Term(*(x + 0.0 for x in begun), fields["weight"] + self.start) for _ in range(self.terms))
+        A0, G0 = (self.start * side.identity(x) for x in (A, G))
+        terms = tuple(Term(A0 + 0.0, G0 + 0.0, fields["weight"] + self.start) for _ in range(self.terms))
         return State(terms, kronsum.identity(G, A), fields["code"])
 
     def measure(self, state: State, record: tuple[Record, ...] | Record, hyper: Hyper) -> Stats:

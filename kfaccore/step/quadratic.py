@@ -35,13 +35,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """damping of model and factors alike; alpha of the first step (0: the model's own)."""
+    """damping of model and factors alike, and when a step is too long to keep.
+
+    damping     tiny: nothing but it bounds the step of a model that is only local
+    first       alpha of the first step; 0 is the model's own
+    tolerance   a step is halved while it raises the loss of its own batch by more than this share; math.inf is the
+                published form, without a forward, which now and then leaves for good
+    points      tries: 1, 1/2, ..., then none
+    """
 
     damping: float = 1e-10
     first: float = 0.0
+    tolerance: float = 0.5
+    points: int = 16
 
     needs_records: ClassVar[bool] = True
-    judges: ClassVar[bool] = False
+    terms: ClassVar[bool] = True  # a record may be a tuple, one a loss term
+    judges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < np.inf:
@@ -63,11 +73,16 @@ class Quadratic:
         return motion
 
     def judge(self, motion: Memory, share: float, before: float, after: float) -> tuple[float, Memory]:
-        """Not needed: every finite step stays. A shell that asks gets a non-finite one taken back and forgotten."""
-        if np.isfinite(after):
-            return share, motion
+        """`share` when the loss has not risen too far, half of it otherwise; 0 when nothing helps. What stays is the
+        previous update of the next step."""
+        if np.isfinite(after) and (after <= before or after - before <= self.tolerance * before):
+            kept = motion.previous if share == 1 else tree.map(lambda x: x * share, motion.previous)
+            return share, replace(motion, previous=kept, code=int(Code.OK))
+        if share > 2.0 ** (1 - self.points):
+            return share / 2, motion
         still = tree.map(lambda x: x * 0, motion.previous)
-        return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(Code.NONFINITE))
+        code = Code.UNCONVERGED if np.isfinite(before) else Code.NONFINITE
+        return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(code))
 
     def __call__(
         self,

@@ -1,0 +1,227 @@
+"""Do K-FAC and Gauss-Newton solve differential equations to the published accuracy, and what does a step cost?
+
+Float64. `absolute` is the root mean square error on 9,000 held-out points, as in the published logs; `relative` is
+that over the root mean square of the solution. Seconds are CPU seconds of one thread: wall seconds of an idle core.
+--quick: one seed, KFAC 1,000 steps, KFAC* 2,000, 8 s of the deep network. --minutes 10: heat 1+1d, heat 4+1d and
+Poisson 5d with that budget a method, beside the published table.
+"""
+
+import os
+
+for _name in ("OMP", "OPENBLAS", "MKL"):
+    os.environ[f"{_name}_NUM_THREADS"] = "1"
+
+import time
+import tracemalloc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from statistics import median
+from typing import Any
+
+import numpy as np
+from pinn_rivals import ENGD, HessianFree, lbfgs, matrix_free
+from report import Claim, at_least, at_most, claim, finish, interleaved, parser
+
+from kfaccore_numpy.pinn_tasks import PINN_TASKS
+from kfaccore_numpy.pinn_train import initial_state, step
+
+SHALLOW, DEEP = "poisson-2d", "poisson-2d-deep"
+RIVALS = {"hessian-free": HessianFree(), "engd": ENGD()}
+PUBLISHED = {  # final absolute errors of the best tuned runs, 1,000 to 3,000 s on a GPU, of the same problem and widths
+    "heat-1d": {"adam": 1.2e-4, "hessian-free": 6.2e-7, "lbfgs": 2.7e-4, "pinn-kfac": 1.9e-6, "pinn-kfac-star": 8.8e-7},
+    "heat-4d": {"adam": 1.1e-3, "hessian-free": 1.4e-5, "lbfgs": 4.9e-4, "pinn-kfac": 1.7e-4, "pinn-kfac-star": 5.9e-5},
+    "poisson-5d": {"adam": 1.1e-3, "hessian-free": 6.1e-6, "lbfgs": 8.9e-4, "pinn-kfac": 4.9e-5,
+                   "pinn-kfac-star": 2.7e-6},
+}  # fmt: skip
+
+
+@dataclass
+class Trial:
+    """One run: steps and CPU seconds, both errors at the end, lowest absolute error, steps to each mark."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    relative: float = inf
+    absolute: float = inf
+    best: float = inf
+    hits: dict[float, int] = field(default_factory=dict)
+
+    def look(self, pinn: Any, params: Any, x: np.ndarray, marks: Sequence[float]) -> None:
+        self.relative, self.absolute = pinn.errors(params, x)
+        self.best = min(self.best, self.absolute)
+        for mark in marks:
+            if self.absolute <= mark:
+                self.hits.setdefault(mark, self.steps)
+
+
+def run(
+    name: str, method: str, seed: int, steps: int = 10**9, seconds: float = inf, marks: Sequence[float] = ()
+) -> Trial:
+    """Train on a task until `steps` or CPU `seconds`, looking at the errors every 20 steps if there are marks."""
+    task = PINN_TASKS[name]
+    pinn = task.pinn()
+    params, batches = pinn.init(seed), pinn.batches(*task.counts, task.every, seed)
+    x, trial = pinn.problem.inside(np.random.default_rng([seed, 7]), 9000), Trial()
+    if method == "lbfgs":
+        trial.steps, trial.seconds = lbfgs(pinn, params, next(batches), seconds), seconds
+        trial.look(pinn, params, x, marks)
+        return trial
+    rival, damping = RIVALS.get(method), 1e-2
+    solver = None if rival else task.solver(method)
+    state = None if rival else initial_state(pinn, params, solver)
+    while trial.steps < steps and trial.seconds < seconds:
+        batch, begun = next(batches), time.process_time()
+        if rival:
+            damping = matrix_free(pinn, params, batch, rival, damping)
+        else:
+            _, state, _ = step(pinn, params, batch, solver, state, trial.steps, task.rows)
+        trial.seconds += time.process_time() - begun
+        trial.steps += 1
+        if marks and trial.steps % 20 == 0:
+            trial.look(pinn, params, x, marks)
+    trial.look(pinn, params, x, marks)
+    return trial
+
+
+def row(name: str, method: str, trials: list[Trial], marks: Sequence[float] = (), published: float | str = "-") -> list:
+    """Medians over seeds."""
+
+    def middle(values: list[float]) -> str:
+        value = median(values)
+        return f"{value:.3g}" if isfinite(value) else "never"
+
+    hits = [", ".join(f"{m:g}: {middle([t.hits.get(m, inf) for t in trials])}" for m in marks)] if marks else ["-"]
+    numbers = [middle([getattr(t, key) for t in trials]) for key in ("steps", "seconds", "absolute", "relative")]
+    return [name, method, len(trials), *numbers, *hits, published]
+
+
+def shallow(rows: list, claims: list[Claim], quick: bool) -> None:
+    """2-64-1, 257 parameters, 900 + 120 points."""
+    seeds = (0,) if quick else (0, 1, 2)
+    plan = {
+        "pinn-kfac": (1000 if quick else 3000, {1e-4: 800, 1e-5: 3000}, "1e-4: 446, 1e-5: 2254"),
+        "pinn-kfac-star": (2000 if quick else 12000, {1e-4: 2000, 1e-5: 6000, 3e-6: 12000}, "1e-4: 1539, 1e-5: 3000"),
+    }
+    for method, (steps, marks, published) in plan.items():
+        trials = [run(SHALLOW, method, seed, steps, marks=tuple(marks)) for seed in seeds]
+        rows.append(row(SHALLOW, method, trials, tuple(marks), published))
+        for mark, limit in marks.items():
+            label = f"{method}, 257 parameters: median steps to {mark:g}"
+            done = quick and limit > steps
+            claims.append(at_most(label, None if done else median(t.hits.get(mark, inf) for t in trials), limit))
+    label = "adam, 257 parameters: lowest absolute error in 20,000 steps"
+    if quick:
+        claims.append(at_least(label, None, 1e-4))
+        rows.append(row(SHALLOW, "adam", [run(SHALLOW, "adam", 0, 2000, marks=(1e-4,))], (1e-4,), "9.4e-5 at the end"))
+        return
+    adam = [run(SHALLOW, "adam", 0, 20000, marks=(1e-4,))]
+    rows.append(row(SHALLOW, "adam", adam, (1e-4,), "9.4e-5 at the end"))
+    claims.append(at_least(label, adam[0].best, 1e-4))
+    for method, published in {"gauss-newton": "-", "engd": "6.2e-8 at the end", "hessian-free": "1e-4: 35 s"}.items():
+        found = [run(SHALLOW, method, 0, seconds=10, marks=(1e-4, 1e-5, 3e-6))]
+        rows.append(row(SHALLOW, method, found, (1e-4, 1e-5, 3e-6), published))
+
+
+def deep(rows: list, claims: list[Claim], quick: bool) -> None:
+    """2-64-64-48-48-1, 9,873 parameters, 600 + 120 points."""
+    limits = {"gauss-newton": 5e-5, "pinn-kfac-star": 1.5e-3}
+    others = () if quick else ("pinn-kfac", "hessian-free", "lbfgs", "adam")
+    for method in (*limits, *others):
+        trials = [run(DEEP, method, seed, seconds=8) for seed in ((0,) if quick else (0, 1, 2))]
+        rows.append(row(DEEP, method, trials))
+        if method in limits:
+            error = median(t.relative for t in trials)
+            claims.append(at_most(f"{method}, 9,873 parameters: relative error after 8 s", error, limits[method]))
+    label = "pinn-kfac-star, 9,873 parameters: relative error after 60 s"
+    if quick:
+        claims.append(at_most(label, None, 2e-4))
+        return
+    trial = run(DEEP, "pinn-kfac-star", 0, seconds=60)
+    rows.append(row(DEEP, "pinn-kfac-star", [trial], published="7.9e-7 after 1000 s"))
+    claims.append(at_most(label, trial.relative, 2e-4))
+
+
+def cost(claims: list[Claim]) -> None:
+    """A whole KFAC* step over one forward and backward of the loss, on the deep network and the published points."""
+    task = PINN_TASKS[DEEP]
+    pinn = task.pinn()
+    params, batch = pinn.init(0), next(pinn.batches(900, 120, 0, 0))
+    solver = task.solver("pinn-kfac-star")
+    held = {"state": initial_state(pinn, params, solver), "index": 0}
+
+    def whole() -> None:
+        for _ in range(10):  # a round of the clocks
+            _, held["state"], _ = step(pinn, params, batch, solver, held["state"], held["index"])
+            held["index"] += 1
+
+    def plain() -> None:
+        for _ in range(10):
+            pinn.gradient(params, batch)
+
+    times = interleaved({"whole": whole, "plain": plain}, 7, time.process_time)
+    claims.append(at_most("KFAC* step over forward and backward of the loss", times["whole"] / times["plain"], 1.8))
+
+
+def hundred(claims: list[Claim], quick: bool) -> None:
+    """Peak memory of one step in 100 dimensions, in chunks of points over all at once."""
+    label = "poisson-100d: peak memory of a step in chunks over all at once"
+    if quick:
+        claims.append(at_most(label, None, 0.5))
+        return
+    task = PINN_TASKS["poisson-100d"]
+    pinn, peaks = task.pinn(), []
+    batch = next(pinn.batches(*task.counts, 0, 0))
+    for rows in (0, 1024):
+        params, solver = pinn.init(0), task.solver("pinn-kfac")
+        state = initial_state(pinn, params, solver)
+        tracemalloc.start()
+        held = tracemalloc.get_traced_memory()[0]
+        step(pinn, params, batch, solver, state, 0, rows)
+        peaks.append(tracemalloc.get_traced_memory()[1] - held)
+        tracemalloc.stop()
+    claims.append(at_most(f"{label} ({peaks[0] / 2**20:.0f} MiB)", peaks[1] / peaks[0], 0.5))
+
+
+def budgets(rows: list, claims: list[Claim], minutes: float) -> None:
+    """The same time for every method, beside the published errors; which order held."""
+    for name, published in PUBLISHED.items():
+        found = {m: run(name, m, 0, seconds=60 * minutes) for m in (*published, "gauss-newton")} if minutes else {}
+        for method, trial in found.items():
+            shown = published.get(method)
+            rows.append(row(name, method, [trial], published=f"{shown:.1e} absolute" if shown else "-"))
+        if not found:
+            claims.append(claim(f"{name}: KFAC and KFAC* below Adam and L-BFGS", None, "--minutes 10", None))
+            continue
+        ours, first = (max if k else min for k in (1, 0))
+        worst = ours(found[m].absolute for m in ("pinn-kfac", "pinn-kfac-star"))
+        best = first(found[m].absolute for m in ("adam", "lbfgs"))
+        label = f"{name}, {minutes:g} min: worse of KFAC and KFAC* over better of Adam and L-BFGS"
+        claims.append(at_most(label, worst / best, 1.0))
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--minutes", type=float, default=0.0, help="budget a method and problem of the long table")
+    options.add_argument("--only", default="", help="sections, of: shallow,deep,cost,hundred,budgets")
+    given = options.parse_args()
+    rows: list = []
+    claims: list[Claim] = []
+    only = set(filter(None, given.only.split(","))) or {"shallow", "deep", "cost", "hundred", "budgets"}
+    with np.errstate(all="ignore"):
+        if "cost" in only:
+            cost(claims)
+        if "shallow" in only:
+            shallow(rows, claims, given.quick)
+        if "deep" in only:
+            deep(rows, claims, given.quick)
+        if "hundred" in only:
+            hundred(claims, given.quick)
+        if "budgets" in only:
+            budgets(rows, claims, 0.0 if given.quick else given.minutes)
+    columns = ("problem", "method", "seeds", "steps", "CPU s", "absolute", "relative", "steps to absolute", "published")
+    finish("Differential equations, float64, medians", columns, rows, claims, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""`kfaccore train` on a differential equation: relative and absolute L2 errors, a table, a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kfaccore import Preconditioner, __version__, save
+from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
+
+EVALUATIONS, POINTS = 60, 9000  # evaluations of a run, held-out points
+
+
+class PINNRun:
+    """Curves of each method: both errors on held-out points, at steps and training seconds."""
+
+    def __init__(self, name: str, task: Any, steps: int, seed: int) -> None:
+        self.name, self.task, self.steps, self.seed = name, task, steps, seed
+        self.pinn = task.pinn()
+        self.held_out = self.pinn.problem.inside(np.random.default_rng([seed, 7]), POINTS)
+        self.curves: dict[str, dict[str, list]] = {}
+        self.codes: dict[str, dict[str, int]] = {}
+        self.kept: tuple[Any, Any, Any] | None = None  # solver, params, state of the first method
+        self.params: dict[str, Any] = {}
+
+    def train(self, name: str, solver: Any, steps: int, quiet: bool) -> None:
+        """Run `solver`, with a progress bar on standard error unless `quiet`."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from kfaccore_numpy.pinn_train import fit
+
+        params = self.pinn.init(self.seed)
+        curve = self.curves[name] = {key: [] for key in ("step", "seconds", "loss", "relative", "absolute")}
+        codes, every = self.codes.setdefault(name, {}), max(1, steps // EVALUATIONS)
+        columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        text = TextColumn("relative L2 {task.fields[error]:.3g}")
+        bar = Progress(*columns, text, console=Console(stderr=True), disable=quiet)
+        batches = self.pinn.batches(*self.task.counts, self.task.every, self.seed)
+        with bar, np.errstate(all="ignore"):
+            row = bar.add_task(name, total=steps, error=float("nan"))
+            progress: Any = None
+            for progress in fit(self.pinn, params, batches, solver, steps, rows=self.task.rows):
+                self.params[name] = params
+                if self.kept is None or self.kept[0] is solver:
+                    self.kept = (solver, params, progress.state)
+                for code, count in _counts(progress.info):
+                    codes[code] = codes.get(code, 0) + count
+                if progress.step % every == 0 or not math.isfinite(progress.loss):
+                    bar.update(row, error=self._look(curve, progress))
+                bar.update(row, completed=progress.step)
+                if not math.isfinite(progress.loss):
+                    return
+            if progress is not None and curve["step"][-1:] != [progress.step]:
+                self._look(curve, progress)
+
+    def summary(self) -> dict[str, Any]:
+        """What run.json holds."""
+        rows = []
+        for name, curve in self.curves.items():
+            last = {key: (values or [math.nan])[-1] for key, values in curve.items()}
+            best = min((v for v in curve["relative"] if math.isfinite(v)), default=math.nan)
+            rows.append({"method": name, **last, "best": best, "codes": self.codes[name]})
+        interior, boundary = self.task.counts
+        sizes = {"interior": interior, "boundary": boundary, "widths": list(self.task.widths)}
+        return {
+            "task": self.name,
+            "seed": self.seed,
+            **sizes,
+            "version": __version__,
+            "methods": rows,
+            "curves": self.curves,
+        }
+
+    def write(self, out: Path) -> None:
+        """run.json, run.safetensors and curves.png in `out`, whatever was reached."""
+        (out / "run.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
+        if self.kept is not None:
+            self._save(out / "run.safetensors")
+        if self.params:
+            from kfaccore.cli.plot import solution
+
+            name = next(iter(self.params))
+            solution(self.pinn, self.params[name], self.curves, f"{self.name}, {name}", out / "curves.png")
+
+    def show(self, out: Path | None) -> None:
+        """The table, and where the files are."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{self.name}, seed {self.seed}: L2 errors on {POINTS} held-out points")
+        for head in ("method", "steps", "seconds", "relative", "absolute", "best rel."):
+            table.add_column(head, no_wrap=True)
+        table.add_column("codes")
+        for row in self.summary()["methods"]:
+            codes = ", ".join(f"{count} {code}" for code, count in row["codes"].items())
+            figures = (f"{row[key]:.2e}" for key in ("relative", "absolute", "best"))
+            table.add_row(row["method"], str(row["step"]), f"{row['seconds']:.2f}", *figures, codes)
+        console = Console()
+        console.print(table)
+        if out is not None:
+            console.print(", ".join(str(path) for path in sorted(out.iterdir())), soft_wrap=True)
+
+    def _look(self, curve: dict[str, list], progress: Any) -> float:
+        """Append both errors; the relative one is returned."""
+        relative, absolute = self.pinn.errors(progress.params, self.held_out)
+        found = (progress.step, progress.seconds, progress.loss, relative, absolute)
+        for key, value in zip(curve, found, strict=True):
+            curve[key].append(value)
+        return relative
+
+    def _save(self, path: Path) -> None:
+        solver, params, state = self.kept  # type: ignore[misc]
+        tree: dict[str, Any] = {"params": params}
+        meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
+        if isinstance(solver, Preconditioner):
+            tree["state"] = state
+            meta["blocks"] = {name: asdict(block) for name, block in state.blocks}
+        save(path, tree, **meta)
+
+
+def _counts(info: Any) -> list[tuple[str, int]]:
+    """Codes of one step by name, of a Preconditioner's Info or of Gauss-Newton's."""
+    from kfaccore import Code
+
+    if info is None:
+        return []
+    if isinstance(info, dict):
+        return [(Code(int(code)).name, 1) for code in info["code"]]
+    return [(code.name, count) for code, count in info.counts().items()]
+
+
+def train_pinn(name: str, methods: list[str], steps: int, seed: int, out: Path | None, as_json: bool) -> None:
+    """Train every method on the problem `name` from the same start and batches, and report."""
+    import typer
+
+    from kfaccore_numpy.pinn_tasks import PINN_TASKS, SOLVERS
+
+    task = PINN_TASKS[name]
+    for method in methods:
+        if method not in SOLVERS:
+            fail(f"no method {method!r} for {name}; there are {', '.join(SOLVERS)}")
+    trial = PINNRun(name, task, steps or task.steps, seed)
+    finished = True
+    try:
+        for method in methods:
+            trial.train(method, task.solver(method), trial.steps, quiet=as_json)
+    except KeyboardInterrupt:
+        finished = False
+    if out is not None:
+        trial.write(out)
+    typer.echo(json.dumps(trial.summary(), indent=2)) if as_json else trial.show(out)
+    if not finished:
+        raise typer.Exit(INTERRUPTED)
+    if not all(math.isfinite(row["relative"]) for row in trial.summary()["methods"]):
+        fail("a run diverged: its error is not finite", UNFINISHED)
