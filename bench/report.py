@@ -13,12 +13,17 @@ from typing import Any
 Claim = dict[str, str]
 
 
-def arguments(about: str | None) -> argparse.Namespace:
+def parser(about: str | None) -> argparse.ArgumentParser:
     """--quick: a named subset within 50 s on one core; --json: nothing but the claims."""
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--quick", action="store_true", help="a named subset, within 50 s on one core")
-    parser.add_argument("--json", action="store_true", help="print the claims as JSON and nothing else")
-    return parser.parse_args()
+    found = argparse.ArgumentParser(description=about)
+    found.add_argument("--quick", action="store_true", help="a named subset, within 50 s on one core")
+    found.add_argument("--json", action="store_true", help="print the claims as JSON and nothing else")
+    return found
+
+
+def arguments(about: str | None) -> argparse.Namespace:
+    """What `parser` reads from the command line."""
+    return parser(about).parse_args()
 
 
 def claim(name: str, figure: float | str | None, target: str, holds: bool | None) -> Claim:

@@ -28,6 +28,24 @@ NETWORK, LOSS = autoencoder(SIZES), kf.Gaussian()
 DAMPING = 0.1
 
 
+class Training:
+    """Runs of one rule at clocks 1/5 from the same start, to time whole cycles of refresh."""
+
+    def __init__(self, x: np.ndarray, rule: Any) -> None:
+        self.x, self.params, self.at = x, NETWORK.init(np.random.default_rng(0)), 0
+        schedules = kf.Schedules(damping=DAMPING)
+        self.pre = kf.Preconditioner(kf.KFAC(), schedules=schedules, step=rule, donate=True)
+        self.state = self.pre.init(NETWORK.blocks(), x)
+        self.cycle()
+
+    def cycle(self) -> None:
+        """Five steps, judged where the rule judges."""
+        for _ in range(5):
+            pair, rng = (self.x, self.x), np.random.default_rng(self.at)
+            _, self.state, _ = kn.step(NETWORK, self.params, pair, LOSS, self.pre, self.state, self.at, rng)
+            self.at += 1
+
+
 class Bench:
     """The network at one batch size, a plain SGD step and K-FAC steps of each kind, as functions to time."""
 
@@ -126,6 +144,14 @@ def kernels(bench: Bench, repeats: int) -> dict[str, float]:
     }
 
 
+def self_tuning(bench: Bench, repeats: int) -> float:
+    """SGD steps that a self-tuning step costs above a fixed one, both at clocks 1/5, its judging forward included."""
+    fixed, tuned = Training(bench.x, kf.Fixed(1e-6)), Training(bench.x, kf.SelfTuning(tolerance=np.inf))
+    pair = {"sgd": bench.sgd, "fixed": fixed.cycle, "tuned": tuned.cycle}
+    t = interleaved(pair, repeats)
+    return (t["tuned"] - t["fixed"]) / (5 * t["sgd"])
+
+
 def gemm_rate(repeats: int) -> float:
     """Flops a second of a product of the network's size."""
     rng = np.random.default_rng(0)
@@ -189,6 +215,7 @@ def main() -> None:
     pair = {"sgd": lambda: [bench.sgd() for _ in range(10)], "run": lambda: bench.direct(100)}
     run = interleaved(pair, 1 if options.quick else 3)
     direct = run["run"] / run["sgd"] / 10
+    extra = self_tuning(bench, 3 if options.quick else 9)
     dense, factored, timed = accuracy(bench)
     formula, estimate, peak = memory(bench)
     large = cost.get(2048, {})
@@ -199,6 +226,7 @@ def main() -> None:
         at_most("10/100, batch 2048, Monte-Carlo, x SGD", large.get("mc 10/100"), 1.5),
         at_most("1/10, batch 512, Monte-Carlo, x SGD", cost[512]["mc 1/10"], 3.1),
         at_most("1/10, batch 512, empirical, x SGD", cost[512]["empirical 1/10"], 2.6),
+        at_most("self-tuning step above a fixed one at 1/5, batch 512, in SGD steps", extra, 1.25),
         at_least("measure, share of the rate of X.T @ X", rates["measure"], 0.9),
         at_least("measure + update with donate, share of that rate", rates["update"], 0.85),
         at_most("refresh over scipy.linalg.inv(assume_a='pos')", rates["refresh"], 1.25),

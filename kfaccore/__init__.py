@@ -23,7 +23,7 @@ from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed, SelfTuning
+from kfaccore.step import Fixed, IterateAverage, LineSearch, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,9 @@ __all__ = [
     "Identity",
     "Ids",
     "Info",
+    "IterateAverage",
     "KLClip",
+    "LineSearch",
     "Method",
     "NormConstraint",
     "Patches",

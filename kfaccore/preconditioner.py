@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -17,7 +17,7 @@ from kfaccore.method import Block, Hyper, Solution, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
-from kfaccore.step import Fixed, SelfTuning
+from kfaccore.step import Fixed, Rule
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace, to_host
 
@@ -56,8 +56,8 @@ class Preconditioner:
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
     network    for network-level methods, of which there is none yet
-    step       from directions to updates, kept as `rule`: SelfTuning(), or Fixed(lr, momentum, rescale), whose default
-               hands directions on
+    step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), or Fixed(lr, momentum, rescale),
+               whose default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     """
 
@@ -74,7 +74,7 @@ class Preconditioner:
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
         network: None = None,
-        step: Fixed | SelfTuning = Fixed(),  # noqa: B008 frozen
+        step: Rule = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
     ) -> None:
@@ -112,13 +112,27 @@ class Preconditioner:
         """Whether the next call of `step` will use records."""
         return self.rule.needs_records or state.step % self.clocks.update == 0
 
-    def judge(self, state: State, before: float, after: float) -> tuple[bool, State]:
-        """After the updates of a self-tuning step were applied: whether they may stay, and the state that follows.
+    def judge(
+        self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
+    ) -> tuple[float, State]:
+        """Once a step's updates are in force: the share of them that stays (0: taken back), and the state that follows.
 
-        before, after   loss of the step's batch without and with the updates; on False add the updates back
+        before         loss of the step's batch without the updates, penalty included
+        place(share)   sets parameters to the old ones minus share times the updates; called only to change the share
+        loss()         loss of the same batch at the parameters in force; no gradient
+
+        Needed after each step of a rule that `judges`; for the others it returns 1 and calls nothing.
         """
-        keep, motion = self.rule.judge(state.motion, before, after)
-        return keep, replace(state, motion=motion)
+        share, motion = 1.0, state.motion
+        while self.rule.judges:
+            wanted, motion = self.rule.judge(motion, share, before, loss())
+            if wanted == share:
+                break
+            share = wanted
+            place(share)
+            if share == 0:
+                break
+        return share, replace(state, motion=motion)
 
     def step(
         self,
@@ -141,7 +155,7 @@ class Preconditioner:
         layers, motion = dict(state.layers), state.motion
         seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
         motion = self.rule.begin(motion, seen)
-        hypers = {name: self.rule.hyper(motion, hyper) for name, hyper in hypers.items()}
+        hypers = {name: self._penalised(self.rule.hyper(motion, hyper)) for name, hyper in hypers.items()}
         refreshed = refreshed or self.rule.restart(motion)
         directions, codes, infos = {}, {}, {}
         for name, grad in grads.items():
@@ -149,9 +163,14 @@ class Preconditioner:
                 solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
             layers[name] = solution.state
             directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
-        directions, motion, told = self.rule(motion, directions, dict(grads), seen)
+        with np.errstate(all="ignore"):
+            directions, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
         info = Info(updated, refreshed, codes, infos, told)
         return directions, replace(state, step=state.step + 1, layers=layers, motion=motion), info
+
+    def _penalised(self, hyper: Hyper) -> Hyper:
+        """The curvature of the l2 penalty is l2 I: it joins the damping."""
+        return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
 
     def _layer(
         self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, refreshed: bool

@@ -60,10 +60,22 @@ class Schedules:
     """damping: a number, a function of the step, or a mapping from layer to either; decay: a number or a function.
 
     Damping is absolute, in units of the curvature of the mean loss; a method's split may make it relative.
+
+    l2             the penalty l2/2 |theta|^2 is part of the loss: its gradient joins the gradient (by the shell, before
+                   preconditioning), its curvature joins the damping of every block and the step's quadratic model
+    weight_decay   decoupled: the shell subtracts alpha * weight_decay * theta beside the update, alpha being the
+                   step's rate; curvature and gradient never see it
     """
 
     damping: float | Schedule | Mapping[str, float | Schedule] = 0.1
     decay: float | Schedule = 0.95
+    l2: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("l2", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Schedules.{name} is {getattr(self, name)}; need a finite number >= 0")
 
     def hyper(self, name: str, step: int) -> Hyper:
         """The numbers of layer `name` at `step`."""

@@ -61,6 +61,17 @@ def test_the_fixed_step_remains(tmp_path):
     assert kf.metadata(tmp_path / "run.safetensors")["damping"]["dense0"] == 0.1
 
 
+def test_line_search_and_penalties():
+    plain, *others = (
+        json.loads(run("train", "digits-autoencoder", "--steps", 4, "--json", *options).stdout)["methods"][0]["final"]
+        for options in ((), ("--l2", 0.1), ("--weight-decay", 0.1), ("--step", "line-search"))
+    )
+    assert len({plain, *others}) == 4
+    result = run("train", "digits-autoencoder", "--l2", -1)
+    assert result.exit_code == 2
+    assert "--l2 is -1.0; need a finite number >= 0" in result.output
+
+
 def test_resume_continues(trained, tmp_path):
     out, _ = trained
     result = run("train", "digits-autoencoder", "--steps", 15, "--resume", out / "run.safetensors", "--out", tmp_path)

@@ -1,4 +1,7 @@
-"""First-order optimisers to compare with; they update parameters in place, without temporaries on NumPy."""
+"""First-order optimisers to compare with; they update parameters in place, without temporaries on NumPy.
+
+l2 adds l2 W to the gradient (the shell does); weight_decay is decoupled, W <- (1 - lr weight_decay) W.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ class SGD:
 
     lr: float
     momentum: float = 0.9
+    l2: float = 0.0
+    weight_decay: float = 0.0
 
     def init(self, params: dict[str, Array]) -> dict[str, Array]:
         return {name: aac.array_namespace(W).zeros_like(W) for name, W in params.items()}
@@ -23,6 +28,8 @@ class SGD:
     def step(self, params: dict[str, Array], grads: dict[str, Array], state: dict[str, Array], step: int) -> None:
         for name, W in params.items():
             g = grads[name]
+            if self.weight_decay:
+                W *= 1 - self.lr * self.weight_decay
             if self.momentum:
                 v = state[name]
                 v *= self.momentum
@@ -39,6 +46,8 @@ class Adam:
     lr: float
     decays: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    l2: float = 0.0
+    weight_decay: float = 0.0
 
     def init(self, params: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
         return {
@@ -53,6 +62,8 @@ class Adam:
         for name, W in params.items():
             m, v = state[name]
             g = grads[name]
+            if self.weight_decay:
+                W *= 1 - self.lr * self.weight_decay
             m *= first
             m += (1 - first) * g
             g *= g

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat as aac
 import numpy as np
 
-from kfaccore import Preconditioner, draw_noise, monte_carlo
+from kfaccore import IterateAverage, Preconditioner, draw_noise, monte_carlo
 from kfaccore_numpy.baselines import SGD, Adam
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """After `step` updates: batch loss before the last one, training seconds, parameters, optimiser state, Info."""
+    """After `step` updates: batch loss before the last one, training seconds, parameters, optimiser state, Info, and
+    the mean of the iterates, when one was asked for."""
 
     step: int
     loss: float
@@ -40,6 +41,7 @@ class Progress:
     params: dict[str, Array]
     state: Any
     info: Any = None
+    mean: dict[str, Array] | None = None
 
 
 def sampled(network: Sequential, params: Params, tape: Tape, batch: Batch, g: Params, rng: Any) -> Params:
@@ -64,27 +66,54 @@ def step(
     rng: np.random.Generator,
     fisher: Fisher = sampled,
 ) -> tuple[float, Any, Any]:
-    """One update of `params` in place on the batch `data`: (mean loss before it, optimiser state, Info or None)."""
+    """One update of `params` on the batch `data`: (mean loss before it, optimiser state, Info or None).
+
+    The loss includes l2/2 |theta|^2, biases too, where the optimiser's settings ask for it. A Preconditioner's step
+    puts new arrays into the dict `params`, so one that was taken back leaves exactly the old ones.
+    """
+    preconditioned = isinstance(optimiser, Preconditioner)
+    l2 = (optimiser.schedules if preconditioned else optimiser).l2
     f, tape = network.forward(params, data[0])
     n = float(loss.normaliser(f, data[1]))
     g = network.backward(params, tape, loss.gradient(f, data[1]))
-    value = float(loss.value(f, data[1])) / n
-    if not isinstance(optimiser, Preconditioner):
-        optimiser.step(params, network.gradients(tape, g, n, factored=False), state, index)
+    value = float(loss.value(f, data[1])) / n + _penalty(params, l2)
+    grads = network.gradients(tape, g, n, factored=preconditioned and not l2)
+    if l2:
+        grads = {name: grad + l2 * params[name] for name, grad in grads.items()}
+    if not preconditioned:
+        optimiser.step(params, grads, state, index)
         return value, state, None
     records = None
     if optimiser.wants_records(state):
         records = network.records(tape, fisher(network, params, tape, Batch(f, data[1], loss), g, rng), n)
-    updates, state, info = optimiser.step(state, records, network.gradients(tape, g, n))
-    for name, update in updates.items():
-        params[name] -= aac.array_namespace(update).reshape(update, params[name].shape)
-    if optimiser.rule.needs_records:
-        after = float(loss.value(network.forward(params, data[0])[0], data[1])) / n
-        keep, state = optimiser.judge(state, value, after)
-        if not keep:
-            for name, update in updates.items():
-                params[name] += aac.array_namespace(update).reshape(update, params[name].shape)
+    updates, state, info = optimiser.step(state, records, grads)
+    place = _placing(params, updates, float(info.step["alpha"]) * optimiser.schedules.weight_decay)
+
+    def batch_loss() -> float:
+        return float(loss.value(network.forward(params, data[0])[0], data[1])) / n + _penalty(params, l2)
+
+    place(1.0)
+    with np.errstate(all="ignore"):  # a loss that is not finite is an answer here
+        _, state = optimiser.judge(state, value, place, batch_loss)
     return value, state, info
+
+
+def _placing(params: Params, updates: Params, shrink: float) -> Callable[[float], None]:
+    """place(share): puts old - share (update + shrink old) into `params`."""
+    old = {name: params[name] for name in updates}
+    moves = {name: aac.array_namespace(u).reshape(u, old[name].shape) for name, u in updates.items()}
+    if shrink:
+        moves = {name: move + shrink * old[name] for name, move in moves.items()}
+
+    def place(share: float) -> None:
+        for name, move in moves.items():
+            params[name] = old[name] - (move if share == 1 else share * move) if share else old[name]
+
+    return place
+
+
+def _penalty(params: Params, l2: float) -> float:
+    return 0.5 * l2 * sum(float((w * w).sum()) for w in params.values()) if l2 else 0.0
 
 
 def fit(
@@ -99,6 +128,7 @@ def fit(
     seed: int = 0,
     state: Any = None,
     start: int = 0,
+    average: IterateAverage | None = None,
 ) -> Iterator[Progress]:
     """Train in place on batches drawn with replacement; yields after every step, timing only the step itself.
 
@@ -107,15 +137,17 @@ def fit(
     """
     x, y = data
     state = initial_state(network, params, optimiser) if state is None else state
-    seconds = 0.0
+    seconds, mean = 0.0, params
     for index in range(start, steps):
         rng = np.random.default_rng([seed, index])
         rows = aac.array_namespace(x).asarray(rng.integers(0, x.shape[0], batch))
         begun = time.perf_counter()
         pair = x[rows, ...], y[rows, ...]
         value, state, info = step(network, params, pair, loss, optimiser, state, index, rng)
+        if average is not None:
+            mean = average(mean, params, index + 1 - start)
         seconds += time.perf_counter() - begun
-        yield Progress(index + 1, value, seconds, params, state, info)
+        yield Progress(index + 1, value, seconds, params, state, info, None if average is None else mean)
 
 
 def mean_loss(network: Sequential, params: Params, data: tuple[Array, Array], loss: Any) -> float:

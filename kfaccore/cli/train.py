@@ -22,7 +22,11 @@ def train(
     steps: Annotated[int, typer.Option(help="Updates; 0 for the task's own number.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, batches and label draws.")] = 0,
     backend: Annotated[str, typer.Option(help="numpy or cupy")] = "numpy",
-    step: Annotated[str, typer.Option(help="self-tuning; fixed: rate 1, momentum 0.9, KL clip 1e-3")] = "self-tuning",
+    step: Annotated[
+        str, typer.Option(help="self-tuning | line-search | fixed (rate 1, momentum 0.9, KL clip 1e-3)")
+    ] = "self-tuning",
+    l2: Annotated[float, typer.Option(help="Penalty l2/2 |theta|^2 in the loss, its gradient and curvature.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled: rate x this x theta beside each update.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder for run.json, run.safetensors, curves.png.")] = None,
     resume: Annotated[Path | None, typer.Option(help="run.safetensors of an earlier run of the same method.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json and nothing else.")] = False,
@@ -31,7 +35,11 @@ def train(
     from kfaccore.cli.run import Run
 
     chosen = _task(task)
-    runs = [_optimiser(name, chosen, step) for name in (method, *filter(None, against.split(",")))]
+    for option, value in (("--l2", l2), ("--weight-decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            fail(f"{option} is {value}; need a finite number >= 0")
+    penalties = {"l2": l2, "weight_decay": weight_decay}
+    runs = [_optimiser(name, chosen, step, penalties) for name in (method, *filter(None, against.split(",")))]
     xp = _backend(backend)
     if steps < 0:
         fail(f"--steps is {steps}; need a positive number, or 0 for the task's {chosen.steps}")
@@ -65,19 +73,19 @@ def _task(name: str) -> Any:
     return TASKS[name]
 
 
-def _optimiser(name: str, task: Any, step: str) -> tuple[str, Any]:
-    from kfaccore import Fixed, KLClip, Preconditioner, SelfTuning
+def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> tuple[str, Any]:
+    from kfaccore import Fixed, KLClip, LineSearch, Preconditioner, Schedules, SelfTuning
     from kfaccore.methods import CATALOGUE
     from kfaccore_numpy import SGD, Adam
 
-    rules = {"self-tuning": SelfTuning(), "fixed": Fixed(1.0, 0.9, KLClip(1e-3))}
+    rules = {"self-tuning": SelfTuning(), "line-search": LineSearch(), "fixed": Fixed(1.0, 0.9, KLClip(1e-3))}
     if step not in rules:
         fail(f"--step is {step!r}; there are {', '.join(rules)}")
     if name in CATALOGUE:
         rule = rules[step]
-        return name, Preconditioner(CATALOGUE[name](), step=rule, donate=True)
+        return name, Preconditioner(CATALOGUE[name](), schedules=Schedules(**penalties), step=rule, donate=True)
     if name in ("adam", "sgd"):
-        return name, {"adam": Adam, "sgd": SGD}[name](task.rates[name])
+        return name, {"adam": Adam, "sgd": SGD}[name](task.rates[name], **penalties)
     return fail(f"no method {name!r}; there are {', '.join(CATALOGUE)}, adam, sgd")
 
 

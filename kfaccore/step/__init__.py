@@ -1,6 +1,9 @@
 """From directions to the update that is subtracted."""
 
+from kfaccore.step.averaging import IterateAverage
 from kfaccore.step.fixed import Fixed
+from kfaccore.step.line_search import LineSearch
+from kfaccore.step.rule import Rule
 from kfaccore.step.self_tuning import SelfTuning
 
-__all__ = ["Fixed", "SelfTuning"]
+__all__ = ["Fixed", "IterateAverage", "LineSearch", "Rule", "SelfTuning"]

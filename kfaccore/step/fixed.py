@@ -20,43 +20,48 @@ class Fixed:
     rescale: Rescale = field(default=Unchanged())
 
     needs_records: ClassVar[bool] = False
+    judges: ClassVar[bool] = False
 
     def init(self, zeros: dict[str, Array]) -> dict[str, Array]:
         """State: one buffer a layer, none without momentum."""
         return zeros if self.momentum else {}
 
-    def restart(self, state: dict[str, Array]) -> bool:
+    def restart(self, motion: dict[str, Array]) -> bool:
         """Never off the clock."""
         return False
 
-    def hyper(self, state: dict[str, Array], hyper: Hyper) -> Hyper:
+    def hyper(self, motion: dict[str, Array], hyper: Hyper) -> Hyper:
         """As scheduled."""
         return hyper
 
-    def begin(self, state: dict[str, Array], records: dict[str, Record]) -> dict[str, Array]:
+    def begin(self, motion: dict[str, Array], records: dict[str, Record]) -> dict[str, Array]:
         """Nothing to learn from records."""
-        return state
+        return motion
 
-    def judge(self, state: dict[str, Array], before: float, after: float) -> tuple[bool, dict[str, Array]]:
+    def judge(
+        self, motion: dict[str, Array], share: float, before: float, after: float
+    ) -> tuple[float, dict[str, Array]]:
         """Every step stays."""
-        return True, state
+        return share, motion
 
     def __call__(
         self,
-        state: dict[str, Array],
+        motion: dict[str, Array],
         directions: dict[str, Array],
         grads: dict[str, Array | Factored],
         records: object = None,
+        l2: float = 0.0,
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array | float]]:
-        """(updates to subtract, state, info) for the layers in `directions`; others keep their buffer."""
+        """(updates to subtract, motion, info) for the layers in `directions`; others keep their buffer."""
         if not directions:
-            return directions, state, {}
+            return directions, motion, {"scale": 1.0, "alpha": self.lr}
         scale = self.rescale(directions, grads, self.lr)
         moved = {name: _scaled(d, scale) for name, d in directions.items()}
         if self.momentum:
-            moved = {name: self.momentum * namespace(d).reshape(state[name], d.shape) + d for name, d in moved.items()}
-            state = {**state, **{name: namespace(m).reshape(m, state[name].shape) for name, m in moved.items()}}
-        return {name: _scaled(m, self.lr) for name, m in moved.items()}, state, {"scale": scale}
+            moved = {name: self.momentum * namespace(d).reshape(motion[name], d.shape) + d for name, d in moved.items()}
+            motion = {**motion, **{name: namespace(m).reshape(m, motion[name].shape) for name, m in moved.items()}}
+        told = {"scale": scale, "alpha": self.lr * scale}
+        return {name: _scaled(m, self.lr) for name, m in moved.items()}, motion, told
 
 
 def _scaled(x: Array, factor: Array | float) -> Array:

@@ -1,0 +1,49 @@
+"""What every step rule offers: from directions to updates, and whether updates that were applied may stay."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from kfaccore.method import Hyper
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array
+
+
+class Rule(Protocol):
+    """Frozen numbers; `motion` is the rule's own state.
+
+    needs_records   whether every step needs records of the batch
+    judges          whether `judge` must be asked after the updates were applied
+    """
+
+    needs_records: ClassVar[bool]
+    judges: ClassVar[bool]
+
+    def init(self, zeros: dict[str, Array]) -> Any:
+        """Motion before the first step, from zeros shaped like every layer's direction."""
+        ...
+
+    def begin(self, motion: Any, records: dict[str, Record]) -> Any:
+        """Before the layers are solved: what is learnt from the records."""
+        ...
+
+    def hyper(self, motion: Any, hyper: Hyper) -> Hyper:
+        """The scheduled numbers, or the rule's own in their place."""
+        ...
+
+    def restart(self, motion: Any) -> bool:
+        """Whether inverses are refreshed off the clock."""
+        ...
+
+    def __call__(
+        self, motion: Any, directions: dict[str, Array], grads: dict[str, Any], records: dict[str, Record], l2: float
+    ) -> tuple[dict[str, Array], Any, dict[str, Any]]:
+        """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions."""
+        ...
+
+    def judge(self, motion: Any, share: float, before: float, after: float) -> tuple[float, Any]:
+        """The share of the updates that should be in force, given the batch loss with `share` of them.
+
+        The answer is final when it is `share` itself or 0; else apply it and ask again.
+        """
+        ...
