@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from kfaccore_jax.batch import examples
-from kfaccore_jax.layers import Layer, named
+from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, evaluated, followed
 
-from kfaccore import Factored, Ids, Patches, Record, expand
+from kfaccore import Factored, Ids, Patches, Record
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Captured:
             if not isinstance(a, Ids | Patches) and a.shape[1] * a.shape[2] < max(block.d_in, block.d_out):
                 found[layer.name] = Factored(a, g_layer[0], n)
         return found
-
-    def matrices(self, tree: Any) -> dict[str, Any]:
-        """{layer: (blocks, d_out, d_in)} of a tree like params."""
-        leaves = named(tree)
-        return {layer.name: layer.matrix(leaves) for layer in self.plan.layers}
 
     def _pair(self, layer: Layer, g: Mapping[str, Any]) -> tuple[Any, Any]:
         """a and g of a layer, its calls joined on the shared axis."""
@@ -138,6 +133,3 @@ def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Any]:
     if found.keys() != plan.calls.keys():
         raise ValueError("apply runs other layers than when it was planned; make a plan for these arguments")
     return found
-
-
-__all__ = ["Captured", "capture", "expand"]

@@ -64,7 +64,7 @@ class Layer:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def matrix(self, leaves: Mapping[str, Any]) -> Any:
-        """(blocks, d_out, d_in) from {path: leaf}, the bias (over its sign) a last column."""
+        """(blocks, d_out, d_in) from {path: leaf}, the bias a last column."""
         w = take(leaves[self.weight.leaf], self.weight.layout, self.weight.shape)
         if self.bias is None:
             return w

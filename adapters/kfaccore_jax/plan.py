@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kfaccore_jax.batch import doubled, examples, joins_behind, settled
 from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import Walk, run
-from kfaccore_jax.layers import Layer, gathered
+from kfaccore_jax.layers import Layer, gathered, named
 from kfaccore_jax.layout import Layout
 from kfaccore_jax.rules import Param
 from kfaccore_jax.tap import Tap
@@ -51,6 +51,19 @@ class Plan:
     def blocks(self) -> dict[str, Block]:
         """Sizes of the layers, as Preconditioner.init takes them."""
         return {layer.name: layer.block for layer in self.layers}
+
+    def matrices(self, tree: Any) -> dict[str, Any]:
+        """{layer: (blocks, d_out, d_in)} of a tree like params, the bias a last column."""
+        leaves = named(tree)
+        return {layer.name: layer.matrix(leaves) for layer in self.layers}
+
+    def tree(self, like: Any, matrices: Mapping[str, Any]) -> Any:
+        """`like`, a tree like params, with the elements of the layers in `matrices` replaced."""
+        leaves = named(like)
+        for layer in self.layers:
+            if layer.name in matrices:
+                leaves = layer.scatter(leaves, matrices[layer.name])
+        return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
 
     def __str__(self) -> str:
         cells = [(r.leaf, str(r.shape), r.kind or "-", "NOT" if r.reason else "covered", r.note) for r in self.table]
@@ -145,6 +158,3 @@ def evaluated(
 def followed(x: Any) -> bool:
     """Whether a leaf can carry a gradient."""
     return bool(jnp.issubdtype(x.dtype, jnp.floating))
-
-
-__all__ = ["Plan", "Row", "plan", "replace"]

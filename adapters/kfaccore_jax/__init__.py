@@ -1,0 +1,8 @@
+"""K-FAC for JAX: follows parameters through a model's jaxpr, and preconditions as an optax transformation."""
+
+from kfaccore_jax.capture import Captured, capture
+from kfaccore_jax.layers import Layer
+from kfaccore_jax.plan import Plan, Row, plan
+from kfaccore_jax.tap import Tap
+
+__all__ = ["Captured", "Layer", "Plan", "Row", "Tap", "capture", "plan"]

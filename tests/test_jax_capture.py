@@ -1,0 +1,88 @@
+"""What the JAX adapter captures: per-example gradients from records against vmap(grad), for models of all libraries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp
+
+import kfaccore as kf
+import kfaccore_jax as kj
+from jax_libraries import LIBRARIES
+from jax_models import EXACT, mlp, mlp_params, normal
+
+MAKERS = {make.__name__: (None, make) for make in EXACT} | LIBRARIES
+models = pytest.mark.parametrize("name", MAKERS)
+
+
+def made(name):
+    needs, make = MAKERS[name]
+    if needs:
+        pytest.importorskip(needs)
+    return make()
+
+
+def examples(plan, params, records):
+    """Per-example gradients {leaf: (draws, batch, *shape)} rebuilt from the records alone."""
+    J = {layer.name: jnp.moveaxis(records[layer.name].examples(), 1, 2) for layer in plan.layers}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.vmap(jax.vmap(lambda one: plan.tree(zeros, one)))(J)
+
+
+def reference(apply, params, draws, *args):
+    def one(params, draw, *args):
+        return jnp.vdot(apply(params, *(x[None] for x in args))[0], draw)
+
+    return jax.vmap(lambda d: jax.vmap(jax.grad(one), (None, 0, *(0 for _ in args)))(params, d, *args))(draws)
+
+
+def close(got, want, tolerance=1e-10):
+    """Leaf by leaf, relative to its largest entry; leaves whose true gradient is zero in absolute terms."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        size = float(jnp.max(jnp.abs(b), initial=0.0))
+        error = float(jnp.max(jnp.abs(a - b), initial=0.0))
+        assert error <= tolerance * (size if size > 1e-12 else 1.0), (jax.tree_util.keystr(path), error, size)
+
+
+@models
+def test_examples_from_records_are_those_of_vmap_grad(name):
+    apply, params, x = made(name)
+    plan = kj.plan(apply, params, x, strict=True)
+    assert all(row.covered for row in plan.table)
+
+    @jax.jit
+    def run(params, x):
+        captured = kj.capture(plan, params, x)
+        shape = (2, *captured.prediction.shape)
+        draws = jnp.asarray(np.random.default_rng(7).normal(size=shape))
+        records = captured.records(draws, x.shape[0])
+        mean = captured.gradients(draws[0] / x.shape[0])
+        return captured.prediction, examples(plan, params, records), reference(apply, params, draws, x), mean
+
+    prediction, got, want, mean = run(params, x)
+    close(prediction, apply(params, x), 1e-13)
+    close(got, want)
+    close(jax.tree.map(lambda j: j[0].mean(0), want), mean)
+
+
+@models
+def test_matrices_and_back(name):
+    apply, params, x = made(name)
+    plan = kj.plan(apply, params, x)
+    matrices = plan.matrices(params)
+    assert {k: (b.blocks, b.d_out, b.d_in) for k, b in plan.blocks.items()} == {k: m.shape for k, m in matrices.items()}
+    back = plan.tree(jax.tree.map(jnp.zeros_like, params), matrices)
+    used = plan.tree(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.ones_like, matrices))
+    for a, b, u in zip(jax.tree.leaves(back), jax.tree.leaves(params), jax.tree.leaves(used), strict=True):
+        np.testing.assert_array_equal(a, b * u)
+    assert set(plan.blocks) == {layer.name for layer in plan.layers}
+
+
+def test_a_plan_serves_another_batch_size():
+    plan = kj.plan(mlp, mlp_params(), normal((6, 5)))
+    x, draws = normal((9, 5), seed=3), jnp.ones((1, 9, 3))
+    records = kj.capture(plan, mlp_params(), x).records(draws, 9)
+    close(examples(plan, mlp_params(), records), reference(mlp, mlp_params(), draws, x))
