@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -106,12 +107,12 @@ def gathered(params: Any, calls: dict[str, Call], refused: dict[int, list[str]])
     for name, keys in by_leaf.items():
         if name not in bad and (why := _overlap(keys, groups, leaves[name])):
             bad[name] = [why]
-    layers = tuple(_layers(groups, calls, names, bad, by_leaf))
-    owners: dict[str, list[Layer]] = {}
+    layers = tuple(_layers(groups, calls, bad))
+    owners: dict[str, dict[str, Layer]] = {}
     for layer in layers:
         for part in layer.parts:
-            owners.setdefault(part.leaf, []).append(layer)
-    return layers, [_row(name, leaf, owners.get(name, []), bad.get(name)) for name, leaf in leaves.items()]
+            owners.setdefault(part.leaf, {})[layer.name] = layer
+    return layers, [_row(name, leaf, list(owners.get(name, {}).values()), bad.get(name)) for name, leaf in leaves.items()]
 
 
 Groups = dict[tuple, list[tuple[str, Part, float]]]
@@ -148,21 +149,19 @@ def _overlap(keys: list[tuple], groups: Groups, leaf: Any) -> str:
     return ""
 
 
-def _layers(groups: Groups, calls: dict[str, Call], names: list[str], bad: dict, by_leaf: dict):
+def _layers(groups: Groups, calls: dict[str, Call], bad: dict):
     """Weights first, with the bias that goes with all their calls and with no other; then biases left over."""
-    taken = set()
+    found, taken = [], set()
     for key, uses in groups.items():
-        if key[1] in bad or all(calls[k].leaf != names.index(key[1]) or f != 1.0 for k, _, f in uses):
+        if key[1] in bad or (key[0] == "bias" and any(calls[k].kind != "bias" for k, _, _ in uses)):
             continue
-        if any(names[calls[k].leaf] != key[1] for k, _, _ in uses):
-            continue  # a bias of other calls: below
         partner = _partner(uses, groups, calls, bad)
         taken |= {key, partner}
-        bias = groups[partner][0] if partner else None
-        yield _layer(key, uses, bias, len(by_leaf[key[1]]) > 1, calls, False)
-    for key, uses in groups.items():
-        if key not in taken and key[1] not in bad:
-            yield _layer(key, uses, None, len(by_leaf[key[1]]) > 1, calls, True)
+        found.append((key, uses, groups[partner][0] if partner else None, False))
+    left = [(key, uses, None, True) for key, uses in groups.items() if key not in taken and key[1] not in bad]
+    several = Counter(key[1] for key, *_ in found + left)
+    for key, uses, bias, lone in found + left:
+        yield _layer(key, uses, bias, several[key[1]] > 1, calls, lone)
 
 
 def _partner(uses: list, groups: Groups, calls: dict[str, Call], bad: dict) -> tuple | None:

@@ -186,7 +186,9 @@ def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
     p, w, ids = eqn.params, tag.layout, eqn.invars[1].aval
     numbers, out = p["dimension_numbers"], len(eqn.outvars[0].aval.shape)
     offset = tuple(numbers.offset_dims)
-    rows = tuple(numbers.start_index_map) == (0,) == tuple(numbers.collapsed_slice_dims)
+    starts = tuple(numbers.start_index_map)
+    kept = starts == (0,) or (starts == tuple(range(len(starts))) and "CLIP" in str(p["mode"]).upper())
+    rows = kept and tuple(numbers.collapsed_slice_dims) in ((), (0,))
     whole = tuple(p["slice_sizes"]) == (1, *w.shape[1:]) and not getattr(numbers, "operand_batching_dims", ())
     if place != 0 or not rows or not whole or tag.stack or 0 in w.strides or tag.factor != 1 or tag.scale is not None:
         return None
