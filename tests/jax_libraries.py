@@ -23,15 +23,18 @@ def library(name):
     return put
 
 
-def as64(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
-def disturbed(params):
-    """No leaf left at zero, where gradients vanish."""
-    leaves, structure = jax.tree.flatten(params)
+def filled(shapes):
+    """Random float64 parameters for a tree of shapes, none of them zero; nothing is initialised or compiled."""
     rng = np.random.default_rng(5)
-    return jax.tree.unflatten(structure, [x + jnp.asarray(0.1 * rng.normal(size=x.shape)) for x in leaves])
+
+    def fill(x):
+        return jnp.asarray(rng.normal(size=x.shape) / np.sqrt(max(x.shape[:-1], default=4)) + (x.ndim < 2))
+
+    return jax.tree.map(lambda x: fill(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, shapes)
+
+
+def initialised(net, x):
+    return net.apply, filled(jax.eval_shape(net.init, jax.random.key(0), x)), x
 
 
 def tokens(batch=3, time=5):
@@ -48,8 +51,7 @@ def flax_cnn(nn):
             x = nn.avg_pool(nn.Conv(4, (2, 2), param_dtype=jnp.float64)(x), (2, 2))
             return nn.Dense(3, param_dtype=jnp.float64)(x.reshape(x.shape[0], -1))
 
-    x = normal((3, 8, 8, 2), seed=2)
-    return Net().apply, disturbed(Net().init(jax.random.key(0), x)), x
+    return initialised(Net(), normal((3, 8, 8, 2), seed=2))
 
 
 @library("flax.linen")
@@ -67,7 +69,7 @@ def flax_transformer(nn):
                 x = x + nn.Dense(4, **wide)(y)
             return nn.Dense(3, **wide)(x.mean(1))
 
-    return Net().apply, disturbed(Net().init(jax.random.key(0), tokens())), tokens()
+    return initialised(Net(), tokens())
 
 
 @library("flax.linen")
@@ -80,8 +82,7 @@ def flax_remat_and_lstm(nn):
             x = nn.tanh(nn.remat(nn.Dense)(4, **wide)(x))
             return nn.RNN(nn.LSTMCell(3, **wide))(x)[:, -1]
 
-    x = normal((3, 4, 5), seed=2)
-    return Net().apply, disturbed(Net().init(jax.random.key(0), x)), x
+    return initialised(Net(), normal((3, 4, 5), seed=2))
 
 
 @library("flax.nnx")
@@ -96,8 +97,8 @@ def nnx_cnn(nnx):
         def __call__(self, x):
             return self.out(jnp.tanh(self.norm(self.conv(x))).mean((1, 2)))
 
-    graph, state = nnx.split(Net(nnx.Rngs(0)))
-    return lambda s, x: nnx.merge(graph, s)(x), disturbed(state), normal((3, 5, 5, 2), seed=2)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+    return lambda s, x: nnx.merge(graph, s)(x), filled(state), normal((3, 5, 5, 2), seed=2)
 
 
 @library("equinox")
@@ -120,8 +121,9 @@ def equinox_vmapped(eqx):
             x = jax.vmap(self.norm)(x + self.attend(x, x, x))
             return self.out(jnp.tanh(self.conv(x.T)).sum(1))
 
-    params, static = eqx.partition(Net(jax.random.key(0)), eqx.is_inexact_array)
-    return lambda p, ids: jax.vmap(eqx.combine(p, static))(ids), disturbed(as64(params)), tokens()
+    net = eqx.filter_eval_shape(Net, jax.random.key(0))
+    params, static = eqx.partition(net, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    return lambda p, ids: jax.vmap(eqx.combine(p, static))(ids), filled(params), tokens()
 
 
 @library("haiku")
@@ -132,12 +134,10 @@ def haiku_transformer(hk):
         x = hk.LayerNorm(-1, True, True)(x)
         return hk.nets.MLP([5, 3])(x.mean(1))
 
-    net = hk.without_apply_rng(hk.transform(net))
-    return net.apply, disturbed(as64(net.init(jax.random.key(0), tokens()))), tokens()
+    return initialised(hk.without_apply_rng(hk.transform(net)), tokens())
 
 
 @library("haiku")
 def haiku_cnn(hk):
     net = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(3)(jnp.tanh(hk.Conv2D(4, 3, 2)(x)).mean((1, 2)))))
-    x = normal((3, 5, 5, 2), seed=2)
-    return net.apply, disturbed(as64(net.init(jax.random.key(0), x))), x
+    return initialised(net, normal((3, 5, 5, 2), seed=2))

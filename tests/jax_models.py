@@ -19,7 +19,7 @@ def exact(make):
 
 def normal(*shapes, seed=1):
     rng = np.random.default_rng(seed)
-    found = tuple(jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0] if len(shape) > 1 else 4)) for shape in shapes)
+    found = tuple(jnp.asarray(rng.normal(size=s) / np.sqrt(max(s[:-1], default=4))) for s in shapes)
     return found if len(found) > 1 else found[0]
 
 
@@ -39,18 +39,8 @@ def raw():
 
 
 @exact
-def under_jit():
-    return jax.jit(mlp), mlp_params(), normal((6, 5), seed=2)
-
-
-@exact
-def under_checkpoint():
-    return jax.checkpoint(mlp), mlp_params(), normal((6, 5), seed=2)
-
-
-@exact
-def under_vmap():
-    return jax.vmap(mlp, (None, 0)), mlp_params(), normal((6, 5), seed=2)
+def wrapped():
+    return jax.jit(jax.checkpoint(jax.vmap(jax.jit(mlp), (None, 0)))), mlp_params(), normal((6, 5), seed=2)
 
 
 @exact
@@ -219,6 +209,17 @@ def convolutions_channels_first():
 
     w, b = normal((4, 1, 2, 3), (4,))
     return apply, {"w": w, "b": b}, normal((3, 2, 4, 5), seed=2)
+
+
+@exact
+def biases_of_other_signs_and_kinds():
+    def apply(p, ids):
+        x = jnp.tanh(p["table"][ids] + p["a"])  # (batch, 5, 4)
+        x = _conv(x, p["w"], ("NWC", "WIO", "NWC"), window_strides=(1,)) - p["b"]
+        return x.sum(1) @ p["v"] + 0.5 * p["c"]
+
+    p = dict(zip(("table", "a", "w", "b", "v", "c"), normal((7, 4), (4,), (2, 4, 3), (3,), (3, 2), (2,)), strict=True))
+    return apply, p, jnp.asarray(np.random.default_rng(3).integers(0, 7, (6, 5)))
 
 
 @exact

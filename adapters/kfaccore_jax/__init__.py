@@ -4,5 +4,6 @@ from kfaccore_jax.capture import Captured, capture
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, Row, plan
 from kfaccore_jax.tap import Tap
+from kfaccore_jax.transform import KFACState, kfac
 
-__all__ = ["Captured", "Layer", "Plan", "Row", "Tap", "capture", "plan"]
+__all__ = ["Captured", "KFACState", "Layer", "Plan", "Row", "Tap", "capture", "kfac", "plan"]

@@ -67,6 +67,8 @@ class Captured:
             call, x = self.plan.calls[key], self._data.get(key)
             found = widened(call.gradients(g[key], x, self._n))
             a = call.inputs(x, found, self._n, layer.lone)
+            if isinstance(a, Patches) and layer.bias is not None and layer.factor != 1.0:
+                a = a.unfold()
             if not isinstance(a, Ids | Patches):
                 a = a.astype(found.dtype)
                 if layer.bias is not None:

@@ -167,6 +167,8 @@ def _layers(groups: Groups, calls: dict[str, Call], bad: dict):
 def _partner(uses: list, groups: Groups, calls: dict[str, Call], bad: dict) -> tuple | None:
     """The bias group whose uses are exactly these calls with one factor."""
     wanted = {key for key, _, _ in uses}
+    if any(calls[key].kind not in ("dense", "conv") for key in wanted):
+        return None
     for key, found in groups.items():
         same = {k for k, _, _ in found} == wanted and len({f for _, _, f in found}) == 1
         if key[0] == "bias" and key[1] not in bad and same and found is not uses:
