@@ -47,17 +47,15 @@ class Captured:
         g = self.output_gradients(draws)
         return {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
 
-    def factored(self, cotangent: Any, n: Any) -> dict[str, Factored]:
-        """Gradients g^T a / n not multiplied out, of the layers where that makes the step cheaper.
-
-        cotangent   gradient of the per-example losses, (batch, *outputs), not divided by n
-        """
-        g = self.output_gradients(cotangent[None])
+    def factored(self, cotangent: Any) -> dict[str, Factored]:
+        """Gradients of <cotangent, prediction> as g^T a, not multiplied out, of the layers where that makes the
+        preconditioner cheaper; under jit the pass is shared with `gradients` of the same cotangent."""
+        g = {key: x[None] for key, x in self._pull(cotangent)[1].items()}
         found = {}
         for layer in self.plan.layers:
             block, (a, g_layer) = layer.block, self._pair(layer, g)
             if not isinstance(a, Ids | Patches) and a.shape[1] * a.shape[2] < max(block.d_in, block.d_out):
-                found[layer.name] = Factored(a, g_layer[0], n)
+                found[layer.name] = Factored(a, g_layer[0], 1.0)
         return found
 
     def _pair(self, layer: Layer, g: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -84,12 +84,11 @@ class Layout:
         return Layout(tuple(new), tuple(strides), self.offset)
 
     def region(self, size: int) -> tuple[tuple[int, ...], tuple[Any, ...], tuple[int, ...]] | None:
-        """(dims, index, order): `leaf.reshape(dims)[index]` holds the elements with axes by falling stride, `order`
-        says which of this layout's axes each is; None where they are no box of the leaf (size elements)."""
+        """(dims, index, order): `leaf.reshape(dims)[index]` holds the elements in the order of falling strides, `order`
+        lists this layout's axes in it; None where they are no box of the leaf (size elements)."""
         order = sorted((i for i, n in enumerate(self.shape) if n > 1), key=lambda i: -self.strides[i])
         dims, index, rest, outer = [], [], self.offset, size
-        for i in order:
-            n, s = self.axes[i]
+        for n, s in merged(tuple(self.axes[i] for i in order)):
             if s == 0 or outer % s:
                 return None
             first, rest = divmod(rest, s)
@@ -118,7 +117,7 @@ def take(leaf: Any, layout: Layout, shape: tuple[int, ...]) -> Any:
     """The elements of `layout` in its order, as `shape`."""
     dims, index, order = _box(layout, leaf.size)
     back = sorted(range(len(order)), key=lambda i: order[i])
-    return leaf.reshape(dims)[index].transpose(back).reshape(shape)
+    return leaf.reshape(dims)[index].reshape([layout.shape[i] for i in order]).transpose(back).reshape(shape)
 
 
 def put(leaf: Any, layout: Layout, part: Any) -> Any:
@@ -129,7 +128,8 @@ def put(leaf: Any, layout: Layout, part: Any) -> Any:
     part = part.transpose([rank[axis] for axis in order]).astype(leaf.dtype)
     if part.size == leaf.size:
         return part.reshape(leaf.shape)
-    return leaf.reshape(dims).at[index].set(part).reshape(leaf.shape)
+    box = [x.stop - x.start for x in index[:-1]]
+    return leaf.reshape(dims).at[index].set(part.reshape(box)).reshape(leaf.shape)
 
 
 def _box(layout: Layout, size: int) -> Any:
