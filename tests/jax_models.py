@@ -9,6 +9,7 @@ from jax import lax
 
 jax.config.update("jax_enable_x64", True)
 EXACT = []
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def exact(make):

@@ -14,13 +14,10 @@ import jax.numpy as jnp
 import kfaccore as kf
 import kfaccore_jax as kj
 from jax_libraries import LIBRARIES
-from jax_models import EXACT, mlp, mlp_params, normal
+from jax_models import EXACT, FAST, mlp, mlp_params, normal
 
 MAKERS = {make.__name__: (None, make) for make in EXACT} | LIBRARIES
 models = pytest.mark.parametrize("name", MAKERS)
-
-
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @cache
