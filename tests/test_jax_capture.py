@@ -92,3 +92,13 @@ def test_a_plan_serves_another_batch_size():
     x, draws = normal((9, 5), seed=3), jnp.ones((1, 9, 3))
     records = kj.capture(plan, mlp_params(), x).records(draws, 9)
     close(examples(plan, mlp_params(), records), reference(mlp, mlp_params(), draws, x))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_draws_by_vmap_by_loop_and_without(count):
+    plan, x, draws = kj.plan(mlp, mlp_params(), normal((6, 5))), normal((6, 5)), normal((3, 6, 3), seed=4)[:count]
+    captured = kj.capture(plan, mlp_params(), x)
+    many, one = (captured.records(draws, 6, one_by_one=flag) for flag in (False, True))
+    for name, record in many.items():
+        assert record.g.shape == (count, 1, 6, 1, plan.blocks[name].d_out)
+        np.testing.assert_allclose(one[name].g, record.g, rtol=1e-13, atol=1e-15)

@@ -55,6 +55,8 @@ def joins_behind(one: Any, two: Any) -> bool:
     one, two = getattr(one, "jaxpr", one), getattr(two, "jaxpr", two)
     for p, q in zip(one.eqns, two.eqns, strict=True):
         name = p.primitive.name
+        if not p.invars or not p.outvars:
+            continue
         before, after = _grown(p.invars[0], q.invars[0]), _grown(p.outvars[0], q.outvars[0])
         if name == "concatenate" and p.params["dimension"] in after:
             return True

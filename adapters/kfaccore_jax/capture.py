@@ -29,22 +29,32 @@ class Captured:
     params: Any
     _pull: Any
     _data: dict[str, Any]
+    _shapes: dict[str, Any]
     _n: int
 
     def gradients(self, cotangent: Any) -> Any:
         """The gradient, a tree like params, of <cotangent, prediction>: pass the mean loss's gradient in it."""
         return self._pull(cotangent)[0]
 
-    def output_gradients(self, draws: Any) -> dict[str, Any]:
-        """{call: gradients of its output} for draws (draws, *prediction.shape): no parameter gradient is formed."""
-        return jax.vmap(lambda draw: self._pull(draw)[1])(draws)
+    def output_gradients(self, draws: Any, one_by_one: bool = False) -> dict[str, Any]:
+        """{call: gradients of its output} for draws (draws, *prediction.shape): no parameter gradient is formed.
 
-    def records(self, draws: Any, n: Any, ids: Any = None) -> dict[str, Record]:
+        one_by_one   a loop over draws instead of vmap: less memory, and what JAX needs for grouped convolutions of
+                     arrays that are spread over devices
+        """
+        if draws.shape[0] == 0:
+            return {key: jnp.zeros((0, *y.shape), y.dtype) for key, y in self._shapes.items()}
+        if draws.shape[0] == 1:
+            return {key: g[None] for key, g in self._pull(draws[0])[1].items()}
+        over = jax.lax.map if one_by_one else lambda f, xs: jax.vmap(f)(xs)
+        return over(lambda draw: self._pull(draw)[1], draws)
+
+    def records(self, draws: Any, n: Any, ids: Any = None, one_by_one: bool = False) -> dict[str, Record]:
         """{layer: Record} for draws of per-example losses (type2, monte_carlo, empirical, forward_only).
 
         n   the loss normaliser: the batch size for a mean over examples
         """
-        g = self.output_gradients(draws)
+        g = self.output_gradients(draws, one_by_one)
         return {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
 
     def factored(self, cotangent: Any) -> dict[str, Factored]:
@@ -118,7 +128,7 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
             full[i] = x
         return jax.tree.unflatten(structure, full), g
 
-    return Captured(plan, pred, aux, params, both, data, n)
+    return Captured(plan, pred, aux, params, both, data, shapes, n)
 
 
 def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Any]:
