@@ -166,7 +166,10 @@ def test_inside_a_scan_and_with_a_slow_update_clock():
         return jax.lax.scan(lambda c, _: (run(*c, X, Y), None), (params, state), length=7)[0]
 
     scanned = loop(mlp_params(), tx.init(mlp_params()))
-    compiled, pair = jax.jit(run, static_argnames=("fresh", "measured"), compiler_options=FAST), (mlp_params(), tx.init(mlp_params()))
+    compiled, pair = (
+        jax.jit(run, static_argnames=("fresh", "measured"), compiler_options=FAST),
+        (mlp_params(), tx.init(mlp_params())),
+    )
     for i in range(7):
         pair = compiled(*pair, X, Y, fresh=i % 3 == 0, measured=i % 2 == 0)
     same(scanned, pair, 1e-12)

@@ -150,9 +150,7 @@ def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: i
 def _evaluate(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
     """One equation, with its source information, context and name stack."""
     given = {v: x for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, Literal)}
-    single = jaxpr.replace(
-        constvars=[], invars=list(given), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects
-    )
+    single = jaxpr.replace(constvars=[], invars=list(given), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
     return list(jax.core.eval_jaxpr(single, (), *given.values()))
 
 
@@ -203,9 +201,7 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
     last, (ys, data) = jax.lax.scan(body, inputs[consts : consts + carries], rows, **options)
     inner = seen[0]
     inner.calls = {key: call.within(walk.depth) for key, call in inner.calls.items()}
-    inner.outputs = {
-        key: jax.ShapeDtypeStruct((p["length"], *y.shape), y.dtype) for key, y in inner.outputs.items()
-    }
+    inner.outputs = {key: jax.ShapeDtypeStruct((p["length"], *y.shape), y.dtype) for key, y in inner.outputs.items()}
     walk.absorb(inner, data)
     return [*last, *ys]
 

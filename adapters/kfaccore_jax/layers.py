@@ -112,7 +112,9 @@ def gathered(params: Any, calls: dict[str, Call], refused: dict[int, list[str]])
     for layer in layers:
         for part in layer.parts:
             owners.setdefault(part.leaf, {})[layer.name] = layer
-    return layers, [_row(name, leaf, list(owners.get(name, {}).values()), bad.get(name)) for name, leaf in leaves.items()]
+    return layers, [
+        _row(name, leaf, list(owners.get(name, {}).values()), bad.get(name)) for name, leaf in leaves.items()
+    ]
 
 
 Groups = dict[tuple, list[tuple[str, Part, float]]]

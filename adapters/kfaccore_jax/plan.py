@@ -151,7 +151,9 @@ def evaluated(
     out = jax.tree.unflatten(jax.tree.structure(shape), outs)
     pred, aux = out if has_aux else (out, None)
     if not hasattr(pred, "shape"):
-        raise TypeError(f"apply gave a {type(pred).__name__}; need one array, or a pair of it and aux with has_aux=True")
+        raise TypeError(
+            f"apply gave a {type(pred).__name__}; need one array, or a pair of it and aux with has_aux=True"
+        )
     return pred, aux, walk, closed
 
 
