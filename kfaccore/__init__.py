@@ -12,24 +12,27 @@ from kfaccore.fisher import (
     monte_carlo,
     type2,
 )
-from kfaccore.io import load, metadata, save
+from kfaccore.info import Info
+from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
 from kfaccore.linalg.patches import Patches, Window
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
-from kfaccore.methods import EKFAC, KFAC, Diagonal, Exact, Identity
+from kfaccore.methods import EKFAC, KFAC, PINNKFAC, Diagonal, Exact, Identity
+from kfaccore.network import GaussNewton
 from kfaccore.oneshot import direction
-from kfaccore.preconditioner import Info, Preconditioner
+from kfaccore.preconditioner import Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat, expand, reduce
-from kfaccore.step import Fixed, IterateAverage, LineSearch, SelfTuning
+from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "PINNKFAC",
     "Bernoulli",
     "Block",
     "Clocks",
@@ -38,7 +41,9 @@ __all__ = [
     "Exact",
     "Factored",
     "Fixed",
+    "GaussNewton",
     "Gaussian",
+    "GridSearch",
     "Hyper",
     "Identity",
     "Ids",
@@ -50,6 +55,7 @@ __all__ = [
     "NormConstraint",
     "Patches",
     "Preconditioner",
+    "Quadratic",
     "Record",
     "Relative",
     "Schedules",
@@ -68,6 +74,7 @@ __all__ = [
     "equal",
     "exact",
     "expand",
+    "flatten",
     "forward_only",
     "load",
     "mean_eigenvalue",
@@ -80,4 +87,5 @@ __all__ = [
     "settle",
     "top_eigenvalue",
     "type2",
+    "unflatten",
 ]

@@ -27,13 +27,7 @@ def save(path: str | os.PathLike, tree: Any, **meta: Any) -> None:
     """
     from safetensors.numpy import save as serialise
 
-    arrays: dict[str, np.ndarray] = {}
-    for name, leaf in trees.items(tree):
-        if not hasattr(leaf, "shape") and not isinstance(leaf, int | float):
-            raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}; need arrays or numbers")
-        if name in arrays:
-            raise ValueError(f"two leaves share the path {name!r}: rename one (a key may hold no '/')")
-        arrays[name] = np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf))
+    arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in flatten(tree).items()}
     data = serialise(arrays, {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)})
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -48,6 +42,37 @@ def save(path: str | os.PathLike, tree: Any, **meta: Any) -> None:
         raise
 
 
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """The leaves of `tree` by path, on the host; they may share memory with it.
+
+    Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, leaf in trees.items(tree):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, int | float):
+            raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}; need arrays or numbers")
+        if name in arrays:
+            raise ValueError(f"two leaves share the path {name!r}: rename one (a key may hold no '/')")
+        arrays[name] = to_host(leaf)
+    return arrays
+
+
+def unflatten(arrays: dict[str, np.ndarray], like: Any, source: str = "the state") -> Any:
+    """The inverse of `flatten`: copies, shaped, typed and placed like `like`.
+
+    Raises ValueError, naming `source` and leaf, when the leaves are not those of `like`.
+    """
+    wanted = dict(trees.items(like))
+    if set(wanted) != set(arrays):
+        missing, extra = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
+        raise ValueError(f"{source} holds other leaves than asked for: missing {missing[:5]}, unexpected {extra[:5]}")
+    for name, leaf in wanted.items():
+        if arrays[name].shape != tuple(np.shape(leaf)):
+            raise ValueError(f"{source}: leaf {name!r} has shape {arrays[name].shape}; need {tuple(np.shape(leaf))}")
+    leaves = iter([_placed(arrays[name], leaf) for name, leaf in wanted.items()])
+    return trees.map(lambda _: next(leaves), like)
+
+
 def load(path: str | os.PathLike, like: Any = None) -> Any:
     """The tree in `path`: shaped, typed and placed like `like`, or nested dicts of NumPy arrays without it.
 
@@ -55,17 +80,7 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
     FileNotFoundError when there is none.
     """
     arrays, _ = _read(path)
-    if like is None:
-        return _nested(arrays)
-    wanted = dict(trees.items(like))
-    if set(wanted) != set(arrays):
-        missing, extra = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
-        raise ValueError(f"{path} holds other leaves than asked for: missing {missing[:5]}, unexpected {extra[:5]}")
-    for name, leaf in wanted.items():
-        if arrays[name].shape != tuple(np.shape(leaf)):
-            raise ValueError(f"{path}: leaf {name!r} has shape {arrays[name].shape}; need {tuple(np.shape(leaf))}")
-    leaves = iter([_placed(arrays[name], leaf) for name, leaf in wanted.items()])
-    return trees.map(lambda _: next(leaves), like)
+    return _nested(arrays) if like is None else unflatten(arrays, like, str(path))
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:

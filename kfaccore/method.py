@@ -141,14 +141,14 @@ def cycle(method: Any, state: State, record: Record, hyper: Hyper) -> State:
     return method.refresh(method.update(state, method.measure(state, record, hyper), hyper), hyper)
 
 
-def settle(method: Any, record: Record, k: int | None = None, damping: float = 1e-3) -> State:
-    """State of `method` fitted to one record without memory (decay 0).
+def settle(method: Any, record: Any, k: int | None = None, damping: float = 1e-3) -> State:
+    """State of `method` fitted to one record, or a tuple of one a loss term, without memory (decay 0).
 
     k cycles (default `method.cycles`), then one more measure and update, for what lives in the basis of the last
     refresh: EKFAC's moments.
     """
-    hyper = Hyper(0, 0.0, damping)
-    state = method.init(Block.of(record), record.g)
+    hyper, one = Hyper(0, 0.0, damping), record[0] if isinstance(record, tuple) else record
+    state = method.init(Block.of(one), one.g)
     for _ in range(method.cycles if k is None else k):
         state = cycle(method, state, record, hyper)
     return method.update(state, method.measure(state, record, hyper), hyper)

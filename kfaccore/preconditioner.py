@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -13,13 +12,16 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.comm import Communicator, Serial
+from kfaccore.given import in_dtype, is_stats, like_gradient, named, records_of
+from kfaccore.info import Info
 from kfaccore.method import Block, Hyper, Solution, gradient
+from kfaccore.placement import agree, assign, check, costs, exchanged, sent
 from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
 from kfaccore.step import Fixed, Rule
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, namespace, to_host
+from kfaccore.xp.arrays import Array, namespace
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,6 @@ class State:
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
 
 
-@dataclass(frozen=True)
-class Info:
-    """What one call did: result codes (blocks,) and solver information a layer, and the step's own numbers."""
-
-    updated: bool
-    refreshed: bool
-    codes: dict[str, Array]
-    layers: dict[str, dict[str, Array]]
-    step: dict[str, Any]
-
-    def counts(self) -> dict[Code, int]:
-        """How many blocks ended with each code; reads the codes to the host."""
-        codes = [to_host(code) for code in self.codes.values()]
-        found, how_many = np.unique(np.concatenate(codes), return_counts=True) if codes else ((), ())
-        return {Code(int(code)): int(count) for code, count in zip(found, how_many, strict=True)}
-
-
 @dataclass(frozen=True, init=False)
 class Preconditioner:
     """Turns records and gradients of all layers into updates; holds numbers only, state is returned.
@@ -56,8 +41,8 @@ class Preconditioner:
     methods    one method for all layers, or a mapping from layer to method
     clocks, schedules, comm   see their classes
     network    for network-level methods, of which there is none yet
-    step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), or Fixed(lr, momentum, rescale),
-               whose default hands directions on
+    step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), GridSearch(), Quadratic(),
+               Fixed(lr, momentum, rescale); the default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     """
 
@@ -89,12 +74,13 @@ class Preconditioner:
 
         A float64 `like` keeps averages and inverses in float64 for float32 records; updates keep the gradients' dtype.
         """
+        check({name: self._method(name) for name in blocks}, self.comm)
         layers, motion = {}, {}
+        xp, device = namespace(like), aac.device(like)
         for name, block in blocks.items():
-            with _named(name):
+            with named(name):
                 layers[name] = self._method(name).init(block, like)
-            shape = (block.blocks, block.d_out, block.d_in)
-            motion[name] = namespace(like).zeros(shape, dtype=like.dtype, device=aac.device(like))
+            motion[name] = xp.zeros((block.blocks, block.d_out, block.d_in), dtype=like.dtype, device=device)
         return State(0, layers, self.rule.init(motion), tuple(blocks.items()))
 
     def memory(self, blocks: Mapping[str, Block], like: np.ndarray | None = None) -> dict[str, int]:
@@ -123,15 +109,13 @@ class Preconditioner:
 
         Needed after each step of a rule that `judges`; for the others it returns 1 and calls nothing.
         """
-        share, motion = 1.0, state.motion
-        while self.rule.judges:
-            wanted, motion = self.rule.judge(motion, share, before, loss())
-            if wanted == share:
-                break
+        share, wanted, motion = 0.0, 1.0, state.motion
+        while self.rule.judges and wanted not in (0, share):
             share = wanted
-            place(share)
-            if share == 0:
-                break
+            wanted, motion = self.rule.judge(motion, share, before, loss())
+            if wanted != share:
+                place(wanted)
+        share = wanted
         return share, replace(state, motion=motion)
 
     def step(
@@ -142,27 +126,33 @@ class Preconditioner:
     ) -> tuple[dict[str, Array], State, Info]:
         """Updates to subtract, shaped like `grads`, the new state, and what happened.
 
-        records   {layer: Record, or a sequence of Records of micro-batches}; ignored when not wanted
+        records   {layer: Record, or a sequence of Records of micro-batches}; ignored when not wanted. For a method of
+                  several loss terms a tuple is one batch; Stats of the method may stand for Records
         grads     {layer: array or Factored}; a layer left out is frozen: not measured, refreshed or solved
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, or missing records.
         """
-        updated = self.wants_records(state)
-        refreshed = state.step % self.clocks.refresh == 0
-        batches = self._check(state, records or {}, grads, updated)
+        updated, refreshed = state.step % self.clocks.update == 0, state.step % self.clocks.refresh == 0
+        batches = self._check(state, records or {}, grads, self.wants_records(state))
+        if self.comm.world > 1:
+            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.motion)[0])
         hypers = {name: self.schedules.hyper(name, state.step) for name in grads}
         layers, motion = dict(state.layers), state.motion
         seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
         motion = self.rule.begin(motion, seen)
         hypers = {name: self._penalised(self.rule.hyper(motion, hyper)) for name, hyper in hypers.items()}
         refreshed = refreshed or self.rule.restart(motion)
+        refused = self._update(layers, batches if updated else {}, hypers)
+        work = assign(costs(dict(state.blocks)), self.comm.world, self.comm.fraction)
+        if refreshed:
+            self._refresh(layers, hypers, work)
+        newest = {name: found[-1] for name, found in batches.items() if found}
+        solutions = self._solve(layers, grads, hypers, newest, work)
         directions, codes, infos = {}, {}, {}
-        for name, grad in grads.items():
-            with _named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
-                solution = self._layer(name, layers[name], batches.get(name, ()), grad, hypers[name], refreshed)
-            layers[name] = solution.state
-            directions[name], codes[name], infos[name] = solution.direction, solution.code, solution.info
+        for name, found in solutions.items():
+            layers[name], directions[name], infos[name] = found.state, found.direction, found.info
+            codes[name] = choose(refused[name], Code.NONFINITE, found.code) if name in refused else found.code
         with np.errstate(all="ignore"):
             directions, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
         info = Info(updated, refreshed, codes, infos, told)
@@ -172,28 +162,43 @@ class Preconditioner:
         """The curvature of the l2 penalty is l2 I: it joins the damping."""
         return replace(hyper, damping=hyper.damping + self.schedules.l2) if self.schedules.l2 else hyper
 
-    def _layer(
-        self, name: str, state: Any, records: Sequence[Record], grad: Any, hyper: Hyper, refreshed: bool
-    ) -> Solution:
-        """One layer's measure, update, refresh and solve."""
-        method = self._method(name)
-        refused, like = None, getattr(state, "weight", None)
-        if records:
-            measured = (_in_dtype(method.measure(state, record, hyper), like) for record in records)
-            stats = reduce(method.combine, measured)
-            stats = self.comm.all_reduce(stats)
-            state = method.update(state, stats, hyper, self.donate)
-            refused = stats.bad > 0
-        if refreshed:
-            state = method.refresh(state, hyper)
-        newest = records[-1] if records and getattr(method, "rows_at_solve", False) else None
-        solution = method.solve(state, grad, hyper, newest)
-        wanted = getattr(grad, "g", grad).dtype
-        if like is not None and solution.direction.dtype != wanted and solution.direction.dtype == like.dtype:
-            solution = replace(solution, direction=namespace(like).astype(solution.direction, wanted))
-        if refused is not None:
-            solution = replace(solution, code=choose(refused, Code.NONFINITE, solution.code))
-        return solution
+    def _update(self, layers: dict, batches: Mapping[str, Sequence], hypers: dict[str, Hyper]) -> dict[str, Array]:
+        """Statistics of all layers into their states; where (blocks,) they were refused."""
+        refused = {}
+        for name in (name for name in hypers if batches.get(name)):
+            with named(name), np.errstate(all="ignore"):  # what is not finite comes back as a code
+                method, state = self._method(name), layers[name]
+                found = (r if is_stats(r) else method.measure(state, r, hypers[name]) for r in batches[name])
+                measured = (in_dtype(stats, getattr(state, "weight", None)) for stats in found)
+                stats = self.comm.all_reduce(reduce(method.combine, measured))
+                layers[name] = method.update(state, stats, hypers[name], self.donate)
+                refused[name] = stats.bad > 0
+        return refused
+
+    def _refresh(self, layers: dict, hypers: dict[str, Hyper], work: dict[str, tuple[int, ...]]) -> None:
+        """Refresh the layers this rank owns, and get the others from their owners."""
+        for name in (name for name in hypers if work[name][0] == self.comm.rank):
+            with named(name), np.errstate(all="ignore"):
+                layers[name] = self._method(name).refresh(layers[name], hypers[name])
+        states = {name: layers[name] for name in hypers}
+        layers.update(exchanged(self.comm, states, {name: self._method(name) for name in hypers}, work))
+
+    def _solve(
+        self, layers: dict, grads: Mapping, hypers: dict[str, Hyper], newest: Mapping, work: dict[str, tuple[int, ...]]
+    ) -> dict[str, Solution]:
+        """Directions of all layers, those solved by other ranks sent from the owner."""
+        found = {}
+        for name, grad in grads.items():
+            with named(name), np.errstate(all="ignore"):
+                method, state = self._method(name), layers[name]
+                if self.comm.rank in work[name]:
+                    record = newest.get(name) if getattr(method, "rows_at_solve", False) else None
+                    solution = method.solve(state, grad, hypers[name], record)
+                else:
+                    solution = Solution(namespace(grad).zeros_like(grad), state.code, state)
+                direction = like_gradient(solution.direction, grad, getattr(state, "weight", None))
+                found[name] = sent(self.comm, replace(solution, direction=direction), work[name])
+        return found
 
     def _check(self, state: State, records: Mapping, grads: Mapping, wanted: bool) -> dict[str, Sequence[Record]]:
         """Records as sequences, after every test that can fail without looking at the data."""
@@ -203,7 +208,7 @@ class Preconditioner:
             if unknown:
                 raise ValueError(f"{what} has layers {unknown} that init never saw; it knows {sorted(blocks)}")
         for name, grad in grads.items():
-            with _named(name):
+            with named(name):
                 gradient(grad, (blocks[name].blocks, blocks[name].d_out, blocks[name].d_in))
         if not wanted:
             return {}
@@ -217,8 +222,9 @@ class Preconditioner:
             raise ValueError(f"layers {missing} have gradients but no records, which {self.rule} needs at every step")
         batches = {}
         for name, given in records.items():
-            batches[name] = [given] if isinstance(given, Record) else list(given)
-            for record in batches[name]:
+            terms = isinstance(given, tuple) and hasattr(self._method(name), "terms")
+            batches[name] = [given] if terms or isinstance(given, Record) or is_stats(given) else list(given)
+            for record in records_of(batches[name]):
                 have, need = Block.of(record), blocks[name]
                 if (have.blocks, have.d_out, have.d_in) != (need.blocks, need.d_out, need.d_in):
                     raise ValueError(f"the record of layer {name!r} is for {have}; init was told {need}")
@@ -230,20 +236,3 @@ class Preconditioner:
         if name not in self.methods:
             raise ValueError(f"methods has no entry for layer {name!r}; give it one, Identity() to leave it alone")
         return self.methods[name]
-
-
-def _in_dtype(stats: Any, like: Array | None) -> Any:
-    """Stats in the dtype of the state they will move."""
-    if like is None or stats.bad.dtype == like.dtype:
-        return stats
-    return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
-
-
-@contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """Adds the layer's name to whatever is raised inside, once."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in layer {layer!r}")
-        raise

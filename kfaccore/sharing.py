@@ -10,7 +10,7 @@ from typing import Any
 
 from kfaccore.linalg.patches import Patches
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, namespace, shared_first
 
 
 def expand(record: Record) -> Record:
@@ -23,6 +23,15 @@ def expand(record: Record) -> Record:
     xp = namespace(record.g)
     rows = record.batch * record.shared
     a = record.a
+    if (
+        record.mask is None
+        and record.ids is None
+        and not isinstance(a, Ids)
+        and shared_first(a)
+        and shared_first(record.g)
+    ):
+        swapped = (xp.moveaxis(x, -2, -3) for x in (a, record.g))  # rows in the order of memory: no copy
+        return Record(*(_fold(x) for x in swapped), record.n)
     a = Ids(xp.reshape(a.index, (rows,)), a.size) if isinstance(a, Ids) else _fold(a)
     mask = None if record.mask is None else xp.reshape(record.mask, (rows, 1))
     ids = None if record.ids is None else xp.repeat(record.ids, record.shared)
@@ -48,11 +57,13 @@ def reduce(record: Record) -> Record:
     return Record(a, g, record.n, (count > 0)[:, None], record.ids)
 
 
-def concat(first: Record, second: Record) -> Record:
-    """Two records of one layer as one: batches joined, shares of the normaliser added.
+def concat(first: Any, second: Any) -> Any:
+    """Two records of one layer as one: batches joined, shares of the normaliser added; tuples term by term.
 
     Raises ValueError when they differ in kind, draws, blocks, shared or dimensions.
     """
+    if isinstance(first, tuple):
+        return tuple(concat(*pair) for pair in zip(first, second, strict=True))
     for name in ("draws", "blocks", "shared", "d_out", "d_in"):
         left, right = getattr(first, name), getattr(second, name)
         if left != right:

@@ -90,6 +90,7 @@ METHODS = [
     Row("kfac-exact-damping", kf.KFAC(inverse=kf.eigh, split=kf.exact), one_example),
     Row("ekfac", kf.EKFAC(), one_example),
     Row("diagonal", kf.Diagonal(), scalars),
+    Row("pinn-kfac", kf.PINNKFAC(terms=1), one_example, _split(lambda a, g, d: (d, d)), lambda d: d * d),
     Row("identity", kf.Identity(), anything, lambda a, g, n, d: np.eye(12)[None].repeat(2, 0), lambda d: 1.0),
     Row("exact", kf.Exact(), anything),
 ]
@@ -145,4 +146,4 @@ LAYERS = [
     LayerRow("gain", Gain(3), (6, 5, 3), (6, 5, 3), {"gain": (3,)}),
 ]
 
-FRAMEWORKS = ["numpy"]  # adapters/kfaccore_<name>
+FRAMEWORKS = ["numpy", "torch"]  # adapters/kfaccore_<name>

@@ -2,8 +2,10 @@
 
 from kfaccore.step.averaging import IterateAverage
 from kfaccore.step.fixed import Fixed
+from kfaccore.step.grid import GridSearch
 from kfaccore.step.line_search import LineSearch
+from kfaccore.step.quadratic import Quadratic
 from kfaccore.step.rule import Rule
 from kfaccore.step.self_tuning import SelfTuning
 
-__all__ = ["Fixed", "IterateAverage", "LineSearch", "Rule", "SelfTuning"]
+__all__ = ["Fixed", "GridSearch", "IterateAverage", "LineSearch", "Quadratic", "Rule", "SelfTuning"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kfaccore.record import Factored, Ids, Record
-from kfaccore.xp.arrays import Array, namespace, to_host
+from kfaccore.xp.arrays import Array, namespace, shared_first, to_host
 
 
 def outputs(record: Record, *vs: Array) -> list[Array]:
@@ -21,6 +21,11 @@ def outputs(record: Record, *vs: Array) -> list[Array]:
     v = xp.concat([v if v.ndim == 3 else v[None, ...] for v in vs], axis=1)
     if isinstance(record.a, Ids):
         z = xp.take(v[0, ...].mT, xp.reshape(record.a.index, (-1,)), axis=0)
+    elif shared_first(record.a):
+        a = xp.reshape(xp.moveaxis(record.a, -2, -3), (record.blocks, -1, record.d_in))
+        z = xp.reshape(xp.matmul(a, v.mT), (record.blocks, record.shared, record.batch, -1))
+        z = xp.moveaxis(z, -2, -3)
+        return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
     else:
         z = xp.matmul(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), v.mT)
     z = xp.reshape(z, (record.blocks, record.batch, record.shared, -1))

@@ -14,6 +14,7 @@ from kfaccore.xp.arrays import (
     namespace,
     scalar,
     select,
+    shared_first,
     to_host,
     widen,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "scalar",
     "segment_sum",
     "select",
+    "shared_first",
     "spd_inverse",
     "to_host",
     "widen",

@@ -46,6 +46,11 @@ def widen(x: Array, what: str) -> Array:
     raise TypeError(f"{what} has dtype {x.dtype}, shape {tuple(x.shape)}; need a real floating dtype: cast it first")
 
 
+def shared_first(x: Array) -> bool:
+    """Whether a NumPy array (..., batch, shared, d) lies in memory as (..., shared, batch, d): fold it that way."""
+    return is_numpy(x) and x.ndim > 2 and x.shape[-3] > 1 and x.strides[-3] < x.strides[-2]
+
+
 def eps(dtype: Any, xp: Any) -> float:
     """Machine epsilon of `dtype` as a Python float."""
     return float(xp.finfo(dtype).eps)

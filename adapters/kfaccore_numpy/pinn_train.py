@@ -1,0 +1,127 @@
+"""Training a PINN: one batch, one gradient, one update, with a Preconditioner, Gauss-Newton, Adam or L-BFGS."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from kfaccore import GaussNewton, Preconditioner
+from kfaccore_numpy.baselines import SGD, Adam
+from kfaccore_numpy.network import Params
+from kfaccore_numpy.pinn import PINN, Batch, Captured
+from kfaccore_numpy.train import Progress, _placing
+
+Solver = Preconditioner | GaussNewton | Adam | SGD
+
+
+@dataclass(frozen=True)
+class LBFGS:
+    """SciPy's limited-memory BFGS with this many pairs, on a fixed batch."""
+
+    memory: int = 20
+
+
+def initial_state(pinn: PINN, params: Params, solver: Solver) -> Any:
+    """What `step` needs of the solver before the first update."""
+    if isinstance(solver, Preconditioner):
+        return solver.init(pinn.network.blocks(), next(iter(params.values())))
+    return solver.init() if isinstance(solver, GaussNewton) else solver.init(params)
+
+
+def step(
+    pinn: PINN, params: Params, batch: Batch, solver: Solver, state: Any, index: int, rows: int = 0
+) -> tuple[float, Any, Any]:
+    """One update of `params`: (loss of the batch before it, state, Info or None).
+
+    rows   bounds memory: points times slots of one pass, whose statistics and gradients are added up; 0 is all at once.
+           For a Preconditioner whose step rule needs no records
+    """
+    if not isinstance(solver, Preconditioner | GaussNewton):
+        loss, grads = pinn.gradient(params, batch)
+        solver.step(params, grads, state, index)
+        return loss, state, None
+    found = streamed(pinn, params, batch, solver, state, rows) if rows else pinn.capture(params, batch)
+    given = found.residuals if isinstance(solver, GaussNewton) else found.grads
+    updates, state, info = solver.step(state, found.records, given)
+    place = _placing(params, updates, 0.0)
+    place(1.0)
+    with np.errstate(all="ignore"):  # a loss that is not finite is an answer here
+        _, state = solver.judge(state, found.loss, place, lambda: pinn.loss(params, batch))
+    return found.loss, state, info
+
+
+def streamed(pinn: PINN, params: Params, batch: Batch, solver: Any, state: Any, rows: int) -> Captured:
+    """As `capture` with the method's Stats for records: no more than `rows` points times slots are held at once."""
+    total: Captured | None = None
+    for part in pinn.parts(params, batch, rows):
+        stats: dict[str, Any] = {}
+        for name, record in part.records.items():
+            method = solver.methods[name] if isinstance(solver.methods, dict) else solver.methods
+            stats[name] = method.measure(state.layers[name], record, solver.schedules.hyper(name, state.step))
+            if total is not None:
+                stats[name] = method.combine(total.records[name], stats[name])
+        if total is None:
+            total = replace(part, records=stats)
+        else:
+            grads = {name: g + part.grads[name] for name, g in total.grads.items()}
+            total = Captured(total.loss + part.loss, (), grads, stats)
+    assert total is not None
+    return total
+
+
+def fit(
+    pinn: PINN, params: Params, batches: Iterator[Batch], solver: Solver | LBFGS, steps: int, *, rows: int = 0
+) -> Iterator[Progress]:
+    """Train in place; yields after every step (L-BFGS: when it is done), timing only the steps."""
+    if isinstance(solver, LBFGS):
+        yield from _lbfgs(pinn, params, next(batches), solver, steps)
+        return
+    if isinstance(solver, Preconditioner) and (solver.schedules.l2 or solver.schedules.weight_decay):
+        raise ValueError(
+            f"{solver.schedules} has a penalty; the loss of a PINN has none here: leave l2 and weight_decay 0"
+        )
+    state, seconds = initial_state(pinn, params, solver), 0.0
+    for index in range(steps):
+        batch = next(batches)
+        begun = time.perf_counter()
+        loss, state, info = step(pinn, params, batch, solver, state, index, rows)
+        seconds += time.perf_counter() - begun
+        yield Progress(index + 1, loss, seconds, params, state, info)
+
+
+def flatten(params: Params) -> np.ndarray:
+    """All matrices as one vector."""
+    return np.concatenate([W.reshape(-1) for W in params.values()])
+
+
+def unflatten(vector: np.ndarray, like: Params) -> Params:
+    """The vector as matrices shaped like those of `like`."""
+    cuts = np.cumsum([W.size for W in like.values()])[:-1]
+    return {name: v.reshape(like[name].shape) for name, v in zip(like, np.split(vector, cuts), strict=True)}
+
+
+def _lbfgs(pinn: PINN, params: Params, batch: Batch, solver: LBFGS, steps: int) -> Iterator[Progress]:
+    begun, seen = time.perf_counter(), []
+
+    def value(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, grads = pinn.gradient(unflatten(vector, params), batch)
+        return loss, flatten(grads)
+
+    def look(intermediate_result: Any) -> None:
+        vector = np.array(intermediate_result.x)
+        index = seen[-1][0] + 1 if seen else 1
+        seen.append((index, float(intermediate_result.fun), time.perf_counter() - begun, vector))
+        if len(seen) > 512:
+            del seen[1:-1:2]
+
+    options = {"maxiter": steps, "maxfun": 4 * steps, "maxcor": solver.memory, "ftol": 0.0, "gtol": 0.0}
+    with np.errstate(all="ignore"):
+        minimize(value, flatten(params), jac=True, method="L-BFGS-B", callback=look, options=options)
+    for index, loss, seconds, vector in seen:
+        params.update(unflatten(vector, params))
+        yield Progress(index, loss, seconds, params, None)

@@ -1,0 +1,90 @@
+"""Between torch and the namespace the core runs in: views out, copies in.
+
+`numpy` for tensors on the CPU, `cupy` for CUDA, `torch` for no conversion at all on either. Half precision is widened
+to float32 inside torch and never crosses; the lazy conjugate and negative bits, which DLPack loses, are resolved first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = Any
+HALF = (torch.float16, torch.bfloat16)
+NAMESPACES = ("numpy", "cupy", "torch")
+
+
+def chosen(namespace: str | None, device: torch.device) -> str:
+    """The namespace asked for, or the default of a device; ValueError where the two do not fit."""
+    found = namespace or {"cpu": "numpy", "cuda": "cupy"}.get(device.type, "torch")
+    if found not in NAMESPACES:
+        raise ValueError(f"namespace is {found!r}; need one of {NAMESPACES}")
+    need = {"numpy": "cpu", "cupy": "cuda"}.get(found, device.type)
+    if device.type != need:
+        raise ValueError(f"namespace {found!r} serves tensors on {need}, the model is on {device}; try 'torch'")
+    if found == "cupy" and importlib.util.find_spec("cupy") is None:
+        raise ValueError("the model is on CUDA but CuPy is not installed: install it, or ask for namespace='torch'")
+    return found
+
+
+def detached(x: torch.Tensor) -> torch.Tensor:
+    """x outside the graph, dense, with plain bits, at least in single precision.
+
+    Raises TypeError for sparse, meta and fake tensors, which hold no such values.
+    """
+    if x.layout is not torch.strided or x.is_meta or type(x).__name__ == "FakeTensor":
+        raise TypeError(f"a tensor of layout {x.layout} on {x.device} ({type(x).__name__}) has no values to view")
+    x = x.detach().resolve_conj().resolve_neg()
+    return x.float() if x.dtype in HALF else x
+
+
+def to_core(x: torch.Tensor, namespace: str) -> Array:
+    """A view of x's memory in `namespace`, read-only where arrays can be; ValueError on the wrong device."""
+    x = detached(x)
+    if namespace == "torch":
+        return x
+    if x.device.type != ("cpu" if namespace == "numpy" else "cuda"):
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} is on {x.device}, where {namespace} cannot view it")
+    if namespace == "cupy":
+        return importlib.import_module("cupy").from_dlpack(x)
+    view = x.numpy()
+    view.flags.writeable = False
+    return view
+
+
+def to_torch(x: Array, like: torch.Tensor) -> torch.Tensor:
+    """x as a tensor with the dtype and device of `like`; it may share memory with x unless either differs."""
+    if isinstance(x, torch.Tensor):
+        return x.to(like)
+    if isinstance(x, np.ndarray):
+        plain = x.flags.writeable and x.flags.c_contiguous and min(x.strides, default=0) >= 0
+        return torch.from_numpy(x if plain else np.array(x, order="C")).to(like)
+    return torch.from_dlpack(x).to(like)
+
+
+class _Stream:
+    """A CUDA stream of torch as CuPy wants to be handed one."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@contextmanager
+def ordered(namespace: str, device: torch.device) -> Iterator[None]:
+    """Work inside runs after what torch has queued on the device, and before what it queues later."""
+    if namespace != "cupy":
+        yield
+        return
+    cuda = importlib.import_module("cupy").cuda
+    stream = torch.cuda.current_stream(device)
+    with cuda.Device(stream.device_index), cuda.Stream.from_external(_Stream(stream.cuda_stream)):
+        yield

@@ -1,0 +1,191 @@
+"""One object that takes the whole step: forward, backward, direction, update, and the look back at the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+import kfaccore as kf
+from kfaccore.layers import Linear
+from kfaccore_torch.bridge import ordered, to_core
+from kfaccore_torch.capture import Call
+from kfaccore_torch.engine import Batch, Engine, Settings
+from kfaccore_torch.records import output_rows, rows
+from kfaccore_torch.report import Coverage
+from kfaccore_torch.table import unwrapped
+
+
+class Optimizer:
+    """Trains a model by K-FAC; by default it sets its own rate, momentum and damping.
+
+        optimizer = Optimizer(model, nn.CrossEntropyLoss())
+        for x, y in data:
+            loss = optimizer.step(x, y)
+
+    core       a kfaccore.Preconditioner with the step wanted; default KFAC() with SelfTuning()
+    rest       parameters -> a torch optimizer, for parameters that are not covered; without it they are an error
+    settings   fields of `Settings`
+
+    `.grad` of covered parameters stays None: where a batch has fewer rows than a layer is wide, autograd is asked for
+    the output gradients alone and the direction is built from them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        core: kf.Preconditioner | None = None,
+        rest: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        **settings: Any,
+    ) -> None:
+        core = core or kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning(), donate=True)
+        self.model = model
+        self.engine = Engine(model, loss, core, Settings(**settings))
+        plan = self.engine.plan
+        if plan.rest and rest is None:
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.uncovered.items())
+            raise ValueError(f"these parameters are not covered; pass rest=torch.optim.Adam for them\n{reasons}")
+        self.rest = rest(plan.rest.values()) if rest and plan.rest else None
+
+    @property
+    def info(self) -> kf.Info | None:
+        """What the last step did; `info.step` has rate, momentum, damping and reduction ratio."""
+        return self.engine.info
+
+    def report(self) -> Coverage:
+        """Which parameters are covered, how, at what size; print it."""
+        return self.engine.report()
+
+    def step(self, inputs: Any, target: Any, mask: torch.Tensor | None = None) -> float:
+        """One update on a batch; the loss before it, penalty included.
+
+        inputs   a tensor, a tuple of positional or a dict of keyword arguments of the model
+        mask     (batch, positions), true where a position exists
+        """
+        engine, l2 = self.engine, self.engine.core.schedules.l2
+        random = _random_state(engine.device)
+        with torch.enable_grad():
+            with engine.captured() as seen:
+                f = self._forward(inputs)
+            if f.dtype == torch.float16:
+                raise ValueError(
+                    "the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner"
+                )
+            value = engine.objective.value(f, target)
+            batch = Batch(f, target, mask)
+            records = engine.records(seen.calls, batch, 0) if engine.due else None
+            with ordered(engine.namespace, engine.device):
+                grads, rest = self._gradients(value, seen.calls, f.shape[0], l2)
+        before = float(value.detach()) + self._penalty(l2)
+        with torch.no_grad(), ordered(engine.namespace, engine.device):
+            updates = engine.step({name: [r] for name, r in records.items()} if records else None, grads)
+            place = self._placing(updates)
+            place(1.0)
+
+            def loss() -> float:
+                with _replayed(self.model, random, engine.device):
+                    return float(engine.objective.value(self._forward(inputs), target)) + self._penalty(l2)
+
+            _, engine.state = engine.core.judge(engine.state, before, place, loss)
+        if self.rest is not None:
+            for p, g in zip(engine.plan.rest.values(), rest, strict=True):
+                p.grad = g
+            self.rest.step()
+            self.rest.zero_grad()
+        return before
+
+    def _forward(self, inputs: Any) -> torch.Tensor:
+        if isinstance(inputs, dict):
+            return self.model(**inputs)
+        return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+
+    def _gradients(
+        self, value: torch.Tensor, calls: dict[str, list[Call]], batch: int, l2: float
+    ) -> tuple[dict[str, Any], tuple]:
+        """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
+        engine = self.engine
+        layers = engine.plan.layers
+        edges = {name: found[0] for name, found in calls.items() if not l2 and _factors(layers[name].kind, found)}
+        dense = [(name, role, p) for name in layers if name not in edges for role, p in layers[name].parameters.items()]
+        wanted = [c.edge for c in edges.values()] + [p for *_, p in dense] + list(engine.plan.rest.values())
+        found = torch.autograd.grad(value, wanted, allow_unused=True)
+        grads: dict[str, Any] = {}
+        for (name, call), g in zip(edges.items(), found[: len(edges)], strict=True):
+            if g is not None:
+                a = rows(layers[name], call, batch, engine.namespace)
+                grads[name] = kf.Factored(a, to_core(output_rows(g, call, batch), engine.namespace), 1.0)
+        found, rest = found[len(edges) :], found[len(edges) + len(dense) :]
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for (name, role, p), g in zip(dense, found[: len(dense)], strict=True):
+            if g is not None:
+                tensors.setdefault(name, {})[role] = g + l2 * p.detach() if l2 else g
+        for name, given in tensors.items():
+            if len(given) == len(layers[name].parameters):
+                grads[name] = engine.matrix(layers[name], given)
+        return grads, rest
+
+    def _penalty(self, l2: float) -> float:
+        if not l2:
+            return 0.0
+        covered = (p for layer in self.engine.plan.layers.values() for p in layer.parameters.values())
+        return 0.5 * l2 * sum(float((p.detach() ** 2).sum()) for p in covered)
+
+    def _placing(self, updates: dict[str, Any]) -> Callable[[float], None]:
+        """place(share) sets parameters to old - share (update + alpha weight_decay old)."""
+        engine, moves = self.engine, []
+        told = engine.info.step if engine.info else {}
+        shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
+        for name, matrix in updates.items():
+            layer = engine.plan.layers[name]
+            for role, x in engine.tensors(layer, matrix).items():
+                p = layer.parameters[role]
+                old = p.detach().clone()
+                moves.append((p, old, x + shrink * old if shrink else x))
+
+        def place(share: float) -> None:
+            for p, old, move in moves:
+                p.copy_(old - share * move if share else old)
+
+        return place
+
+    def state_dict(self) -> dict[str, Any]:
+        """For torch.save; resumes bit for bit on any device."""
+        rest = {} if self.rest is None else {"rest": self.rest.state_dict()}
+        return self.engine.state_dict() | rest
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; ValueError, and no change, if it is another model's."""
+        if (self.rest is not None) != ("rest" in state):
+            raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
+        self.engine.load_state_dict(state)
+        if self.rest is not None:
+            self.rest.load_state_dict(state["rest"])
+
+
+def _factors(kind: Any, calls: list[Call]) -> bool:
+    """Whether applying inverses to the rows is cheaper than to the gradient: one call with fewer rows than width."""
+    if not isinstance(kind, Linear) or len(calls) != 1:
+        return False
+    return calls[0].x.numel() // kind.d_in < max(kind.d_in, kind.d_out)
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _replayed(model: nn.Module, random: tuple, device: torch.device) -> Iterator[None]:
+    """The same dropout as in the step's own forward; running statistics are as they were afterwards."""
+    buffers = [(b, b.detach().clone()) for b in unwrapped(model).buffers()]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(random[0])
+        if random[1] is not None:
+            torch.cuda.set_rng_state(random[1], device)
+        yield
+    for buffer, kept in buffers:
+        buffer.copy_(kept)

@@ -1,0 +1,128 @@
+"""update = alpha x + mu (previous update) that minimises the exact quadratic model of the batch: no rate, no search.
+
+m(d) = -<grad, d> + d^T (F + damping I) d / 2 with F from the records of all layers and terms, never its Kronecker
+approximation; damping is the factors'. Source: Martens & Grosse 2015 (1503.05671), section 7; Dangel, Mueller &
+Zeinhofer 2024 (2405.15603), where it is KFAC*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce as fold
+from operator import add
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kfaccore import tree
+from kfaccore.method import Hyper
+from kfaccore.record import Factored, Record
+from kfaccore.step.model import inner, products
+from kfaccore.xp.arrays import Array, eps, namespace, to_host
+from kfaccore.xp.codes import Code
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The previous update, the steps taken and those taken back, the code of the last one."""
+
+    previous: dict[str, Array]
+    steps: int = 0
+    rejected: int = 0
+    code: int = int(Code.OK)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """damping of model and factors alike; alpha of the first step (0: the model's own)."""
+
+    damping: float = 1e-10
+    first: float = 0.0
+
+    needs_records: ClassVar[bool] = True
+    judges: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < np.inf:
+            raise ValueError(f"Quadratic.damping is {self.damping}; need a finite positive number")
+
+    def init(self, zeros: dict[str, Array]) -> Memory:
+        return Memory(zeros)
+
+    def restart(self, motion: Memory) -> bool:
+        """Never off the clock."""
+        return False
+
+    def hyper(self, motion: Memory, hyper: Hyper) -> Hyper:
+        """The rule's damping instead of the scheduled one."""
+        return replace(hyper, damping=self.damping)
+
+    def begin(self, motion: Memory, records: Any) -> Memory:
+        """Nothing to learn before the directions are known."""
+        return motion
+
+    def judge(self, motion: Memory, share: float, before: float, after: float) -> tuple[float, Memory]:
+        """Not needed: every finite step stays. A shell that asks gets a non-finite one taken back and forgotten."""
+        if np.isfinite(after):
+            return share, motion
+        still = tree.map(lambda x: x * 0, motion.previous)
+        return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(Code.NONFINITE))
+
+    def __call__(
+        self,
+        motion: Memory,
+        directions: dict[str, Array],
+        grads: dict[str, Any],
+        records: dict[str, Any],
+        l2: float = 0.0,
+    ) -> tuple[dict[str, Array], Memory, dict[str, Any]]:
+        """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
+        told = {"code": Code(motion.code), "rejected": motion.rejected}
+        if not directions:
+            return directions, motion, {**told, "alpha": 0.0}
+        previous = {n: motion.previous[n] for n in directions}
+        pair = [{n: namespace(v).reshape(v, previous[n].shape) for n, v in directions.items()}, previous]
+        norms = np.array([[inner(p, q) for q in pair] for p in pair])
+        Q = curvature(records, pair) + (self.damping + l2) * norms
+        down = np.array([slope(grads, p) for p in pair])
+        step = minimiser(Q, down)
+        if self.first and motion.steps == 0:
+            step = np.array([self.first, 0.0])
+        alpha, mu = (float(s) for s in step)
+        updates = {n: alpha * pair[0][n] + mu * pair[1][n] for n in directions}
+        told |= {"alpha": alpha, "mu": mu, "predicted": float(-step @ down + 0.5 * step @ Q @ step)}
+        motion = replace(motion, previous={**motion.previous, **updates}, steps=motion.steps + 1)
+        return {n: namespace(v).reshape(v, directions[n].shape) for n, v in updates.items()}, motion, told
+
+
+def curvature(records: dict[str, Any], directions: list[dict[str, Array]]) -> np.ndarray:
+    """v_i^T F v_j for every pair of directions, over all layers and terms, float64 on the host."""
+    names = list(directions[0])
+    terms = [(r,) if isinstance(r, Record) else r for r in (records[name] for name in names)]
+    total = np.zeros((len(directions),) * 2)
+    for batch in zip(*terms, strict=True):
+        layers = [products(r, *(v[name] for v in directions)) for name, r in zip(names, batch, strict=True)]
+        u = np.stack([to_host(fold(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)])
+        total += u @ u.T / float(batch[0].n)
+    return total
+
+
+def slope(grads: dict[str, Any], direction: dict[str, Array]) -> float:
+    """<gradient, direction> over all layers, in float64."""
+    dense = {n: grads[n].dense() if isinstance(grads[n], Factored) else grads[n] for n in direction}
+    return inner(dense, direction)
+
+
+def minimiser(Q: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """argmin of -down . s + s . Q s / 2 over what rounding leaves of a positive semidefinite Q (2, 2); 0 if not finite.
+
+    A zero row (no previous update) stays out; parallel vectors share the least-squares step.
+    """
+    keep = np.diag(Q) > 0
+    if not (np.isfinite(Q).all() and np.isfinite(down).all() and keep.any()):
+        return np.zeros(len(down))
+    scale = np.where(keep, 1.0 / np.sqrt(np.where(keep, np.diag(Q), 1.0)), 0.0)
+    values, vectors = np.linalg.eigh(Q * np.outer(scale, scale))
+    usable = values > 16 * eps(np.float64, np) * values[-1]
+    found = vectors @ (np.where(usable, 1.0 / np.where(usable, values, 1.0), 0.0) * (vectors.T @ (scale * down)))
+    return scale * found

@@ -1,0 +1,109 @@
+"""Losses of torch: draws and normaliser reproduce the training loss's own derivatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from kfaccore_torch.losses import objective  # noqa: E402
+
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+LABELS = torch.tensor([0, 2, 1, 2])
+TOKENS = torch.tensor([[0, 2], [1, -100], [2, 2], [1, 0]])
+PROBABILITIES = torch.softmax(torch.arange(12.0, dtype=torch.float64).reshape(4, 3) % 5, 1)
+CASES = {
+    "labels": (nn.CrossEntropyLoss(), (4, 3), LABELS),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), (4, 3), LABELS),
+    "smoothing": (nn.CrossEntropyLoss(label_smoothing=0.2), (4, 3), LABELS),
+    "weights": (nn.CrossEntropyLoss(weight=WEIGHTS), (4, 3), LABELS),
+    "weights, smoothing": (nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.1), (4, 3), LABELS),
+    "ignored": (nn.CrossEntropyLoss(ignore_index=2), (4, 3), LABELS),
+    "tokens": (nn.CrossEntropyLoss(), (4, 3, 2), TOKENS),
+    "tokens, weights": (nn.CrossEntropyLoss(weight=WEIGHTS), (4, 3, 2), TOKENS),
+    "squares": (nn.MSELoss(), (4, 3), None),
+    "sum of squares": (nn.MSELoss(reduction="sum"), (4, 3), None),
+    "squares of images": (nn.MSELoss(), (4, 2, 3), None),
+    "logits": (nn.BCEWithLogitsLoss(), (4, 3), None),
+    "sum of logits": (nn.BCEWithLogitsLoss(reduction="sum"), (4, 3), None),
+    "core softmax": (kf.SoftmaxCrossEntropy(), (4, 3), LABELS),
+    "core tokens": (kf.SoftmaxCrossEntropy(ignore=-100), (4, 2, 3), TOKENS),
+    "core gaussian": (kf.Gaussian(), (4, 3), None),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def prepared(case):
+    torch.manual_seed(0)
+    loss, shape, target = case
+    f = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    return objective(loss), f, torch.rand(shape, dtype=torch.float64) if target is None else target
+
+
+@cases
+def test_the_gradient(case):
+    found, f, target = prepared(case)
+    value = found.value(f, target)
+    (wanted,) = torch.autograd.grad(value, f)
+    draws = found.draws(kf.empirical, 1, f, target, np.random.default_rng(0))
+    torch.testing.assert_close(draws.sum(0) / found.share(f, target), wanted, rtol=1e-12, atol=1e-13)
+
+
+@cases
+def test_the_hessian(case):
+    """Type-2 draws over n are the Hessian of the training loss, exactly, smoothing or not."""
+    found, f, target = prepared(case)
+    H = torch.autograd.functional.hessian(lambda f: found.value(f, target), f.detach())
+    draws = found.draws(kf.type2, 1, f, target, np.random.default_rng(0))
+    n, size = found.share(f, target), f[0].numel()
+    H = H.reshape(4, size, 4, size)
+    for i in range(4):
+        rows = draws[:, i].reshape(-1, size)
+        torch.testing.assert_close(rows.T @ rows / n, H[i, :, i], rtol=1e-10, atol=1e-12)
+
+
+@cases
+def test_sampled_draws_are_unbiased(case):
+    found, f, target = prepared(case)
+    many = found.draws(kf.monte_carlo, 40000, f, target, np.random.default_rng(0))
+    exact = found.draws(kf.type2, 1, f, target, np.random.default_rng(0))
+    assert many.dtype == torch.float64
+    for i in range(4):
+        rows, roots = (x[:, i].reshape(len(x), -1) for x in (many, exact))
+        assert (rows.T @ rows - roots.T @ roots).abs().max() < 0.03 * (1 + (roots.T @ roots).abs().max())
+
+
+def test_probabilities_as_targets():
+    found, f, _ = prepared(CASES["labels"])
+    value = found.value(f, PROBABILITIES)
+    H = torch.autograd.functional.hessian(lambda f: found.value(f, PROBABILITIES), f.detach())
+    draws = found.draws(kf.type2, 1, f, PROBABILITIES, np.random.default_rng(0))
+    torch.testing.assert_close(draws[:, 1].T @ draws[:, 1] / found.share(f, PROBABILITIES), H[1, :, 1])
+    assert value > 0
+    with pytest.raises(ValueError, match="hard labels"):
+        found.draws(kf.empirical, 1, f, PROBABILITIES, np.random.default_rng(0))
+    weighted, _, _ = prepared(CASES["weights"])
+    with pytest.raises(ValueError, match="class indices"):
+        weighted.share(f, PROBABILITIES)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), "reduction 'none'"),
+        (nn.MSELoss(reduction="none"), "reduction 'none'"),
+        (nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), "pos_weight"),
+        (nn.NLLLoss(), "use CrossEntropyLoss"),
+        (nn.BCELoss(), "logits"),
+        (nn.HuberLoss(), "no Fisher here"),
+        (lambda f, y: f.sum(), "no Fisher here"),
+        (None, "no Fisher here"),
+    ],
+)
+def test_refused(loss, words):
+    with pytest.raises(ValueError, match=words):
+        objective(loss)

@@ -1,0 +1,596 @@
+"""The torch shells: directions, resuming, half precision, other optimizers' habits, and the step that tunes itself."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+import kfaccore_numpy as kn  # noqa: E402
+import kfaccore_torch as kt  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def mlp(**options):
+    return nn.Sequential(nn.Linear(4, 8, **options), nn.Tanh(), nn.Linear(8, 3, **options))
+
+
+def labelled(batch=12, d=4, classes=3):
+    return torch.randn(batch, d), torch.randint(0, classes, (batch,))
+
+
+def core(method=None, update=1, refresh=1, damping=0.1, **options):
+    return kf.Preconditioner(
+        method or kf.KFAC(), clocks=kf.Clocks(update, refresh), schedules=kf.Schedules(damping, 0.9), **options
+    )
+
+
+def directions(model, x, y, loss=None, pre=None, scale=1.0, **settings):
+    """One step of the pure preconditioner: .grad by name."""
+    pre = pre or kt.Preconditioner(model, loss or nn.CrossEntropyLoss(), core(), **settings)
+    model.zero_grad()
+    with pre.capture():
+        f = model(x)
+    (pre.loss(f, y) * scale).backward()
+    pre.step()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def equal(found, wanted, rtol=1e-10, atol=1e-12):
+    assert set(found) == set(wanted)
+    for name, x in wanted.items():
+        np.testing.assert_allclose(np.asarray(found[name]), np.asarray(x), rtol=rtol, atol=atol, err_msg=name)
+
+
+def trained(model, pre, optimizer, steps, start=0, batch=12):
+    for step in range(start, start + steps):
+        rng = torch.Generator().manual_seed(step)
+        x, y = torch.randn(batch, 4, generator=rng), torch.randint(0, 3, (batch,), generator=rng)
+        optimizer.zero_grad()
+        with pre.capture():
+            f = model(x)
+        pre.loss(f, y).backward()
+        pre.step()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("fisher", [kf.monte_carlo, kf.type2, kf.empirical])
+def test_equals_the_numpy_network(fisher):
+    """Same weights, same batch, same noise: directions of a convolutional network equal those of kfaccore_numpy."""
+    net = kn.Sequential(
+        (6, 6, 2),
+        (kn.Conv2d(3, kf.Window((3, 3), padding=1)), kn.Tanh(), kn.AvgPool(6), kn.Flatten(), kn.Dense(5), kn.Dense(3)),
+    )
+    params = net.init(np.random.default_rng(0), np.asarray)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(3, 5), nn.Linear(5, 3)
+    )
+    pre = kt.Preconditioner(model, kf.SoftmaxCrossEntropy(), core(), fisher=fisher, seed=3)
+    layers = dict(zip(params, pre.engine.plan.layers.values(), strict=True))
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for role, x in layer.arrays(params[name]).items():
+                layer.parameters[role].copy_(torch.from_numpy(np.array(x)))
+    x, y = np.random.default_rng(1).normal(size=(7, 6, 6, 2)), np.arange(7) % 3
+    f, tape = net.forward(params, x)
+    loss = kf.SoftmaxCrossEntropy()
+    noise = kf.draw_noise(loss, f.shape, 1, np.random.default_rng([3, 0, 0]))
+    draws = {kf.monte_carlo: lambda: kf.monte_carlo(loss, f, noise), kf.type2: lambda: kf.type2(loss, f)}
+    gf = draws.get(fisher, lambda: kf.empirical(loss, f, y))()
+    records = net.records(tape, net.backward(params, tape, gf), 7)
+    grads = net.gradients(tape, net.backward(params, tape, loss.gradient(f, y)), 7, factored=False)
+    wanted, _, _ = core().step(core().init(net.blocks(), x), records, grads)
+    found = directions(model, torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y), pre=pre)
+    for name, layer in layers.items():
+        got = {role: found[path].numpy() for role, path in layer.paths.items()}
+        np.testing.assert_allclose(layer.matrix(got).reshape(wanted[name].shape), wanted[name], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_exact_on_deep_linear_networks(shared):
+    """torch -> core -> torch: type-2 K-FAC is the block of the Fisher itself, solved densely."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    if shared:
+        x, y = torch.randn(5, 6, 3), torch.randn(5, 6, 2)
+    loss = kf.Gaussian()
+    found = directions(
+        model,
+        x,
+        y,
+        loss,
+        kt.Preconditioner(model, loss, core(kf.KFAC(split=kf.exact, inverse=kf.eigh)), fisher=kf.type2),
+    )
+    for i in (0, 1):
+        p = torch.cat([model[i].weight, model[i].bias[:, None]], 1).detach()
+
+        def f(flat, i=i, p=p):
+            W = flat.reshape(p.shape)
+            given = {f"{i}.weight": W[:, :-1], f"{i}.bias": W[:, -1]}
+            return torch.func.functional_call(model, given, (x,)).reshape(-1)
+
+        J = torch.autograd.functional.jacobian(f, p.reshape(-1))
+        A = J.T @ J / 5 + 0.1 * torch.eye(p.numel())
+        value, n = loss.value(model(x), y), loss.normaliser(model(x), y)
+        g = torch.autograd.grad(value / n, [model[i].weight, model[i].bias])
+        V = torch.cat([g[0], g[1][:, None]], 1).reshape(-1)
+        wanted = torch.linalg.solve(A, V).reshape(p.shape)
+        got = torch.cat([found[f"{i}.weight"], found[f"{i}.bias"][:, None]], 1)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_a_repeated_batch_changes_nothing():
+    model, (x, y) = mlp(), labelled()
+    once = directions(model, x, y, fisher=kf.type2)
+    equal(directions(model, x.repeat(3, 1), y.repeat(3), fisher=kf.type2), once)
+
+
+def test_mean_and_sum():
+    """A sum over 12 examples is 12 times the mean, gradient and curvature alike."""
+    model, (x, y) = mlp(), labelled()
+    mean = directions(model, x, y, fisher=kf.type2)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    pre = kt.Preconditioner(model, loss, core(damping=1.2), fisher=kf.type2)
+    equal(directions(model, x, y, pre=pre), mean)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 6), (5, 7)])
+def test_micro_batches(sizes):
+    model, (x, y) = mlp(), labelled()
+    whole = directions(model, x, y, fisher=kf.type2)
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(), fisher=kf.type2)
+    model.zero_grad()
+    for part, labels in zip(x.split(sizes), y.split(sizes), strict=True):
+        with pre.capture():
+            f = model(part)
+        (pre.loss(f, labels) * len(part) / 12).backward()
+    pre.step()
+    equal({name: p.grad for name, p in model.named_parameters()}, whole)
+
+
+def test_loss_scale_passes_through():
+    """Directions are linear in the gradient, records never see the scale: unscale before or after."""
+    model, (x, y) = mlp(), labelled()
+    once = directions(model, x, y)
+    scaled = directions(model, x, y, scale=1024.0)
+    equal({name: g / 1024 for name, g in scaled.items()}, once)
+
+
+def test_a_non_finite_gradient_gives_zero_and_a_code():
+    model, (x, y) = mlp(), labelled()
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core())
+    found = directions(model, x, y, pre=pre, scale=float("inf"))
+    assert all(bool((g == 0).all()) for g in found.values())
+    assert set(pre.info.counts()) == {kf.Code.NONFINITE}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision(dtype):
+    """bfloat16 weights: factors in float32, directions back in bfloat16, close to those of float32."""
+    torch.set_default_dtype(torch.float32)
+    x, y = labelled()
+    model = mlp()
+    wanted = directions(model, x, y, fisher=kf.type2)
+    low = copy.deepcopy(model).to(dtype)
+    pre = kt.Preconditioner(low, nn.CrossEntropyLoss(), core(), fisher=kf.type2)
+    found = directions(low, x.to(dtype), y, pre=pre)
+    assert pre.engine.state.layers["0"].A.dtype == np.float32
+    for name, g in found.items():
+        assert g.dtype == dtype
+        assert (g.float() - wanted[name]).norm() <= 0.05 * wanted[name].norm()
+
+
+def test_autocast():
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = mlp(), labelled()
+    wanted = directions(model, x, y, fisher=kf.type2)
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(), fisher=kf.type2)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pre.capture():
+            f = model(x)
+        loss = pre.loss(f, y)
+    assert f.dtype == torch.bfloat16
+    loss.backward()
+    pre.step()
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32
+        assert (p.grad - wanted[name]).norm() <= 0.05 * wanted[name].norm()
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        model = mlp()
+        return model, kt.Preconditioner(model, nn.CrossEntropyLoss(), core(update=2, refresh=4)), torch.optim.SGD
+
+    model, pre, make = fresh()
+    optimizer = make(model.parameters(), 0.1, 0.9)
+    whole = trained(model, pre, optimizer, 10)
+    model, pre, make = fresh()
+    optimizer = make(model.parameters(), 0.1, 0.9)
+    trained(model, pre, optimizer, 5)
+    saved = io.BytesIO()
+    torch.save([model.state_dict(), pre.state_dict(), optimizer.state_dict()], saved)
+    for namespace in ("numpy", "torch"):
+        model, _, make = fresh()
+        pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(update=2, refresh=4), namespace=namespace)
+        optimizer = make(model.parameters(), 0.1, 0.9)
+        saved.seek(0)
+        states = torch.load(saved, weights_only=True)
+        for thing, state in zip((model, pre, optimizer), states, strict=True):
+            thing.load_state_dict(state)
+        continued = trained(model, pre, optimizer, 5, start=5)
+        for a, b in zip(continued, whole, strict=True):
+            assert torch.equal(a, b) if namespace == "numpy" else torch.allclose(a, b, rtol=1e-9)
+
+
+def test_a_state_of_another_model_is_refused():
+    pre = kt.Preconditioner(mlp(), nn.CrossEntropyLoss(), core())
+    other = kt.Preconditioner(nn.Sequential(nn.Linear(4, 3)), nn.CrossEntropyLoss(), core())
+    before = pre.engine.state
+    with pytest.raises(ValueError, match="other leaves"):
+        pre.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="not a state of kfaccore"):
+        pre.load_state_dict({"param_groups": []})
+    assert pre.engine.state is before
+
+
+@pytest.mark.parametrize("make", ["foreach", "groups", "closure", "adam"])
+def test_other_optimizers(make):
+    torch.manual_seed(3)
+    model, (x, y) = mlp(), labelled(64)
+    y = (x @ torch.randn(4, 3)).argmax(1)
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core())
+    parameters = list(model.parameters())
+    optimizer = {
+        "foreach": lambda: torch.optim.SGD(parameters, 0.3, foreach=True),
+        "groups": lambda: torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:]}], 0.3),
+        "closure": lambda: torch.optim.LBFGS(parameters, 0.3, max_iter=1),
+        "adam": lambda: torch.optim.AdamW(parameters, 0.02),
+    }[make]()
+
+    def closure():
+        optimizer.zero_grad()
+        with pre.capture():
+            f = model(x)
+        loss = pre.loss(f, y)
+        loss.backward()
+        pre.step()
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_clipping_before_and_after():
+    model, (x, y) = mlp(), labelled()
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core())
+    once = directions(model, x, y)
+    with pre.capture():
+        f = model(x)
+    model.zero_grad()
+    pre.loss(f, y).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    pre.step()
+    equal({n: p.grad for n, p in model.named_parameters()}, {n: g * 1e-3 / norm for n, g in once.items()}, rtol=1e-5)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+    assert sum((p.grad**2).sum() for p in model.parameters()) ** 0.5 <= 1e-6
+
+
+def test_records_cost_nothing_when_not_due():
+    model, (x, y) = mlp(), labelled()
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(update=3))
+    calls = []
+    records = pre.engine.records
+    pre.engine.records = lambda *given: calls.append(pre.engine.state.step) or records(*given)
+    for _ in range(7):
+        directions(model, x, y, pre=pre)
+    assert calls == [0, 3, 6]
+
+
+def test_forgotten_calls_are_named():
+    model, (x, y) = mlp(), labelled()
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core())
+    with pytest.raises(ValueError, match="run the model inside"):
+        pre.loss(model(x), y)
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match="got no records"):
+        pre.step()
+    with pytest.raises(ValueError, match="need one of"):
+        kt.Preconditioner(model, nn.CrossEntropyLoss(), core(), fisher=kf.dense)
+    with pytest.raises(ValueError, match="Optimizer instead"):
+        kt.Preconditioner(model, nn.CrossEntropyLoss(), core(step=kf.SelfTuning()))
+    with torch.no_grad(), pre.capture():
+        f = model(x)
+    with pytest.raises(ValueError, match="requires_grad=False"):
+        pre.loss(f, y)
+
+
+class Mixed(nn.Module):
+    """Covered layers beside all kinds of uncovered ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose1d(2, 2, 2)
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.up(x.reshape(-1, 2, 2)).reshape(len(x), 1, -1)[..., :4]
+        return self.fc(self.rnn(x)[0][:, -1] * self.scale)
+
+
+def test_uncovered_parameters_keep_their_gradient():
+    model, (x, y) = Mixed(), labelled()
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core())
+    found = directions(model, x, y, pre=pre)
+    plain = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    for (name, g), wanted in zip(found.items(), plain, strict=True):
+        assert torch.equal(g, wanted) != name.startswith("fc.")
+    text = str(pre.report())
+    for words in (
+        "transposed convolutions",
+        "recurrent kernel",
+        "Mixed is not a layer kfaccore knows",
+        "fc.weight fc.bias",
+    ):
+        assert words in text
+    assert 0 < pre.report().share < 0.2
+    with pytest.raises(ValueError, match=r"strict: 7 parameters are not covered") as error:
+        kt.Preconditioner(model, nn.CrossEntropyLoss(), core(), strict=True)
+    assert "rnn.weight_hh_l0" in str(error.value)
+
+
+def test_the_report():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Conv1d(8, 4, 3, groups=2), nn.LayerNorm(8), nn.Linear(8, 2))
+    methods = {"0": kf.KFAC(), "1": kf.EKFAC(), "2.weight": kf.Diagonal(), "2.bias": kf.Identity(), "3": kf.Exact()}
+    report = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(methods), skip=()).report()
+    assert report.share == 1.0
+    assert [row.quality.split(" ")[0] for row in report.rows] == [
+        "approximate", "approximate", "diagonal", "identity", "exact",
+    ]  # fmt: skip
+    assert "A 50 diagonal" in report.rows[0].factors
+    assert "2 groups" in report.rows[1].factors
+    state = kf.Preconditioner(methods).init(
+        {n: layer.kind.block() for n, layer in kt.plan(model).layers.items()}, np.zeros(1, np.float32)
+    )
+    for row, layer in zip(report.rows, state.layers.values(), strict=True):
+        assert row.bytes == sum(np.asarray(x).nbytes for x in kf.flatten(layer).values())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.DataParallel(mlp()), "DistributedDataParallel"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "no shape yet"),
+        (lambda: nn.Sequential(nn.LSTM(4, 3)), "no parameter of Sequential is covered"),
+        (lambda: nn.Sequential(nn.Linear(4, 3)).requires_grad_(False), "no parameter of Sequential is covered"),
+    ],
+)
+def test_models_that_are_refused(make, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        kt.Preconditioner(make(), nn.CrossEntropyLoss(), core())
+    with pytest.raises(ValueError, match="matches no parameter"):
+        kt.Preconditioner(mlp(), nn.CrossEntropyLoss(), core(), skip=("head.*",))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.MultiheadAttention(4, 2, kdim=3), "packed in-projection"),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), "packed in-projection"),
+        (nn.Embedding(5, 4, max_norm=1.0), "max_norm"),
+        (nn.Embedding(5, 4, sparse=True), "sparse"),
+        (nn.GRU(4, 4), "recurrent kernel"),
+        (nn.LSTMCell(4, 4), "recurrent cells"),
+        (nn.PReLU(), "PReLU is not a layer"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "ParametrizationList is not a layer"),
+    ],
+)
+def test_reasons(module, reason):
+    found = kt.plan(nn.Sequential(module, nn.Linear(4, 3)))
+    assert "1" in found.layers
+    assert any(reason in text for text in found.uncovered.values())
+
+
+def test_tied_embedding_and_head():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    model[1].weight = model[0].weight
+    found = kt.plan(model)
+    assert "embedding and as linear" in found.uncovered["0.weight"]
+    assert set(found.layers) == {"1.bias"}
+
+
+# The one object that takes the whole step.
+
+
+def test_factored_and_dense_directions_agree():
+    """Fewer rows than width: the direction is built from output gradients, and .grad stays None."""
+    torch.manual_seed(5)
+    wide = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    x, y = labelled()
+    dense = directions(copy.deepcopy(wide), x, y)
+    model = copy.deepcopy(wide)
+    kt.Optimizer(model, nn.CrossEntropyLoss(), core(step=kf.Fixed(1.0))).step(x, y)
+    moved = {n: p.detach() - q.detach() for (n, q), p in zip(model.named_parameters(), wide.parameters(), strict=True)}
+    assert all(p.grad is None for p in model.parameters())
+    equal(moved, dense, rtol=1e-8)
+
+
+def test_it_tunes_itself():
+    torch.manual_seed(1)
+    model, (x, y) = mlp(), labelled(64)
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss())
+    losses = [optimizer.step(x, y) for _ in range(25)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert {"alpha", "mu", "damping", "ratio", "rejected"} <= set(optimizer.info.step)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_taken_back_leaves_the_old_bits():
+    class Never(kf.SelfTuning):
+        def judge(self, motion, share, before, after):
+            return 0.0, motion
+
+    model, (x, y) = mlp(), labelled()
+    model.append(nn.BatchNorm1d(3))
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), core(step=Never()))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step(x, y)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_the_second_look_sees_the_same_dropout_and_leaves_statistics_alone():
+    seen = []
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            seen.append(torch.rand(1).item())
+            return x
+
+    model, (x, y) = mlp(), labelled()
+    model.insert(1, nn.BatchNorm1d(8))
+    model.insert(2, Noisy())
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss())
+    torch.manual_seed(9)
+    optimizer.step(x, y)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert int(model[1].num_batches_tracked) == 1
+    optimizer.step(x, y)
+    assert seen[2] != seen[0]
+
+
+def test_l2_and_weight_decay():
+    model, (x, y) = mlp(), labelled()
+    kept = copy.deepcopy(model)
+    schedules = kf.Schedules(0.1, 0.9, l2=0.01)
+    decayed = kf.Schedules(0.1, 0.9, weight_decay=0.01)
+    clocks = kf.Clocks(1, 1)
+    before = kt.Optimizer(
+        model, nn.CrossEntropyLoss(), kf.Preconditioner(kf.KFAC(), clocks, schedules, step=kf.Fixed(0.5))
+    ).step(x, y)
+    plain = float(nn.functional.cross_entropy(kept(x), y).detach())
+    penalty = 0.005 * sum(float((p.detach() ** 2).sum()) for p in kept.parameters())
+    assert before == pytest.approx(plain + penalty, rel=1e-12)
+    other = copy.deepcopy(kept)
+    kt.Optimizer(other, nn.CrossEntropyLoss(), core(step=kf.Fixed(0.5))).step(x, y)
+    shrunk = copy.deepcopy(kept)
+    kt.Optimizer(shrunk, nn.CrossEntropyLoss(), kf.Preconditioner(kf.KFAC(), clocks, decayed, step=kf.Fixed(0.5))).step(
+        x, y
+    )
+    for p, q, old, with_l2 in zip(
+        shrunk.parameters(), other.parameters(), kept.parameters(), model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(p, q - 0.5 * 0.01 * old, rtol=1e-10, atol=1e-12)
+        assert not torch.equal(with_l2, q)
+
+
+def test_the_rest_is_trained_by_another_optimizer():
+    model, (x, y) = Mixed(), labelled()
+    with pytest.raises(ValueError, match=r"pass rest=torch.optim.Adam") as error:
+        kt.Optimizer(model, nn.CrossEntropyLoss())
+    assert "up.weight" in str(error.value)
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), rest=lambda p: torch.optim.SGD(p, 0.1))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    plain = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.scale)[0]
+    optimizer.step(x, y)
+    torch.testing.assert_close(model.scale.detach(), before["scale"] - 0.1 * plain)
+    saved = optimizer.state_dict()
+    assert "rest" in saved
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="outside K-FAC"):
+        optimizer.load_state_dict({k: v for k, v in saved.items() if k != "rest"})
+
+
+def test_the_optimizer_resumes_bit_for_bit():
+    def fresh():
+        torch.manual_seed(0)
+        model = mlp()
+        return model, kt.Optimizer(model, nn.CrossEntropyLoss())
+
+    def run(model, optimizer, start, end):
+        for step in range(start, end):
+            rng = torch.Generator().manual_seed(step)
+            optimizer.step(torch.randn(12, 4, generator=rng), torch.randint(0, 3, (12,), generator=rng))
+        return [p.detach().clone() for p in model.parameters()]
+
+    model, optimizer = fresh()
+    whole = run(model, optimizer, 0, 12)
+    model, optimizer = fresh()
+    run(model, optimizer, 0, 6)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    model, optimizer = fresh()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(run(model, optimizer, 6, 12), whole, strict=True))
+
+
+def test_float16_predictions_are_refused():
+    class Low(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x).to(torch.float16)
+
+    with pytest.raises(ValueError, match="float16"):
+        kt.Optimizer(Low(), nn.CrossEntropyLoss()).step(*labelled())
+
+
+def test_inputs_of_several_kinds():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, a, b):
+            return self.fc(a + b)
+
+    x, y = labelled()
+    values = []
+    for inputs in ((x, x), {"a": x, "b": x}):
+        torch.manual_seed(0)
+        values.append(kt.Optimizer(Two(), nn.CrossEntropyLoss()).step(inputs, y))
+    assert values[0] == values[1]
+
+
+def test_a_token_mask_leaves_padding_out():
+    """Positions that do not exist change neither factors nor directions, whatever they hold."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4, 4), torch.randint(0, 3, (6, 4))
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    mask[:, 3] = False
+    y[:, 3] = -100
+    found = []
+    for value in (0.0, 50.0):
+        x[:, 3] = value
+        pre = kt.Preconditioner(model, kf.SoftmaxCrossEntropy(ignore=-100), core(), fisher=kf.type2)
+        model.zero_grad()
+        with pre.capture(mask=mask):
+            f = model(x)
+        pre.loss(f, y).backward()
+        pre.step()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    equal(found[0], found[1])
+    unpadded = kt.Preconditioner(model, kf.SoftmaxCrossEntropy(), core(), fisher=kf.type2)
+    equal(directions(model, x[:, :3], y[:, :3], pre=unpadded), found[0])
