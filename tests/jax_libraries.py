@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_models import normal
+from jax_needed import jax, jnp
 
 LIBRARIES = {}
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-jax.config.update("jax_enable_x64", True)
+from jax_needed import jax, jnp, lax
+
 EXACT = []
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-
 import kfaccore_numpy as kn
+from jax_needed import jax, jnp, lax
 
 _SIMPLE = {
     kn.Tanh: jnp.tanh,

@@ -146,4 +146,4 @@ LAYERS = [
     LayerRow("gain", Gain(3), (6, 5, 3), (6, 5, 3), {"gain": (3,)}),
 ]
 
-FRAMEWORKS = ["numpy", "torch"]  # adapters/kfaccore_<name>
+FRAMEWORKS = ["numpy", "torch", "jax"]  # adapters/kfaccore_<name>

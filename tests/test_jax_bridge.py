@@ -8,14 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-
-import jax.numpy as jnp
-
 import kfaccore as kf
-import kfaccore_jax as kj
 from jax_models import FAST, mlp, mlp_params, normal
+from jax_needed import jax, jnp, kj
 
 CHEAP = kf.Diagonal()  # compiles in no time
 

@@ -7,14 +7,9 @@ from functools import cache, partial
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
-
-import jax.numpy as jnp
-
-import kfaccore as kf
-import kfaccore_jax as kj
 from jax_libraries import LIBRARIES
 from jax_models import EXACT, FAST, mlp, mlp_params, normal
+from jax_needed import jax, jnp, kj
 
 MAKERS = {make.__name__: (None, make) for make in EXACT} | LIBRARIES
 models = pytest.mark.parametrize("name", MAKERS)

@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("jax")
-pytest.importorskip("optax")
+NEEDED = [pytest.importorskip(name) for name in ("jax", "optax")]
 
 SCRIPT = """
 import sys

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+
 from kfaccore_jax.calls import Call, View
 
 
@@ -23,7 +24,7 @@ def examples(args: tuple, batched: tuple[int, ...]) -> int:
     sizes = {x.shape[0] if x.ndim else None for i in batched for x in jax.tree.leaves(args[i])}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(f"arguments {batched} of apply (params not counted) have first axes {sizes}; need one batch")
-    return sizes.pop()
+    return int(sizes.pop() or 0)
 
 
 def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: bool) -> tuple[Call, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from kfaccore_jax.capture import widened
 from kfaccore_jax.trees import register
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kfaccore_jax.layout import Axis, Layout
 
 from kfaccore import Ids, Patches, Window
+from kfaccore_jax.layout import Axis, Layout
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.batch import examples
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, evaluated, followed
-
-from kfaccore import Factored, Ids, Patches, Record
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+
 from kfaccore_jax.calls import Call
 from kfaccore_jax.rules import JITS, REMATS, RULES, Out, Param, Tag, lone, moved, paired, scaled
 
@@ -119,7 +120,8 @@ def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: 
 
 def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: int, y: Any) -> tuple[Any, Tag] | None:
     """Output and tag of an equation in which one leaf meets data, or None if no rule knows it."""
-    name, tag, other = eqn.primitive.name, tags[at], inputs[1 - at] if len(inputs) == 2 else None
+    name, tag = eqn.primitive.name, tags[at]
+    other: Any = inputs[1 - at] if len(inputs) == 2 else None
     assert isinstance(tag, Param)
     key, shape = f"{walk.prefix}{place}", tuple(y.shape)
     plain = tag.factor == 1.0 and tag.scale is None
@@ -183,7 +185,7 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
     carries = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, closed.jaxpr.outvars, strict=True))
     consts = len(inputs) - xs - carries
     walk.leak(tags[consts : consts + carries], "scan as its carry")
-    inner_tags: list[Tag] = [tag if isinstance(tag, Param) else None for tag in tags[:consts]] + [None] * carries
+    inner_tags: list[Tag] = [*(tag if isinstance(tag, Param) else None for tag in tags[:consts]), *[None] * carries]
     for tag in tags[consts + carries :]:
         inner_tags.append(_row(tag, walk.depth) if isinstance(tag, Param) else None)
     seen: list[Any] = []

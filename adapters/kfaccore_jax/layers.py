@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kfaccore_jax.calls import Call
-from kfaccore_jax.layout import Axis, Layout, merged, put, take
 
 from kfaccore import Block
+from kfaccore_jax.calls import Call
+from kfaccore_jax.layout import Axis, Layout, merged, put, take
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kfaccore import Block
 from kfaccore_jax.batch import doubled, examples, joins_behind, settled
 from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import Walk, run
 from kfaccore_jax.layers import Layer, gathered, named
 from kfaccore_jax.layout import Layout
-from kfaccore_jax.rules import Param
+from kfaccore_jax.rules import Param, Tag
 from kfaccore_jax.tap import Tap
-
-from kfaccore import Block
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def plan(
     minor = one is not None and joins_behind(one, two)
     calls, refused = {}, dict(walk.leaks)
     for key, call in walk.calls.items():
-        sizes = ((d.get(key), d2.get(key)) for d, d2 in ((data, data2), (walk.outputs, other.outputs)))
-        calls[key], why = settled(call, *sizes, n, minor)
+        x, y = (data.get(key), data2.get(key)), (walk.outputs[key], other.outputs[key])
+        calls[key], why = settled(call, x, y, n, minor)
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
                 refused.setdefault(leaf, []).append(why)
@@ -145,7 +145,8 @@ def evaluated(
         return apply(params, *args)
 
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-    tags = [Param(i, Layout.of(x.shape)) if i < count and followed(x) else None for i, x in enumerate(leaves)]
+    tags: list[Tag] = [Param(i, Layout.of(x.shape)) if followed(x) else None for i, x in enumerate(leaves[:count])]
+    tags += [None] * (len(leaves) - count)
     outs, found = run(walk, closed, leaves, tags)
     walk.leak(found[: 1 if has_aux else None], "the output itself")
     out = jax.tree.unflatten(jax.tree.structure(shape), outs)

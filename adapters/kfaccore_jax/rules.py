@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 from jax.extend.core import Literal
-from kfaccore_jax.calls import BiasOf, Call, View
-from kfaccore_jax.layout import Axis, Layout
 
 from kfaccore import Window
+from kfaccore_jax.calls import BiasOf, Call, View
+from kfaccore_jax.layout import Axis, Layout
 
 
 @dataclass(frozen=True)
@@ -193,16 +193,8 @@ def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
     if place != 0 or not rows or not whole or tag.stack or 0 in w.strides or tag.factor != 1 or tag.scale is not None:
         return None
     shared = tuple(i for i in range(out) if i not in offset)
-    return Call(
-        "embedding",
-        tag.leaf,
-        (),
-        w.axes[1:],
-        w.axes[:1],
-        w.offset,
-        View((), tuple(range(ids.ndim - 1))),
-        View((), shared, offset),
-    )
+    x, y = View((), tuple(range(ids.ndim - 1))), View((), shared, offset)
+    return Call("embedding", tag.leaf, (), w.axes[1:], w.axes[:1], w.offset, x, y)
 
 
 def lone(kind: str, eqn: Any, tag: Param) -> Call:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from kfaccore_jax.calls import BiasOf, Call, View
-from kfaccore_jax.layout import Layout
 
 from kfaccore import Window
+from kfaccore_jax.calls import BiasOf, Call, View
+from kfaccore_jax.layout import Layout
 
 if TYPE_CHECKING:
     from kfaccore_jax.interpret import Walk
@@ -27,8 +27,9 @@ class Tap:
         """x (batch, *shared, d_in) @ w (d_in, d_out) + b."""
         (n_in, s_in), (n_out, s_out) = Layout.of(w.shape).axes
         shared = tuple(range(x.ndim - 1))
-        views = (View((), shared, (x.ndim - 1,)),) * 2
-        call = Call("dense", self._leaf(w), (), ((n_out, s_out),), ((n_in, s_in),), 0, *views, bias=self._bias(b))
+        view = View((), shared, (x.ndim - 1,))
+        outs, ins = ((n_out, s_out),), ((n_in, s_in),)
+        call = Call("dense", self._leaf(w), (), outs, ins, 0, view, view, bias=self._bias(b))
         return self._done(call, x, x @ w, b)
 
     def conv(

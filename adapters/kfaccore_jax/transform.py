@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from kfaccore import KFAC, Block, Clocks, Code, Factored, Fixed, Hyper, Identity, Preconditioner, Record, Schedules
 from kfaccore_jax.layers import named
 from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.trees import register
 
-from kfaccore import KFAC, Block, Clocks, Code, Factored, Fixed, Hyper, Identity, Preconditioner, Record, Schedules
+if TYPE_CHECKING:
+    import optax
 
 
 class KFACState(NamedTuple):
@@ -44,17 +46,34 @@ def kfac(
     methods and schedules as in kfaccore.Preconditioner; a schedule sees a traced step, as optax's do. Leaves without
     a layer keep their gradient. Layers of masked leaves are left out.
     """
+    import optax
+
     if step.judges or step.needs_records:
         raise ValueError(f"step is {step}; kfac() takes rules that neither judge nor need records: Fixed(...)")
+    rule = _Transformation(plan, methods, clocks, schedules, step)
+    return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
 
-    def init(params: Any) -> KFACState:
-        blocks, leaves = _blocks(plan, params), [x for x in jax.tree.leaves(params) if followed(x)]
+
+@dataclass(frozen=True, eq=False)
+class _Transformation:
+    """The numbers of `kfac`, and its two functions."""
+
+    plan: Plan
+    methods: Any
+    clocks: Clocks
+    schedules: Schedules
+    step: Any
+
+    def init(self, params: Any) -> KFACState:
+        plan, leaves = self.plan, [x for x in jax.tree.leaves(params) if followed(x)]
+        blocks = _blocks(plan, params)
         like = jnp.zeros((), jnp.promote_types(jnp.result_type(*leaves), jnp.float32))
-        core = register(Preconditioner(_methods(methods, plan, blocks), step=step).init(blocks, like))
+        core = register(Preconditioner(_methods(self.methods, plan, blocks), step=self.step).init(blocks, like))
         codes = {name: jnp.full((b.blocks,), int(Code.IDENTITY), jnp.int32) for name, b in blocks.items()}
         return KFACState(replace(core, step=jnp.asarray(0)), codes, jnp.zeros(len(Code), jnp.int32))
 
     def update(
+        self,
         grads: Any,
         state: KFACState,
         params: Any = None,
@@ -65,27 +84,25 @@ def kfac(
         factored: Mapping[str, Factored] | None = None,
         **extra: Any,
     ) -> tuple[Any, KFACState]:
-        core, blocks = state.core, dict(state.core.blocks)
+        core, blocks, plan = state.core, dict(state.core.blocks), self.plan
         given = {name: record for name, record in (records or {}).items() if name in blocks}
-        if fresh is None and clocks.update == 1 and not given:
+        if fresh is None and self.clocks.update == 1 and not given:
             raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
-        hypers = {name: schedules.hyper(name, core.step) for name in blocks}
+        hypers = {name: self.schedules.hyper(name, core.step) for name in blocks}
         if damping is not None:
             hypers = {name: replace(hyper, damping=damping) for name, hyper in hypers.items()}
-        chosen = _methods(methods, plan, blocks)
+        chosen = _methods(self.methods, plan, blocks)
         if fresh is None:
-            due = _due(core.step, clocks.update), _due(core.step, clocks.refresh)
+            due = _due(core.step, self.clocks.update), _due(core.step, self.clocks.refresh)
             chosen = {name: _Gated(method, *due) for name, method in chosen.items()}
-        turn = _turn(bool(given), fresh is None or fresh)
-        pre = Preconditioner(chosen, turn.clocks, _Given(l2=schedules.l2, hypers=_Table(hypers)), step=step)
+        clocks = Clocks(1 if given else 2, 2 if fresh is False else 1)
+        pre = Preconditioner(chosen, clocks, _Given(l2=self.schedules.l2, hypers=_Table(hypers)), step=self.step)
         matrices = {**_matrices(plan, grads, blocks), **{k: v for k, v in (factored or {}).items() if k in blocks}}
-        directions, after, info = pre.step(replace(core, step=turn.step), given, matrices)
+        directions, after, info = pre.step(replace(core, step=1), given, matrices)  # 1: only clocks of 1 strike
         seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in info.codes.values()])
         counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         after = replace(after, step=core.step + 1)
         return _tree(plan, grads, directions), KFACState(after, dict(info.codes), counts)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _present(plan: Plan, leaves: Mapping[str, Any]) -> list:
@@ -126,20 +143,6 @@ def _tree(plan: Plan, grads: Any, directions: Mapping[str, Any]) -> Any:
     for name in set(directions) - set(plan.blocks):
         leaves[name] = directions[name].reshape(leaves[name].shape).astype(leaves[name].dtype)
     return jax.tree.unflatten(jax.tree.structure(grads), [leaves[name] for name in names])
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """Clocks and a step at which they say what was decided already."""
-
-    clocks: Clocks
-    step: int
-
-
-def _turn(measure: bool, refresh: bool) -> _Turn:
-    if measure:
-        return _Turn(Clocks(1, 1 if refresh else 2), 1)
-    return _Turn(Clocks(2, 1 if refresh else 2), 1)
 
 
 def _due(step: Any, every: int) -> Any:
