@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+import kfaccore_numpy as kn
 from jax_models import FAST, mlp, mlp_params, normal
 from jax_needed import jax, jnp, kj
+from jax_twins import twin
 
 CHEAP = kf.Diagonal()  # compiles in no time
 
@@ -97,6 +99,45 @@ def test_states_go_to_a_file_and_on_in_numpy(tmp_path):
     assert int(state.core.step) == numpy.step == 6
     for name, direction in plan.matrices(got).items():
         np.testing.assert_allclose(direction, want[name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_self_tuning_step_outside_jit_is_that_of_numpy():
+    net, loss = kn.Sequential((5,), (kn.Dense(4), kn.Tanh(), kn.Dense(3))), kf.Gaussian()
+    start, rng = net.init(np.random.default_rng(1), np.asarray), np.random.default_rng(2)
+    host = rng.normal(size=(12, 5)), rng.normal(size=(12, 3))
+    x, y = (jnp.asarray(v) for v in host)
+    apply = twin(net)
+    params = jax.tree.map(jnp.asarray, start)
+    plan = kj.plan(apply, params, x)
+    compiled = partial(jax.jit, compiler_options=FAST)
+
+    @compiled
+    def front(params, noise):
+        captured = kj.capture(plan, params, x)
+        f = captured.prediction
+        grads = captured.gradients(loss.gradient(f, y) / 12)
+        return captured.records(kf.monte_carlo(loss, f, noise), 12.0), plan.matrices(grads), loss.value(f, y) / 12
+
+    value = compiled(lambda params: loss.value(apply(params, x), y) / 12)
+    moved = compiled(lambda params, moves, share: jax.tree.map(lambda p, m: p - share * m[0], params, moves))
+    pre = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 3), step=kf.SelfTuning())
+    (state, other), numpy = (pre.init(net.blocks(), host[0]) for _ in range(2)), dict(start)
+    for i in range(6):
+        noise = kf.draw_noise(loss, (12, 3), 1, np.random.default_rng(100 + i))
+        records, grads, before = kj.exported(front(params, noise))
+        moves, state, _ = pre.step(state, records, grads)
+        old, box = params, [moved(params, kj.imported(moves), 1.0)]
+
+        def place(share, old=old, moves=moves, box=box):
+            box[0] = moved(old, kj.imported(moves), share)
+
+        _, state = pre.judge(state, float(before), place, lambda box=box: float(value(box[0])))
+        params = box[0]
+        draws = np.random.default_rng(100 + i)
+        _, other, _ = kn.step(net, numpy, host, loss, pre, other, i, draws)
+    for name, matrix in numpy.items():
+        np.testing.assert_allclose(params[name], matrix, rtol=1e-8, atol=1e-10)
+    assert state.motion.steps == other.motion.steps == 6
 
 
 def tapped(p, x, tap):

@@ -7,6 +7,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 
+import kfaccore as kf
 from jax_libraries import LIBRARIES
 from jax_models import EXACT, FAST, mlp, mlp_params, normal
 from jax_needed import jax, jnp, kj
@@ -97,3 +98,52 @@ def test_draws_by_vmap_by_loop_and_without(count):
     for name, record in many.items():
         assert record.g.shape == (count, 1, 6, 1, plan.blocks[name].d_out)
         np.testing.assert_allclose(one[name].g, record.g, rtol=1e-13, atol=1e-15)
+
+
+def ggn(apply, params, x, hessian, loss):
+    """Blocks, J^T H J / n of each layer by the Jacobian of the network function, and type-2 records."""
+    plan = kj.plan(apply, params, x)
+
+    def predict(matrices):
+        return apply(plan.tree(params, matrices), x)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def blocks(params, hessian):
+        J = jax.jacrev(predict)(plan.matrices(params))
+        J = {name: j.reshape(*j.shape[:2], -1) for name, j in J.items()}
+        return {name: jnp.einsum("ncp,ncd,ndq->pq", j, hessian, j) / len(x) for name, j in J.items()}
+
+    @partial(jax.jit, compiler_options=FAST)
+    def records(params, x):
+        captured = kj.capture(plan, params, x)
+        return captured.records(kf.type2(loss, captured.prediction), 6.0)
+
+    host = jax.tree.map(np.asarray, (blocks(params, hessian), records(params, x)))
+    return plan.blocks, *host
+
+
+def test_type2_records_give_the_dense_block_of_a_softmax_net():
+    p, x = mlp_params(), normal((6, 5), seed=2)
+    probabilities = jax.nn.softmax(mlp(p, x))
+    hessian = jax.vmap(lambda q: jnp.diag(q) - jnp.outer(q, q))(probabilities)
+    _, want, records = ggn(mlp, p, x, hessian, kf.SoftmaxCrossEntropy())
+    for name, record in records.items():
+        np.testing.assert_allclose(kf.dense(record)[0], want[name], rtol=1e-10, atol=1e-14)
+
+
+def test_deep_linear_nets_are_exact_through_the_whole_path():
+    def apply(p, x):
+        for w, b in p:
+            x = x @ w + b
+        return x
+
+    hessian = jnp.broadcast_to(jnp.eye(3), (6, 3, 3))
+    blocks, want, records = ggn(apply, mlp_params(), normal((6, 5), seed=2), hessian, kf.Gaussian())
+    for name, record in records.items():
+        np.testing.assert_allclose(kf.dense(record)[0], want[name], rtol=1e-10, atol=1e-14)
+        block, method, hyper = blocks[name], kf.KFAC(), kf.Hyper(0, 0.0, 0.0)
+        state = method.init(block, record.g)
+        state = method.update(state, method.measure(state, record, hyper), hyper)
+        v = np.random.default_rng(6).normal(size=(1, block.d_out, block.d_in))
+        applied = method.matvec(state, v, hyper)
+        np.testing.assert_allclose(applied.reshape(-1), want[name] @ v.reshape(-1), rtol=1e-10, atol=1e-14)
