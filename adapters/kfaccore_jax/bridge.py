@@ -16,26 +16,16 @@ from kfaccore_jax.capture import widened
 from kfaccore_jax.trees import register
 
 
-def exported(tree: Any) -> Any:
-    """Any tree (records, gradients) with its JAX arrays as NumPy or CuPy views; waits until they are computed."""
-    return jax.tree.map(_out, register(tree))
+def exported(tree: Any, to: Any = np) -> Any:
+    """Any tree (records, gradients) with its JAX arrays as views of the namespace `to`, NumPy on the CPU; on a GPU pass
+    cupy. Waits until they are computed."""
+    return jax.tree.map(lambda x: to.from_dlpack(widened(x)) if isinstance(x, jax.Array) else x, register(tree))
 
 
 def imported(tree: Any, like: Any = None) -> Any:
     """Any tree (updates) with its NumPy or CuPy arrays as JAX arrays; in the dtypes of `like` if that is given."""
     found = jax.tree.map(_in, register(tree))
     return found if like is None else jax.tree.map(lambda x, y: x.astype(y.dtype), found, like)
-
-
-def _out(x: Any) -> Any:
-    if not isinstance(x, jax.Array):
-        return x
-    x = widened(x)
-    if next(iter(x.devices())).platform == "cpu":
-        return np.from_dlpack(x)
-    import cupy  # pyright: ignore
-
-    return cupy.from_dlpack(x)
 
 
 def _in(x: Any) -> Any:
