@@ -16,7 +16,7 @@ demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore inspect runs/demo/run.safetensors
 
 test: $(TEST)/ready
-	REQUIRE=torch,jax $(TEST)/bin/python -m pytest
+	REQUIRE=torch,jax,tensorflow $(TEST)/bin/python -m pytest
 
 lint: $(TEST)/ready
 	$(TEST)/bin/ruff check .
@@ -38,7 +38,7 @@ $(DEMO)/ready: pyproject.toml constraints.txt
 $(TEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python $(PIP) torch
-	$(TEST)/bin/python $(PIP) -e '.[dev,torch,jax]'
+	$(TEST)/bin/python $(PIP) -e '.[dev,torch,jax,jax-models,tensorflow]'
 	touch $@
 
 clean:

@@ -214,4 +214,4 @@ LAYERS = [
     LayerRow("gain", Gain(3), (6, 5, 3), (6, 5, 3), {"gain": (3,)}),
 ]
 
-FRAMEWORKS = ["numpy", "torch", "tensorflow"]  # adapters/kfaccore_<name>
+FRAMEWORKS = ["numpy", "torch", "jax", "tensorflow"]  # adapters/kfaccore_<name>

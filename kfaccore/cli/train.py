@@ -58,6 +58,11 @@ def train(
         finished = False
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
+    _close(trial, out, as_json, finished)
+
+
+def _close(trial: Any, out: Path | None, as_json: bool, finished: bool) -> None:
+    """Files, table or JSON, and the exit code of a run that did not end well."""
     if out is not None:
         trial.write(out)
     typer.echo(json.dumps(trial.summary(), indent=2)) if as_json else trial.show(out)

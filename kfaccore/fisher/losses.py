@@ -60,7 +60,7 @@ class SoftmaxCrossEntropy:
         _check_noise(noise, f.shape[:-1], "uniform")
         p = _softmax(f)
         below = xp.cumulative_sum(p, axis=-1)
-        y = xp.sum(xp.astype(noise[..., None] >= below[None, ..., :-1], xp.int64), axis=-1)
+        y = xp.sum(xp.astype(noise[..., None] >= below[None, ..., :-1], xp.int32), axis=-1)
         return (p[None, ...] - _onehot(y, f)) * self._scale(f, target, mask)[None, ...]
 
     def _soft(self, f: Array, target: Array, mask: Array | None) -> Array:

@@ -1,0 +1,22 @@
+"""K-FAC for JAX: follows parameters through a model's jaxpr, and preconditions as an optax transformation."""
+
+from kfaccore_jax.bridge import exported, imported
+from kfaccore_jax.capture import Captured, capture
+from kfaccore_jax.layers import Layer
+from kfaccore_jax.plan import Plan, Row, plan
+from kfaccore_jax.tap import Tap
+from kfaccore_jax.transform import KFACState, kfac
+
+__all__ = [
+    "Captured",
+    "KFACState",
+    "Layer",
+    "Plan",
+    "Row",
+    "Tap",
+    "capture",
+    "exported",
+    "imported",
+    "kfac",
+    "plan",
+]

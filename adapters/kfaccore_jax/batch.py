@@ -1,0 +1,98 @@
+"""Which axis of a captured array is the batch, told from the same model traced at two batch sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from kfaccore_jax.calls import Call, View
+
+
+def doubled(args: tuple, batched: tuple[int, ...]) -> tuple:
+    """`args` with twice the examples in the arguments `batched`, as shapes."""
+
+    def double(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype)
+
+    return tuple(jax.tree.map(double, arg) if i in batched else arg for i, arg in enumerate(args))
+
+
+def examples(args: tuple, batched: tuple[int, ...]) -> int:
+    """The batch size, the first axis of every array in the arguments `batched`."""
+    sizes = {x.shape[0] if x.ndim else None for i in batched for x in jax.tree.leaves(args[i])}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(f"arguments {batched} of apply (params not counted) have first axes {sizes}; need one batch")
+    return int(sizes.pop() or 0)
+
+
+def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: bool) -> tuple[Call, str]:
+    """The call with its batch axis, and why it cannot be captured ("" if it can). x, y: shapes at n and 2 n.
+
+    minor   somewhere the model joins the batch axis behind another one, so a joined axis cannot be told apart
+    """
+    views = [(call.y, y)] if call.kind in ("bias", "scale") else [(call.y, y), (call.x, x)]
+    places = []
+    for view, (one, two) in views:
+        grown = [i for i, (p, q) in enumerate(zip(one.shape, two.shape, strict=True)) if p != q]
+        if not grown:
+            return call, f"{call.kind} on data without a batch axis"
+        if len(grown) > 1:
+            return call, f"{call.kind} on {len(grown)} axes that grow with the batch"
+        axis = _after(grown[0], view)
+        if axis not in view.shared or two.shape[grown[0]] != 2 * one.shape[grown[0]] or one.shape[grown[0]] % n:
+            return call, f"{call.kind} over the batch axis itself"
+        if one.shape[grown[0]] != n and minor:
+            return call, f"{call.kind} on a batch axis joined behind another one"
+        places.append(view.shared.index(axis))
+    if len(set(places)) > 1:
+        return call, f"{call.kind} that moves the batch axis"
+    return replace(call, batch=places[0]), ""
+
+
+def joins_behind(one: Any, two: Any) -> bool:
+    """Whether a jaxpr (here at two batch sizes) reshapes or concatenates the batch axis behind another axis."""
+    one, two = getattr(one, "jaxpr", one), getattr(two, "jaxpr", two)
+    for p, q in zip(one.eqns, two.eqns, strict=True):
+        name = p.primitive.name
+        if not p.invars or not p.outvars:
+            continue
+        before, after = _grown(p.invars[0], q.invars[0]), _grown(p.outvars[0], q.outvars[0])
+        if name == "concatenate" and p.params["dimension"] in after:
+            return True
+        if name == "reshape" and before and after and _behind(p, before[0], after[0]):
+            return True
+        inner = zip(jax.tree.leaves(list(_jaxprs(p))), jax.tree.leaves(list(_jaxprs(q))), strict=True)
+        if any(joins_behind(a, b) for a, b in inner):
+            return True
+    return False
+
+
+def _behind(eqn: Any, before: int, after: int) -> bool:
+    """Whether a reshape puts elements of earlier axes faster or slower than the batch into its axis."""
+    old, new = tuple(eqn.invars[0].aval.shape), tuple(eqn.outvars[0].aval.shape)
+    ahead = 1
+    for n in old[:before]:
+        ahead *= n
+    kept = 1
+    for n in new[:after]:
+        kept *= n
+    return ahead != kept
+
+
+def _grown(p: Any, q: Any) -> list[int]:
+    pair = zip(p.aval.shape, q.aval.shape, strict=True)
+    return [i for i, (a, b) in enumerate(pair) if a != b]
+
+
+def _jaxprs(eqn: Any):
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def _after(axis: int, view: View) -> int:
+    """Its number once `view.split` has divided an axis in two."""
+    return axis + 1 if view.split and axis > view.split[0] else axis

@@ -1,0 +1,214 @@
+"""Evaluates a jaxpr equation by equation and follows parameter leaves through it.
+
+Whatever no leaf enters is evaluated as it is, so derivative rules of the model's own functions are untouched; inner
+jaxprs are entered only where a leaf goes in. Needs jax.core.eval_jaxpr and jax.extend.core, nothing private.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from kfaccore_jax.calls import Call
+from kfaccore_jax.rules import JITS, REMATS, RULES, Out, Param, Tag, lone, moved, paired, scaled
+
+
+@dataclass
+class Walk:
+    """What one evaluation found, keyed by the place of the equation: calls, inputs kept, output shapes, and where
+    leaves went that no rule knows. `probes` are added to the outputs of calls."""
+
+    probes: dict[str, Any] | None = None
+    prefix: str = ""
+    depth: int = 0
+    calls: dict[str, Call] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    leaks: dict[int, list[str]] = field(default_factory=dict)
+
+    def inside(self, place: int, fresh: bool) -> Walk:
+        """For the jaxpr within equation `place`; a fresh one keeps its own data, to be handed out of a trace."""
+        prefix = f"{self.prefix}{place}."
+        if fresh:
+            return Walk(None, prefix, self.depth)
+        return replace(self, prefix=prefix)
+
+    def probes_of(self, place: int) -> dict[str, Any]:
+        prefix = f"{self.prefix}{place}."
+        return {key: probe for key, probe in (self.probes or {}).items() if key.startswith(prefix)}
+
+    def absorb(self, inner: Walk, data: dict[str, Any]) -> None:
+        """Take over what a fresh inner walk found."""
+        self.calls.update(inner.calls)
+        self.outputs.update(inner.outputs)
+        self.data.update(data)
+        for leaf, places in inner.leaks.items():
+            self.leaks.setdefault(leaf, []).extend(places)
+
+    def leak(self, tags: list[Tag], place: str) -> None:
+        leaves = [tag.leaf for tag in tags if isinstance(tag, Param)]
+        several = len(leaves) > 1 and place in ("mul", "add", "sub", "div", "concatenate", "dot_general", "max", "min")
+        for leaf in dict.fromkeys(leaves):
+            self.leaks.setdefault(leaf, []).append(f"{place} of two leaves" if several else place)
+
+    def capture(self, key: str, call: Call, x: Any, y: Any) -> Any:
+        """The output of a call with its probe added."""
+        self.calls[key], self.outputs[key] = call, jax.ShapeDtypeStruct(y.shape, y.dtype)
+        if x is not None:
+            self.data[key] = x
+        return y if self.probes is None else y + self.probes[key]
+
+
+def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[list[Any], list[Tag]]:
+    """Outputs of a closed jaxpr at `values`, and their tags."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    env = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
+    env.update(zip(jaxpr.invars, values, strict=True))
+    known = dict(zip(jaxpr.invars, tags, strict=True))
+    atoms = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+    uses = Counter(v for v in atoms if not isinstance(v, Literal))
+
+    def value(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else env[v]
+
+    def tag_of(v: Any) -> Tag:
+        tag = None if isinstance(v, Literal) else known.get(v)
+        return None if isinstance(tag, Out) and uses[v] > 1 else tag
+
+    for place, eqn in enumerate(jaxpr.eqns):
+        inputs, hot = [value(v) for v in eqn.invars], [tag_of(v) for v in eqn.invars]
+        outs, found = _equation(walk, jaxpr, place, eqn, inputs, hot)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        known.update(zip(eqn.outvars, found, strict=True))
+    return [value(v) for v in jaxpr.outvars], [tag_of(v) for v in jaxpr.outvars]
+
+
+def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]]:
+    """Outputs and their tags."""
+    name, hot = eqn.primitive.name, [isinstance(tag, Param) for tag in tags]
+    cold: list[Tag] = [None] * len(eqn.outvars)
+    if name in JITS and any(tag is not None for tag in tags):
+        return run(walk.inside(place, False), _inner(eqn), inputs, tags)
+    if any(hot) and name in REMATS:
+        return _remat(walk, place, eqn, inputs, tags)
+    if any(hot) and name == "scan":
+        return _scan(walk, place, eqn, inputs, tags), cold
+    outs = _evaluate(jaxpr, eqn, inputs)
+    if name == "stop_gradient":
+        return outs, cold
+    first = tags[0] if tags else None
+    if first is not None and not any(hot[1:]) and (found := moved(eqn, first)) is not None:
+        return outs, found
+    if sum(hot) == 1:
+        at = hot.index(True)
+        tag = tags[at]
+        assert isinstance(tag, Param)
+        if len(eqn.invars) == 2 and (new := scaled(eqn, tag, at, inputs[1 - at])) is not None:
+            return outs, [new]
+        done = _call(walk, place, eqn, inputs, tags, at, outs[0])
+        if done is not None:
+            return [done[0]], [done[1]]
+    if any(hot):
+        walk.leak(tags, name)
+    return outs, cold
+
+
+def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: int, y: Any) -> tuple[Any, Tag] | None:
+    """Output and tag of an equation in which one leaf meets data, or None if no rule knows it."""
+    name, tag = eqn.primitive.name, tags[at]
+    other: Any = inputs[1 - at] if len(inputs) == 2 else None
+    assert isinstance(tag, Param)
+    key, shape = f"{walk.prefix}{place}", tuple(y.shape)
+    plain = tag.factor == 1.0 and tag.scale is None
+    factor = tag.factor if tag.scale is None else tag.factor * tag.scale
+    if name in RULES:
+        call = RULES[name](eqn, tag, at)
+        if call is None:
+            return None
+        x = inputs[1][..., 0] if call.kind == "embedding" else other if plain else other * factor
+        return walk.capture(key, call, x, y), Out(key, tag.layout.of(shape))
+    if name in ("add", "add_any", "sub"):
+        sign = -1.0 if name == "sub" and at == 1 else 1.0
+        out = tags[1 - at]
+        if isinstance(out, Out) and not (name == "sub" and at == 0):
+            bias = paired(walk.calls[out.key], tuple(walk.outputs[out.key].shape), out, tag, tag.factor * sign)
+            if bias is not None and shape == tuple(out.layout.shape):
+                walk.calls[out.key] = replace(walk.calls[out.key], bias=bias)
+                return y, None
+        if plain and sign == 1.0:
+            return walk.capture(key, lone("bias", eqn, tag), None, y), None
+        return walk.capture(key, lone("scale", eqn, tag), jnp.full(shape, factor * sign, y.dtype), y), None
+    if name == "mul":
+        x = jnp.broadcast_to(other if plain else other * factor, shape)
+        return walk.capture(key, lone("scale", eqn, tag), x, y), None
+    return None
+
+
+def _evaluate(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
+    """One equation, with its source information, context and name stack."""
+    given = {v: x for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, Literal)}
+    single = jaxpr.replace(constvars=[], invars=list(given), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
+    return list(jax.core.eval_jaxpr(single, (), *given.values()))
+
+
+def _inner(eqn: Any) -> Any:
+    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+
+
+def _remat(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]]:
+    """The inner jaxpr under jax.checkpoint again; inputs of its calls are kept, all else is recomputed."""
+    seen: list[Any] = []
+
+    def body(values: list, probes: dict) -> tuple[list, dict]:
+        inner = walk.inside(place, True)
+        inner.probes = None if walk.probes is None else probes
+        outs, found = run(inner, _inner(eqn), values, tags)
+        seen[:] = [inner, found]
+        return outs, inner.data
+
+    options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
+    outs, data = jax.checkpoint(body, **options)(inputs, walk.probes_of(place))
+    walk.absorb(seen[0], data)
+    return outs, seen[1]
+
+
+def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> list[Any]:
+    """A leaf that is a constant of the scan is shared over its steps, one that is scanned over is stacked blocks."""
+    closed, p = eqn.params["jaxpr"], eqn.params
+    body_in = [v.aval.ndim for v in closed.jaxpr.invars]
+    xs = sum(v.aval.ndim != n for v, n in zip(eqn.invars, body_in, strict=True))
+    carries = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, closed.jaxpr.outvars, strict=True))
+    consts = len(inputs) - xs - carries
+    walk.leak(tags[consts : consts + carries], "scan as its carry")
+    inner_tags: list[Tag] = [*(tag if isinstance(tag, Param) else None for tag in tags[:consts]), *[None] * carries]
+    for tag in tags[consts + carries :]:
+        inner_tags.append(_row(tag, walk.depth) if isinstance(tag, Param) else None)
+    seen: list[Any] = []
+
+    def body(carry: list, x: tuple) -> tuple[list, tuple]:
+        inner = walk.inside(place, True)
+        inner.depth, inner.probes = walk.depth + 1, None if walk.probes is None else x[1]
+        outs, found = run(inner, closed, [*inputs[:consts], *carry, *x[0]], inner_tags)
+        inner.leak(found, "scan as its result")
+        seen[:] = [inner]
+        return outs[:carries], (outs[carries:], inner.data)
+
+    rows = (inputs[consts + carries :], walk.probes_of(place))
+    options = {name: p[name] for name in ("length", "reverse", "unroll")}
+    last, (ys, data) = jax.lax.scan(body, inputs[consts : consts + carries], rows, **options)
+    inner = seen[0]
+    inner.calls = {key: call.within(walk.depth) for key, call in inner.calls.items()}
+    inner.outputs = {key: jax.ShapeDtypeStruct((p["length"], *y.shape), y.dtype) for key, y in inner.outputs.items()}
+    walk.absorb(inner, data)
+    return [*last, *ys]
+
+
+def _row(tag: Param, depth: int) -> Param:
+    (n, s), *_ = tag.layout.axes
+    layout = tag.layout.squeeze((0,))
+    return replace(tag, layout=layout, stack=(*tag.stack, (depth, n, s)))

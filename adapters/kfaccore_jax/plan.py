@@ -1,0 +1,163 @@
+"""What of a model can be captured: an abstract trace, the layers found, and a table that says why for each leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfaccore import Block
+from kfaccore_jax.batch import doubled, examples, joins_behind, settled
+from kfaccore_jax.calls import Call
+from kfaccore_jax.interpret import Walk, run
+from kfaccore_jax.layers import Layer, gathered, named
+from kfaccore_jax.layout import Layout
+from kfaccore_jax.rules import Param, Tag
+from kfaccore_jax.tap import Tap
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf: its path, shape, the kind of its layer, and why it has none ("" if it has)."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+    note: str
+
+    @property
+    def covered(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How `apply(params, *args)` is captured; made by `plan`, hashable by identity, printed as the coverage table."""
+
+    apply: Callable
+    layers: tuple[Layer, ...]
+    calls: dict[str, Call]
+    outputs: dict[str, Any]
+    table: tuple[Row, ...]
+    batched: tuple[int, ...]
+    has_aux: bool
+    explicit: bool
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Sizes of the layers, as Preconditioner.init takes them."""
+        return {layer.name: layer.block for layer in self.layers}
+
+    def matrices(self, tree: Any) -> dict[str, Any]:
+        """{layer: (blocks, d_out, d_in)} of a tree like params, the bias a last column."""
+        leaves = named(tree)
+        return {layer.name: layer.matrix(leaves) for layer in self.layers}
+
+    def tree(self, like: Any, matrices: Mapping[str, Any]) -> Any:
+        """`like`, a tree like params, with the elements of the layers in `matrices` replaced."""
+        leaves = named(like)
+        for layer in self.layers:
+            if layer.name in matrices:
+                leaves = layer.scatter(leaves, matrices[layer.name])
+        return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
+
+    def __str__(self) -> str:
+        cells = [(r.leaf, str(r.shape), r.kind or "-", "NOT" if r.reason else "covered", r.note) for r in self.table]
+        wide = [max((len(row[i]) for row in cells), default=0) for i in range(5)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, wide, strict=True)).rstrip() for row in cells)
+
+
+def plan(
+    apply: Callable,
+    params: Any,
+    *args: Any,
+    batched: tuple[int, ...] = (0,),
+    has_aux: bool = False,
+    strict: bool = False,
+    explicit: bool = False,
+) -> Plan:
+    """Trace `apply(params, *args)` abstractly and find its layers; arrays or jax.ShapeDtypeStruct will do.
+
+    apply     the prediction, an array with examples on its first axis; with `has_aux` a pair of it and anything
+    batched   which of `args` hold examples, on the first axis of each of their arrays
+    strict    ValueError naming each leaf that is not covered; otherwise such leaves keep their gradient
+    explicit  follow no jaxpr: `apply` takes one more argument, a Tap, and calls it for each layer
+
+    Capture the prediction, not the loss: a penalty on a parameter inside `apply` would make it uncovered.
+    """
+    n = examples(args, batched)
+    shape = jax.eval_shape(lambda p, a: (p, a), params, args)
+    try:
+        pairs = [traced(apply, shape[0], given, has_aux, explicit) for given in (shape[1], doubled(shape[1], batched))]
+    except (TypeError, ValueError) as error:
+        error.add_note(f"plan traces apply at {n} and {2 * n} examples on the first axis of arguments {batched}")
+        raise
+    (walk, data, one), (other, data2, two) = pairs
+    if walk.calls.keys() != other.calls.keys():
+        raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
+    minor = one is not None and joins_behind(one, two)
+    calls, refused = {}, dict(walk.leaks)
+    for key, call in walk.calls.items():
+        x, y = (data.get(key), data2.get(key)), (walk.outputs[key], other.outputs[key])
+        calls[key], why = settled(call, x, y, n, minor)
+        if why:
+            for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
+                refused.setdefault(leaf, []).append(why)
+    layers, table = gathered(params, calls, refused)
+    rows = tuple(Row(*row) for row in table)
+    missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
+    if strict and missing:
+        raise ValueError("leaves that are not covered:\n" + "\n".join(missing))
+    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit)
+
+
+def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any]:
+    """What one abstract evaluation finds: the walk, shapes of the inputs kept, and the jaxpr (None if explicit)."""
+    found: list[Any] = []
+
+    def abstract(params: Any, args: tuple) -> dict:
+        _, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None)
+        found[:] = [walk, jaxpr]
+        return walk.data
+
+    data = jax.eval_shape(abstract, params, args)
+    return found[0], data, found[1]
+
+
+def evaluated(
+    apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool, probes: dict | None
+) -> tuple[Any, Any, Walk, Any]:
+    """(prediction, aux, walk, jaxpr) of `apply` with probes added to the outputs of its calls."""
+    leaves, structure = jax.tree.flatten((params, args))
+    count = len(jax.tree.leaves(params))
+    walk = Walk(probes)
+    if explicit:
+        out = apply(params, *args, Tap(walk, leaves[:count]))
+        pred, aux = out if has_aux else (out, None)
+        return pred, aux, walk, None
+
+    def flat(*leaves: Any) -> Any:
+        params, args = jax.tree.unflatten(structure, leaves)
+        return apply(params, *args)
+
+    closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    tags: list[Tag] = [Param(i, Layout.of(x.shape)) if followed(x) else None for i, x in enumerate(leaves[:count])]
+    tags += [None] * (len(leaves) - count)
+    outs, found = run(walk, closed, leaves, tags)
+    walk.leak(found[: 1 if has_aux else None], "the output itself")
+    out = jax.tree.unflatten(jax.tree.structure(shape), outs)
+    pred, aux = out if has_aux else (out, None)
+    if not hasattr(pred, "shape"):
+        raise TypeError(
+            f"apply gave a {type(pred).__name__}; need one array, or a pair of it and aux with has_aux=True"
+        )
+    return pred, aux, walk, closed
+
+
+def followed(x: Any) -> bool:
+    """Whether a leaf can carry a gradient."""
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))

@@ -1,0 +1,245 @@
+"""What an equation of a jaxpr does to a value that is a parameter leaf, or an untouched output of a captured call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from jax.extend.core import Literal
+
+from kfaccore import Window
+from kfaccore_jax.calls import BiasOf, Call, View
+from kfaccore_jax.layout import Axis, Layout
+
+
+@dataclass(frozen=True)
+class Param:
+    """A value that is `factor * scale` times elements of a leaf; `stack` are the axes that scans went over,
+    (depth, size, stride); scale is a traced number."""
+
+    leaf: int
+    layout: Layout
+    stack: tuple[tuple[int, int, int], ...] = ()
+    factor: float = 1.0
+    scale: Any = None
+
+    def times(self, factor: float = 1.0, scale: Any = None) -> Param:
+        scale = scale if self.scale is None else self.scale if scale is None else self.scale * scale
+        return replace(self, factor=self.factor * factor, scale=scale)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(depth for depth, _, _ in self.stack)
+
+    @property
+    def blocks(self) -> tuple[Axis, ...]:
+        return tuple((n, s) for _, n, s in self.stack)
+
+
+@dataclass(frozen=True)
+class Out:
+    """A value that is the output of call `key`, its elements laid out from that output's own row-major order."""
+
+    key: str
+    layout: Layout
+
+
+Tag = Param | Out | None
+JITS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
+REMATS = {"checkpoint", "remat", "remat2"}
+SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"}
+
+
+def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
+    """Tags of the outputs of an equation that only moves or selects elements, else None."""
+    name, p, layout = eqn.primitive.name, eqn.params, tag.layout
+    shape = tuple(eqn.outvars[0].aval.shape)
+    if name in SAME and len(eqn.outvars) == 1:
+        new = layout
+    elif name == "reshape" and p.get("dimensions") is None:
+        new = layout.reshape(shape)
+    elif name == "transpose":
+        new = layout.transpose(tuple(p["permutation"]))
+    elif name == "squeeze":
+        new = layout.squeeze(tuple(p["dimensions"]))
+    elif name == "broadcast_in_dim":
+        new = layout.broadcast(shape, tuple(p["broadcast_dimensions"]))
+    elif isinstance(tag, Out):
+        return None
+    elif name == "slice":
+        new = layout.slice(p["start_indices"], p["limit_indices"], p["strides"])
+    elif name == "dynamic_slice" and all(isinstance(v, Literal) for v in eqn.invars[1:]):
+        sizes = zip(layout.shape, p["slice_sizes"], strict=True)
+        start = tuple(min(max(int(v.val), 0), n - k) for v, (n, k) in zip(eqn.invars[1:], sizes, strict=True))
+        new = layout.slice(start, tuple(i + k for i, k in zip(start, p["slice_sizes"], strict=True)))
+    elif name == "split":
+        return list(_split(tag, int(p["axis"]), [int(n) for n in p["sizes"]]))
+    elif name == "neg":
+        return [tag.times(-1.0)]
+    else:
+        return None
+    return None if new is None else [replace(tag, layout=new)]
+
+
+def _split(tag: Param, axis: int, sizes: list[int]):
+    start = 0
+    for n in sizes:
+        low = tuple(start if i == axis else 0 for i in range(len(tag.layout.shape)))
+        high = tuple(start + n if i == axis else k for i, k in enumerate(tag.layout.shape))
+        yield replace(tag, layout=tag.layout.slice(low, high))
+        start += n
+
+
+def scaled(eqn: Any, tag: Param, place: int, other: Any) -> Param | None:
+    """The tag of a leaf times, over or plus one number that is no leaf, else None."""
+    name, number = eqn.primitive.name, eqn.invars[1 - place]
+    if number.aval.ndim or tuple(eqn.outvars[0].aval.shape) != tag.layout.shape:
+        return None
+    if name in ("add", "add_any") or (name == "sub" and place == 0):
+        return tag
+    if name == "sub":
+        return tag.times(-1.0)
+    value = float(number.val) if isinstance(number, Literal) else None
+    if name == "div" and place == 0:
+        return tag.times(1 / value) if value else tag.times(scale=1 / other.reshape(()))
+    if name == "mul":
+        return tag.times(scale=other.reshape(())) if value is None else tag.times(value)
+    return None
+
+
+def dense(eqn: Any, tag: Param, place: int) -> Call | None:
+    """dot_general of a leaf: contracted axes are d_in, its free axes d_out, its batch axes blocks."""
+    contract, batch = eqn.params["dimension_numbers"]
+    w, x = tag.layout, eqn.invars[1 - place].aval
+    c_w, c_x, b_w, b_x = (tuple(axes[i]) for axes in (contract, batch) for i in (place, 1 - place))
+    free_w = [i for i in range(len(w.shape)) if i not in (*c_w, *b_w)]
+    free_x = [i for i in range(x.ndim) if i not in (*c_x, *b_x)]
+    count = len(b_w)
+    first, second = (free_w, free_x) if place == 0 else (free_x, free_w)
+    y_first, y_second = range(count, count + len(first)), range(count + len(first), count + len(first) + len(second))
+    y_w, y_x = (y_first, y_second) if place == 0 else (y_second, y_first)
+    if any(w.strides[i] == 0 and w.shape[i] > 1 for i in (*c_w, *free_w)):
+        return None
+    ins = sorted(zip(c_w, c_x, strict=True), key=lambda pair: -w.strides[pair[0]])
+    outs = sorted(zip(free_w, y_w, strict=True), key=lambda pair: -w.strides[pair[0]])
+    blocks = [k for k, i in enumerate(b_w) if w.strides[i] > 0]
+    shared = [k for k, i in enumerate(b_w) if w.strides[i] == 0]
+    return Call(
+        "dense",
+        tag.leaf,
+        (*tag.blocks, *(w.axes[b_w[k]] for k in blocks)),
+        tuple(w.axes[i] for i, _ in outs),
+        tuple(w.axes[i] for i, _ in ins),
+        w.offset,
+        View(tuple(b_x[k] for k in blocks), (*(b_x[k] for k in shared), *free_x), tuple(i for _, i in ins)),
+        View(tuple(blocks), (*shared, *y_x), tuple(i for _, i in outs)),
+        stack=tag.depths,
+    )
+
+
+def conv(eqn: Any, tag: Param, place: int) -> Call | None:
+    """conv_general_dilated with a leaf for kernel; one block a group."""
+    p, w, groups = eqn.params, tag.layout, int(eqn.params["feature_group_count"])
+    numbers = p["dimension_numbers"]
+    lhs, rhs, out = (tuple(getattr(numbers, f"{side}_spec")) for side in ("lhs", "rhs", "out"))
+    axes = len(lhs) - 2
+    if place != 1 or p["batch_group_count"] != 1 or not 1 <= axes <= 3 or 0 in w.strides:
+        return None
+    pads, dilated = tuple(map(tuple, p["padding"])), tuple(p["lhs_dilation"])
+    edges = ()
+    if max(dilated) > 1 or min(v for pair in pads for v in pair) < 0:
+        edges = tuple((int(lo), int(hi), d - 1) for (lo, hi), d in zip(pads, dilated, strict=True))
+    kernel = tuple(w.shape[i] for i in rhs[2:])
+    padding = ((0, 0),) * axes if edges else tuple((int(lo), int(hi)) for lo, hi in pads)
+    window = Window(kernel, tuple(p["window_strides"]), padding, tuple(p["rhs_dilation"]))
+    size, stride = w.axes[rhs[0]]
+
+    def after(axis: int, channel: int) -> int:  # its place once `channel` is split in two
+        return axis + (axis > channel)
+
+    def view(spec: tuple[int, ...], image: bool) -> View:
+        batch, channel, *spatial = spec
+        places = tuple(after(axis, channel) for axis in spatial)
+        features = (*places, channel + 1) if image else (channel + 1,)
+        shared = (after(batch, channel),) if image else (after(batch, channel), *places)
+        return View((channel,), shared, features, (channel, groups))
+
+    return Call(
+        "conv",
+        tag.leaf,
+        (*tag.blocks, (groups, stride * (size // groups))),
+        ((size // groups, stride),),
+        (*(w.axes[i] for i in rhs[2:]), w.axes[rhs[1]]),
+        w.offset,
+        view(lhs, True),
+        view(out, False),
+        window,
+        edges,
+        tag.depths,
+    )
+
+
+def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
+    """gather of whole rows of a leaf."""
+    p, w, ids = eqn.params, tag.layout, eqn.invars[1].aval
+    numbers, out = p["dimension_numbers"], len(eqn.outvars[0].aval.shape)
+    offset = tuple(numbers.offset_dims)
+    starts = tuple(numbers.start_index_map)
+    kept = starts == (0,) or (starts == tuple(range(len(starts))) and "CLIP" in str(p["mode"]).upper())
+    rows = kept and tuple(numbers.collapsed_slice_dims) in ((), (0,))
+    whole = tuple(p["slice_sizes"]) == (1, *w.shape[1:]) and not getattr(numbers, "operand_batching_dims", ())
+    if place != 0 or not rows or not whole or tag.stack or 0 in w.strides or tag.factor != 1 or tag.scale is not None:
+        return None
+    shared = tuple(i for i in range(out) if i not in offset)
+    x, y = View((), tuple(range(ids.ndim - 1))), View((), shared, offset)
+    return Call("embedding", tag.leaf, (), w.axes[1:], w.axes[:1], w.offset, x, y)
+
+
+def lone(kind: str, eqn: Any, tag: Param) -> Call:
+    """A leaf added to or multiplied with data: a vector of d_out, or a table whose rows the other axes pick."""
+    shape = tuple(eqn.outvars[0].aval.shape)
+    w = tag.layout.stretch(shape)
+    mine = tuple(i for i, s in enumerate(w.strides) if s > 0)
+    repeated = tuple(i for i in range(len(shape)) if i not in mine)
+    outs, ins = (mine, ()) if tag.stack else (mine[-1:], mine[:-1])
+    return Call(
+        kind,
+        tag.leaf,
+        tag.blocks,
+        tuple(w.axes[i] for i in outs),
+        tuple(w.axes[i] for i in ins),
+        w.offset,
+        View(),
+        View((), (*repeated, *ins), outs),
+        stack=tag.depths,
+    )
+
+
+def paired(call: Call, shape: tuple[int, ...], out: Out, tag: Param, factor: float) -> BiasOf | None:
+    """The leaf `tag`, added to `out`, as the bias column of `call` (output of `shape`), or None if it is not one."""
+    lain = tag.layout.stretch(out.layout.shape)
+    order = tuple(sorted(range(len(lain.shape)), key=lambda i: (-out.layout.strides[i], i)))
+    seen = lain.transpose(order).reshape(shape) if prod(out.layout.shape) == prod(shape) else None
+    if seen is None or tag.scale is not None or call.bias:
+        return None
+    axes = list(seen.axes)
+    if call.y.split:
+        axis, groups = call.y.split
+        n, s = axes[axis]
+        axes[axis : axis + 1] = [(groups, s * (n // groups)), (n // groups, s)]
+    if tag.depths != call.stack or any(axes[i][1] and axes[i][0] > 1 for i in call.y.shared):
+        return None
+    own = [axes[i] for i in (*call.y.blocks, *call.y.features)]
+    if any(s == 0 and n > 1 for n, s in own):
+        return None
+    blocks = (*tag.blocks, *(axes[i] for i in call.y.blocks))
+    return BiasOf(tag.leaf, blocks, tuple(axes[i] for i in call.y.features), seen.offset, factor)
+
+
+RULES: dict[str, Callable[[Any, Param, int], Call | None]] = {
+    "dot_general": dense,
+    "conv_general_dilated": conv,
+    "gather": embedding,
+}

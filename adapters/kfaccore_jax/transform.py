@@ -1,0 +1,196 @@
+"""K-FAC as an optax transformation: records come in as an extra argument, the state is a tree of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfaccore import KFAC, Block, Clocks, Code, Factored, Fixed, Hyper, Identity, Preconditioner, Record, Schedules
+from kfaccore_jax.layers import named
+from kfaccore_jax.plan import Plan, followed
+from kfaccore_jax.trees import register
+
+if TYPE_CHECKING:
+    import optax
+
+
+class KFACState(NamedTuple):
+    """The Preconditioner's state, the code of each block after the last step, and how often each code came up."""
+
+    core: Any
+    codes: dict[str, Any]
+    counts: Any
+
+
+def kfac(
+    plan: Plan,
+    methods: Any = KFAC(),  # noqa: B008 frozen
+    clocks: Clocks = Clocks(),  # noqa: B008 frozen
+    schedules: Schedules = Schedules(),  # noqa: B008 frozen
+    step: Any = Fixed(),  # noqa: B008 frozen
+) -> optax.GradientTransformationExtraArgs:
+    """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
+
+    `update(grads, state, params, *, records, fresh=None, damping=None, factored=None)`:
+
+    records    {layer: Record} of this batch, or None to leave the statistics alone
+    fresh      True or False: whether inverses are refreshed, decided outside jit (a static argument: two compiled
+               variants); None: decided inside by `clocks` and the step count, with lax.cond
+    damping    a number in place of the scheduled one
+    factored   {layer: Factored} in place of those layers' gradients
+
+    methods and schedules as in kfaccore.Preconditioner; a schedule sees a traced step, as optax's do. Leaves without
+    a layer keep their gradient. Layers of masked leaves are left out.
+    """
+    import optax
+
+    if step.judges or step.needs_records:
+        raise ValueError(f"step is {step}; kfac() takes rules that neither judge nor need records: Fixed(...)")
+    rule = _Transformation(plan, methods, clocks, schedules, step)
+    return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, eq=False)
+class _Transformation:
+    """The numbers of `kfac`, and its two functions."""
+
+    plan: Plan
+    methods: Any
+    clocks: Clocks
+    schedules: Schedules
+    step: Any
+
+    def init(self, params: Any) -> KFACState:
+        plan, leaves = self.plan, [x for x in jax.tree.leaves(params) if followed(x)]
+        blocks = _blocks(plan, params)
+        like = jnp.zeros((), jnp.promote_types(jnp.result_type(*leaves), jnp.float32))
+        core = register(Preconditioner(_methods(self.methods, plan, blocks), step=self.step).init(blocks, like))
+        codes = {name: jnp.full((b.blocks,), int(Code.IDENTITY), jnp.int32) for name, b in blocks.items()}
+        return KFACState(replace(core, step=jnp.asarray(0)), codes, jnp.zeros(len(Code), jnp.int32))
+
+    def update(
+        self,
+        grads: Any,
+        state: KFACState,
+        params: Any = None,
+        *,
+        records: Mapping[str, Record] | None,
+        fresh: bool | None = None,
+        damping: Any = None,
+        factored: Mapping[str, Factored] | None = None,
+        **extra: Any,
+    ) -> tuple[Any, KFACState]:
+        core, blocks, plan = state.core, dict(state.core.blocks), self.plan
+        given = {name: record for name, record in (records or {}).items() if name in blocks}
+        if fresh is None and self.clocks.update == 1 and not given:
+            raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
+        hypers = {name: self.schedules.hyper(name, core.step) for name in blocks}
+        if damping is not None:
+            hypers = {name: replace(hyper, damping=damping) for name, hyper in hypers.items()}
+        chosen = _methods(self.methods, plan, blocks)
+        if fresh is None:
+            due = _due(core.step, self.clocks.update), _due(core.step, self.clocks.refresh)
+            chosen = {name: _Gated(method, *due) for name, method in chosen.items()}
+        clocks = Clocks(1 if given else 2, 2 if fresh is False else 1)
+        pre = Preconditioner(chosen, clocks, _Given(l2=self.schedules.l2, hypers=_Table(hypers)), step=self.step)
+        matrices = {**_matrices(plan, grads, blocks), **{k: v for k, v in (factored or {}).items() if k in blocks}}
+        directions, after, info = pre.step(replace(core, step=1), given, matrices)  # 1: only clocks of 1 strike
+        seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in info.codes.values()])
+        counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
+        after = replace(after, step=core.step + 1)
+        return _tree(plan, grads, directions), KFACState(after, dict(info.codes), counts)
+
+
+def _present(plan: Plan, leaves: Mapping[str, Any]) -> list:
+    """Layers all of whose leaves are there."""
+    return [layer for layer in plan.layers if all(part.leaf in leaves for part in layer.parts)]
+
+
+def _blocks(plan: Plan, params: Any) -> dict[str, Block]:
+    """Of the layers whose leaves are in `params`, and of leaves without a layer, one column each."""
+    leaves = named(params)
+    blocks = {layer.name: layer.block for layer in _present(plan, leaves)}
+    owned = {part.leaf for layer in _present(plan, leaves) for part in layer.parts}
+    rest = {k: x for k, x in leaves.items() if k not in owned and followed(x)}
+    return blocks | {name: Block(x.size, 1) for name, x in rest.items()}
+
+
+def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block]) -> dict[str, Any]:
+    """One a block; Identity for leaves without a layer."""
+    layers = plan.blocks
+    missing = sorted(set(blocks) & set(layers) - set(methods)) if isinstance(methods, Mapping) else []
+    if missing:
+        raise ValueError(f"methods has no entry for layers {missing}; give them one, Identity() to leave them alone")
+    found = methods if isinstance(methods, Mapping) else dict.fromkeys(layers, methods)
+    return {name: found[name] if name in layers else Identity() for name in blocks}
+
+
+def _matrices(plan: Plan, grads: Any, blocks: Mapping[str, Block]) -> dict[str, Any]:
+    leaves = named(grads)
+    found = {layer.name: layer.matrix(leaves) for layer in _present(plan, leaves)}
+    return found | {name: leaves[name].reshape(1, -1, 1) for name in blocks if name not in found}
+
+
+def _tree(plan: Plan, grads: Any, directions: Mapping[str, Any]) -> Any:
+    leaves = named(grads)
+    names = list(leaves)
+    for layer in _present(plan, leaves):
+        leaves = layer.scatter(leaves, directions[layer.name])
+    for name in set(directions) - set(plan.blocks):
+        leaves[name] = directions[name].reshape(leaves[name].shape).astype(leaves[name].dtype)
+    return jax.tree.unflatten(jax.tree.structure(grads), [leaves[name] for name in names])
+
+
+def _due(step: Any, every: int) -> Any:
+    """Whether the clock strikes at a traced step; True when it always does."""
+    return True if every == 1 else step % every == 0
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Hyper of each layer; equal to nothing else."""
+
+    of: dict[str, Hyper]
+
+
+@dataclass(frozen=True)
+class _Given(Schedules):
+    """Numbers evaluated already, at the traced step."""
+
+    hypers: _Table | None = None
+
+    def hyper(self, name: str, step: int) -> Hyper:
+        assert self.hypers is not None
+        return self.hypers.of[name]
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """A method whose measure, update and refresh happen when traced flags say so."""
+
+    method: Any
+    updates: Any
+    refreshes: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def measure(self, state: Any, record: Record, hyper: Hyper) -> Any:
+        def real() -> Any:
+            return register(self.method.measure(state, record, hyper))
+
+        return _when(self.updates, real, lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(real)))
+
+    def update(self, state: Any, stats: Any, hyper: Hyper, donate: bool = False) -> Any:
+        return _when(self.updates, lambda: self.method.update(state, stats, hyper), lambda: state)
+
+    def refresh(self, state: Any, hyper: Hyper) -> Any:
+        return _when(self.refreshes, lambda: self.method.refresh(state, hyper), lambda: state)
+
+
+def _when(flag: Any, yes: Any, no: Any) -> Any:
+    return yes() if flag is True else jax.lax.cond(flag, yes, no)

@@ -1,0 +1,59 @@
+"""kfaccore's dataclasses as JAX trees, so that jit, cond, donation and checkpoints see their arrays."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import jax
+
+from kfaccore import Factored, Ids, Patches, Record
+
+_known: set[type] = set()
+
+
+def register(tree: Any) -> Any:
+    """`tree`, after every dataclass type in it has become a JAX tree node."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        _register(type(tree))
+        for name in _names(type(tree))[0]:
+            register(getattr(tree, name))
+    elif isinstance(tree, dict):
+        for child in tree.values():
+            register(child)
+    elif isinstance(tree, tuple | list):
+        for child in tree:
+            register(child)
+    return tree
+
+
+def _names(kind: type) -> tuple[list[str], list[str]]:
+    """Fields that are children, and fields that are structure."""
+    static = _STATIC.get(kind, ())
+    fixed = [f.name for f in fields(kind) if f.metadata.get("static") or f.name in static]
+    return [f.name for f in fields(kind) if f.name not in fixed], fixed
+
+
+def _register(kind: type) -> None:
+    """Rebuilding skips __init__: JAX puts placeholders where arrays were."""
+    if kind in _known:
+        return
+    _known.add(kind)
+    children, fixed = _names(kind)
+
+    def flatten(x: Any) -> tuple[list, tuple]:
+        keys = [(jax.tree_util.GetAttrKey(name), getattr(x, name)) for name in children]
+        return keys, tuple(getattr(x, name) for name in fixed)
+
+    def unflatten(structure: tuple, values: Any) -> Any:
+        x = object.__new__(kind)
+        for name, value in (*zip(fixed, structure, strict=True), *zip(children, values, strict=True)):
+            object.__setattr__(x, name, value)
+        return x
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten, unflatten)
+
+
+_STATIC = {Ids: ("size",), Patches: ("window", "bias")}
+for _kind in (Record, Factored, Ids, Patches):
+    _register(_kind)

@@ -1,0 +1,108 @@
+"""Models that are not covered, each with the exact reason in the table; and misuse of plan and capture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jax_models import mlp, mlp_params, normal
+from jax_needed import jax, jnp, kj, lax
+
+W, X = normal((4, 4)), normal((6, 4), seed=2)
+
+
+@jax.custom_vjp
+def by_hand(x, w):
+    return x @ w
+
+
+by_hand.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+
+def carried(w, x):
+    return lax.scan(lambda w, x: (0.9 * w, x @ w), w, x[None])[1][0]
+
+
+REFUSED = {  # model of one leaf w (4, 4): the reason
+    "cond": (lambda w, x: lax.cond(True, lambda w: x @ w, lambda w: x - w[0], w), "goes into: cond"),
+    "custom_vjp": (lambda w, x: by_hand(x, w), "goes into: custom_vjp_call"),
+    "masked": (lambda w, x: x @ (w * jnp.tri(4)), "goes into: scale on data without a batch axis"),
+    "squared": (lambda w, x: x @ (w * w), "goes into: mul of two leaves"),
+    "normalised": (lambda w, x: x @ (w / jnp.linalg.norm(w)), "goes into: mul of two leaves"),
+    "softmax": (lambda w, x: x @ jax.nn.softmax(w), "goes into: reduce_max, bias on data without a batch axis"),
+    "concatenated": (lambda w, x: x @ jnp.concatenate([w, w], 1), "goes into: concatenate of two leaves"),
+    "exponential": (lambda w, x: x @ jnp.exp(w), "goes into: exp"),
+    "penalty": (lambda w, x: x @ w + (w**2).sum(), "goes into: integer_pow"),
+    "transposed twice": (lambda w, x: jnp.tanh(x @ w) @ w.T, "goes into: dense in two arrangements"),
+    "tied": (
+        lambda w, x: jnp.tanh(w[(10 * x[:, 0]).astype(int) % 4]) @ w.T,
+        "goes into: used as dense and embedding",
+    ),
+    "scan carry": (carried, "goes into: scan as its carry"),
+    "product of leaves": (lambda w, x: x @ (w @ w), "goes into: dot_general of two leaves"),
+    "output": (lambda w, x: jnp.broadcast_to(w, (x.shape[0], 4, 4)), "goes into: the output itself"),
+    "gathered columns": (lambda w, x: x @ w[:, jnp.array([2, 0])], "goes into: gather"),
+    "sorted": (lambda w, x: x @ jnp.sort(w, 0), "goes into: sort"),
+    "batch contracted": (lambda w, x: x * (x.T @ x @ w).sum(), "goes into: dense on data without a batch axis"),
+    "indexed by data": (
+        lambda w, x: lax.dynamic_slice(w, (x[0, 0].astype(int), 0), (2, 4)) @ x[0] + x[:, :2],
+        "goes into: dynamic_slice",
+    ),
+    "never used": (lambda w, x: x, "never used"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_reason_is_printed(name):
+    apply, reason = REFUSED[name]
+    plan = kj.plan(lambda p, x: apply(p["w"], x), {"w": W}, X)
+    (row,) = plan.table
+    assert row.reason == reason
+    assert str(plan).split() == ["w", "(4,", "4)", "-", "NOT", *reason.split()]
+    assert not plan.layers
+    with pytest.raises(ValueError, match=r"leaves that are not covered:\nw \(4, 4\): "):
+        kj.plan(lambda p, x: apply(p["w"], x), {"w": W}, X, strict=True)
+
+
+def test_the_table_names_layers_and_biases():
+    plan = kj.plan(mlp, mlp_params(), normal((6, 5)))
+    assert str(plan).splitlines() == [
+        "0.0  (5, 4)  dense  covered  1 call, with bias 0.1",
+        "0.1  (4,)    bias   covered  1 call, of 0.0",
+        "1.0  (4, 3)  dense  covered  1 call, with bias 1.1",
+        "1.1  (3,)    bias   covered  1 call, of 1.0",
+    ]
+
+
+def test_a_refused_leaf_leaves_the_others_covered():
+    def apply(p, x):
+        return mlp(p["net"], x) + jnp.exp(p["odd"])
+
+    plan = kj.plan(apply, {"net": mlp_params(), "odd": normal((3,))}, normal((6, 5)))
+    assert set(plan.blocks) == {"net.0.0", "net.1.0"}
+
+
+def test_misuse_is_named():
+    with pytest.raises(ValueError, match=r"first axes \{(6, 5|5, 6)\}; need one batch"):
+        kj.plan(lambda p, x, y: x @ p, W, X, normal((5, 4)), batched=(0, 1))
+    with pytest.raises(TypeError, match="apply gave a tuple; need one array"):
+        kj.plan(lambda p, x: (x @ p, x), W, X)
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions") as caught:
+        kj.plan(lambda p, x: x @ p, W, normal((6, 3)))
+    assert "plan traces apply at 6 and 12 examples" in caught.value.__notes__[-1]
+    plan = kj.plan(lambda p, x: x @ p if x.ndim == 2 else x, W, X)
+    with pytest.raises(ValueError, match="apply runs other layers than when it was planned"):
+        kj.capture(plan, W, X[:, None])
+    with pytest.raises(ValueError, match="that is no leaf of params"):
+        kj.plan(lambda p, x, tap: tap.dense(x, 2 * p), W, X, explicit=True)
+
+
+def test_the_batch_axis_is_where_the_batch_is():
+    n, x = 6, normal((6, 4, 4), seed=4)
+    minor = kj.plan(lambda p, x: (x.swapaxes(0, 1).reshape(-1, 4) @ p).reshape(4, -1, 4).sum(0), W, x)
+    assert minor.table[0].reason == "goes into: dense on a batch axis joined behind another one"
+    major = kj.plan(lambda p, x: (x.reshape(-1, 4) @ p).reshape(-1, 4, 4).sum(1), W, x)
+    assert major.table[0].covered
+    records = kj.capture(major, W, x).records(jnp.ones((1, n, 4)), n)
+    assert records["params"].a.shape == (1, 6, 4, 4)
+    np.testing.assert_array_equal(records["params"].a[0], x)
