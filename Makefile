@@ -7,16 +7,19 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO = .venv-demo
 TEST = .venv-test
-BENCHES = step_cost conv_patches digits self_tuning
+BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
+	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test lint bench mutants test-jax-matrix clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore train digits-autoencoder --method kfac --against adam,sgd --out runs/demo
 	$(DEMO)/bin/kfaccore inspect runs/demo/run.safetensors
 
+# TensorFlow in a process of its own: beside other frameworks it can abort it.
 test: $(TEST)/ready
-	REQUIRE=torch,jax,tensorflow $(TEST)/bin/python -m pytest
+	REQUIRE=torch,jax $(TEST)/bin/python -m pytest -n 2 --ignore-glob='*/test_tensorflow*'
+	REQUIRE=tensorflow $(TEST)/bin/python -m pytest -n 2 tests/test_tensorflow*.py
 
 lint: $(TEST)/ready
 	$(TEST)/bin/ruff check .
@@ -41,5 +44,12 @@ $(TEST)/ready: pyproject.toml constraints.txt
 	$(TEST)/bin/python $(PIP) -e '.[dev,torch,jax,jax-models,tensorflow]'
 	touch $@
 
+# The oldest and newest JAX beside the pinned one, each in an environment of its own.
+test-jax-matrix:
+	for v in 0.6.2 0.11.2; do \
+		$(PYTHON) -m venv .venv-jax-$$v && \
+		.venv-jax-$$v/bin/python -m pip install --quiet -e '.[test,jax-models]' "jax==$$v" optax && \
+		.venv-jax-$$v/bin/python -m pytest tests/test_jax_*.py || exit 1; done
+
 clean:
-	rm -rf $(DEMO) $(TEST) runs dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) .venv-jax-* runs dist build .pytest_cache .ruff_cache .hypothesis

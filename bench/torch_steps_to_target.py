@@ -114,7 +114,9 @@ def tasks() -> dict[str, Task]:
 
 
 def ours(model: nn.Module, loss: nn.Module, sharing: Any = kf.expand) -> Callable:
-    core = kf.Preconditioner(kf.KFAC(sharing), step=kf.SelfTuning(), donate=True)
+    blocks = {name: layer.kind.block() for name, layer in kt.plan(model).layers.items()}
+    methods = {name: kf.KFAC(kf.expand if block.diagonal_in else sharing) for name, block in blocks.items()}
+    core = kf.Preconditioner(methods, step=kf.SelfTuning(), donate=True)
     optimizer = kt.Optimizer(model, loss, core)
     return optimizer.step
 

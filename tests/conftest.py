@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 
 REQUIRED = tuple(filter(None, os.environ.get("REQUIRE", "").split(",")))
+for _name in REQUIRED:
+    if not importlib.util.find_spec(_name):
+        raise pytest.UsageError(f"REQUIRE names {_name}, which is not installed")
 RAN: set[tuple[str, str]] = set()
 
 
@@ -76,8 +79,6 @@ def _namespaces() -> list[Namespace]:
     for name, make in (("torch", _torch), ("jax", _jax)):
         if importlib.util.find_spec(name):
             found.append(make())
-        elif name in REQUIRED:
-            raise pytest.UsageError(f"REQUIRE names {name}, which is not installed")
     if _has_gpu():
         found.append(_cupy())
     return found
@@ -102,13 +103,19 @@ def rng() -> np.random.Generator:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     params = getattr(getattr(item, "callspec", None), "params", {})
-    if report.when == "call" and report.passed and {"xp", "row"} <= set(params):
-        RAN.add((params["xp"].name, params["row"].name))
+    if {"xp", "row"} <= set(params):
+        report.user_properties.append(("pair", (params["xp"].name, params["row"].name)))
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Runs in the process that prints, whichever ran the test."""
+    if report.when == "call" and report.passed:
+        RAN.update(tuple(value) for name, value in report.user_properties if name == "pair")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if RAN:
+    if RAN and not hasattr(config, "workerinput"):
         namespaces, methods = (", ".join(sorted({pair[i] for pair in RAN})) for i in (0, 1))
         print(f"namespaces x methods: {namespaces} x {methods} ({len(RAN)} pairs)")

@@ -132,6 +132,55 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "test_patches.py",
     ),
     ("smoothing ignored", "fisher/losses.py", "self.smoothing / f.shape[-1]", "0.0", "test_fisher.py"),
+    (
+        "in-place activations: outputs instead of edges",
+        "../kfaccore_torch/capture.py",
+        'x, edge = given["input"].detach(), get_gradient_edge(output)',
+        'x, edge = given["input"].detach(), output',
+        "test_torch_capture.py",
+    ),
+    (
+        "torch mean of squares: n without its half",
+        "../kfaccore_torch/losses.py",
+        "f.numel() / 2",
+        "float(f.numel())",
+        "test_torch_losses.py",
+    ),
+    (
+        "negative bit kept",
+        "../kfaccore_torch/bridge.py",
+        ".resolve_conj().resolve_neg()",
+        "",
+        "test_torch_bridge.py",
+    ),
+    (
+        "attention's positions taken for examples",
+        "../kfaccore_torch/records.py",
+        "return x.reshape(positions, -1, d).movedim(1, 0)",
+        "return x.reshape(positions, -1, d)",
+        "test_torch_capture.py",
+    ),
+    (
+        "decoupled decay forgotten",
+        "../kfaccore_torch/optimizer.py",
+        "x + shrink * old if shrink else x",
+        "x",
+        "test_torch_shells.py",
+    ),
+    (
+        "triangle unpacked without its mirror",
+        "placement.py",
+        "back[rows, columns] = back[columns, rows] = np.arange(len(rows))",
+        "back[:] = 0; back[rows, columns] = np.arange(len(rows))",
+        "test_torch_distributed.py",
+    ),
+    (
+        "greedy placement by name, not by load",
+        "placement.py",
+        "owner = min(group, key=lambda r: load[r])",
+        "owner = min(group)",
+        "test_torch_distributed.py",
+    ),
 ]
 
 
@@ -141,7 +190,8 @@ def killed(file: str, old: str, new: str, tests: str) -> bool | None:
         for name in ("kfaccore", "tests"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        shutil.copytree(ROOT / "adapters/kfaccore_numpy", Path(folder) / "kfaccore_numpy")
+        for adapter in (ROOT / "adapters").iterdir():
+            shutil.copytree(adapter, Path(folder) / adapter.name, ignore=shutil.ignore_patterns("__pycache__"))
         path = Path(folder) / "kfaccore" / file
         text = path.read_text()
         if text.count(old) != 1:
