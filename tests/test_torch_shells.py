@@ -594,3 +594,21 @@ def test_a_token_mask_leaves_padding_out():
     equal(found[0], found[1])
     unpadded = kt.Preconditioner(model, kf.SoftmaxCrossEntropy(), core(), fisher=kf.type2)
     equal(directions(model, x[:, :3], y[:, :3], pre=unpadded), found[0])
+
+
+def test_saved_records(tmp_path):
+    """Per-example gradients of the file are those of torch.func; the mean gradient is the loss's own."""
+    model, (x, y) = mlp(), labelled()
+    kt.save_records(tmp_path / "r", model, nn.CrossEntropyLoss(), x, y, fisher=kf.empirical)
+    found, grads = kf.load_records(tmp_path / "r")[:2]
+    params = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(params, x, y):
+        return nn.functional.cross_entropy(torch.func.functional_call(model, params, (x[None],)), y[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, y)
+    for name in ("0", "2"):
+        J = torch.cat([each[f"{name}.weight"], each[f"{name}.bias"][..., None]], -1).numpy()
+        np.testing.assert_allclose(np.asarray(found[name].examples())[0, 0], J, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(np.asarray(grads[name]).reshape(J[0].shape), J.mean(0), rtol=1e-10, atol=1e-12)
+    assert all(p.grad is None for p in model.parameters())

@@ -157,6 +157,24 @@ class Engine:
             raise ValueError(f"not a state of kfaccore: it has the keys {sorted(found)[:5]}")
         self.state = kf.unflatten({path: x.numpy() for path, x in found["state"].items()}, self.state)
 
+    def save(self, path: Any, **meta: Any) -> None:
+        """Parameters as matrices and the state in one file that every adapter reads; every rank must call it."""
+        layers = self.plan.layers
+        with ordered(self.namespace, self.device):
+            params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
+            kf.save(path, {"params": params, "state": self.core.gather(self.state)}, **meta)
+
+    def load(self, path: Any) -> None:
+        """Continue from a file of any adapter; ValueError, changing nothing, if it is of other layers or sizes."""
+        layers = self.plan.layers
+        params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
+        found = kf.load(path, like={"params": params, "state": self.state})
+        with torch.no_grad():
+            for name, layer in layers.items():
+                for role, x in self.tensors(layer, found["params"][name]).items():
+                    layer.parameters[role].copy_(x)
+        self.state = found["state"]
+
 
 def _owned(x: Any) -> Any:
     """`like` of a state, whose NumPy view must be writable."""

@@ -172,6 +172,14 @@ class Optimizer:
 
         return place
 
+    def save(self, path: Any, **meta: Any) -> None:
+        """Covered parameters and state, without that of `rest`, in one file that every adapter of kfaccore reads."""
+        self.engine.save(path, **meta)
+
+    def load(self, path: Any) -> None:
+        """Continue from a file of any adapter; ValueError, and no change, if it is another model's."""
+        self.engine.load(path)
+
     def state_dict(self) -> dict[str, Any]:
         """For torch.save; resumes bit for bit on any device."""
         rest = {} if self.rest is None else {"rest": self.rest.state_dict()}

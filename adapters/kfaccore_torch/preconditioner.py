@@ -113,6 +113,14 @@ class Preconditioner:
                     f"capture(), and is checkpointing non-reentrant (use_reentrant=False)?"
                 )
 
+    def save(self, path: Any, **meta: Any) -> None:
+        """Covered parameters and state in one file that every adapter of kfaccore reads."""
+        self.engine.save(path, **meta)
+
+    def load(self, path: Any) -> None:
+        """Continue from a file of any adapter; ValueError, and no change, if it is another model's."""
+        self.engine.load(path)
+
     def state_dict(self) -> dict[str, Any]:
         """For torch.save; resumes bit for bit on any device."""
         return self.engine.state_dict()
