@@ -155,7 +155,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "attention's positions taken for examples",
-        "../kfaccore_torch/records.py",
+        "../kfaccore_torch/rows.py",
         "return x.reshape(positions, -1, d).movedim(1, 0)",
         "return x.reshape(positions, -1, d)",
         "test_torch_capture.py",

@@ -16,8 +16,8 @@ from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Call, Capture
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.losses import FISHERS, objective
-from kfaccore_torch.records import record
 from kfaccore_torch.report import Coverage, coverage
+from kfaccore_torch.rows import record
 from kfaccore_torch.table import Layer, Plan, plan, unwrapped
 
 

@@ -14,8 +14,8 @@ from kfaccore.layers import Linear
 from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Call
 from kfaccore_torch.engine import Batch, Engine, Settings
-from kfaccore_torch.records import output_rows, rows
 from kfaccore_torch.report import Coverage
+from kfaccore_torch.rows import output_rows, rows
 from kfaccore_torch.table import unwrapped
 
 

@@ -122,7 +122,7 @@ def _figures(target: _Target, label: str, method: Any, repeats: int, converged: 
     known |= _direction_error(target.x.ravel(), np.asarray(solution.direction).ravel())
     try:
         return Figures(**known, **_block_error(target, method, state))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, TypeError) as error:
         return Figures(**{**known, "note": str(error)}, norm=exact.norm if exact.exact else float("nan"))
 
 
@@ -132,7 +132,10 @@ def fitted(method: Any, record: Record, damping: float, probe: np.ndarray | None
     state, hyper = settle(method, record, damping=damping), Hyper(0, 0.0, damping)
     if probe is None or method.cycles == 1:
         return state
-    old = method.matvec(state, probe, hyper)
+    try:
+        old = method.matvec(state, probe, hyper)
+    except (ValueError, TypeError):  # inverses only: no F~ that could stand still
+        return state
     for _ in range(3000):
         state = method.update(state, method.measure(state, record, hyper), hyper)
         new = method.matvec(state, probe, hyper)

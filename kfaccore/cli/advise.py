@@ -38,7 +38,7 @@ def advise(
     if bool(memory) == bool(time):
         fail("give one budget: --memory 4MB or --time 20ms")
     budget = _number("--memory", memory, BYTES) if memory else _number("--time", time, SECONDS)
-    named = chosen(methods)
+    named = chosen(methods, own=False)
     layers, grads = read(records)
     figures = measured(layers, named, grads, damping)
     try:

@@ -77,6 +77,7 @@ def _show(figures: list[Any], summary: dict[str, Any]) -> None:
         table.add_row(f.layer if f.layer != layer else "", f.method, *cells)
         layer = f.layer
     console = Console()
+    console = console if console.is_terminal else Console(width=120)
     console.print(table)
     console.print(
         "F error: ‖F - F~‖ / ‖F‖; x = (F + λ I)⁻¹ gradient, x error: ‖x~ - x‖ / ‖x‖; trace: tr F~ / tr F.",

@@ -20,11 +20,14 @@ def read(paths: list[Path]) -> tuple[Any, Any]:
         return fail(str(error))
 
 
-def chosen(names: str) -> dict[str, Any]:
-    """The methods of the catalogue called `names`, all of them for an empty string, each as constructed."""
+def chosen(names: str, own: bool = True) -> dict[str, Any]:
+    """The methods of the catalogue called `names`, each as constructed; for an empty string all that take one loss
+    term, and unless `own` none that solves with the very batch it is judged by."""
     from kfaccore.methods import CATALOGUE
 
-    wanted = [name for name in names.split(",") if name] or list(CATALOGUE)
+    usual = [name for name, kind in CATALOGUE.items() if not hasattr(kind, "terms")]
+    usual = [name for name in usual if own or not getattr(CATALOGUE[name], "own_gradients", False)]
+    wanted = [name for name in names.split(",") if name] or usual
     for name in wanted:
         if name not in CATALOGUE:
             fail(f"no method {name!r}; there are {', '.join(CATALOGUE)}")

@@ -48,21 +48,21 @@ def costs(found: dict[str, dict[str, float]], path: Path) -> None:
     plt = _pyplot(path)
     if plt is None:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharex=True, layout="constrained")
     keys = {"error": "block: ‖F - F~‖ / ‖F‖", "inverse_error": "direction: ‖x~ - x‖ / ‖x‖"}
     for panel, (key, title) in zip(panels, keys.items(), strict=True):
-        for name, row in found.items():
+        for index, (name, row) in enumerate(found.items()):
+            error = min(max(row[key], 1e-3), 2.0)  # what is off the scale sits on its edge
             if row[key] == row[key] and row["seconds"] == row["seconds"]:
-                point = panel.scatter(row["seconds"], max(row[key], 1e-8), s=36)
-                panel.annotate(
-                    name,
-                    (row["seconds"], max(row[key], 1e-8)),
-                    textcoords="offset points",
-                    xytext=(5, 4),
-                    color=point.get_facecolor()[0],
-                )
-        panel.set(xlabel="seconds a step", xscale="log", yscale="log", title=title)
+                marker, colour = "osD^vPX*"[index % 8], f"C{index % 10}"
+                panel.scatter(row["seconds"], error, s=60, marker=marker, color=colour, label=name, alpha=0.8)
+        panel.set(xlabel="seconds a step", ylabel="error, from 0.001 to 2", xscale="log", yscale="log", title=title)
         panel.grid(alpha=0.3, which="both")
+    handles = {}
+    for panel in panels:
+        points, labels = panel.get_legend_handles_labels()
+        handles |= dict(zip(labels, points, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
