@@ -482,7 +482,7 @@ def search(rule, f, before, motion=None):
     opt = kf.Preconditioner(kf.Identity(), step=rule)
     state = opt.init({"x": kf.Block(1, 1)}, np.zeros(1))
     if motion is not None:
-        state = kf.preconditioner.State(1, state.layers, motion, state.blocks)
+        state = replace(state, step=1, motion=motion)
     record = {"x": kf.Record(np.ones((1, 1)), np.ones((1, 1)), 1.0)}
     updates, state, _ = opt.step(state, record, {"x": np.ones((1, 1))})
     where, tries = [float(updates["x"][0, 0])], []
