@@ -110,7 +110,8 @@ def test_public_surface():
     promised = (
         "Record Ids Patches Window Factored dense concat expand reduce Block Hyper Code Solution settle KFAC EKFAC "
         "Diagonal Identity Exact direction SoftmaxCrossEntropy Bernoulli Gaussian type2 monte_carlo empirical "
-        "Preconditioner Clocks Schedules Fixed Serial save load"
+        "Preconditioner Clocks Schedules Fixed Serial save load SelfTuning LineSearch CGFAC SKFAC FNGD SINGD "
+        "RandomizedKFAC BrandKFAC KPSVD Deflation Lanczos KFACCorrected TKFAC TEKFAC TwoLevel Tridiagonal PINNKFAC"
     )
     assert set(promised.split(" ")) <= set(kf.__all__)
     for name in kf.__all__:
