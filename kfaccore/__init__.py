@@ -54,7 +54,7 @@ from kfaccore.methods import (
     Lanczos,
     RandomizedKFAC,
 )
-from kfaccore.network import GaussNewton, Tridiagonal, TwoLevel
+from kfaccore.network import GaussNewton, GlobalFNGD, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
@@ -94,6 +94,7 @@ __all__ = [
     "Fixed",
     "GaussNewton",
     "Gaussian",
+    "GlobalFNGD",
     "GridSearch",
     "Hyper",
     "Identity",
