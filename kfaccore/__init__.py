@@ -61,7 +61,7 @@ from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.records import load_records, save_records
 from kfaccore.rescale import KLClip, NormConstraint
 from kfaccore.schedule import Clocks, Schedules
-from kfaccore.sharing import Subsample, concat, expand, mean_mean, reduce, sum_sum
+from kfaccore.sharing import ReceptiveMean, Subsample, concat, expand, mean_mean, reduce, sum_sum
 from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
 from kfaccore.weighting import own_gradients, weighted
 
@@ -112,6 +112,7 @@ __all__ = [
     "Quadratic",
     "RandomizedKFAC",
     "Rank",
+    "ReceptiveMean",
     "Record",
     "Relative",
     "Schedules",

@@ -5,6 +5,7 @@ Source: Eschenhagen et al. 2023 (2311.00636) for expand and reduce.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +118,45 @@ class Subsample:
         mask = None if record.mask is None else xp.take(record.mask, index, axis=1)
         g = xp.take(record.g, index, axis=3) * (record.shared / len(chosen)) ** 0.5
         return expand(Record(a, g, record.n, mask, record.ids))
+
+
+@dataclass(frozen=True)
+class ReceptiveMean:
+    """A of a convolution from the mean over each patch: A = I_K (x) A_c, with a lone 1 for the bias.
+
+    positions   K, kernel positions; columns are (kernel position, channel), then the bias
+    bias        whether the last column is one
+    first       spatial reduction before it: reduce | mean_mean | sum_sum | expand
+    A_c is the mean of the outer products of patch means (channels); G is that of `first`. Each row becomes K rows, the
+    mean in one kernel position each, and one for the bias, scaled so that means and sums come out.
+    Source: Tang et al. 2021 (CVPR, SKFAC) names the reduction; its exact form is not known to us.
+    """
+
+    positions: int
+    bias: bool = True
+    first: Callable[[Record], Record] = reduce
+
+    def __call__(self, record: Record) -> Record:
+        channels, left = divmod(record.d_in - self.bias, self.positions)
+        if self.positions < 1 or left or isinstance(record.a, Ids):
+            raise ValueError(f"{self}: {record.d_in} columns are not {self.positions} positions of equal channels")
+        record = self.first(record)
+        xp, K, a = namespace(record.g), self.positions, record.rows()
+        rows = K + self.bias
+        mean = xp.mean(xp.reshape(a[..., : K * channels], (*a.shape[:-1], K, channels)), axis=-2)
+        eye = xp.eye(K, dtype=a.dtype, device=aac.device(a))
+        slots = xp.reshape(eye[:, :, None] * mean[..., None, None, :], (*a.shape[:-1], K, K * channels))
+        if self.bias:
+            lone = xp.zeros_like(slots[..., :1, :])
+            slots = xp.concat([slots, lone], axis=-2)
+            place = xp.arange(rows, device=aac.device(a)) == K
+            column = a[..., -1:, None] * xp.astype(place, a.dtype)[:, None]
+            slots = xp.concat([slots, column], axis=-1)
+        a = xp.reshape(slots * rows**0.5, (a.shape[0], -1, 1, record.d_in))
+        g = xp.repeat(record.g, rows, axis=3) * rows**-0.5
+        g = xp.reshape(g, (*g.shape[:2], -1, 1, record.d_out))
+        mask = None if record.mask is None else xp.reshape(xp.repeat(record.mask, rows, axis=1), (-1, 1))
+        return Record(a, g, record.n, mask)
 
 
 def concat(first: Any, second: Any) -> Any:

@@ -476,3 +476,28 @@ def test_refusals(rng):
 def test_every_identity_has_a_test():
     found = {int(name.split("_")[1][1:]) for name in globals() if name.startswith("test_S")}
     assert found == set(range(1, 18))
+
+
+@pytest.mark.parametrize("first", [kf.reduce, kf.expand, kf.mean_mean])
+@pytest.mark.parametrize("bias", [True, False])
+def test_receptive_field_mean(first, bias, xp):
+    """A is I_K (x) A_c and a lone 1, whatever the spatial reduction; G stays that of the reduction."""
+    rng = np.random.default_rng(0)
+    window = kf.Window((2, 3), padding=1)
+    image = rng.normal(size=(4, 5, 4, 3))
+    patches = kf.Patches(image, window, bias=bias)
+    g = rng.normal(size=(2, 4, patches.shape[2], 5))
+    plain = first(kf.Record(patches, g, 4))
+    mean = plain.rows()[..., :18].reshape(-1, 6, 3).mean(1)
+    A = np.kron(np.eye(6), mean.T @ mean / len(mean))
+    if bias:
+        A = np.block([[A, np.zeros((18, 1))], [np.zeros((1, 18)), np.ones((1, 1))]])
+    given = kf.Record(kf.Patches(xp.put(image), window, bias=bias), xp.put(g), 4)
+    method = kf.SKFAC(sharing=kf.ReceptiveMean(6, bias, first))
+    found = method.sharing(given)
+    rows = xp.get(found.a).reshape(-1, 18 + bias)
+    np.testing.assert_allclose(rows.T @ rows / len(rows), A, rtol=1e-12, atol=1e-13)
+    gs, wanted = xp.get(found.g).reshape(-1, 5), plain.g.reshape(-1, 5)
+    np.testing.assert_allclose(gs.T @ gs, wanted.T @ wanted, rtol=1e-12)
+    with pytest.raises(ValueError, match="positions of equal channels"):
+        kf.ReceptiveMean(5, bias)(given)

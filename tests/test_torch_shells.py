@@ -612,3 +612,42 @@ def test_saved_records(tmp_path):
         np.testing.assert_allclose(np.asarray(found[name].examples())[0, 0], J, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(np.asarray(grads[name]).reshape(J[0].shape), J.mean(0), rtol=1e-10, atol=1e-12)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("share", ["mean_vector", "position", "sample", "scalar_rate"])
+def test_fngd_shares_coefficients_as_in_numpy(share):
+    """Two epochs of four steps: later ones take no record and no solve, and equal the NumPy shell's."""
+    from kfaccore.methods import fngd
+
+    net = kn.Sequential((4,), (kn.Dense(6), kn.Tanh(), kn.Dense(3)))
+    params = net.init(np.random.default_rng(0), np.asarray)
+    loss, method = kf.SoftmaxCrossEntropy(), kf.FNGD(share=getattr(fngd, share), steps=4)
+    pre = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(0.1), step=kf.Fixed(0.2))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    blocks = {name: kf.Block(b.d_out, b.d_in, rows=8, samples=32) for name, b in net.blocks().items()}
+    ours = kt.Optimizer(model, loss, pre, fisher=kf.empirical, samples=32, rows=8)
+    state = pre.init(blocks, np.zeros(1))
+    with torch.no_grad():
+        for W, layer in zip(params.values(), ours.engine.plan.layers.values(), strict=True):
+            for role, x in layer.arrays(W).items():
+                layer.parameters[role].copy_(torch.from_numpy(np.array(x)))
+    for step in range(8):
+        assert ours.engine.due == (step < 4)
+        rng = np.random.default_rng(step)
+        x, y, ids = rng.normal(size=(8, 4)), rng.integers(0, 3, 8), np.arange(8) + 8 * (step % 4)
+        _, state, _ = kn.step(net, params, (x, y), loss, pre, state, step, rng, ids=ids)
+        ours.step(torch.from_numpy(x), torch.from_numpy(y), ids=torch.from_numpy(ids))
+        for W, layer in zip(params.values(), ours.engine.plan.layers.values(), strict=True):
+            got = layer.matrix({role: p.detach().numpy() for role, p in layer.parameters.items()})
+            np.testing.assert_allclose(got, W, rtol=1e-9, atol=1e-11)
+
+
+def test_fngd_says_what_it_needs():
+    with pytest.raises(ValueError, match=r"fisher=kfaccore\.empirical"):
+        kt.Optimizer(mlp(), nn.CrossEntropyLoss(), core(kf.FNGD(), step=kf.Fixed(0.1)))
+    model = nn.Sequential(nn.Conv1d(4, 2, 1), nn.Flatten(), nn.Linear(2, 3))
+    ours = kt.Optimizer(model, nn.CrossEntropyLoss(), core(kf.FNGD(steps=1), step=kf.Fixed(0.1)), fisher=kf.empirical)
+    x, y = labelled()
+    ours.step(x[:, :, None], y)
+    with pytest.raises(ValueError, match=r"layers \['0'\] are not linear layers"):
+        ours.step(x[:, :, None], y)

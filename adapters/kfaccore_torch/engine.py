@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class Settings:
     draws       of monte_carlo
     seed        draws are a function of (seed, step, micro-batch, rank)
     namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and CuPy for one on CUDA
+    samples     size of the dataset, for methods that remember examples
+    rows        most rows of a batch, for methods that keep rows; 0 leaves it to the method
     skip        patterns of parameter names to leave uncovered
     strict      ValueError when a trainable parameter is not covered
     """
@@ -38,6 +40,8 @@ class Settings:
     draws: int = 1
     seed: int = 0
     namespace: str | None = None
+    samples: int = 0
+    rows: int = 0
     skip: tuple[str, ...] = ()
     strict: bool = False
 
@@ -50,11 +54,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Batch:
-    """A prediction, its target, and which positions exist."""
+    """A prediction, its target, which positions exist, and the examples' places in the dataset."""
 
     f: torch.Tensor
     target: Any
     mask: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.f.ndim < 2 or not self.f.requires_grad:
@@ -71,6 +76,8 @@ class Engine:
         self.model, self.core, self.settings = model, core, settings
         self.plan: Plan = plan(model, settings.skip)
         self.objective = objective(loss)
+        if kf.own_gradients(core) and settings.fisher is not kf.empirical:
+            raise ValueError(f"{core.methods} takes the loss's own gradients: pass fisher=kfaccore.empirical")
         if settings.strict and self.plan.uncovered:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in self.plan.uncovered.items())
             raise ValueError(f"strict: {len(self.plan.uncovered)} parameters are not covered\n{reasons}")
@@ -85,11 +92,13 @@ class Engine:
         self.info: kf.Info | None = None
 
     def blocks(self) -> dict[str, kf.Block]:
-        return {name: layer.kind.block() for name, layer in self.plan.layers.items()}
+        """Sizes of the layers, with the capacities of the settings."""
+        capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
+        return {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
 
     def report(self) -> Coverage:
         """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
-        return coverage(self.plan, self.core)
+        return coverage(self.plan, self.blocks(), self.core)
 
     @property
     def due(self) -> bool:
@@ -116,7 +125,7 @@ class Engine:
         layers, size = self.plan.layers, batch.f.shape[0]
         with ordered(self.namespace, self.device):
             return {
-                name: record(layers[name], seen, gs, size, n, self.namespace, batch.mask)
+                name: record(layers[name], seen, gs, size, n, self.namespace, batch.mask, batch.ids)
                 for name, (seen, gs) in found.items()
             }
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore.layers import Linear
-from kfaccore_torch.bridge import ordered, to_core
+from kfaccore_torch.bridge import detached, ordered, to_core
 from kfaccore_torch.capture import Call
 from kfaccore_torch.engine import Batch, Engine, Settings
 from kfaccore_torch.report import Coverage
@@ -66,11 +66,14 @@ class Optimizer:
         """Which parameters are covered, how, at what size; print it."""
         return self.engine.report()
 
-    def step(self, inputs: Any, target: Any, mask: torch.Tensor | None = None) -> float:
+    def step(
+        self, inputs: Any, target: Any, mask: torch.Tensor | None = None, ids: torch.Tensor | None = None
+    ) -> float:
         """One update on a batch; the loss before it, penalty included.
 
         inputs   a tensor, a tuple of positional or a dict of keyword arguments of the model
         mask     (batch, positions), true where a position exists
+        ids      (batch,) places of the examples in the dataset, for methods that remember examples
         """
         engine, l2 = self.engine, self.engine.core.schedules.l2
         random = _random_state(engine.device)
@@ -82,10 +85,10 @@ class Optimizer:
                     "the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner"
                 )
             value = engine.objective.value(f, target)
-            batch = Batch(f, target, mask)
+            batch = Batch(f, target, mask, ids)
             records = engine.records(seen.calls, batch, 0) if engine.due else None
             with ordered(engine.namespace, engine.device):
-                grads, rest = self._gradients(value, seen.calls, f.shape[0], l2)
+                grads, rest = self._gradients(value, seen.calls, batch, l2)
         before, grads, rest = self._summed(float(value.detach()), grads, rest, engine.objective.share(f, target))
         before += self._penalty(l2)
         with torch.no_grad(), ordered(engine.namespace, engine.device):
@@ -111,21 +114,29 @@ class Optimizer:
         return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
 
     def _gradients(
-        self, value: torch.Tensor, calls: dict[str, list[Call]], batch: int, l2: float
+        self, value: torch.Tensor, calls: dict[str, list[Call]], batch: Batch, l2: float
     ) -> tuple[dict[str, Any], tuple]:
         """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
         engine = self.engine
         layers = engine.plan.layers
-        whole = bool(l2) or engine.core.comm.world > 1
-        edges = {name: found[0] for name, found in calls.items() if not whole and _factors(layers[name].kind, found)}
+        whole, size = bool(l2) or engine.core.comm.world > 1, batch.f.shape[0]
+        resting = kf.own_gradients(engine.core) and not engine.due  # every weight gradient is then made of given rows
+        edges = {n: c[0] for n, c in calls.items() if resting or (not whole and _factors(layers[n].kind, c))}
+        odd = [n for n in edges if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]
+        if odd:
+            raise ValueError(f"layers {odd} are not linear layers called once: give them another method than FNGD")
         dense = [(name, role, p) for name in layers if name not in edges for role, p in layers[name].parameters.items()]
         wanted = [c.edge for c in edges.values()] + [p for *_, p in dense] + list(engine.plan.rest.values())
         found = torch.autograd.grad(value, wanted, allow_unused=True)
         grads: dict[str, Any] = {}
         for (name, call), g in zip(edges.items(), found[: len(edges)], strict=True):
             if g is not None:
-                a = rows(layers[name], call, batch, engine.namespace)
-                grads[name] = kf.Factored(a, to_core(output_rows(g, call, batch), engine.namespace), 1.0)
+                a, g = rows(layers[name], call, size, engine.namespace), output_rows(detached(g), call, size)
+                g = to_core(g, engine.namespace)
+                if resting:
+                    ids = None if batch.ids is None else to_core(batch.ids, engine.namespace)
+                    g = kf.weighted(engine.core, engine.state, {name: g}, ids)[name]
+                grads[name] = kf.Factored(a, g, 1.0)
         found, rest = found[len(edges) :], found[len(edges) + len(dense) :]
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for (name, role, p), g in zip(dense, found[: len(dense)], strict=True):

@@ -43,9 +43,8 @@ class Coverage:
         return "\n".join([*lines, f"covered: {self.share:.1%} of the trainable numbers"])
 
 
-def coverage(plan: Plan, core: kf.Preconditioner) -> Coverage:
+def coverage(plan: Plan, blocks: dict[str, kf.Block], core: kf.Preconditioner) -> Coverage:
     """The report of a plan under a core preconditioner's methods."""
-    blocks = {name: layer.kind.block() for name, layer in plan.layers.items()}
     memory, rows = core.memory(blocks), []
     for name, layer in plan.layers.items():
         block = blocks[name]

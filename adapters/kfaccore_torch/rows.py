@@ -17,13 +17,21 @@ Array = Any
 
 
 def record(
-    layer: Layer, calls: list[Call], grads: list[torch.Tensor], batch: int, n: float, namespace: str, mask: Any = None
+    layer: Layer,
+    calls: list[Call],
+    grads: list[torch.Tensor],
+    batch: int,
+    n: float,
+    namespace: str,
+    mask: Any = None,
+    ids: Any = None,
 ) -> Record:
     """One record of all calls; several calls are more positions of the same examples.
 
     grads   a call each, (draws, *output shape): gradients of the per-example loss
     batch   examples; axes of inputs that are not it are positions
     mask    (batch, positions) of tokens that exist, used where it fits
+    ids     (batch,) places of the examples in the dataset
     """
     parts = [_part(layer, call, g, batch, namespace) for call, g in zip(calls, grads, strict=True)]
     a, g = parts[0] if len(parts) == 1 else _joined(layer, parts)
@@ -32,7 +40,7 @@ def record(
         keep = a.index != calls[0].options["padding_idx"]
     if mask is not None and tuple(mask.shape) == tuple(g.shape[-3:-1]):
         keep = to_core(mask, namespace) if keep is None else keep & to_core(mask, namespace)
-    return Record(a, g, n, mask=keep)
+    return Record(a, g, n, mask=keep, ids=None if ids is None else to_core(ids, namespace))
 
 
 def rows(layer: Layer, call: Call, batch: int, namespace: str) -> Array:
