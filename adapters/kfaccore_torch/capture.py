@@ -112,7 +112,7 @@ class Capture(TorchFunctionMode):
             channel = 1 if func in (F.group_norm, F.batch_norm) else -len(given["normalized_shape"])
             call = replace(call, normalised=_normalised(func, given, x), channel=channel)
         elif role is Conv:
-            call = replace(call, channel=-1 - len(options.get("kernel", given["weight"].shape[2:])))
+            call = replace(call, channel=1 - given["weight"].ndim)
         for layer in {id(found): found for found in (weight, bias) if found is not None}.values():
             self.calls.setdefault(layer.name, []).append(call)
 
