@@ -225,7 +225,7 @@ def ablation(rows: list, claims: list[Claim]) -> None:
         ratio = median(t.steps for t in found) / median(t.steps for t in default)
         if label != "line search":
             claims.append(at_least(f"{label}: median steps over the default's", ratio, 1.3))
-    for tolerance, grow in ((0.0, 10.0), (0.0, 4.0), (0.1, 4.0), (0.3, 4.0), (0.5, 4.0), (math.inf, 4.0)):
+    for tolerance, grow in ((0.0, 10.0), (0.0, 4.0), (0.1, 4.0), (0.25, 4.0), (0.5, 4.0), (math.inf, 4.0)):
         for name, batch in ((AE, 512), (AE, 256), (AE, 128), ("digits-classifier", 256)):
             found = trials(name, lambda t=tolerance, g=grow: kfac(tolerance=t, grow=g), batch, 400)
             rows.append(row(name, batch, f"tolerance {tolerance:g}, grow {grow:g}", found))

@@ -61,7 +61,7 @@ class SelfTuning:
     every: int = 5
     grow: float = 4.0
     cap: float = 1.0
-    tolerance: float = 0.3
+    tolerance: float = 0.25
     floor: float = 0.0
     model: Callable[..., Expansion] = expansion
 
