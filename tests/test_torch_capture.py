@@ -454,3 +454,22 @@ def test_calls_on_different_batches_are_refused():
         f = model(torch.randn(5, 4)) + model(torch.randn(1, 4))
     with pytest.raises(ValueError, match="batches of \\[5, 1\\] examples"):
         engine.records(seen.calls, Batch(f, torch.zeros(5, dtype=torch.int64)), 0)
+
+
+def test_a_forward_that_differentiates_itself_is_refused():
+    """A differential equation's residual: peers ran such a loss without a word and diverged."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            x = x.requires_grad_()
+            (u,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+            return u.sum(1, keepdim=True)
+
+    model = Residual()
+    engine = Engine(model, kf.Gaussian(), kf.Preconditioner(kf.KFAC()), Settings())
+    with pytest.raises(ValueError, match=r"create_graph=True.*kfaccore_torch\.taylor"), engine.captured():
+        model(torch.randn(5, 2))

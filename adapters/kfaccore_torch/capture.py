@@ -85,6 +85,11 @@ class Capture(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self._inside_attention(args[0].shape[0]):
                 return func(*args, **kwargs)
+        if func is torch.autograd.grad and kwargs.get("create_graph"):
+            raise ValueError(
+                "the forward differentiates itself (create_graph=True): the derivatives' share of the curvature would be "
+                "missed; a loss with derivatives of the network needs Taylor records, see kfaccore_torch.taylor"
+            )
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
         if names is not None:
