@@ -87,8 +87,8 @@ class Capture(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is torch.autograd.grad and kwargs.get("create_graph"):
             raise ValueError(
-                "the forward differentiates itself (create_graph=True): the derivatives' share of the curvature would be "
-                "missed; a loss with derivatives of the network needs Taylor records, see kfaccore_torch.taylor"
+                "the forward differentiates itself (create_graph=True) and the derivatives' share of the curvature would "
+                "be missed; a loss with derivatives of the network needs Taylor records, see kfaccore_torch.taylor"
             )
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
