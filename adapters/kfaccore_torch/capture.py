@@ -87,7 +87,7 @@ class Capture(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is torch.autograd.grad and kwargs.get("create_graph"):
             raise ValueError(
-                "the forward differentiates itself (create_graph=True) and the derivatives' share of the curvature would "
+                "the forward differentiates itself (create_graph=True) and that share of its curvature would "
                 "be missed; a loss with derivatives of the network needs Taylor records, see kfaccore_torch.taylor"
             )
         names = _ARGUMENTS.get(func)
