@@ -93,8 +93,15 @@ class Optimizer:
         before += self._penalty(l2)
         with torch.no_grad(), ordered(engine.namespace, engine.device):
             updates = engine.step({name: [r] for name, r in records.items()} if records else None, grads)
-            place = self._placing(updates)
-            place(1.0)
+            moves = self._moves(updates)
+            judged = engine.core.rule.judges
+            old = [p.detach().clone() for p, _ in moves] if judged else []
+            for p, move in moves:
+                p.sub_(move)
+
+            def place(share: float) -> None:
+                for (p, move), kept in zip(moves, old, strict=True):
+                    p.copy_(kept - share * move if share else kept)
 
             def loss() -> float:
                 with _replayed(self.model, random, engine.device):
@@ -165,23 +172,17 @@ class Optimizer:
         covered = (p for layer in self.engine.plan.layers.values() for p in layer.parameters.values())
         return 0.5 * l2 * sum(float((p.detach() ** 2).sum()) for p in covered)
 
-    def _placing(self, updates: dict[str, Any]) -> Callable[[float], None]:
-        """place(share) sets parameters to old - share (update + alpha weight_decay old)."""
-        engine, moves = self.engine, []
+    def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """What to subtract from each parameter: update + alpha weight_decay parameter."""
+        engine, found = self.engine, []
         told = engine.info.step if engine.info else {}
         shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
         for name, matrix in updates.items():
             layer = engine.plan.layers[name]
             for role, x in engine.tensors(layer, matrix).items():
                 p = layer.parameters[role]
-                old = p.detach().clone()
-                moves.append((p, old, x + shrink * old if shrink else x))
-
-        def place(share: float) -> None:
-            for p, old, move in moves:
-                p.copy_(old - share * move if share else old)
-
-        return place
+                found.append((p, x + shrink * p.detach() if shrink else x))
+        return found
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state, without that of `rest`, in one file that every adapter of kfaccore reads."""
