@@ -46,6 +46,8 @@ def assign(work: Mapping[str, float], world: int, fraction: float = 1.0) -> dict
 
     The result depends on its arguments alone, so every rank finds the same.
     """
+    if world == 1:
+        return dict.fromkeys(work, (0,))
     size = group_size(world, fraction)
     load = [0.0] * world
     groups = [tuple(range(start, start + size)) for start in range(0, world, size)]

@@ -200,6 +200,30 @@ def test_ranks_that_disagree_all_stop(tmp_path):
         assert "layers ['3'] take part in this step on some ranks only" in result.stderr
 
 
+def test_the_optimizer_stops_before_sums_that_differ(tmp_path):
+    """A layer that only one rank's batch reaches, beside a parameter of the rest that only the other's does."""
+    body = """
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.aside, self.scale = nn.Linear(12, 3), nn.Linear(12, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            f = self.first(x.flatten(1)) * (self.scale if use else 1.0)
+            return f + self.aside(x.flatten(1)) if rank == 1 and branch else f
+
+    for use, branch in ((rank == 0, False), (False, True)):
+        torch.manual_seed(0)
+        ours = kt.Optimizer(Branching(), nn.CrossEntropyLoss(), core(comm=comm(), step=kf.Fixed(0.1)),
+                            rest=lambda p: torch.optim.SGD(p, 0.1), fisher=kf.type2)
+        x, y = batch(0)
+        ours.step(mine(x), mine(y))
+    """
+    for result in launch(body, tmp_path, 2, check=False):
+        assert result.returncode == 1
+        assert "layers ['aside'] take part in this step on some ranks only" in result.stderr
+
+
 def test_what_ranks_cannot_do(tmp_path):
     body = """
     import pytest

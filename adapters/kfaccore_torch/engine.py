@@ -116,9 +116,8 @@ class Engine:
         n = self.objective.share(batch.f, batch.target)
         found: dict[str, tuple[list[Call], list[torch.Tensor]]] = {}
         for (name, call), column in zip(flat, zip(*rows, strict=True), strict=True):
-            if all(g is None for g in column):
+            if column[0] is None:  # the call does not reach the prediction
                 continue
-            column = [torch.zeros(call.shape, device=self.device) if g is None else g.detach() for g in column]
             kept = found.setdefault(name, ([], []))
             kept[0].append(call)
             kept[1].append(column[0][None] if len(column) == 1 else torch.stack(column))
@@ -138,10 +137,14 @@ class Engine:
         try:
             updates, self.state, self.info = self.core.step(self.state, records, grads)
         except Exception as error:
-            if isinstance(self.core.comm, Distributed):
-                self.core.comm.failed(error)
+            self.leave_word(error)
             raise
         return updates
+
+    def leave_word(self, error: Exception) -> None:
+        """Other ranks, which may lose the connection before they know, can then say why this one stops."""
+        if isinstance(self.core.comm, Distributed):
+            self.core.comm.failed(error)
 
     def tensors(self, layer: Layer, matrix: Any) -> dict[str, torch.Tensor]:
         """The inverse of `matrix`."""

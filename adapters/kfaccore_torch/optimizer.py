@@ -76,7 +76,8 @@ class Optimizer:
         ids      (batch,) places of the examples in the dataset, for methods that remember examples
         """
         engine, l2 = self.engine, self.engine.core.schedules.l2
-        random = _random_state(engine.device)
+        judged = engine.core.rule.judges
+        random = _random_state(engine.device) if judged else ()
         with torch.enable_grad():
             with engine.captured() as seen:
                 f = self._forward(inputs)
@@ -94,7 +95,6 @@ class Optimizer:
         with torch.no_grad(), ordered(engine.namespace, engine.device):
             updates = engine.step({name: [r] for name, r in records.items()} if records else None, grads)
             moves = self._moves(updates)
-            judged = engine.core.rule.judges
             old = [p.detach().clone() for p, _ in moves] if judged else []
             for p, move in moves:
                 p.sub_(move)
@@ -156,15 +156,23 @@ class Optimizer:
 
     def _summed(self, value: float, grads: dict, rest: tuple, n: float) -> tuple[float, dict, tuple]:
         """Loss and gradients of the global batch: means over ranks by their shares n of it."""
-        comm = self.engine.core.comm
+        engine = self.engine
+        comm, layers = engine.core.comm, engine.plan.layers
         if comm.world == 1:
             return value, grads, rest
-        total = comm.all_reduce([torch.tensor([n, n * value], dtype=torch.float64)])[0]
-        scaled = {name: g * (n / float(total[0])) for name, g in grads.items()}
-        others = [torch.zeros(0) if g is None else g * (n / float(total[0])) for g in rest]
-        with ordered(self.engine.namespace, self.engine.device):
+        present = [float(name in grads) for name in layers]  # ranks that differ must not meet in a sum
+        total = comm.all_reduce([torch.tensor([n, n * value, *present], dtype=torch.float64)])[0].tolist()
+        odd = [name for name, count in zip(layers, total[2:], strict=True) if 0 < count < comm.world]
+        if odd:
+            error = ValueError(f"layers {odd} take part in this step on some ranks only; need the same on all")
+            engine.leave_word(error)
+            raise error
+        scaled = {name: grads[name] * (n / total[0]) for name in layers if name in grads}
+        pairs = zip(engine.plan.rest.values(), rest, strict=True)
+        others = [torch.zeros_like(p) if g is None else g * (n / total[0]) for p, g in pairs]
+        with ordered(engine.namespace, engine.device):
             grads, others = comm.all_reduce([scaled, others])
-        return float(total[1] / total[0]), grads, tuple(g if g.numel() else None for g in others)
+        return total[1] / total[0], grads, tuple(others)
 
     def _penalty(self, l2: float) -> float:
         if not l2:
