@@ -97,9 +97,9 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ("moments not squared", "factors.py", "xp.sum(j * j, axis=1)", "xp.sum(j, axis=1)", "test_catalogue.py"),
     (
         "moments kept at refresh",
-        "methods/ekfac.py",
-        "(new, S, xp.zeros_like(state.S_weight))",
-        "(new, S, state.S_weight)",
+        "moments.py",
+        "(basis, S, namespace(S).zeros_like(state.S_weight))",
+        "(basis, S, state.S_weight)",
         "test_laws.py",
     ),
     (

@@ -1,0 +1,91 @@
+"""Second moments of per-example gradients in the eigenbasis of two factors: what EKFAC and TEKFAC share.
+
+S = (1/n) sum of (Q_g^T J Q_a)^2 in the basis of the last refresh; where its weight is 0, S is what that refresh put.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kfaccore import factors
+from kfaccore import xp as kernels
+from kfaccore.linalg import kron, side
+from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh
+from kfaccore.method import Additive, Block, Hyper
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+
+
+@dataclass(frozen=True)
+class State:
+    """Averages A, G times `weight` (blocks,), the eigenpairs of the last refresh, S (blocks, d_out, d_in) times
+    `S_weight` (blocks,), code (blocks,)."""
+
+    A: Array
+    G: Array
+    weight: Array
+    basis: Eigenpairs
+    S: Array
+    S_weight: Array
+    code: Array
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The factors' sums, and the summed squares in the basis; they share n and `bad`."""
+
+    factors: factors.Stats
+    S: Array
+
+    @property
+    def bad(self) -> Array:
+        return self.factors.bad
+
+
+@dataclass(frozen=True)
+class Moments(Additive):
+    """Base of methods whose F~ is diagonal in a Kronecker eigenbasis."""
+
+    def init(self, block: Block, like: Array) -> State:
+        """Zero averages, the identity for a basis."""
+        fields = factors.init(block, like)
+        basis = eigh.init(fields["A"], fields["G"])
+        S = basis.g[:, :, None] * basis.a[:, None, :]
+        return State(**fields, basis=basis, S=S, S_weight=namespace(like).zeros_like(fields["weight"]))
+
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+        """Factors and moments moved towards the Stats; the first moments after a refresh replace what it put."""
+        xp = namespace(state.S)
+        ok = (stats.bad == 0) & (stats.factors.rows > 0)
+        decay = scalar(hyper.decay, state.S_weight)
+        keep = xp.where(state.S_weight > 0, decay + xp.zeros_like(state.S_weight), xp.zeros_like(state.S_weight))
+        state = factors.update(state, stats.factors, hyper, donate)
+        return replace(
+            state,
+            S=kernels.average(state.S, stats.S, keep, (1 - decay) / stats.factors.n, ok, donate),
+            S_weight=xp.where(ok, decay * state.S_weight + (1 - decay), state.S_weight),
+        )
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        """Q_g [S * (Q_g^T v Q_a)] Q_a^T."""
+        S, Qg, Qa = self.eigensystem(state)
+        return kron.apply(Qg, S * kron.apply(side.transposed(Qg), v, Qa), side.transposed(Qa))
+
+    def eigensystem(self, state: State, block: Block | None = None) -> tuple[Array, Array, Array]:
+        """(S (blocks, d_out, d_in), Qg, Qa) of F~ = (Qg (x) Qa) diag(S) (Qg (x) Qa)^T."""
+        return factors.mean(state.S, state.S_weight), state.basis.Qg, state.basis.Qa
+
+
+def measured(state: State, record: Record, sums: factors.Stats) -> Stats:
+    """The factors' sums with the squares of the record in the state's basis."""
+    S = factors.squares(record, None if isinstance(record.a, Ids) else state.basis.Qa, state.basis.Qg)
+    bad = sums.bad + namespace(S).astype(~all_finite(S), S.dtype)
+    return Stats(replace(sums, bad=bad), S)
+
+
+def rebased(state: State, basis: Eigenpairs, S: Array, code: Array) -> State:
+    """The state in a new basis with S of weight 0, where it can be used."""
+    old = (state.basis, state.S, state.S_weight)
+    new = (basis, S, namespace(S).zeros_like(state.S_weight))
+    kept, code = accepted(new, code, old, state.code, state.weight)
+    return replace(state, basis=kept[0], S=kept[1], S_weight=kept[2], code=code)
