@@ -11,6 +11,7 @@ import os
 for _name in ("OMP", "OPENBLAS", "MKL"):
     os.environ[f"{_name}_NUM_THREADS"] = "1"
 
+import sys
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -183,13 +184,15 @@ def hundred(claims: list[Claim], quick: bool) -> None:
     claims.append(at_most(f"{label} ({peaks[0] / 2**20:.0f} MiB)", peaks[1] / peaks[0], 0.5))
 
 
-def budgets(rows: list, claims: list[Claim], minutes: float) -> None:
+def budgets(rows: list, claims: list[Claim], minutes: float, problems: Sequence[str], methods: Sequence[str]) -> None:
     """The same time for every method, beside the published errors; which order held."""
-    for name, published in PUBLISHED.items():
-        found = {m: run(name, m, 0, seconds=60 * minutes) for m in (*published, "gauss-newton")} if minutes else {}
-        for method, trial in found.items():
+    for name in problems:
+        published, found = PUBLISHED[name], {}
+        for method in methods if minutes else ():
+            trial = found[method] = run(name, method, 0, seconds=60 * minutes)
             shown = published.get(method)
             rows.append(row(name, method, [trial], published=f"{shown:.1e} absolute" if shown else "-"))
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)  # hours pass
         if not found:
             claims.append(claim(f"{name}: KFAC and KFAC* below Adam and L-BFGS", None, "--minutes 10", None))
             continue
@@ -204,6 +207,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--minutes", type=float, default=0.0, help="budget a method and problem of the long table")
     options.add_argument("--only", default="", help="sections, of: shallow,deep,cost,hundred,budgets")
+    options.add_argument("--problems", default=",".join(PUBLISHED), help="rows of the long table")
+    options.add_argument("--methods", default="pinn-kfac,pinn-kfac-star,adam,lbfgs,hessian-free,gauss-newton",
+                         help="columns of the long table; the first four are needed")  # fmt: skip
     given = options.parse_args()
     rows: list = []
     claims: list[Claim] = []
@@ -218,7 +224,8 @@ def main() -> None:
         if "hundred" in only:
             hundred(claims, given.quick)
         if "budgets" in only:
-            budgets(rows, claims, 0.0 if given.quick else given.minutes)
+            minutes = 0.0 if given.quick else given.minutes
+            budgets(rows, claims, minutes, given.problems.split(","), given.methods.split(","))
     columns = ("problem", "method", "seeds", "steps", "CPU s", "absolute", "relative", "steps to absolute", "published")
     finish("Differential equations, float64, medians", columns, rows, claims, given.json)
 
