@@ -54,7 +54,7 @@ from kfaccore.methods import (
     Lanczos,
     RandomizedKFAC,
 )
-from kfaccore.network import GaussNewton, GlobalFNGD, Tridiagonal, TwoLevel
+from kfaccore.network import GaussNewton, GlobalFNGD, SharedDamping, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
 from kfaccore.preconditioner import Preconditioner
 from kfaccore.record import Factored, Ids, Record, dense
@@ -118,6 +118,7 @@ __all__ = [
     "Schedules",
     "SelfTuning",
     "Serial",
+    "SharedDamping",
     "Singular",
     "SoftmaxCrossEntropy",
     "Solution",

@@ -49,12 +49,17 @@ class TEKFAC(Moments):
         return rebased(state, new, factors.mean(new.g[:, :, None] * new.a[:, None, :], trace), code)
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        xp = namespace(state.S)
         grad, squeeze = gradient(grad, tuple(state.S.shape))
         S = factors.mean(state.S, state.S_weight)
-        damping = self.damping(xp.sum(S, axis=(-2, -1)), S.shape[-2] * S.shape[-1], hyper.damping)
-        below, code = floored(S + _shift(damping, S), state.code)
+        below, code = floored(S + _shift(self._damping(S, hyper.damping), S), state.code)
         return finish(kron.solve(state.basis.Qg, grad, state.basis.Qa, below), code, state, squeeze)
+
+    def unit(self, state: State) -> float | Array:
+        """What damping 1 adds to the eigenvalues in use, a number or (blocks,)."""
+        return self._damping(factors.mean(state.S, state.S_weight), 1.0)
+
+    def _damping(self, S: Array, damping: float | Array) -> float | Array:
+        return self.damping(namespace(S).sum(S, axis=(-2, -1)), S.shape[-2] * S.shape[-1], damping)
 
 
 def _shift(damping: float | Array, S: Array) -> float | Array:

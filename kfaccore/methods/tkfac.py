@@ -72,13 +72,13 @@ class TKFAC(Additive):
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G, trace = self._balanced(state)
-        new, code = self.inverse.refresh(A, G, self.split, self._damping(state, trace, hyper))
+        new, code = self.inverse.refresh(A, G, self.split, self._damping(state, trace, hyper.damping))
         kept, code = accepted((new, trace), code, (state.inverse, state.trace), state.code, state.weight)
         return replace(state, inverse=kept[0], trace=kept[1], code=code)
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, (*state.G.shape[:2], state.A.shape[-1]))
-        damping = self._damping(state, state.trace, hyper)
+        damping = self._damping(state, state.trace, hyper.damping)
         direction, code = self.inverse.solve(state.inverse, grad, self.split, damping, state.code)
         return finish(direction, code, state, squeeze)
 
@@ -90,8 +90,12 @@ class TKFAC(Additive):
         """Pairs (A, G) whose Kronecker products add up to F~."""
         return (self._balanced(state)[:2],)
 
-    def _damping(self, state: State, trace: Array, hyper: Hyper) -> float | Array:
-        return self.damping(trace, state.G.shape[-1] * state.A.shape[-1], hyper.damping)
+    def unit(self, state: State) -> float | Array:
+        """What damping 1 adds to the eigenvalues of the inverse in use, a number or (blocks,)."""
+        return self._damping(state, state.trace, 1.0)
+
+    def _damping(self, state: State, trace: Array, damping: float | Array) -> float | Array:
+        return self.damping(trace, state.G.shape[-1] * state.A.shape[-1], damping)
 
     def _balanced(self, state: State) -> tuple[Array, Array, Array]:
         """(Phi / sqrt(delta), Psi / sqrt(delta), delta)."""

@@ -5,6 +5,7 @@ from kfaccore.network.corrections import add, balance, deflate_first, deflate_la
 from kfaccore.network.fngd import GlobalFNGD
 from kfaccore.network.gauss_newton import GaussNewton
 from kfaccore.network.matrices import exact, kronecker
+from kfaccore.network.shared_damping import SharedDamping
 from kfaccore.network.tridiagonal import Tridiagonal
 from kfaccore.network.two_level import TwoLevel
 
@@ -16,6 +17,7 @@ __all__ = [
     "Krylov",
     "Nicolaides",
     "Residual",
+    "SharedDamping",
     "Spectral",
     "Tridiagonal",
     "TwoLevel",

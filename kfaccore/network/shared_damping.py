@@ -1,0 +1,83 @@
+"""SharedDamping: damping of a network's dense layers in units of its largest convolution.
+
+Layers whose method has `damping=Adaptive(floor)`, the convolutions, are damped by damping lambda_l, with lambda_l =
+max(tr F_l, floor) / size_l; the others by damping beta, with beta the largest lambda_l of the inverses in use. Without
+this the two kinds answer to different scales of one number.
+
+Source: Gao et al. 2020 (2011.13609, equation 3.5), 2021 (2011.10741) for TKFAC, whose trace is the same.
+Cost: that of the block methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+import array_api_compat as aac
+
+from kfaccore import tree
+from kfaccore.damping import Adaptive
+from kfaccore.method import Block, Solution
+from kfaccore.methods import TKFAC
+from kfaccore.network.each import Each, Hypers
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array, namespace
+
+
+@dataclass(frozen=True)
+class State:
+    """The block method's state of every layer, and beta (1,): 1 before the first refresh."""
+
+    layers: dict[str, Any]
+    beta: Array
+    sizes: tuple[tuple[str, int], ...] = tree.static(default=())
+
+
+@dataclass(frozen=True)
+class SharedDamping(Each):
+    """TKFAC or TEKFAC over convolutions and dense layers; see the module.
+
+    method   TKFAC | TEKFAC, or a mapping from layer to one of them; Adaptive damping tells which are convolutions
+    """
+
+    method: Any = field(default=TKFAC(damping=Adaptive()))
+
+    def init(self, blocks: Mapping[str, Block], like: Array) -> State:
+        for name in blocks:
+            if not hasattr(self._of(name), "unit"):
+                raise ValueError(
+                    f"layer {name!r}: {type(self._of(name)).__name__} has no damping of its own: use TKFAC or TEKFAC"
+                )
+        if not any(self._adapts(name) for name in blocks):
+            raise ValueError(f"no layer of {list(blocks)} has damping=Adaptive(); need it on the convolutions")
+        layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
+        sizes = tuple((name, block.d_out * block.d_in) for name, block in blocks.items())
+        return State(layers, namespace(like).ones((1,), dtype=like.dtype, device=aac.device(like)), sizes)
+
+    def refresh(self, state: State, hypers: Hypers) -> State:
+        new = {name: self._of(name).refresh(x, hypers[name]) for name, x in state.layers.items() if self._adapts(name)}
+        xp = namespace(state.beta)
+        beta = reduce(xp.maximum, (xp.max(self._of(name).unit(x), keepdims=True) for name, x in new.items()))
+        state = replace(state, beta=xp.astype(beta, state.beta.dtype))
+        hypers = self._damped(state, hypers)
+        new |= {name: self._of(name).refresh(x, hypers[name]) for name, x in state.layers.items() if name not in new}
+        return replace(state, layers={name: new[name] for name in state.layers})
+
+    def solve(
+        self, state: State, grads: Mapping[str, Any], hypers: Hypers, records: Mapping[str, Record] | None = None
+    ) -> Solution:
+        """`direction`, `code` and `state` as the block methods', on dicts; info: beta."""
+        hypers = self._damped(state, hypers)
+        found = {name: self._solve(state, name, grad, hypers[name]) for name, grad in grads.items()}
+        state = replace(state, layers={**state.layers, **{name: s.state for name, s in found.items()}})
+        directions, codes = {n: s.direction for n, s in found.items()}, {n: s.code for n, s in found.items()}
+        return Solution(directions, codes, state, {"beta": state.beta})
+
+    def _damped(self, state: State, hypers: Hypers) -> Hypers:
+        """The damping of dense layers times beta."""
+        return {n: h if self._adapts(n) else replace(h, damping=h.damping * state.beta[0]) for n, h in hypers.items()}
+
+    def _adapts(self, name: str) -> bool:
+        return isinstance(getattr(self._of(name), "damping", None), Adaptive)
