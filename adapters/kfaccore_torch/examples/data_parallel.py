@@ -34,4 +34,4 @@ def main(steps: int = 60) -> float:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     print(f"{main():.1%} of the digits")
-    dist.destroy_process_group()  # with nothing of main alive: threads of a group in use can abort Python's exit
+    dist.destroy_process_group()
