@@ -7,7 +7,7 @@ epochs to change by less than 1 %, in the median of the seeds. Published, of 200
 Deflation 159 on CURVES.
 
 Images of 14 x 14 and layers 196-100-50-25-6 and back. On 784-400-200-100-50-25-6, images of 28 x 28, K-FAC stays at the
-mean image for all of 1,600 steps (115.7 of 115.6, at every rate and damping tried), so the question has no answer there.
+mean image for all of 1,600 steps (115.7 over 115.6, at every rate and damping tried): the question has no answer there.
 """
 
 import os
