@@ -187,7 +187,8 @@ def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
     numbers, out = p["dimension_numbers"], len(eqn.outvars[0].aval.shape)
     offset = tuple(numbers.offset_dims)
     starts = tuple(numbers.start_index_map)
-    kept = starts == (0,) or (starts == tuple(range(len(starts))) and "CLIP" in str(p["mode"]).upper())
+    inside = any(mode in str(p["mode"]).upper() for mode in ("CLIP", "PROMISE"))  # whole rows then start at column 0
+    kept = starts == (0,) or (starts == tuple(range(len(starts))) and inside)
     rows = kept and tuple(numbers.collapsed_slice_dims) in ((), (0,))
     whole = tuple(p["slice_sizes"]) == (1, *w.shape[1:]) and not getattr(numbers, "operand_batching_dims", ())
     if place != 0 or not rows or not whole or tag.stack or w.repeated or tag.factor != 1 or tag.scale is not None:
