@@ -258,6 +258,18 @@ def embedding_by_two_indices():
 
 
 @exact
+def rows_from_a_computed_place():
+    """As jax 0.6 writes w[-2:]."""
+
+    def apply(p, x):
+        start, zero = np.int32(-2), np.int32(0)
+        start = lax.select_n(lax.lt(start, zero), start, lax.add(start, np.int32(4)))
+        return x @ lax.dynamic_slice(p, (start, zero), (2, 4))
+
+    return apply, normal((4, 4)), normal((6, 2), seed=2)
+
+
+@exact
 def stopped():
     def apply(p, x):
         return jnp.tanh(x @ p["w"]) @ p["v"] + lax.stop_gradient(p["v"]).sum()
