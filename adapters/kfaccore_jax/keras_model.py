@@ -35,8 +35,10 @@ def keras_apply(model: Any, training: bool = True) -> tuple[Callable, Arrays]:
 
 
 def keras_stateful(model: Any, training: bool = True) -> tuple[Callable, Arrays, Arrays]:
-    """(apply, params, state): `apply(params, x, state)` gives (prediction, state after); state is every variable that is
-    not trained, by path. With `plan(apply, params, x, state, has_aux=True)` the state after is `captured.aux`.
+    """(apply, params, state): `apply(params, x, state)` gives (prediction, state after).
+
+    state is every variable that is not trained, by path; with `plan(apply, params, x, state, has_aux=True)` and
+    `capture(plan, params, x, state)` the state after is `captured.aux`.
     """
     import keras
 
