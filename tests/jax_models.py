@@ -246,6 +246,30 @@ def embedding_and_position():
 
 
 @exact
+def embedding_by_two_indices():
+    """As jax.vmap of a look-up writes it; jax 0.6 promises that the indices are inside."""
+
+    def apply(p, ids):
+        at = jnp.stack([ids, jnp.zeros_like(ids)], -1)
+        rows = lax.GatherDimensionNumbers((2,), (0,), (0, 1))
+        return lax.gather(p, at, rows, (1, 4), mode="promise_in_bounds").sum(1)
+
+    return apply, normal((7, 4)), jnp.asarray(np.random.default_rng(3).integers(0, 7, (6, 5)))
+
+
+@exact
+def rows_from_a_computed_place():
+    """As jax 0.6 writes w[-2:]."""
+
+    def apply(p, x):
+        start, zero = np.int32(-2), np.int32(0)
+        start = lax.select_n(lax.lt(start, zero), start, lax.add(start, np.int32(4)))
+        return x @ lax.dynamic_slice(p, (start, zero), (2, 4))
+
+    return apply, normal((4, 4)), normal((6, 2), seed=2)
+
+
+@exact
 def stopped():
     def apply(p, x):
         return jnp.tanh(x @ p["w"]) @ p["v"] + lax.stop_gradient(p["v"]).sum()

@@ -281,3 +281,4 @@ def test_another_backend_of_keras_is_refused():
     code = "import keras; keras.backend.backend = lambda: 'jax'; import kfaccore_tensorflow"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: Keras runs on 'jax' here; kfaccore_tensorflow needs 'tensorflow'" in done.stderr
+    assert "; on 'jax' use kfaccore_jax.keras_apply(model)" in done.stderr

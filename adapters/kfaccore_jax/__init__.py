@@ -2,6 +2,7 @@
 
 from kfaccore_jax.bridge import exported, imported
 from kfaccore_jax.capture import Captured, capture
+from kfaccore_jax.keras_model import keras_apply, keras_assign, keras_stateful
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, Row, plan
 from kfaccore_jax.tap import Tap
@@ -17,6 +18,9 @@ __all__ = [
     "capture",
     "exported",
     "imported",
+    "keras_apply",
+    "keras_assign",
+    "keras_stateful",
     "kfac",
     "plan",
 ]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from kfaccore_jax.calls import Call
+from kfaccore_jax.indices import folded
 from kfaccore_jax.rules import JITS, REMATS, RULES, Out, Param, Tag, lone, moved, paired, scaled
 
 
@@ -54,7 +55,8 @@ class Walk:
         leaves = [tag.leaf for tag in tags if isinstance(tag, Param)]
         several = len(leaves) > 1 and place in ("mul", "add", "sub", "div", "concatenate", "dot_general", "max", "min")
         for leaf in dict.fromkeys(leaves):
-            self.leaks.setdefault(leaf, []).append(f"{place} of two leaves" if several else place)
+            named = place.removesuffix("_jaxpr")  # jax 0.6: custom_vjp_call_jaxpr
+            self.leaks.setdefault(leaf, []).append(f"{named} of two leaves" if several else named)
 
     def capture(self, key: str, call: Call, x: Any, y: Any) -> Any:
         """The output of a call with its probe added."""
@@ -66,7 +68,7 @@ class Walk:
 
 def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[list[Any], list[Tag]]:
     """Outputs of a closed jaxpr at `values`, and their tags."""
-    jaxpr = getattr(closed, "jaxpr", closed)
+    jaxpr = folded(getattr(closed, "jaxpr", closed))
     env = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
     known = dict(zip(jaxpr.invars, tags, strict=True))

@@ -34,6 +34,11 @@ class Layout:
     def axes(self) -> tuple[Axis, ...]:
         return tuple(zip(self.shape, self.strides, strict=True))
 
+    @property
+    def repeated(self) -> bool:
+        """Whether an element is seen more than once; axes of one element have any stride."""
+        return any(s == 0 and n > 1 for n, s in self.axes)
+
     def transpose(self, order: tuple[int, ...]) -> Layout:
         return Layout.from_axes(tuple(self.axes[i] for i in order), self.offset)
 

@@ -145,7 +145,7 @@ def conv(eqn: Any, tag: Param, place: int) -> Call | None:
     numbers = p["dimension_numbers"]
     lhs, rhs, out = (tuple(getattr(numbers, f"{side}_spec")) for side in ("lhs", "rhs", "out"))
     axes = len(lhs) - 2
-    if place != 1 or p["batch_group_count"] != 1 or not 1 <= axes <= 3 or 0 in w.strides:
+    if place != 1 or p["batch_group_count"] != 1 or not 1 <= axes <= 3 or w.repeated:
         return None
     pads, dilated = tuple(map(tuple, p["padding"])), tuple(p["lhs_dilation"])
     edges = ()
@@ -187,10 +187,11 @@ def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
     numbers, out = p["dimension_numbers"], len(eqn.outvars[0].aval.shape)
     offset = tuple(numbers.offset_dims)
     starts = tuple(numbers.start_index_map)
-    kept = starts == (0,) or (starts == tuple(range(len(starts))) and "CLIP" in str(p["mode"]).upper())
+    inside = any(mode in str(p["mode"]).upper() for mode in ("CLIP", "PROMISE"))  # whole rows then start at column 0
+    kept = starts == (0,) or (starts == tuple(range(len(starts))) and inside)
     rows = kept and tuple(numbers.collapsed_slice_dims) in ((), (0,))
     whole = tuple(p["slice_sizes"]) == (1, *w.shape[1:]) and not getattr(numbers, "operand_batching_dims", ())
-    if place != 0 or not rows or not whole or tag.stack or 0 in w.strides or tag.factor != 1 or tag.scale is not None:
+    if place != 0 or not rows or not whole or tag.stack or w.repeated or tag.factor != 1 or tag.scale is not None:
         return None
     shared = tuple(i for i in range(out) if i not in offset)
     x, y = View((), tuple(range(ids.ndim - 1))), View((), shared, offset)

@@ -3,7 +3,8 @@
 import keras
 
 if keras.backend.backend() != "tensorflow":
-    raise ImportError(f"Keras runs on {keras.backend.backend()!r} here; kfaccore_tensorflow needs 'tensorflow'")
+    there = "; on 'jax' use kfaccore_jax.keras_apply(model)" if keras.backend.backend() == "jax" else ""
+    raise ImportError(f"Keras runs on {keras.backend.backend()!r} here; kfaccore_tensorflow needs 'tensorflow'{there}")
 
 from kfaccore_tensorflow.analysis import records, unread
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
