@@ -18,7 +18,7 @@ from kfaccore_numpy.conv import AvgPool
 from kfaccore_numpy.pinn import PINN
 from kfaccore_numpy.pinn_problems import PROBLEMS
 from kfaccore_numpy.pinn_tasks import PINN_TASKS, SOLVERS
-from kfaccore_numpy.pinn_train import fit, initial_state, step, streamed
+from kfaccore_numpy.pinn_train import Ahead, fit, initial_state, step, streamed
 from kfaccore_numpy.taylor import Slots
 
 
@@ -67,6 +67,55 @@ def test_same_seed_same_bits():
             pass
         ends.append(params)
     assert all(np.array_equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+@pytest.mark.parametrize("name", ["pinn-kfac-star", "gauss-newton", "pinn-kfac"])
+@pytest.mark.parametrize("every", [0, 1, 4])
+def test_a_forward_kept_for_the_next_step_changes_no_bit(name, every, monkeypatch):
+    ends, counts = [], []
+    for kept in (False, True):
+        pinn, solver = TINY.pinn(), TINY.solver(name)
+        if name == "pinn-kfac-star":
+            rule = kf.Quadratic(1e-6, tolerance=np.inf)  # no step is taken back
+            solver = kf.Preconditioner(kf.PINNKFAC(start=1.0), schedules=kf.Schedules(1e-6, 0.7), step=rule)
+        params, batches, forwards = pinn.init(2), pinn.batches(*TINY.counts, every, 3), []
+        monkeypatch.setattr(PINN, "forward", lambda *a, real=PINN.forward, n=forwards: n.append(1) or real(*a))
+        state, ahead, losses = initial_state(pinn, params, solver), Ahead(pinn) if kept else None, []
+        for index in range(8):
+            loss, state, _ = step(pinn, params, next(batches), solver, state, index, ahead=ahead)
+            losses.append(loss)
+        monkeypatch.undo()
+        ends.append((losses, params, state))
+        counts.append(len(forwards))
+    assert ends[0][0] == ends[1][0]
+    for x, y in zip(*(kf.tree.leaves(end[1:]) for end in ends), strict=True):
+        assert np.array_equal(x, y)
+    if name == "pinn-kfac-star":  # of 8 steps, one forward each: those that judged are those that began the next
+        assert counts == [8, {0: 9, 1: 8, 4: 10}[every]]
+
+
+def test_a_kept_forward_is_dropped_when_anything_changed():
+    pinn, params, batch = small()
+    want = pinn.capture(params, batch)
+
+    def same(found):
+        return found.loss == want.loss and all(np.array_equal(found.grads[n], want.grads[n]) for n in params)
+
+    ahead = Ahead(pinn)
+    assert ahead.loss(params, batch) == want.loss
+    assert same(ahead.capture(params, batch))
+    assert ahead.passed is None  # used once
+    ahead.loss(params, batch)
+    params["dense0"][0, 0] += 1.0  # in place
+    assert not same(ahead.capture(params, batch))
+    params["dense0"][0, 0] -= 1.0
+    ahead.loss(params, batch)
+    old, batch[0][1][0] = batch[0][1][0], 7.0
+    assert ahead.capture(params, batch).loss == pinn.capture(params, batch).loss != want.loss
+    batch[0][1][0] = old
+    ahead.loss(params, batch)
+    fewer = [(x[:5], y[:5]) for x, y in batch]
+    assert ahead.capture(params, fewer).loss == pinn.capture(params, fewer).loss
 
 
 def test_batches_are_drawn_anew_on_their_clock():

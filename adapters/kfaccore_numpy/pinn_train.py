@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore import GaussNewton, Preconditioner
+from kfaccore import GaussNewton, Preconditioner, Quadratic
 from kfaccore_numpy.baselines import SGD, Adam
 from kfaccore_numpy.network import Params
-from kfaccore_numpy.pinn import PINN, Batch, Captured
+from kfaccore_numpy.pinn import PINN, Batch, Captured, Passed
 from kfaccore_numpy.train import Progress, _placing
 
 Solver = Preconditioner | GaussNewton | Adam | SGD
@@ -25,6 +25,47 @@ class LBFGS:
     memory: int = 20
 
 
+@dataclass
+class Ahead:
+    """The forward that judged a step is the first half of the next one, when that has the same batch.
+
+    Kept with copies of what it was computed from, so that anything changed in between is seen. A batch is expected
+    again once it came twice in a row.
+    """
+
+    pinn: PINN
+    last: Any = None
+    passed: Passed | None = None
+    source: tuple[Any, ...] = ()
+
+    def capture(self, params: Params, batch: Batch) -> Captured:
+        """`PINN.capture`."""
+        passed, self.passed = self.passed, None
+        if passed is None or not _equal(self.source, _leaves(params, batch)):
+            passed = self.pinn.forward(params, batch)
+        return self.pinn.backward(params, batch, passed)
+
+    def judging(self, solver: Any, batch: Batch) -> bool:
+        """Whether to keep the forward that judges this step: it is most often the only one."""
+        again, self.last = batch is self.last, batch
+        return again and isinstance(getattr(solver, "rule", solver), Quadratic | GaussNewton)
+
+    def loss(self, params: Params, batch: Batch) -> float:
+        """`PINN.loss`, kept."""
+        self.passed = None  # before the next is made
+        self.passed = self.pinn.forward(params, batch)
+        self.source = tuple(x.copy() for x in _leaves(params, batch))
+        return self.passed.loss
+
+
+def _leaves(params: Params, batch: Batch) -> tuple[Any, ...]:
+    return (*params.values(), *(x for pair in batch for x in pair))
+
+
+def _equal(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    return len(first) == len(second) and all(np.array_equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 def initial_state(pinn: PINN, params: Params, solver: Solver) -> Any:
     """What `step` needs of the solver before the first update."""
     if isinstance(solver, Preconditioner):
@@ -33,29 +74,41 @@ def initial_state(pinn: PINN, params: Params, solver: Solver) -> Any:
 
 
 def step(
-    pinn: PINN, params: Params, batch: Batch, solver: Solver, state: Any, index: int, rows: int = 0
+    pinn: PINN,
+    params: Params,
+    batch: Batch,
+    solver: Solver,
+    state: Any,
+    index: int,
+    rows: int = 0,
+    ahead: Ahead | None = None,
 ) -> tuple[float, Any, Any]:
     """One update of `params`: (loss of the batch before it, state, Info or None).
 
-    rows   bounds memory: points times slots of one pass, whose statistics and gradients are added up; 0 is all at once.
-           Only where statistics are enough: the quadratic step and Gauss-Newton hold the records of the whole batch
+    rows    bounds memory: points times slots of one pass, whose statistics and gradients are added up; 0 is all at
+            once. Only where statistics are enough: the quadratic step and Gauss-Newton hold the whole batch's records
+    ahead   one for all steps of a run saves a forward a step on a batch that stays
     """
     if not isinstance(solver, Preconditioner | GaussNewton):
         loss, grads = pinn.gradient(params, batch)
         solver.step(params, grads, state, index)
         return loss, state, None
     enough = isinstance(solver, Preconditioner) and not solver.rule.needs_records
-    parts = rows if enough else 0
-    found = streamed(pinn, params, batch, solver, state, parts) if parts else pinn.capture(params, batch)
+    if rows and enough:
+        found = streamed(pinn, params, batch, solver, state, rows)
+    else:
+        found = ahead.capture(params, batch) if ahead else pinn.capture(params, batch)
     if isinstance(solver, GaussNewton):
         updates, state, info = solver.step(state, found.records, found.residuals)
     else:
         updates, state, info = solver.step(state, found.records, found.grads)
+    before, found = found.loss, None  # the records go before the next forward
+    loss = ahead.loss if ahead and ahead.judging(solver, batch) else pinn.loss
     place = _placing(params, updates, 0.0)
     place(1.0)
     with np.errstate(all="ignore"):  # a loss that is not finite is an answer here
-        _, state = solver.judge(state, found.loss, place, lambda: pinn.loss(params, batch))
-    return found.loss, state, info
+        _, state = solver.judge(state, before, place, lambda: loss(params, batch))
+    return before, state, info
 
 
 def streamed(pinn: PINN, params: Params, batch: Batch, solver: Any, state: Any, rows: int) -> Captured:
@@ -88,11 +141,11 @@ def fit(
         raise ValueError(
             f"{solver.schedules} has a penalty; the loss of a PINN has none here: leave l2 and weight_decay 0"
         )
-    state, seconds = initial_state(pinn, params, solver), 0.0
+    state, seconds, ahead = initial_state(pinn, params, solver), 0.0, Ahead(pinn)
     for index in range(steps):
         batch = next(batches)
         begun = time.perf_counter()
-        loss, state, info = step(pinn, params, batch, solver, state, index, rows)
+        loss, state, info = step(pinn, params, batch, solver, state, index, rows, ahead)
         seconds += time.perf_counter() - begun
         yield Progress(index + 1, loss, seconds, params, state, info)
 
