@@ -23,7 +23,7 @@ from kfaccore_numpy.taylor import Coefficients, Slots, TaylorTape
 
 Array = Any
 Batch = Sequence[tuple[Array, Array]]  # (points, data) a term
-_CHUNK = 1 << 16  # elements of one slot of the widest layer held at once without a tape
+_CHUNK = 1 << 18  # elements of all slots of the widest layer held at once without a tape
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class PINN:
     def residuals(self, params: Params, batch: Batch) -> tuple[Array, ...]:
         """r (points,) of each term, in chunks of points that keep memory bounded."""
         widest = max(block.d_out for block in self.network.blocks().values())
-        size, found = max(1, _CHUNK // widest), []
+        found = []
         for term, (x, y) in zip(self.problem.terms, batch, strict=True):
-            parts = []
+            parts, size = [], max(1, _CHUNK // (widest * term.slots.count))
             for i in range(0, x.shape[0], size):
                 z = taylor.forward(self.network, params, x[i : i + size], term.slots, term.wanted)
                 parts.append(term.residual(z, x[i : i + size], y[i : i + size]))
@@ -136,13 +136,13 @@ class PINN:
         absolute = float(((self.predict(params, x) - true) ** 2).mean() ** 0.5)
         return absolute / float((true**2).mean() ** 0.5), absolute
 
-    def batches(self, interior: int, boundary: int, every: int, seed: int) -> Iterator[Batch]:
-        """The batch of each step: drawn anew every `every` steps, once if that is 0."""
-        step, batch = 0, None
+    def batches(self, interior: int, boundary: int, every: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """The batch of each step from `start` on: drawn anew every `every` steps, once if that is 0."""
+        step, batch = start, None
         while True:
             if batch is None or (every and step % every == 0):
-                rng = np.random.default_rng([seed, step])
-                batch = self.problem.sample(rng, interior, boundary)
+                drawn = step - step % every if every else 0
+                batch = self.problem.sample(np.random.default_rng([seed, drawn]), interior, boundary)
             yield batch
             step += 1
 

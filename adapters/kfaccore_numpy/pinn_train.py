@@ -115,34 +115,53 @@ def streamed(pinn: PINN, params: Params, batch: Batch, solver: Any, state: Any, 
     """As `capture` with the method's Stats for records: no more than `rows` points times slots are held at once."""
     total: Captured | None = None
     for part in pinn.parts(params, batch, rows):
-        stats: dict[str, Any] = {}
-        for name, record in part.records.items():
-            method = solver.methods[name] if isinstance(solver.methods, dict) else solver.methods
-            stats[name] = method.measure(state.layers[name], record, solver.schedules.hyper(name, state.step))
-            if total is not None:
-                stats[name] = method.combine(total.records[name], stats[name])
-        if total is None:
-            total = replace(part, records=stats)
-        else:
-            grads = {name: g + part.grads[name] for name, g in total.grads.items()}
-            total = Captured(total.loss + part.loss, (), grads, stats)
+        total = _added(total, part, solver, state)
+        del part  # with its records, before the next are made
     assert total is not None
     return total
 
 
+def _added(total: Captured | None, part: Captured, solver: Any, state: Any) -> Captured:
+    """`total` and the next part, whose records become the method's Stats."""
+    stats: dict[str, Any] = {}
+    for name, record in part.records.items():
+        method = solver.methods[name] if isinstance(solver.methods, dict) else solver.methods
+        stats[name] = method.measure(state.layers[name], record, solver.schedules.hyper(name, state.step))
+        if total is not None:
+            stats[name] = method.combine(total.records[name], stats[name])
+    if total is None:
+        return replace(part, records=stats)
+    grads = {name: g + part.grads[name] for name, g in total.grads.items()}
+    return Captured(total.loss + part.loss, (), grads, stats)
+
+
 def fit(
-    pinn: PINN, params: Params, batches: Iterator[Batch], solver: Solver | LBFGS, steps: int, *, rows: int = 0
+    pinn: PINN,
+    params: Params,
+    batches: Iterator[Batch],
+    solver: Solver | LBFGS,
+    steps: int,
+    *,
+    rows: int = 0,
+    state: Any = None,
+    start: int = 0,
 ) -> Iterator[Progress]:
-    """Train in place; yields after every step (L-BFGS: when it is done), timing only the steps."""
+    """Train in place; yields after every step (L-BFGS: when it is done), timing only the steps.
+
+    With its parameters, its `state` and batches from `start` on a run continues bit for bit; L-BFGS keeps no state.
+    """
     if isinstance(solver, LBFGS):
+        if start:
+            raise ValueError(f"{solver} keeps no state to start from at step {start}")
         yield from _lbfgs(pinn, params, next(batches), solver, steps)
         return
     if isinstance(solver, Preconditioner) and (solver.schedules.l2 or solver.schedules.weight_decay):
         raise ValueError(
             f"{solver.schedules} has a penalty; the loss of a PINN has none here: leave l2 and weight_decay 0"
         )
-    state, seconds, ahead = initial_state(pinn, params, solver), 0.0, Ahead(pinn)
-    for index in range(steps):
+    state = initial_state(pinn, params, solver) if state is None else state
+    seconds, ahead = 0.0, Ahead(pinn)
+    for index in range(start, steps):
         batch = next(batches)
         begun = time.perf_counter()
         loss, state, info = step(pinn, params, batch, solver, state, index, rows, ahead)
