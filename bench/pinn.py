@@ -34,6 +34,10 @@ PUBLISHED = {  # final absolute errors of the best tuned runs, 1,000 to 3,000 s 
     "heat-4d": {"adam": 1.1e-3, "hessian-free": 1.4e-5, "lbfgs": 4.9e-4, "pinn-kfac": 1.7e-4, "pinn-kfac-star": 5.9e-5},
     "poisson-5d": {"adam": 1.1e-3, "hessian-free": 6.1e-6, "lbfgs": 8.9e-4, "pinn-kfac": 4.9e-5,
                    "pinn-kfac-star": 2.7e-6},
+    "fokker-planck-9d": {"adam": 1.8e-1, "hessian-free": 2.5e-2, "lbfgs": 5e-2, "pinn-kfac": 4.2e-1,
+                         "pinn-kfac-star": 2.6e-2},
+    "poisson-10d": {"adam": 1.5e-3, "hessian-free": 2.2e-5, "lbfgs": 7e-4, "pinn-kfac": 2.9e-4,
+                    "pinn-kfac-star": 4.7e-5},
 }  # fmt: skip
 
 
@@ -223,7 +227,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--minutes", type=float, default=0.0, help="budget a method and problem of the long table")
     options.add_argument("--only", default="", help="sections, of: shallow,deep,cost,hundred,budgets")
-    options.add_argument("--problems", default=",".join(PUBLISHED), help="rows of the long table")
+    options.add_argument("--problems", default="heat-1d,heat-4d,poisson-5d",
+                         help=f"rows of the long table, of: {','.join(PUBLISHED)}")  # fmt: skip
     options.add_argument("--methods", default="pinn-kfac,pinn-kfac-star,adam,lbfgs,hessian-free,gauss-newton",
                          help="columns of the long table; the first four are needed")  # fmt: skip
     given = options.parse_args()

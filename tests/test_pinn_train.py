@@ -231,11 +231,12 @@ def test_mixed_dtypes_are_refused():
         pinn.capture(single, batch)
 
 
-def test_float32_with_tiny_damping_is_warned_about_with_the_number():
+@pytest.mark.parametrize("name", ["pinn-kfac", "pinn-kfac-star"])
+def test_float32_with_tiny_damping_is_warned_about_with_the_number(name):
     pinn, params, batch = small()
     single = {name: W.astype(np.float32) for name, W in params.items()}
     points = [(x.astype(np.float32), y.astype(np.float32)) for x, y in batch]
-    solver = SOLVERS["pinn-kfac"](replace(TINY, kfac=(1e-12, 0.5, 0.5)))
+    solver = SOLVERS[name](replace(TINY, kfac=(1e-12, 0.5, 0.5), star=(1e-12, 0.5)))
     with pytest.warns(RuntimeWarning, match=r"damping 1e-12 is below 1.2e-07, the rounding of float32"):
         step(pinn, single, points, solver, initial_state(pinn, single, solver), 0)
     with warnings.catch_warnings():

@@ -161,16 +161,15 @@ class PINNRun:
         solver, params, progress = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
-        state: Any = progress.state
-        if state is not None:
-            tree["state"] = state
-            meta["step"] = progress.step
         if isinstance(solver, Preconditioner):
-            rule, schedules = solver.rule, solver.schedules
+            state, rule, schedules = progress.state, solver.rule, solver.schedules
             hypers = {name: rule.hyper(state.motion, schedules.hyper(name, state.step)) for name in state.layers}
             meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
             meta["terms"] = [term.name for term in self.pinn.problem.terms]
             meta["blocks"] = {name: asdict(block) for name, block in state.blocks}
+        if progress.state is not None:
+            tree["state"] = progress.state
+            meta["step"] = progress.step
         save(path, tree, **meta)
 
     def _resumed(self, path: Path, name: str, solver: Any, params: Any) -> tuple[Any, Any, int]:
