@@ -236,7 +236,7 @@ def main() -> None:
     options.add_argument("--problems", default="heat-1d,heat-4d,poisson-5d",
                          help=f"rows of the long table, of: {','.join(PUBLISHED)}")  # fmt: skip
     options.add_argument("--methods", default="pinn-kfac,pinn-kfac-star,adam,lbfgs,hessian-free,gauss-newton",
-                         help="columns of the long table; the first four are needed; adam@3e-3: at this rate")  # fmt: skip
+                         help="columns of the long table; needs the first four; adam@3e-3: at that rate")  # fmt: skip
     given = options.parse_args()
     rows: list = []
     claims: list[Claim] = []
