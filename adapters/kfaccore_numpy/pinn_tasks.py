@@ -22,8 +22,8 @@ class PINNTask:
     """A problem, hidden widths, (interior, boundary) points drawn anew every `every` steps (0: never), steps, numbers.
 
     kfac, star   (damping, decay, momentum) and (damping, decay)
-    adam         rates for runs of this length and for long ones: best of 1e-3, 3e-3 and 1e-2 after 300 steps (30 of Fokker-Planck), and the
-                 published one or 1e-3, whose noise is lower; Poisson in 10 and 100 dimensions: 1e-3, not tried
+    adam         rates for runs of this length and for long ones: best of 1e-3, 3e-3 and 1e-2 after 300 steps (30 of
+                 Fokker-Planck), and the published one or 1e-3, whose noise is lower; not tried in Poisson's 10 and 100
     clocks       of the statistics and inverses of KFAC*; KFAC, as published, has both at every step
     rows         points times slots of one pass, 0 for all at once
     """
