@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import kfaccore as kf
 from kfaccore_numpy.pinn import PINN
 from kfaccore_numpy.pinn_problems import PROBLEMS
 
@@ -123,5 +124,71 @@ def test_jax_activations_need_no_registration():
     want = jax.vmap(lambda p: (jax.hessian(u)(p) * c).sum())(x)
     found = forward(params, x, c, jnp.sin)[0]
     assert jnp.allclose(found.second[:, 0], want, rtol=1e-11)
-    with pytest.raises(ValueError, match="piecewise linear activation"):
-        capture(params, x, lambda v: v.second[:, 0], c, jax.nn.relu)
+    for kinked in (jax.nn.relu, jax.nn.relu6, jnp.abs):
+        with pytest.raises(ValueError, match="piecewise linear activation"):
+            capture(params, x, lambda v: v.second[:, 0], c, kinked)
+    with pytest.raises(ValueError, match=r"residual gave shape \(4, 1\)"):
+        capture(params, x, lambda v: v.second, c)
+    capture(params, x, lambda v: v.value[:, 0], None, jax.nn.relu)  # without an operator it is fine
+
+
+REFUSED = {  # what becomes of points (5, 2) and operator (2, 2), the error and its message
+    "one input short": (lambda x, c: (x[:, :1], c), ValueError, r"points have shape .*5, 1.*; need \(points, 2\)"),
+    "no points": (lambda x, c: (x[:0], c), ValueError, "at least one point"),
+    "one point alone": (lambda x, c: (x[0], c), ValueError, r"points have shape .*2,.*; need \(points, 2\)"),
+    "other operator": (lambda x, c: (x, c[:1]), ValueError, r"operator has shape .*1, 2.*; need \(2, 2\)"),
+    "single points": (lambda x, c: (x.astype(np.float32), c), TypeError, "parameters .*float64, points .*float32"),
+    "single operator": (lambda x, c: (x, c.astype(np.float32)), TypeError, "operator .*float32; need one dtype"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_torch_refuses_what_does_not_fit(case):
+    torch = pytest.importorskip("torch")
+    from kfaccore_torch.taylor import capture
+
+    change, error, message = REFUSED[case]
+    x, c = map(torch.tensor, change(np.random.default_rng(0).normal(size=(5, 2)), np.eye(2)))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)).double()
+    with pytest.raises(error, match=message):
+        capture(model, x, lambda u: u.second[:, 0], c)
+    with pytest.raises(TypeError, match="the model is Tanh"):
+        capture(torch.nn.Tanh(), x, lambda u: u.second[:, 0], c)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_jax_refuses_what_does_not_fit(case):
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    from kfaccore_jax.taylor import capture
+
+    change, error, message = REFUSED[case]
+    x, c = map(jax.numpy.asarray, change(np.random.default_rng(0).normal(size=(5, 2)), np.eye(2)))
+    params = {"a": jax.numpy.ones((6, 3)), "b": jax.numpy.ones((1, 7))}
+    with pytest.raises(error, match=message):
+        jax.jit(lambda p: capture(p, x, lambda u: u.second[:, 0], c)[0])(params)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_float32_with_tiny_damping_is_warned_about_with_the_number(framework):
+    pytest.importorskip(framework)
+    pinn, params, batch = made("poisson-2d")
+    records = pinn.capture(params, batch).records["dense2"]
+    put = {"torch": _torch_array, "jax": _jax_array}[framework]
+    single = tuple(kf.Record(put(r.a[0]), put(r.g[0, 0]), r.n) for r in records)
+    with pytest.warns(RuntimeWarning, match=r"damping 1e-12 is below 1.2e-07, the rounding of .*float32"):
+        kf.settle(kf.PINNKFAC(), single, damping=1e-12)
+    with pytest.raises(ValueError, match="record has 1 terms; this PINNKFAC needs a tuple of 2"):
+        kf.settle(kf.PINNKFAC(), single[:1])  # the boundary was forgotten
+
+
+def _torch_array(x):
+    import torch
+
+    return torch.tensor(np.array(x, dtype=np.float32))
+
+
+def _jax_array(x):
+    import jax
+
+    return jax.numpy.asarray(np.array(x, dtype=np.float32))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import kfaccore as kf
-from kfaccore.cli import app
 from kfaccore_numpy import Adam, Dense, ReLU, Sequential, Tanh, taylor
 from kfaccore_numpy.conv import AvgPool
 from kfaccore_numpy.pinn import PINN
 from kfaccore_numpy.pinn_problems import PROBLEMS
 from kfaccore_numpy.pinn_tasks import PINN_TASKS, SOLVERS
-from kfaccore_numpy.pinn_train import fit, initial_state, step, streamed
+from kfaccore_numpy.pinn_train import Ahead, fit, initial_state, step, streamed
 from kfaccore_numpy.taylor import Slots
 
 
@@ -69,6 +66,55 @@ def test_same_seed_same_bits():
     assert all(np.array_equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 
+@pytest.mark.parametrize("name", ["pinn-kfac-star", "gauss-newton", "pinn-kfac"])
+@pytest.mark.parametrize("every", [0, 1, 4])
+def test_a_forward_kept_for_the_next_step_changes_no_bit(name, every, monkeypatch):
+    ends, counts = [], []
+    for kept in (False, True):
+        pinn, solver = TINY.pinn(), TINY.solver(name)
+        if name == "pinn-kfac-star":
+            rule = kf.Quadratic(1e-6, tolerance=np.inf)  # no step is taken back
+            solver = kf.Preconditioner(kf.PINNKFAC(start=1.0), schedules=kf.Schedules(1e-6, 0.7), step=rule)
+        params, batches, forwards = pinn.init(2), pinn.batches(*TINY.counts, every, 3), []
+        monkeypatch.setattr(PINN, "forward", lambda *a, real=PINN.forward, n=forwards: n.append(1) or real(*a))
+        state, ahead, losses = initial_state(pinn, params, solver), Ahead(pinn) if kept else None, []
+        for index in range(8):
+            loss, state, _ = step(pinn, params, next(batches), solver, state, index, ahead=ahead)
+            losses.append(loss)
+        monkeypatch.undo()
+        ends.append((losses, params, state))
+        counts.append(len(forwards))
+    assert ends[0][0] == ends[1][0]
+    for x, y in zip(*(kf.tree.leaves(end[1:]) for end in ends), strict=True):
+        assert np.array_equal(x, y)
+    if name == "pinn-kfac-star":  # of 8 steps, one forward each: those that judged are those that began the next
+        assert counts == [8, {0: 9, 1: 8, 4: 10}[every]]
+
+
+def test_a_kept_forward_is_dropped_when_anything_changed():
+    pinn, params, batch = small()
+    want = pinn.capture(params, batch)
+
+    def same(found):
+        return found.loss == want.loss and all(np.array_equal(found.grads[n], want.grads[n]) for n in params)
+
+    ahead = Ahead(pinn)
+    assert ahead.loss(params, batch) == want.loss
+    assert same(ahead.capture(params, batch))
+    assert ahead.passed is None  # used once
+    ahead.loss(params, batch)
+    params["dense0"][0, 0] += 1.0  # in place
+    assert not same(ahead.capture(params, batch))
+    params["dense0"][0, 0] -= 1.0
+    ahead.loss(params, batch)
+    old, batch[0][1][0] = batch[0][1][0], 7.0
+    assert ahead.capture(params, batch).loss == pinn.capture(params, batch).loss != want.loss
+    batch[0][1][0] = old
+    ahead.loss(params, batch)
+    fewer = [(x[:5], y[:5]) for x, y in batch]
+    assert ahead.capture(params, fewer).loss == pinn.capture(params, fewer).loss
+
+
 def test_batches_are_drawn_anew_on_their_clock():
     pinn, _, _ = small()
     stream = pinn.batches(10, 5, 3, 0)
@@ -97,17 +143,17 @@ def test_statistics_in_parts_are_those_of_the_whole():
         np.testing.assert_allclose(updates[name], others[name], rtol=1e-6, atol=1e-9)
 
 
-def test_a_hundred_dimensions_in_bounded_memory():
-    pinn, params, batch = small("poisson-100d", 32, (64, 64))
-    solver = SOLVERS["pinn-kfac"](TINY)
-    peaks = []
-    for rows in (0, 512):
+def test_a_hundred_dimensions_in_memory_that_does_not_grow_with_the_points():
+    solver, peaks = SOLVERS["pinn-kfac"](TINY), []
+    for points, rows in ((64, 0), (64, 512), (128, 512)):
+        pinn, params, batch = small("poisson-100d", 32, (points, points))
         state = initial_state(pinn, params, solver)
         tracemalloc.start()
         step(pinn, dict(params), batch, solver, state, 0, rows)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] / 3
+    assert peaks[2] < 1.05 * peaks[1]
 
 
 def test_statistics_and_inverses_keep_their_clocks():
@@ -185,11 +231,12 @@ def test_mixed_dtypes_are_refused():
         pinn.capture(single, batch)
 
 
-def test_float32_with_tiny_damping_is_warned_about_with_the_number():
+@pytest.mark.parametrize("name", ["pinn-kfac", "pinn-kfac-star"])
+def test_float32_with_tiny_damping_is_warned_about_with_the_number(name):
     pinn, params, batch = small()
     single = {name: W.astype(np.float32) for name, W in params.items()}
     points = [(x.astype(np.float32), y.astype(np.float32)) for x, y in batch]
-    solver = SOLVERS["pinn-kfac"](replace(TINY, kfac=(1e-12, 0.5, 0.5)))
+    solver = SOLVERS[name](replace(TINY, kfac=(1e-12, 0.5, 0.5), star=(1e-12, 0.5)))
     with pytest.warns(RuntimeWarning, match=r"damping 1e-12 is below 1.2e-07, the rounding of float32"):
         step(pinn, single, points, solver, initial_state(pinn, single, solver), 0)
     with warnings.catch_warnings():
@@ -232,76 +279,6 @@ def test_the_quadratic_step_is_halved_while_the_loss_rises():
     assert (share, after.rejected, after.code) == (0.0, 1, kf.Code.UNCONVERGED)
     assert not after.previous["x"].any()
     assert replace(rule, tolerance=np.inf).judge(motion, 1.0, 1.0, 9.0) == (1.0, motion)
-
-
-# The command line.
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def test_train_writes_errors_picture_and_files(tmp_path):
-    result = run("train", "poisson-2d", "--method", "pinn-kfac-star", "--against", "adam,lbfgs", "--steps", 6,
-                 "--out", tmp_path)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.safetensors", "curves.png"}
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    summary = json.loads((tmp_path / "run.json").read_text())
-    assert [row["method"] for row in summary["methods"]] == ["pinn-kfac-star", "adam", "lbfgs"]
-    assert summary["methods"][0]["codes"] == {"OK": 6 * 2}
-    for row in summary["methods"]:
-        assert row["absolute"] == pytest.approx(row["relative"] * 0.5, rel=0.05)
-    for word in ("pinn-kfac-star", "relative", "absolute", "lbfgs"):
-        assert word in result.stdout
-    assert kf.load(tmp_path / "run.safetensors")["state"]["step"] == 6
-    inspected = run("inspect", tmp_path / "run.safetensors")
-    assert inspected.exit_code == 2
-    assert "holds no Kronecker factors (method pinn-kfac-star)" in inspected.stderr
-
-
-@pytest.mark.parametrize("task", ["poisson-2d", "heat-1d", "poisson-2d-deep"])
-def test_gauss_newton_from_the_command_line(task):
-    result = run("train", task, "--method", "gauss-newton", "--steps", 3, "--json")
-    assert result.exit_code == 0, result.output
-    row = json.loads(result.stdout)["methods"][0]
-    assert row["step"] == 3
-    assert row["codes"] == {"OK": 3}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ("--method", "newton"),
-            "no method 'newton' for poisson-2d; there are pinn-kfac, pinn-kfac-star",
-        ),
-        (("--against", "adam,kfac"), "no method 'kfac' for poisson-2d"),
-        (("--l2", "0.1"), "--l2: not for poisson-2d"),
-        (("--backend", "cupy"), "--backend: not for poisson-2d"),
-        (("--steps", "-1"), "--steps is -1; need a positive number"),
-        (("--out", "/dev/null/x"), "--out /dev/null/x"),
-    ],
-)
-def test_bad_input_exits_2(arguments, message):
-    result = run("train", "poisson-2d", *arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
-def test_ctrl_c_leaves_readable_files(monkeypatch, tmp_path):
-    import kfaccore_numpy.pinn_train as shell
-
-    def interrupted(*arguments, real=shell.fit, **options):
-        for progress in real(*arguments, **options):
-            yield progress
-            if progress.step == 3:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(shell, "fit", interrupted)
-    result = run("train", "poisson-2d", "--steps", 10, "--out", tmp_path)
-    assert result.exit_code == 130
-    assert kf.load(tmp_path / "run.safetensors")["state"]["step"] == 3
 
 
 def test_adam_is_the_ordinary_one():

@@ -20,6 +20,7 @@ from jax import numpy as jnp
 from kfaccore import Record
 
 Array = Any
+_KINKED = (jax.nn.relu, jax.nn.relu6, jax.nn.leaky_relu, jax.nn.hard_tanh, jax.nn.hard_sigmoid, jnp.abs)
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,12 @@ def capture(
     operator: Array | None = None,
     activation: Callable[[Array], Array] = jnp.tanh,
 ) -> tuple[Array, dict[str, Record]]:
-    """(r (batch,), {name: Record}) of one loss term; a record's g holds dr/d(slots), zeros where r ignores a slot."""
-    if operator is not None and activation in (jax.nn.relu, jax.nn.leaky_relu, jax.nn.hard_tanh):
+    """(r (batch,), {name: Record}) of one loss term; a record's g holds dr/d(slots), zeros where r ignores a slot.
+
+    Raises ValueError or TypeError for shapes, dtypes and activations that do not fit, while tracing too.
+    """
+    check(params, x, operator)
+    if operator is not None and activation in _KINKED:
         raise ValueError(
             "a piecewise linear activation under a second-order operator: its second derivative is zero almost "
             "everywhere, so the residual would not see the curvature of the network; use jnp.tanh or another smooth one"
@@ -93,8 +98,24 @@ def capture(
         return residual(u), rows
 
     r, pull, rows = jax.vjp(run, taps, has_aux=True)
+    if r.shape != x.shape[:1]:
+        raise ValueError(f"residual gave shape {r.shape}; need one number a point, ({x.shape[0]},)")
     g = pull(jnp.ones_like(r))[0]
     return r, {name: Record(rows[name], g[name], float(x.shape[0])) for name in params}
+
+
+def check(params: dict[str, Array], x: Array, operator: Array | None) -> None:
+    """ValueError or TypeError when points, operator and parameters do not belong together."""
+    first = next(iter(params.values()))
+    d = first.shape[1] - 1
+    if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != d:
+        raise ValueError(f"points have shape {x.shape}; need (points, {d}), at least one point")
+    if operator is not None and operator.shape != (d, d):
+        raise ValueError(f"operator has shape {operator.shape}; need {(d, d)}, or None for the value alone")
+    dtypes = {"parameters": first.dtype, "points": x.dtype}
+    dtypes |= {} if operator is None else {"operator": operator.dtype}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"dtypes differ: {', '.join(f'{name} {t}' for name, t in dtypes.items())}; need one dtype")
 
 
 def _bend(activation: Callable[[Array], Array], z: Array, operator: Array | None) -> Array:

@@ -19,11 +19,11 @@ from kfaccore_numpy.activations import Tanh
 from kfaccore_numpy.dense import Dense
 from kfaccore_numpy.network import Params, Sequential
 from kfaccore_numpy.pinn_problems import Problem
-from kfaccore_numpy.taylor import Slots
+from kfaccore_numpy.taylor import Coefficients, Slots, TaylorTape
 
 Array = Any
 Batch = Sequence[tuple[Array, Array]]  # (points, data) a term
-_CHUNK = 1 << 16  # elements of one slot of the widest layer held at once without a tape
+_CHUNK = 1 << 18  # elements of all slots of the widest layer held at once without a tape
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class Captured:
     residuals: tuple[Array, ...]
     grads: dict[str, Array]
     records: dict[str, tuple[Record, ...]]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A forward of every term, as far as the backward needs it; `sizes` are the points of the whole batch."""
+
+    loss: float
+    residuals: tuple[Array, ...]
+    outputs: tuple[Coefficients, ...]
+    tapes: tuple[TaylorTape, ...]
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,9 @@ class PINN:
     def residuals(self, params: Params, batch: Batch) -> tuple[Array, ...]:
         """r (points,) of each term, in chunks of points that keep memory bounded."""
         widest = max(block.d_out for block in self.network.blocks().values())
-        size, found = max(1, _CHUNK // widest), []
+        found = []
         for term, (x, y) in zip(self.problem.terms, batch, strict=True):
-            parts = []
+            parts, size = [], max(1, _CHUNK // (widest * term.slots.count))
             for i in range(0, x.shape[0], size):
                 z = taylor.forward(self.network, params, x[i : i + size], term.slots, term.wanted)
                 parts.append(term.residual(z, x[i : i + size], y[i : i + size]))
@@ -69,22 +80,36 @@ class PINN:
         """The loss, without a gradient."""
         return sum(0.5 * float((r * r).mean()) for r in self.residuals(params, batch))
 
-    def capture(self, params: Params, batch: Batch, sizes: tuple[int, ...] = ()) -> Captured:
-        """One forward and one backward a term; `sizes` are those of the whole batch when this is a part of it."""
+    def forward(self, params: Params, batch: Batch, sizes: tuple[int, ...] = ()) -> Passed:
+        """The half of `capture` that gives the loss."""
         check(self.problem, params, batch)
-        loss, residuals, grads, records = 0.0, [], {}, {}
+        loss, residuals, outputs, tapes = 0.0, [], [], []
         sizes = sizes or tuple(x.shape[0] for x, _ in batch)
         for term, (x, y), n in zip(self.problem.terms, batch, sizes, strict=True):
             z, tape = taylor.record_forward(self.network, params, x, term.slots)
             r = term.residual(z, x, y)
-            g = taylor.backward(self.network, params, tape, term.seeds(z, x), term.slots)
             loss += 0.5 * float((r * r).sum()) / n
-            residuals.append(r)
+            for whole, part in ((residuals, r), (outputs, z), (tapes, tape)):
+                whole.append(part)
+        return Passed(loss, tuple(residuals), tuple(outputs), tuple(tapes), sizes)
+
+    def backward(self, params: Params, batch: Batch, passed: Passed) -> Captured:
+        """The other half of `capture`, from a `forward` of the same parameters and batch."""
+        grads, records = {}, {}
+        terms = zip(
+            self.problem.terms, batch, passed.residuals, passed.outputs, passed.tapes, passed.sizes, strict=True
+        )
+        for term, (x, _), r, z, tape, n in terms:
+            g = taylor.backward(self.network, params, tape, term.seeds(z, x), term.slots)
             for name, a in tape.inputs.items():
                 records[name] = (*records.get(name, ()), term_record(a, g[name], x.shape[0]))
                 grad = taylor_gradient(a, g[name], r / n)
                 grads[name] = grads[name] + grad if name in grads else grad
-        return Captured(loss, tuple(residuals), grads, records)
+        return Captured(passed.loss, passed.residuals, grads, records)
+
+    def capture(self, params: Params, batch: Batch, sizes: tuple[int, ...] = ()) -> Captured:
+        """One forward and one backward a term; `sizes` are those of the whole batch when this is a part of it."""
+        return self.backward(params, batch, self.forward(params, batch, sizes))
 
     def parts(self, params: Params, batch: Batch, rows: int) -> Iterator[Captured]:
         """`capture` in parts of at most about `rows` points times slots, whose losses and gradients add up."""
@@ -111,13 +136,13 @@ class PINN:
         absolute = float(((self.predict(params, x) - true) ** 2).mean() ** 0.5)
         return absolute / float((true**2).mean() ** 0.5), absolute
 
-    def batches(self, interior: int, boundary: int, every: int, seed: int) -> Iterator[Batch]:
-        """The batch of each step: drawn anew every `every` steps, once if that is 0."""
-        step, batch = 0, None
+    def batches(self, interior: int, boundary: int, every: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """The batch of each step from `start` on: drawn anew every `every` steps, once if that is 0."""
+        step, batch = start, None
         while True:
             if batch is None or (every and step % every == 0):
-                rng = np.random.default_rng([seed, step])
-                batch = self.problem.sample(rng, interior, boundary)
+                drawn = step - step % every if every else 0
+                batch = self.problem.sample(np.random.default_rng([seed, drawn]), interior, boundary)
             yield batch
             step += 1
 

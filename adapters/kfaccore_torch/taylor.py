@@ -99,7 +99,11 @@ def capture(
     residual: Callable[[Coefficients], Tensor],
     operator: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Record]]:
-    """(r (batch,), {name: Record}) of one loss term; a record's g holds dr/d(slots), zeros where r ignores a slot."""
+    """(r (batch,), {name: Record}) of one loss term; a record's g holds dr/d(slots), zeros where r ignores a slot.
+
+    Raises ValueError or TypeError for shapes, dtypes and layers that do not fit, before anything is computed.
+    """
+    check(model, x, operator)
     u, layers = forward(model, x, operator)
     r = residual(u)
     if tuple(r.shape) != (x.shape[0],):
@@ -108,6 +112,22 @@ def capture(
     grads = torch.autograd.grad(r.sum(), outputs, materialize_grads=True)
     pairs = zip(layers.items(), grads, strict=True)
     return r.detach(), {name: Record(rows.detach(), g, float(x.shape[0])) for (name, (rows, _)), g in pairs}
+
+
+def check(model: nn.Sequential, x: Tensor, operator: Tensor | None) -> None:
+    """ValueError or TypeError when points, operator and parameters do not belong together."""
+    layers = [m for m in model.children() if isinstance(m, nn.Linear)] if isinstance(model, nn.Sequential) else []
+    if not layers:
+        raise TypeError(f"the model is {type(model).__name__}; Taylor rules need nn.Sequential(nn.Linear, ...)")
+    d = layers[0].in_features
+    if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != d:
+        raise ValueError(f"points have shape {tuple(x.shape)}; need (points, {d}), at least one point")
+    if operator is not None and tuple(operator.shape) != (d, d):
+        raise ValueError(f"operator has shape {tuple(operator.shape)}; need {(d, d)}, or None for the value alone")
+    dtypes = {"parameters": layers[0].weight.dtype, "points": x.dtype}
+    dtypes |= {} if operator is None else {"operator": operator.dtype}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"dtypes differ: {', '.join(f'{name} {t}' for name, t in dtypes.items())}; need one dtype")
 
 
 def _bend(module: nn.Module, z: Tensor, operator: Tensor | None) -> Tensor:

@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kfaccore import Preconditioner, __version__, save
+from kfaccore import Preconditioner, __version__, load, metadata, save
 from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
 
 EVALUATIONS, POINTS = 60, 9000  # evaluations of a run, held-out points
+
+
+class Pause:
+    """Ctrl-C takes effect between two steps, where parameters and state belong together; the second time at once."""
+
+    asked = torn = False
+
+    def __enter__(self) -> Pause:
+        self.old = signal.signal(signal.SIGINT, self._seen)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self.old)
+
+    def _seen(self, *arguments: object) -> None:
+        import typer
+
+        if self.asked:
+            self.torn = True
+            raise KeyboardInterrupt
+        self.asked = True
+        typer.echo("stopping after this step; Ctrl-C again: at once, without run.safetensors", err=True)
+
+    def between(self) -> None:
+        """KeyboardInterrupt if it was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 class PINNRun:
@@ -25,39 +54,45 @@ class PINNRun:
         self.held_out = self.pinn.problem.inside(np.random.default_rng([seed, 7]), POINTS)
         self.curves: dict[str, dict[str, list]] = {}
         self.codes: dict[str, dict[str, int]] = {}
-        self.kept: tuple[Any, Any, Any] | None = None  # solver, params, state of the first method
+        self.kept: tuple[Any, Any, Any] | None = None  # solver, params, Progress of the first method
         self.params: dict[str, Any] = {}
 
-    def train(self, name: str, solver: Any, steps: int, quiet: bool) -> None:
+    def train(self, name: str, solver: Any, resume: Path | None, quiet: bool) -> None:
         """Run `solver`, with a progress bar on standard error unless `quiet`."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from kfaccore_numpy.pinn_train import fit
+        from kfaccore_numpy.pinn_train import LBFGS, fit
 
-        params = self.pinn.init(self.seed)
+        params, state, start = self.pinn.init(self.seed), None, 0
+        if resume is not None:
+            params, state, start = self._resumed(resume, name, solver, params)
         curve = self.curves[name] = {key: [] for key in ("step", "seconds", "loss", "relative", "absolute")}
-        codes, every = self.codes.setdefault(name, {}), max(1, steps // EVALUATIONS)
+        self.codes[name] = {}
         columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         text = TextColumn("relative L2 {task.fields[error]:.3g}")
         bar = Progress(*columns, text, console=Console(stderr=True), disable=quiet)
-        batches = self.pinn.batches(*self.task.counts, self.task.every, self.seed)
-        with bar, np.errstate(all="ignore"):
-            row = bar.add_task(name, total=steps, error=float("nan"))
-            progress: Any = None
-            for progress in fit(self.pinn, params, batches, solver, steps, rows=self.task.rows):
-                self.params[name] = params
-                if self.kept is None or self.kept[0] is solver:
-                    self.kept = (solver, params, progress.state)
-                for code, count in _counts(progress.info):
-                    codes[code] = codes.get(code, 0) + count
-                if progress.step % every == 0 or not math.isfinite(progress.loss):
-                    bar.update(row, error=self._look(curve, progress))
-                bar.update(row, completed=progress.step)
-                if not math.isfinite(progress.loss):
-                    return
-            if progress is not None and curve["step"][-1:] != [progress.step]:
-                self._look(curve, progress)
+        batches = self.pinn.batches(*self.task.counts, self.task.every, self.seed, start)
+        options = {"rows": self.task.rows, "state": state, "start": start}
+        pause, whole = Pause(), isinstance(solver, LBFGS)
+        row = bar.add_task(name, total=self.steps, completed=start, error=math.nan)
+        try:
+            with bar, np.errstate(all="ignore"), nullcontext() if whole else pause:
+                progress: Any = None
+                for progress in fit(self.pinn, params, batches, solver, self.steps, **options):
+                    self._note(name, solver, params, progress)
+                    if progress.step % max(1, self.steps // EVALUATIONS) == 0 or not math.isfinite(progress.loss):
+                        bar.update(row, error=self._look(curve, progress))
+                    bar.update(row, completed=progress.step)
+                    if not math.isfinite(progress.loss):
+                        return
+                    pause.between()
+                if progress is not None and curve["step"][-1:] != [progress.step]:
+                    self._look(curve, progress)
+        except KeyboardInterrupt:
+            if pause.torn and self.kept is not None and self.kept[0] is solver:
+                self.kept = None
+            raise
 
     def summary(self) -> dict[str, Any]:
         """What run.json holds."""
@@ -106,6 +141,14 @@ class PINNRun:
         if out is not None:
             console.print(", ".join(str(path) for path in sorted(out.iterdir())), soft_wrap=True)
 
+    def _note(self, name: str, solver: Any, params: Any, progress: Any) -> None:
+        """Codes, and what is to be saved."""
+        self.params[name] = params
+        if self.kept is None or self.kept[0] is solver:
+            self.kept = (solver, params, progress)
+        for code, count in _counts(progress.info):
+            self.codes[name][code] = self.codes[name].get(code, 0) + count
+
     def _look(self, curve: dict[str, list], progress: Any) -> float:
         """Append both errors; the relative one is returned."""
         relative, absolute = self.pinn.errors(progress.params, self.held_out)
@@ -115,13 +158,38 @@ class PINNRun:
         return relative
 
     def _save(self, path: Path) -> None:
-        solver, params, state = self.kept  # type: ignore[misc]
+        solver, params, progress = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(solver, Preconditioner):
-            tree["state"] = state
+            state, rule, schedules = progress.state, solver.rule, solver.schedules
+            hypers = {name: rule.hyper(state.motion, schedules.hyper(name, state.step)) for name in state.layers}
+            meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
+            meta["terms"] = [term.name for term in self.pinn.problem.terms]
             meta["blocks"] = {name: asdict(block) for name, block in state.blocks}
+        if progress.state is not None:
+            tree["state"] = progress.state
+            meta["step"] = progress.step
         save(path, tree, **meta)
+
+    def _resumed(self, path: Path, name: str, solver: Any, params: Any) -> tuple[Any, Any, int]:
+        """(params, state, steps taken) of a saved run; ValueError when it is not one of this task, method and seed."""
+        from kfaccore_numpy.pinn_train import LBFGS, initial_state
+
+        if isinstance(solver, LBFGS):
+            raise ValueError(f"--resume continues a run that keeps a state, which {name} does not")
+        meta = metadata(path)
+        if (meta.get("task"), meta.get("method")) != (self.name, name):
+            raise ValueError(
+                f"{path} is a run of {meta.get('method')} on {meta.get('task')}, not {name} on {self.name}"
+            )
+        if meta.get("seed") != self.seed:
+            raise ValueError(f"{path} is a run of --seed {meta.get('seed')}; --seed is {self.seed}")
+        start = meta.get("step")
+        if not isinstance(start, int) or start >= self.steps:
+            raise ValueError(f"{path} has taken {start} steps already; --steps is {self.steps}, need more")
+        tree = load(path, like={"params": params, "state": initial_state(self.pinn, params, solver)})
+        return tree["params"], tree["state"], start
 
 
 def _counts(info: Any) -> list[tuple[str, int]]:
@@ -135,7 +203,9 @@ def _counts(info: Any) -> list[tuple[str, int]]:
     return [(code.name, count) for code, count in info.counts().items()]
 
 
-def train_pinn(name: str, methods: list[str], steps: int, seed: int, out: Path | None, as_json: bool) -> None:
+def train_pinn(
+    name: str, methods: list[str], steps: int, seed: int, out: Path | None, resume: Path | None, as_json: bool
+) -> None:
     """Train every method on the problem `name` from the same start and batches, and report."""
     import typer
 
@@ -148,10 +218,12 @@ def train_pinn(name: str, methods: list[str], steps: int, seed: int, out: Path |
     trial = PINNRun(name, task, steps or task.steps, seed)
     finished = True
     try:
-        for method in methods:
-            trial.train(method, task.solver(method), trial.steps, quiet=as_json)
+        for index, method in enumerate(methods):
+            trial.train(method, task.solver(method), resume if index == 0 else None, quiet=as_json)
     except KeyboardInterrupt:
         finished = False
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
     if out is not None:
         trial.write(out)
     typer.echo(json.dumps(trial.summary(), indent=2)) if as_json else trial.show(out)

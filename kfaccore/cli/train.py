@@ -40,8 +40,8 @@ def train(
     methods = [method, *filter(None, against.split(","))]
     penalties = {"l2": l2, "weight_decay": weight_decay}
     if _is_pinn(task):
-        options = {"backend": backend != "numpy", "step": step != "self-tuning", "resume": resume is not None}
-        _equation(task, methods, steps, seed, out, as_json, {**options, **penalties})
+        foreign = {"backend": backend != "numpy", "step": step != "self-tuning", **penalties}
+        _equation(task, methods, foreign, out, {"steps": steps, "seed": seed, "resume": resume, "as_json": as_json})
         return
     chosen = _task(task)
     _check(penalties)
@@ -96,17 +96,17 @@ def _is_pinn(name: str) -> bool:
 
 
 def _equation(
-    task: str, methods: list[str], steps: int, seed: int, out: Path | None, as_json: bool, options: dict[str, Any]
+    task: str, methods: list[str], foreign: dict[str, Any], out: Path | None, options: dict[str, Any]
 ) -> None:
-    """A differential equation: methods and figures of its own."""
+    """A differential equation: methods and figures of its own; `foreign` options must not be given."""
     from kfaccore.cli.pinn import train_pinn
 
-    foreign = [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
-    if foreign:
-        fail(f"{', '.join(foreign)}: not for {task}, a differential equation, whose methods set their own step")
+    given = [f"--{name.replace('_', '-')}" for name, value in foreign.items() if value]
+    if given:
+        fail(f"{', '.join(given)}: not for {task}, a differential equation, whose methods set their own step")
     if out is not None:
         _folder(out)
-    train_pinn(task, ["pinn-kfac", *methods[1:]] if methods[0] == "kfac" else methods, steps, seed, out, as_json)
+    train_pinn(task, ["pinn-kfac", *methods[1:]] if methods[0] == "kfac" else methods, out=out, **options)
 
 
 def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> tuple[str, Any]:
