@@ -4,7 +4,6 @@ import os
 import random
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # before keras is imported
-
 import jax
 import keras
 
@@ -23,8 +22,8 @@ def main(steps: int = 100, n: int = 64) -> list[float]:
     @jax.jit
     def step(params, state, x, labels):
         f = (captured := kj.capture(plan, params, x)).prediction
-        grads = captured.gradients(loss.gradient(f, labels) / n)
-        directions, state = tx.update(grads, state, records=captured.records(kf.type2(loss, f), n))
+        g = captured.gradients(loss.gradient(f, labels) / n)
+        directions, state = tx.update(g, state, records=captured.records(kf.type2(loss, f), n))
         return jax.tree.map(lambda w, d: w - 0.5 * d, params, directions), state, loss.value(f, labels) / n
 
     state, losses = tx.init(params), []
@@ -32,7 +31,7 @@ def main(steps: int = 100, n: int = 64) -> list[float]:
         params, state, value = step(params, state, x, labels)
         losses.append(float(value))
     kj.keras_assign(net, params)
-    print(plan, f"right: {float((net(x).argmax(-1) == labels).mean())}", sep="\n")
+    print(f"right: {float((net(x).argmax(-1) == labels).mean())}")
     return losses
 
 
