@@ -38,8 +38,12 @@ def products(record: Record, *vs: Array) -> list[Array]:
 
 def adjoint(record: Record, w: Array) -> Array:
     """J^T w, (blocks, d_out, d_in), for a number w (draws, batch) a draw and example."""
+    return pulled(record, namespace(record.g).sum(record.g * w[:, None, :, None, None], axis=0))
+
+
+def pulled(record: Record, g: Array) -> Array:
+    """Sum of g a^T over examples and positions, (blocks, d_out, d_in), for any g (blocks, batch, shared, d_out)."""
     xp = namespace(record.g)
-    g = xp.sum(record.g * w[:, None, :, None, None], axis=0)
     g = xp.reshape(g, (record.blocks, -1, record.d_out))
     if isinstance(record.a, Ids):
         index = xp.reshape(record.a.index, (-1,))

@@ -72,8 +72,12 @@ class Eigh:
         return Eigenpairs(_clipped(a), _clipped(g), Qa, Qg), namespace(code_a).maximum(code_a, code_g)
 
     def solve(self, parts: Eigenpairs, grad: Any, split: Split, damping: float | Array, code: Array) -> tuple:
-        below, code = floored(split.denominators(parts.a, parts.g, damping), code)
+        below, code = self.denominators(parts, split, damping, code)
         return kron.solve(parts.Qg, grad, parts.Qa, below), code
+
+    def denominators(self, parts: Eigenpairs, split: Split, damping: float | Array, code: Array) -> tuple:
+        """The damped block's eigenvalues (blocks, d_out, d_in), `floored`."""
+        return floored(split.denominators(parts.a, parts.g, damping), code)
 
 
 def floored(below: Array, code: Array) -> tuple[Array, Array]:

@@ -34,7 +34,7 @@ def inner(r: Any, v: Any) -> Array:
         return inner(v, r)
     xp = namespace(v.left if isinstance(v, Outer) else v)
     if not isinstance(r, Outer):
-        return xp.sum(r * v)
+        return xp.vecdot(xp.reshape(r, (-1,)), xp.reshape(v, (-1,)))
     if isinstance(v, Outer):
         return xp.sum(xp.sum(r.left * v.left, axis=-1) * xp.sum(r.right * v.right, axis=-1))
     return xp.sum(r.left * xp.matmul(v, r.right[:, :, None])[..., 0])
