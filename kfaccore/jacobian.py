@@ -38,7 +38,14 @@ def products(record: Record, *vs: Array) -> list[Array]:
 
 def adjoint(record: Record, w: Array) -> Array:
     """J^T w, (blocks, d_out, d_in), for a number w (draws, batch) a draw and example."""
-    return pulled(record, namespace(record.g).sum(record.g * w[:, None, :, None, None], axis=0))
+    return pulled(record, weighed(record, w))
+
+
+def weighed(record: Record, w: Array) -> Array:
+    """Sum over draws of w g, (blocks, batch, shared, d_out)."""
+    if record.draws == 1:
+        return record.g[0, ...] * w[0, None, :, None, None]
+    return namespace(record.g).sum(record.g * w[:, None, :, None, None], axis=0)
 
 
 def pulled(record: Record, g: Array) -> Array:

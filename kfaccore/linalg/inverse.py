@@ -86,10 +86,11 @@ def floored(below: Array, code: Array) -> tuple[Array, Array]:
     xp = namespace(below)
     top = xp.max(below, axis=(-2, -1))
     floor = (eps(below.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top)))[:, None, None]
-    lifted = xp.any(below < floor, axis=(-2, -1)) & (code == int(Code.OK))
-    code = choose(lifted, Code.JITTERED, code)
-    ones = xp.ones_like(below)
-    return select(code == int(Code.IDENTITY), ones, xp.where(below < floor, floor * ones, below)), code
+    low, first = below < floor, code == int(Code.IDENTITY)
+    lifted = xp.any(low, axis=(-2, -1))
+    fill = xp.where(first[:, None, None], xp.ones_like(floor), floor)
+    below = select(lifted | first, xp.where(low | first[:, None, None], fill, below), below)
+    return below, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
 
 
 def accepted(new: Any, code: Array, old: Any, old_code: Array, weight: Array) -> tuple[Any, Array]:

@@ -153,8 +153,8 @@ class Krylov:
     def _powers(self, first: list[Any], local: Local) -> list[Any]:
         found = []
         for v in first:
-            for _ in range(self.order - 1):
-                v = local.solve(unit(v))
+            for i in range(self.order - 1):
+                v = local.solve(v if self.residual and not i else unit(v))
                 found.append(v)
         return found
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from operator import iadd
 from typing import Any
 
 import numpy as np
 
-from kfaccore.jacobian import adjoint, outputs, pulled
+from kfaccore.jacobian import adjoint, outputs, pulled, weighed
 from kfaccore.linalg.patches import Patches
 from kfaccore.network.vectors import Outer, dense, inner, scaled
 from kfaccore.record import Factored, Ids, Record
@@ -47,8 +48,9 @@ class Level:
     @cached_property
     def rg(self) -> Array:
         """R g, (m,)."""
-        pairs = zip(self._pairs(), self.slopes, strict=True)
-        return namespace(self.Y).stack([self.g.slope(pair) if s is None else s() for pair, s in pairs])
+        told = [None if slope is None else slope() for slope in self.slopes]
+        pairs = zip(self._pairs(), told, strict=True)
+        return namespace(self.Y).stack([self.g.slope(pair) if x is None else x for pair, x in pairs])
 
     def restrict(self, v: Tree) -> Array:
         """R v, (m,)."""
@@ -59,7 +61,7 @@ class Level:
         found: Tree = {}
         for i, (name, r) in enumerate(self._pairs()):
             x = scaled(beta[i], r)
-            found[name] = found[name] + x if name in found else x
+            found[name] = iadd(found[name], x) if name in found else x
         return {name: found[name] if name in found else namespace(z).zeros_like(z) for name, z in self.z0.items()}
 
     def _pairs(self) -> Iterator[tuple[str, Any]]:
@@ -116,9 +118,10 @@ def residuals(records: dict[str, Record], damping: dict[str, Any], n: Any, z0: T
         if rows is None:
             left = g.of(name) - adjoint(record, w) / n
         else:
-            drawn = namespace(rows).sum(record.g * w[:, None, :, None, None], axis=0)
-            left = pulled(record, rows - drawn / n)
-        found[name] = left - scalar(damping[name], x) * x
+            rows -= weighed(record, w / n)  # an array of its own
+            left = pulled(record, rows)
+        left -= scalar(damping[name], x) * x
+        found[name] = left
     return found
 
 
@@ -129,7 +132,7 @@ def images(
     found: list[Any] = [None] * len(layers)
     slopes: list[Any] = [None] * len(layers)
     for name in dict.fromkeys(layers):
-        record, rows = records[name], g.rows(name, records[name])
+        record = records[name]
         mine = [i for i, layer in enumerate(layers) if layer == name]
         full = [i for i in mine if not isinstance(vectors[i], Outer)]
         for i in set(mine) - set(full):
@@ -137,8 +140,14 @@ def images(
             found[i] = namespace(q).reshape(namespace(q).sum(q * p[None, ...], axis=(1, 3)), (-1,))
         for i, z in zip(full, _outputs(record, [vectors[i] for i in full]), strict=True):
             found[i] = _rows(record, z)
-            slopes[i] = None if rows is None else lambda z=z, rows=rows: inner(rows, z)
+            slopes[i] = partial(_slope, g, name, record, z)
     return namespace(found[0]).stack(found, axis=-1), tuple(slopes)
+
+
+def _slope(g: Gradients, name: str, record: Record, z: Array) -> Array | None:
+    """<r, g> from V a, where the gradient has the record's inputs."""
+    rows = g.rows(name, record)
+    return None if rows is None else inner(rows, z)
 
 
 def _outputs(record: Record, vs: list[Array]) -> list[Array]:
@@ -188,7 +197,7 @@ class Gradients:
         return self.found[name]
 
     def rows(self, name: str, record: Record) -> Array | None:
-        """(blocks, batch, shared, d_out) whose products with the record's own inputs are the gradient, if there are."""
+        """New rows (blocks, batch, shared, d_out) that give the gradient with the record's own inputs, or None."""
         grad = self.grads[name]
         if not isinstance(grad, Factored) or not same(grad.a, record.a) or grad.a.dtype != self.like[name].dtype:
             return None

@@ -14,7 +14,7 @@ from kfaccore.linalg import kron, side
 from kfaccore.method import Solution, finish, gradient
 from kfaccore.network.level import full
 from kfaccore.record import Factored, Record
-from kfaccore.xp.arrays import Array, namespace, same
+from kfaccore.xp.arrays import Array, namespace, same, scalar
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ class Turned:
     def solve(self, grad: Any, state: Any) -> Solution:
         """M^-1 of a turned gradient, turned."""
         grad, squeeze = gradient(grad, tuple(self.below.shape))
-        return finish(full(grad, self.below) / self.below, self.code, state, squeeze)
+        if isinstance(grad, Factored):
+            a, g = (namespace(x).reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (grad.a, grad.g))
+            v = namespace(g).matmul((g / scalar(grad.n, g)).mT, a)
+        else:
+            v = full(grad, self.below)
+        return finish(v / self.below, self.code, state, squeeze)
 
     def back(self, v: Array) -> Array:
         """A direction (blocks, d_out, d_in) as it is without turning."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from operator import iadd
 from types import MappingProxyType
 from typing import Any
 
@@ -118,7 +119,7 @@ class TwoLevel:
         change = self.correction(level, self.matrix(level), fine)
         d, gain, ok = _applied(level, change, self.coefficient)
         codes = {name: choose(ok | (x > 0), Code.OK, change.code) + x for name, x in codes.items()}
-        found = {name: level.z0[name] + d[name] for name in z}
+        found = {name: iadd(d[name], level.z0[name]) for name in z}
         found = {name: at[name].back(x) if name in at else x for name, x in found.items()}
         z = {name: namespace(x).reshape(found[name], x.shape) for name, x in z.items()}
         return Solution(z, codes, state, {"gain": gain, "coarse": change.code})

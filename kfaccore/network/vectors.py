@@ -52,7 +52,7 @@ def unit(v: Any) -> Any:
         top = xp.max(xp.max(xp.abs(v.left), axis=-1) * xp.max(xp.abs(v.right), axis=-1))
     else:
         xp = namespace(v)
-        top = xp.max(xp.abs(v))
+        top = xp.maximum(xp.max(v), -xp.min(v))
     scale = xp.where(top > 1e-30, 1.0 / xp.where(top > 1e-30, top, xp.ones_like(top)), xp.zeros_like(top))
     return Outer(v.left * scale, v.right) if isinstance(v, Outer) else v * scale
 

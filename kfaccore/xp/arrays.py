@@ -95,6 +95,13 @@ def select(condition: Array, yes: Array, no: Array) -> Array:
     return xp.where(xp.reshape(condition, (*condition.shape, *(1,) * (yes.ndim - condition.ndim))), yes, no)
 
 
+def blanked(condition: Array, x: Array) -> Array:
+    """`x` where the per-block `condition` holds, zero elsewhere; free on NumPy when all hold."""
+    if is_numpy(condition) and condition.all():
+        return x
+    return select(condition, x, namespace(x).zeros_like(x))
+
+
 def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
     """Repeat `carry = body(carry)` while `cond(carry)`, at most `limit` times.
 
