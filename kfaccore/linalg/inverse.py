@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kfaccore import tree
 from kfaccore.linalg import kron, side
-from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.arrays import Array, eps, is_numpy, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 if TYPE_CHECKING:
@@ -88,8 +88,10 @@ def floored(below: Array, code: Array) -> tuple[Array, Array]:
     floor = (eps(below.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top)))[:, None, None]
     low, first = below < floor, code == int(Code.IDENTITY)
     lifted = xp.any(low, axis=(-2, -1))
+    if is_numpy(below) and not (lifted | first).any():
+        return below, code
     fill = xp.where(first[:, None, None], xp.ones_like(floor), floor)
-    below = select(lifted | first, xp.where(low | first[:, None, None], fill, below), below)
+    below = xp.where(low | first[:, None, None], fill, below)
     return below, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
 
 

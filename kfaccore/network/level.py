@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from operator import iadd
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from kfaccore.jacobian import adjoint, outputs, pulled, weighed
 from kfaccore.linalg.patches import Patches
 from kfaccore.network.vectors import Outer, dense, inner, scaled
 from kfaccore.record import Factored, Ids, Record
-from kfaccore.xp.arrays import Array, from_host, namespace, same, scalar
+from kfaccore.xp.arrays import Array, from_host, namespace, plus, same, scalar
 
 Tree = dict[str, Array]
 
@@ -60,8 +59,10 @@ class Level:
         """R^T beta."""
         found: Tree = {}
         for i, (name, r) in enumerate(self._pairs()):
-            x = scaled(beta[i], r)
-            found[name] = iadd(found[name], x) if name in found else x
+            if name not in found:
+                found[name] = scaled(beta[i], r)
+            else:
+                found[name] = plus(found[name], beta[i], dense(r))
         return {name: found[name] if name in found else namespace(z).zeros_like(z) for name, z in self.z0.items()}
 
     def _pairs(self) -> Iterator[tuple[str, Any]]:
@@ -120,8 +121,7 @@ def residuals(records: dict[str, Record], damping: dict[str, Any], n: Any, z0: T
         else:
             rows -= weighed(record, w / n)  # an array of its own
             left = pulled(record, rows)
-        left -= scalar(damping[name], x) * x
-        found[name] = left
+        found[name] = plus(left, -scalar(damping[name], x), x)
     return found
 
 

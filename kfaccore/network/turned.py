@@ -44,9 +44,10 @@ class Turned:
         if isinstance(grad, Factored):
             a, g = (namespace(x).reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (grad.a, grad.g))
             v = namespace(g).matmul((g / scalar(grad.n, g)).mT, a)
+            v /= self.below
         else:
-            v = full(grad, self.below)
-        return finish(v / self.below, self.code, state, squeeze)
+            v = full(grad, self.below) / self.below
+        return finish(v, self.code, state, squeeze)
 
     def back(self, v: Array) -> Array:
         """A direction (blocks, d_out, d_in) as it is without turning."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from operator import iadd
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +30,7 @@ from kfaccore.network.matrices import exact, kronecker
 from kfaccore.network.turned import Turned
 from kfaccore.network.vectors import Outer, dense, unit
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, namespace, plus, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 Hypers = Mapping[str, Hyper]
@@ -119,7 +118,7 @@ class TwoLevel:
         change = self.correction(level, self.matrix(level), fine)
         d, gain, ok = _applied(level, change, self.coefficient)
         codes = {name: choose(ok | (x > 0), Code.OK, change.code) + x for name, x in codes.items()}
-        found = {name: iadd(d[name], level.z0[name]) for name in z}
+        found = {name: plus(d[name], 1.0, level.z0[name]) for name in z}
         found = {name: at[name].back(x) if name in at else x for name, x in found.items()}
         z = {name: namespace(x).reshape(found[name], x.shape) for name, x in z.items()}
         return Solution(z, codes, state, {"gain": gain, "coarse": change.code})
