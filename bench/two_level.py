@@ -23,7 +23,7 @@ from report import arguments, at_most, claim, finish, interleaved
 
 import kfaccore as kf
 import kfaccore_numpy as kn
-from kfaccore.network import Krylov, Nicolaides, Residual, Spectral
+from kfaccore.network import Directions, Krylov, Nicolaides, Residual, Spectral
 from kfaccore_numpy.tasks import autoencoder
 from kfaccore_numpy.train import Batch
 
@@ -33,6 +33,7 @@ SPACES = {
     "krylov-nicolaides": Krylov(Nicolaides()),
     "residual": Residual(),
     "krylov-residual": Krylov(Residual()),
+    "directions": Directions(),
 }
 LIMITS = {"nicolaides": 1.6, "spectral": 1.6, "krylov-nicolaides": 1.6, "residual": 2.4, "krylov-residual": 3.1}
 RANKED = ("krylov-residual", "residual", "krylov-nicolaides", "nicolaides", "spectral")

@@ -22,7 +22,7 @@ from kfaccore.xp.arrays import Array, from_host, namespace
 
 @dataclass(frozen=True)
 class Local:
-    """What a space may use of its layer: M^-1 v, eigenpairs of M, and at a step grad() and the residual.
+    """What a space may use of its layer: M^-1 v, eigenpairs of M, and at a step grad(), M^-1 grad and the residual.
 
     solve gives an `Outer` for an `Outer` where M^-1 is one Kronecker product, else an array.
     """
@@ -30,6 +30,7 @@ class Local:
     solve: Callable[[Any], Any]
     eigensystem: Callable[[], tuple[Array, Array, Array]]
     grad: Any = None
+    direction: Array | None = None
     residual: Array | None = None
 
 
@@ -38,7 +39,7 @@ class Space(Protocol):
 
     residual   whether vectors are made of the step's residual
     outer      whether all vectors are `Outer`
-    turns      whether vectors are made of the residual and of M^-1 alone, in whatever coordinates these are given;
+    turns      whether vectors are made of the residual and of M^-1 alone and the step is cheaper in M's coordinates;
                False where left out
     """
 
@@ -96,18 +97,29 @@ class Spectral(Nicolaides):
 
 
 @dataclass(frozen=True)
-class Residual:
-    """M^-1 (g - F_d M^-1 g): the preconditioned residual of this very step."""
+class Directions:
+    """M^-1 g, the layer's own direction: a best length for the step of every layer. Its image is known: no product."""
 
-    residual: ClassVar[bool] = True
+    residual: ClassVar[bool] = False
     outer: ClassVar[bool] = False
-    turns: ClassVar[bool] = True
+    turns: ClassVar[bool] = False
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> tuple:
         return ()
 
     def refresh(self, kept: tuple, local: Local) -> tuple:
         return kept
+
+    def vectors(self, kept: tuple, local: Local) -> list[Any]:
+        return [local.direction]
+
+
+@dataclass(frozen=True)
+class Residual(Directions):
+    """M^-1 (g - F_d M^-1 g): the preconditioned residual of this very step."""
+
+    residual: ClassVar[bool] = True
+    turns: ClassVar[bool] = True
 
     def vectors(self, kept: tuple, local: Local) -> list[Any]:
         return [local.solve(local.residual)]

@@ -90,8 +90,12 @@ class Level:
 
 def image(records: dict[str, Record], v: Tree) -> Array:
     """J v of every draw and example over all layers, (rows,)."""
-    parts = [_rows(records[name], outputs(records[name], v[name])[0]) for name in v]
-    return sum(parts[1:], parts[0])
+    return gathered(records, {name: outputs(records[name], x)[0] for name, x in v.items()})
+
+
+def gathered(records: dict[str, Record], z: Tree) -> Array:
+    """J v, (rows,), given V a of every layer."""
+    return sum(_rows(records[name], x) for name, x in z.items())
 
 
 def _rows(record: Record, z: Array) -> Array:
@@ -126,9 +130,14 @@ def residuals(records: dict[str, Record], damping: dict[str, Any], n: Any, z0: T
 
 
 def images(
-    records: dict[str, Record], layers: tuple[str, ...], vectors: tuple[Any, ...], g: Gradients
+    records: dict[str, Record],
+    layers: tuple[str, ...],
+    vectors: tuple[Any, ...],
+    g: Gradients,
+    known: Mapping[int, Array],
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Y = J R^T, (rows, m), and of each vector <r, g> to be called where V a tells it, else None."""
+    """Y = J R^T, (rows, m), and of each vector <r, g> to be called where V a tells it, else None; `known` has V a of
+    some arrays by their id."""
     found: list[Any] = [None] * len(layers)
     slopes: list[Any] = [None] * len(layers)
     for name in dict.fromkeys(layers):
@@ -138,7 +147,7 @@ def images(
         for i in set(mine) - set(full):
             p, q = dots(record, vectors[i])
             found[i] = namespace(q).reshape(namespace(q).sum(q * p[None, ...], axis=(1, 3)), (-1,))
-        for i, z in zip(full, _outputs(record, [vectors[i] for i in full]), strict=True):
+        for i, z in zip(full, _outputs(record, [vectors[i] for i in full], known), strict=True):
             found[i] = _rows(record, z)
             slopes[i] = partial(_slope, g, name, record, z)
     return namespace(found[0]).stack(found, axis=-1), tuple(slopes)
@@ -150,11 +159,11 @@ def _slope(g: Gradients, name: str, record: Record, z: Array) -> Array | None:
     return None if rows is None else inner(rows, z)
 
 
-def _outputs(record: Record, vs: list[Array]) -> list[Array]:
+def _outputs(record: Record, vs: list[Array], known: Mapping[int, Array]) -> list[Array]:
     """V a for each v: together where the rows must be formed, else apart, which needs no copy of the vectors."""
-    if isinstance(record.a, Ids | Patches):
-        return outputs(record, *vs) if vs else []
-    return [outputs(record, v)[0] for v in vs]
+    if isinstance(record.a, Ids | Patches) and len(vs) > 1:
+        return outputs(record, *vs)
+    return [known[id(v)] if id(v) in known else outputs(record, v)[0] for v in vs]
 
 
 def dots(record: Record, r: Outer) -> tuple[Array, Array]:

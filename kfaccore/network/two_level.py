@@ -19,13 +19,14 @@ from types import MappingProxyType
 from typing import Any
 
 from kfaccore import tree
+from kfaccore.jacobian import outputs
 from kfaccore.linalg import side
 from kfaccore.linalg.patches import Patches
 from kfaccore.method import Block, Hyper, Solution
 from kfaccore.methods import KFAC
 from kfaccore.network.coarse import Local, Nicolaides
 from kfaccore.network.corrections import Change, deflate_last
-from kfaccore.network.level import Gradients, Level, Tree, full, image, images, residuals, ridge
+from kfaccore.network.level import Gradients, Level, Tree, full, gathered, images, residuals, ridge
 from kfaccore.network.matrices import exact, kronecker
 from kfaccore.network.turned import Turned
 from kfaccore.network.vectors import Outer, dense, unit
@@ -50,7 +51,8 @@ class TwoLevel:
     """A coarse correction between layers on top of a block method; see the module.
 
     method        the block method, or a mapping from layer to method
-    space         Nicolaides | Spectral | Residual | Krylov(Nicolaides() or Residual()) | Enriched(count) | Given(make)
+    space         Nicolaides | Spectral | Directions | Residual | Krylov(Nicolaides() or Residual()) | Enriched(count) |
+                  Given(make)
     correction    deflate_last | deflate_first | balance | add | woodbury | woodbury_inverse
     matrix        exact | kronecker (for spaces of products: ones and eigenvectors)
     coefficient   c, a factor on the correction
@@ -139,17 +141,20 @@ class TwoLevel:
         """The coarse level of this step, all of it in the coordinates `at`; None when the space is empty."""
         n, damping = _checked(records, z0), {name: hypers[name].damping for name in z0}
         seen = {name: records[name] for name in z0}
-        w0, g = image(seen, z0), Gradients(grads, z0)
+        moved, g = {name: outputs(seen[name], x)[0] for name, x in z0.items()}, Gradients(grads, z0)
+        w0 = gathered(seen, moved)
         residual = residuals(seen, damping, n, z0, w0, g) if self.space.residual else {}
         pairs = []
         for name in z0:
             local = self._local(state, name, hypers[name], at.get(name))
-            local = replace(local, grad=lambda name=name: g.of(name), residual=residual.get(name))
-            pairs += [(name, unit(v)) for v in self.space.vectors(state.kept[name], local)]
+            now = {"grad": lambda name=name: g.of(name), "direction": z0[name], "residual": residual.get(name)}
+            local = replace(local, **now)
+            pairs += [(name, v if v is z0[name] else unit(v)) for v in self.space.vectors(state.kept[name], local)]
         if not pairs:
             return None
         layers, vectors = (tuple(column) for column in zip(*pairs, strict=True))
-        (Y, slopes), RR = images(seen, layers, vectors, g), ridge(layers, vectors, damping)
+        known = {id(z0[name]): x for name, x in moved.items()}
+        (Y, slopes), RR = images(seen, layers, vectors, g, known), ridge(layers, vectors, damping)
         return Level(seen, damping, n, layers, vectors, Y, RR, z0, w0, g, residual, slopes)
 
     def _local(self, state: State, name: str, hyper: Hyper, at: Turned | None = None) -> Local:
