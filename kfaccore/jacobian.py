@@ -53,8 +53,19 @@ def _through_gradients(record: Record, vs: list[Array]) -> list[Array]:
 
 def adjoint(record: Record, w: Array) -> Array:
     """J^T w, (blocks, d_out, d_in), for a number w (draws, batch) a draw and example."""
+    return pulled(record, weighed(record, w))
+
+
+def weighed(record: Record, w: Array) -> Array:
+    """Sum over draws of w g, (blocks, batch, shared, d_out)."""
+    if record.draws == 1:
+        return record.g[0, ...] * w[0, None, :, None, None]
+    return namespace(record.g).sum(record.g * w[:, None, :, None, None], axis=0)
+
+
+def pulled(record: Record, g: Array) -> Array:
+    """Sum of g a^T over examples and positions, (blocks, d_out, d_in), for any g (blocks, batch, shared, d_out)."""
     xp = namespace(record.g)
-    g = xp.sum(record.g * w[:, None, :, None, None], axis=0)
     g = xp.reshape(g, (record.blocks, -1, record.d_out))
     if isinstance(record.a, Ids):
         index = xp.reshape(record.a.index, (-1,))

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from kfaccore import tree
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, namespace, select, widen
+from kfaccore.xp.arrays import Array, all_finite, blanked, widen
 
 __all__ = ["Block", "Code", "Hyper", "Method", "Solution", "cycle", "finish", "gradient", "settle"]
 
@@ -129,9 +129,8 @@ def gradient(grad: Any, block_shape: tuple[int, ...]) -> tuple[Any, bool]:
 
 def finish(direction: Array, code: Array, state: State, squeeze: bool, **info: Array) -> Solution:
     """A Solution whose non-finite blocks are zero with code NONFINITE."""
-    xp = namespace(direction)
     ok = all_finite(direction)
-    direction = select(ok, direction, xp.zeros_like(direction))
+    direction = blanked(ok, direction)
     code = choose(~ok, Code.NONFINITE, code)
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)
 

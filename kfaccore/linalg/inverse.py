@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kfaccore import tree
 from kfaccore.linalg import kron, side
-from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.arrays import Array, eps, is_numpy, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 if TYPE_CHECKING:
@@ -72,8 +72,12 @@ class Eigh:
         return Eigenpairs(_clipped(a), _clipped(g), Qa, Qg), namespace(code_a).maximum(code_a, code_g)
 
     def solve(self, parts: Eigenpairs, grad: Any, split: Split, damping: float | Array, code: Array) -> tuple:
-        below, code = floored(split.denominators(parts.a, parts.g, damping), code)
+        below, code = self.denominators(parts, split, damping, code)
         return kron.solve(parts.Qg, grad, parts.Qa, below), code
+
+    def denominators(self, parts: Eigenpairs, split: Split, damping: float | Array, code: Array) -> tuple:
+        """The damped block's eigenvalues (blocks, d_out, d_in), `floored`."""
+        return floored(split.denominators(parts.a, parts.g, damping), code)
 
 
 def floored(below: Array, code: Array) -> tuple[Array, Array]:
@@ -82,10 +86,13 @@ def floored(below: Array, code: Array) -> tuple[Array, Array]:
     xp = namespace(below)
     top = xp.max(below, axis=(-2, -1))
     floor = (eps(below.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top)))[:, None, None]
-    lifted = xp.any(below < floor, axis=(-2, -1)) & (code == int(Code.OK))
-    code = choose(lifted, Code.JITTERED, code)
-    ones = xp.ones_like(below)
-    return select(code == int(Code.IDENTITY), ones, xp.where(below < floor, floor * ones, below)), code
+    low, first = below < floor, code == int(Code.IDENTITY)
+    lifted = xp.any(low, axis=(-2, -1))
+    if is_numpy(below) and not (lifted | first).any():
+        return below, code
+    fill = xp.where(first[:, None, None], xp.ones_like(floor), floor)
+    below = xp.where(low | first[:, None, None], fill, below)
+    return below, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
 
 
 def accepted(new: Any, code: Array, old: Any, old_code: Array, weight: Array) -> tuple[Any, Array]:

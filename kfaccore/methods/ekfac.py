@@ -45,5 +45,10 @@ class EKFAC(Moments):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, tuple(state.S.shape))
+        Qg, below, Qa, code = self.eigenform(state, hyper)
+        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
+
+    def eigenform(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array, Array]:
+        """(Qg, D, Qa, code) where a solve is Qg (Qg^T V Qa / D) Qa^T."""
         below, code = floored(factors.mean(state.S, state.S_weight) + scalar(hyper.damping, state.S), state.code)
-        return finish(kron.solve(state.basis.Qg, grad, state.basis.Qa, below), code, state, squeeze)
+        return state.basis.Qg, below, state.basis.Qa, code

@@ -1,6 +1,6 @@
 """Network-level methods: the names of a method, on dicts {layer: ...} of one batch with the same draws."""
 
-from kfaccore.network.coarse import Enriched, Given, Krylov, Nicolaides, Residual, Spectral
+from kfaccore.network.coarse import Directions, Enriched, Given, Krylov, Nicolaides, Residual, Spectral
 from kfaccore.network.corrections import add, balance, deflate_first, deflate_last, woodbury, woodbury_inverse
 from kfaccore.network.fngd import GlobalFNGD
 from kfaccore.network.gauss_newton import GaussNewton
@@ -10,6 +10,7 @@ from kfaccore.network.tridiagonal import Tridiagonal
 from kfaccore.network.two_level import TwoLevel
 
 __all__ = [
+    "Directions",
     "Enriched",
     "GaussNewton",
     "Given",

@@ -13,19 +13,24 @@ from typing import Any, ClassVar, Protocol
 import array_api_compat as aac
 import numpy as np
 
+from kfaccore import tree
 from kfaccore.linalg import side
 from kfaccore.method import Block
-from kfaccore.network.vectors import Outer, dense, pair, unit
+from kfaccore.network.vectors import Outer, pair, unit
 from kfaccore.xp.arrays import Array, from_host, namespace
 
 
 @dataclass(frozen=True)
 class Local:
-    """What a space may use of its layer: M^-1 v, eigenpairs of M, and at a step grad() and the residual."""
+    """What a space may use of its layer: M^-1 v, eigenpairs of M, and at a step grad(), M^-1 grad and the residual.
 
-    solve: Callable[[Array], Array]
+    solve gives an `Outer` for an `Outer` where M^-1 is one Kronecker product, else an array.
+    """
+
+    solve: Callable[[Any], Any]
     eigensystem: Callable[[], tuple[Array, Array, Array]]
     grad: Any = None
+    direction: Array | None = None
     residual: Array | None = None
 
 
@@ -34,6 +39,8 @@ class Space(Protocol):
 
     residual   whether vectors are made of the step's residual
     outer      whether all vectors are `Outer`
+    turns      whether vectors are made of the residual and of M^-1 alone and the step is cheaper in M's coordinates;
+               False where left out
     """
 
     @property
@@ -42,8 +49,8 @@ class Space(Protocol):
     @property
     def outer(self) -> bool: ...
 
-    def init(self, name: str, block: Block, like: Array) -> Any:
-        """The tree before the first refresh."""
+    def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
+        """The tree before the first refresh; `local` solves as the method does then."""
         ...
 
     def refresh(self, kept: Any, local: Local) -> Any:
@@ -62,7 +69,7 @@ class Nicolaides:
     residual: ClassVar[bool] = False
     outer: ClassVar[bool] = True
 
-    def init(self, name: str, block: Block, like: Array) -> Outer:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> Outer:
         xp, where = namespace(like), {"dtype": like.dtype, "device": aac.device(like)}
         shapes = (block.blocks, block.d_out), (block.blocks, block.d_in)
         left, right = (xp.ones(shape, **where) for shape in shapes)
@@ -79,8 +86,8 @@ class Nicolaides:
 class Spectral(Nicolaides):
     """The lowest mode of the layer's own matrix, q_g q_a^T; for methods with eigenvectors."""
 
-    def init(self, name: str, block: Block, like: Array) -> Outer:
-        ones = super().init(name, block, like)
+    def init(self, name: str, block: Block, like: Array, local: Local) -> Outer:
+        ones = super().init(name, block, like, local)
         return Outer(0.0 * ones.left, ones.right)
 
     def refresh(self, kept: Outer, local: Local) -> Outer:
@@ -90,17 +97,29 @@ class Spectral(Nicolaides):
 
 
 @dataclass(frozen=True)
-class Residual:
-    """M^-1 (g - F_d M^-1 g): the preconditioned residual of this very step."""
+class Directions:
+    """M^-1 g, the layer's own direction: a best length for the step of every layer. Its image is known: no product."""
 
-    residual: ClassVar[bool] = True
+    residual: ClassVar[bool] = False
     outer: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
 
-    def init(self, name: str, block: Block, like: Array) -> tuple:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> tuple:
         return ()
 
     def refresh(self, kept: tuple, local: Local) -> tuple:
         return kept
+
+    def vectors(self, kept: tuple, local: Local) -> list[Any]:
+        return [local.direction]
+
+
+@dataclass(frozen=True)
+class Residual(Directions):
+    """M^-1 (g - F_d M^-1 g): the preconditioned residual of this very step."""
+
+    residual: ClassVar[bool] = True
+    turns: ClassVar[bool] = True
 
     def vectors(self, kept: tuple, local: Local) -> list[Any]:
         return [local.solve(local.residual)]
@@ -108,7 +127,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Krylov:
-    """{v, M^-1 v, ..., M^-(order - 1) v} for every vector v of `space`."""
+    """{v, M^-1 v, ..., M^-(order - 1) v} for every vector v of `space`; products where v and M^-1 are."""
 
     space: Any = field(default=Nicolaides())
     order: int = 2
@@ -123,13 +142,15 @@ class Krylov:
     def residual(self) -> bool:
         return self.space.residual
 
-    def init(self, name: str, block: Block, like: Array) -> Any:
-        inner = self.space.init(name, block, like)
-        zero = namespace(like).zeros((block.blocks, block.d_out, block.d_in), dtype=like.dtype, device=aac.device(like))
+    @property
+    def turns(self) -> bool:
+        return getattr(self.space, "turns", False)
+
+    def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
+        inner = self.space.init(name, block, like, local)
         if self.residual:
             return (inner, ())
-        count = len(self.space.vectors(inner, Local(lambda v: v, _no_eigenvectors)))
-        return (inner, tuple(zero for _ in range(count * (self.order - 1))))
+        return (inner, tree.map(lambda x: 0 * x, tuple(self._powers(self.space.vectors(inner, local), local))))
 
     def refresh(self, kept: Any, local: Local) -> Any:
         inner = self.space.refresh(kept[0], local)
@@ -141,11 +162,11 @@ class Krylov:
         first = self.space.vectors(kept[0], local)
         return [*first, *(self._powers(first, local) if self.residual else kept[1])]
 
-    def _powers(self, first: list[Any], local: Local) -> list[Array]:
+    def _powers(self, first: list[Any], local: Local) -> list[Any]:
         found = []
         for v in first:
-            for _ in range(self.order - 1):
-                v = local.solve(unit(dense(v)))
+            for i in range(self.order - 1):
+                v = local.solve(v if self.residual and not i else unit(v))
                 found.append(v)
         return found
 
@@ -159,7 +180,7 @@ class Given:
     residual: ClassVar[bool] = False
     outer: ClassVar[bool] = False
 
-    def init(self, name: str, block: Block, like: Array) -> tuple:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> tuple:
         shape, found = (block.blocks, block.d_out, block.d_in), []
         for v in self.make(name, block):
             if np.shape(v) != shape:
@@ -184,12 +205,12 @@ class Enriched:
     residual: ClassVar[bool] = False
     outer: ClassVar[bool] = True
 
-    def init(self, name: str, block: Block, like: Array) -> Any:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
         if not 1 <= self.count <= 1 + block.d_out * block.d_in:
             raise ValueError(f"count is {self.count}; layer {name!r} has {block.d_out * block.d_in} eigenvectors")
         zeros = side.zeros(block.blocks, block.d_in, block.diagonal_in, like)
         Qg, Qa = side.identity(side.zeros(block.blocks, block.d_out, False, like)), side.identity(zeros)
-        return (Nicolaides().init(name, block, like), Qg, Qa)
+        return (Nicolaides().init(name, block, like, local), Qg, Qa)
 
     def refresh(self, kept: Any, local: Local) -> Any:
         return (kept[0], *local.eigensystem()[1:])
@@ -202,7 +223,3 @@ class Enriched:
         rotated = side.times(xp.matmul(Qg.mT, local.grad()), Qa)
         order = xp.argsort(xp.abs(xp.reshape(rotated, (rotated.shape[0], -1))), axis=-1, descending=True)
         return [ones, *(pair(order[:, i], Qg, Qa) for i in range(self.count - 1))]
-
-
-def _no_eigenvectors() -> Any:
-    raise ValueError("no eigenvectors before the first refresh")

@@ -15,19 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from kfaccore import tree
+from kfaccore.jacobian import outputs
 from kfaccore.linalg import side
+from kfaccore.linalg.patches import Patches
 from kfaccore.method import Block, Hyper, Solution
 from kfaccore.methods import KFAC
 from kfaccore.network.coarse import Local, Nicolaides
 from kfaccore.network.corrections import Change, deflate_last
-from kfaccore.network.level import Level, Tree, curved, image, images, ridge, slopes
+from kfaccore.network.level import Gradients, Level, Tree, full, gathered, images, residuals, ridge
 from kfaccore.network.matrices import exact, kronecker
-from kfaccore.network.vectors import unit
-from kfaccore.record import Factored, Record
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+from kfaccore.network.turned import Turned
+from kfaccore.network.vectors import Outer, dense, unit
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array, all_finite, namespace, plus, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 Hypers = Mapping[str, Hyper]
@@ -47,7 +51,8 @@ class TwoLevel:
     """A coarse correction between layers on top of a block method; see the module.
 
     method        the block method, or a mapping from layer to method
-    space         Nicolaides | Spectral | Residual | Krylov(Nicolaides() or Residual()) | Enriched(count) | Given(make)
+    space         Nicolaides | Spectral | Directions | Residual | Krylov(Nicolaides() or Residual()) | Enriched(count) |
+                  Given(make)
     correction    deflate_last | deflate_first | balance | add | woodbury | woodbury_inverse
     matrix        exact | kronecker (for spaces of products: ones and eigenvectors)
     coefficient   c, a factor on the correction
@@ -71,8 +76,9 @@ class TwoLevel:
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
-        kept = {name: self.space.init(name, block, like) for name, block in blocks.items()}
-        return State(layers, kept, tuple(blocks.items()))
+        state, hyper = State(layers, {}, tuple(blocks.items())), Hyper(0, 0.0, 0.0)
+        made = {n: self.space.init(n, b, like, self._local(state, n, hyper)) for n, b in blocks.items()}
+        return replace(state, kept=made)
 
     def measure(self, state: State, records: Mapping[str, Record], hypers: Hypers) -> dict[str, Any]:
         return {name: self._of(name).measure(state.layers[name], r, hypers[name]) for name, r in records.items()}
@@ -94,19 +100,29 @@ class TwoLevel:
         self, state: State, grads: Mapping[str, Any], hypers: Hypers, records: Mapping[str, Record] | None = None
     ) -> Solution:
         """`direction`, `code` and `state` as the block method's, on dicts; info: gain, and the coarse code."""
-        solutions = {name: self._solve(state, name, grad, hypers[name]) for name, grad in grads.items()}
+        if records is None:
+            raise ValueError("TwoLevel got no records: its correction needs those of every step")
+        _checked(records, grads)
+        at = self._turned(state, hypers, records)
+        seen = {n: at[n].record(records[n]) if n in at else records[n] for n in grads}
+        given = {n: at[n].grad(g, records[n], seen[n]) if n in at else g for n, g in grads.items()}
+
+        def fine(v: Tree) -> Tree:
+            return {name: self._solve(state, name, x, hypers[name], at.get(name)).direction for name, x in v.items()}
+
+        solutions = {name: self._solve(state, name, grad, hypers[name], at.get(name)) for name, grad in given.items()}
         codes = {name: s.code for name, s in solutions.items()}
         z = {name: s.direction for name, s in solutions.items()}
         state = replace(state, layers={**state.layers, **{name: s.state for name, s in solutions.items()}})
-        if records is None:
-            raise ValueError("TwoLevel got no records: its correction needs those of every step")
-        level = self._level(state, grads, {name: _full(x, x) for name, x in z.items()}, hypers, records)
+        level = self._level(state, given, {name: full(x, x) for name, x in z.items()}, hypers, seen, at)
         if level is None:
             return Solution(z, codes, state, {})
-        change = self.correction(level, self.matrix(level), self._fine(state, hypers))
+        change = self.correction(level, self.matrix(level), fine)
         d, gain, ok = _applied(level, change, self.coefficient)
         codes = {name: choose(ok | (x > 0), Code.OK, change.code) + x for name, x in codes.items()}
-        z = {name: namespace(x).reshape(level.z0[name] + d[name], x.shape) for name, x in z.items()}
+        found = {name: plus(d[name], 1.0, level.z0[name]) for name in z}
+        found = {name: at[name].back(x) if name in at else x for name, x in found.items()}
+        z = {name: namespace(x).reshape(found[name], x.shape) for name, x in z.items()}
         return Solution(z, codes, state, {"gain": gain, "coarse": change.code})
 
     def matvec(self, state: State, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
@@ -114,37 +130,63 @@ class TwoLevel:
         return {name: self._of(name).matvec(state.layers[name], x, hypers[name]) for name, x in v.items()}
 
     def _level(
-        self, state: State, grads: Mapping[str, Any], z0: Tree, hypers: Hypers, records: Mapping[str, Record]
+        self,
+        state: State,
+        grads: Mapping[str, Any],
+        z0: Tree,
+        hypers: Hypers,
+        records: Mapping[str, Record],
+        at: Mapping[str, Turned] = MappingProxyType({}),
     ) -> Level | None:
-        """The coarse level of this step; None when the space is empty."""
+        """The coarse level of this step, all of it in the coordinates `at`; None when the space is empty."""
         n, damping = _checked(records, z0), {name: hypers[name].damping for name in z0}
         seen = {name: records[name] for name in z0}
-        w0, g = image(seen, z0), _Dense(grads, z0)
-        residual: dict[str, Any] = dict.fromkeys(z0)
-        if self.space.residual:
-            residual = {name: g()[name] - x for name, x in curved(seen, damping, n, z0, w0).items()}
+        moved, g = {name: outputs(seen[name], x)[0] for name, x in z0.items()}, Gradients(grads, z0)
+        w0 = gathered(seen, moved)
+        residual = residuals(seen, damping, n, z0, w0, g) if self.space.residual else {}
         pairs = []
         for name in z0:
-            local = self._local(state, name, hypers[name])
-            local = replace(local, grad=lambda name=name: g()[name], residual=residual[name])
-            pairs += [(name, unit(v)) for v in self.space.vectors(state.kept[name], local)]
+            local = self._local(state, name, hypers[name], at.get(name))
+            now = {"grad": lambda name=name: g.of(name), "direction": z0[name], "residual": residual.get(name)}
+            local = replace(local, **now)
+            pairs += [(name, v if v is z0[name] else unit(v)) for v in self.space.vectors(state.kept[name], local)]
         if not pairs:
             return None
         layers, vectors = (tuple(column) for column in zip(*pairs, strict=True))
-        Y, RR = images(seen, layers, vectors), ridge(layers, vectors, damping)
-        return Level(seen, damping, n, layers, vectors, Y, RR, z0, w0, g, slopes(g.grads, layers, vectors, g))
+        known = {id(z0[name]): x for name, x in moved.items()}
+        (Y, slopes), RR = images(seen, layers, vectors, g, known), ridge(layers, vectors, damping)
+        return Level(seen, damping, n, layers, vectors, Y, RR, z0, w0, g, residual, slopes)
 
-    def _local(self, state: State, name: str, hyper: Hyper) -> Local:
+    def _local(self, state: State, name: str, hyper: Hyper, at: Turned | None = None) -> Local:
         def eigensystem() -> tuple[Array, Array, Array]:
             return _eigensystem(self._of(name), state.layers[name], name, dict(state.blocks)[name])
 
-        return Local(lambda v: self._solve(state, name, v, hyper).direction, eigensystem)
+        def solve(v: Any) -> Any:
+            parts = self._ask("inverses", name, state.layers[name]) if isinstance(v, Outer) else None
+            if parts is None:
+                return self._solve(state, name, dense(v), hyper, at).direction
+            left, right = (side.times(x[:, None, :], p)[:, 0, :] for x, p in ((v.left, parts[1]), (v.right, parts[0])))
+            return Outer(left, right)
 
-    def _fine(self, state: State, hypers: Hypers) -> Callable[[Tree], Tree]:
-        """M^-1 of the layers it is given."""
-        return lambda v: {name: self._solve(state, name, x, hypers[name]).direction for name, x in v.items()}
+        return Local(solve, eigensystem)
 
-    def _solve(self, state: State, name: str, grad: Any, hyper: Hyper) -> Solution:
+    def _turned(self, state: State, hypers: Hypers, records: Mapping[str, Record]) -> dict[str, Turned]:
+        """Layers whose step is computed in the coordinates of M's eigenvectors."""
+        found = {}
+        for name, record in records.items() if getattr(self.space, "turns", False) else ():
+            form = self._ask("eigenform", name, state.layers[name], hypers[name])
+            if form is not None and not isinstance(record.a, Ids | Patches):
+                found[name] = Turned(*form)
+        return found
+
+    def _ask(self, what: str, name: str, *given: Any) -> Any:
+        """What a layer's method tells of its inverse, None where it has no such form."""
+        told = getattr(self._of(name), what, None)
+        return told(*given) if told else None
+
+    def _solve(self, state: State, name: str, grad: Any, hyper: Hyper, at: Turned | None = None) -> Solution:
+        if at is not None:
+            return at.solve(grad, state.layers[name])
         return self._of(name).solve(state.layers[name], grad, hyper)
 
     def _of(self, name: str) -> Any:
@@ -184,25 +226,6 @@ def _checked(records: Mapping[str, Record], g: Mapping[str, Any]) -> Any:
             if left != right:
                 raise ValueError(f"{what} is {left} in layer {first!r} and {right} in {name!r}; need one batch")
     return scalar(records[first].n, records[first].g)
-
-
-def _full(grad: Any, like: Array) -> Array:
-    """A gradient or direction with its blocks axis, in the dtype of `like`."""
-    v = grad.dense() if isinstance(grad, Factored) else grad
-    xp = namespace(v)
-    return xp.astype(v if v.ndim == 3 else v[None, ...], like.dtype, copy=False)
-
-
-class _Dense:
-    """The gradients with their blocks axis, multiplied out when first asked for."""
-
-    def __init__(self, grads: Mapping[str, Any], like: Tree) -> None:
-        self.grads = {n: g if isinstance(g, Factored) else _full(g, like[n]) for n, g in grads.items()}
-        self.like, self.found = like, {}
-
-    def __call__(self) -> Tree:
-        self.found = self.found or {name: _full(g, self.like[name]) for name, g in self.grads.items()}
-        return self.found
 
 
 def _applied(level: Level, change: Change, c: float) -> tuple[Tree, Array, Array]:

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as aac
 
 from kfaccore.linalg import side
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, is_numpy, namespace
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def inner(r: Any, v: Any) -> Array:
         return inner(v, r)
     xp = namespace(v.left if isinstance(v, Outer) else v)
     if not isinstance(r, Outer):
-        return xp.sum(r * v)
+        return xp.vecdot(xp.reshape(r, (-1,)), xp.reshape(v, (-1,)))
     if isinstance(v, Outer):
         return xp.sum(xp.sum(r.left * v.left, axis=-1) * xp.sum(r.right * v.right, axis=-1))
     return xp.sum(r.left * xp.matmul(v, r.right[:, :, None])[..., 0])
@@ -46,13 +46,16 @@ def scaled(c: Array, r: Any) -> Array:
 
 
 def unit(v: Any) -> Any:
-    """The vector over its largest absolute entry; under 1e-30 it is dropped: zero."""
+    """The vector over its largest absolute entry; under 1e-30 it is dropped: zero. Only the range counts, so NumPy
+    leaves an array as it is whose squares are far from the ends of float32."""
     if isinstance(v, Outer):
         xp = namespace(v.left)
         top = xp.max(xp.max(xp.abs(v.left), axis=-1) * xp.max(xp.abs(v.right), axis=-1))
     else:
         xp = namespace(v)
-        top = xp.max(xp.abs(v))
+        top = xp.maximum(xp.max(v), -xp.min(v))
+        if is_numpy(v) and 1e-9 < top < 1e9:
+            return v
     scale = xp.where(top > 1e-30, 1.0 / xp.where(top > 1e-30, top, xp.ones_like(top)), xp.zeros_like(top))
     return Outer(v.left * scale, v.right) if isinstance(v, Outer) else v * scale
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import array_api_compat as aac
 import numpy as np
+from scipy.linalg import blas
 
 Array = Any  # an array of any Array API namespace
 
@@ -51,6 +52,14 @@ def shared_first(x: Array) -> bool:
     return is_numpy(x) and x.ndim > 2 and x.shape[-3] > 1 and x.strides[-3] < x.strides[-2]
 
 
+def same(x: Array, y: Array) -> bool:
+    """Whether two arrays are surely one: the same object or, on NumPy, the same memory read the same way."""
+    if x is y or not (is_numpy(x) and is_numpy(y)):
+        return x is y
+    alike = (x.shape, x.strides, x.dtype) == (y.shape, y.strides, y.dtype)
+    return alike and x.__array_interface__["data"][0] == y.__array_interface__["data"][0]
+
+
 def eps(dtype: Any, xp: Any) -> float:
     """Machine epsilon of `dtype` as a Python float."""
     return float(xp.finfo(dtype).eps)
@@ -85,6 +94,21 @@ def select(condition: Array, yes: Array, no: Array) -> Array:
             return no
     xp = namespace(yes, no)
     return xp.where(xp.reshape(condition, (*condition.shape, *(1,) * (yes.ndim - condition.ndim))), yes, no)
+
+
+def blanked(condition: Array, x: Array) -> Array:
+    """`x` where the per-block `condition` holds, zero elsewhere; free on NumPy when all hold."""
+    if is_numpy(condition) and condition.all():
+        return x
+    return select(condition, x, namespace(x).zeros_like(x))
+
+
+def plus(own: Array, c: float | Array, x: Array) -> Array:
+    """own + c x for an array `own` that nobody else holds: NumPy writes into it, without a copy of c x."""
+    if not is_numpy(own) or own.dtype != x.dtype or not own.flags.c_contiguous:
+        return own + c * x
+    axpy: Any = blas.get_blas_funcs("axpy", (own,))
+    return axpy(np.reshape(x, (-1,)), np.reshape(own, (-1,)), a=float(c)).reshape(own.shape)
 
 
 def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
