@@ -29,8 +29,8 @@ class Expansion:
 
 def expansion(records: dict[str, Record], grads: dict[str, Any], directions: tuple[dict[str, Array], ...]) -> Expansion:
     """The quadratic model over all layers; a Factored gradient of the record's own rows shares their products."""
-    n = number(next(iter(records.values())).n)
-    parts, down, empirical = [], 0.0, True
+    n, down = number(next(iter(records.values())).n), stack([0.0] * len(directions))
+    parts, empirical = [], True
     for name in directions[0]:
         record, grad, vs = records[name], grads[name], [v[name] for v in directions]
         xp = namespace(record.g)
