@@ -230,6 +230,33 @@ def test_in_float32_without_64_bits():
         assert {x.dtype for x in (motion.damping, motion.predicted, motion.ratio)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("kind", [jnp.float32, jnp.float64])
+def test_the_small_system_on_tracers(kind):
+    """Against the host's float64 solution; directions parallel to rounding are told by the dtype's own threshold."""
+    rule, rng = kf.SelfTuning(cap=np.inf), np.random.default_rng(5)
+    solve = jax.jit(rule._solve)
+    for _ in range(50):
+        B = rng.normal(size=(2, 30)) * 10.0 ** rng.uniform(-4, 4, (2, 1))
+        Q, down = B @ B.T, B @ rng.normal(size=30)
+        alpha, mu, code = solve(jnp.asarray(Q, kind), jnp.asarray(down, kind))
+        want = np.linalg.solve(Q, down)
+        np.testing.assert_allclose([alpha, mu], want, rtol=1e-3 if kind == jnp.float32 else 1e-10)
+        assert code == kf.Code.OK
+        near = B[0] * 3 + 1e-3 * np.linalg.norm(B[0]) * rng.normal(size=30)
+        Q = np.array([B[0], near]) @ np.array([B[0], near]).T
+        alpha, mu, code = solve(jnp.asarray(Q, kind), jnp.asarray(down[[0, 0]] * [1, 3], kind))
+        assert code == (kf.Code.JITTERED if kind == jnp.float32 else kf.Code.OK)
+    for Q, down, code in (
+        (np.zeros((2, 2)), [0.0, 0.0], kf.Code.OK),
+        (np.ones((2, 2)), [1.0, 1.0], kf.Code.JITTERED),
+        (np.full((2, 2), np.nan), [1.0, 1.0], kf.Code.NONFINITE),
+        (np.eye(2), [np.inf, 1.0], kf.Code.NONFINITE),
+    ):
+        got = solve(jnp.asarray(Q, kind), jnp.asarray(down, kind))
+        assert got == (1.0 if code == kf.Code.JITTERED else 0.0, 0.0, code)
+        assert rule._solve(np.asarray(Q), np.asarray(down)) == got
+
+
 def test_what_the_step_cannot_do_is_said():
     plan = kj.plan(twin(NET), START, batch(0)[0])
     with pytest.raises(ValueError, match=r"step is LineSearch.*does not run inside jit; kfac\(\) takes Fixed"):
