@@ -1,8 +1,10 @@
 """Step time of K-FAC under jit, over a jitted first-order step: classic autoencoder, CNN, transformer.
 
 Clocks 10/100: statistics every 10 steps, inverses every 100. Kinds of step are timed apart, all of them once a round,
-and weighted 90:9:1. kfac-jax, where it is installed, runs the same models in the same process at clocks 5/10, so that
-every kind comes up often, weighted alike. The outside route runs the core on NumPy through DLPack.
+and weighted 90:9:1. The self-tuning step is one program for all kinds, which donates its state; it judges every step.
+MB: what the largest program needs besides its inputs, in XLA's own account. kfac-jax, where it is installed, runs the
+same models in the same process at clocks 5/10, so that every kind comes up often, weighted alike. The outside route
+runs the core on NumPy through DLPack.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -137,8 +139,7 @@ class Ours:
             jitted = jax.jit(step, static_argnums=(5, 6))
             self.compiled[kind] = jitted.lower(*given, measure, refresh).compile()
         self.compiling = time.perf_counter() - start
-        used = self.compiled["refreshed"].memory_analysis()
-        self.memory = used.temp_size_in_bytes + used.output_size_in_bytes if used else 0
+        self.memory = needed(self.compiled["refreshed"])
 
     def output(self) -> tuple[int, ...]:
         return jax.eval_shape(self.case.net.apply, self.params, self.case.x).shape
@@ -146,6 +147,9 @@ class Ours:
     def __call__(self, kind: str) -> Any:
         done = self.compiled[kind](self.params, self.state, self.case.x, self.case.y, self.noise)
         return jax.block_until_ready(done)
+
+    def kinds(self) -> dict[str, Callable[[], Any]]:
+        return {kind: partial(self, kind) for kind in KINDS}
 
     def outside(self) -> dict[str, Callable[[], Any]]:
         """The same steps with the core on NumPy: front, core and back, and the way between alone."""
@@ -181,6 +185,53 @@ class Ours:
             return jax.block_until_ready(back(self.params, kj.imported(updates)))
 
         return {"outside": whole, "DLPack": between}
+
+
+class Tuned:
+    """The self-tuning step: one program, told the kind of step by the count in its state."""
+
+    def __init__(self, case: Case, params: Any, ours: Ours) -> None:
+        plan, n = ours.plan, len(case.x)
+        tx = optax.chain(kj.kfac(plan, clocks=kf.Clocks(10, 100), step=kf.SelfTuning()), optax.scale(-1.0))
+
+        def step(params, state, x, y, noise):
+            captured = kj.capture(plan, params, x)
+            f = captured.prediction
+            slope = case.loss.gradient(f, y) / n
+            grads, factored = captured.gradients(slope), captured.factored(slope)
+            records = captured.records(kf.monte_carlo(case.loss, f, noise), float(n))
+            judged = {
+                "value": case.loss.value(f, y) / n,
+                "value_fn": lambda p: case.loss.value(case.net.apply(p, x), y) / n,
+            }
+            moves, state = tx.update(grads, state, params, records=records, factored=factored, **judged)
+            return optax.apply_updates(params, moves), state, judged["value"]
+
+        params = jax.tree.map(jnp.copy, params)
+        self.params, self.state, self.rest = params, tx.init(params), (case.x, case.y, ours.noise)
+        start = time.perf_counter()
+        self.compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, self.state, *self.rest).compile()
+        self.compiling = time.perf_counter() - start
+        self.memory = needed(self.compiled)
+        for _ in range(4):  # past the first steps, which refresh off the clock
+            self("refreshed")
+
+    def __call__(self, kind: str) -> Any:
+        """A step of the run, at the place of the clock that makes it of this kind."""
+        (kfac, rest), at = self.state, {"plain": 1, "measured": 10, "refreshed": 100}[kind]
+        core = replace(kfac.core, step=jnp.asarray(at))
+        state = kfac._replace(core=core), rest
+        done = self.compiled(self.params, state, *self.rest)
+        self.params, self.state, _ = jax.block_until_ready(done)
+
+    def kinds(self) -> dict[str, Callable[[], Any]]:
+        return {f"tuned {kind}": partial(self, kind) for kind in KINDS}
+
+
+def needed(compiled: Any) -> int:
+    """Bytes of a program's temporaries, and of outputs that take no donated input's place."""
+    used = compiled.memory_analysis()
+    return used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes if used else 0
 
 
 def kfac_jax_steps(case: Case, params: Any, adaptive: bool, rounds: int) -> dict[str, float]:
@@ -243,7 +294,8 @@ def compared(case: Case, quick: bool) -> tuple[list[list], list[dict[str, str]]]
     """Rows and claims of one model."""
     params = case.net.init(jax.random.key(0), case.x)
     ours, first = Ours(case, params), case.name == "autoencoder"
-    functions = {kind: partial(ours, kind) for kind in KINDS} | {"base": first_order(case, params)}
+    tuned = Tuned(case, params, ours)
+    functions = {**ours.kinds(), **tuned.kinds(), "base": first_order(case, params)}
     t = interleaved(functions | (ours.outside() if first else {}), 3 if quick else 9)
 
     def ratios(times: dict[str, float]) -> list[float]:
@@ -251,6 +303,10 @@ def compared(case: Case, quick: bool) -> tuple[list[list], list[dict[str, str]]]
 
     cost = mixed(t) / t["base"]
     rows: list[list] = [[case.name, "ours", t["base"] * 1e3, *ratios(t), cost, ours.compiling, ours.memory / 1e6]]
+    own = {kind: t[f"tuned {kind}"] for kind in KINDS}
+    rejected = int(tuned.state[0].core.motion.rejected)
+    rows.append([case.name, f"ours, self-tuning ({rejected} taken back)", "", *ratios(own), mixed(own) / t["base"]])
+    rows[-1] += [tuned.compiling, tuned.memory / 1e6]
     claims = []
     if first:
         outside, between = t["outside"] / t["base"], t["DLPack"] / t["base"]
@@ -261,8 +317,9 @@ def compared(case: Case, quick: bool) -> tuple[list[list], list[dict[str, str]]]
     found = rivals(case, params, quick)
     for mode, times in found.items():
         rows.append([case.name, f"kfac-jax {mode}", "", *ratios(times), mixed(times) / t["base"], times["first"], ""])
-    over = mixed(t) / mixed(found["fixed"]) if "fixed" in found else None
-    claims.append(at_most(f"{case.name}: 10/100, x kfac-jax fixed", over, 1.0))
+    for mode, times in (("fixed", t), ("adaptive", own)):
+        over = mixed(times) / mixed(found[mode]) if mode in found else None
+        claims.append(at_most(f"{case.name}: 10/100, x kfac-jax {mode}", over, 1.0))
     return rows, claims
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from kfaccore import xp as kernels
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, namespace, shared_first
+from kfaccore.xp.arrays import Array, is_tracer, namespace, shared_first
 
 
 def outputs(record: Record, *vs: Array) -> list[Array]:
     """V a of each position, (blocks, batch, shared, d_out), for each v (blocks, d_out, d_in) of this layer."""
     xp = namespace(record.g)
     full = [v if v.ndim == 3 else v[None, ...] for v in vs]
+    if len(full) > 1 and is_tracer(record.g):  # under jit joining them is a copy that costs more than it saves
+        return [z for v in full for z in outputs(record, v)]
     v = full[0] if len(full) == 1 else xp.concat(full, axis=1)
     if isinstance(record.a, Ids):
         z = xp.take(v[0, ...].mT, xp.reshape(record.a.index, (-1,)), axis=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,21 +35,28 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
 
-    `update(grads, state, params, *, records, fresh=None, damping=None, factored=None)`:
+    `update(grads, state, params, *, records, fresh=None, damping=None, factored=None, value=None, value_fn=None)`:
 
     records    {layer: Record} of this batch, or None to leave the statistics alone
     fresh      True or False: whether inverses are refreshed, decided outside jit (a static argument: two compiled
                variants); None: decided inside by `clocks` and the step count, with lax.cond
     damping    a number in place of the scheduled one
     factored   {layer: Factored} in place of those layers' gradients
+    value, value_fn   for a step that judges: the batch's loss, and the function of `params` it is of
+
+    SelfTuning() sets its own rate, momentum and damping: only optax.scale(-1.0) comes after it. It needs records at
+    every step, though statistics move on the clock, and value_fn is called once, at params minus the update. A step
+    taken back is a zero update; `state.core.motion` tells why. Its restart flag lives on the device and decides inside
+    jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that flag alone. All leaves must
+    have a layer.
 
     methods and schedules as in kfaccore.Preconditioner; a schedule sees a traced step, as optax's do. Leaves without
     a layer keep their gradient. Layers of masked leaves are left out.
     """
     import optax
 
-    if step.judges or step.needs_records:
-        raise ValueError(f"step is {step}; kfac() takes rules that neither judge nor need records: Fixed(...)")
+    if (step.judges or step.needs_records) and not getattr(step, "traced", False):
+        raise ValueError(f"step is {step}, which does not run inside jit; kfac() takes Fixed(...) and SelfTuning(...)")
     rule = _Transformation(plan, methods, clocks, schedules, step)
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
 
@@ -67,10 +74,16 @@ class _Transformation:
     def init(self, params: Any) -> KFACState:
         plan, leaves = self.plan, [x for x in jax.tree.leaves(params) if followed(x)]
         blocks = _blocks(plan, params)
+        alone = sorted(set(blocks) - set(plan.blocks)) if self.step.needs_records else []
+        if alone:
+            raise ValueError(
+                f"{self.step} finds no rate for leaves without a layer, {alone}; give them to optax.partition"
+            )
         like = jnp.zeros((), jnp.promote_types(jnp.result_type(*leaves), jnp.float32))
         core = register(Preconditioner(_methods(self.methods, plan, blocks), step=self.step).init(blocks, like))
         codes = {name: jnp.full((b.blocks,), int(Code.IDENTITY), jnp.int32) for name, b in blocks.items()}
-        return KFACState(replace(core, step=jnp.asarray(0)), codes, jnp.zeros(len(Code), jnp.int32))
+        core = replace(core, step=jnp.asarray(0), motion=_arrays(core.motion))
+        return KFACState(core, codes, jnp.zeros(len(Code), jnp.int32))
 
     def update(
         self,
@@ -82,27 +95,54 @@ class _Transformation:
         fresh: bool | None = None,
         damping: Any = None,
         factored: Mapping[str, Factored] | None = None,
+        value: Any = None,
+        value_fn: Callable[[Any], Any] | None = None,
         **extra: Any,
     ) -> tuple[Any, KFACState]:
         core, blocks, plan = state.core, dict(state.core.blocks), self.plan
         given = {name: record for name, record in (records or {}).items() if name in blocks}
+        if self.step.needs_records and not given:
+            raise ValueError(f"update got no records, which {self.step} needs at every step")
         if fresh is None and self.clocks.update == 1 and not given:
             raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
+        if self.step.judges and (damping is not None or value is None or value_fn is None or params is None):
+            raise ValueError(f"{self.step} needs params, value=loss and value_fn=function of params, and no damping")
         hypers = {name: self.schedules.hyper(name, core.step) for name in blocks}
         if damping is not None:
             hypers = {name: replace(hyper, damping=damping) for name, hyper in hypers.items()}
         chosen = _methods(self.methods, plan, blocks)
-        if fresh is None:
-            due = _due(core.step, self.clocks.update), _due(core.step, self.clocks.refresh)
+        inside = fresh is None or self.step.needs_records
+        if inside:
+            due = _due(core.step, self.clocks.update), _due(core.step, self.clocks.refresh) if fresh is None else fresh
+            due = due[0], _either(due[1], self.step.restart(core.motion))
             chosen = {name: _Gated(method, *due) for name, method in chosen.items()}
-        clocks = Clocks(1 if given else 2, 2 if fresh is False else 1)
+        clocks = Clocks(1 if given else 2, 1 if inside or fresh else 2)
         pre = Preconditioner(chosen, clocks, _Given(l2=self.schedules.l2, hypers=_Table(hypers)), step=self.step)
         matrices = {**_matrices(plan, grads, blocks), **{k: v for k, v in (factored or {}).items() if k in blocks}}
         directions, after, info = pre.step(replace(core, step=1), given, matrices)  # 1: only clocks of 1 strike
         seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in info.codes.values()])
         counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
-        after = replace(after, step=core.step + 1)
-        return _tree(plan, grads, directions), KFACState(after, dict(info.codes), counts)
+        moves, motion = _tree(plan, grads, directions), after.motion
+        if value_fn is not None and self.step.judges:
+            moves, motion = _judged(self.step, core.motion, motion, moves, value, value_fn, params)
+        return moves, KFACState(replace(after, step=core.step + 1, motion=motion), dict(info.codes), counts)
+
+
+def _judged(
+    rule: Any, before: Any, motion: Any, moves: Any, value: Any, value_fn: Callable, params: Any
+) -> tuple[Any, Any]:
+    """The update, or zeros where the loss of its own batch speaks against it, and the motion that follows."""
+    import optax
+
+    after = value_fn(optax.apply_updates(params, jax.tree.map(jnp.negative, moves)))
+    share, motion = rule.judge(motion, 1.0, jnp.asarray(value), jnp.asarray(after))
+    motion = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), register(motion), before)
+    return jax.tree.map(lambda x: jnp.where(share > 0, x, jnp.zeros_like(x)), moves), motion
+
+
+def _arrays(motion: Any) -> Any:
+    """A rule's numbers as arrays, floats in the widest dtype."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(type(x))) if isinstance(x, int | float) else x, motion)
 
 
 def _present(plan: Plan, leaves: Mapping[str, Any]) -> list:
@@ -143,6 +183,11 @@ def _tree(plan: Plan, grads: Any, directions: Mapping[str, Any]) -> Any:
     for name in set(directions) - set(plan.blocks):
         leaves[name] = directions[name].reshape(leaves[name].shape).astype(leaves[name].dtype)
     return jax.tree.unflatten(jax.tree.structure(grads), [leaves[name] for name in names])
+
+
+def _either(one: Any, other: Any) -> Any:
+    """`one` or `other`, flags of Python or traced."""
+    return one if one is True or other is False else other | one
 
 
 def _due(step: Any, every: int) -> Any:

@@ -3,6 +3,10 @@
 update = alpha x + mu (previous update), (alpha, mu) minimising the exact quadratic model of the batch plus damping;
 damping follows the reduction ratio (Levenberg-Marquardt), and a step that raises the loss of its own batch is taken
 back. Source: Martens & Grosse 2015 (1503.05671), sections 6.4-7. Cost: two J v and one forward a step.
+
+The rule's numbers are Python floats on the host, float64 whatever the records are. Under jit they are 0-d arrays in the
+widest dtype JAX has, so float32 without its 64-bit mode: there the 2x2 system, scaled to a unit diagonal, loses no more
+than the sums it is made of, and calls directions parallel below 1 - cos^2 = 1.2e-4 instead of 1e-6.
 """
 
 from __future__ import annotations
@@ -11,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
-
 from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.record import Record
 from kfaccore.step.model import Expansion, expansion, inner, trace
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, eps, is_tracer, namespace, scalar
 from kfaccore.xp.codes import Code
+from kfaccore.xp.numbers import Number, finite, number, pick, root, stack, when
 
 _LEAST, _MOST = 1e-8, 1e8  # of damping
 
@@ -27,17 +30,19 @@ _LEAST, _MOST = 1e-8, 1e8  # of damping
 class Motion:
     """The previous update, the damping in force, what was predicted and found, and counters.
 
-    ratio   change of the loss over the predicted one at the last look; code of the last step
+    ratio     change of the loss over the predicted one at the last look
+    restart   whether inverses are refreshed off the clock
+    code      of the last step
     """
 
     previous: dict[str, Array]
-    damping: float = 0.0
-    predicted: float = 0.0
-    ratio: float = 1.0
-    steps: int = 0
-    rejected: int = 0
-    restart: bool = True
-    code: int = int(Code.OK)
+    damping: float | Array = 0.0
+    predicted: float | Array = 0.0
+    ratio: float | Array = 1.0
+    steps: int | Array = 0
+    rejected: int | Array = 0
+    restart: bool | Array = True
+    code: int | Array = int(Code.OK)
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,12 @@ class SelfTuning:
 
     needs_records: ClassVar[bool] = True
     judges: ClassVar[bool] = True
+    traced: ClassVar[bool] = True  # all of it runs under jit, and one judgement is final
 
     def init(self, zeros: dict[str, Array]) -> Motion:
         return Motion(zeros)
 
-    def restart(self, motion: Motion) -> bool:
+    def restart(self, motion: Motion) -> bool | Array:
         """In the first steps, and after one was taken back."""
         return motion.restart
 
@@ -81,12 +87,16 @@ class SelfTuning:
 
     def begin(self, motion: Motion, records: dict[str, Record]) -> Motion:
         """The first damping, from tr(A) tr(G) of the first records."""
-        if motion.damping > 0 or not records:
+        if not records:
             return motion
-        total = sum(trace(record) for record in records.values())
-        size = sum(record.blocks * record.d_out * record.d_in for record in records.values())
-        damping = self.first * total / size
-        return replace(motion, damping=min(max(damping, _LEAST), _MOST)) if np.isfinite(damping) else motion
+
+        def first() -> Number:
+            total = sum(trace(record) for record in records.values())
+            size = sum(record.blocks * record.d_out * record.d_in for record in records.values())
+            damping = self.first * total / size
+            return scalar(pick(finite(damping), _bounded(damping), motion.damping), motion.damping)
+
+        return replace(motion, damping=when(motion.damping > 0, lambda: motion.damping, first))
 
     def __call__(
         self,
@@ -99,74 +109,109 @@ class SelfTuning:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code.
 
         l2   the penalty l2/2 |theta|^2 is part of the loss and of `grads`, so its curvature joins the model.
-        Raises ValueError when the first records hold true labels: that Fisher is not the curvature of the loss.
+        Raises ValueError when the first records hold true labels: that Fisher is not the curvature of the loss. Under
+        jit such a step is zero, its code EMPIRICAL, and the next one is the first again.
         """
         if not directions:
             return directions, motion, {"alpha": 0.0, "code": Code.OK}
         previous = {name: motion.previous[name] for name in directions}
         pair = ({n: _like(v, previous[n]) for n, v in directions.items()}, previous)
         found = self.model(records, grads, pair)
-        if found.empirical and motion.steps == 0:
-            raise ValueError(
-                "the records' draws add up to the gradient itself, so they come from the true labels (an empirical "
-                "Fisher), which does not model the loss: draw labels with monte_carlo or type2, or use LineSearch()"
-            )
+        refused = _refused(found.empirical, motion)
         cross = inner(*pair)
-        norms = np.array([[inner(pair[0], pair[0]), cross], [cross, inner(previous, previous)]])
+        norms = stack([inner(pair[0], pair[0]), cross, cross, inner(previous, previous)]).reshape(2, 2)
         F = found.F + l2 * norms
         alpha, mu, code = self._solve(F + motion.damping * norms, found.down)
-        step = np.array([alpha, mu])
-        predicted = float(-step @ found.down + 0.5 * step @ F @ step) if code != Code.NONFINITE else 0.0
+        alpha, mu, code = pick(refused, 0.0, alpha), pick(refused, 0.0, mu), pick(refused, Code.EMPIRICAL, code)
+        step = stack([alpha, mu])
+        predicted = number(-step @ found.down + 0.5 * step @ F @ step)
+        predicted = pick(finite(predicted), predicted, 0.0)
         updates = {n: _combined(alpha, pair[0][n], mu, previous[n]) for n in directions}
         told = {"alpha": alpha, "mu": mu, "damping": motion.damping, "predicted": predicted, "ratio": motion.ratio}
         told |= {"rejected": motion.rejected, "code": code}
-        damping = motion.damping / 0.8 if 0 < abs(alpha) < self.floor else motion.damping
+        low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
         motion = replace(
             motion,
             previous={**motion.previous, **updates},
-            damping=damping,
+            damping=pick(refused, 0.0, pick(low, motion.damping / 0.8, motion.damping)),
             predicted=predicted,
-            steps=motion.steps + 1,
-            code=int(code),
+            steps=motion.steps + pick(refused, 0, 1),
+            code=int(code) if isinstance(code, Code) else code,
         )
         return {n: namespace(v).reshape(v, directions[n].shape) for n, v in updates.items()}, motion, told
 
-    def judge(self, motion: Motion, share: float, before: float, after: float) -> tuple[float, Motion]:
+    def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:
         """All of the update or none of it, given the batch loss before and after it, and the damping that follows."""
-        if not (np.isfinite(after) and after <= (1.0 + self.tolerance) * before):
-            still = tree.map(lambda x: x * 0, motion.previous)
-            damping = min(motion.damping * self.grow, _MOST)
-            code = motion.code if np.isfinite(after) else int(Code.NONFINITE)
-            motion = replace(motion, previous=still, damping=damping, rejected=motion.rejected + 1, restart=True)
-            return 0.0, replace(motion, code=code)
-        damping, ratio = motion.damping, motion.ratio
-        if motion.steps % self.every == 0:
-            ratio = (after - before) / motion.predicted if motion.predicted < 0 else 0.0
-            damping *= self.drop if ratio > 0.75 else 1 / self.drop if ratio < 0.25 else 1.0
-        damping = min(max(damping, _LEAST), _MOST)
-        return share, replace(motion, damping=damping, ratio=ratio, restart=motion.steps < 3)
+        before, after = number(before), number(after)
+        good = finite(after) & (after <= (1.0 + self.tolerance) * before)
+        falls = motion.predicted < 0
+        ratio = pick(falls, (after - before) / pick(falls, motion.predicted, -1.0), 0.0)
+        factor = pick(ratio > 0.75, self.drop, pick(ratio < 0.25, 1 / self.drop, 1.0))
+        moved = motion.steps > 0
+        look = good & moved & (motion.steps % self.every == 0)
+        kept = pick(moved, _bounded(motion.damping * pick(look, factor, 1.0)), motion.damping)
+        return pick(good, share, 0.0), replace(
+            motion,
+            previous=_kept(good, motion.previous),
+            damping=pick(good, kept, _least(motion.damping * self.grow, _MOST)),
+            ratio=pick(look, ratio, motion.ratio),
+            rejected=motion.rejected + pick(good, 0, 1),
+            restart=pick(good, motion.steps < 3, True),
+            code=pick(finite(after), motion.code, int(Code.NONFINITE)),
+        )
 
-    def _solve(self, Q: np.ndarray, down: np.ndarray) -> tuple[float, float, Code]:
+    def _solve(self, Q: Array, down: Array) -> tuple[Number, Number, Number]:
         """(alpha, mu) of the 2x2 system, and how: OK; JITTERED, alpha alone, when the two directions are parallel to
         rounding; NONFINITE, no step. Zero directions get zero factors."""
-        if not (np.isfinite(Q).all() and np.isfinite(down).all()):
-            return 0.0, 0.0, Code.NONFINITE
-        if Q[0, 0] <= 0:
-            return 0.0, 0.0, Code.OK
-        alpha, mu, code = float(down[0] / Q[0, 0]), 0.0, Code.OK
-        if Q[1, 1] > 0:
-            scale = 1 / np.sqrt(np.diag(Q))
-            R = Q * np.outer(scale, scale)
-            if 1 - R[0, 1] ** 2 < 1e-6:
-                code = Code.JITTERED
-            else:
-                alpha, mu = (float(x) for x in scale * np.linalg.solve(R, scale * down))
-        shrink = min(1.0, self.cap / abs(alpha)) if alpha else 1.0
+        limit = max(1e-6, 1024 * eps(Q.dtype, namespace(Q)))
+        q, cross, p, d, e = (number(x) for x in (Q[0, 0], Q[0, 1], Q[1, 1], down[0], down[1]))
+        sound = finite(q) & finite(cross) & finite(p) & finite(d) & finite(e)
+        one = sound & (q > 0)
+        two = one & (p > 0)
+        q, p = pick(one, q, 1.0), pick(two, p, 1.0)
+        s, t = 1 / root(q), 1 / root(p)
+        r, lead = cross * (s * t), q * (s * s)
+        apart = two & (1 - r * r >= limit)
+        factor = r * (1 / lead)
+        y = (t * e - factor * (s * d)) / pick(apart, p * (t * t) - factor * r, 1.0)
+        alpha = pick(one, pick(apart, s * ((s * d - r * y) / lead), d / q), 0.0)
+        mu = pick(apart, t * y, 0.0)
+        size = abs(alpha)
+        shrink = pick(size > self.cap, self.cap / pick(size > self.cap, size, 1.0), 1.0)
+        code = pick(sound, pick(two, pick(apart, Code.OK, Code.JITTERED), Code.OK), Code.NONFINITE)
         return alpha * shrink, mu * shrink, code
 
 
-def _combined(alpha: float, x: Array, mu: float, y: Array) -> Array:
-    return alpha * x + mu * y if mu else alpha * x
+def _refused(empirical: bool | Array, motion: Motion) -> bool | Array:
+    """Whether these are the first records and of true labels; ValueError where that can be seen."""
+    refused = empirical & (motion.steps == 0)
+    if not is_tracer(refused) and refused:
+        raise ValueError(
+            "the records' draws add up to the gradient itself, so they come from the true labels (an empirical "
+            "Fisher), which does not model the loss: draw labels with monte_carlo or type2, or use LineSearch()"
+        )
+    return refused
+
+
+def _combined(alpha: Number, x: Array, mu: Number, y: Array) -> Array:
+    if isinstance(mu, float) and not mu:
+        return alpha * x
+    return scalar(alpha, x) * x + scalar(mu, y) * y
+
+
+def _kept(good: bool | Array, previous: dict[str, Array]) -> dict[str, Array]:
+    """The update, or zeros after one that was taken back."""
+    if isinstance(good, bool) and good:
+        return previous
+    return tree.map(lambda x: pick(good, x, namespace(x).zeros_like(x)), previous)
+
+
+def _least(x: Number, y: Number) -> Number:
+    return pick(y < x, y, x)
+
+
+def _bounded(damping: Number) -> Number:
+    return _least(pick(damping < _LEAST, _LEAST, damping), _MOST)
 
 
 def _like(v: Array, like: Array) -> Array:

@@ -116,7 +116,7 @@ def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
 
     Python on eager namespaces (one host read an iteration), `jax.lax.while_loop` on tracers.
     """
-    if any(_is_tracer(x) for x in carry):
+    if any(is_tracer(x) for x in carry):
         import jax
 
         def step(pair):
@@ -130,7 +130,7 @@ def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
     return carry
 
 
-def _is_tracer(x: Array) -> bool:
+def is_tracer(x: Array) -> bool:
     if not aac.is_jax_array(x):
         return False
     import jax

@@ -20,6 +20,7 @@ class Code(IntEnum):
     NONFINITE     NaN or Inf in the statistics (state left unchanged) or in the gradient (zero direction)
     INDEFINITE    a matrix that must be positive definite is not, beyond rounding
     UNCONVERGED   an iteration stopped at its limit
+    EMPIRICAL     of a step under jit: its records hold true labels, which do not model the loss (zero update)
     """
 
     OK = 0
@@ -30,6 +31,7 @@ class Code(IntEnum):
     NONFINITE = 5
     INDEFINITE = 6
     UNCONVERGED = 7
+    EMPIRICAL = 8
 
 
 def choose(condition: Array, yes: Code, no: Code | Array) -> Array:

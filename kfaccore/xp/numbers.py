@@ -1,0 +1,61 @@
+"""Numbers of a rule in one code for all namespaces: Python floats and bools on the host, 0-d arrays on tracers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
+from kfaccore.xp.factorise import widest
+
+Number = Any  # a Python number, or a 0-d array of any namespace
+
+
+def numbers(x: Array) -> Array:
+    """`x` for sums over layers: float64 on the host; on tracers in the widest dtype JAX has, float32 without x64."""
+    return namespace(x).astype(x, widest(x)) if is_tracer(x) else to_host(x).astype(np.float64)
+
+
+def number(x: Number) -> Number:
+    """A 0-d array as a Python float; on tracers as `numbers` has it."""
+    return numbers(x) if is_tracer(x) else float(x)
+
+
+def stack(values: Sequence[Number]) -> Array:
+    """A vector of numbers, float64 on the host."""
+    arrays = [x for x in values if is_tracer(x)]
+    if not arrays:
+        return np.array(values)
+    xp = namespace(arrays[0])
+    return xp.stack([xp.asarray(x, dtype=arrays[0].dtype) for x in values])
+
+
+def pick(flag: bool | Array, yes: Number, no: Number) -> Number:
+    """`yes` where the flag holds, `no` otherwise; both are evaluated."""
+    if isinstance(flag, bool | np.bool_):
+        return yes if flag else no
+    yes, no = (int(x) if isinstance(x, IntEnum) else x for x in (yes, no))
+    return namespace(flag).where(flag, yes, no)
+
+
+def when(flag: bool | Array, yes: Callable[[], Number], no: Callable[[], Number]) -> Number:
+    """yes() or no(), of one dtype: only one is run, `jax.lax.cond` on tracers."""
+    if is_tracer(flag):
+        import jax
+
+        return jax.lax.cond(flag, yes, no)
+    return yes() if flag else no()
+
+
+def finite(x: Number) -> bool | Array:
+    """Whether a number is neither NaN nor infinite."""
+    return math.isfinite(x) if isinstance(x, int | float) else namespace(x).isfinite(x)
+
+
+def root(x: Number) -> Number:
+    """The square root of a number that is not negative."""
+    return math.sqrt(x) if isinstance(x, int | float) else namespace(x).sqrt(x)
