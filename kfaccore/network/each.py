@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from kfaccore.method import Block, Hyper, Solution
+from kfaccore.method import Block, Hyper
 from kfaccore.methods import KFAC
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array
@@ -36,11 +36,8 @@ class Each:
         return replace(state, layers={**state.layers, **moved})
 
     def matvec(self, state: Any, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
-        """The block methods' F~ v."""
+        """The block methods' F~ v; a correction between layers has none without records."""
         return {name: self._of(name).matvec(state.layers[name], x, hypers[name]) for name, x in v.items()}
-
-    def _solve(self, state: Any, name: str, grad: Any, hyper: Hyper) -> Solution:
-        return self._of(name).solve(state.layers[name], grad, hyper)
 
     def _of(self, name: str) -> Any:
         if not isinstance(self.method, Mapping):

@@ -70,7 +70,7 @@ class SharedDamping(Each):
     ) -> Solution:
         """`direction`, `code` and `state` as the block methods', on dicts; info: beta."""
         hypers = self._damped(state, hypers)
-        found = {name: self._solve(state, name, grad, hypers[name]) for name, grad in grads.items()}
+        found = {name: self._of(name).solve(state.layers[name], grad, hypers[name]) for name, grad in grads.items()}
         state = replace(state, layers={**state.layers, **{name: s.state for name, s in found.items()}})
         directions, codes = {n: s.direction for n, s in found.items()}, {n: s.code for n, s in found.items()}
         return Solution(directions, codes, state, {"beta": state.beta})

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from kfaccore import tree
 from kfaccore.jacobian import outputs
@@ -26,6 +26,7 @@ from kfaccore.method import Block, Hyper, Solution
 from kfaccore.methods import KFAC
 from kfaccore.network.coarse import Local, Nicolaides
 from kfaccore.network.corrections import Change, deflate_last
+from kfaccore.network.each import Each, Hypers
 from kfaccore.network.level import Gradients, Level, Tree, full, gathered, images, residuals, ridge
 from kfaccore.network.matrices import exact, kronecker
 from kfaccore.network.turned import Turned
@@ -33,8 +34,6 @@ from kfaccore.network.vectors import Outer, dense, unit
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, all_finite, namespace, plus, scalar, select
 from kfaccore.xp.codes import Code, choose
-
-Hypers = Mapping[str, Hyper]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class TwoLevel:
+class TwoLevel(Each):
     """A coarse correction between layers on top of a block method; see the module.
 
     method        the block method, or a mapping from layer to method
@@ -64,31 +63,17 @@ class TwoLevel:
     matrix: Callable[[Level], Array] = exact
     coefficient: float = 1.0
 
-    needs_records = True
+    needs_records: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.matrix is kronecker and not self.space.outer:
             raise ValueError(f"matrix=kronecker needs vectors that are products; {self.space} has others: use exact")
-
-    def covers(self, blocks: Mapping[str, Block]) -> list[str]:
-        """All layers."""
-        return list(blocks)
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
         state, hyper = State(layers, {}, tuple(blocks.items())), Hyper(0, 0.0, 0.0)
         made = {n: self.space.init(n, b, like, self._local(state, n, hyper)) for n, b in blocks.items()}
         return replace(state, kept=made)
-
-    def measure(self, state: State, records: Mapping[str, Record], hypers: Hypers) -> dict[str, Any]:
-        return {name: self._of(name).measure(state.layers[name], r, hypers[name]) for name, r in records.items()}
-
-    def combine(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-        return {name: self._of(name).combine(stats, second[name]) for name, stats in first.items()}
-
-    def update(self, state: State, stats: Mapping[str, Any], hypers: Hypers, donate: bool = False) -> State:
-        moved = {n: self._of(n).update(state.layers[n], s, hypers[n], donate) for n, s in stats.items()}
-        return replace(state, layers={**state.layers, **moved})
 
     def refresh(self, state: State, hypers: Hypers) -> State:
         layers = {name: self._of(name).refresh(s, hypers[name]) for name, s in state.layers.items()}
@@ -124,10 +109,6 @@ class TwoLevel:
         found = {name: at[name].back(x) if name in at else x for name, x in found.items()}
         z = {name: namespace(x).reshape(found[name], x.shape) for name, x in z.items()}
         return Solution(z, codes, state, {"gain": gain, "coarse": change.code})
-
-    def matvec(self, state: State, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
-        """The block method's F~ v; the correction has none without records."""
-        return {name: self._of(name).matvec(state.layers[name], x, hypers[name]) for name, x in v.items()}
 
     def _level(
         self,
@@ -188,13 +169,6 @@ class TwoLevel:
         if at is not None:
             return at.solve(grad, state.layers[name])
         return self._of(name).solve(state.layers[name], grad, hyper)
-
-    def _of(self, name: str) -> Any:
-        if not isinstance(self.method, Mapping):
-            return self.method
-        if name not in self.method:
-            raise ValueError(f"TwoLevel.method has no entry for layer {name!r}; it has {sorted(self.method)}")
-        return self.method[name]
 
 
 def _eigensystem(method: Any, state: Any, name: str, block: Block) -> tuple[Array, Array, Array]:
