@@ -2,7 +2,7 @@
 
 Clocks 10/100: statistics every 10 steps, inverses every 100. Kinds of step are timed apart, all of them once a round,
 and weighted 90:9:1. The self-tuning step is one program for all kinds, which donates its state; it judges every step.
-MB: what the largest program needs besides its inputs, in XLA's own account. kfac-jax, where it is installed, runs the
+MB: what the largest program needs besides its inputs, by XLA. kfac-jax, where installed (0.0.8 needs jax 0.8), runs the
 same models in the same process at clocks 5/10, so that every kind comes up often, weighted alike. The outside route
 runs the core on NumPy through DLPack.
 """
