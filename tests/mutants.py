@@ -181,6 +181,34 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "owner = min(group)",
         "test_torch_distributed.py",
     ),
+    (
+        "damped by the smallest convolution",
+        "network/shared_damping.py",
+        "reduce(xp.maximum",
+        "reduce(xp.minimum",
+        "test_shared_damping.py",
+    ),
+    (
+        "a step not turned back",
+        "network/turned.py",
+        "kron.apply(self.Qg, v, side.transposed(self.Qa))",
+        "kron.apply(self.Qg, v, self.Qa)",
+        "test_two_level_shortcuts.py",
+    ),
+    (
+        "no restart after a step taken back",
+        "step/self_tuning.py",
+        "restart=pick(good, motion.steps < 3, True)",
+        "restart=pick(good, motion.steps < 3, False)",
+        "test_jax_self_tuning.py",
+    ),
+    (
+        "empirical first step counted",
+        "step/self_tuning.py",
+        "steps=motion.steps + pick(refused, 0, 1)",
+        "steps=motion.steps + 1",
+        "test_jax_self_tuning.py",
+    ),
 ]
 
 
