@@ -35,22 +35,7 @@ def outputs(record: Record, *vs: Array) -> list[Array]:
 def products(record: Record, *vs: Array) -> list[Array]:
     """J v of each draw and example, (draws, batch), for each v (blocks, d_out, d_in) of this layer."""
     xp = namespace(record.g)
-    if not isinstance(record.a, Ids) and record.draws * record.d_in < record.d_out:
-        return _through_gradients(record, [v if v.ndim == 3 else v[None, ...] for v in vs])
     return [xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3)) for z in outputs(record, *vs)]
-
-
-def _through_gradients(record: Record, vs: list[Array]) -> list[Array]:
-    """The same as (V^T g) . a, for layers with fewer inputs than outputs: less to write down."""
-    xp = namespace(record.g)
-    a, g, v = record.rows(), record.g, vs[0] if len(vs) == 1 else xp.concat(vs, axis=-1)
-    moved = shared_first(a) and shared_first(g)
-    a, g = (xp.moveaxis(x, -2, -3) for x in (a, g)) if moved else (a, g)
-    u = xp.matmul(xp.reshape(g, (record.draws, record.blocks, -1, record.d_out)), v[None, ...])
-    u = xp.reshape(u, (*g.shape[:-1], -1))
-    d = record.d_in
-    parts = (u[..., i * d : (i + 1) * d] for i in range(len(vs)))
-    return [xp.sum(xp.vecdot(part, a[None, ...]), axis=(1, 2 if moved else 3)) for part in parts]
 
 
 def adjoint(record: Record, w: Array) -> Array:

@@ -18,6 +18,7 @@ from kfaccore import tree
 from kfaccore.jacobian import products
 from kfaccore.method import Hyper
 from kfaccore.record import Factored, Record
+from kfaccore.step.model import inner
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code
 
@@ -97,8 +98,9 @@ class Quadratic:
             return directions, motion, {**told, "alpha": 0.0}
         previous = {n: motion.previous[n] for n in directions}
         pair = [{n: namespace(v).reshape(v, previous[n].shape) for n, v in directions.items()}, previous]
-        norms, down = lengths(grads, pair)
+        norms = np.array([[inner(p, q) for q in pair] for p in pair])
         Q = curvature(records, pair) + (self.damping + l2) * norms
+        down = np.array([slope(grads, p) for p in pair])
         step = minimiser(Q, down)
         if self.first and motion.steps == 0:
             step = np.array([self.first, 0.0])
@@ -121,15 +123,10 @@ def curvature(records: dict[str, Any], directions: list[dict[str, Array]]) -> np
     return total
 
 
-def lengths(grads: dict[str, Any], directions: list[dict[str, Array]]) -> tuple[np.ndarray, np.ndarray]:
-    """(<v_i, v_j>, <gradient, v_i>) for all directions, layers added up in float64 on the host."""
-    total: Any = 0.0
-    for name in directions[0]:
-        grad = grads[name].dense() if isinstance(grads[name], Factored) else grads[name]
-        xp = namespace(grad)
-        rows = xp.stack([xp.reshape(v, (-1,)) for v in (*(v[name] for v in directions), grad)])
-        total = total + to_host(rows @ rows.T).astype(np.float64)
-    return total[:-1, :-1], total[-1, :-1]
+def slope(grads: dict[str, Any], direction: dict[str, Array]) -> float:
+    """<gradient, direction> over all layers, in float64."""
+    dense = {n: grads[n].dense() if isinstance(grads[n], Factored) else grads[n] for n in direction}
+    return inner(dense, direction)
 
 
 def minimiser(Q: np.ndarray, down: np.ndarray) -> np.ndarray:
