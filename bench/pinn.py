@@ -177,7 +177,7 @@ def cost(claims: list[Claim]) -> None:
             pinn.gradient(params, batch)
 
     functions = {"stays": stepping(True), "new": stepping(False), "plain": plain}
-    times = interleaved(functions, 7, time.process_time)
+    times = interleaved(functions, 15, time.process_time)
     label = "KFAC* step over forward and backward of the loss"
     claims.append(at_most(label, times["stays"] / times["plain"], 1.65))
     claims.append(at_most(f"{label}, a new batch every step", times["new"] / times["plain"], 2.0))
