@@ -73,6 +73,13 @@ class Preconditioner:
             raise ValueError("a Preconditioner needs methods, such as KFAC(), or a network-level method as network")
         if network is not None and comm.world > 1:
             raise ValueError(f"{network} needs the records of all {comm.world} ranks; it runs in one process")
+        if comm.world > 1 and step.needs_records:
+            over = getattr(step, "over", None)
+            if over is None:
+                raise ValueError(
+                    f"{step} needs the records of all ranks: on {comm.world} take SelfTuning() or Fixed(lr)"
+                )
+            step = over(comm)
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
         for name, value in {**numbers, "comm": comm, "donate": donate}.items():
             object.__setattr__(self, name, value)

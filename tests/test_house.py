@@ -38,7 +38,7 @@ ALLOWED = {  # room: rooms it may import
     "network": BELOW | {"method", "methods", "damping", "factors", "sharing", "stacked", "jacobian"},
     "rescale": {"xp", "tree", "record"},
     "schedule": {"method"},
-    "step": {"xp", "tree", "record", "method", "rescale", "jacobian"},
+    "step": {"xp", "tree", "record", "method", "rescale", "jacobian", "comm"},
     "comm": set(),
     "placement": {"xp", "tree", "comm", "record", "method"},
     "given": {"xp", "tree", "record"},

@@ -75,12 +75,18 @@ def launch(body: str, folder: Path, world: int, check: bool = True) -> list[subp
     return found
 
 
+CASES = """
+fixed = kf.Fixed(0.3, 0.9)
+CASES = {"kfac": (kf.KFAC(), fixed), "ekfac": (kf.EKFAC(), fixed),
+         "tuned": (kf.KFAC(), kf.SelfTuning(tolerance=-0.01)),  # takes a step back now and then
+         "searched": (kf.KFAC(), kf.LineSearch(cap=16.0))}
+"""
+
 OPTIMIZER = """
 for fraction in FRACTIONS:
-    for name, method in METHODS.items():
+    for name, (method, rule) in CASES.items():
         net = model()
-        optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), core(method, comm(fraction), step=kf.Fixed(0.3, 0.9)),
-                                 fisher=kf.type2)
+        optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), core(method, comm(fraction), step=rule), fisher=kf.type2)
         losses = []
         for step in range(5):
             x, y = batch(step)
@@ -93,17 +99,17 @@ for fraction in FRACTIONS:
 
 @pytest.mark.parametrize(("world", "fractions"), [(2, (0, 1)), (4, (0, 0.5, 1))])
 def test_every_world_size_and_fraction_equals_one_process(world, fractions, tmp_path):
-    methods = "METHODS = {'kfac': kf.KFAC(), 'ekfac': kf.EKFAC()}\n"
     (tmp_path / "one").mkdir()
-    launch(f"FRACTIONS = (1,)\n{methods}{OPTIMIZER}", tmp_path / "one", 1)
-    launch(f"FRACTIONS = {fractions}\n{methods}{OPTIMIZER}", tmp_path, world)
-    for name in ("kfac", "ekfac"):
+    launch(f"FRACTIONS = (1,)\n{CASES}{OPTIMIZER}", tmp_path / "one", 1)
+    launch(f"FRACTIONS = {fractions}\n{CASES}{OPTIMIZER}", tmp_path, world)
+    for name in ("kfac", "ekfac", "tuned", "searched"):
         wanted, losses, state = torch.load(tmp_path / "one" / f"{name}-1.pt", weights_only=False)
         for fraction in fractions:
             found, values, other = torch.load(tmp_path / f"{name}-{fraction}.pt", weights_only=False)
             np.testing.assert_allclose(values, losses, rtol=1e-10)
             for a, b in zip(found, wanted, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+            assert name != "tuned" or 0 < float(other["state"]["motion/rejected"]) < 5
             for path, x in state["state"].items():
                 if not any(word in path for word in ("Q", "/S")):  # eigenvectors have no sign
                     torch.testing.assert_close(other["state"][path], x, rtol=1e-8, atol=1e-10)
@@ -235,7 +241,7 @@ def test_what_ranks_cannot_do(tmp_path):
     body = """
     import pytest
     with pytest.raises(ValueError, match="needs the records of all ranks"):
-        kt.Optimizer(model(), nn.CrossEntropyLoss(), core(comm=comm(), step=kf.SelfTuning()))
+        core(comm=comm(), step=kf.Quadratic())
     with pytest.raises(TypeError, match="without the wrapper"):
         kt.Optimizer(nn.parallel.DistributedDataParallel(model()), nn.CrossEntropyLoss(),
                      core(comm=comm(), step=kf.Fixed(0.1)))

@@ -43,10 +43,6 @@ class Optimizer:
         **settings: Any,
     ) -> None:
         core = core or kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning(), donate=True)
-        if core.comm.world > 1 and (core.rule.judges or core.rule.needs_records):
-            raise ValueError(
-                f"{core.rule} needs the records of all ranks: on {core.comm.world} ranks use step=Fixed(lr)"
-            )
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise TypeError("Optimizer sums gradients over ranks itself: give it the module without the wrapper")
         self.model = model
@@ -90,7 +86,8 @@ class Optimizer:
             records = engine.records(seen.calls, batch, 0) if engine.due else None
             with ordered(engine.namespace, engine.device):
                 grads, rest = self._gradients(value, seen.calls, batch, l2)
-        before, grads, rest = self._summed(float(value.detach()), grads, rest, engine.objective.share(f, target))
+        n = engine.objective.share(f, target)
+        before, grads, rest = self._summed(float(value.detach()), grads, rest, n)
         before += self._penalty(l2)
         with torch.no_grad(), ordered(engine.namespace, engine.device):
             updates = engine.step({name: [r] for name, r in records.items()} if records else None, grads)
@@ -105,7 +102,8 @@ class Optimizer:
 
             def loss() -> float:
                 with _replayed(self.model, random, engine.device):
-                    return float(engine.objective.value(self._forward(inputs), target)) + self._penalty(l2)
+                    value = float(engine.objective.value(self._forward(inputs), target))
+                return self._mean(value, n) + self._penalty(l2)
 
             _, engine.state = engine.core.judge(engine.state, before, place, loss)
         if self.rest is not None:
@@ -173,6 +171,13 @@ class Optimizer:
         with ordered(engine.namespace, engine.device):
             grads, others = comm.all_reduce([scaled, others])
         return total[1] / total[0], grads, tuple(others)
+
+    def _mean(self, value: float, n: float) -> float:
+        """A loss of the global batch, from this rank's and its share n."""
+        if self.engine.core.comm.world == 1:
+            return value
+        n, total = self.engine.core.comm.all_reduce([torch.tensor([n, n * value], dtype=torch.float64)])[0].tolist()
+        return total / n
 
     def _penalty(self, l2: float) -> float:
         if not l2:

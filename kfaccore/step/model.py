@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kfaccore.comm import Communicator, Serial
 from kfaccore.jacobian import outputs
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp.arrays import Array, is_tracer, namespace
@@ -27,10 +28,17 @@ class Expansion:
     empirical: bool | Array
 
 
-def expansion(records: dict[str, Record], grads: dict[str, Any], directions: tuple[dict[str, Array], ...]) -> Expansion:
-    """The quadratic model over all layers; a Factored gradient of the record's own rows shares their products."""
-    n, down = number(next(iter(records.values())).n), stack([0.0] * len(directions))
-    parts, empirical = [], True
+def expansion(
+    records: dict[str, Record],
+    grads: dict[str, Any],
+    directions: tuple[dict[str, Array], ...],
+    comm: Communicator = Serial(),  # noqa: B008 frozen
+) -> Expansion:
+    """The quadratic model over all layers; a Factored gradient of the record's own rows shares their products.
+
+    Over several ranks records are each rank's own, gradients and directions those of the whole batch.
+    """
+    down, parts, sums, leading, one_draw = stack([0.0] * len(directions)), [], [], [], True
     for name in directions[0]:
         record, grad, vs = records[name], grads[name], [v[name] for v in directions]
         xp = namespace(record.g)
@@ -42,12 +50,16 @@ def expansion(records: dict[str, Record], grads: dict[str, Any], directions: tup
             slopes = stack([number(xp.sum(grad.g * x)) for x in z]) / number(grad.n)
         else:
             slopes = stack([inner({name: grad}, {name: v}) for v in vs])
-        gap = abs(Jv[0].sum() / n - slopes[0])
-        empirical = (record.draws == 1) & (gap <= 1e-4 * abs(slopes[0])) & empirical
+        sums.append(Jv[0].sum())
+        leading.append(slopes[0])
+        one_draw = one_draw and record.draws == 1
         parts.append(Jv.reshape(len(vs), -1))
         down = down + slopes
     u = sum(parts[1:], parts[0])
-    return Expansion(u @ u.T / n, down, (down != 0).any() & empirical)
+    F, sums, n = comm.all_reduce([u @ u.T, stack(sums), stack([number(next(iter(records.values())).n)])])
+    leading = stack(leading)
+    empirical = (abs(sums / n - leading) <= 1e-4 * abs(leading)).all() & one_draw
+    return Expansion(F / n, down, (down != 0).any() & empirical)
 
 
 def inner(first: dict[str, Array], second: dict[str, Array]) -> Number:
@@ -59,15 +71,24 @@ def inner(first: dict[str, Array], second: dict[str, Array]) -> Number:
     return total
 
 
-def trace(record: Record) -> Number:
-    """tr(A) tr(G) of one record, summed over blocks."""
+def trace(records: dict[str, Record], comm: Communicator = Serial()) -> Number:  # noqa: B008 frozen
+    """tr(A) tr(G) of all layers and their blocks, of the whole batch where records are each rank's own."""
+    total = 0.0
+    for tr_a, tr_g, counts in comm.all_reduce([_traces(record) for record in records.values()]):
+        rows, n = counts
+        total = total + number((tr_a / rows * tr_g).sum()) / n
+    return total
+
+
+def _traces(record: Record) -> list[Array]:
+    """Sums of |a|^2 and |g|^2 of each block, and (rows, n) they are averages over."""
     xp = namespace(record.g)
     a, g = record.rows(), record.g
     rows = float(record.batch * record.shared)
     if record.mask is not None:
         rows = number(xp.sum(xp.astype(record.mask, g.dtype)))
-    tr_a, tr_g = numbers(xp.sum(a * a, axis=(1, 2, 3))) / rows, numbers(xp.sum(g * g, axis=(0, 2, 3, 4)))
-    return number((tr_a * tr_g).sum()) / number(record.n)
+    tr_a, tr_g = numbers(xp.sum(a * a, axis=(1, 2, 3))), numbers(xp.sum(g * g, axis=(0, 2, 3, 4)))
+    return [tr_a, tr_g, stack([rows, number(record.n)])]
 
 
 def _same_rows(grad: Factored, record: Record) -> bool:

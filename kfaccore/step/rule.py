@@ -14,6 +14,7 @@ class Rule(Protocol):
 
     needs_records   whether every step needs records of the batch
     judges          whether `judge` must be asked after the updates were applied
+    over(comm)      optional for a rule that needs records: the rule for ranks whose records add up to the batch
     """
 
     needs_records: ClassVar[bool]

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from kfaccore import tree
+from kfaccore.comm import Communicator, Serial
 from kfaccore.method import Hyper
 from kfaccore.record import Record
 from kfaccore.step.model import Expansion, expansion, inner, trace
@@ -58,7 +60,8 @@ class SelfTuning:
                 a small rise often pays later, an outburst never does
     floor       where |alpha| falls below it, damping grows by 1/0.8: for damping so low that the direction is noise,
                 which the reduction ratio cannot see; 0 is off, 0.02 costs a tenth of the steps from a good start
-    model       (records, gradients, directions) -> Expansion
+    model       (records, gradients, directions) -> Expansion; over several ranks it is also given comm=
+    comm        ranks whose records add up to the batch; set by `over`
     """
 
     first: float = 0.1
@@ -69,10 +72,15 @@ class SelfTuning:
     tolerance: float = 0.25
     floor: float = 0.0
     model: Callable[..., Expansion] = expansion
+    comm: Communicator = Serial()  # noqa: RUF009 frozen
 
     needs_records: ClassVar[bool] = True
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = True  # all of it runs under jit, and one judgement is final
+
+    def over(self, comm: Communicator) -> SelfTuning:
+        """The rule for ranks whose records add up to the batch, all of which call it with the same directions."""
+        return replace(self, comm=comm, model=partial(self.model, comm=comm))
 
     def init(self, zeros: dict[str, Array]) -> Motion:
         return Motion(zeros)
@@ -91,9 +99,8 @@ class SelfTuning:
             return motion
 
         def first() -> Number:
-            total = sum(trace(record) for record in records.values())
             size = sum(record.blocks * record.d_out * record.d_in for record in records.values())
-            damping = self.first * total / size
+            damping = self.first * trace(records, self.comm) / size
             return scalar(pick(finite(damping), _bounded(damping), motion.damping), motion.damping)
 
         return replace(motion, damping=when(motion.damping > 0, lambda: motion.damping, first))
