@@ -168,4 +168,5 @@ def test_doctor_tells_slow_kernels_that_are_forced_from_chosen_ones(monkeypatch,
         monkeypatch.setenv("OPENBLAS_CORETYPE", forced)
     blas = {"core": "Haswell", "avx512": True, "threads": {}}
     advice = _advice({"blas": blas, "rates": {"gemm": 1.0, "syrk": 2.0}, "dlpack": {}})
-    assert len(advice) == 1 and word in advice[0]
+    assert len(advice) == 1
+    assert word in advice[0]
