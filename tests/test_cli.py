@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import kfaccore as kf
 from kfaccore.cli import app
+from kfaccore.cli.doctor import _advice
 
 pytest.importorskip("sklearn")
 
@@ -158,3 +159,14 @@ def test_methods_version_and_doctor():
     assert report["factorisations"] == {"cholesky": True, "eigh": True}
     assert set(report["dlpack"].values()) <= {"ok"}
     assert report["rates"]["gemm"] > 0
+
+
+@pytest.mark.parametrize(("forced", "word"), [("Haswell", "unset it"), (None, "OPENBLAS_CORETYPE=SkylakeX can")])
+def test_doctor_tells_slow_kernels_that_are_forced_from_chosen_ones(monkeypatch, forced, word):
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    if forced:
+        monkeypatch.setenv("OPENBLAS_CORETYPE", forced)
+    blas = {"core": "Haswell", "avx512": True, "threads": {}}
+    advice = _advice({"blas": blas, "rates": {"gemm": 1.0, "syrk": 2.0}, "dlpack": {}})
+    assert len(advice) == 1
+    assert word in advice[0]

@@ -68,7 +68,7 @@ def test_eigh_symmetrises_and_reports(xp):
     np.testing.assert_allclose(V * xp.get(values)[0] @ V.T, [[1.0, 2.0], [2.0, 1.0]], atol=1e-14)
 
 
-@pytest.mark.parametrize("shape", [(1, 20, 7), (3, 20, 7), (2, 10, 80), (2, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 20, 7), (3, 20, 7), (2, 10, 80), (2, 1, 1), (1, 3, 1024)])
 def test_gram_is_exact_and_symmetric(xp, rng, shape):
     x = rng.normal(size=shape)
     got = xp.get(kernels.gram(xp.put(x)))

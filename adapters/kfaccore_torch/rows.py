@@ -64,7 +64,8 @@ def _part(layer: Layer, call: Call, g: torch.Tensor, batch: int, namespace: str)
         if isinstance(kind, Gain) and call.normalised is not None:
             xhat = _channels_last(detached(call.normalised()), call.channel % len(call.shape) - len(call.shape), kind.d)
             g = g * xhat
-    g = torch.stack([_examples(x, batch, call.positions) for x in g])
+    draws = [_examples(x, batch, call.positions) for x in g]
+    g = draws[0][None] if len(draws) == 1 else torch.stack(draws)  # of one draw a view
     if isinstance(kind, Bias):
         a = to_core(torch.ones_like(g[0, ..., :1]), namespace)
     elif isinstance(kind, Embedding):
@@ -96,6 +97,7 @@ def _examples(x: torch.Tensor, batch: int, positions: int = 0) -> torch.Tensor:
     """
     d = x.shape[-1]
     if positions:
+        x = x.contiguous()  # a and g in one order: neither is copied when positions are folded
         return x.reshape(positions, -1, d).movedim(1, 0)
     if x.ndim == 1:
         return x.reshape(1, 1, d)

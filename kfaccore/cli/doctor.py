@@ -28,7 +28,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     """Check namespaces, BLAS, factorisations and DLPack round trips, and say what to change."""
     report = {
         "namespaces": _namespaces(),
-        "blas": _blas(),
+        "blas": blas(),
         "rates": _rates(),
         "factorisations": _factorisations(),
         "dlpack": {name: _round_trip(code) for name, code in ROUND_TRIPS.items() if importlib.util.find_spec(name)},
@@ -53,7 +53,7 @@ def _namespaces() -> dict[str, str]:
     return found
 
 
-def _blas() -> dict[str, Any]:
+def blas() -> dict[str, Any]:
     """Name and version NumPy was built with, and the kernels OpenBLAS chose at run time."""
     import ctypes
 
@@ -127,9 +127,11 @@ def _advice(report: dict[str, Any]) -> list[str]:
     advice = []
     blas = report["blas"]
     if blas["avx512"] and blas["core"] in ("Haswell", "Zen"):
+        forced = os.environ.get("OPENBLAS_CORETYPE")
+        chose = f"OPENBLAS_CORETYPE={forced} forces" if forced else "OpenBLAS chose"
+        change = "unset it to" if forced else "OPENBLAS_CORETYPE=SkylakeX can"
         advice.append(
-            f"OpenBLAS chose the AVX2 kernels ({blas['core']}) on an AVX-512 processor: OPENBLAS_CORETYPE=SkylakeX can "
-            f"double the rate of products"
+            f"{chose} the AVX2 kernels ({blas['core']}) on an AVX-512 processor: {change} double the rate of products"
         )
     if blas["threads"] == "not set":
         advice.append("several processes on one machine: set OMP_NUM_THREADS=1 (or cores / processes) in each")

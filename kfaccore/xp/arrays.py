@@ -15,7 +15,10 @@ Array = Any  # an array of any Array API namespace
 
 def namespace(*arrays: Array) -> Any:
     """The Array API namespace shared by `arrays`; TypeError when they come from different ones."""
-    if all(type(x) is np.ndarray for x in arrays):
+    for x in arrays:
+        if type(x) is not np.ndarray:
+            break
+    else:
         return _numpy()
     try:
         return aac.array_namespace(*arrays)

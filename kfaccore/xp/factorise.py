@@ -12,6 +12,7 @@ from scipy.linalg import qr as scipy_qr
 
 from kfaccore.xp.arrays import Array, all_finite, eps, is_numpy, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.gram import mirror
 
 _ATTEMPTS = 5  # as it is, in float64, then float64 with a jitter of 10, 1e3, 1e5 times eps of the mean diagonal
 _PIVOT = 8.0  # a pivot below this many eps of its diagonal entry is rounding noise
@@ -158,15 +159,5 @@ def _lapack_inverse(x: np.ndarray) -> tuple[np.ndarray, bool]:
     if info != 0 or not np.all(pivots * pivots > _PIVOT * np.finfo(x.dtype).eps * diagonal):
         return x, False
     inverse, info = potri(upper, lower=0, overwrite_c=1)
-    _mirror(inverse.T)
+    mirror(inverse.T)
     return inverse.T, info == 0
-
-
-def _mirror(x: np.ndarray, tile: int = 128) -> None:
-    """Copy the lower triangle of the C-ordered `x` onto the upper one, tile by tile so that both stay in cache."""
-    d = len(x)
-    for i in range(0, d, tile):
-        for j in range(0, i, tile):
-            x[j : j + tile, i : i + tile] = x[i : i + tile, j : j + tile].T
-        corner = x[i : i + tile, i : i + tile]
-        corner[:] = np.tril(corner) + np.tril(corner, -1).T
