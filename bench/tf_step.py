@@ -4,7 +4,7 @@ Times are of whole epochs of `fit` in graph mode, so Keras's own overhead is in 
 only), Monte-Carlo (records measured too) and with a refresh of every inverse; clocks u/r are their mean. `bare` is the
 plain step of Identity(): what reading the layers and crossing to NumPy and back cost without any curvature. Keras
 compiles plain `fit` with XLA where it can; a step that leaves TensorFlow for the core cannot be, so SGD without XLA is
-shown too.
+shown too. OPENBLAS_CORETYPE, which would force the kernels of NumPy's side only, is dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.update(TF_NUM_INTRAOP_THREADS="1", TF_NUM_INTEROP_THREADS="1", CUDA_VISIBLE_DEVICES="-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+FORCED = os.environ.pop("OPENBLAS_CORETYPE", None)
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,10 +23,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from report import Claim, arguments, at_most, finish, interleaved
+from report import Claim, arguments, at_most, claim, finish, interleaved
 
 import kfaccore as kf
 import kfaccore_tensorflow as kt
+from kfaccore.cli.doctor import blas
 
 L = keras.layers
 STEPS = {"autoencoder": 5, "cnn": 10, "transformer": 15}
@@ -154,6 +156,8 @@ def main() -> None:
         ]
     loop = None if options.quick else own_loop(TASKS["transformer"], repeats)
     claims.append(at_most("transformer, own loop over a refresh at 10/100, x train_on_batch with SGD", loop, 3.0))
+    core = blas()["core"] or "unknown"
+    claims.append(claim("kernels of NumPy's BLAS", f"{core} (not {FORCED})" if FORCED else core, "reported", None))
     columns = ("network", "sgd ms", "adam", "no xla", *KINDS, "10/100", "1/10")
     finish("A step in Keras fit over an SGD step in Keras fit", columns, rows, claims, options.json)
 
