@@ -491,6 +491,18 @@ def test_under_jit(rng):
 
     got = jax.jit(run)(*(jax.numpy.asarray(x) for x in (a, g, V)))
     assert close(np.asarray(got), ngd(a, g, V, 0.1))
+    _, records, grads = layers(rng)
+    method = kf.GlobalFNGD(steps=2)
+
+    def together(rows, grads, step):
+        seen, hypers = {n: kf.Record(*x, 7.0) for n, x in rows.items()}, dict.fromkeys(rows, kf.Hyper(step, 0.0, 0.1))
+        state = method.init({name: kf.Block.of(r) for name, r in seen.items()}, grads["first"])
+        state = method.update(state, method.measure(state, seen, hypers), hypers)
+        return method.solve(method.refresh(state, hypers), grads, hypers, seen).direction
+
+    rows = {name: (r.a[0], r.g[0, 0]) for name, r in records.items()}
+    got = jax.jit(together)(*jax.tree.map(jax.numpy.asarray, (rows, grads, 0)))
+    assert close(flat(got), whole_ngd(records, grads, 0.1))
 
 
 def layers(rng, B=7):
@@ -691,6 +703,51 @@ def test_global_clocks_and_rules(rng):
     pre = whole(steps=1, step=kf.SelfTuning())
     state = replace(pre.init(blocks, grads["first"]), step=3)
     assert pre.wants_records(state)
+    assert kf.weighted(pre, state, grads)["first"] is grads["first"]
+
+
+class Part(kf.GlobalFNGD):
+    def covers(self, blocks):
+        return ["first"]
+
+
+@pytest.mark.parametrize("kind", ["global", "layer by layer"])
+def test_beside_a_method_that_never_rests(kind, rng):
+    """Records of layers that rest need not be given, and are not looked at where they are."""
+    pairs, records, grads = layers(rng)
+    chosen = {"methods": {"first": kf.FNGD(steps=1), "second": kf.KFAC()}}
+    chosen = {"methods": kf.KFAC(), "network": Part(steps=1)} if kind == "global" else chosen
+    pre = kf.Preconditioner(**chosen, clocks=kf.Clocks(1, 1), schedules=kf.Schedules(0.1, 0.0))
+    state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    first, state, _ = pre.step(state, records, grads)
+    assert close(first["first"], ngd(*pairs["first"], grads["first"], 0.1))
+    scaled = kf.weighted(pre, state, {name: g for name, (_, g) in pairs.items()})
+    assert np.array_equal(scaled["second"], pairs["second"][1])
+    given = {**grads, "first": scaled["first"].T @ pairs["first"][0] / 7}
+    spoiled = kf.Record(np.nan * pairs["first"][0], pairs["first"][1], 7.0)
+    assert pre.wants_records(state)
+    for seen in ({"second": records["second"]}, {**records, "first": spoiled}, records):
+        updates, _, info = pre.step(state, seen, given)
+        assert close(updates["first"], first["first"])
+        assert close(updates["second"], first["second"])
+        assert info.counts() == {kf.Code.OK: 2}
+
+
+def test_the_table_is_filled_between_the_first_refresh_and_the_first_rest(rng):
+    _, records, grads = layers(rng)
+    hypers = [{name: kf.Hyper(step, 0.0, 0.1) for name in grads} for step in range(2)]
+    method = kf.GlobalFNGD(steps=1)
+    fresh = method.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    seen = method.update(fresh, method.measure(fresh, records, hypers[0]), hypers[0])
+    found = method.solve(seen, grads, hypers[0], records)
+    assert np.array_equal(flat(found.direction), flat(grads))
+    assert all(code.tolist() == [kf.Code.IDENTITY] for code in found.code.values())
+    assert not found.state.layers["first"].betas.count.any()
+    ready = method.refresh(seen, hypers[0])
+    assert method.solve(ready, grads, hypers[0], records).state.layers["first"].betas.count.sum() == 7
+    found = method.solve(ready, grads, hypers[1], records)
+    assert close(flat(found.direction), whole_ngd(records, grads, 0.1))
+    assert not found.state.layers["first"].betas.count.any()
 
 
 def test_global_float32(rng):
