@@ -24,18 +24,18 @@ def own_gradients(pre: Any) -> bool:
     return any(getattr(method, "own_gradients", False) for method in (*methods, pre.network))
 
 
-def weighted(pre: Any, state: Any, g: Mapping[str, Array], ids: Array | None = None) -> dict[str, Array]:
+def weighted(pre: Any, state: Any, g: dict[str, Array], ids: Array | None = None) -> dict[str, Array]:
     """Output gradients {layer: (batch, [positions,] d_out)} for the weight gradients of the step to come.
 
     A shell forms each layer's weight gradient from these and passes the unchanged ones on to earlier layers. They are
-    `g` itself unless the layer's method rests. ids (batch,) are dataset positions, for methods that go by them.
+    `g` itself unless a layer's method rests. ids (batch,) are dataset positions, for methods that go by them.
     """
-    found = dict(g)
     hypers = {name: pre.schedules.hyper(name, state.step) for name in g if _rests(pre, state, name)}
-    for name in hypers.keys() & state.layers.keys():
+    ours, found = {name: g[name] for name in hypers if name not in state.layers}, {}
+    for name in hypers.keys() - ours.keys():
         found[name] = _method(pre, state, name).weighted(state.layers[name], g[name], hypers[name], ids)
-    ours = {name: g[name] for name in hypers if name not in state.layers}
-    return found | pre.network.weighted(state.network, ours, hypers, ids) if ours else found
+    found |= pre.network.weighted(state.network, ours, hypers, ids) if ours else {}
+    return {name: found.get(name, x) for name, x in g.items()} if found else g
 
 
 def _rests(pre: Any, state: Any, name: str) -> bool:

@@ -53,7 +53,7 @@ def solved(method, a, g, grad, damping=0.1, step=0, ids=None, n=None, state=None
 def betas(method, a, g, damping=0.1):
     """beta of every example, from the table of slots."""
     state = solved(method, a, g, g.T @ a / len(a), damping).state
-    return state.betas.total[0, : len(a)] / state.betas.count[0, : len(a)]
+    return state.betas.value[0, : len(a)]
 
 
 @SIZES
@@ -140,7 +140,7 @@ def test_F4_only_the_weight_path_is_scaled(rng):
     found = net.gradients(tape, weighted, 8.0, factored=False)
     for name, record in net.records(tape, g, 8.0).items():
         betas = state.layers[name].betas
-        beta = betas.total[0, :8] / betas.count[0, :8]
+        beta = betas.value[0, :8]
         want = np.einsum("n,noi->oi", beta, record.examples()[0, 0]) / 8
         assert close(found[name], want, 1e-12)
         assert np.array_equal(g[name], before[name])
@@ -762,7 +762,7 @@ def test_global_float32(rng):
         state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, like)
         updates, state, _ = pre.step(state, records, {name: kf.Factored(a, g, 4.0) for name, (a, g) in pairs.items()})
         assert {x.dtype for x in updates.values()} == {np.dtype(np.float32)}
-        assert state.network.layers["first"].betas.total.dtype == like.dtype
+        assert state.network.layers["first"].betas.value.dtype == like.dtype
         assert close(flat(updates), whole_ngd(wide, grads, 1e-5), 1e-6)
 
 

@@ -37,7 +37,7 @@ __all__ = ["FNGD", "mean_vector", "position", "sample", "scalar_rate"]
 
 @dataclass(frozen=True)
 class State:
-    """Sums of beta and how many (blocks, entries); weight (blocks,), 1 once a record was seen; code (blocks,)."""
+    """Means of beta and of how many (blocks, entries); weight (blocks,), 1 once a record was seen; code (blocks,)."""
 
     betas: Table
     weight: Array
@@ -127,7 +127,7 @@ class FNGD(Additive):
             return state
         xp = namespace(c)
         solved = (code < int(Code.NONFINITE)) & (state.code != int(Code.IDENTITY)) & xp.all(xp.isfinite(c), axis=-1)
-        beta = xp.astype(c * scalar(record.n, c), state.betas.total.dtype)
+        beta = xp.astype(c * scalar(record.n, c), state.betas.value.dtype)
         index = self._index(state, beta.shape[-1], record.ids, hyper.step)
         ok = solved & ~xp.asarray(self.rests(hyper))
         return replace(state, betas=table.added(state.betas, index, beta, ok, hyper.step % self.steps == 0))
@@ -154,7 +154,7 @@ class FNGD(Additive):
         raise TypeError("FNGD keeps coefficients, not curvature: CGFAC(Empirical()) has its F")
 
     def _index(self, state: State, units: int, ids: Array | None, step: int | Array) -> Array:
-        return entries(self.share, units, ids, step, self.steps, state.betas.total.shape[1], state.weight)
+        return entries(self.share, units, ids, step, self.steps, state.betas.value.shape[1], state.weight)
 
     def _general(self, record: Record, grad: Any, damping: float | Array) -> tuple[Array, Array, Array]:
         """(V - U (K + n damping I)^-1 U^T V) / damping for any V, a difference taken in the widest dtype; c; a code."""
