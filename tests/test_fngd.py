@@ -563,6 +563,40 @@ def test_global_is_the_whole_networks_fisher(damping, rng):
     assert {name: x.ndim for name, x in found.items()} == {"first": 2, "second": 3}
 
 
+@pytest.mark.parametrize("damping", [1e-6, {"first": 0.1, "second": 0.7}], ids=str)
+def test_global_from_rows(damping, rng, monkeypatch):
+    """Gradients that are the records' own rows need no difference; others, or of unlike n, are solved all the same."""
+    pairs, records, grads = layers(rng, 4)
+    pre = whole(damping)
+    state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    other = {name: (a, rng.normal(size=g.shape)) for name, (a, g) in pairs.items()}
+    half = {"first": kf.Factored(*pairs["first"], 4.0), "second": kf.Factored(*pairs["second"], 8.0)}
+    tolerance = 1e-10 if isinstance(damping, dict) else 1e-6
+    for given in ({n: kf.Factored(*p, 4.0) for n, p in other.items()}, half):
+        dense = {name: x.dense() for name, x in given.items()}
+        assert close(flat(pre.step(state, records, given)[0]), whole_ngd(records, dense, damping), tolerance)
+    monkeypatch.setattr(kf.GlobalFNGD, "_general", None)
+    found = pre.step(state, records, {name: kf.Factored(*p, 4.0) for name, p in pairs.items()})[0]
+    assert close(flat(found), whole_ngd(records, grads, damping), tolerance)
+    found = pre.step(state, records, {name: kf.Factored(*p, 8.0) for name, p in pairs.items()})[0]
+    assert close(2 * flat(found), whole_ngd(records, grads, damping), tolerance)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_global_rows_that_are_not_finite(bad, rng):
+    pairs, records, grads = layers(rng)
+    pre = whole(steps=5)
+    _, state, _ = pre.step(pre.init({n: kf.Block.of(r) for n, r in records.items()}, grads["first"]), records, grads)
+    a, g = pairs["second"]
+    pairs = {**pairs, "second": (a, np.where(np.arange(7)[:, None] == 3, bad, g))}
+    records = {name: kf.Record(*p, 7.0) for name, p in pairs.items()}
+    updates, after, info = pre.step(state, records, {name: kf.Factored(*p, 7.0) for name, p in pairs.items()})
+    assert not flat(updates).any()
+    assert info.counts() == {kf.Code.NONFINITE: 2}
+    trees = (kf.tree.leaves(x.network) for x in (state, after))
+    assert all(np.array_equal(one, two) for one, two in zip(*trees, strict=True))
+
+
 @pytest.mark.parametrize("damping", [0.1, {"first": 0.1, "second": 0.7}], ids=str)
 @EVERY
 def test_global_coefficients_are_shared(share, damping, rng, monkeypatch):

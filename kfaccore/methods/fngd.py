@@ -107,7 +107,7 @@ class FNGD(Additive):
             (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)  # not the caller's
             return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
         _, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
-        own, record = self._own(record, grad), self.sharing(record)
+        own, record = self.own(record, grad), self.sharing(record)
         if own is None:
             x, c, code = self._general(record, grad, hyper.damping)
         else:
@@ -166,7 +166,7 @@ class FNGD(Additive):
         x = (v - units.combined(wide, y)) / shift[:, None, None]
         return xp.astype(x, dtype), xp.astype(xp.sum(inverse, axis=-1), dtype), code
 
-    def _own(self, record: Record, grad: Any) -> Array | None:
+    def own(self, record: Record, grad: Any) -> Array | None:
         """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""
         xp = namespace(record.g)
         arrays = isinstance(grad, Factored) and not isinstance(record.a, Ids | Patches)

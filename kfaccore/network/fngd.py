@@ -6,7 +6,7 @@ Epochs, tables and `weighted` are FNGD's, layer by layer.
 
 Exact while coefficients are computed, for gradients of any layers together.
 Source: Ou et al. 2024 (2403.03473) take layers apart; the sum over layers is F's definition.
-Cost: first epoch FNGD's for any gradient, with one system of batch^3 for all layers; later FNGD's.
+Cost: FNGD's, with one system of batch^3 for all layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from operator import add
+from operator import add, and_
 from typing import Any, ClassVar
 
 from kfaccore import xp as kernels
@@ -25,7 +25,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.sharing import expand, whole
 from kfaccore.stacked import units
 from kfaccore.stacked.shares import Share, mean_vector
-from kfaccore.xp.arrays import Array, namespace, scalar, select
+from kfaccore.xp.arrays import Array, loop, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 
@@ -78,29 +78,33 @@ class GlobalFNGD(Each):
     ) -> Solution:
         """`direction`, `code` and `state` as FNGD's, on dicts, for any gradients of layers with records of one batch.
 
-        Differences are taken in the widest dtype. Without records gradients are handed on, as those of a resting step.
+        Without records gradients are handed on, as those of a resting step are.
         """
         if records is None:
             return joined(state, {n: self.method.solve(state.layers[n], g, hypers[n]) for n, g in grads.items()})
-        n = one_batch(records, grads)
-        seen = {name: units.widened(self.sharing(records[name])) for name in grads}
-        given = {name: gradient(grad, _shape(seen[name])) for name, grad in grads.items()}
-        vs = {name: _dense(v, seen[name].g) for name, (v, _) in given.items()}
-        damping, r = _shares(hypers, seen)
-        xp = namespace(damping)
-        K = reduce(add, (xp.sum(units.gram(x), axis=0, keepdims=True) / r[name] for name, x in seen.items()))
-        inner = reduce(add, (xp.sum(units.inner(x, vs[name]), axis=0) / r[name] for name, x in seen.items()))
-        inverse, shift, code = units.damped_inverse(K, n, damping, self.relative)
-        y, c = xp.matmul(inverse, inner[None, :, None])[:, :, 0], xp.sum(inverse, axis=-1)
+        one_batch(records, grads)
+        shapes = {name: (records[name].blocks, records[name].d_out, records[name].d_in) for name in grads}
+        given = {name: gradient(grad, shapes[name]) for name, grad in grads.items()}
+        grads = {name: grad for name, (grad, _) in given.items()}
+        own = [x for x in (self.method.own(records[name], grad) for name, grad in grads.items()) if x is not None]
+        seen = {name: self.sharing(records[name]) for name in grads}
+        if len(own) < len(grads):
+            xs, c, code = self._general(seen, grads, hypers)
+        else:
+            inverse, _, r, code = self._system(seen, hypers)
+            c = {name: namespace(inverse).sum(inverse, axis=-1) / x for name, x in r.items()}
+            scales = [scalar(x.n, x.g) / scalar(grads[name].n, x.g) for name, x in seen.items()]
+            xs = tuple(_combined(x, c[name]) * scales[0] for name, x in seen.items())
+            all_own = reduce(and_, (namespace(x).all(x & (s == scales[0])) for x, s in zip(own, scales, strict=True)))
+            xs = loop(lambda _: ~all_own, lambda _: self._general(seen, grads, hypers)[0], xs, 1)
         found = {}
-        for name, (v, squeeze) in given.items():
-            layer, record, sizes = state.layers[name], seen[name], (vs[name].shape[0], c.shape[-1])
+        for (name, record), x in zip(seen.items(), xs, strict=True):
+            layer, xp = state.layers[name], namespace(x)
             fresh = layer.code == int(Code.IDENTITY)
-            x = (vs[name] - units.combined(record, xp.broadcast_to(y, sizes))) / (shift * r[name])
-            x = xp.astype(select(fresh, vs[name], x), getattr(v, "g", v).dtype)
             codes = choose(fresh, Code.IDENTITY, xp.broadcast_to(code, fresh.shape))
-            layer = self.method.filled(layer, xp.broadcast_to(c / r[name], sizes), code, hypers[name], record)
-            found[name] = finish(x, codes, layer, squeeze)
+            each = xp.broadcast_to(c[name], (record.blocks, c[name].shape[-1]))
+            layer = self.method.filled(layer, each, code, hypers[name], record)
+            found[name] = finish(_unless(fresh, x, grads[name]), codes, layer, given[name][1])
         return joined(state, found)
 
     def weighted(
@@ -109,9 +113,33 @@ class GlobalFNGD(Each):
         """Output gradients {layer: (batch, [positions,] d_out)} for the weight path, as FNGD's."""
         return {name: self.method.weighted(state.layers[name], x, hypers[name], ids) for name, x in g.items()}
 
+    def _general(
+        self, seen: Mapping[str, Record], grads: Mapping[str, Any], hypers: Hypers
+    ) -> tuple[tuple, dict, Array]:
+        """(V_l - U_l (K + n damping I)^-1 sum_m U_m^T V_m / r_m) / damping_l for any V, a difference taken in the
+        widest dtype; c_l; a code."""
+        wide = {name: units.widened(record) for name, record in seen.items()}
+        vs = {name: _dense(grads[name], record.g) for name, record in wide.items()}
+        inverse, shift, r, code = self._system(wide, hypers)
+        xp = namespace(inverse)
+        inner = reduce(add, (xp.sum(units.inner(x, vs[name]), axis=0) / r[name] for name, x in wide.items()))
+        y = xp.matmul(inverse, inner[None, :, None])[:, :, 0]
+        xs = {name: (vs[name] - _combined(x, y)) / (shift * r[name]) for name, x in wide.items()}
+        dtypes = {name: getattr(grad, "g", grad).dtype for name, grad in grads.items()}
+        c = {name: xp.sum(inverse, axis=-1) / x for name, x in r.items()}
+        return tuple(xp.astype(x, dtypes[name]) for name, x in xs.items()), c, code
 
-def _shape(record: Record) -> tuple[int, int, int]:
-    return record.blocks, record.d_out, record.d_in
+    def _system(self, seen: Mapping[str, Record], hypers: Hypers) -> tuple[Array, Array, dict[str, Array], Array]:
+        """(K + n damping I)^-1 with the largest damping, that damping, every r_l, and a code; NaN where it failed."""
+        first = next(iter(seen.values()))
+        xp, zero = namespace(first.g), namespace(first.g).zeros_like(first.g[0, 0, 0, 0, 0])
+        damping = {name: zero + scalar(hypers[name].damping, zero) for name in seen}
+        top = reduce(xp.maximum, damping.values())
+        unit, least = xp.where(top > 0, top, xp.ones_like(top)), zero + kernels.eps(zero.dtype, xp)
+        r = {name: xp.maximum(x / unit, least) for name, x in damping.items()}
+        K = reduce(add, (xp.sum(units.gram(x), axis=0, keepdims=True) / r[name] for name, x in seen.items()))
+        inverse, shift, code = units.damped_inverse(K, first.n, top, self.relative)
+        return select(code < int(Code.NONFINITE), inverse, inverse * float("nan")), shift, r, code
 
 
 def _dense(grad: Any, like: Array) -> Array:
@@ -122,11 +150,12 @@ def _dense(grad: Any, like: Array) -> Array:
     return xp.astype(grad, like.dtype)
 
 
-def _shares(hypers: Hypers, records: Mapping[str, Record]) -> tuple[Array, dict[str, Array]]:
-    """The largest damping of the layers of `records`, and each one's share of it, at least eps."""
-    like = next(iter(records.values())).g
-    xp, zero = namespace(like), namespace(like).zeros_like(like[0, 0, 0, 0, 0])
-    damping = {name: zero + scalar(hypers[name].damping, like) for name in records}
-    top = reduce(xp.maximum, damping.values())
-    unit, least = xp.where(top > 0, top, xp.ones_like(top)), zero + kernels.eps(like.dtype, xp)
-    return top, {name: xp.maximum(x / unit, least) for name, x in damping.items()}
+def _unless(fresh: Array, x: Array, grad: Any) -> Array:
+    """x, but the gradient in blocks that are `fresh`."""
+    xp = namespace(x)
+    return loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, x[0]), x[0]),), (x,), 1)[0]
+
+
+def _combined(record: Record, y: Array) -> Array:
+    """U_l y for y (1, units) of all layers' blocks."""
+    return units.combined(record, namespace(y).broadcast_to(y, (record.blocks, y.shape[-1])))
