@@ -10,6 +10,7 @@ import pytest
 import kfaccore as kf
 import kfaccore_numpy as kn
 from kfaccore import xp as kernels
+from kfaccore.linalg import table
 from kfaccore.linalg.cg import CG, Residual
 from kfaccore.methods.cgfac import Empirical, InRows
 from kfaccore.methods.fngd import mean_vector, position, sample, scalar_rate
@@ -382,6 +383,22 @@ def test_F15_a_refreshed_epoch_forgets_the_one_before(rng):
     parts = np.split(np.arange(20), 4)
     _, state = epochs(kf.FNGD(mean_vector, steps=4, every=2), a, g, lambda e: parts, 3)
     assert state.layers["fc"].betas.count[0, :5].tolist() == [4] * 5
+    assert close(state.layers["fc"].betas.value[0, :5], np.mean([betas(kf.FNGD(), a[p], g[p]) for p in parts], 0))
+
+
+def test_a_table_of_means():
+    """What was never added is the mean of all that was; blocks that are not ok stay as they are."""
+    index, ok = np.array([2, 0, 2]), np.array([True, False])
+    start = table.empty(2, 4, np.zeros(1))
+    first = table.added(start, index, np.array([[1.0, 2.0, 6.0], [np.nan] * 3]), ok, False)
+    assert first.value.tolist() == [[2.0, 3.0, 3.5, 3.0], [1.0] * 4]
+    assert first.count.tolist() == [[1, 0, 2, 0], [0] * 4]
+    second = table.added(first, np.array([3]), np.array([[7.0], [4.0]]), ~ok | ok, False)
+    assert table.read(second, np.arange(4)).tolist() == [[2.0, 4.0, 3.5, 7.0], [4.0] * 4]
+    assert table.added(second, np.array([3]), np.array([[5.0], [6.0]]), ok, True).value.tolist() == [
+        [5.0] * 4,
+        [4.0] * 4,
+    ]
 
 
 @EVERY
@@ -637,7 +654,7 @@ def test_global_in_the_numpy_shell(rng, monkeypatch):
     state, calls, products = kn.initial_state(net, params, pre), counting(monkeypatch), []
     for kind in (kn.Conv2d, kn.Dense):
         original = kind.gradient
-        count = lambda self, *args, original=original: products.append(1) or original(self, *args)  # noqa: E731
+        count = lambda self, *args, original=original: products.append(args[-1]) or original(self, *args)  # noqa: E731
         monkeypatch.setattr(kind, "gradient", count)
     for index in range(3):
         old = dict(params)
@@ -646,7 +663,7 @@ def test_global_in_the_numpy_shell(rng, monkeypatch):
         records, grads = net.records(tape, g, 8.0), net.gradients(tape, g, 8.0, factored=False)
         before = len(products)
         _, state, info = kn.step(net, params, (x, y), loss, pre, state, index, rng)
-        assert len(products) - before == 3
+        assert products[before:] == [not index] * 3  # rows not multiplied out only where they are to be solved for
         assert len(calls) == 1
         assert info.counts() == {kf.Code.OK: 3}
         moved = flat({name: (old[name] - params[name]) / 0.1 for name in grads})
@@ -737,7 +754,7 @@ def test_global_clocks_and_rules(rng):
     pre = whole(steps=1, step=kf.SelfTuning())
     state = replace(pre.init(blocks, grads["first"]), step=3)
     assert pre.wants_records(state)
-    assert kf.weighted(pre, state, grads)["first"] is grads["first"]
+    assert kf.weighted(pre, state, grads) is grads
 
 
 class Part(kf.GlobalFNGD):
@@ -794,10 +811,15 @@ def test_global_float32(rng):
     for like in (np.zeros(1, np.float32), np.zeros(1)):
         pre = whole(1e-5, steps=1)
         state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, like)
-        updates, state, _ = pre.step(state, records, {name: kf.Factored(a, g, 4.0) for name, (a, g) in pairs.items()})
-        assert {x.dtype for x in updates.values()} == {np.dtype(np.float32)}
-        assert state.network.layers["first"].betas.value.dtype == like.dtype
-        assert close(flat(updates), whole_ngd(wide, grads, 1e-5), 1e-6)
+        rounded = {name: g.astype(np.float32) for name, g in grads.items()}
+        own, turned = (
+            {n: kf.Factored(a[s], g[s], 4.0) for n, (a, g) in pairs.items()} for s in ([0, 1, 2, 3], [3, 2, 1, 0])
+        )
+        for given, tolerance in ((own, 1e-6), (turned, 1e-6), (rounded, 0.1)):
+            updates, after, _ = pre.step(state, records, given)
+            assert {x.dtype for x in updates.values()} == {np.dtype(np.float32)}
+            assert after.network.layers["first"].betas.value.dtype == like.dtype
+            assert close(flat(updates), whole_ngd(wide, grads, 1e-5), tolerance)
 
 
 def test_global_in_every_namespace(xp):
