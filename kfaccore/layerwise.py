@@ -92,8 +92,8 @@ class Turn:
             refused = {name: found.bad > 0 for name, found in stats.items()}
         if self.refreshed:
             state = network.refresh(state, hypers)
-        whole = {name: reduce(concat, given) for name, given in records.items()} if network.needs_records else None
-        solution = network.solve(state, grads, hypers, whole)
+        whole = {name: reduce(concat, given) for name, given in records.items()} if network.needs_records else {}
+        solution = network.solve(state, grads, hypers, whole or None)
         direction = {name: like_gradient(x, grads[name], like[name]) for name, x in solution.direction.items()}
         codes = {name: choose(bad, Code.NONFINITE, solution.code[name]) for name, bad in refused.items()}
         return replace(solution, direction=direction, code={**solution.code, **codes})

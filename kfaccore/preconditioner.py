@@ -21,7 +21,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.schedule import Clocks, Schedules
 from kfaccore.sharing import concat
 from kfaccore.step import Fixed, Rule
-from kfaccore.weighting import resting, rows_at_solve
+from kfaccore.weighting import resting
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -115,8 +115,9 @@ class Preconditioner:
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
-        whole = self.rule.needs_records or getattr(self.network, "needs_records", False)
-        return whole or (state.step % self.clocks.update == 0 and not resting(self, state))
+        awake = {name for name, _ in state.blocks} - resting(self, state)
+        whole = getattr(self.network, "needs_records", False) and awake - state.layers.keys()
+        return bool(self.rule.needs_records or whole or (awake and state.step % self.clocks.update == 0))
 
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
@@ -174,8 +175,8 @@ class Preconditioner:
             network, infos["network"] = solution.state, solution.info
             directions, codes = dict(solution.direction), dict(solution.code)
         alone = {name: grad for name, grad in grads.items() if name not in together}
-        rows = {name for name in alone if rows_at_solve(self, name, hypers[name])}
         methods = {name: self._method(name) for name in alone}
+        rows = {name for name, method in methods.items() if getattr(method, "rows_at_solve", False)}
         for name, found in turn.alone(methods, layers, batches, alone, hypers, rows).items():
             layers[name], directions[name], codes[name] = found.state, found.direction, found.code
             infos[name] = found.info
@@ -220,12 +221,13 @@ class Preconditioner:
                 f"step {state.step} updates statistics (every {self.clocks.update} steps) but got no records; "
                 f"ask wants_records(state) before each step"
             )
-        missing = sorted((set(grads) if self.rule.needs_records else together) - set(records))
+        rest = resting(self, state)
+        missing = sorted((set(grads) if self.rule.needs_records else together - rest) - set(records))
         if missing:
             whose = self.rule if self.rule.needs_records else self.network
             raise ValueError(f"layers {missing} have gradients but no records, which {whose} needs at every step")
         batches = {}
-        for name, given in records.items():
+        for name, given in ((name, given) for name, given in records.items() if name not in rest):
             terms = isinstance(given, tuple) and name not in together and hasattr(self._method(name), "terms")
             if terms and self.rule.needs_records and not hasattr(self.rule, "terms"):
                 raise ValueError(f"{self.rule} cannot model several loss terms; use Quadratic() or GridSearch()")

@@ -10,10 +10,10 @@ import pytest
 import kfaccore as kf
 import kfaccore_numpy as kn
 from kfaccore import xp as kernels
+from kfaccore.linalg import table
 from kfaccore.linalg.cg import CG, Residual
 from kfaccore.methods.cgfac import Empirical, InRows
 from kfaccore.methods.fngd import mean_vector, position, sample, scalar_rate
-from kfaccore.network import GlobalFNGD
 from kfaccore.stacked import units
 
 SIZES = pytest.mark.parametrize("sizes", [(5, 3, 4), (12, 3, 4), (40, 3, 4), (3, 1, 4), (1, 5, 4)], ids=str)
@@ -54,7 +54,7 @@ def solved(method, a, g, grad, damping=0.1, step=0, ids=None, n=None, state=None
 def betas(method, a, g, damping=0.1):
     """beta of every example, from the table of slots."""
     state = solved(method, a, g, g.T @ a / len(a), damping).state
-    return state.betas.total[0, : len(a)] / state.betas.count[0, : len(a)]
+    return state.betas.value[0, : len(a)]
 
 
 @SIZES
@@ -141,7 +141,7 @@ def test_F4_only_the_weight_path_is_scaled(rng):
     found = net.gradients(tape, weighted, 8.0, factored=False)
     for name, record in net.records(tape, g, 8.0).items():
         betas = state.layers[name].betas
-        beta = betas.total[0, :8] / betas.count[0, :8]
+        beta = betas.value[0, :8]
         want = np.einsum("n,noi->oi", beta, record.examples()[0, 0]) / 8
         assert close(found[name], want, 1e-12)
         assert np.array_equal(g[name], before[name])
@@ -383,6 +383,22 @@ def test_F15_a_refreshed_epoch_forgets_the_one_before(rng):
     parts = np.split(np.arange(20), 4)
     _, state = epochs(kf.FNGD(mean_vector, steps=4, every=2), a, g, lambda e: parts, 3)
     assert state.layers["fc"].betas.count[0, :5].tolist() == [4] * 5
+    assert close(state.layers["fc"].betas.value[0, :5], np.mean([betas(kf.FNGD(), a[p], g[p]) for p in parts], 0))
+
+
+def test_a_table_of_means():
+    """What was never added is the mean of all that was; blocks that are not ok stay as they are."""
+    index, ok = np.array([2, 0, 2]), np.array([True, False])
+    start = table.empty(2, 4, np.zeros(1))
+    first = table.added(start, index, np.array([[1.0, 2.0, 6.0], [np.nan] * 3]), ok, False)
+    assert first.value.tolist() == [[2.0, 3.0, 3.5, 3.0], [1.0] * 4]
+    assert first.count.tolist() == [[1, 0, 2, 0], [0] * 4]
+    second = table.added(first, np.array([3]), np.array([[7.0], [4.0]]), ~ok | ok, False)
+    assert table.read(second, np.arange(4)).tolist() == [[2.0, 4.0, 3.5, 7.0], [4.0] * 4]
+    assert table.added(second, np.array([3]), np.array([[5.0], [6.0]]), ok, True).value.tolist() == [
+        [5.0] * 4,
+        [4.0] * 4,
+    ]
 
 
 @EVERY
@@ -492,6 +508,18 @@ def test_under_jit(rng):
 
     got = jax.jit(run)(*(jax.numpy.asarray(x) for x in (a, g, V)))
     assert close(np.asarray(got), ngd(a, g, V, 0.1))
+    _, records, grads = layers(rng)
+    method = kf.GlobalFNGD(steps=2)
+
+    def together(rows, grads, step):
+        seen, hypers = {n: kf.Record(*x, 7.0) for n, x in rows.items()}, dict.fromkeys(rows, kf.Hyper(step, 0.0, 0.1))
+        state = method.init({name: kf.Block.of(r) for name, r in seen.items()}, grads["first"])
+        state = method.update(state, method.measure(state, seen, hypers), hypers)
+        return method.solve(method.refresh(state, hypers), grads, hypers, seen).direction
+
+    rows = {name: (r.a[0], r.g[0, 0]) for name, r in records.items()}
+    got = jax.jit(together)(*jax.tree.map(jax.numpy.asarray, (rows, grads, 0)))
+    assert close(flat(got), whole_ngd(records, grads, 0.1))
 
 
 def layers(rng, B=7):
@@ -501,23 +529,312 @@ def layers(rng, B=7):
     return pairs, records, {name: g.T @ a / B for name, (a, g) in pairs.items()}
 
 
-def test_global_is_the_whole_networks_fisher(rng):
+def whole(damping=0.1, clocks=None, step=None, **fields):
+    clocks, step = clocks or kf.Clocks(1, 1), step or kf.Fixed()
+    return kf.Preconditioner(network=kf.GlobalFNGD(**fields), clocks=clocks, schedules=kf.Schedules(damping), step=step)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in tree.values()])
+
+
+def whole_ngd(records, grads, damping):
+    """(F + diag(damping))^-1 of the gradients, F of all layers; damping is a number or one a layer."""
+    n = next(iter(records.values())).n
+    J = np.concatenate([np.moveaxis(r.examples()[0], 0, 1).reshape(r.batch, -1) for r in records.values()], 1)
+    each = [np.full(g.size, damping[name] if isinstance(damping, dict) else damping) for name, g in grads.items()]
+    return np.linalg.solve(J.T @ J / n + np.diag(np.concatenate(each)), flat(grads))
+
+
+def kinds(rng):
+    """Records of one batch: rows, a convolution, tokens, an embedding, two blocks; and any gradients."""
+    patches = kf.Patches(rng.normal(size=(6, 4, 4, 2)), kf.Window((3, 3), padding=1), bias=True)
+    records = {
+        "fc": kf.Record(rng.normal(size=(6, 4)), rng.normal(size=(6, 3)), 6.0),
+        "conv": kf.Record(patches, rng.normal(size=(6, 16, 2)), 6.0),
+        "tokens": kf.Record(rng.normal(size=(6, 3, 2)), rng.normal(size=(6, 3, 2)), 6.0),
+        "words": kf.Record(kf.Ids(rng.integers(0, 5, (6, 3)), 5), rng.normal(size=(6, 3, 2)), 6.0),
+        "heads": kf.Record(rng.normal(size=(2, 6, 1, 2)), rng.normal(size=(1, 2, 6, 1, 3)), 6.0),
+    }
+    return records, {name: rng.normal(size=(r.blocks, r.d_out, r.d_in)) for name, r in records.items()}
+
+
+@pytest.mark.parametrize(
+    "damping", [0.1, {"fc": 0.1, "conv": 0.5, "tokens": 0.02, "words": 1.0, "heads": 0.1}], ids=str
+)
+def test_global_is_the_whole_networks_fisher(damping, rng):
+    """Through a Preconditioner, for any gradients; the batch may come in micro-batches."""
+    records, grads = kinds(rng)
+    pre = whole(damping)
+    state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["fc"])
+    updates, _, info = pre.step(state, records, grads)
+    assert close(flat(updates), whole_ngd(records, grads, damping))
+    assert info.counts() == {kf.Code.OK: 6}
     pairs, records, grads = layers(rng)
-    method = GlobalFNGD(steps=1)
-    state = method.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
-    J = np.concatenate([U(*pairs[name]) for name in pairs], 1)
-    for given in (grads, {name: rng.normal(size=v.shape) for name, v in grads.items()}):
-        flat = np.concatenate([v.ravel() for v in given.values()])
-        want = np.linalg.solve(J.T @ J / 7 + 0.1 * np.eye(J.shape[1]), flat)
-        found, after = method.solve(state, given, kf.Hyper(0, 0.0, 0.1), records)
-        assert close(np.concatenate([x.ravel() for x in found.values()]), want)
-        assert after.code.tolist() == [kf.Code.OK]
-    first = method.solve(state, grads, kf.Hyper(0, 0.0, 0.1), records)[0]
-    g = method.weighted(after, {name: p[1] for name, p in pairs.items()}, kf.Hyper(1, 0.0, 0.1))
-    for name, (a, _) in pairs.items():
-        assert close(g[name].T @ a / 7, first[name][0])
-    unscaled = method.weighted(after, {"first": pairs["first"][1]}, kf.Hyper(0, 0.0, 0.1))
-    assert np.array_equal(unscaled["first"], pairs["first"][1])
+    pre, parts = whole(), (slice(0, 3), slice(3, 7))
+    halves = {n: [kf.Record(a[s], g[s], float(len(a[s]))) for s in parts] for n, (a, g) in pairs.items()}
+    given = {"first": grads["first"], "second": kf.Factored(*pairs["second"], 7.0)}
+    state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    found = pre.step(state, halves, given)[0]
+    assert close(flat(found), whole_ngd(records, grads, 0.1))
+    assert {name: x.ndim for name, x in found.items()} == {"first": 2, "second": 3}
+
+
+@pytest.mark.parametrize("damping", [1e-6, {"first": 0.1, "second": 0.7}], ids=str)
+def test_global_from_rows(damping, rng, monkeypatch):
+    """Gradients that are the records' own rows need no difference; others, or of unlike n, are solved all the same."""
+    pairs, records, grads = layers(rng, 4)
+    pre = whole(damping)
+    state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    other = {name: (a, rng.normal(size=g.shape)) for name, (a, g) in pairs.items()}
+    half = {"first": kf.Factored(*pairs["first"], 4.0), "second": kf.Factored(*pairs["second"], 8.0)}
+    tolerance = 1e-10 if isinstance(damping, dict) else 1e-6
+    for given in ({n: kf.Factored(*p, 4.0) for n, p in other.items()}, half):
+        dense = {name: x.dense() for name, x in given.items()}
+        assert close(flat(pre.step(state, records, given)[0]), whole_ngd(records, dense, damping), tolerance)
+    monkeypatch.setattr(kf.GlobalFNGD, "_general", None)
+    found = pre.step(state, records, {name: kf.Factored(*p, 4.0) for name, p in pairs.items()})[0]
+    assert close(flat(found), whole_ngd(records, grads, damping), tolerance)
+    found = pre.step(state, records, {name: kf.Factored(*p, 8.0) for name, p in pairs.items()})[0]
+    assert close(2 * flat(found), whole_ngd(records, grads, damping), tolerance)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_global_rows_that_are_not_finite(bad, rng):
+    pairs, records, grads = layers(rng)
+    pre = whole(steps=5)
+    _, state, _ = pre.step(pre.init({n: kf.Block.of(r) for n, r in records.items()}, grads["first"]), records, grads)
+    a, g = pairs["second"]
+    pairs = {**pairs, "second": (a, np.where(np.arange(7)[:, None] == 3, bad, g))}
+    records = {name: kf.Record(*p, 7.0) for name, p in pairs.items()}
+    updates, after, info = pre.step(state, records, {name: kf.Factored(*p, 7.0) for name, p in pairs.items()})
+    assert not flat(updates).any()
+    assert info.counts() == {kf.Code.NONFINITE: 2}
+    trees = (kf.tree.leaves(x.network) for x in (state, after))
+    assert all(np.array_equal(one, two) for one, two in zip(*trees, strict=True))
+
+
+@pytest.mark.parametrize("damping", [0.1, {"first": 0.1, "second": 0.7}], ids=str)
+@EVERY
+def test_global_coefficients_are_shared(share, damping, rng, monkeypatch):
+    """Later epochs take neither records nor solves: x_l = sum_n beta_n J_n / (n r_l) of the first epoch's beta."""
+    pairs, records, grads = layers(rng, 12)
+    pre = whole(damping, steps=3, share=share)
+    state = pre.init({name: replace(kf.Block.of(r), samples=12) for name, r in records.items()}, grads["first"])
+    calls, firsts, parts = counting(monkeypatch), [], np.split(rng.permutation(12), 3)
+    r = {name: damping[name] / 0.7 if isinstance(damping, dict) else 1.0 for name in pairs}
+    top, betas = max(r.values()) * (0.7 if isinstance(damping, dict) else damping), []
+    for step in range(9):
+        ids = parts[step % 3]
+        assert pre.wants_records(state) == (step < 3)
+        own = {name: (a[ids], g[ids]) for name, (a, g) in pairs.items()}
+        scaled = kf.weighted(pre, state, {name: g for name, (_, g) in own.items()}, ids)
+        given = {name: scaled[name].T @ a / 4 for name, (a, _) in own.items()}
+        seen = {name: kf.Record(a, g, 4.0, ids=ids) for name, (a, g) in own.items()} if step < 3 else None
+        updates, state, info = pre.step(state, seen, given)
+        assert info.counts() == {kf.Code.OK: 2}
+        if step < 3:
+            K = sum(U(*own[name]) @ U(*own[name]).T / r[name] for name in own)
+            betas.append(4 * np.linalg.solve(K + 4 * top * np.eye(4), np.ones(4)))
+            firsts.append(updates)
+            continue
+        beta = {mean_vector: np.mean(betas, 0), scalar_rate: np.mean(betas)}.get(share, betas[step % 3])
+        for name, (a, g) in own.items():
+            assert close(updates[name], (g * np.reshape(beta, (-1, 1))).T @ a / 4 / r[name])
+        if share in (position, sample):
+            assert close(flat(updates), flat(firsts[step % 3]))
+    assert len(calls) == 3
+
+
+def test_global_in_the_numpy_shell(rng, monkeypatch):
+    """First the whole network's natural gradient; then ordinary weight gradients of weighted output gradients."""
+    net, params = network(rng)
+    loss, (x, y) = kf.SoftmaxCrossEntropy(), (rng.normal(size=(8, 6, 6, 1)), rng.integers(0, 3, 8))
+    pre = whole(steps=1, step=kf.Fixed(0.1))
+    state, calls, products = kn.initial_state(net, params, pre), counting(monkeypatch), []
+    for kind in (kn.Conv2d, kn.Dense):
+        original = kind.gradient
+        count = lambda self, *args, original=original: products.append(args[-1]) or original(self, *args)  # noqa: E731
+        monkeypatch.setattr(kind, "gradient", count)
+    for index in range(3):
+        old = dict(params)
+        f, tape = net.forward(params, x)
+        g = net.backward(params, tape, loss.gradient(f, y))
+        records, grads = net.records(tape, g, 8.0), net.gradients(tape, g, 8.0, factored=False)
+        before = len(products)
+        _, state, info = kn.step(net, params, (x, y), loss, pre, state, index, rng)
+        assert products[before:] == [not index] * 3  # rows not multiplied out only where they are to be solved for
+        assert len(calls) == 1
+        assert info.counts() == {kf.Code.OK: 3}
+        moved = flat({name: (old[name] - params[name]) / 0.1 for name in grads})
+        if not index:
+            assert close(moved, whole_ngd(records, grads, 0.1))
+            J = np.concatenate([r.examples()[0, 0].reshape(8, -1) for r in records.values()], 1)
+            beta = 8 * np.linalg.solve(J @ J.T + 0.8 * np.eye(8), np.ones(8))
+        else:
+            want = {name: np.einsum("n,noi->oi", beta, r.examples()[0, 0]) / 8 for name, r in records.items()}
+            assert close(moved, flat(want))
+
+
+@pytest.mark.parametrize("stop", [2, 9])
+def test_global_saved_and_continued_bit_for_bit(stop, tmp_path, rng):
+    net = kn.Sequential((5,), (kn.Dense(6), kn.Tanh(), kn.Dense(3)))
+    data, loss = (rng.normal(size=(20, 5)), rng.integers(0, 3, 20)), kf.SoftmaxCrossEntropy()
+    pre = whole(0.3, steps=4, share=sample, step=kf.Fixed(0.1, 0.5))
+
+    def run(params, state, start, steps):
+        for progress in kn.fit(net, params, data, loss, pre, batch=5, steps=steps, state=state, start=start):
+            state = progress.state
+        return params, state
+
+    params = net.init(np.random.default_rng(0), np.asarray)
+    first, state = run(dict(params), None, 0, stop)
+    kf.save(tmp_path / "x.safetensors", {"params": first, "state": state})
+    like = {"params": first, "state": kn.initial_state(net, first, pre, 20)}
+    tree = kf.load(tmp_path / "x.safetensors", like=like)
+    ends = run(dict(params), None, 0, 12), run(tree["params"], tree["state"], stop, 12)
+    for one, two in zip(*(kf.tree.leaves(end) for end in ends), strict=True):
+        assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("method", ["layer by layer", "global"])
+def test_what_is_not_finite_is_a_code_and_leaves_the_table(method, rng):
+    pairs, records, grads = layers(rng)
+    pre = whole(steps=5) if method == "global" else kf.Preconditioner(kf.FNGD(steps=5), kf.Clocks(1, 1))
+    of = (lambda state: state.network) if method == "global" else (lambda state: state.layers)
+    fresh = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    a, g = pairs["second"]
+    bad = {**records, "second": kf.Record(a, np.where(np.arange(2) == 0, np.nan, g), 7.0)}
+    _, state, info = pre.step(fresh, records, grads)
+    assert info.counts() == {kf.Code.OK: 2}
+    after, rest = {}, [name for name in grads if method == "global" or name == "second"]
+    for start in (fresh, state):
+        updates, after, info = pre.step(start, bad, grads)
+        assert {name for name, code in info.codes.items() if code[0] == kf.Code.NONFINITE} == set(rest)
+        for name in rest:  # before the first record the gradient, zero after it
+            assert np.array_equal(updates[name], grads[name] if start is fresh else 0 * grads[name])
+        if method == "global":
+            pairs_of = zip(kf.tree.leaves(of(start)), kf.tree.leaves(of(after)), strict=True)
+            assert all(np.array_equal(one, two) for one, two in pairs_of)
+        else:
+            assert np.array_equal(of(after)["second"].betas.count, of(start)["second"].betas.count)
+    updates, after, info = pre.step(state, records, {**grads, "second": np.full((2, 5), np.nan)})
+    assert all(not updates[name].any() and info.codes[name][0] == kf.Code.NONFINITE for name in rest)
+
+
+def test_global_before_the_first_record(rng):
+    """A shell that starts in a later epoch does SGD; its records are taken no notice of."""
+    pairs, records, grads = layers(rng)
+    pre = whole(steps=1)
+    state = replace(pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"]), step=1)
+    g = {name: g for name, (_, g) in pairs.items()}
+    assert all(np.array_equal(x, g[name]) for name, x in kf.weighted(pre, state, g).items())
+    assert not pre.wants_records(state)
+    for given in (None, records):
+        updates, after, info = pre.step(state, given, grads)
+        assert np.array_equal(flat(updates), flat(grads))
+        assert info.counts() == {kf.Code.IDENTITY: 2}
+        assert after.network.layers["first"].weight.tolist() == [0]
+
+
+def test_global_clocks_and_rules(rng):
+    """Records at every computing step whatever the clock; under a rule that needs records no step rests."""
+    _, records, grads = layers(rng)
+    blocks = {name: kf.Block.of(r) for name, r in records.items()}
+    pre = whole(steps=3, clocks=kf.Clocks(4, 4))
+    state = pre.init(blocks, grads["first"])
+    for step in range(6):
+        assert pre.wants_records(state) == (step < 3)
+        if step == 1:
+            with pytest.raises(ValueError, match=r"layers .* have gradients but no records, which GlobalFNGD"):
+                pre.step(state, None, grads)
+        updates, state, _ = pre.step(state, records if step < 3 else None, grads)
+        assert close(flat(updates), whole_ngd(records, grads, 0.1) if step < 3 else flat(grads))
+    assert state.network.layers["first"].betas.count[0, :7].tolist() == [3] * 7
+    pre = whole(steps=1, step=kf.SelfTuning())
+    state = replace(pre.init(blocks, grads["first"]), step=3)
+    assert pre.wants_records(state)
+    assert kf.weighted(pre, state, grads) is grads
+
+
+class Part(kf.GlobalFNGD):
+    def covers(self, blocks):
+        return ["first"]
+
+
+@pytest.mark.parametrize("kind", ["global", "layer by layer"])
+def test_beside_a_method_that_never_rests(kind, rng):
+    """Records of layers that rest need not be given, and are not looked at where they are."""
+    pairs, records, grads = layers(rng)
+    chosen = {"methods": {"first": kf.FNGD(steps=1), "second": kf.KFAC()}}
+    chosen = {"methods": kf.KFAC(), "network": Part(steps=1)} if kind == "global" else chosen
+    pre = kf.Preconditioner(**chosen, clocks=kf.Clocks(1, 1), schedules=kf.Schedules(0.1, 0.0))
+    state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    first, state, _ = pre.step(state, records, grads)
+    assert close(first["first"], ngd(*pairs["first"], grads["first"], 0.1))
+    scaled = kf.weighted(pre, state, {name: g for name, (_, g) in pairs.items()})
+    assert np.array_equal(scaled["second"], pairs["second"][1])
+    given = {**grads, "first": scaled["first"].T @ pairs["first"][0] / 7}
+    spoiled = kf.Record(np.nan * pairs["first"][0], pairs["first"][1], 7.0)
+    assert pre.wants_records(state)
+    for seen in ({"second": records["second"]}, {**records, "first": spoiled}, records):
+        updates, _, info = pre.step(state, seen, given)
+        assert close(updates["first"], first["first"])
+        assert close(updates["second"], first["second"])
+        assert info.counts() == {kf.Code.OK: 2}
+
+
+def test_the_table_is_filled_between_the_first_refresh_and_the_first_rest(rng):
+    _, records, grads = layers(rng)
+    hypers = [{name: kf.Hyper(step, 0.0, 0.1) for name in grads} for step in range(2)]
+    method = kf.GlobalFNGD(steps=1)
+    fresh = method.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+    seen = method.update(fresh, method.measure(fresh, records, hypers[0]), hypers[0])
+    found = method.solve(seen, grads, hypers[0], records)
+    assert np.array_equal(flat(found.direction), flat(grads))
+    assert all(code.tolist() == [kf.Code.IDENTITY] for code in found.code.values())
+    assert not found.state.layers["first"].betas.count.any()
+    ready = method.refresh(seen, hypers[0])
+    assert method.solve(ready, grads, hypers[0], records).state.layers["first"].betas.count.sum() == 7
+    found = method.solve(ready, grads, hypers[1], records)
+    assert close(flat(found.direction), whole_ngd(records, grads, 0.1))
+    assert not found.state.layers["first"].betas.count.any()
+
+
+def test_global_float32(rng):
+    """The state keeps its dtype, updates the gradient's, and small damping does not cost all digits."""
+    pairs, records, grads = layers(rng, 4)
+    pairs = {name: [np.float32(x) for x in both] for name, both in pairs.items()}
+    records = {name: kf.Record(a, g, 4.0) for name, (a, g) in pairs.items()}
+    wide = {name: kf.Record(a.astype(float), g.astype(float), 4.0) for name, (a, g) in pairs.items()}
+    grads = {name: (g.astype(float)).T @ a / 4 for name, (a, g) in pairs.items()}
+    for like in (np.zeros(1, np.float32), np.zeros(1)):
+        pre = whole(1e-5, steps=1)
+        state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, like)
+        rounded = {name: g.astype(np.float32) for name, g in grads.items()}
+        own, turned = (
+            {n: kf.Factored(a[s], g[s], 4.0) for n, (a, g) in pairs.items()} for s in ([0, 1, 2, 3], [3, 2, 1, 0])
+        )
+        for given, tolerance in ((own, 1e-6), (turned, 1e-6), (rounded, 0.1)):
+            updates, after, _ = pre.step(state, records, given)
+            assert {x.dtype for x in updates.values()} == {np.dtype(np.float32)}
+            assert after.network.layers["first"].betas.value.dtype == like.dtype
+            assert close(flat(updates), whole_ngd(wide, grads, 1e-5), tolerance)
+
+
+def test_global_in_every_namespace(xp):
+    found = []
+    for put in (np.asarray, xp.put):
+        pairs, _, grads = layers(np.random.default_rng(5))
+        records = {name: kf.Record(put(a), put(g), 7.0) for name, (a, g) in pairs.items()}
+        grads = {name: put(x) for name, x in grads.items()}
+        pre = whole(steps=1)
+        state = pre.init({name: kf.Block.of(r) for name, r in records.items()}, grads["first"])
+        updates, state, _ = pre.step(state, records, grads)
+        g = kf.weighted(pre, state, {name: put(g) for name, (_, g) in pairs.items()})
+        found.append({**updates, **{f"{name} g": x for name, x in g.items()}})
+    for name, want in found[0].items():
+        np.testing.assert_allclose(xp.get(found[1][name]), want, rtol=1e-10, atol=1e-12)
 
 
 def test_refusals(rng):
@@ -529,10 +846,11 @@ def test_refusals(rng):
     with pytest.raises(ValueError, match="4 slots"):
         solved(kf.FNGD(slots=4), a, g, g.T @ a)
     with pytest.raises(ValueError, match="positions differ"):
-        GlobalFNGD(sharing=kf.expand)
+        kf.GlobalFNGD(sharing=kf.expand)
     _, records, grads = layers(rng)
     records["second"] = kf.Record(*(rng.normal(size=(6, d)) for d in (5, 2)), 6.0)
-    with pytest.raises(ValueError, match="'second'"):
-        GlobalFNGD().solve(GlobalFNGD().init({}, a), grads, kf.Hyper(0, 0.0, 0.1), records)
+    pre = whole()
+    with pytest.raises(ValueError, match="batch is 7 in layer 'first' and 6 in 'second'"):
+        pre.step(pre.init({name: kf.Block.of(r) for name, r in records.items()}, a), records, grads)
     with pytest.raises(ValueError, match="2 blocks"):
         kf.FNGD(steps=1).weighted(kf.FNGD(steps=1).init(kf.Block(4, 3, 2), a), g, kf.Hyper(1, 0.0, 0.1))

@@ -614,15 +614,20 @@ def test_saved_records(tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [kf.FNGD, kf.GlobalFNGD])
 @pytest.mark.parametrize("share", ["mean_vector", "position", "sample", "scalar_rate"])
-def test_fngd_shares_coefficients_as_in_numpy(share):
+def test_fngd_shares_coefficients_as_in_numpy(share, kind, monkeypatch):
     """Two epochs of four steps: later ones take no record and no solve, and equal the NumPy shell's."""
+    from kfaccore import xp
     from kfaccore.methods import fngd
 
+    solves, original = [], xp.spd_inverse
+    monkeypatch.setattr(xp, "spd_inverse", lambda x: solves.append(1) or original(x))
     net = kn.Sequential((4,), (kn.Dense(6), kn.Tanh(), kn.Dense(3)))
     params = net.init(np.random.default_rng(0), np.asarray)
-    loss, method = kf.SoftmaxCrossEntropy(), kf.FNGD(share=getattr(fngd, share), steps=4)
-    pre = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(0.1), step=kf.Fixed(0.2))
+    loss, method = kf.SoftmaxCrossEntropy(), kind(share=getattr(fngd, share), steps=4)
+    chosen = {"network" if kind is kf.GlobalFNGD else "methods": method}
+    pre = kf.Preconditioner(**chosen, clocks=kf.Clocks(1, 1), schedules=kf.Schedules(0.1), step=kf.Fixed(0.2))
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     blocks = {name: kf.Block(b.d_out, b.d_in, rows=8, samples=32) for name, b in net.blocks().items()}
     ours = kt.Optimizer(model, loss, pre, fisher=kf.empirical, samples=32, rows=8)
@@ -640,11 +645,13 @@ def test_fngd_shares_coefficients_as_in_numpy(share):
         for W, layer in zip(params.values(), ours.engine.plan.layers.values(), strict=True):
             got = layer.matrix({role: p.detach().numpy() for role, p in layer.parameters.items()})
             np.testing.assert_allclose(got, W, rtol=1e-9, atol=1e-11)
+    assert len(solves) == 2 * 4 * (1 if kind is kf.GlobalFNGD else 2)  # two shells, four steps, one system or a layer
 
 
 def test_fngd_says_what_it_needs():
-    with pytest.raises(ValueError, match=r"fisher=kfaccore\.empirical"):
-        kt.Optimizer(mlp(), nn.CrossEntropyLoss(), core(kf.FNGD(), step=kf.Fixed(0.1)))
+    for given in ({"methods": kf.FNGD()}, {"network": kf.GlobalFNGD()}):
+        with pytest.raises(ValueError, match=r"FNGD.* takes .*fisher=kfaccore\.empirical"):
+            kt.Optimizer(mlp(), nn.CrossEntropyLoss(), kf.Preconditioner(**given, step=kf.Fixed(0.1)))
     model = nn.Sequential(nn.Conv1d(4, 2, 1), nn.Flatten(), nn.Linear(2, 3))
     ours = kt.Optimizer(model, nn.CrossEntropyLoss(), core(kf.FNGD(steps=1), step=kf.Fixed(0.1)), fisher=kf.empirical)
     x, y = labelled()

@@ -81,7 +81,8 @@ def step(
     g = network.backward(params, tape, loss.gradient(f, data[1]))
     value = float(loss.value(f, data[1])) / n + _penalty(params, l2)
     on_weights = weighted(optimiser, state, g, ids) if preconditioned else g
-    grads = network.gradients(tape, on_weights, n, factored=preconditioned and not l2)
+    rests = on_weights is not g  # the weight gradients are then the directions
+    grads = network.gradients(tape, on_weights, n, factored=preconditioned and not (l2 or rests))
     if l2:
         grads = {name: grad + l2 * params[name] for name, grad in grads.items()}
     if not preconditioned:

@@ -77,7 +77,8 @@ class Engine:
         self.plan: Plan = plan(model, settings.skip)
         self.objective = objective(loss)
         if kf.own_gradients(core) and settings.fisher is not kf.empirical:
-            raise ValueError(f"{core.methods} takes the loss's own gradients: pass fisher=kfaccore.empirical")
+            method = core.network or core.methods
+            raise ValueError(f"{method} takes the loss's own gradients: pass fisher=kfaccore.empirical")
         if settings.strict and self.plan.uncovered:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in self.plan.uncovered.items())
             raise ValueError(f"strict: {len(self.plan.uncovered)} parameters are not covered\n{reasons}")

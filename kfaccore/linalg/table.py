@@ -1,7 +1,7 @@
-"""A table of means (blocks, size): sums and counts, filled and read by index.
+"""A table of means (blocks, size), filled and read by index.
 
 Source: ours.
-Cost: two passes over the entries touched.
+Cost: reading the entries read, adding a few passes over the table.
 """
 
 from __future__ import annotations
@@ -16,37 +16,31 @@ from kfaccore.xp.arrays import Array, namespace
 
 @dataclass(frozen=True)
 class Table:
-    """total and count (blocks, size); an entry's value is their ratio."""
+    """value and count (blocks, size): means of what was added to each entry, and of how many; an entry without any
+    has the mean of all the others, 1 in an empty table."""
 
-    total: Array
+    value: Array
     count: Array
 
 
 def empty(blocks: int, size: int, like: Array) -> Table:
     """No entries."""
-    total = namespace(like).zeros((blocks, size), dtype=like.dtype, device=aac.device(like))
-    return Table(total, namespace(like).zeros_like(total))
+    count = namespace(like).zeros((blocks, size), dtype=like.dtype, device=aac.device(like))
+    return Table(namespace(like).ones_like(count), count)
 
 
 def added(table: Table, index: Array, values: Array, ok: Array, clear: bool | Array) -> Table:
     """values (blocks, units) joined to the entries at index (units,) in blocks that are `ok`; after emptying the
     table where `clear`."""
     xp = namespace(values)
-    size = table.total.shape[1]
-    keep = xp.astype(xp.asarray(~xp.asarray(clear)), values.dtype)
-    ok = ok[:, None]
-    total, count = (
-        kernels.segment_sum(xp.where(ok, x, xp.zeros_like(x)).mT, index, size).mT
-        for x in (values, xp.ones_like(values))
-    )
-    return Table(*(xp.where(ok, old * keep + new, old) for old, new in ((table.total, total), (table.count, count))))
+    kept = table.count * xp.astype(~xp.asarray(clear), values.dtype)
+    sums = (kernels.segment_sum(x.mT, index, kept.shape[1]).mT for x in (values, xp.ones_like(values)))
+    total, count = (old + new for old, new in zip((table.value * kept, kept), sums, strict=True))
+    mean = xp.sum(total, axis=-1, keepdims=True) / xp.sum(count, axis=-1, keepdims=True)
+    value = xp.where(count > 0, total / xp.where(count > 0, count, xp.ones_like(count)), mean)
+    return Table(*(xp.where(ok[:, None], *pair) for pair in ((value, table.value), (count, table.count))))
 
 
 def read(table: Table, index: Array) -> Array:
-    """Values (blocks, units) at index (units,); where an entry is empty the mean of the others, 1 if all are."""
-    xp = namespace(table.total)
-    n = xp.sum(table.count, axis=-1, keepdims=True)
-    mean = xp.sum(table.total, axis=-1, keepdims=True) / xp.where(n > 0, n, xp.ones_like(n))
-    mean = xp.where(n > 0, mean, xp.ones_like(mean))
-    total, count = (xp.take(x, index, axis=1) for x in (table.total, table.count))
-    return xp.where(count > 0, total / xp.where(count > 0, count, xp.ones_like(count)), mean)
+    """Values (blocks, units) at index (units,)."""
+    return namespace(table.value).take(table.value, index, axis=1)

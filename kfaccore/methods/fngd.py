@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors
-from kfaccore import xp as kernels
 from kfaccore.linalg import table
 from kfaccore.linalg.patches import Patches
 from kfaccore.linalg.table import Table
@@ -38,7 +37,7 @@ __all__ = ["FNGD", "mean_vector", "position", "sample", "scalar_rate"]
 
 @dataclass(frozen=True)
 class State:
-    """Sums of beta and how many (blocks, entries); weight (blocks,), 1 once a record was seen; code (blocks,)."""
+    """Means of beta and of how many (blocks, entries); weight (blocks,), 1 once a record was seen; code (blocks,)."""
 
     betas: Table
     weight: Array
@@ -100,15 +99,15 @@ class FNGD(Additive):
         return replace(state, code=choose(state.weight > 0, Code.OK, state.code))
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        xp, rests = namespace(state.weight), self.rests(hyper)
+        xp = namespace(state.weight)
         if record is None:
             v = grad.dense() if isinstance(grad, Factored) else grad
             v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
-            waits = ~xp.asarray(rests) | (state.code == int(Code.IDENTITY))
+            waits = ~xp.asarray(self.rests(hyper)) | (state.code == int(Code.IDENTITY))
             (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)  # not the caller's
             return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
         _, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
-        own, record = self._own(record, grad), self.sharing(record)
+        own, record = self.own(record, grad), self.sharing(record)
         if own is None:
             x, c, code = self._general(record, grad, hyper.damping)
         else:
@@ -119,13 +118,19 @@ class FNGD(Additive):
             (x,) = loop(lambda _: ~xp.all(own), general, (x,), 1)
         fresh = state.code == int(Code.IDENTITY)
         (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, record), x[0]),), (x,), 1)
-        ok = (code < int(Code.INDEFINITE)) & ~fresh & ~xp.asarray(rests) & xp.all(xp.isfinite(c), axis=-1)
-        if record.draws == 1 and self.steps:
-            beta = c * scalar(record.n, c)
-            index = self._index(state, beta.shape[-1], record.ids, hyper.step)
-            betas = table.added(state.betas, index, beta, ok, hyper.step % self.steps == 0)
-            state = replace(state, betas=betas)
-        return finish(x, choose(fresh, Code.IDENTITY, code), state, squeeze)
+        return finish(x, choose(fresh, Code.IDENTITY, code), self.filled(state, c, code, hyper, record), squeeze)
+
+    def filled(self, state: State, c: Array, code: Array, hyper: Hyper, record: Record) -> State:
+        """The state with beta = n c of the record's units, c (blocks, units), in the table; not where the code of c
+        says that it was not solved for, before the first refresh, or in a step that rests."""
+        if record.draws > 1 or not self.steps:
+            return state
+        xp = namespace(c)
+        solved = (code < int(Code.NONFINITE)) & (state.code != int(Code.IDENTITY)) & xp.all(xp.isfinite(c), axis=-1)
+        beta = xp.astype(c * scalar(record.n, c), state.betas.value.dtype)
+        index = self._index(state, beta.shape[-1], record.ids, hyper.step)
+        ok = solved & ~xp.asarray(self.rests(hyper))
+        return replace(state, betas=table.added(state.betas, index, beta, ok, hyper.step % self.steps == 0))
 
     def weighted(self, state: State, g: Array, hyper: Hyper, ids: Array | None = None) -> Array:
         """g for the weight path: times beta while coefficients are shared, as it is otherwise.
@@ -149,11 +154,11 @@ class FNGD(Additive):
         raise TypeError("FNGD keeps coefficients, not curvature: CGFAC(Empirical()) has its F")
 
     def _index(self, state: State, units: int, ids: Array | None, step: int | Array) -> Array:
-        return entries(self.share, units, ids, step, self.steps, state.betas.total.shape[1], state.weight)
+        return entries(self.share, units, ids, step, self.steps, state.betas.value.shape[1], state.weight)
 
     def _general(self, record: Record, grad: Any, damping: float | Array) -> tuple[Array, Array, Array]:
         """(V - U (K + n damping I)^-1 U^T V) / damping for any V, a difference taken in the widest dtype; c; a code."""
-        v, wide = _dense(grad, record), _widened(record)
+        v, wide = _dense(grad, record), units.widened(record)
         xp, dtype = namespace(v), v.dtype
         v = xp.astype(v, wide.g.dtype)
         inverse, shift, code = units.damped_inverse(units.gram(wide), wide.n, damping, self.relative)
@@ -161,7 +166,7 @@ class FNGD(Additive):
         x = (v - units.combined(wide, y)) / shift[:, None, None]
         return xp.astype(x, dtype), xp.astype(xp.sum(inverse, axis=-1), dtype), code
 
-    def _own(self, record: Record, grad: Any) -> Array | None:
+    def own(self, record: Record, grad: Any) -> Array | None:
         """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""
         xp = namespace(record.g)
         arrays = isinstance(grad, Factored) and not isinstance(record.a, Ids | Patches)
@@ -171,18 +176,6 @@ class FNGD(Additive):
             return None
         axes = (-3, -2, -1)
         return xp.all(grad.g == record.g[0, ...], axis=axes) & xp.all(grad.a == record.a, axis=axes)
-
-
-def _widened(record: Record) -> Record:
-    """The record in the widest dtype."""
-    xp, dtype, a = namespace(record.g), kernels.widest(record.g), record.a
-    if record.g.dtype == dtype:
-        return record
-    if isinstance(a, Patches):
-        a = replace(a, image=xp.astype(a.image, dtype))
-    elif not isinstance(a, Ids):
-        a = xp.astype(a, dtype)
-    return replace(record, a=a, g=xp.astype(record.g, dtype))
 
 
 def _dense(grad: Any, record: Record) -> Array:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from kfaccore.method import Block, Hyper
+from kfaccore.method import Block, Hyper, Solution
 from kfaccore.methods import KFAC
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array
+from kfaccore.xp.arrays import Array, scalar
 
 Hypers = Mapping[str, Hyper]
 
@@ -46,3 +46,24 @@ class Each:
             missing = f"{type(self).__name__}.method has no entry for layer {name!r}"
             raise ValueError(f"{missing}; it has {sorted(self.method)}")
         return self.method[name]
+
+
+def joined(state: Any, found: Mapping[str, Solution], info: dict[str, Array] | None = None) -> Solution:
+    """Solutions of layers as one: direction and code are dicts, the layers' states are those of `state`."""
+    state = replace(state, layers={**state.layers, **{name: s.state for name, s in found.items()}})
+    directions, codes = {n: s.direction for n, s in found.items()}, {n: s.code for n, s in found.items()}
+    return Solution(directions, codes, state, info or {})
+
+
+def one_batch(records: Mapping[str, Record], names: Iterable[str]) -> Any:
+    """n of the batch of the layers `names`; ValueError where their records are not of one with the same draws."""
+    missing = sorted(set(names) - set(records))
+    if missing:
+        raise ValueError(f"layers {missing} have gradients but no records")
+    first = next(iter(names))
+    for name in names:
+        for what in ("draws", "batch"):
+            left, right = getattr(records[first], what), getattr(records[name], what)
+            if left != right:
+                raise ValueError(f"{what} is {left} in layer {first!r} and {right} in {name!r}; need one batch")
+    return scalar(records[first].n, records[first].g)

@@ -21,7 +21,7 @@ from kfaccore import tree
 from kfaccore.damping import Adaptive
 from kfaccore.method import Block, Solution
 from kfaccore.methods import TKFAC
-from kfaccore.network.each import Each, Hypers
+from kfaccore.network.each import Each, Hypers, joined
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, namespace
 
@@ -71,9 +71,7 @@ class SharedDamping(Each):
         """`direction`, `code` and `state` as the block methods', on dicts; info: beta."""
         hypers = self._damped(state, hypers)
         found = {name: self._of(name).solve(state.layers[name], grad, hypers[name]) for name, grad in grads.items()}
-        state = replace(state, layers={**state.layers, **{name: s.state for name, s in found.items()}})
-        directions, codes = {n: s.direction for n, s in found.items()}, {n: s.code for n, s in found.items()}
-        return Solution(directions, codes, state, {"beta": state.beta})
+        return joined(state, found, {"beta": state.beta})
 
     def _damped(self, state: State, hypers: Hypers) -> Hypers:
         """The damping of dense layers times beta."""

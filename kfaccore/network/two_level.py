@@ -26,7 +26,7 @@ from kfaccore.method import Block, Hyper, Solution
 from kfaccore.methods import KFAC
 from kfaccore.network.coarse import Local, Nicolaides
 from kfaccore.network.corrections import Change, deflate_last
-from kfaccore.network.each import Each, Hypers
+from kfaccore.network.each import Each, Hypers, one_batch
 from kfaccore.network.level import Gradients, Level, Tree, full, gathered, images, residuals, ridge
 from kfaccore.network.matrices import exact, kronecker
 from kfaccore.network.turned import Turned
@@ -87,7 +87,7 @@ class TwoLevel(Each):
         """`direction`, `code` and `state` as the block method's, on dicts; info: gain, and the coarse code."""
         if records is None:
             raise ValueError("TwoLevel got no records: its correction needs those of every step")
-        _checked(records, grads)
+        one_batch(records, grads)
         at = self._turned(state, hypers, records)
         seen = {n: at[n].record(records[n]) if n in at else records[n] for n in grads}
         given = {n: at[n].grad(g, records[n], seen[n]) if n in at else g for n, g in grads.items()}
@@ -120,7 +120,7 @@ class TwoLevel(Each):
         at: Mapping[str, Turned] = MappingProxyType({}),
     ) -> Level | None:
         """The coarse level of this step, all of it in the coordinates `at`; None when the space is empty."""
-        n, damping = _checked(records, z0), {name: hypers[name].damping for name in z0}
+        n, damping = one_batch(records, z0), {name: hypers[name].damping for name in z0}
         seen = {name: records[name] for name in z0}
         moved, g = {name: outputs(seen[name], x)[0] for name, x in z0.items()}, Gradients(grads, z0)
         w0 = gathered(seen, moved)
@@ -186,20 +186,6 @@ def _eigensystem(method: Any, state: Any, name: str, block: Block) -> tuple[Arra
 def _full_side(Q: Array) -> Array:
     """Eigenvectors as a matrix, also those of a standard basis, which come as a diagonal of ones."""
     return side.identity(side.zeros(Q.shape[0], Q.shape[1], False, Q)) if side.is_diagonal(Q) else Q
-
-
-def _checked(records: Mapping[str, Record], g: Mapping[str, Any]) -> Any:
-    """n of the batch; ValueError where the records are not of one batch with the same draws."""
-    missing = sorted(set(g) - set(records))
-    if missing:
-        raise ValueError(f"layers {missing} have gradients but no records")
-    first = next(iter(g))
-    for name in g:
-        for what in ("draws", "batch"):
-            left, right = getattr(records[first], what), getattr(records[name], what)
-            if left != right:
-                raise ValueError(f"{what} is {left} in layer {first!r} and {right} in {name!r}; need one batch")
-    return scalar(records[first].n, records[first].g)
 
 
 def _applied(level: Level, change: Change, c: float) -> tuple[Tree, Array, Array]:

@@ -10,6 +10,7 @@ Cost: K units^2 shared^2 (d_in + d_out), or units^2 d_in d_out; the others one w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import array_api_compat as aac
 
@@ -55,6 +56,18 @@ def combined(record: Record, y: Array) -> Array:
         rows_a, rows_g = (xp.reshape(x, (record.blocks, -1, x.shape[-1])) for x in (a, g[0, ...]))
         total = total + xp.matmul(rows_g.mT, rows_a)
     return total
+
+
+def widened(record: Record) -> Record:
+    """The record in the widest dtype."""
+    xp, dtype, a = namespace(record.g), kernels.widest(record.g), record.a
+    if record.g.dtype == dtype:
+        return record
+    if isinstance(a, Patches):
+        a = replace(a, image=xp.astype(a.image, dtype))
+    elif not isinstance(a, Ids):
+        a = xp.astype(a, dtype)
+    return replace(record, a=a, g=xp.astype(record.g, dtype))
 
 
 def damped_inverse(
