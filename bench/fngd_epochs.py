@@ -32,7 +32,7 @@ NETS = {
         (
             kn.Conv2d(16, kf.Window((3, 3), padding=1)),
             kn.ReLU(),
-            kn.Conv2d(32, kf.Window((3, 3), padding=1, stride=2)),
+            kn.Conv2d(48, kf.Window((3, 3), padding=1, stride=2)),
             kn.ReLU(),
             kn.Flatten(),
             kn.Dense(10),

@@ -46,9 +46,9 @@ def kfac(
 
     SelfTuning() sets its own rate, momentum and damping: only optax.scale(-1.0) comes after it. It needs records at
     every step, though statistics move on the clock, and value_fn is called once, at params minus the update. A step
-    taken back is a zero update; `state.core.motion` tells why. Its restart flag lives on the device and decides inside
-    jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that flag alone. All leaves must
-    have a layer.
+    taken back is a zero update; `state.core.motion` has alpha and mu, and tells why. Its restart flag lives on the
+    device and decides inside jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that
+    flag alone. All leaves must have a layer.
 
     methods and schedules as in kfaccore.Preconditioner; a schedule sees a traced step, as optax's do. Leaves without
     a layer keep their gradient. Layers of masked leaves are left out.

@@ -32,13 +32,16 @@ _LEAST, _MOST = 1e-8, 1e8  # of damping
 class Motion:
     """The previous update, the damping in force, what was predicted and found, and counters.
 
-    ratio     change of the loss over the predicted one at the last look
-    restart   whether inverses are refreshed off the clock
-    code      of the last step
+    alpha, mu   factors of the last step, whether it stayed or not
+    ratio       change of the loss over the predicted one at the last look
+    restart     whether inverses are refreshed off the clock
+    code        of the last step
     """
 
     previous: dict[str, Array]
     damping: float | Array = 0.0
+    alpha: float | Array = 0.0
+    mu: float | Array = 0.0
     predicted: float | Array = 0.0
     ratio: float | Array = 1.0
     steps: int | Array = 0
@@ -141,6 +144,8 @@ class SelfTuning:
             motion,
             previous={**motion.previous, **updates},
             damping=pick(refused, 0.0, pick(low, motion.damping / 0.8, motion.damping)),
+            alpha=alpha,
+            mu=mu,
             predicted=predicted,
             steps=motion.steps + pick(refused, 0, 1),
             code=int(code) if isinstance(code, Code) else code,
