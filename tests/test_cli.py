@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -132,20 +133,32 @@ def test_divergence_exits_3(monkeypatch, tmp_path):
     assert (tmp_path / "run.safetensors").exists()
 
 
-def test_ctrl_c_leaves_readable_files(monkeypatch, tmp_path):
-    import kfaccore_numpy
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_the_step_and_the_files_can_be_resumed(times, monkeypatch, tmp_path):
+    import kfaccore_numpy.train as shell
 
-    def interrupted(*arguments, real=kfaccore_numpy.fit, **options):
-        for progress in real(*arguments, **options):
-            if progress.step == 11:
-                raise KeyboardInterrupt
-            yield progress
+    def interrupted(*arguments, real=shell.step, **options):
+        found = real(*arguments, **options)
+        if arguments[6] == 10:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return found
 
-    monkeypatch.setattr(kfaccore_numpy, "fit", interrupted)
-    result = run("train", "digits-autoencoder", "--steps", 100, "--out", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shell, "step", interrupted)
+        result = run("train", "digits-autoencoder", "--steps", 100, "--out", tmp_path)
     assert result.exit_code == 130
-    assert kf.load(tmp_path / "run.safetensors")["state"]["step"] == 10
-    assert json.loads((tmp_path / "run.json").read_text())["curves"]["kfac"]["step"][-1] == 10
+    assert "stopping after this step" in result.stderr
+    file = tmp_path / "run.safetensors"
+    assert "kfac" in json.loads((tmp_path / "run.json").read_text())["curves"]
+    if times == 2:  # in the middle of a step
+        assert not file.exists()
+        return
+    assert kf.load(file)["state"]["step"] == 11
+    assert run("train", "digits-autoencoder", "--steps", 13, "--resume", file, "--out", tmp_path).exit_code == 0
+    assert run("train", "digits-autoencoder", "--steps", 13, "--out", tmp_path / "whole").exit_code == 0
+    want, got = (kf.load(path)["params"] for path in (tmp_path / "whole" / "run.safetensors", file))
+    assert all(np.array_equal(want[n], got[n]) for n in want)
 
 
 def test_methods_version_and_doctor():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kfaccore import Preconditioner, __version__, load, metadata, save
+from kfaccore.cli.pause import Pause
 from kfaccore.cli.train import EVALUATIONS
 
 
@@ -44,21 +45,27 @@ class Run:
             *columns, TextColumn("loss {task.fields[loss]:.4g}"), console=Console(stderr=True), disable=quiet
         )
         options = {"batch": self.task.batch, "steps": self.steps, "seed": self.seed, "state": state, "start": start}
-        with bar, np.errstate(all="ignore"):
-            row = bar.add_task(name, total=self.steps, completed=start, loss=float("nan"))
-            for progress in fit(network, params, self.data, loss, optimiser, **options):
-                if self.kept is None or self.kept[0] is optimiser:
-                    self.kept = (optimiser, progress.params, progress.state)
-                for code, count in progress.info.counts().items() if progress.info else ():
-                    codes[code.name] = codes.get(code.name, 0) + count
-                if progress.step % every == 0 or progress.step == self.steps or not math.isfinite(progress.loss):
-                    value = mean_loss(network, progress.params, self.evaluation, loss)
-                    for key, number in zip(curve, (progress.step, progress.seconds, value), strict=True):
-                        curve[key].append(number)
-                    bar.update(row, loss=value)
-                bar.advance(row)
-                if not math.isfinite(progress.loss):
-                    return
+        row, pause = bar.add_task(name, total=self.steps, completed=start, loss=math.nan), Pause()
+        try:
+            with bar, np.errstate(all="ignore"), pause:
+                for progress in fit(network, params, self.data, loss, optimiser, **options):
+                    if self.kept is None or self.kept[0] is optimiser:
+                        self.kept = (optimiser, progress.params, progress.state)
+                    for code, count in progress.info.counts().items() if progress.info else ():
+                        codes[code.name] = codes.get(code.name, 0) + count
+                    if progress.step % every == 0 or progress.step == self.steps or not math.isfinite(progress.loss):
+                        value = mean_loss(network, progress.params, self.evaluation, loss)
+                        for key, number in zip(curve, (progress.step, progress.seconds, value), strict=True):
+                            curve[key].append(number)
+                        bar.update(row, loss=value)
+                    bar.advance(row)
+                    if not math.isfinite(progress.loss):
+                        return
+                    pause.between()
+        except KeyboardInterrupt:
+            if pause.torn and self.kept is not None and self.kept[0] is optimiser:
+                self.kept = None
+            raise
 
     def summary(self) -> dict[str, Any]:
         """What run.json holds."""

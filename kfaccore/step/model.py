@@ -76,7 +76,7 @@ def trace(records: dict[str, Record], comm: Communicator = Serial()) -> Number: 
     total = 0.0
     for tr_a, tr_g, counts in comm.all_reduce([_traces(record) for record in records.values()]):
         rows, n = counts
-        total = total + number((tr_a / rows * tr_g).sum()) / n
+        total = total + number((tr_a / rows * tr_g).sum() / n)
     return total
 
 
