@@ -62,6 +62,23 @@ class Tied(nn.Module):
         return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
+class Positions(nn.Module):
+    """Positions are embedded once for all examples and added to each, in several ways of writing it."""
+
+    def __init__(self, way="add"):
+        super().__init__()
+        self.way, self.position, self.out = way, nn.Embedding(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.position(torch.arange(3)[None] if self.way == "one row" else torch.arange(3))
+        if self.way == "in place":
+            x = x * 1.0
+            x += h
+            return self.out(torch.tanh(x).mean(1))
+        x = torch.add(h, x) if self.way == "function" else x + (h[None] if self.way == "view" else h)
+        return self.out(torch.tanh(x).mean(1)) + (h.sum() if self.way == "twice" else 0.0)
+
+
 class Functional(nn.Module):
     """No layer's forward is ever called."""
 
@@ -188,6 +205,8 @@ MODELS = {
         drawn(6, 4),
     ),
 }
+for _way in ("add", "function", "in place", "one row"):
+    MODELS[f"positions, {_way}"] = (lambda way=_way: Positions(way), drawn(3, 4))
 models = pytest.mark.parametrize("name", MODELS)
 LOSS = kf.SoftmaxCrossEntropy()
 
@@ -329,18 +348,10 @@ def test_an_unused_layer_has_no_record():
     assert set(records) == {"a"}
 
 
-def test_positional_embedding_is_unbiased():
-    """Its output has no batch axis: with labels sampled independently the summed draw is still unbiased."""
-
-    class Positions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.position, self.out = nn.Embedding(3, 4), nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.out((x + self.position(torch.arange(3))).mean(1))
-
-    model = Positions()
+@pytest.mark.parametrize("way", ["view", "twice"])
+def test_positions_all_examples_share_are_unbiased(way):
+    """Where their sum with the examples is not seen: with labels sampled independently the summed draw is unbiased."""
+    model = Positions(way)
     engine = Engine(model, LOSS, kf.Preconditioner(kf.KFAC()), Settings())
     x, y = torch.randn(5, 3, 4), torch.zeros(5, dtype=torch.int64)
     with engine.captured() as seen:

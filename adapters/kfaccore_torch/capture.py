@@ -8,6 +8,7 @@ be covered by half, so it is refused.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
 }
 _ROLES = {F.linear: Linear, F.conv1d: Conv, F.conv2d: Conv, F.conv3d: Conv, F.embedding: Embedding}
+_ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_)
 _VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}  # properties that hand the values on
 _HARMLESS = {"size", "dim", "numel", "stride", "is_contiguous", "storage_offset", "data_ptr", "is_floating_point"}
 _HARMLESS |= {
@@ -79,6 +81,7 @@ class Capture(TorchFunctionMode):
             for role, p in layer.parameters.items():
                 self._known[id(p)] = (role, layer)
         self._positions = 0
+        self._embedded: dict[int, tuple[weakref.ref, str, int, Call]] = {}  # outputs, the layer and place of their call
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,6 +99,8 @@ class Capture(TorchFunctionMode):
             self._note(func, dict(zip(names, args, strict=False)) | kwargs, output)
         elif not _harmless(func):
             self._refuse(func, args, kwargs)
+        if self._embedded and not _harmless(func):
+            self._widen(func, (*args, *kwargs.values()), output)
         return output
 
     def _note(self, func: Any, given: dict[str, Any], output: torch.Tensor) -> None:
@@ -119,7 +124,30 @@ class Capture(TorchFunctionMode):
         elif role is Conv:
             call = replace(call, channel=1 - given["weight"].ndim)
         for layer in {id(found): found for found in (weight, bias) if found is not None}.values():
-            self.calls.setdefault(layer.name, []).append(call)
+            calls = self.calls.setdefault(layer.name, [])
+            calls.append(call)
+            if role is Embedding:
+                self._embedded[id(output)] = weakref.ref(output), layer.name, len(calls) - 1, call
+
+    def _widen(self, func: Any, args: tuple, output: Any) -> None:
+        """What all examples share, an embedding of positions, has one row each where it is added to them: the edge of
+        that sum is kept instead, unless the shared output goes anywhere else too."""
+        for x in _flat(args):
+            found = self._embedded.get(id(x))
+            if found is None or found[0]() is not x:
+                continue
+            _, name, place, call = found
+            calls, shape = self.calls[name], call.shape
+            while shape[0] == 1 and len(shape) > 1:
+                shape = shape[1:]
+            added = func in _ADDITIONS and len(args) == 2 and calls[place] is call
+            if added and output.numel() > x.numel() and output.shape[-len(shape) :] == shape:
+                index = call.x.reshape(shape[:-1]).expand(output.shape[:-1])
+                wide = replace(call, x=index, edge=get_gradient_edge(output), shape=tuple(output.shape))
+                calls[place] = wide
+            else:
+                calls[place] = call
+                del self._embedded[id(x)]
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         """ValueError if a known parameter is among the arguments of a function that hands its values on."""

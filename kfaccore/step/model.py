@@ -6,6 +6,8 @@ All layers must come from one batch with the same draws. Source: Martens & Gross
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 from kfaccore.comm import Communicator, Serial
@@ -36,9 +38,11 @@ def expansion(
 ) -> Expansion:
     """The quadratic model over all layers; a Factored gradient of the record's own rows shares their products.
 
-    Over several ranks records are each rank's own, gradients and directions those of the whole batch.
+    Over several ranks records are each rank's own, gradients and directions those of the whole batch. What a layer
+    does once for all examples, such as embedding their positions, has one row of J for them all: its products with
+    layers of one row an example are left out of F.
     """
-    down, parts, sums, leading, one_draw = stack([0.0] * len(directions)), [], [], [], True
+    down, rows, sums, leading, one_draw = stack([0.0] * len(directions)), {}, [], [], True
     for name in directions[0]:
         record, grad, vs = records[name], grads[name], [v[name] for v in directions]
         xp = namespace(record.g)
@@ -53,10 +57,11 @@ def expansion(
         sums.append(Jv[0].sum())
         leading.append(slopes[0])
         one_draw = one_draw and record.draws == 1
-        parts.append(Jv.reshape(len(vs), -1))
+        u = Jv.reshape(len(vs), -1)
+        rows[u.shape] = rows[u.shape] + u if u.shape in rows else u
         down = down + slopes
-    u = sum(parts[1:], parts[0])
-    F, sums, n = comm.all_reduce([u @ u.T, stack(sums), stack([number(next(iter(records.values())).n)])])
+    F = reduce(add, (u @ u.T for u in rows.values()))
+    F, sums, n = comm.all_reduce([F, stack(sums), stack([number(next(iter(records.values())).n)])])
     leading = stack(leading)
     empirical = (abs(sums / n - leading) <= 1e-4 * abs(leading)).all() & one_draw
     return Expansion(F / n, down, (down != 0).any() & empirical)
