@@ -119,8 +119,10 @@ def tasks() -> dict[str, Task]:
 
 
 def ours(model: nn.Module, loss: nn.Module, sharing: Any = kf.expand) -> Callable:
+    """`sharing` reduce leaves out embeddings, which have none, and attention's packed projection; see kf.reduce."""
     blocks = {name: layer.kind.block() for name, layer in kt.plan(model).layers.items()}
-    methods = {name: kf.KFAC(kf.expand if block.diagonal_in else sharing) for name, block in blocks.items()}
+    kept = {name for name, block in blocks.items() if block.diagonal_in or name.endswith("self_attn")}
+    methods = {name: kf.KFAC(kf.expand if name in kept else sharing) for name in blocks}
     core = kf.Preconditioner(methods, step=kf.SelfTuning(), donate=True)
     optimizer = kt.Optimizer(model, loss, core)
     return optimizer.step

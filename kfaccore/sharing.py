@@ -45,6 +45,8 @@ def expand(record: Record) -> Record:
 def reduce(record: Record) -> Record:
     """Mean of `a` over an example's valid positions, SUM of `g`: exact when the model averages or sums the axis.
 
+    Not for the keys of attention, alone or in a packed projection: softmax does not see a shift common to all keys, so
+    their `g` sums to zero, G has no curvature there, and the direction is the gradient over the damping.
     Raises TypeError for Ids: the mean of one-hot rows is dense.
     """
     if isinstance(record.a, Ids):

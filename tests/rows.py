@@ -210,6 +210,7 @@ LAYERS = [
         {"weight": (2, 2, 2, 2, 3), "bias": (3,)},
     ),
     LayerRow("embedding", Embedding(7, 3), (6, 5), (6, 5, 3), {"weight": (7, 3)}, ids=7),
+    LayerRow("embedding, one id", Embedding(7, 3), (6,), (6, 3), {"weight": (7, 3)}, ids=7),
     LayerRow("bias", Bias(3), (6, 5, 3), (6, 5, 3), {"bias": (3,)}),
     LayerRow("gain", Gain(3), (6, 5, 3), (6, 5, 3), {"gain": (3,)}),
 ]

@@ -55,6 +55,17 @@ def test_curvature_from_records_is_the_dense_product(xp, rng, masked):
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+def test_a_layer_of_one_row_for_all_examples_is_a_block_of_its_own(rng):
+    """Its row is added to no example's: joined, six examples would each have all of it."""
+    records, v = batch(rng, False), directions(rng)
+    records["c"] = kf.Record(rng.normal(size=(1, 3, 2)), rng.normal(size=(5, 1, 3, 2)), 6.0)
+    v["c"] = rng.normal(size=(1, 2, 2))
+    alone = v["c"].ravel() @ kf.dense(records["c"])[0] @ v["c"].ravel()
+    two = {name: v[name] for name in ("a", "b")}
+    want = flat(two) @ whole({name: records[name] for name in two}) @ flat(two) + alone
+    assert curvature(records, [v])[0, 0] == pytest.approx(want, rel=1e-12)
+
+
 def test_curvature_of_embeddings_and_images(rng):
     image, ids = kf.Patches(rng.normal(size=(6, 4, 4, 2)), kf.Window((2, 2)), bias=True), rng.integers(0, 7, (6, 3))
     for a, d_in, positions in ((image, 9, 9), (kf.Ids(ids, 7), 7, 3)):

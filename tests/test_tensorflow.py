@@ -79,7 +79,14 @@ def images():
     return keras.Model(image, L.Dense(3, name="out")(x))
 
 
+def categories():
+    """One id an example."""
+    one = keras.Input((), dtype="int32")
+    return keras.Model(one, L.Dense(3, name="out")(L.Embedding(7, 4, name="ids")(one)))
+
+
 NETS = {
+    "categories": (categories, lambda rng: rng.integers(0, 7, 5)),
     "text": (text, lambda rng: rng.integers(0, 7, (4, 5))),
     "images": (images, lambda rng: rng.normal(size=(4, 7, 6, 2))),
 }

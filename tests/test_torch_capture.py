@@ -348,6 +348,15 @@ def test_an_unused_layer_has_no_record():
     assert set(records) == {"a"}
 
 
+def test_reduce_sees_no_curvature_of_keys():
+    _, x, y, engine = prepared("attention", fisher=kf.type2)
+    (record,) = (r for n, r in recorded(engine, x, y)[1].items() if r.d_out == 12)
+    g = kf.reduce(record).g.reshape(-1, 3, 4)
+    assert np.abs(g[:, 1]).max() < 1e-15
+    assert min(np.abs(g[:, i]).max() for i in (0, 2)) > 1e-3
+    assert np.abs(record.g.reshape(-1, 3, 4)[:, 1]).max() > 1e-4
+
+
 @pytest.mark.parametrize("way", ["view", "twice"])
 def test_positions_all_examples_share_are_unbiased(way):
     """Where their sum with the examples is not seen: with labels sampled independently the summed draw is unbiased."""

@@ -25,8 +25,10 @@ class Embedding:
         return Ids(ids if ids.ndim <= 2 else namespace(ids).reshape(ids, (ids.shape[0], -1)), self.size)
 
     def gradients(self, gy: Array, draws: bool = False) -> Array:
-        """gy (batch, *shared, d_out), draws first if `draws` -> g (batch, shared, d_out)."""
-        return namespace(gy).reshape(gy, (*gy.shape[: 1 + draws], -1, gy.shape[-1]))
+        """gy (batch, *shared, d_out), draws first if `draws` -> g (batch, shared, d_out), or without shared axes as it
+        is."""
+        lead = gy.shape[: 1 + draws]
+        return gy if gy.ndim == len(lead) + 1 else namespace(gy).reshape(gy, (*lead, -1, gy.shape[-1]))
 
     def matrix(self, parameters: dict[str, Array]) -> Array:
         """{"weight" (size, d_out)} -> (d_out, size)."""
