@@ -79,6 +79,17 @@ class Positions(nn.Module):
         return self.out(torch.tanh(x).mean(1)) + (h.sum() if self.way == "twice" else 0.0)
 
 
+class PositionsFirst(nn.Module):
+    """Rows run over positions, a multiple of the examples in number, before they run over examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(x.transpose(0, 1))).mean(0))
+
+
 class Functional(nn.Module):
     """No layer's forward is ever called."""
 
@@ -165,6 +176,7 @@ MODELS = {
     "tied": (Tied, drawn(4)),
     "functional": (Functional, drawn(4)),
     "windows": (Windows, drawn(6, 4)),
+    "positions first": (PositionsFirst, drawn(10, 4)),
     "frozen": (Parametrised, drawn(4)),
     "conv1d": (lambda: conv(nn.Conv1d(2, 4, 3, padding=2, dilation=2)), drawn(2, 7)),
     "conv2d": (lambda: conv(nn.Conv2d(2, 4, (3, 2), padding=1, bias=False)), drawn(2, 5, 6)),

@@ -92,8 +92,8 @@ def _conv(kind: Conv, call: Call, g: torch.Tensor, namespace: str) -> tuple[Patc
 def _examples(x: torch.Tensor, batch: int, positions: int = 0) -> torch.Tensor:
     """(batch, positions, d) of rows x (..., d).
 
-    The batch is the first axis, or a divisor of it (windows folded into it), or the second; where it is nowhere (a
-    positional embedding), all rows belong to one example, which is right for draws of zero mean.
+    The batch is the first axis, or the second, or a divisor of the first (windows folded into it); where it is nowhere
+    (what all examples share), all rows belong to one example, which is right for draws of zero mean.
     """
     d = x.shape[-1]
     if positions:
@@ -101,11 +101,9 @@ def _examples(x: torch.Tensor, batch: int, positions: int = 0) -> torch.Tensor:
         return x.reshape(positions, -1, d).movedim(1, 0)
     if x.ndim == 1:
         return x.reshape(1, 1, d)
-    if x.shape[0] % batch == 0:
-        return x.reshape(batch, -1, d)
-    if x.ndim > 2 and x.shape[1] == batch:
+    if x.ndim > 2 and x.shape[0] != batch == x.shape[1]:
         return x.movedim(1, 0).reshape(batch, -1, d)
-    return x.reshape(1, -1, d)
+    return x.reshape(batch if x.shape[0] % batch == 0 else 1, -1, d)
 
 
 def _channels_last(x: torch.Tensor, channel: int, d: int) -> torch.Tensor:
