@@ -360,6 +360,22 @@ def test_an_unused_layer_has_no_record():
     assert set(records) == {"a"}
 
 
+def test_tokens_joined_to_examples_in_the_prediction():
+    """(examples, positions, classes) flattened for the loss: layers before and after have the examples' rows."""
+    before = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Flatten(0, 1))
+    model = nn.Sequential(before, nn.Linear(4, 3))
+    engine = Engine(model, LOSS, kf.Preconditioner(kf.KFAC()), Settings(fisher=kf.empirical))
+    x, y = torch.randn(5, 6, 4), torch.randint(0, 3, (30,))
+    _, records = recorded(engine, x, y)
+    for i in range(5):
+        loss = LOSS.value(model(x[i : i + 1]), y[6 * i : 6 * i + 6])
+        for name, layer in engine.plan.layers.items():
+            assert (records[name].batch, records[name].shared, records[name].n) == (5, 6, 30)
+            wanted = torch.autograd.grad(loss, list(layer.parameters.values()), retain_graph=True)
+            matrix = layer.matrix({r: g.numpy() for r, g in zip(layer.parameters, wanted, strict=True)})
+            np.testing.assert_allclose(records[name].examples()[0, :, i].reshape(matrix.shape), matrix, rtol=1e-10)
+
+
 def test_reduce_sees_no_curvature_of_keys():
     _, x, y, engine = prepared("attention", fisher=kf.type2)
     (record,) = (r for n, r in recorded(engine, x, y)[1].items() if r.d_out == 12)

@@ -17,7 +17,7 @@ from kfaccore_torch.capture import Call, Capture
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.report import Coverage, coverage
-from kfaccore_torch.rows import record
+from kfaccore_torch.rows import examples, record
 from kfaccore_torch.table import Layer, Plan, plan, unwrapped
 
 
@@ -122,7 +122,7 @@ class Engine:
             kept = found.setdefault(name, ([], []))
             kept[0].append(call)
             kept[1].append(column[0][None] if len(column) == 1 else torch.stack(column))
-        layers, size = self.plan.layers, batch.f.shape[0]
+        layers, size = self.plan.layers, examples(batch.f, calls)
         with ordered(self.namespace, self.device):
             return {
                 name: record(layers[name], seen, gs, size, n, self.namespace, batch.mask, batch.ids)

@@ -15,7 +15,7 @@ from kfaccore_torch.bridge import detached, ordered, to_core
 from kfaccore_torch.capture import Call
 from kfaccore_torch.engine import Batch, Engine, Settings
 from kfaccore_torch.report import Coverage
-from kfaccore_torch.rows import output_rows, rows
+from kfaccore_torch.rows import examples, output_rows, rows
 from kfaccore_torch.table import unwrapped
 
 
@@ -124,7 +124,7 @@ class Optimizer:
         """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
         engine = self.engine
         layers = engine.plan.layers
-        whole, size = bool(l2) or engine.core.comm.world > 1, batch.f.shape[0]
+        whole, size = bool(l2) or engine.core.comm.world > 1, examples(batch.f, calls)
         resting = kf.own_gradients(engine.core) and not engine.due  # every weight gradient is then made of given rows
         edges = {n: c[0] for n, c in calls.items() if resting or (not whole and _factors(layers[n].kind, c))}
         odd = [n for n in edges if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]

@@ -43,6 +43,14 @@ def record(
     return Record(a, g, n, mask=keep, ids=None if ids is None else to_core(ids, namespace))
 
 
+def examples(f: torch.Tensor, calls: dict[str, list[Call]]) -> int:
+    """How many examples a prediction f (examples, ...) is of: those of the layers where f (examples positions, classes)
+    joined the two axes of theirs."""
+    shapes = {c.shape for found in calls.values() for c in found if len(c.shape) == 3 and not c.positions}
+    joined = {shape[0] for shape in shapes if shape[0] * shape[1] == f.shape[0]}
+    return joined.pop() if f.ndim == 2 and len(joined) == 1 else f.shape[0]
+
+
 def rows(layer: Layer, call: Call, batch: int, namespace: str) -> Array:
     """The rows `a` of one call of a linear layer, (batch, positions, d_in)."""
     return _shared(layer.kind.activations(to_core(_examples(call.x, batch, call.positions), namespace)))
