@@ -209,6 +209,20 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "steps=motion.steps + 1",
         "test_jax_self_tuning.py",
     ),
+    (
+        "one row of all examples added to each",
+        "step/model.py",
+        "rows[u.shape] = rows[u.shape] + u if u.shape in rows else u",
+        "rows[0] = rows[0] + u if 0 in rows else u",
+        "test_self_tuning.py",
+    ),
+    (
+        "embedded positions taken before they meet the examples",
+        "../kfaccore_torch/capture.py",
+        "calls[place] = wide",
+        "calls[place] = call",
+        "test_torch_capture.py",
+    ),
 ]
 
 
