@@ -11,7 +11,8 @@ import pytest
 import kfaccore as kf
 import kfaccore_numpy as kn
 from kfaccore import tree
-from kfaccore.step.model import expansion
+from kfaccore.step.model import Expansion, expansion
+from kfaccore.step.self_tuning import Motion
 
 
 def batch(rng, masked=False):
@@ -82,6 +83,26 @@ def test_slopes_of_factored_and_dense_gradients(rng):
     for grad in (g.T @ a / 6, kf.Factored(a, g, 6.0), kf.Factored(a[::-1], g[::-1], 6.0)):
         assert expansion(record, {"a": grad}, (v,)).down[0] == pytest.approx(want, rel=1e-12)
         assert not expansion(record, {"a": grad}, (v,)).empirical
+
+
+@pytest.mark.parametrize(("batch", "raised"), [(8, 1.9), (200, 1.3)])
+def test_a_model_flatter_than_its_running_mean_is_raised_to_it_or_by_three_errors(rng, batch, raised):
+    told = iter((2.0, 1.0, 1.0))
+
+    def model(records, grads, pair):
+        return Expansion(np.diag([next(told), 1.0]), np.array([1.0, 0.0]), False)
+
+    x, record = {"a": np.ones((1, 1, 1))}, {"a": kf.Record(np.ones((batch, 1)), np.ones((batch, 1)), batch)}
+    rule = kf.SelfTuning(model=model, cap=10.0)
+    motion, steps = Motion({"a": np.zeros((1, 1, 1))}, damping=1e-30), []
+    for _ in range(2):
+        _, motion, info = rule(motion, x, x, record)
+        steps.append(info["alpha"])
+    assert steps == pytest.approx([0.5, 1 / raised], rel=1e-12)
+    assert motion.sharp == pytest.approx(1.9, rel=1e-12)
+    assert motion.predicted == pytest.approx(-1 / raised + 0.5 / raised**2, rel=1e-12)
+    off = kf.SelfTuning(model=model, cap=10.0, memory=0.0)
+    assert off(motion, x, x, record)[2]["alpha"] == pytest.approx(1.0, rel=1e-12)
 
 
 def test_T3_alpha_and_mu_beat_2000_perturbations(rng):

@@ -26,6 +26,7 @@ from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack, when
 
 _LEAST, _MOST = 1e-8, 1e8  # of damping
+_ERRORS = 3.0  # standard errors that a model of few rows is taken to be off by
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Motion:
     """The previous update, the damping in force, what was predicted and found, and counters.
 
     alpha, mu   factors of the last step, whether it stayed or not
+    sharp       running mean of x^T F x / x^T gradient, x the direction; 0 before the first step
     ratio       change of the loss over the predicted one at the last look
     restart     whether inverses are refreshed off the clock
     code        of the last step
@@ -42,6 +44,7 @@ class Motion:
     damping: float | Array = 0.0
     alpha: float | Array = 0.0
     mu: float | Array = 0.0
+    sharp: float | Array = 0.0
     predicted: float | Array = 0.0
     ratio: float | Array = 1.0
     steps: int | Array = 0
@@ -63,6 +66,9 @@ class SelfTuning:
                 a small rise often pays later, an outburst never does
     floor       where |alpha| falls below it, damping grows by 1/0.8: for damping so low that the direction is noise,
                 which the reduction ratio cannot see; 0 is off, 0.02 costs a tenth of the steps from a good start
+    memory      share of the running mean of x^T F x / x^T gradient that stays in a step. F is raised to that mean, by
+                no more than it may be off: from few rows it is noisy, and a minimum is where it errs to the flat side;
+                0 is off
     model       (records, gradients, directions) -> Expansion; over several ranks it is also given comm=
     comm        ranks whose records add up to the batch; set by `over`
     """
@@ -74,6 +80,7 @@ class SelfTuning:
     cap: float = 1.0
     tolerance: float = 0.25
     floor: float = 0.0
+    memory: float = 0.9
     model: Callable[..., Expansion] = expansion
     comm: Communicator = Serial()  # noqa: RUF009 frozen
 
@@ -131,7 +138,9 @@ class SelfTuning:
         cross = inner(*pair)
         norms = stack([inner(pair[0], pair[0]), cross, cross, inner(previous, previous)]).reshape(2, 2)
         F = found.F + l2 * norms
-        alpha, mu, code = self._solve(F + motion.damping * norms, found.down)
+        rows = self.comm.world * max(record.draws * record.batch for record in records.values())
+        sharp, times = self._sharpness(motion.sharp, F, found.down, rows)
+        alpha, mu, code = self._solve(times * F + motion.damping * norms, found.down)
         alpha, mu, code = pick(refused, 0.0, alpha), pick(refused, 0.0, mu), pick(refused, Code.EMPIRICAL, code)
         step = stack([alpha, mu])
         predicted = number(-step @ found.down + 0.5 * step @ F @ step)
@@ -146,6 +155,7 @@ class SelfTuning:
             damping=pick(refused, 0.0, pick(low, motion.damping / 0.8, motion.damping)),
             alpha=alpha,
             mu=mu,
+            sharp=pick(refused, 0.0, sharp),
             predicted=predicted,
             steps=motion.steps + pick(refused, 0, 1),
             code=int(code) if isinstance(code, Code) else code,
@@ -171,6 +181,16 @@ class SelfTuning:
             restart=pick(good, motion.steps < 3, True),
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
         )
+
+    def _sharpness(self, mean: Number, F: Array, down: Array, rows: int) -> tuple[Number, Number]:
+        """The running mean of the curvature along the direction over its slope, and the factor that raises F to it, or
+        by so many standard errors of a curvature that `rows` normal numbers sample."""
+        curvature, slope = number(F[0, 0]), number(down[0])
+        known = finite(curvature) & finite(slope) & (curvature > 0) & (slope > 0)
+        now = pick(known, curvature, 1.0) / pick(known, slope, 1.0)
+        moved = pick(mean > 0, self.memory * mean + (1 - self.memory) * now, now)
+        raised = _least(moved / now, 1 + _ERRORS * (2 / rows) ** 0.5)
+        return pick(known, moved, mean), pick(known & (moved > now), raised, 1.0)
 
     def _solve(self, Q: Array, down: Array) -> tuple[Number, Number, Number]:
         """(alpha, mu) of the 2x2 system, and how: OK; JITTERED, alpha alone, when the two directions are parallel to
