@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from functools import cache, partial
 
@@ -212,7 +213,8 @@ def test_in_float32_without_64_bits():
     params = dict(START)
     *_, state = numpy_steps("cheap", params, fresh("cheap"), range(12))
     small = partial(jax.tree.map, lambda x: jnp.asarray(np.asarray(x), jnp.float32))
-    with jax.enable_x64(False):
+    home = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")  # before jax 0.8
+    with home.enable_x64(False):
         tx, _, _, step = compiled("cheap")
         ours = small(START)
         kfac, rest = tx.init(ours)
