@@ -43,6 +43,14 @@ def at_least(name: str, figure: float | None, limit: float) -> Claim:
     return claim(name, figure, f">= {limit:g}", None if figure is None else figure >= limit)
 
 
+def kernels(forced: str | None) -> Claim:
+    """Which kernels NumPy's BLAS uses, and the OPENBLAS_CORETYPE that was dropped for it."""
+    from kfaccore.cli.doctor import blas
+
+    core = blas()["core"] or "unknown"
+    return claim("kernels of NumPy's BLAS", f"{core} (not {forced})" if forced else core, "reported", None)
+
+
 def interleaved(
     functions: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, float]:

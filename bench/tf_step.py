@@ -23,11 +23,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from report import Claim, arguments, at_most, claim, finish, interleaved
+from report import Claim, arguments, at_most, finish, interleaved, kernels
 
 import kfaccore as kf
 import kfaccore_tensorflow as kt
-from kfaccore.cli.doctor import blas
 
 L = keras.layers
 STEPS = {"autoencoder": 5, "cnn": 10, "transformer": 15}
@@ -156,8 +155,7 @@ def main() -> None:
         ]
     loop = None if options.quick else own_loop(TASKS["transformer"], repeats)
     claims.append(at_most("transformer, own loop over a refresh at 10/100, x train_on_batch with SGD", loop, 3.0))
-    core = blas()["core"] or "unknown"
-    claims.append(claim("kernels of NumPy's BLAS", f"{core} (not {FORCED})" if FORCED else core, "reported", None))
+    claims.append(kernels(FORCED))
     columns = ("network", "sgd ms", "adam", "no xla", *KINDS, "10/100", "1/10")
     finish("A step in Keras fit over an SGD step in Keras fit", columns, rows, claims, options.json)
 

@@ -24,12 +24,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import Claim, arguments, at_most, claim, finish
+from report import Claim, arguments, at_most, claim, finish, kernels
 from torch import nn
 
 import kfaccore as kf
 import kfaccore_torch as kt
-from kfaccore.cli.doctor import blas
 
 NEVER = 10**9
 LIMITS = {"autoencoder": (2.0, 2.9, 1.5), "cnn": (1.18, 2.3, 2.1), "transformer": (1.2, 2.0, 1.7)}
@@ -190,8 +189,7 @@ def main() -> None:
         claims.append(at_most(f"{name}, factors over forward+backward", whole, alone))
         text = None if peer is None else f"{peer:.3g}"
         claims.append(claim(f"{name}, curvlinops' factors over forward+backward", text, "reported", None))
-    core = blas()["core"] or "unknown"
-    claims.append(claim("kernels of NumPy's BLAS", f"{core} (not {FORCED})" if FORCED else core, "reported", None))
+    claims.append(kernels(FORCED))
     columns = ("model", "sgd ms", "plain", "update", "+refresh", "10/100", "1/10", "factors", "curvlinops", "peak MB")
     finish("K-FAC in torch over plain SGD", columns, rows, claims, given.json)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 
@@ -134,29 +135,34 @@ def test_divergence_exits_3(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_waits_for_the_step_and_the_files_can_be_resumed(times, monkeypatch, tmp_path):
-    import kfaccore_numpy.train as shell
+@pytest.mark.parametrize(
+    ("task", "shell", "index"), [("digits-autoencoder", "train", 6), ("poisson-2d", "pinn_train", 5)]
+)
+def test_ctrl_c_waits_for_the_step_and_the_files_can_be_resumed(task, shell, index, times, monkeypatch, tmp_path):
+    module = importlib.import_module(f"kfaccore_numpy.{shell}")
 
-    def interrupted(*arguments, real=shell.step, **options):
+    def interrupted(*arguments, real=module.step, **options):
         found = real(*arguments, **options)
-        if arguments[6] == 10:
+        if arguments[index] == 2:
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
         return found
 
+    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
-        patched.setattr(shell, "step", interrupted)
-        result = run("train", "digits-autoencoder", "--steps", 100, "--out", tmp_path)
+        patched.setattr(module, "step", interrupted)
+        result = run("train", task, "--steps", 10, "--out", tmp_path)
     assert result.exit_code == 130
     assert "stopping after this step" in result.stderr
+    assert signal.getsignal(signal.SIGINT) is before
     file = tmp_path / "run.safetensors"
-    assert "kfac" in json.loads((tmp_path / "run.json").read_text())["curves"]
+    assert json.loads((tmp_path / "run.json").read_text())["methods"][0]["method"].endswith("kfac")
     if times == 2:  # in the middle of a step
         assert not file.exists()
         return
-    assert kf.load(file)["state"]["step"] == 11
-    assert run("train", "digits-autoencoder", "--steps", 13, "--resume", file, "--out", tmp_path).exit_code == 0
-    assert run("train", "digits-autoencoder", "--steps", 13, "--out", tmp_path / "whole").exit_code == 0
+    assert kf.load(file)["state"]["step"] == 3
+    assert run("train", task, "--steps", 4, "--resume", file, "--out", tmp_path).exit_code == 0
+    assert run("train", task, "--steps", 4, "--out", tmp_path / "whole").exit_code == 0
     want, got = (kf.load(path)["params"] for path in (tmp_path / "whole" / "run.safetensors", file))
     assert all(np.array_equal(want[n], got[n]) for n in want)
 

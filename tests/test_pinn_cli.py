@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -152,33 +151,3 @@ def test_bad_input_exits_2(arguments, message):
     result = run("train", "poisson-2d", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_waits_for_the_step_and_the_files_can_be_resumed(times, monkeypatch, tmp_path):
-    import kfaccore_numpy.pinn_train as shell
-
-    def interrupted(*arguments, real=shell.step, **options):
-        found = real(*arguments, **options)
-        if arguments[5] == 2:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return found
-
-    before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patched:
-        patched.setattr(shell, "step", interrupted)
-        result = run("train", "poisson-2d", "--steps", 10, "--out", tmp_path)
-    assert result.exit_code == 130
-    assert "stopping after this step" in result.stderr
-    assert signal.getsignal(signal.SIGINT) is before
-    file = tmp_path / "run.safetensors"
-    assert json.loads((tmp_path / "run.json").read_text())["methods"][0]["method"] == "pinn-kfac"
-    if times == 2:  # in the middle of a step
-        assert not file.exists()
-        return
-    assert kf.load(file)["state"]["step"] == 3
-    assert run("train", "poisson-2d", "--steps", 4, "--resume", file, "--out", tmp_path).exit_code == 0
-    assert run("train", "poisson-2d", "--steps", 4, "--out", tmp_path / "whole").exit_code == 0
-    want, got = (kf.load(path)["params"] for path in (tmp_path / "whole" / "run.safetensors", file))
-    assert all(np.array_equal(want[n], got[n]) for n in want)
