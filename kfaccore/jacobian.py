@@ -38,8 +38,13 @@ def products(record: Record, *vs: Array) -> list[Array]:
     V a comes first in every layer: V^T g first is cheaper where d_in < d_out, but KFAC* then stops at three times the
     error on a Poisson equation (`bench/pinn.py`), for its damping is near rounding.
     """
-    xp = namespace(record.g)
-    return [xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3)) for z in outputs(record, *vs)]
+    return [contracted(record, z) for z in outputs(record, *vs)]
+
+
+def contracted(record: Record, z: Array) -> Array:
+    """<g, z> of each draw and example, (draws, batch), for z (blocks, batch, shared, d_out): J v where z is V a."""
+    xp = namespace(z)
+    return xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3))
 
 
 def adjoint(record: Record, w: Array) -> Array:

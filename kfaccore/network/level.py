@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.jacobian import adjoint, outputs, pulled, weighed
+from kfaccore.jacobian import adjoint, contracted, outputs, pulled, weighed
 from kfaccore.linalg.patches import Patches
 from kfaccore.network.vectors import Outer, dense, inner, scaled
 from kfaccore.record import Factored, Ids, Record
@@ -100,8 +100,7 @@ def gathered(records: dict[str, Record], z: Tree) -> Array:
 
 def _rows(record: Record, z: Array) -> Array:
     """<g, V a> of each draw and example, (rows,), given V a."""
-    xp = namespace(z)
-    return xp.reshape(xp.sum(xp.vecdot(record.g, z[None, ...]), axis=(1, 3)), (-1,))
+    return namespace(z).reshape(contracted(record, z), (-1,))
 
 
 def curved(records: dict[str, Record], damping: dict[str, Any], n: Any, v: Tree, w: Array) -> Tree:

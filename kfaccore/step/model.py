@@ -11,7 +11,7 @@ from operator import add
 from typing import Any
 
 from kfaccore.comm import Communicator, Serial
-from kfaccore.jacobian import outputs
+from kfaccore.jacobian import contracted, outputs
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp.arrays import Array, is_tracer, namespace
 from kfaccore.xp.numbers import Number, number, numbers, stack
@@ -47,7 +47,7 @@ def expansion(
         record, grad, vs = records[name], grads[name], [v[name] for v in directions]
         xp = namespace(record.g)
         z = outputs(record, *vs)
-        Jv = [numbers(xp.sum(xp.vecdot(record.g, x[None, ...]), axis=(1, 3))) for x in z]
+        Jv = [numbers(contracted(record, x)) for x in z]
         Jv = namespace(*Jv).stack(Jv)
         if isinstance(grad, Factored):
             z = z if _same_rows(grad, record) else outputs(Record(grad.a, grad.g, grad.n), *vs)
