@@ -12,8 +12,8 @@ from report import Claim, arguments, at_least, at_most, claim, finish, interleav
 from scipy.linalg import eigh
 
 import kfaccore as kf
-from kfaccore.linalg import lowrank
-from kfaccore.linalg.sketch import residual
+from kfaccore.methods.lowrank import lowrank
+from kfaccore.methods.lowrank.sketch import residual
 
 RANK, ROWS = 220, 256
 HYPER = kf.Hyper(0, 0.95, 0.1)

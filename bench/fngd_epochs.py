@@ -21,7 +21,7 @@ from report import arguments, at_least, at_most, claim, finish, interleaved
 
 import kfaccore as kf
 import kfaccore_numpy as kn
-from kfaccore.methods.fngd import mean_vector, position, sample, scalar_rate
+from kfaccore.methods.rows.fngd import mean_vector, position, sample, scalar_rate
 from kfaccore_numpy.tasks import digits
 
 SHARES = {"position": position, "sample": sample, "mean_vector": mean_vector, "scalar": scalar_rate}

@@ -25,8 +25,8 @@ from pinn_rivals import ENGD, HessianFree, lbfgs, matrix_free
 from report import Claim, at_least, at_most, claim, finish, interleaved, parser
 
 from kfaccore_numpy import Adam
-from kfaccore_numpy.pinn_tasks import PINN_TASKS
-from kfaccore_numpy.pinn_train import Ahead, initial_state, step
+from kfaccore_numpy.equations.tasks import PINN_TASKS
+from kfaccore_numpy.equations.train import Ahead, initial_state, step
 
 SHALLOW, DEEP = "poisson-2d", "poisson-2d-deep"
 RIVALS = {"hessian-free": HessianFree(), "engd": ENGD()}

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from kfaccore.jacobian import products
 from kfaccore.network.gauss_newton import gram, jacobian, pull, scaled
-from kfaccore_numpy.pinn_train import flatten, unflatten
+from kfaccore.record.jacobian import products
+from kfaccore_numpy.equations.train import flatten, unflatten
 
 Params = dict[str, np.ndarray]
 

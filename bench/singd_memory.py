@@ -17,11 +17,11 @@ from report import Claim, arguments, at_most, finish
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.linalg import recursion
-from kfaccore.linalg.blocks import BlockDiagonal, Dense, Diagonal
-from kfaccore.linalg.recursion import Rule, independent, unlimited
-from kfaccore.linalg.toeplitz import UpperToeplitz
-from kfaccore.linalg.triangular import Hierarchical, upper
+from kfaccore.methods.singd import recursion
+from kfaccore.methods.singd.blocks import BlockDiagonal, Dense, Diagonal
+from kfaccore.methods.singd.recursion import Rule, independent, unlimited
+from kfaccore.methods.singd.toeplitz import UpperToeplitz
+from kfaccore.methods.singd.triangular import Hierarchical, upper
 
 MB = 2**20
 STRUCTURES = {

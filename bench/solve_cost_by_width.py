@@ -23,8 +23,8 @@ from report import Claim, arguments, at_least, at_most, claim, finish
 import kfaccore as kf
 from kfaccore.linalg.cg import CG, Iterations
 from kfaccore.methods import CATALOGUE
-from kfaccore.methods.cgfac import InRows, Kron
-from kfaccore.stacked.factors import always
+from kfaccore.methods.rows.cgfac import InRows, Kron
+from kfaccore.methods.rows.factors import always
 
 DAMPING = 1e-2  # of the mean eigenvalue
 SPLIT = kf.Relative(kf.pi, kf.mean_eigenvalue)

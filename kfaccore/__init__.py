@@ -1,6 +1,6 @@
 """K-FAC on the Array API: a layer gives a record; a method measures it, updates its state, refreshes, and solves."""
 
-from kfaccore.comm import Serial
+from kfaccore.convolution.patches import Patches, Window
 from kfaccore.damping import (
     Adaptive,
     Relative,
@@ -23,13 +23,8 @@ from kfaccore.fisher import (
     monte_carlo,
     type2,
 )
-from kfaccore.info import Info
 from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
-from kfaccore.linalg.lowrank import Rank, adaptive, adaptive_brand, even, lowest, nothing
-from kfaccore.linalg.patches import Patches, Window
-from kfaccore.linalg.sketch import Singular, Symmetric
-from kfaccore.linalg.two_terms import absolute, first_term
 from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
 from kfaccore.methods import (
     CGFAC,
@@ -54,16 +49,21 @@ from kfaccore.methods import (
     Lanczos,
     RandomizedKFAC,
 )
+from kfaccore.methods.lowrank.lowrank import Rank, adaptive, adaptive_brand, even, lowest, nothing
+from kfaccore.methods.lowrank.sketch import Singular, Symmetric
+from kfaccore.methods.terms.two_terms import absolute, first_term
 from kfaccore.network import GaussNewton, GlobalFNGD, SharedDamping, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
-from kfaccore.preconditioner import Preconditioner
+from kfaccore.precondition.comm import Serial
+from kfaccore.precondition.info import Info
+from kfaccore.precondition.preconditioner import Preconditioner
+from kfaccore.precondition.schedule import Clocks, Schedules
+from kfaccore.precondition.weighting import own_gradients, weighted
 from kfaccore.record import Factored, Ids, Record, dense
-from kfaccore.records import load_records, save_records
-from kfaccore.rescale import KLClip, NormConstraint
-from kfaccore.schedule import Clocks, Schedules
-from kfaccore.sharing import ReceptiveMean, Subsample, concat, expand, mean_mean, reduce, sum_sum
+from kfaccore.record.files import load_records, save_records
+from kfaccore.record.sharing import ReceptiveMean, Subsample, concat, expand, mean_mean, reduce, sum_sum
 from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
-from kfaccore.weighting import own_gradients, weighted
+from kfaccore.step.rescale import KLClip, NormConstraint
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import array_api_compat as aac
 
 from kfaccore import xp as kernels
+from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
-from kfaccore.linalg.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 from kfaccore.xp.codes import Code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kfaccore.method import Hyper, settle
-from kfaccore.methods.kfac import KFAC
+from kfaccore.methods.kronecker.kfac import KFAC
 from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array
 

@@ -31,7 +31,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "masked rows kept",
-        "record.py",
+        "record/record.py",
         'put(self, "g", xp.where(mask[..., None], self.g, xp.zeros_like(self.g)))',
         "pass",
         "test_record.py",
@@ -46,14 +46,14 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ("draw weight lost", "fisher/draws.py", " * noise.shape[0] ** -0.5", "", "test_fisher.py"),
     (
         "reduce sums a",
-        "sharing.py",
+        "record/sharing.py",
         "xp.mean(record.a, axis=-2, keepdims=True)",
         "xp.sum(record.a, axis=-2, keepdims=True)",
         "test_identities.py",
     ),
     (
         "reduce averages g",
-        "sharing.py",
+        "record/sharing.py",
         "g = xp.sum(record.g, axis=-2, keepdims=True)",
         "g = xp.mean(record.g, axis=-2, keepdims=True)",
         "test_identities.py",
@@ -97,7 +97,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ("moments not squared", "factors.py", "xp.sum(j * j, axis=1)", "xp.sum(j, axis=1)", "test_catalogue.py"),
     (
         "moments kept at refresh",
-        "moments.py",
+        "methods/kronecker/moments.py",
         "(basis, S, namespace(S).zeros_like(state.S_weight))",
         "(basis, S, state.S_weight)",
         "test_laws.py",
@@ -123,10 +123,10 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "self.momentum**2 * namespace(d)",
         "test_preconditioner.py",
     ),
-    ("clip without rate", "rescale.py", "lr * lr * abs(total)", "abs(total)", "test_preconditioner.py"),
+    ("clip without rate", "step/rescale.py", "lr * lr * abs(total)", "abs(total)", "test_preconditioner.py"),
     (
         "sign of a border",
-        "linalg/autocorrelation.py",
+        "convolution/autocorrelation.py",
         "block if count % 2 == 0 else -block",
         "-block",
         "test_patches.py",
@@ -169,14 +169,14 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "triangle unpacked without its mirror",
-        "placement.py",
+        "precondition/placement.py",
         "back[rows, columns] = back[columns, rows] = np.arange(len(rows))",
         "back[:] = 0; back[rows, columns] = np.arange(len(rows))",
         "test_torch_distributed.py",
     ),
     (
         "greedy placement by name, not by load",
-        "placement.py",
+        "precondition/placement.py",
         "owner = min(group, key=lambda r: load[r])",
         "owner = min(group)",
         "test_torch_distributed.py",
@@ -190,7 +190,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "a step not turned back",
-        "network/turned.py",
+        "network/two_level/turned.py",
         "kron.apply(self.Qg, v, side.transposed(self.Qa))",
         "kron.apply(self.Qg, v, self.Qa)",
         "test_two_level_shortcuts.py",

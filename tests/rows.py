@@ -11,9 +11,9 @@ import numpy as np
 import kfaccore as kf
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
 from kfaccore.linalg.cg import Residual
-from kfaccore.linalg.recursion import Rule, independent
-from kfaccore.methods import cgfac
-from kfaccore.stacked.factors import always, never
+from kfaccore.methods.rows import cgfac
+from kfaccore.methods.rows.factors import always, never
+from kfaccore.methods.singd.recursion import Rule, independent
 
 Pair = tuple[np.ndarray, np.ndarray]
 

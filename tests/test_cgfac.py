@@ -11,11 +11,12 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.linalg import cg, span
+from kfaccore.linalg import cg
 from kfaccore.linalg.cg import CG, Iterations, Progress, Residual
 from kfaccore.method import cycle
-from kfaccore.methods.cgfac import Empirical, InRows, Kron, KronFactored
-from kfaccore.stacked.factors import always
+from kfaccore.methods.rows import span
+from kfaccore.methods.rows.cgfac import Empirical, InRows, Kron, KronFactored
+from kfaccore.methods.rows.factors import always
 
 SIZES = pytest.mark.parametrize("sizes", [(5, 7, 6), (20, 7, 6), (6, 6, 6), (3, 1, 4), (1, 5, 4)], ids=str)
 LONG = CG(Residual(1e-14), 400)
@@ -91,7 +92,7 @@ def test_C1_both_product_orders_are_the_dense_operator(sizes, kind, rng):
 
 def test_C1_the_order_follows_the_cost(rng, monkeypatch):
     """Through the batch iff rows < harmonic mean of d_in and d_out; never for unfolded rows that forbid it."""
-    import kfaccore.stacked.factors as module
+    import kfaccore.methods.rows.factors as module
 
     for rows, through in ((11, True), (13, False)):  # harmonic mean of 20 and 8.57 is 12
         a, g = pair(rng, (rows, 20, 9))

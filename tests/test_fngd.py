@@ -10,11 +10,10 @@ import pytest
 import kfaccore as kf
 import kfaccore_numpy as kn
 from kfaccore import xp as kernels
-from kfaccore.linalg import table
 from kfaccore.linalg.cg import CG, Residual
-from kfaccore.methods.cgfac import Empirical, InRows
-from kfaccore.methods.fngd import mean_vector, position, sample, scalar_rate
-from kfaccore.stacked import units
+from kfaccore.methods.rows import table, units
+from kfaccore.methods.rows.cgfac import Empirical, InRows
+from kfaccore.methods.rows.fngd import mean_vector, position, sample, scalar_rate
 
 SIZES = pytest.mark.parametrize("sizes", [(5, 3, 4), (12, 3, 4), (40, 3, 4), (3, 1, 4), (1, 5, 4)], ids=str)
 SHARES = {"position": position, "sample": sample, "mean_vector": mean_vector, "scalar": scalar_rate}

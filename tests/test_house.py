@@ -18,40 +18,26 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("kfaccore/**/*.py"), *ROOT.glob("adapters/**/*.py")])
 FOREIGN = {"torch", "jax", "tensorflow", "cupy", "cupyx"}
 
-BELOW = {"xp", "tree", "linalg", "record"}
-ALLOWED = {  # room: rooms it may import
+FLOOR = {"xp", "tree", "convolution", "record"}
+FAMILY = FLOOR | {"fisher", "method", "factors", "damping", "linalg"}
+ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "xp": set(),
     "tree": set(),
-    "linalg": {"xp", "tree"},
-    "record": BELOW - {"record"},
-    "sharing": BELOW,
-    "damping": BELOW,
-    "factors": BELOW,
-    "rearranged": BELOW | {"factors"},
-    "stacked": BELOW | {"factors", "damping", "sharing"},
-    "fisher": BELOW,
-    "method": {"xp", "tree", "record"},
-    "modes": BELOW | {"method", "damping", "factors"},
-    "moments": BELOW | {"method", "factors"},
-    "methods": BELOW | {"method", "damping", "factors", "modes", "moments", "rearranged", "sharing", "stacked"},
-    "jacobian": {"xp", "record"},
-    "network": BELOW | {"method", "methods", "damping", "factors", "sharing", "stacked", "jacobian"},
-    "rescale": {"xp", "tree", "record"},
-    "schedule": {"method"},
-    "step": {"xp", "tree", "record", "method", "rescale", "jacobian", "comm"},
-    "comm": set(),
-    "placement": {"xp", "tree", "comm", "record", "method"},
-    "given": {"xp", "tree", "record"},
-    "layerwise": {"xp", "method", "comm", "given", "placement", "sharing"},
-    "info": {"xp"},
-    "weighting": {"xp"},
-    "preconditioner": {"xp", "tree", "record", "method", "schedule", "sharing", "step", "comm"}
-    | {"given", "info", "layerwise", "placement", "weighting"},
-    "oneshot": {"xp", "record", "method", "methods"},
+    "convolution": {"xp"},
     "io": {"xp", "tree"},
-    "records": {"linalg", "record", "sharing", "io"},
-    "layers": BELOW | {"method"},
-    "analysis": BELOW | {"method", "factors", "jacobian"},
+    "record": {"xp", "convolution", "io"},
+    "fisher": {"xp", "record"},
+    "linalg": FLOOR | {"damping"},
+    "damping": FLOOR | {"linalg"},
+    "method": FLOOR,
+    "layers": FLOOR | {"method"},
+    "factors": FLOOR | {"method", "linalg"},
+    "methods": FAMILY,
+    "network": FAMILY | {"methods"},
+    "precondition": FLOOR | {"method", "step"},
+    "step": FLOOR | {"method", "precondition.comm"},
+    "oneshot": FLOOR | {"method", "methods"},
+    "analysis": FLOOR | {"method", "factors", "linalg"},
 }
 
 
@@ -75,27 +61,66 @@ def imports(path: Path, everywhere: bool = True) -> list[str]:
     return found
 
 
-def room(name: str) -> str:
-    return name.split(".")[1]
+def module(name: str) -> str:
+    """The file or folder that a dotted name of ours comes from."""
+    parts = name.split(".")
+    while not ROOT.joinpath(*parts).with_suffix(".py").exists() and not ROOT.joinpath(*parts, "__init__.py").exists():
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+def family(name: str) -> str:
+    """lowrank of kfaccore.methods.lowrank.brand."""
+    return name.split(".")[2]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    ours = [name for name in imports(path) if name.split(".")[0] == "kfaccore" and name != "kfaccore"]
+    ours = {name for name in imports(path) if name.split(".")[0] == "kfaccore" and name != "kfaccore"}
     if parts[0] == "adapters":
         public = {f"kfaccore.{name}" for name in kf.__all__} | {f"kfaccore.layers.{name}" for name in layers.__all__}
-        assert set(ours) <= public
+        assert ours <= public
         others = {name.split(".")[0] for name in imports(path) if name.startswith("kfaccore_")}
         assert others <= {parts[1]}
     elif parts[1] in ALLOWED:
-        assert {room(name) for name in ours} <= ALLOWED[parts[1]] | {parts[1]}
-    if parts[:2] == ("kfaccore", "methods") and parts[2] != "__init__":
-        assert not [name for name in ours if room(name) == "methods"]
+        modules = {module(name) for name in ours}
+        inner = {name.removeprefix("kfaccore.") for name in modules} - ALLOWED[parts[1]]
+        assert {name.split(".")[0] for name in inner} <= ALLOWED[parts[1]] | {parts[1]}
     foreign = FOREIGN - {parts[1].removeprefix("kfaccore_")}
     used = {name.split(".")[0] for name in imports(path)} & foreign
-    assert not used or parts[1] in ("xp", "comm", "cli")
+    assert not used or parts[1] in ("xp", "cli")
     assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & foreign
+
+
+METHOD_FILES = {method.__module__ for method in kf.methods.CATALOGUE.values()}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("kfaccore/methods/*/*.py")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_families(path):
+    """No family knows another, no method its siblings, and what they share knows no method."""
+    me = f"kfaccore.methods.{path.parent.name}.{path.stem}"
+    others = {module(name) for name in imports(path) if name.startswith("kfaccore.methods")}
+    assert all(family(other) == family(me) for other in others)
+    assert path.stem == "__init__" or not others & METHOD_FILES
+    assert path.stem != "__init__" or others <= METHOD_FILES
+
+
+def test_no_circles():
+    """Files import each other in one direction, also inside a room; a package's page counts as what it imports."""
+    graph = {}
+    for path in ROOT.glob("kfaccore/**/*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = {module(found) for found in imports(path) if found.startswith("kfaccore.")} - {name}
+    done: set[str] = set()
+    while True:
+        free = {name for name in graph.keys() - done if graph[name] <= done}
+        if not free:
+            break
+        done |= free
+    assert not graph.keys() - done
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore import rearranged
-from kfaccore.linalg import bidiagonal, sandwich
 from kfaccore.method import cycle
+from kfaccore.methods.terms import bidiagonal, rearranged, sandwich
 from oracle import matrix
 from oracle import rearranged as rearrange
 from rows import arrays

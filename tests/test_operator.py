@@ -9,7 +9,7 @@ from scipy.sparse.linalg import eigsh
 
 import kfaccore as kf
 from kfaccore.analysis import operator
-from kfaccore.jacobian import adjoint, products
+from kfaccore.record.jacobian import adjoint, products
 from rows import arrays
 
 METHODS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kfaccore import Patches, Window
-from kfaccore.linalg.phases import autocorrelates, fft_pays
+from kfaccore.convolution.phases import autocorrelates, fft_pays
 
 LOW_HIGH = ((1, 0), (0, 2))
 
@@ -117,7 +117,7 @@ def test_float32_agrees_with_float64(geometry):
 
 @pytest.mark.parametrize("size", [(64, 3, 20), (3, 40, 20)], ids=["many images", "many channels"])
 def test_chunks_of_spectra_and_groups_of_frequencies_add_up(size, monkeypatch):
-    from kfaccore.linalg import autocorrelation
+    from kfaccore.convolution import autocorrelation
 
     batch, channels, side = size
     patches, _ = case((3, 3), (side, 7), padding=1, batch=batch, channels=channels)

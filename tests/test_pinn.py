@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore.jacobian import products
 from kfaccore.linalg import kronsum
 from kfaccore.record import Factored
+from kfaccore.record.jacobian import products
 from kfaccore.step.quadratic import curvature, minimiser, slope
-from kfaccore_numpy import GELU, Dense, Sequential, Sigmoid, Tanh, taylor
+from kfaccore_numpy import GELU, Dense, Sequential, Sigmoid, Tanh
 from kfaccore_numpy.activations import Activation
-from kfaccore_numpy.pinn import PINN, term_record
-from kfaccore_numpy.pinn_problems import PROBLEMS
-from kfaccore_numpy.smooth import smooth
-from kfaccore_numpy.taylor import Slots
+from kfaccore_numpy.equations import taylor
+from kfaccore_numpy.equations.network import PINN, term_record
+from kfaccore_numpy.equations.problems import PROBLEMS
+from kfaccore_numpy.equations.smooth import smooth
+from kfaccore_numpy.equations.taylor import Slots
 
 
 @dataclass(frozen=True)

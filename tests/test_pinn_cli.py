@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import kfaccore as kf
 from kfaccore.cli import app
 from kfaccore.io import flatten
-from kfaccore_numpy.pinn import PINN
-from kfaccore_numpy.pinn_problems import PROBLEMS
-from kfaccore_numpy.pinn_tasks import PINN_TASKS, SOLVERS
-from kfaccore_numpy.pinn_train import initial_state
+from kfaccore_numpy.equations.network import PINN
+from kfaccore_numpy.equations.problems import PROBLEMS
+from kfaccore_numpy.equations.tasks import PINN_TASKS, SOLVERS
+from kfaccore_numpy.equations.train import initial_state
 
 TINY = replace(PINN_TASKS["poisson-2d"], widths=(24,), counts=(150, 60))
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore_numpy.pinn import PINN
-from kfaccore_numpy.pinn_problems import PROBLEMS
+from kfaccore_numpy.equations.network import PINN
+from kfaccore_numpy.equations.problems import PROBLEMS
 
 NAMES = ["poisson-2d", "heat-4d", "fokker-planck-9d"]
 

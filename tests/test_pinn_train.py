@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore_numpy import Adam, Dense, ReLU, Sequential, Tanh, taylor
+from kfaccore_numpy import Adam, Dense, ReLU, Sequential, Tanh
 from kfaccore_numpy.conv import AvgPool
-from kfaccore_numpy.pinn import PINN
-from kfaccore_numpy.pinn_problems import PROBLEMS
-from kfaccore_numpy.pinn_tasks import PINN_TASKS, SOLVERS
-from kfaccore_numpy.pinn_train import Ahead, fit, initial_state, step, streamed
-from kfaccore_numpy.taylor import Slots
+from kfaccore_numpy.equations import taylor
+from kfaccore_numpy.equations.network import PINN
+from kfaccore_numpy.equations.problems import PROBLEMS
+from kfaccore_numpy.equations.tasks import PINN_TASKS, SOLVERS
+from kfaccore_numpy.equations.taylor import Slots
+from kfaccore_numpy.equations.train import Ahead, fit, initial_state, step, streamed
 
 
 def small(name="poisson-2d", width=8, counts=(40, 20)):

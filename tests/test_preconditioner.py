@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore import schedule, tree
+from kfaccore import tree
+from kfaccore.precondition import schedule
 
 
 def layers(rng, names="ab"):

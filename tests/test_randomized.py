@@ -11,11 +11,10 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.analysis.inverses import four_errors
-from kfaccore.linalg import lowrank
-from kfaccore.linalg.lowrank import LowRank, Rank
-from kfaccore.linalg.sketch import residual
 from kfaccore.method import cycle
+from kfaccore.methods.lowrank import lowrank
+from kfaccore.methods.lowrank.lowrank import LowRank, Rank
+from kfaccore.methods.lowrank.sketch import residual
 from test_catalogue import kronecker, same
 
 SKETCHES = pytest.mark.parametrize("sketch", [kf.Symmetric, kf.Singular])
@@ -166,6 +165,15 @@ def test_R_9_the_adaptive_rank_follows_the_spectrum(rng):
             assert (state.modes_A.D[0] > 0).sum() == found[name][-1]
         assert state.modes_A.U.shape == (1, 20, 12)
     assert found == {"slow": [6, 8, 10, 12, 12], "fast": [6, 5, 4, 3, 3], "between": [6, 6, 6, 6, 6]}
+
+
+def four_errors(got, want, v):
+    """Relative errors of the inverses of A and G and of the step G^-1 v A^-1, and the steps' angle (Puiu 2022)."""
+    steps = [G[0] @ v @ A[0] for A, G in (got, want)]
+    u, w = (step / np.linalg.norm(step) for step in steps)
+    angle = 2 * np.arctan2(np.linalg.norm(u - w), np.linalg.norm(u + w))
+    pairs = {"A": (got[0], want[0]), "G": (got[1], want[1]), "step": steps}
+    return {name: np.linalg.norm(x - y) / np.linalg.norm(y) for name, (x, y) in pairs.items()} | {"angle": angle}
 
 
 def test_R_10_four_errors_vanish_at_full_rank_and_fall_with_it(rng):

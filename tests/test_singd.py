@@ -12,11 +12,11 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.linalg import recursion, structured
-from kfaccore.linalg.blocks import BlockDiagonal, Dense, Diagonal
-from kfaccore.linalg.recursion import Rule, by_entries, by_norm, by_radius, independent, unlimited
-from kfaccore.linalg.toeplitz import LowerToeplitz, UpperToeplitz
-from kfaccore.linalg.triangular import Hierarchical, Transposed, lower, lower_last, upper, upper_last
+from kfaccore.methods.singd import recursion, structured
+from kfaccore.methods.singd.blocks import BlockDiagonal, Dense, Diagonal
+from kfaccore.methods.singd.recursion import Rule, by_entries, by_norm, by_radius, independent, unlimited
+from kfaccore.methods.singd.toeplitz import LowerToeplitz, UpperToeplitz
+from kfaccore.methods.singd.triangular import Hierarchical, Transposed, lower, lower_last, upper, upper_last
 from kfaccore.xp import to_bfloat16
 from test_catalogue import kronecker, same
 
@@ -412,7 +412,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch, rng):
     record = kf.Record(kf.Patches(image, window), g, 4.0)
     v, method = rng.normal(size=(3, 18)), kf.SINGD(rule=Rule(rate=0.3), cycles=4, inputs=Hierarchical(2, 2))
     want = kf.direction(record, v, method)
-    monkeypatch.setattr("kfaccore.methods.singd._CHUNK", 1)
+    monkeypatch.setattr("kfaccore.methods.singd.singd._CHUNK", 1)
     assert same(kf.direction(record, v, method), want)
     unfolded = kf.Record(record.rows()[0], g, 4.0)
     assert same(kf.direction(unfolded, v, method), want)

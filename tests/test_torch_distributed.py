@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore import placement
+from kfaccore.precondition import placement
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")

@@ -619,7 +619,7 @@ def test_saved_records(tmp_path):
 def test_fngd_shares_coefficients_as_in_numpy(share, kind, monkeypatch):
     """Two epochs of four steps: later ones take no record and no solve, and equal the NumPy shell's."""
     from kfaccore import xp
-    from kfaccore.methods import fngd
+    from kfaccore.methods.rows import fngd
 
     solves, original = [], xp.spd_inverse
     monkeypatch.setattr(xp, "spd_inverse", lambda x: solves.append(1) or original(x))

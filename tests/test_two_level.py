@@ -8,7 +8,7 @@ from scipy.linalg import block_diag
 
 import kfaccore as kf
 from kfaccore import network as net
-from kfaccore.network.matrices import kronecker
+from kfaccore.network.two_level.matrices import kronecker
 from rows import arrays
 
 DAMPING = 0.05

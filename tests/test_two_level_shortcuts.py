@@ -12,7 +12,7 @@ import pytest
 import kfaccore as kf
 from kfaccore import network as net
 from kfaccore.linalg.inverse import floored
-from kfaccore.network.vectors import Outer
+from kfaccore.network.two_level.vectors import Outer
 from kfaccore.xp.arrays import blanked, plus, same
 from test_two_level import (
     DAMPING,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore.linalg import two_terms
 from kfaccore.method import cycle
+from kfaccore.methods.terms import two_terms
 from rows import arrays
 
 TWO = [kf.Deflation(), kf.KFACCorrected(), kf.Lanczos()]

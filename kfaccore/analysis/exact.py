@@ -17,10 +17,10 @@ from scipy.sparse.linalg import cg
 
 from kfaccore import factors
 from kfaccore.analysis.operator import LayerOperator, exported
-from kfaccore.jacobian import adjoint, products
+from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
-from kfaccore.linalg.patches import Patches
 from kfaccore.record import Ids, Record
+from kfaccore.record.jacobian import adjoint, products
 from kfaccore.xp.arrays import to_host
 
 ROWS = 4096

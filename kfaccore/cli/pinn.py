@@ -35,7 +35,7 @@ class PINNRun:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from kfaccore_numpy.pinn_train import LBFGS, fit
+        from kfaccore_numpy.equations.train import LBFGS, fit
 
         params, state, start = self.pinn.init(self.seed), None, 0
         if resume is not None:
@@ -147,7 +147,7 @@ class PINNRun:
 
     def _resumed(self, path: Path, name: str, solver: Any, params: Any) -> tuple[Any, Any, int]:
         """(params, state, steps taken) of a saved run; ValueError when it is not one of this task, method and seed."""
-        from kfaccore_numpy.pinn_train import LBFGS, initial_state
+        from kfaccore_numpy.equations.train import LBFGS, initial_state
 
         if isinstance(solver, LBFGS):
             raise ValueError(f"--resume continues a run that keeps a state, which {name} does not")
@@ -182,7 +182,7 @@ def train_pinn(
     """Train every method on the problem `name` from the same start and batches, and report."""
     import typer
 
-    from kfaccore_numpy.pinn_tasks import PINN_TASKS, SOLVERS
+    from kfaccore_numpy.equations.tasks import PINN_TASKS, SOLVERS
 
     task = PINN_TASKS[name]
     for method in methods:

@@ -12,7 +12,8 @@ import numpy as np
 
 from kfaccore import Preconditioner, __version__, load, metadata, save
 from kfaccore.cli.pause import Pause
-from kfaccore.cli.train import EVALUATIONS
+
+EVALUATIONS = 40  # points of a curve
 
 
 class Run:

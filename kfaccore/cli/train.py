@@ -12,8 +12,6 @@ import typer
 
 from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
 
-EVALUATIONS = 40  # points of a curve
-
 
 def train(
     task: Annotated[str, typer.Argument(help="A task; an unknown name lists them.")],
@@ -82,7 +80,7 @@ def _check(penalties: dict[str, float]) -> None:
 
 def _task(name: str) -> Any:
     from kfaccore_numpy import TASKS
-    from kfaccore_numpy.pinn_tasks import PINN_TASKS
+    from kfaccore_numpy.equations.tasks import PINN_TASKS
 
     if name not in TASKS:
         fail(f"no task {name!r}; there are {', '.join([*TASKS, *PINN_TASKS])}")
@@ -90,7 +88,7 @@ def _task(name: str) -> Any:
 
 
 def _is_pinn(name: str) -> bool:
-    from kfaccore_numpy.pinn_tasks import PINN_TASKS
+    from kfaccore_numpy.equations.tasks import PINN_TASKS
 
     return name in PINN_TASKS
 

@@ -7,7 +7,7 @@ from math import prod
 
 import array_api_compat as aac
 
-from kfaccore.linalg.patches import Patches, Window
+from kfaccore.convolution.patches import Patches, Window
 from kfaccore.method import Block
 from kfaccore.xp.arrays import Array, namespace
 

@@ -1,25 +1,11 @@
-"""One file a method, named as its paper names it."""
+"""The methods, one folder a family: each family's page says its formula and when to choose which."""
 
-from kfaccore.methods.brand import BrandKFAC
-from kfaccore.methods.brand_c import BrandCKFAC
-from kfaccore.methods.brand_r import BrandRKFAC
-from kfaccore.methods.cgfac import CGFAC
-from kfaccore.methods.deflation import Deflation
-from kfaccore.methods.diagonal import Diagonal
-from kfaccore.methods.ekfac import EKFAC
-from kfaccore.methods.exact import Exact
-from kfaccore.methods.fngd import FNGD
-from kfaccore.methods.identity import Identity
-from kfaccore.methods.kfac import KFAC
-from kfaccore.methods.kfac_corrected import KFACCorrected
-from kfaccore.methods.kpsvd import KPSVD
-from kfaccore.methods.lanczos import Lanczos
-from kfaccore.methods.pinn_kfac import PINNKFAC
-from kfaccore.methods.randomized import RandomizedKFAC
+from kfaccore.methods.kronecker import EKFAC, KFAC, TEKFAC, TKFAC
+from kfaccore.methods.lowrank import BrandCKFAC, BrandKFAC, BrandRKFAC, RandomizedKFAC
+from kfaccore.methods.plain import Diagonal, Exact, Identity
+from kfaccore.methods.rows import CGFAC, FNGD, SKFAC
 from kfaccore.methods.singd import IKFAC, SINGD
-from kfaccore.methods.skfac import SKFAC
-from kfaccore.methods.tekfac import TEKFAC
-from kfaccore.methods.tkfac import TKFAC
+from kfaccore.methods.terms import KPSVD, PINNKFAC, Deflation, KFACCorrected, Lanczos
 
 CATALOGUE = {
     "kfac": KFAC,

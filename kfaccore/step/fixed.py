@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored, Record
-from kfaccore.rescale import Rescale, Unchanged
+from kfaccore.step.rescale import Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace
 
 

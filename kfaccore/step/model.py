@@ -10,9 +10,9 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from kfaccore.comm import Communicator, Serial
-from kfaccore.jacobian import contracted, outputs
+from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Ids, Record
+from kfaccore.record.jacobian import contracted, outputs
 from kfaccore.xp.arrays import Array, is_tracer, namespace
 from kfaccore.xp.numbers import Number, number, numbers, stack
 

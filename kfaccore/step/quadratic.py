@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.jacobian import products
 from kfaccore.method import Hyper
 from kfaccore.record import Factored, Record
+from kfaccore.record.jacobian import products
 from kfaccore.step.model import inner
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code

@@ -17,8 +17,8 @@ from functools import partial
 from typing import Any, ClassVar
 
 from kfaccore import tree
-from kfaccore.comm import Communicator, Serial
 from kfaccore.method import Hyper
+from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Record
 from kfaccore.step.model import Expansion, expansion, inner, trace
 from kfaccore.xp.arrays import Array, eps, is_tracer, namespace, scalar

@@ -1,0 +1,122 @@
+"""Inputs of a convolution: the image is kept, patches are unfolded only where a method needs rows.
+
+Columns of a patch follow the image's own axes, (kernel positions..., channel), and a last one for the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+
+import array_api_compat as aac
+
+from kfaccore import xp as kernels
+from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram
+from kfaccore.convolution.window import Window, offsets, unfold
+from kfaccore.xp.arrays import Array, namespace, widen
+
+__all__ = ["Patches", "Window"]
+
+_CHUNK_BYTES = 1 << 20  # unfolded rows held at once while a gram is summed
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches of `image` (batch, *spatial, C), or (blocks, batch, *spatial, C) for the groups of a convolution."""
+
+    image: Array
+    window: Window
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        image = widen(self.image, "image")
+        axes = len(self.window.kernel)
+        if image.ndim not in (axes + 2, axes + 3):
+            raise ValueError(
+                f"image has shape {tuple(image.shape)} for a kernel of {axes} axes; need (batch, *spatial, channels), "
+                f"or the same with groups first"
+            )
+        image = namespace(image).expand_dims(image, axis=0) if image.ndim == axes + 2 else image
+        object.__setattr__(self, "image", image)
+        self.window.outputs(self.spatial)
+
+    @property
+    def blocks(self) -> int:
+        return self.image.shape[0]
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        return tuple(self.image.shape[2:-1])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(blocks, batch, shared, d_in) of the unfolded rows."""
+        d_in = prod(self.window.kernel) * self.image.shape[-1] + self.bias
+        return self.blocks, self.image.shape[1], prod(self.window.outputs(self.spatial)), d_in
+
+    def gram(self) -> Array:
+        """Sum over examples and positions of a a^T, (blocks, d_in, d_in), by the cheapest exact way.
+
+        FFT autocorrelation with border corrections where it pays (1-d and 2-d), else sums over cache-sized chunks of
+        unfolded patches.
+        """
+        return self.gram_by_fft() if fft_pays(self.window, tuple(self.image.shape)) else self.gram_by_chunks()
+
+    def gram_by_chunks(self) -> Array:
+        """The gram from unfolded patches, a chunk of examples at a time: every geometry, and the oracle."""
+        xp = namespace(self.image)
+        row_bytes = prod(self.shape[2:]) * self.blocks * (4 if self.image.dtype == xp.float32 else 8)
+        parts = self.rows(max(1, _CHUNK_BYTES // row_bytes))
+        return reduce(
+            lambda total, a: total + a,
+            (kernels.gram(xp.reshape(a, (self.blocks, -1, a.shape[-1]))) for a in parts),
+        )
+
+    def gram_by_fft(self) -> Array:
+        """The gram by autocorrelation; ValueError for a geometry that has none."""
+        if not autocorrelates(self.window, self.spatial):
+            raise ValueError(
+                f"{self.window} over an image of {self.spatial} has no autocorrelation form; need 1 or 2 axes no "
+                f"shorter than the kernel, and stride or dilation 1: use gram_by_chunks"
+            )
+        xp = namespace(self.image)
+        return xp.stack([self._block_gram(self.image[block, ...]) for block in range(self.blocks)])
+
+    def rows(self, chunk: int) -> Iterator[Array]:
+        """Unfolded rows (blocks, examples, shared, d_in) of `chunk` consecutive examples at a time."""
+        batch = self.image.shape[1]
+        for start in range(0, batch, chunk):
+            yield unfold(self.image[:, start : min(start + chunk, batch), ...], self.window, self.bias)
+
+    def unfold(self) -> Array:
+        """All rows at once, (blocks, batch, shared, d_in)."""
+        return unfold(self.image, self.window, self.bias)
+
+    def mean(self) -> Array:
+        """Mean patch of each example, (blocks, batch, 1, d_in), without unfolding."""
+        xp = namespace(self.image)
+        axes = tuple(range(2, self.image.ndim - 1))
+        parts = [xp.mean(part, axis=axes) for part in offsets(self.image, self.window)]
+        if self.bias:
+            parts.append(xp.ones_like(parts[0][..., :1]))
+        return xp.concat(parts, axis=-1)[:, :, None, :]
+
+    def concat(self, other: Patches) -> Patches:
+        """Both batches; windows must agree."""
+        if self.window != other.window or self.bias != other.bias:
+            raise ValueError(f"patches differ: {self.window}, bias {self.bias}, and {other.window}, bias {other.bias}")
+        return Patches(namespace(self.image).concat([self.image, other.image], axis=1), self.window, self.bias)
+
+    def _block_gram(self, image: Array) -> Array:
+        xp = namespace(image)
+        A = patch_gram(image, self.window)
+        if not self.bias:
+            return A
+        total = xp.sum(image, axis=0)[None, None, ...]
+        axes = tuple(range(2, total.ndim - 1))
+        parts = [xp.sum(part, axis=axes)[0, 0, ...] for part in offsets(total, self.window)]
+        sums = xp.concat(parts)[:, None]
+        count = xp.zeros((1, 1), dtype=A.dtype, device=aac.device(A)) + float(prod(self.shape[1:3]))
+        return xp.concat([xp.concat([A, sums], axis=1), xp.concat([sums.mT, count], axis=1)])

@@ -1,0 +1,87 @@
+"""Brand K-FAC (B-KFAC): A ~ U_a D_a U_a^T grown from the rows alone, G likewise; x = (G~ + d_g I)^-1 V (A~ + d_a I)^-1.
+
+At each update the `rank` largest modes take part in U D U^T <- decay U D U^T + (1 - decay) X^T X / rows, solved exactly
+in the span of modes and new rows X; all of min(d, rank + Block.rows) modes are held and used until the next. No (d, d)
+exists and a gradient given as Factored is never formed. What was cut is lost: U D U^T <= A always, and the error is at
+least that of the best modes. For d >> rows; a convolution has more rows than d and is better off with RandomizedKFAC.
+
+Exact while nothing is cut, that is while the averages have at most `rank` non-zero eigenvalues, then equal to K-FAC.
+Source: Puiu 2022 (2210.08494), with the damping, continuation and identity start of 2206.15397.
+Cost: update d (rank + rows)^2 a side, linear in d; no refresh; solve 4 rank d_in d_out, or 4 rank d rows factored;
+memory (rank + Block.rows) (d_in + d_out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kfaccore.damping import Split, pi
+from kfaccore.linalg import kron
+from kfaccore.method import Block, Hyper, Solution
+from kfaccore.methods.lowrank import lowrank, modes
+from kfaccore.methods.lowrank.lowrank import LowRank, Rank, even, fixed
+from kfaccore.record import Factored, Record
+from kfaccore.record.sharing import expand
+from kfaccore.xp.arrays import Array
+
+
+@dataclass(frozen=True)
+class State:
+    """Modes of the averages (a diagonal for an embedding), times their `weight` (blocks,); code (blocks,)."""
+
+    A: Any
+    G: Any
+    weight: Array
+    code: Array
+
+
+@dataclass(frozen=True)
+class BrandKFAC:
+    """Low-rank factors by Brand's updates; see the module.
+
+    sharing   expand | reduce
+    rank      fixed | adaptive_brand | Rank(cap, start, ...)
+    split     pi | equal | per_factor | top | Relative(...)
+    outside   nothing | lowest | even
+    start     the identity's coefficient before any update: 0 (averages are divided by their weight) or 1
+    """
+
+    sharing: Callable[[Record], Record] = expand
+    rank: Rank = fixed
+    split: Split = pi
+    outside: Callable[[LowRank], Array] = even
+    start: float = 0.0
+    cycles: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        modes.checked(self.split)
+
+    def init(self, block: Block, like: Array) -> State:
+        return State(**modes.init(block, self.rank, like))
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> modes.Stats:
+        return modes.measure(record, self.sharing)
+
+    def combine(self, first: modes.Stats, second: modes.Stats) -> modes.Stats:
+        return modes.combine(first, second)
+
+    def update(self, state: State, stats: modes.Stats, hyper: Hyper, donate: bool = False) -> State:
+        return modes.moved(state, stats, hyper, self.rank, self.outside)
+
+    def refresh(self, state: State, hyper: Hyper) -> State:
+        return state
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        A, G, identity = modes.means(state, self.start)
+        return modes.solve(state, A, G, self.split, identity, grad, hyper)
+
+    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array]:
+        """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
+        A, G, identity = modes.means(state, self.start)
+        return modes.inverses(state, A, G, self.split, identity, hyper)
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        A, G, _ = modes.means(state, self.start)
+        return kron.sandwich(lambda g: lowrank.times(g, G), v, lambda a: lowrank.times(a, A))

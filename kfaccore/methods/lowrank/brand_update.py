@@ -1,0 +1,79 @@
+"""Updates of a low-rank symmetric factor: Brand's for new rows, and a correction of some modes by the factor itself.
+
+keep U diag(D) U^T + add X^T X = W diag(keep D, add) W^T with W = [U, X^T] = Q R by one qr, so the eigenpairs come from
+R diag(..) R^T and U <- Q V. The qr of W as a whole leaves Q orthonormal whatever X holds: zero rows, duplicates,
+rows inside span(U); that of X - X U U^T alone does not.
+Source: Brand 2006 (low-rank modifications of the thin SVD); Puiu 2022 (2210.08494).
+Cost: d (k + n)^2 + (k + n)^3 for n rows, linear in d; d^2 (k + n) + d^3 once k + n >= d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from kfaccore import xp as kernels
+from kfaccore.methods.lowrank import lowrank
+from kfaccore.methods.lowrank.lowrank import LowRank, Rank
+from kfaccore.xp.arrays import Array, all_finite, namespace
+from kfaccore.xp.codes import Code, choose
+
+
+def moved(
+    low: LowRank, rows: Array, keep: Array, add: Array, rank: Rank, outside: Callable[[LowRank], Array]
+) -> LowRank:
+    """The factor keep M + add rows^T rows, of whose modes the state's many are held; rows (blocks, n, d).
+
+    Only the `low.rank` largest old modes go in, at most rank.cap. keep, add (blocks,).
+    """
+    xp = namespace(rows)
+    d, held = low.U.shape[-2:]
+    before = max(held - rank.cap, 0)
+    n = max(rows.shape[1], before)
+    if n > rows.shape[1]:
+        zeros = xp.zeros_like(low.U[:, :, : n - rows.shape[1]]).mT
+        rows = xp.concat([rows, zeros], axis=1)
+    D = xp.where(lowrank.counted(low), low.D, xp.zeros_like(low.D))[:, before:] * keep[:, None]
+    U = low.U[:, :, before:]
+    if U.shape[-1] + n >= d:
+        M = xp.matmul(U * D[:, None, :], U.mT) + add[:, None, None] * kernels.gram(rows)
+        values, vectors, _ = kernels.eigh(M)
+    else:
+        Q, R = kernels.qr(xp.concat([U, rows.mT], axis=-1))
+        middle = xp.concat([D, add[:, None] + xp.zeros_like(rows[:, :, 0])], axis=-1)
+        values, small, _ = kernels.eigh(xp.matmul(R * middle[:, None, :], R.mT))
+        vectors = xp.matmul(Q, small)
+    lo = values.shape[-1] - held
+    trace = keep * low.trace + add * xp.sum(rows * rows, axis=(-2, -1))
+    return held_modes(low, vectors[:, :, lo:], values[:, lo:], trace, rank, outside)
+
+
+def held_modes(
+    low: LowRank, U: Array, D: Array, trace: Array, rank: Rank, outside: Callable[[LowRank], Array]
+) -> LowRank:
+    """`low` with all of U, D in use, whatever goes into the next update, and the count for that."""
+    xp = namespace(D)
+    count = xp.zeros_like(low.rank) + D.shape[-1]
+    new = lowrank.with_modes(replace(low, rank=count), U, D, trace, outside)
+    return replace(new, rank=rank.next(replace(new, rank=low.rank)))
+
+
+def corrected(
+    low: LowRank, M: Array, chosen: Array, rest: Array, outside: Callable[[LowRank], Array]
+) -> tuple[LowRank, Array]:
+    """Modes numbered `chosen` replaced by the Ritz pairs of M in their span, `rest` kept, all sorted again; and a code.
+
+    |M - U diag(D) U^T|_F never grows; with all modes chosen the D is the best for the span. Cost: 2 m d^2 for m chosen.
+    """
+    xp = namespace(M)
+    U, kept = xp.take(low.U, chosen, axis=-1), xp.take(low.U, rest, axis=-1)
+    inner = xp.matmul(U.mT, xp.matmul(M, U))
+    values, vectors, _ = kernels.eigh(inner)
+    code = choose(all_finite(inner), Code.OK, Code.INDEFINITE)
+    U = xp.concat([xp.matmul(U, vectors), kept], axis=-1)
+    D = xp.concat([values, xp.take(low.D, rest, axis=-1)], axis=-1)
+    order = xp.argsort(D, axis=-1)
+    U = xp.stack([xp.take(U[b, ...], order[b, ...], axis=-1) for b in range(U.shape[0])])
+    D = xp.stack([xp.take(D[b, ...], order[b, ...], axis=-1) for b in range(D.shape[0])])
+    new = lowrank.with_modes(replace(low, rank=xp.zeros_like(low.rank) + D.shape[-1]), U, D, low.trace, outside)
+    return replace(new, rank=low.rank), code

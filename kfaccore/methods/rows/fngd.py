@@ -1,0 +1,192 @@
+"""FNGD: x = sum_i c_i J_i with (K + n damping I) c = 1 and K the inner products of the examples' gradients J.
+
+That is (F + damping I)^-1 of the batch's own gradient, F empirical: records must hold the training loss's own g. In the
+first epoch (`steps` steps, each with a record) coefficients are computed; afterwards they are shared and the shell
+multiplies the output gradients by them on the weight path (`weighted`), so that the ordinary weight gradient already is
+the direction: no solve, no record, no second product. Kept is beta = n c, which does not depend on the batch size;
+beta = 1 is SGD.
+
+Exact while coefficients are computed: for any gradient, in the layer. Shared ones promise nothing, not even descent.
+Source: Ou et al. 2024 (2403.03473), of which abstract and introduction were open to us; how coefficients are matched
+between epochs is not in them: the four ways are our reading, and `scalar` (a rate a layer) the one to beat.
+Cost: first epoch batch^2 (d_in + d_out) + batch^3 and up to two weight gradients; later batch d_out; memory the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import array_api_compat as aac
+
+from kfaccore import factors
+from kfaccore.convolution.patches import Patches
+from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.methods.rows import table, units
+from kfaccore.methods.rows.shares import Share, entries, epochs_rest, mean_vector, position, sample, scalar_rate
+from kfaccore.methods.rows.table import Table
+from kfaccore.record import Factored, Ids, Record
+from kfaccore.record.sharing import expand, whole
+from kfaccore.xp.arrays import Array, all_finite, loop, namespace, scalar, select
+from kfaccore.xp.codes import Code, choose
+
+__all__ = ["FNGD", "mean_vector", "position", "sample", "scalar_rate"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Means of beta and of how many (blocks, entries); weight (blocks,), 1 once a record was seen; code (blocks,)."""
+
+    betas: Table
+    weight: Array
+    code: Array
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Nothing but how many records were not finite: the rows are used at `solve`."""
+
+    bad: Array
+
+
+@dataclass(frozen=True)
+class FNGD(Additive):
+    """Shared coefficients of per-example gradients; see the module.
+
+    share      mean_vector | position | sample | scalar_rate
+    steps      steps of an epoch; 0 computes coefficients at every step
+    every      epochs between epochs that compute; 0: only the first does
+    sharing    whole (a unit is an example) | expand (a position) | reduce (an example, its K approximate)
+    slots      most units of a batch, where Block.rows is 0
+    relative   damping in units of tr(K) / n^2
+    """
+
+    share: Share = mean_vector
+    steps: int = 100
+    every: int = 0
+    sharing: Callable[[Record], Record] = whole
+    slots: int = 512
+    relative: bool = False
+    cycles: ClassVar[int] = 1
+    rows_at_solve: ClassVar[bool] = True
+    own_gradients: ClassVar[bool] = True
+
+    def init(self, block: Block, like: Array) -> State:
+        size = self.share.size(block.samples, block.rows or self.slots, max(self.steps, 1))
+        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
+        return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
+
+    def rests(self, hyper: Hyper) -> bool | Array:
+        """Whether the step uses shared coefficients: no record is needed, and gradients come weighted."""
+        return epochs_rest(hyper.step, self.steps, self.every)
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        xp = namespace(record.g)
+        fine = xp.all(all_finite(record.g, 2), axis=0)
+        if isinstance(record.a, Patches):
+            fine = fine & xp.all(xp.isfinite(record.a.image))
+        elif not isinstance(record.a, Ids):
+            fine = fine & all_finite(record.a)
+        return Stats(xp.astype(~fine, record.g.dtype))
+
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+        xp = namespace(state.weight)
+        return replace(state, weight=xp.where(stats.bad == 0, xp.ones_like(state.weight), state.weight))
+
+    def refresh(self, state: State, hyper: Hyper) -> State:
+        return replace(state, code=choose(state.weight > 0, Code.OK, state.code))
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        xp = namespace(state.weight)
+        if record is None:
+            v = grad.dense() if isinstance(grad, Factored) else grad
+            v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
+            waits = ~xp.asarray(self.rests(hyper)) | (state.code == int(Code.IDENTITY))
+            (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)  # not the caller's
+            return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
+        _, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
+        own, record = self.own(record, grad), self.sharing(record)
+        if own is None:
+            x, c, code = self._general(record, grad, hyper.damping)
+        else:
+            inverse, _, code = units.damped_inverse(units.gram(record), record.n, hyper.damping, self.relative)
+            c = xp.sum(inverse, axis=-1)
+            x = units.combined(record, c) * (scalar(record.n, c) / scalar(grad.n, c))
+            general = lambda x: (select(own, x[0], self._general(record, grad, hyper.damping)[0]),)  # noqa: E731
+            (x,) = loop(lambda _: ~xp.all(own), general, (x,), 1)
+        fresh = state.code == int(Code.IDENTITY)
+        (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, record), x[0]),), (x,), 1)
+        return finish(x, choose(fresh, Code.IDENTITY, code), self.filled(state, c, code, hyper, record), squeeze)
+
+    def filled(self, state: State, c: Array, code: Array, hyper: Hyper, record: Record) -> State:
+        """The state with beta = n c of the record's units, c (blocks, units), in the table; not where the code of c
+        says that it was not solved for, before the first refresh, or in a step that rests."""
+        if record.draws > 1 or not self.steps:
+            return state
+        xp = namespace(c)
+        solved = (code < int(Code.NONFINITE)) & (state.code != int(Code.IDENTITY)) & xp.all(xp.isfinite(c), axis=-1)
+        beta = xp.astype(c * scalar(record.n, c), state.betas.value.dtype)
+        index = self._index(state, beta.shape[-1], record.ids, hyper.step)
+        ok = solved & ~xp.asarray(self.rests(hyper))
+        return replace(state, betas=table.added(state.betas, index, beta, ok, hyper.step % self.steps == 0))
+
+    def weighted(self, state: State, g: Array, hyper: Hyper, ids: Array | None = None) -> Array:
+        """g for the weight path: times beta while coefficients are shared, as it is otherwise.
+
+        g (batch, [positions,] d_out) or with blocks first; ids (batch,).
+        """
+        rests = self.rests(hyper)
+        if rests is False:
+            return g
+        xp = namespace(g)
+        g4 = xp.reshape(g, (state.code.shape[0], *_axes(g, state.code.shape[0])))
+        per_position = self.sharing is expand
+        count = g4.shape[1] * (g4.shape[2] if per_position else 1)
+        ids = xp.repeat(ids, g4.shape[2]) if per_position and ids is not None else ids
+        beta = table.read(state.betas, self._index(state, count, ids, hyper.step))
+        beta = xp.reshape(beta, (beta.shape[0], g4.shape[1], -1, 1))
+        beta = xp.where(xp.asarray(rests), beta, xp.ones_like(beta))
+        return xp.reshape(g4 * xp.astype(beta, g.dtype), g.shape)
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        raise TypeError("FNGD keeps coefficients, not curvature: CGFAC(Empirical()) has its F")
+
+    def _index(self, state: State, units: int, ids: Array | None, step: int | Array) -> Array:
+        return entries(self.share, units, ids, step, self.steps, state.betas.value.shape[1], state.weight)
+
+    def _general(self, record: Record, grad: Any, damping: float | Array) -> tuple[Array, Array, Array]:
+        """(V - U (K + n damping I)^-1 U^T V) / damping for any V, a difference taken in the widest dtype; c; a code."""
+        v, wide = _dense(grad, record), units.widened(record)
+        xp, dtype = namespace(v), v.dtype
+        v = xp.astype(v, wide.g.dtype)
+        inverse, shift, code = units.damped_inverse(units.gram(wide), wide.n, damping, self.relative)
+        y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
+        x = (v - units.combined(wide, y)) / shift[:, None, None]
+        return xp.astype(x, dtype), xp.astype(xp.sum(inverse, axis=-1), dtype), code
+
+    def own(self, record: Record, grad: Any) -> Array | None:
+        """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""
+        xp = namespace(record.g)
+        arrays = isinstance(grad, Factored) and not isinstance(record.a, Ids | Patches)
+        if not arrays or grad.g.shape != record.g.shape[1:] or record.draws != 1:
+            return None
+        if record.shared > 1 and self.sharing not in (whole, expand):
+            return None
+        axes = (-3, -2, -1)
+        return xp.all(grad.g == record.g[0, ...], axis=axes) & xp.all(grad.a == record.a, axis=axes)
+
+
+def _dense(grad: Any, record: Record) -> Array:
+    """The gradient (blocks, d_out, d_in)."""
+    if isinstance(grad, Factored):
+        return grad.dense()
+    return gradient(grad, (record.blocks, record.d_out, record.d_in))[0]
+
+
+def _axes(g: Array, blocks: int) -> tuple[int, int, int]:
+    """(batch, positions, d_out) of output gradients with or without axes of blocks and positions."""
+    shape = g.shape[1:] if g.ndim == 4 else g.shape
+    if blocks > 1 and g.ndim != 4:
+        raise ValueError(f"g has shape {tuple(g.shape)}; need (blocks, batch, positions, d_out) for {blocks} blocks")
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else tuple(shape)

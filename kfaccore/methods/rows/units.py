@@ -1,0 +1,139 @@
+"""Per-example gradients of a record through their inner products: K = U^T U, U^T v and U y, without U.
+
+A unit is one draw of one example, its J summed over shared positions; units are numbered draw by draw. With one
+position K = (a a^T) o (g g^T). With more, inner products of all pairs of positions, or J a slice of outputs at a time,
+whichever is cheaper; an embedding's a a^T is the equality of its ids.
+Source: Ou et al. 2024 (2403.03473) for layers as inner products of rows; the choice of order is ours.
+Cost: K units^2 shared^2 (d_in + d_out), or units^2 d_in d_out; the others one weight gradient each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import array_api_compat as aac
+
+from kfaccore import factors
+from kfaccore import xp as kernels
+from kfaccore.convolution.patches import Patches
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.codes import Code, choose
+
+_CHUNK = 1 << 22  # elements of a slice of J, or of unfolded patches
+
+
+def gram(record: Record, pairs: bool | None = None) -> Array:
+    """K (blocks, units, units); `pairs` overrides the choice."""
+    cheaper = record.shared**2 * (record.d_in + record.d_out) < record.d_in * record.d_out
+    if isinstance(record.a, Ids) or (record.shared == 1 or cheaper if pairs is None else pairs):
+        return _by_pairs(record)
+    return _by_slices(record)
+
+
+def inner(record: Record, v: Array) -> Array:
+    """U^T v: <J, v> of each unit, (blocks, units), for v (blocks, d_out, d_in)."""
+    xp = namespace(v)
+    if isinstance(record.a, Ids):
+        columns = xp.take(v[0, ...], xp.reshape(record.a.index, (-1,)), axis=1).mT
+        products = record.g * xp.reshape(columns, (1, 1, record.batch, record.shared, record.d_out))
+        return _joined(xp.sum(products, axis=(-2, -1)))
+    parts = [xp.sum(xp.matmul(g, v[None, :, None, :, :]) * a[None, ...], axis=(-2, -1)) for a, g in _chunks(record)]
+    return _joined(parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1))
+
+
+def combined(record: Record, y: Array) -> Array:
+    """U y: the sum of y J over units, (blocks, d_out, d_in), for y (blocks, units)."""
+    xp = namespace(y)
+    y = xp.permute_dims(xp.reshape(y, (record.blocks, record.draws, record.batch)), (1, 0, 2))
+    weighed: Array = record.g * y[..., None, None]
+    if isinstance(record.a, Ids):
+        rows = xp.reshape(xp.sum(weighed, axis=0), (-1, record.d_out))
+        return kernels.segment_sum(rows, xp.reshape(record.a.index, (-1,)), record.a.size).mT[None, ...]
+    total: Array = 0.0
+    for a, g in _chunks(record, xp.sum(weighed, axis=0)[None, ...]):
+        rows_a, rows_g = (xp.reshape(x, (record.blocks, -1, x.shape[-1])) for x in (a, g[0, ...]))
+        total = total + xp.matmul(rows_g.mT, rows_a)
+    return total
+
+
+def widened(record: Record) -> Record:
+    """The record in the widest dtype."""
+    xp, dtype, a = namespace(record.g), kernels.widest(record.g), record.a
+    if record.g.dtype == dtype:
+        return record
+    if isinstance(a, Patches):
+        a = replace(a, image=xp.astype(a.image, dtype))
+    elif not isinstance(a, Ids):
+        a = xp.astype(a, dtype)
+    return replace(record, a=a, g=xp.astype(record.g, dtype))
+
+
+def damped_inverse(
+    K: Array, n: float | Array, damping: float | Array, relative: bool = False
+) -> tuple[Array, Array, Array]:
+    """(K + n damping I)^-1, damping (blocks,), and a code; a damping of 0 is lifted to eps of the mean eigenvalue.
+
+    relative: damping in units of tr(K) / n^2, at least 1e-12.
+    """
+    xp = namespace(K)
+    size = K.shape[-1]
+    trace = xp.sum(xp.linalg.diagonal(K), axis=-1) / kernels.scalar(n, K)
+    shift = factors.per_block(damping, trace)
+    if relative:
+        unit = trace / kernels.scalar(n, K)
+        shift = shift * xp.where(unit > 1e-12, unit, xp.zeros_like(unit) + 1e-12)
+    floor = kernels.eps(K.dtype, xp) * xp.where(trace > 0, trace, xp.ones_like(trace)) / size
+    lifted = shift <= floor
+    shift = xp.where(lifted, floor, shift)
+    eye = xp.eye(size, dtype=K.dtype, device=aac.device(K))
+    inverse, code = kernels.spd_inverse(K + (shift * kernels.scalar(n, K))[:, None, None] * eye)
+    return inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
+
+
+def _by_pairs(record: Record) -> Array:
+    xp = namespace(record.g)
+    blocks, draws, batch, shared = record.blocks, record.draws, record.batch, record.shared
+    g = xp.reshape(xp.permute_dims(record.g, (1, 0, 2, 3, 4)), (blocks, draws * batch * shared, record.d_out))
+    if isinstance(record.a, Ids):
+        index = xp.reshape(record.a.index, (-1,))
+        a_a = xp.astype(index[:, None] == index[None, :], record.g.dtype)[None, ...]
+    else:
+        a = xp.reshape(record.rows(), (blocks, batch * shared, record.d_in))
+        a_a = xp.matmul(a, a.mT)
+    K = xp.matmul(g, g.mT) * (xp.tile(a_a, (1, draws, draws)) if draws > 1 else a_a)
+    if shared == 1:
+        return K
+    units = draws * batch
+    return xp.sum(xp.reshape(K, (blocks, units, shared, units, shared)), axis=(2, 4))
+
+
+def _by_slices(record: Record) -> Array:
+    xp = namespace(record.g)
+    units = record.draws * record.batch
+    width = max(1, _CHUNK // (units * record.d_in * record.blocks))
+    total: Array = 0.0
+    for start in range(0, record.d_out, width):
+        parts = [
+            xp.matmul(g.mT, a[None, ...])
+            for a, g in _chunks(record, record.g[..., start : min(start + width, record.d_out)])
+        ]
+        J = xp.permute_dims(xp.concat(parts, axis=2), (1, 0, 2, 3, 4))
+        total = total + kernels.gram(xp.reshape(J, (record.blocks, units, -1)).mT)
+    return total
+
+
+def _chunks(record: Record, g: Array | None = None) -> Iterator[tuple[Array, Array]]:
+    """(a, g) a part of the batch at a time; all at once unless patches are unfolded."""
+    rows, size = record.g if g is None else g, record.batch
+    if isinstance(record.a, Patches):
+        size = max(1, _CHUNK // (record.shared * record.d_in * record.blocks))
+    for start, a in factors.input_chunks(record, size):
+        yield a, rows[:, :, start : start + a.shape[1], ...]
+
+
+def _joined(x: Array) -> Array:
+    """(draws, blocks, batch) -> (blocks, units)."""
+    xp = namespace(x)
+    return xp.reshape(xp.permute_dims(x, (1, 0, 2)), (x.shape[1], -1))

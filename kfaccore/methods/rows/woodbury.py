@@ -1,0 +1,112 @@
+"""The damped inverse of a factor kept as rows: (Y^T D^2 Y + c I)^-1 = (I - Y^T D S D Y) / c, S = (D Y Y^T D + c I)^-1.
+
+S is capacity x capacity and lives in float64 where the namespace has it, as does the product with I - Y^T D S D Y,
+which cancels. Rows of Y itself need no difference: y_i (Y^T D^2 Y + c I)^-1 is row i of D^-1 S D Y (push-through).
+Source: Woodbury 1950; Tang et al. 2021 (CVPR, SKFAC), theorem 1.
+Cost: capacity^2 d + capacity^3 to make; 2 m capacity d + m capacity^2 on m rows, m capacity d by push-through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import array_api_compat as aac
+
+from kfaccore import xp as kernels
+from kfaccore.methods.rows import stack as stacks
+from kfaccore.methods.rows.stack import Stack
+from kfaccore.xp.arrays import Array, loop, namespace, select
+from kfaccore.xp.codes import Code, choose
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """rows Y (blocks, capacity, d); scale, the diagonal of D, (blocks, capacity); small S; shift c (blocks,)."""
+
+    rows: Array
+    scale: Array
+    small: Array
+    shift: Array
+
+
+def identity(stack: Stack) -> LowRank:
+    """The inverse before the first refresh: I."""
+    xp = namespace(stack.rows)
+    blocks, capacity, _ = stack.rows.shape
+    wide = kernels.widest(stack.rows)
+    eye = xp.eye(capacity, dtype=wide, device=aac.device(stack.rows))
+    small = xp.zeros((blocks, capacity, capacity), dtype=wide, device=aac.device(stack.rows)) + eye
+    return LowRank(stack.rows, xp.zeros_like(stack.share), small, xp.ones_like(stack.share[:, 0]))
+
+
+def inverse(stack: Stack, shift: Array) -> tuple[LowRank, Array]:
+    """(A + shift I)^-1 for shift (blocks,), and a code: JITTERED where a zero shift was lifted to eps."""
+    xp = namespace(stack.rows)
+    shift, lifted = stacks.floored(shift, stacks.scale(stack).mean)
+    scale = stacks.scales(stack)
+    wide = kernels.widest(stack.rows)
+    rows = xp.astype(stack.rows, wide) * xp.astype(scale, wide)[:, :, None]
+    small = xp.matmul(rows, rows.mT)
+    eye = xp.eye(small.shape[-1], dtype=wide, device=aac.device(small))
+    system = small + xp.astype(shift, wide)[:, None, None] * eye
+    small, code = kernels.spd_inverse(system)
+    if stack.rows.shape[1] > stack.rows.shape[2]:  # singular but for the shift: a Newton step, or Y^T S Y loses digits
+        small = 2.0 * small - xp.matmul(xp.matmul(small, system), small)
+    code = choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
+    return LowRank(stack.rows, scale, small, shift), code
+
+
+def times(v: Array, inverse: LowRank) -> Array:
+    """v (A + c I)^-1 for any v (blocks, m, d), by a difference taken in the widest dtype; returned in it."""
+    xp = namespace(v)
+    rows, small, scale, shift = _wide(inverse)
+    scale, shift = scale[:, None, :], shift[:, None, None]
+
+    def once(v: Array) -> Array:
+        inner = xp.matmul(xp.matmul(v, rows.mT) * scale, small) * scale
+        return (v - xp.matmul(inner, rows)) / shift
+
+    v = xp.astype(v, small.dtype)
+    x = once(v)
+    if rows.shape[1] <= rows.shape[2]:
+        return x
+    return x + once(v - shift * x - xp.matmul(xp.matmul(x, rows.mT) * scale**2, rows))  # one refinement
+
+
+def times_rows(v: Array, inverse: LowRank) -> Array:
+    """v (A + c I)^-1 for v (blocks, m, d): by push-through in blocks where v is the newest rows of A, else as `times`.
+
+    Whether it is, is read off the values: a gradient of another batch, or of other draws, does not match.
+    """
+    xp = namespace(v)
+    count = v.shape[1]
+    if count > inverse.rows.shape[1]:
+        return times(v, inverse)
+    own = xp.all(v == inverse.rows[:, :count, :], axis=(-2, -1)) & xp.all(inverse.scale[:, :count] > 0, axis=-1)
+    zero = xp.zeros(v.shape, dtype=inverse.small.dtype, device=aac.device(v))
+    # either way is computed only where a block needs it
+    (x,) = loop(lambda _: xp.any(own), lambda _: (_pushed(inverse, count),), (zero,), 1)
+    (x,) = loop(lambda _: ~xp.all(own), lambda x: (select(own, x[0], times(v, inverse)),), (x,), 1)
+    return x
+
+
+def dense(inverse: LowRank) -> Array:
+    """(A + c I)^-1 itself, (blocks, d, d)."""
+    xp = namespace(inverse.rows)
+    eye = xp.eye(inverse.rows.shape[-1], dtype=inverse.small.dtype, device=aac.device(inverse.rows))
+    return times(xp.zeros((inverse.rows.shape[0], 1, 1), dtype=eye.dtype, device=aac.device(eye)) + eye, inverse)
+
+
+def _pushed(inverse: LowRank, count: int) -> Array:
+    """The first `count` rows of D^-1 S D Y: no difference."""
+    xp = namespace(inverse.rows)
+    rows, small, scale, _ = _wide(inverse)
+    first = scale[:, :count]
+    first = xp.where(first > 0, first, xp.ones_like(first))
+    return xp.matmul(small[:, :count, :] * scale[:, None, :] / first[:, :, None], rows)
+
+
+def _wide(inverse: LowRank) -> tuple[Array, Array, Array, Array]:
+    xp, small = namespace(inverse.rows), inverse.small
+    rows, scale, shift = (xp.astype(x, small.dtype) for x in (inverse.rows, inverse.scale, inverse.shift))
+    return rows, small, scale, shift

@@ -1,0 +1,169 @@
+"""Lanczos: F ~ G1 (x) A1 + G2 (x) A2 from the truncated singular decomposition of each update's rearranged block Z.
+
+Golub-Kahan bidiagonalisation with full reorthogonalisation and thick restarts on the gathered rows of an update, begun
+at the last right matrices: Z vec(V) = (1/n) sum J V J^T, Z^T vec(U) = (1/n) sum J^T U J. Each factor sqrt(s) U,
+sqrt(s) V is averaged on its own, with the sign that agrees with its average; so the average is not that of F. The
+damping is split over the first pair (a third term otherwise).
+
+Exact when F is a sum of two Kronecker products; without memory nothing of two terms is nearer. The second pair is
+indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.
+Source: Koroko et al. 2022 (2201.10285); Golub & Kahan 1965.
+Cost: update 4 krylov rows (d_in^2 + d_out^2) a cycle at shared 1; refresh four eigendecompositions; four products a
+solve; memory (krylov + 2) (d_in^2 + d_out^2) and the rows, patches unfolded, of one update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from kfaccore import factors
+from kfaccore import xp as kernels
+from kfaccore.damping import Split, pi
+from kfaccore.linalg import side
+from kfaccore.linalg.inverse import accepted
+from kfaccore.method import Block, Code, Hyper, Solution, finish, gradient
+from kfaccore.methods.terms import rearranged, two_terms
+from kfaccore.methods.terms.bidiagonal import leading
+from kfaccore.methods.terms.sandwich import sandwich
+from kfaccore.record import Factored, Record
+from kfaccore.xp import choose
+from kfaccore.xp.arrays import Array, all_finite, eps, namespace, scalar
+
+
+@dataclass(frozen=True)
+class State:
+    """Averages A (blocks, 2, d_in, d_in), G (blocks, 2, d_out, d_out) times `weight` (blocks,); the last update's
+    relative `residual` and products taken, `matvecs`, (blocks,) each; the whitened sum of the last refresh; code."""
+
+    A: Array
+    G: Array
+    weight: Array
+    residual: Array
+    matvecs: Array
+    whitened: two_terms.Whitened
+    code: Array
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Rows a (blocks, batch, shared, d_in), g (draws, blocks, batch, shared, d_out), their n, non-finite records."""
+
+    a: Array
+    g: Array
+    n: Array
+    bad: Array
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """Two Kronecker terms by Golub-Kahan; see the module. Rows of micro-batches are gathered, not added.
+
+    krylov       new vectors a cycle, of which there are at most `restarts`; a residual then over `tolerance` (relative
+                 to the largest singular value) is UNCONVERGED
+    split        pi | equal | per_factor | Relative(...): damping of the first term
+    indefinite   absolute | first_term: what stands for the denominators of a sum that is not positive definite
+    """
+
+    krylov: int = 8
+    restarts: int = 50
+    tolerance: float = 1e-10
+    split: Split = pi
+    indefinite: two_terms.Handler = two_terms.absolute
+    cycles: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        two_terms.separable(self.split)
+        if self.krylov < 8:
+            raise ValueError(f"krylov is {self.krylov}; need at least 8, or the second pair is lost")
+
+    def init(self, block: Block, like: Array) -> State:
+        rearranged.refuse("Lanczos", block)
+        xp = namespace(like)
+        fields = factors.init(block, like)
+        A, G = (xp.stack([fields[name]] * 2, axis=1) for name in ("A", "G"))
+        weight, code = fields["weight"], fields["code"]
+        whitened = two_terms.init(fields["A"], fields["G"])
+        return State(A, G, weight, xp.zeros_like(weight), xp.zeros_like(code), whitened, code)
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        xp = namespace(record.g)
+        rearranged.check(record)
+        a = record.rows()
+        finite = all_finite(a) & xp.all(all_finite(record.g, axes=2), axis=0)
+        bad = xp.astype(~finite, a.dtype)
+        return Stats(a, record.g, factors.per_block(record.n, bad), bad)
+
+    def combine(self, first: Stats, second: Stats) -> Stats:
+        xp = namespace(first.a)
+        a, g = xp.concat([first.a, second.a], axis=1), xp.concat([first.g, second.g], axis=2)
+        return Stats(a, g, first.n + second.n, first.bad + second.bad)
+
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+        xp = namespace(state.A)
+        ok = stats.bad == 0
+        A, G, residual, matvecs = self._pairs(state, stats)
+        decay = scalar(hyper.decay, state.weight)
+        return replace(
+            state,
+            A=kernels.average(state.A, A, decay, 1 - decay, ok, donate),
+            G=kernels.average(state.G, G, decay, 1 - decay, ok, donate),
+            weight=xp.where(ok, decay * state.weight + (1 - decay), state.weight),
+            residual=xp.where(ok, residual, state.residual),
+            matvecs=xp.where(ok, matvecs, state.matvecs),
+        )
+
+    def refresh(self, state: State, hyper: Hyper) -> State:
+        new, code = two_terms.refresh(*self._terms(state), self.split, hyper.damping)
+        whitened, code = accepted(new, code, state.whitened, state.code, state.weight)
+        loose = state.residual > self._tolerance(state.residual)
+        return replace(state, whitened=whitened, code=choose(loose & (code == int(Code.OK)), Code.UNCONVERGED, code))
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        grad, squeeze = gradient(grad, (state.G.shape[0], state.G.shape[-1], state.A.shape[-1]))
+        direction, code, smallest = two_terms.solve(state.whitened, grad, self.indefinite, state.code)
+        return finish(direction, code, state, squeeze, smallest=smallest, matvecs=state.matvecs)
+
+    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        return two_terms.matvec(*self._terms(state), v)
+
+    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """Pairs (A, G) whose Kronecker products add up to F~."""
+        return self._terms(state)
+
+    def _pairs(self, state: State, stats: Stats) -> tuple[Array, Array, Array, Array]:
+        """(A, G) of the rows, signs as in the averages, residual and products taken."""
+        xp = namespace(stats.a)
+        blocks, d_in, d_out = state.A.shape[0], state.A.shape[-1], state.G.shape[-1]
+        a, n = stats.a[None, ...], stats.n[:, None]
+
+        def times(v: Array) -> Array:
+            v = xp.reshape(v, (blocks, d_in, d_in))
+            return xp.reshape(sandwich(a, stats.g, v), (blocks, -1)) / n
+
+        def transposed(u: Array) -> Array:
+            u = xp.reshape(u, (blocks, d_out, d_out))
+            return xp.reshape(sandwich(stats.g, a, u), (blocks, -1)) / n
+
+        A, G = state.A[:, 0, ...], state.G[:, 0, ...]
+        right = side.identity(A) / float(d_in) ** 0.5 + rearranged.generic(A)
+        for k in range(2):
+            right = right + rearranged.unit(state.A[:, k, ...], xp.zeros_like(A))
+        start = xp.reshape(G, (blocks, -1)), xp.reshape(right, (blocks, -1))
+        found = leading(times, transposed, start, 2, self.krylov, self.tolerance, self.restarts)
+        root = xp.sqrt(found.values)[:, :, None]
+        A = xp.reshape(found.right * root, (blocks, 2, d_in, d_in))
+        G = xp.reshape(found.left * root, (blocks, 2, d_out, d_out))
+        agree = rearranged.inner(A, state.A) + rearranged.inner(G, state.G)
+        definite = xp.sum(xp.linalg.diagonal(A), axis=-1)
+        sign = xp.where(xp.where(agree == 0, definite, agree) < 0, -xp.ones_like(agree), xp.ones_like(agree))
+        A, G = (sign[:, :, None, None] * (x + x.mT) / 2 for x in (A, G))
+        return A, G, found.residual, found.matvecs
+
+    def _tolerance(self, like: Array) -> float:
+        return max(self.tolerance, 100.0 * eps(like.dtype, namespace(like)))
+
+    @staticmethod
+    def _terms(state: State) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))
+        return (A[:, 0, ...], G[:, 0, ...]), (A[:, 1, ...], G[:, 1, ...])

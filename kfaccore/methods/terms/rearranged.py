@@ -1,0 +1,170 @@
+"""Power iteration on the rearranged block Z, in which G (x) A is vec(G) vec(A)^T, from records.
+
+Z vec(V) = (1/n) sum J V J^T and Z^T vec(U) = (1/n) sum J^T U J over the per-example gradients J, summed over shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat as aac
+
+from kfaccore import factors, tree
+from kfaccore import xp as kernels
+from kfaccore.convolution.patches import Patches
+from kfaccore.linalg import side
+from kfaccore.methods.terms.sandwich import sandwich
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+
+if TYPE_CHECKING:
+    from kfaccore.method import Block, Hyper
+
+_ROWS = 1 << 22  # elements of unfolded patches held at once
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Sums of J V J^T (G) and J^T U J (A) for matrices V, U."""
+
+    G: Array
+    A: Array
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A second term G (x) V: averages G of R vec(V) and A of R^T vec(U), R the rearranged residual of the first term,
+    and the unit matrices V (blocks, d_in, d_in), U (blocks, d_out, d_out) of the last update."""
+
+    G: Array
+    A: Array
+    U: Array
+    V: Array
+
+
+def refuse(name: str, block: Block) -> None:
+    """ValueError for an embedding: these factors are dense in the vocabulary."""
+    if block.diagonal_in:
+        raise ValueError(
+            f"{name} got an embedding (Ids) of {block.d_in} rows: its factors are dense; use KFAC or TKFAC"
+        )
+
+
+def check(record: Record) -> None:
+    """ValueError for a record of zero draws."""
+    if record.draws == 0:
+        raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
+
+
+def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
+    """One pass over the record; `positive` promises positive semidefinite U and V."""
+    check(record)
+    chunk = record.batch
+    if isinstance(record.a, Patches):
+        chunk = max(1, _ROWS // (record.shared * record.d_in * record.blocks))
+    parts = []
+    for start, a in factors.input_chunks(record, chunk):
+        g = record.g[:, :, start : start + a.shape[1], ...]
+        parts.append(Sweep(sandwich(a[None, ...], g, V, positive), sandwich(g, a[None, ...], U, positive)))
+    return reduce(tree.add, parts)
+
+
+def bad(sums: Sweep) -> Array:
+    """1 for each block with a sum that is not finite, (blocks,)."""
+    finite = all_finite(side.diagonal(sums.G)) & all_finite(side.diagonal(sums.A))
+    return namespace(sums.G).astype(~finite, sums.G.dtype)
+
+
+def inner(x: Array, y: Array) -> Array:
+    """Frobenius inner product, (blocks,) or with the leading axes there are."""
+    xp = namespace(x)
+    flat = (*x.shape[:-2], -1)
+    return xp.vecdot(xp.reshape(x, flat), xp.reshape(y, flat))
+
+
+def unit(x: Array, otherwise: Array) -> Array:
+    """x over its Frobenius norm, `otherwise` where it is zero."""
+    xp = namespace(x)
+    top = xp.max(xp.abs(x), axis=(-2, -1))
+    usable = top > 0
+    x = x / xp.where(usable, top, xp.ones_like(top))[:, None, None]
+    norm = xp.sqrt(inner(x, x))
+    return select(usable, x / xp.where(usable, norm, xp.ones_like(norm))[:, None, None], otherwise)
+
+
+def generic(like: Array) -> Array:
+    """A fixed symmetric unit matrix without structure: cos(i j) for i, j = 1, 2, ..."""
+    xp = namespace(like)
+    i = xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=aac.device(like))
+    x = xp.zeros_like(like) + xp.cos(i[:, None] * i[None, :])
+    return unit(x, x)
+
+
+def positive(A: Array, G: Array) -> tuple[Array, Array]:
+    """(U, V) of the next sweep of a first term: its averages, of trace 1; at first the identity over its size."""
+    return _traced(G), _traced(A)
+
+
+def averaged(state: Any, sums: Sweep, n: Array, ok: Array, hyper: Hyper, donate: bool) -> tuple[Array, ...]:
+    """(A, G, core, weight) of a first term one sweep on; core averages <U, Z vec(V)> = <V, Z^T vec(U)>."""
+    core = inner(_traced(state.G), sums.G)
+    decay = scalar(hyper.decay, core)
+    core = namespace(core).where(ok, decay * state.core + (1 - decay) * core / n, state.core)
+    A, weight = factors.moved(state.A, state.weight, sums.A, n, ok, hyper, donate)
+    G, _ = factors.moved(state.G, state.weight, sums.G, n, ok, hyper, donate)
+    return A, G, core, weight
+
+
+def balanced(state: Any) -> tuple[Array, Array]:
+    """(A, G) of the first term: G (x) A interpolates Z at the last U and V; half the scale in each."""
+    xp = namespace(state.core)
+    A, G, core = (factors.mean(x, state.weight) for x in (state.A, state.G, state.core))
+    root = xp.sqrt(xp.where(core > 0, core, xp.ones_like(core)))
+    return factors.mean(A, root), factors.mean(G, root)
+
+
+def start(A: Array, G: Array) -> Pair:
+    """No second term yet, and matrices to start from."""
+    xp = namespace(A)
+    return Pair(xp.zeros_like(G), xp.zeros_like(A), generic(G), generic(A))
+
+
+def ahead(pair: Pair) -> tuple[Array, Array]:
+    """(U, V) of the next sweep, with the signs of the last ones: averages over sweeps must not cancel."""
+    xp = namespace(pair.G)
+    found = []
+    for x, old in ((pair.G, pair.U), (pair.A, pair.V)):
+        x = unit(x, old)
+        negative = inner(x, old)[:, None, None] < 0
+        found.append(xp.where(negative, -x, x))
+    return found[0], found[1]
+
+
+def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Array, hyper: Hyper) -> Pair:
+    """The pair one sweep on: its averages move towards the sums over n less the first term (A, G)."""
+    A, G = first
+    U, V = ahead(pair)
+    n = n[:, None, None]
+    rest_g = sums.G / n - G * inner(A, V)[:, None, None]
+    rest_a = sums.A / n - A * inner(G, U)[:, None, None]
+    decay = scalar(hyper.decay, G)
+    averages = [kernels.average(old, new, decay, 1 - decay, ok) for old, new in ((pair.G, rest_g), (pair.A, rest_a))]
+    return Pair(averages[0], averages[1], select(ok, U, pair.U), select(ok, V, pair.V))
+
+
+def second(pair: Pair, weight: Array) -> tuple[Array, Array]:
+    """(A, G) of the second term: for its V no other G is nearer."""
+    return pair.V, factors.mean(pair.G, weight)
+
+
+def _traced(x: Array) -> Array:
+    """A positive semidefinite matrix over its trace; the identity over its size where that cannot be divided by."""
+    xp = namespace(x)
+    trace = xp.sum(side.diagonal(x), axis=-1)
+    usable = trace >= float(xp.finfo(x.dtype).smallest_normal)
+    size = x.shape[-1]
+    eye = xp.broadcast_to(xp.eye(size, dtype=x.dtype, device=aac.device(x)), x.shape)
+    scale = 1.0 / xp.where(usable, trace, xp.full_like(trace, float(size)))
+    return select(usable, x, eye) * scale[:, None, None]

@@ -1,0 +1,151 @@
+"""From the directions z0 = M^-1 g of the layers to those of the network: corrections by a coarse level.
+
+With R (m, N) the coarse vectors, F_d = F + damping I over the network, F_c = R F_d R^T and Q = R^T F_c^-1 R:
+
+    deflate_last   z = z0 + Q (g - F_d z0)              A-DEF2, the residual form: never further from F_d^-1 g
+    deflate_first  z = M^-1 (g - F_d Q g) + Q g         A-DEF1
+    balance        z = y - Q F_d y + Q g, y = M^-1 (g - F_d Q g)      symmetric
+    add            z = z0 + Q g                         may end further away
+    woodbury       z = (M + R^T F_o R)^-1 g, F_o the part of R F R^T between layers; two forms of one matrix
+
+Source: Koroko et al. 2023 (2303.18083) A-DEF2; Tselepidis et al. 2020 (2011.00573) `add` and `woodbury`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import array_api_compat as aac
+
+from kfaccore import xp as kernels
+from kfaccore.network.two_level.level import Level, Tree
+from kfaccore.network.two_level.vectors import dense
+from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.codes import Code, choose
+
+Solver = Callable[[Tree], Tree]
+
+
+@dataclass(frozen=True)
+class Change:
+    """z - z0 as coarse numbers beta (m,), or as a tree d where it leaves the coarse space; code (1,)."""
+
+    code: Array
+    beta: Array | None = None
+    d: Tree | None = None
+
+
+def deflate_last(level: Level, matrix: Array, fine: Solver) -> Change:
+    """A-DEF2."""
+    inverse, code = inverted(matrix + level.ridge)
+    return Change(code, beta=inverse @ level.rhs)
+
+
+def add(level: Level, matrix: Array, fine: Solver) -> Change:
+    """Additive."""
+    inverse, code = inverted(matrix + level.ridge)
+    return Change(code, beta=inverse @ level.rg)
+
+
+def deflate_first(level: Level, matrix: Array, fine: Solver) -> Change:
+    """A-DEF1."""
+    inverse, code = inverted(matrix + level.ridge)
+    y, coarse = _projected(level, inverse, fine)
+    return Change(code, d={name: y[name] + coarse[name] - level.z0[name] for name in y})
+
+
+def balance(level: Level, matrix: Array, fine: Solver) -> Change:
+    """Balanced: A-DEF1 and A-DEF2 together, symmetric."""
+    inverse, code = inverted(matrix + level.ridge)
+    y, coarse = _projected(level, inverse, fine)
+    again = level.prolong(inverse @ level.curved_coarse(y, level.image(y)))
+    return Change(code, d={name: y[name] - again[name] + coarse[name] - level.z0[name] for name in y})
+
+
+def _projected(level: Level, inverse: Array, fine: Solver) -> tuple[Tree, Tree]:
+    """M^-1 (g - F_d Q g) and Q g."""
+    beta, g = inverse @ level.rg, level.g()
+    coarse = level.prolong(beta)
+    curved = level.curved(coarse, level.Y @ beta)
+    return fine({name: g[name] - curved[name] for name in g}), coarse
+
+
+def woodbury(level: Level, matrix: Array, fine: Solver) -> Change:
+    """-M^-1 R^T (I + F_o S)^-1 F_o R z0 with S = R M^-1 R^T, for any F_o; INDEFINITE where M + R^T F_o R is."""
+    S, smoothed = _smoothed(level, fine)
+    Fo = matrix * level.apart()
+    half, ok = _half(S)
+    W = half.mT @ Fo @ half
+    middle, code = _inner(W, ok)
+    beta = Fo @ (level.restrict(level.z0) - half @ (middle @ (half.mT @ (Fo @ level.restrict(level.z0)))))
+    return Change(code, d=_against(level, smoothed, beta))
+
+
+def woodbury_inverse(level: Level, matrix: Array, fine: Solver) -> Change:
+    """-M^-1 R^T (F_o^-1 + S)^-1 R z0: the form for an F_o that can be inverted; else INDEFINITE as well."""
+    xp = namespace(matrix)
+    S, smoothed = _smoothed(level, fine)
+    values, vectors, _ = kernels.eigh((matrix * level.apart())[None, ...])
+    values, vectors = values[0, :], vectors[0, ...]
+    top = xp.max(xp.abs(values))
+    ok = xp.all(xp.abs(values) > values.shape[0] * eps(values.dtype, xp) * top) & (top > 0)
+    safe = xp.where(ok, values, xp.ones_like(values))
+    half, definite = _half(S)
+    _, code = _inner(half.mT @ ((vectors * safe) @ vectors.mT) @ half, definite & ok)
+    low, Q, _ = kernels.eigh(((vectors / safe) @ vectors.mT + S)[None, ...])
+    low = xp.where(xp.abs(low) > 0, low, xp.ones_like(low))
+    beta = Q[0, ...] @ ((Q[0, ...].mT @ level.restrict(level.z0)) / low[0, :])
+    return Change(code, d=_against(level, smoothed, beta))
+
+
+def _smoothed(level: Level, fine: Solver) -> tuple[Array, list[tuple[str, Array]]]:
+    """S = R M^-1 R^T (m, m), and (layer, M^-1 r) of every vector."""
+    xp = namespace(level.Y)
+    found = [fine({name: dense(r)})[name] for name, r in zip(level.layers, level.vectors, strict=True)]
+    smoothed = list(zip(level.layers, found, strict=True))
+    zero = xp.sum(0.0 * level.Y)
+    rows = []
+    for name, r in zip(level.layers, level.vectors, strict=True):
+        rows.append(xp.stack([xp.sum(dense(r) * x) if name == other else zero for other, x in smoothed]))
+    S = xp.stack(rows)
+    return (S + S.mT) / 2, smoothed
+
+
+def _against(level: Level, smoothed: list[tuple[str, Array]], beta: Array) -> Tree:
+    found = {name: namespace(z).zeros_like(z) for name, z in level.z0.items()}
+    for i, (name, x) in enumerate(smoothed):
+        found[name] = found[name] - beta[i] * x
+    return found
+
+
+def _half(S: Array) -> tuple[Array, Array]:
+    """S^(1/2), and whether S is finite."""
+    xp = namespace(S)
+    values, vectors, code = kernels.eigh(S[None, ...])
+    root = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
+    return (vectors[0, ...] * root) @ vectors[0, ...].mT, code == int(Code.OK)
+
+
+def _inner(W: Array, ok: Array) -> tuple[Array, Array]:
+    """(I + W)^-1, and the code: W > -I exactly where M + R^T F_o R is positive definite."""
+    xp = namespace(W)
+    values, vectors, code = kernels.eigh(W[None, ...])
+    below = 1.0 + values
+    good = xp.all(below > 10 * eps(W.dtype, xp), axis=-1) & ok
+    below = xp.where(good[:, None], below, xp.ones_like(below))
+    code = xp.where(good | (code > int(Code.OK)), code, choose(good, Code.OK, Code.INDEFINITE))
+    return (vectors[0, ...] / below[0, :]) @ vectors[0, ...].mT, code
+
+
+def inverted(matrix: Array) -> tuple[Array, Array]:
+    """Inverse of a coarse matrix and its code (1,); scaled to a unit diagonal first, dropped vectors left out."""
+    xp = namespace(matrix)
+    diagonal = xp.linalg.diagonal(matrix)
+    empty = diagonal == 0
+    root = xp.where(diagonal > 0, xp.sqrt(xp.where(diagonal > 0, diagonal, xp.ones_like(diagonal))), 1.0 + 0 * diagonal)
+    eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=aac.device(matrix))
+    scaled = matrix / root[:, None] / root[None, :] + xp.astype(empty, matrix.dtype) * eye
+    inverse, code = kernels.spd_inverse(((scaled + scaled.mT) / 2)[None, ...])
+    inverse = select(code < int(Code.INDEFINITE), inverse, xp.zeros_like(inverse))
+    return inverse[0, ...] / root[:, None] / root[None, :], code

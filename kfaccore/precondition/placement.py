@@ -1,0 +1,166 @@
+"""Which ranks refresh and apply which layers.
+
+Ranks form world / k groups of k; a layer belongs to one group, whose ranks all hold its inverse and solve for it; one
+rank of the group, the owner, computes the inverse. k = world: every rank solves for all layers and no direction
+travels; k = 1: one rank does all of a layer's work and sends the direction.
+Source: Pauloski et al. 2021 (2107.01739), with the greedy assignment, longest first, of Graham 1969.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import array_api_compat as aac
+import numpy as np
+
+from kfaccore import tree
+from kfaccore.method import Additive, Block, Hyper, Solution
+from kfaccore.precondition.comm import Communicator
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array, from_host, namespace
+
+
+def costs(blocks: Mapping[str, Block]) -> dict[str, float]:
+    """Work of a layer's refresh up to a constant: cubes of its factors' sizes, a diagonal one for nothing."""
+    return {
+        name: float(block.blocks * (block.d_out**3 + (0 if block.diagonal_in else block.d_in**3)))
+        for name, block in blocks.items()
+    }
+
+
+def group_size(world: int, fraction: float) -> int:
+    """Ranks in a group, for the share of ranks that solve for each layer; ValueError unless it divides the world."""
+    size = max(1, round(fraction * world))
+    if not 0 <= fraction <= 1 or world % size:
+        raise ValueError(
+            f"grad_worker_fraction {fraction} of {world} ranks makes groups of {size}; need a share in [0, 1] whose "
+            f"groups divide the ranks, such as 0, {1 / world:.3g} or 1"
+        )
+    return size
+
+
+def assign(work: Mapping[str, float], world: int, fraction: float = 1.0) -> dict[str, tuple[int, ...]]:
+    """The ranks that solve for each layer, its owner first: greedy, longest first, on the least loaded group and rank.
+
+    The result depends on its arguments alone, so every rank finds the same.
+    """
+    if world == 1:
+        return dict.fromkeys(work, (0,))
+    size = group_size(world, fraction)
+    load = [0.0] * world
+    groups = [tuple(range(start, start + size)) for start in range(0, world, size)]
+    placed: dict[str, tuple[int, ...]] = {}
+    for name in sorted(work, key=lambda name: (-work[name], name)):
+        group = min(groups, key=lambda ranks: sum(load[r] for r in ranks))
+        owner = min(group, key=lambda r: load[r])
+        load[owner] += work[name]
+        placed[name] = (owner, *(r for r in group if r != owner))
+    return {name: placed[name] for name in work}
+
+
+def check(methods: Mapping[str, Any], comm: Communicator) -> None:
+    """ValueError for methods whose Stats do not add over ranks."""
+    for name, method in methods.items():
+        additive = getattr(type(method), "combine", None) is Additive.combine
+        if comm.world > 1 and (not additive or getattr(method, "rows_at_solve", False)):
+            raise ValueError(
+                f"{method} of layer {name!r} keeps rows of one process; need a method whose Stats are sums"
+            )
+
+
+def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> None:
+    """ValueError on all ranks if some have a layer in this step that others lack."""
+    xp = namespace(like)
+    flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=aac.device(like))
+    counts = comm.all_reduce(flags)
+    differing = [name for i, name in enumerate(every) if 0 < float(counts[i]) < comm.world]
+    if differing:
+        raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
+
+
+def refreshed_leaves(method: Any, like: Array) -> tuple[tuple[bool, ...], bool]:
+    """Which leaves of a method's state `refresh` replaces, and whether `measure` looks at them; found on a layer of
+    two by two."""
+    xp, device = namespace(like), aac.device(like)
+    a, g = (
+        xp.asarray(x, dtype=like.dtype, device=device) for x in ([[1.0, 2.0], [3.0, 5.0]], [[1.0, -1.0], [2.0, 1.0]])
+    )
+    record, hyper = Record(a, g, 2), Hyper(0, 0.9, 0.1)
+    state = method.init(Block(2, 2, rows=2, samples=2), like)
+    stats = method.measure(state, record, hyper)
+    state = method.update(state, stats, hyper)
+    after = method.refresh(state, hyper)
+    again = method.measure(after, record, hyper)
+    pairs = zip(tree.leaves(stats), tree.leaves(again), strict=True)
+    written = tuple(new is not old for old, new in zip(tree.leaves(state), tree.leaves(after), strict=True))
+    return written, any(bool(xp.any(old != new)) for old, new in pairs)
+
+
+def reduced(comm: Communicator, stats: Any) -> Any:
+    """Stats summed over ranks."""
+    if comm.world == 1:
+        return stats
+    return _unpacked(comm.all_reduce(_packed(stats)), stats)
+
+
+def exchanged(comm: Communicator, states: dict[str, Any], methods: Mapping[str, Any], work: dict[str, tuple]) -> dict:
+    """States after a refresh by their owners, on all ranks of `work`, or on all there are where the next `measure`
+    needs them; only what `refresh` writes travels."""
+    if comm.world == 1:
+        return states
+    states = dict(states)
+    seen = {name: refreshed_leaves(methods[name], tree.leaves(states[name])[0]) for name in states}
+    everyone = range(comm.world)
+    to = {n: (w[0], *(r for r in everyone if r != w[0])) if seen[n][1] else w for n, w in work.items() if n in states}
+    for ranks in sorted(set(to.values())):
+        names = [name for name in states if to[name] == ranks]
+        send = {name: seen[name][0] for name in names}
+        packed = {name: _packed(states[name]) for name in names}
+        parcel = {n: [x for x, wanted in zip(packed[n], send[n], strict=True) if wanted] for n in names}
+        parcel = comm.broadcast(parcel, ranks)
+        for name in names:
+            arrived = iter(parcel[name])
+            leaves = [next(arrived) if wanted else x for x, wanted in zip(packed[name], send[name], strict=True)]
+            states[name] = _unpacked(leaves, states[name])
+    return states
+
+
+def _packed(found: Any) -> list[Array]:
+    """The leaves, of symmetric ones (blocks, d, d) the upper triangle alone."""
+    leaves = []
+    for x, symmetric in zip(tree.leaves(found), tree.symmetries(found), strict=True):
+        if symmetric and x.ndim == 3:
+            flat = namespace(x).reshape(x, (x.shape[0], -1))
+            x = namespace(x).take(flat, _indices(x.shape[-1], x)[0], axis=1)
+        leaves.append(x)
+    return leaves
+
+
+def _unpacked(leaves: list[Array], like: Any) -> Any:
+    """The inverse of `_packed`."""
+    found = []
+    for x, old, symmetric in zip(leaves, tree.leaves(like), tree.symmetries(like), strict=True):
+        if symmetric and old.ndim == 3:
+            x = namespace(x).reshape(namespace(x).take(x, _indices(old.shape[-1], x)[1], axis=1), old.shape)
+        found.append(x)
+    new = iter(found)
+    return tree.map(lambda _: next(new), like)
+
+
+def _indices(d: int, like: Array) -> tuple[Array, Array]:
+    """Places of the upper triangle in a flat matrix, and for each place of the matrix its place in the triangle."""
+    rows, columns = np.triu_indices(d)
+    back = np.empty((d, d), np.int64)
+    back[rows, columns] = back[columns, rows] = np.arange(len(rows))
+    return from_host(rows * d + columns, like), from_host(back.reshape(-1), like)
+
+
+def sent(comm: Communicator, solution: Solution, ranks: tuple[int, ...]) -> Solution:
+    """A solution on every rank: direction and code travel from the owner where some ranks did not solve."""
+    if len(ranks) == comm.world:
+        return solution
+    everyone = (ranks[0], *(r for r in range(comm.world) if r != ranks[0]))
+    direction, code = comm.broadcast([solution.direction, solution.code], everyone)
+    return replace(solution, direction=direction, code=code)
