@@ -136,7 +136,7 @@ def test_divergence_exits_3(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize(
-    ("task", "shell", "index"), [("digits-autoencoder", "train", 6), ("poisson-2d", "pinn_train", 5)]
+    ("task", "shell", "index"), [("digits-autoencoder", "train", 6), ("poisson-2d", "equations.train", 5)]
 )
 def test_ctrl_c_waits_for_the_step_and_the_files_can_be_resumed(task, shell, index, times, monkeypatch, tmp_path):
     module = importlib.import_module(f"kfaccore_numpy.{shell}")
