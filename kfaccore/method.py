@@ -1,25 +1,49 @@
-"""The one page to read before writing a method.
+"""The one page to read before writing a method: what it must offer, and what it may.
 
 A method is a frozen dataclass of numbers and functions; its State is a frozen dataclass of arrays. A layer gives a
 record; the method measures it, updates its state, refreshes its factors, and solves. Nothing here raises on data:
 failure is a `Code`, one a block.
+
+What a method may offer is a capability: a Protocol below, a line of `CAPABILITIES` that says who asks for it, and
+`declares(method, Capability)` where it is asked. Nothing else about a method is ever looked up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import Field, dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from kfaccore import tree
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, blanked, widen
 
-__all__ = ["Block", "Code", "Hyper", "Method", "Solution", "cycle", "finish", "gradient", "settle"]
+__all__ = ["CAPABILITIES", "Block", "Code", "Hyper", "Method", "Solution", "State", "Stats", "declares", "settle"]
 
-State = Any
-Stats = Any  # a frozen dataclass with a leaf `bad` (blocks,): how many non-finite records went in
-M = TypeVar("M")
+
+class State(Protocol):
+    """A frozen dataclass of arrays, the same tree and shapes from `init` on; `code` (blocks,) is the last refresh's."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def code(self) -> Array: ...
+
+
+@runtime_checkable
+class Stats(Protocol):
+    """A frozen dataclass of sums and their denominators; `bad` (blocks,) counts the non-finite records in them."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def bad(self) -> Array: ...
+
+
+S = TypeVar("S", bound=State)
+T = TypeVar("T", bound=Stats)
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -65,54 +89,158 @@ class Solution:
 
     direction: Array
     code: Array
-    state: State
+    state: Any
     info: dict[str, Array] = field(default_factory=dict)
 
 
-class Method(Protocol):
+class Method(Protocol[S, T]):
     """What every method offers, and on which clock the preconditioner calls it."""
 
-    cycles: int  # measure-update-refresh rounds on one record until the last refresh is settled
+    cycles: ClassVar[int]  # measure-update-refresh rounds on one record until the last refresh is settled
 
-    def init(self, block: Block, like: Array) -> State:
+    def init(self, block: Block, like: Array) -> S:
         """Once: the whole tree, in the namespace, dtype and device of `like`; leaf shapes never change again."""
         ...
 
-    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        """Update clock: sums and their own denominators of one record."""
+    def measure(self, state: S, record: Any, hyper: Hyper) -> T:
+        """Update clock: sums and their own denominators of one Record; of a tuple of them for a method of `Terms`."""
         ...
 
-    def combine(self, first: Stats, second: Stats) -> Stats:
+    def combine(self, first: T, second: T) -> T:
         """Update clock: Stats of two micro-batches or ranks as one."""
         ...
 
-    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
+    def update(self, state: S, stats: T, hyper: Hyper, donate: bool = False) -> S:
         """Update clock: move the averages; non-finite Stats change nothing. `donate` may reuse `state`'s buffers."""
         ...
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refresh(self, state: S, hyper: Hyper) -> S:
         """Refresh clock: inverses from averages; writes `code` into the state."""
         ...
 
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+    def solve(self, state: S, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         """Every step: the direction of one gradient."""
         ...
 
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+    def matvec(self, state: S, v: Array, hyper: Hyper) -> Array:
         """The method's own F~ applied to v (blocks, d_out, d_in), undamped."""
         ...
+
+
+class RowsAtSolve(Protocol):
+    """`solve` is given the newest record of its layer."""
+
+    rows_at_solve: ClassVar[bool]
+
+
+class OwnGradients(Protocol):
+    """`measure` takes the gradients of the training loss itself, never those of sampled labels."""
+
+    own_gradients: ClassVar[bool]
+
+
+class Unmeasured(Protocol):
+    """The method needs no records: its state does not depend on data."""
+
+    unmeasured: ClassVar[bool]
+
+
+class Resting(Protocol):
+    """Coefficients of per-example gradients that are shared between epochs."""
+
+    def rests(self, hyper: Hyper) -> bool | Array:
+        """Whether a step needs no record, its gradient being made of output gradients that went through `weighted`."""
+        ...
+
+    def weighted(self, state: Any, g: Array, hyper: Hyper, ids: Array | None = None) -> Array:
+        """g (batch, [positions,] d_out) as the weight gradient shall see it; ids (batch,) are dataset positions."""
+        ...
+
+
+class Terms(Protocol):
+    """`measure` takes a tuple of `terms` records, one a term of the loss with its own n."""
+
+    terms: int
+
+
+class KroneckerTerms(Protocol):
+    """F~ is a sum of Kronecker products."""
+
+    def kronecker_terms(self, state: Any, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """Pairs (A, G), a factor (blocks, d, d) or (blocks, d) if diagonal, of F~ = sum of G (x) A."""
+        ...
+
+
+class Inverses(Protocol):
+    """A solve is G^-1 V A^-1."""
+
+    def inverses(self, state: Any, hyper: Hyper) -> tuple[Array, Array] | None:
+        """((A + d_a I)^-1, (G + d_g I)^-1), shaped like the factors; None where these options solve otherwise."""
+        ...
+
+
+class Eigensystem(Protocol):
+    """F~ + damping I is diagonal in a Kronecker basis."""
+
+    def eigensystem(self, state: Any, hyper: Hyper) -> tuple[Array, Array, Array] | None:
+        """(Qa, Qg, values) of a solve Qg [(Qg^T V Qa) / values] Qa^T: values (blocks, d_out, d_in) with the damping of
+        `hyper` in them, so that with damping 0 they are F~'s own. A basis (blocks, d) of ones is the standard one; None
+        where these options solve otherwise."""
+        ...
+
+
+class Matrix(Protocol):
+    """The dense block is kept."""
+
+    def matrix(self, state: Any, block: Block) -> Array:
+        """F~ (blocks, D, D) for row-major vec, D = d_out d_in."""
+        ...
+
+
+class Unit(Protocol):
+    """Damping is in units of the block's own curvature."""
+
+    def unit(self, state: Any) -> float | Array:
+        """What damping 1 adds to the eigenvalues in use, a number or (blocks,)."""
+        ...
+
+
+CAPABILITIES: dict[type, str] = {  # capability: who asks for it
+    RowsAtSolve: "precondition",
+    OwnGradients: "every shell; the command line",
+    Unmeasured: "precondition",
+    Resting: "precondition",
+    Terms: "precondition; the command line",
+    KroneckerTerms: "analysis, TwoLevel",
+    Inverses: "TwoLevel",
+    Eigensystem: "analysis, TwoLevel",
+    Matrix: "analysis",
+    Unit: "SharedDamping",
+}
+
+
+def declares(method: object, capability: type[C]) -> TypeGuard[C]:
+    """Whether a method has all names of a capability, and does not say False to it."""
+    return all(getattr(method, name, False) is not False for name in names(capability))
+
+
+@cache
+def names(capability: type) -> tuple[str, ...]:
+    """The attributes that a capability is made of."""
+    found = {**vars(capability).get("__annotations__", {}), **vars(capability)}
+    return tuple(name for name in found if not name.startswith("_"))
 
 
 @dataclass(frozen=True)
 class Additive:
     """Base of methods whose Stats are sums."""
 
-    def combine(self, first: Stats, second: Stats) -> Stats:
+    def combine(self, first: T, second: T) -> T:
         """Leafwise sum."""
         return tree.add(first, second)
 
 
-def gradient(grad: Any, block_shape: tuple[int, ...]) -> tuple[Any, bool]:
+def gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> tuple[Any, bool]:
     """`grad` with its blocks axis, and whether that axis was added; ValueError when it does not fit the state."""
     if isinstance(grad, Factored):
         shape = (grad.a.shape[0], grad.g.shape[-1], grad.a.shape[-1])
@@ -135,18 +263,19 @@ def finish(direction: Array, code: Array, state: State, squeeze: bool, **info: A
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)
 
 
-def cycle(method: Any, state: State, record: Any, hyper: Hyper) -> State:
+def cycle(method: Method[S, T], state: S, record: Record | tuple[Record, ...], hyper: Hyper) -> S:
     """One measure, update, refresh."""
     return method.refresh(method.update(state, method.measure(state, record, hyper), hyper), hyper)
 
 
-def settle(method: Any, record: Any, k: int | None = None, damping: float = 1e-3) -> State:
+def settle(method: Method[S, T], record: Record | tuple[Record, ...], k: int | None = None, damping: float = 1e-3) -> S:
     """State of `method` fitted to one record, or a tuple of one a loss term, without memory (decay 0).
 
     k cycles (default `method.cycles`), then one more measure and update, for what lives in the basis of the last
     refresh: EKFAC's moments.
     """
-    hyper, one = Hyper(0, 0.0, damping), record[0] if isinstance(record, tuple) else record
+    hyper = Hyper(0, 0.0, damping)
+    one = record[0] if isinstance(record, tuple) else record
     state = method.init(Block.of(one), one.g)
     for _ in range(method.cycles if k is None else k):
         state = cycle(method, state, record, hyper)

@@ -73,7 +73,7 @@ class ExactBlock:
 
     def overlap(self, op: LayerOperator) -> float:
         """<F, F~> for the undamped matrix of `op`; in an eigenbasis it is a sum over squared per-example gradients."""
-        if hasattr(op.method, "eigensystem"):
+        if op.diagonal is not None:
             return self._in_basis(op.system.values, op.system.left, op.system.right)
         if op.terms:
             found = (tuple(side.eigh(x)[:2] for x in pair) for pair in op.terms)

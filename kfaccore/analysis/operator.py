@@ -1,7 +1,6 @@
 """The Fisher operator of a fitted state, F~ + damping I, layer by layer and whole, in float64 on the host.
 
-A method that knows its eigenvectors says so with `eigensystem(state, block)`, one that is a sum of Kronecker products
-with `kronecker_terms(state, block)`, pairs (A, G), one that holds its dense block with `matrix(state, block)`; any
+A sum of Kronecker products, a Kronecker basis or a dense block are used where a method declares them (`method`); any
 other is multiplied out by its `matvec`, up to `limit` parameters a block. Layers are independent: the whole is
 block-diagonal.
 Cost: eigensystem or one term d_in^3 + d_out^3 once, then four products; otherwise (d_out d_in)^3 once.
@@ -19,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from kfaccore import tree
 from kfaccore.analysis.spectrum import Spectrum
 from kfaccore.linalg import kron, side
-from kfaccore.method import Block, Hyper
+from kfaccore.method import Block, Eigensystem, Hyper, KroneckerTerms, Matrix, declares
 from kfaccore.xp.arrays import to_host
 
 _UNDAMPED = Hyper(0, 0.0, 0.0)
@@ -66,25 +65,36 @@ class LayerOperator:
     @property
     def measurable(self) -> bool:
         """Whether trace and Frobenius norm can be had exactly."""
-        return self.solvable or hasattr(self.method, "kronecker_terms")
+        return self.solvable or bool(self.terms)
 
     @property
     def solvable(self) -> bool:
         """Whether logdet and eigenvalues can be had too."""
-        known = hasattr(self.method, "eigensystem") or hasattr(self.method, "matrix") or len(self.terms) == 1
+        known = len(self.terms) == 1 or self.diagonal is not None or declares(self.method, Matrix)
         return known or self.block.d_out * self.block.d_in <= self.limit
 
     @cached_property
     def terms(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Pairs (A, G) of F~ = sum of G (x) A; none where the method does not say."""
-        return self.method.kronecker_terms(self.state, self.block) if hasattr(self.method, "kronecker_terms") else ()
+        declared = declares(self.method, KroneckerTerms)
+        return self.method.kronecker_terms(self.state, self.block) if declared else ()
+
+    @cached_property
+    def diagonal(self) -> System | None:
+        """F~ in the basis that diagonalises it; None where the method does not say, or says it with its one term."""
+        if self.terms or not declares(self.method, Eigensystem):
+            return None
+        found = self.method.eigensystem(self.state, _UNDAMPED)
+        if found is None:
+            return None
+        Qa, Qg, values = found
+        return System(values, Qg, Qa)
 
     @cached_property
     def system(self) -> System:
         """Eigenvalues and eigenvectors of F~, without the damping."""
-        if hasattr(self.method, "eigensystem"):
-            values, Qg, Qa = self.method.eigensystem(self.state, self.block)
-            return System(values, Qg, Qa)
+        if self.diagonal is not None:
+            return self.diagonal
         if len(self.terms) == 1:
             (a, Qa, _), (g, Qg, _) = (side.eigh(x) for x in self.terms[0])
             return System(g[:, :, None] * a[:, None, :], Qg, Qa)
@@ -109,7 +119,7 @@ class LayerOperator:
     @cached_property
     def undamped(self) -> np.ndarray:
         """F~ itself, (blocks, D, D) with row-major vec; ValueError above `limit` unless the method holds it."""
-        if hasattr(self.method, "matrix"):
+        if declares(self.method, Matrix):
             return self.method.matrix(self.state, self.block)
         size = self.block.d_out * self.block.d_in
         if size > self.limit:
@@ -130,8 +140,8 @@ class LayerOperator:
 
     def trace(self) -> float:
         """Sum of the eigenvalues."""
-        if hasattr(self.method, "eigensystem"):
-            total = self.system.values.sum()
+        if self.diagonal is not None:
+            total = self.diagonal.values.sum()
         elif self.terms:
             total = sum((side.diagonal(A).sum(-1) * side.diagonal(G).sum(-1)).sum() for A, G in self.terms)
         else:
@@ -140,8 +150,8 @@ class LayerOperator:
 
     def square(self) -> float:
         """||F~||^2 in Frobenius norm, without the damping."""
-        if hasattr(self.method, "eigensystem"):
-            return float((self.system.values**2).sum())
+        if self.diagonal is not None:
+            return float((self.diagonal.values**2).sum())
         if self.terms:
             return float(sum((_inner(A, B) * _inner(G, H)).sum() for A, G in self.terms for B, H in self.terms))
         return float((self.undamped**2).sum())

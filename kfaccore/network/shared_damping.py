@@ -19,7 +19,7 @@ import array_api_compat as aac
 
 from kfaccore import tree
 from kfaccore.damping import Adaptive
-from kfaccore.method import Block, Solution
+from kfaccore.method import Block, Solution, Unit, declares
 from kfaccore.methods import TKFAC
 from kfaccore.network.each import Each, Hypers, joined
 from kfaccore.record import Record
@@ -46,7 +46,7 @@ class SharedDamping(Each):
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         for name in blocks:
-            if not hasattr(self._of(name), "unit"):
+            if not declares(self._of(name), Unit):
                 raise ValueError(
                     f"layer {name!r}: {type(self._of(name)).__name__} has no damping of its own: use TKFAC or TEKFAC"
                 )

@@ -10,7 +10,9 @@ import array_api_compat as aac
 import numpy as np
 from scipy.linalg import blas
 
-Array = Any  # an array of any Array API namespace
+from kfaccore.xp.typing import Array
+
+__all__ = ["Array"]
 
 
 def namespace(*arrays: Array) -> Any:

@@ -20,7 +20,7 @@ from kfaccore import factors
 from kfaccore.linalg import kron
 from kfaccore.linalg.inverse import eigh, floored
 from kfaccore.method import Hyper, Solution, finish, gradient
-from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, rebased
+from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array, scalar
@@ -45,10 +45,10 @@ class EKFAC(Moments):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, tuple(state.S.shape))
-        Qg, below, Qa, code = self.eigenform(state, hyper)
+        Qa, Qg, values = self.eigensystem(state, hyper)
+        below, code = floored(values, state.code)
         return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
 
-    def eigenform(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array, Array]:
-        """(Qg, D, Qa, code) where a solve is Qg (Qg^T V Qa / D) Qa^T."""
-        below, code = floored(factors.mean(state.S, state.S_weight) + scalar(hyper.damping, state.S), state.code)
-        return state.basis.Qg, below, state.basis.Qa, code
+    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
+        """(Qa, Qg, S + damping)."""
+        return state.basis.Qa, state.basis.Qg, moments(state) + scalar(hyper.damping, state.S)

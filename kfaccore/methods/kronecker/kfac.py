@@ -76,16 +76,16 @@ class KFAC(Additive):
         direction, code = self.inverse.solve(state.inverse, grad, self.split, hyper.damping, state.code)
         return finish(direction, code, state, squeeze)
 
-    def inverses(self, state: State) -> tuple[Array, Array] | None:
-        """(A + d_a I)^-1 and (G + d_g I)^-1 where a solve is their product: with Cholesky."""
+    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array] | None:
+        """((A + d_a I)^-1, (G + d_g I)^-1) with Cholesky."""
         return (state.inverse.A, state.inverse.G) if isinstance(self.inverse, Cholesky) else None
 
-    def eigenform(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array, Array] | None:
-        """(Qg, D, Qa, code) where a solve is Qg (Qg^T V Qa / D) Qa^T: with eigenvectors."""
+    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array] | None:
+        """(Qa, Qg, values) of the last refresh with eigh."""
         if not isinstance(self.inverse, Eigh):
             return None
-        below, code = self.inverse.denominators(state.inverse, self.split, hyper.damping, state.code)
-        return state.inverse.Qg, below, state.inverse.Qa, code
+        parts = state.inverse
+        return parts.Qa, parts.Qg, self.split.denominators(parts.a, parts.g, hyper.damping)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return kron.apply(factors.mean(state.G, state.weight), v, factors.mean(state.A, state.weight))

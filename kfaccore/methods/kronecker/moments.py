@@ -68,12 +68,13 @@ class Moments(Additive):
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         """Q_g [S * (Q_g^T v Q_a)] Q_a^T."""
-        S, Qg, Qa = self.eigensystem(state)
-        return kron.apply(Qg, S * kron.apply(side.transposed(Qg), v, Qa), side.transposed(Qa))
+        Qa, Qg = state.basis.Qa, state.basis.Qg
+        return kron.apply(Qg, moments(state) * kron.apply(side.transposed(Qg), v, Qa), side.transposed(Qa))
 
-    def eigensystem(self, state: State, block: Block | None = None) -> tuple[Array, Array, Array]:
-        """(S (blocks, d_out, d_in), Qg, Qa) of F~ = (Qg (x) Qa) diag(S) (Qg (x) Qa)^T."""
-        return factors.mean(state.S, state.S_weight), state.basis.Qg, state.basis.Qa
+
+def moments(state: State) -> Array:
+    """S (blocks, d_out, d_in), the eigenvalues of F~ = (Qg (x) Qa) diag(S) (Qg (x) Qa)^T."""
+    return factors.mean(state.S, state.S_weight)
 
 
 def measured(state: State, record: Record, sums: factors.Stats) -> Stats:

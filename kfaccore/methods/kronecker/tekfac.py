@@ -21,7 +21,7 @@ from kfaccore.damping import as_given
 from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import eigh, floored
 from kfaccore.method import Hyper, Solution, finish, gradient
-from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, rebased
+from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array, namespace, scalar
@@ -50,13 +50,18 @@ class TEKFAC(Moments):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, tuple(state.S.shape))
-        S = factors.mean(state.S, state.S_weight)
-        below, code = floored(S + _shift(self._damping(S, hyper.damping), S), state.code)
-        return finish(kron.solve(state.basis.Qg, grad, state.basis.Qa, below), code, state, squeeze)
+        Qa, Qg, values = self.eigensystem(state, hyper)
+        below, code = floored(values, state.code)
+        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
+
+    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
+        """(Qa, Qg, S + the damping that `damping` makes of it)."""
+        S = moments(state)
+        return state.basis.Qa, state.basis.Qg, S + _shift(self._damping(S, hyper.damping), S)
 
     def unit(self, state: State) -> float | Array:
         """What damping 1 adds to the eigenvalues in use, a number or (blocks,)."""
-        return self._damping(factors.mean(state.S, state.S_weight), 1.0)
+        return self._damping(moments(state), 1.0)
 
     def _damping(self, S: Array, damping: float | Array) -> float | Array:
         return self.damping(namespace(S).sum(S, axis=(-2, -1)), S.shape[-2] * S.shape[-1], damping)

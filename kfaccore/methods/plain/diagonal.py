@@ -74,7 +74,8 @@ class Diagonal(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return factors.mean(state.D, state.weight) * v
 
-    def eigensystem(self, state: State, block: Block) -> tuple[Array, Array, Array]:
-        """(D, I, I): the standard basis, as diagonals."""
+    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
+        """(I, I, D + damping): the standard basis, as diagonals."""
         D = factors.mean(state.D, state.weight)
-        return D, namespace(D).ones_like(D[:, :, 0]), namespace(D).ones_like(D[:, 0, :])
+        xp = namespace(D)
+        return xp.ones_like(D[:, 0, :]), xp.ones_like(D[:, :, 0]), D + scalar(hyper.damping, D)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import array_api_compat as aac
 
-from kfaccore import factors
+from kfaccore import factors, tree
 from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
 from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array, namespace
@@ -20,9 +20,10 @@ from kfaccore.xp.arrays import Array, namespace
 
 @dataclass(frozen=True)
 class State:
-    """Nothing but the code (blocks,): OK, since the gradient is what was asked for."""
+    """Nothing but the code (blocks,): OK, since the gradient is what was asked for; `shape` is structure."""
 
     code: Array
+    shape: tuple[int, int, int] = tree.static(default=(1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class Identity(Additive):
     """The gradient itself; see the module."""
 
     cycles: ClassVar[int] = 1
+    unmeasured: ClassVar[bool] = True
 
     def init(self, block: Block, like: Array) -> State:
-        return State(namespace(like).zeros_like(factors.unrefreshed(block, like)))
+        code = namespace(like).zeros_like(factors.unrefreshed(block, like))
+        return State(code, (block.blocks, block.d_out, block.d_in))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         return Stats(namespace(state.code).zeros_like(state.code))
@@ -58,9 +61,10 @@ class Identity(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return v
 
-    def eigensystem(self, state: State, block: Block) -> tuple[Array, Array, Array]:
-        """(1, I, I), as diagonals."""
+    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
+        """(I, I, 1), the bases as diagonals."""
+        blocks, d_out, d_in = state.shape
         xp = namespace(state.code)
-        shapes = (block.blocks, block.d_out, block.d_in), (block.blocks, block.d_out), (block.blocks, block.d_in)
-        values, left, right = (xp.ones(shape, device=aac.device(state.code)) for shape in shapes)
-        return values, left, right
+        shapes = ((blocks, d_in), (blocks, d_out), state.shape)
+        Qa, Qg, values = (xp.ones(shape, device=aac.device(state.code)) for shape in shapes)
+        return Qa, Qg, values

@@ -39,8 +39,7 @@ class Space(Protocol):
 
     residual   whether vectors are made of the step's residual
     outer      whether all vectors are `Outer`
-    turns      whether vectors are made of the residual and of M^-1 alone and the step is cheaper in M's coordinates;
-               False where left out
+    turns      whether vectors are made of the residual and of M^-1 alone and the step is cheaper in M's coordinates
     """
 
     @property
@@ -48,6 +47,9 @@ class Space(Protocol):
 
     @property
     def outer(self) -> bool: ...
+
+    @property
+    def turns(self) -> bool: ...
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
         """The tree before the first refresh; `local` solves as the method does then."""
@@ -68,6 +70,7 @@ class Nicolaides:
 
     residual: ClassVar[bool] = False
     outer: ClassVar[bool] = True
+    turns: ClassVar[bool] = False
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Outer:
         xp, where = namespace(like), {"dtype": like.dtype, "device": aac.device(like)}
@@ -144,7 +147,7 @@ class Krylov:
 
     @property
     def turns(self) -> bool:
-        return getattr(self.space, "turns", False)
+        return self.space.turns
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
         inner = self.space.init(name, block, like, local)
@@ -179,6 +182,7 @@ class Given:
 
     residual: ClassVar[bool] = False
     outer: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> tuple:
         shape, found = (block.blocks, block.d_out, block.d_in), []
@@ -204,6 +208,7 @@ class Enriched:
 
     residual: ClassVar[bool] = False
     outer: ClassVar[bool] = True
+    turns: ClassVar[bool] = False
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
         if not 1 <= self.count <= 1 + block.d_out * block.d_in:

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 from kfaccore import tree
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
-from kfaccore.method import Block, Hyper, Solution
+from kfaccore.linalg.inverse import floored
+from kfaccore.method import Block, Eigensystem, Hyper, Inverses, KroneckerTerms, Solution, declares
 from kfaccore.methods import KFAC
 from kfaccore.network.each import Each, Hypers, one_batch
 from kfaccore.network.two_level.coarse import Local, Nicolaides
@@ -34,6 +35,8 @@ from kfaccore.record import Ids, Record
 from kfaccore.record.jacobian import outputs
 from kfaccore.xp.arrays import Array, all_finite, namespace, plus, scalar, select
 from kfaccore.xp.codes import Code, choose
+
+_UNDAMPED = Hyper(0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,9 @@ class TwoLevel(Each):
             return _eigensystem(self._of(name), state.layers[name], name, dict(state.blocks)[name])
 
         def solve(v: Any) -> Any:
-            parts = self._ask("inverses", name, state.layers[name]) if isinstance(v, Outer) else None
+            method = self._of(name)
+            product = isinstance(v, Outer) and declares(method, Inverses)
+            parts = method.inverses(state.layers[name], hyper) if product else None
             if parts is None:
                 return self._solve(state, name, dense(v), hyper, at).direction
             left, right = (side.times(x[:, None, :], p)[:, 0, :] for x, p in ((v.left, parts[1]), (v.right, parts[0])))
@@ -154,16 +159,17 @@ class TwoLevel(Each):
     def _turned(self, state: State, hypers: Hypers, records: Mapping[str, Record]) -> dict[str, Turned]:
         """Layers whose step is computed in the coordinates of M's eigenvectors."""
         found = {}
-        for name, record in records.items() if getattr(self.space, "turns", False) else ():
-            form = self._ask("eigenform", name, state.layers[name], hypers[name])
-            if form is not None and not isinstance(record.a, Ids | Patches):
-                found[name] = Turned(*form)
+        for name, record in records.items() if self.space.turns else ():
+            method = self._of(name)
+            layer = state.layers[name]
+            if isinstance(record.a, Ids | Patches) or not declares(method, Eigensystem):
+                continue
+            system = method.eigensystem(layer, hypers[name])
+            if system is not None and not any(side.is_diagonal(Q) for Q in system[:2]):
+                Qa, Qg, values = system
+                below, code = floored(values, layer.code)
+                found[name] = Turned(Qg, below, Qa, code)
         return found
-
-    def _ask(self, what: str, name: str, *given: Any) -> Any:
-        """What a layer's method tells of its inverse, None where it has no such form."""
-        told = getattr(self._of(name), what, None)
-        return told(*given) if told else None
 
     def _solve(self, state: State, name: str, grad: Any, hyper: Hyper, at: Turned | None = None) -> Solution:
         if at is not None:
@@ -173,10 +179,11 @@ class TwoLevel(Each):
 
 def _eigensystem(method: Any, state: Any, name: str, block: Block) -> tuple[Array, Array, Array]:
     """(S (blocks, d_out, d_in), Qg, Qa) of a method that is one Kronecker product or knows its eigenvectors."""
-    if hasattr(method, "eigensystem"):
-        S, Qg, Qa = method.eigensystem(state, block)
+    terms = method.kronecker_terms(state, block) if declares(method, KroneckerTerms) else ()
+    system = method.eigensystem(state, _UNDAMPED) if not terms and declares(method, Eigensystem) else None
+    if system is not None:
+        Qa, Qg, S = system
         return S, _full_side(Qg), Qa if block.diagonal_in else _full_side(Qa)
-    terms = method.kronecker_terms(state, block) if hasattr(method, "kronecker_terms") else ()
     if len(terms) != 1:
         raise ValueError(f"layer {name!r}: {type(method).__name__} knows no eigenvectors; choose another coarse space")
     (a, Qa, _), (g, Qg, _) = (side.eigh(x) for x in terms[0])
