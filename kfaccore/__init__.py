@@ -25,7 +25,7 @@ from kfaccore.fisher import (
 )
 from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
-from kfaccore.method import Block, Code, Hyper, Method, Solution, settle
+from kfaccore.method import Block, Hyper, Method
 from kfaccore.methods import (
     CGFAC,
     EKFAC,
@@ -62,8 +62,11 @@ from kfaccore.precondition.weighting import own_gradients, weighted
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.record.files import load_records, save_records
 from kfaccore.record.sharing import ReceptiveMean, Subsample, concat, expand, mean_mean, reduce, sum_sum
+from kfaccore.settle import settle
+from kfaccore.solution import Solution
 from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
 from kfaccore.step.rescale import KLClip, NormConstraint
+from kfaccore.xp import Code
 
 __version__ = "0.1.0"
 

@@ -10,16 +10,16 @@ What a method may offer is a capability: a Protocol below, a line of `CAPABILITI
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from kfaccore import tree
 from kfaccore.record import Factored, Ids, Record
-from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, blanked, widen
+from kfaccore.solution import Solution
+from kfaccore.xp.arrays import Array
 
-__all__ = ["CAPABILITIES", "Block", "Code", "Hyper", "Method", "Solution", "State", "Stats", "declares", "settle"]
+__all__ = ["CAPABILITIES", "Block", "Hyper", "Method", "State", "Stats", "declares"]
 
 
 class State(Protocol):
@@ -81,16 +81,6 @@ class Hyper:
             raise ValueError(f"damping is {self.damping}; need a finite number >= 0")
         if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
             raise ValueError(f"decay is {self.decay}; need a number in [0, 1): it multiplies the old average")
-
-
-@dataclass(frozen=True)
-class Solution:
-    """direction like the gradient (same sign: steps subtract it), code (blocks,), state, info of small arrays."""
-
-    direction: Array
-    code: Array
-    state: Any
-    info: dict[str, Array] = field(default_factory=dict)
 
 
 class Method(Protocol[S, T]):
@@ -238,45 +228,3 @@ class Additive:
     def combine(self, first: T, second: T) -> T:
         """Leafwise sum."""
         return tree.add(first, second)
-
-
-def gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> tuple[Any, bool]:
-    """`grad` with its blocks axis, and whether that axis was added; ValueError when it does not fit the state."""
-    if isinstance(grad, Factored):
-        shape = (grad.a.shape[0], grad.g.shape[-1], grad.a.shape[-1])
-        added = False
-    else:
-        grad = widen(grad, "grad")
-        added = grad.ndim == 2
-        grad = grad[None, ...] if added else grad
-        shape = tuple(grad.shape)
-    if shape != block_shape:
-        raise ValueError(f"grad has shape {shape}; the state was made for (blocks, d_out, d_in) = {block_shape}")
-    return grad, added
-
-
-def finish(direction: Array, code: Array, state: State, squeeze: bool, **info: Array) -> Solution:
-    """A Solution whose non-finite blocks are zero with code NONFINITE."""
-    ok = all_finite(direction)
-    direction = blanked(ok, direction)
-    code = choose(~ok, Code.NONFINITE, code)
-    return Solution(direction[0, ...] if squeeze else direction, code, state, info)
-
-
-def cycle(method: Method[S, T], state: S, record: Record | tuple[Record, ...], hyper: Hyper) -> S:
-    """One measure, update, refresh."""
-    return method.refresh(method.update(state, method.measure(state, record, hyper), hyper), hyper)
-
-
-def settle(method: Method[S, T], record: Record | tuple[Record, ...], k: int | None = None, damping: float = 1e-3) -> S:
-    """State of `method` fitted to one record, or a tuple of one a loss term, without memory (decay 0).
-
-    k cycles (default `method.cycles`), then one more measure and update, for what lives in the basis of the last
-    refresh: EKFAC's moments.
-    """
-    hyper = Hyper(0, 0.0, damping)
-    one = record[0] if isinstance(record, tuple) else record
-    state = method.init(Block.of(one), one.g)
-    for _ in range(method.cycles if k is None else k):
-        state = cycle(method, state, record, hyper)
-    return method.update(state, method.measure(state, record, hyper), hyper)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kfaccore.method import Hyper, settle
+from kfaccore.method import Hyper
 from kfaccore.methods.kronecker.kfac import KFAC
 from kfaccore.record import Factored, Record
+from kfaccore.settle import settle
 from kfaccore.xp.arrays import Array
 
 

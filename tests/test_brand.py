@@ -13,11 +13,11 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.method import cycle
 from kfaccore.methods.lowrank import brand_update as brand
 from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.brand_c import Correction
 from kfaccore.methods.lowrank.lowrank import LowRank, Rank, nothing
+from kfaccore.settle import cycle
 from test_catalogue import kronecker, same
 
 KINDS = pytest.mark.parametrize("kind", [kf.BrandKFAC, kf.BrandRKFAC, kf.BrandCKFAC])

@@ -13,10 +13,10 @@ import kfaccore as kf
 from kfaccore import tree
 from kfaccore.linalg import cg
 from kfaccore.linalg.cg import CG, Iterations, Progress, Residual
-from kfaccore.method import cycle
 from kfaccore.methods.rows import span
 from kfaccore.methods.rows.cgfac import Empirical, InRows, Kron, KronFactored
 from kfaccore.methods.rows.factors import always
+from kfaccore.settle import cycle
 
 SIZES = pytest.mark.parametrize("sizes", [(5, 7, 6), (20, 7, 6), (6, 6, 6), (3, 1, 4), (1, 5, 4)], ids=str)
 LONG = CG(Residual(1e-14), 400)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore.method import cycle
 from kfaccore.methods.terms import bidiagonal, rearranged, sandwich
+from kfaccore.settle import cycle
 from oracle import matrix
 from oracle import rearranged as rearrange
 from rows import arrays

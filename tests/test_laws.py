@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.method import cycle
+from kfaccore.settle import cycle
 from rows import METHODS, arrays
 
 N, DAMPING = 2.5, 0.07

@@ -11,10 +11,10 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.method import cycle
 from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.lowrank import LowRank, Rank
 from kfaccore.methods.lowrank.sketch import residual
+from kfaccore.settle import cycle
 from test_catalogue import kronecker, same
 
 SKETCHES = pytest.mark.parametrize("sketch", [kf.Symmetric, kf.Singular])

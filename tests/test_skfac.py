@@ -9,12 +9,12 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import tree
-from kfaccore.method import cycle
 from kfaccore.methods.rows import factors as stacked
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows import woodbury
 from kfaccore.methods.rows.factors import always, cheaper_dense, never
 from kfaccore.methods.rows.skfac import release
+from kfaccore.settle import cycle
 
 ROWS = pytest.mark.parametrize("B", [1, 3, 7, 28])  # of d = 7
 LOW = kf.SKFAC(branch=always, rows=32, explicit=never)

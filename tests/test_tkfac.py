@@ -9,7 +9,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import factors
-from kfaccore.method import cycle
+from kfaccore.settle import cycle
 from oracle import matrix
 from rows import arrays
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore.method import cycle
 from kfaccore.methods.terms import two_terms
+from kfaccore.settle import cycle
 from rows import arrays
 
 TWO = [kf.Deflation(), kf.KFACCorrected(), kf.Lanczos()]

@@ -21,9 +21,11 @@ import numpy as np
 from kfaccore import tree
 from kfaccore.analysis.exact import ROWS, ExactBlock, distance, probed
 from kfaccore.analysis.operator import LayerOperator, on_host
-from kfaccore.method import Block, Code, Hyper, cycle, settle
+from kfaccore.method import Block, Hyper
 from kfaccore.record import Record
 from kfaccore.record.jacobian import adjoint
+from kfaccore.settle import cycle, settle
+from kfaccore.xp import Code
 from kfaccore.xp.arrays import from_host, namespace, to_host
 
 PROBES = 64

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from kfaccore.method import Block, Hyper, Solution
+from kfaccore.method import Block, Hyper
 from kfaccore.methods import KFAC
 from kfaccore.record import Record
+from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, scalar
 
 Hypers = Mapping[str, Hyper]

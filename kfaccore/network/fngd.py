@@ -18,13 +18,14 @@ from operator import add, and_
 from typing import Any, ClassVar
 
 from kfaccore import xp as kernels
-from kfaccore.method import Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Block, Hyper
 from kfaccore.methods import FNGD
 from kfaccore.methods.rows import units
 from kfaccore.methods.rows.shares import Share, mean_vector
 from kfaccore.network.each import Each, Hypers, joined, one_batch
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand, whole
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, loop, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 

@@ -19,10 +19,11 @@ import array_api_compat as aac
 
 from kfaccore import tree
 from kfaccore.damping import Adaptive
-from kfaccore.method import Block, Solution, Unit, declares
+from kfaccore.method import Block, Unit, declares
 from kfaccore.methods import TKFAC
 from kfaccore.network.each import Each, Hypers, joined
 from kfaccore.record import Record
+from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, namespace
 
 

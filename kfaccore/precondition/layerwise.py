@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.method import Hyper, Solution
+from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.given import in_dtype, is_stats, like_gradient, named
 from kfaccore.precondition.placement import exchanged, reduced, sent
 from kfaccore.record.sharing import concat
+from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace
 

@@ -16,9 +16,10 @@ import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Additive, Block, Hyper, Solution
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Record
+from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, from_host, namespace
 
 

@@ -11,7 +11,7 @@ import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Block, Hyper, gradient
+from kfaccore.method import Block, Hyper
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.given import is_stats, named, records_of
 from kfaccore.precondition.info import Info
@@ -21,6 +21,7 @@ from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.precondition.weighting import resting
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import concat
+from kfaccore.solution import gradient
 from kfaccore.step import Fixed, Rule
 from kfaccore.xp.arrays import Array, namespace
 

@@ -19,10 +19,11 @@ from typing import ClassVar
 from kfaccore import factors
 from kfaccore.linalg import kron
 from kfaccore.linalg.inverse import eigh, floored
-from kfaccore.method import Hyper, Solution, finish, gradient
+from kfaccore.method import Hyper
 from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, scalar
 
 

@@ -19,9 +19,10 @@ from kfaccore import factors
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron
 from kfaccore.linalg.inverse import Cholesky, Eigh, accepted, cholesky
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array
 
 

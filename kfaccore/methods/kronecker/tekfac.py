@@ -20,10 +20,11 @@ from kfaccore import factors
 from kfaccore.damping import as_given
 from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import eigh, floored
-from kfaccore.method import Hyper, Solution, finish, gradient
+from kfaccore.method import Hyper
 from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace, scalar
 
 

@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron
-from kfaccore.method import Block, Hyper, Solution
+from kfaccore.method import Block, Hyper
 from kfaccore.methods.lowrank import lowrank, modes
 from kfaccore.methods.lowrank.lowrank import LowRank, Rank, even, fixed
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
+from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array
 
 

@@ -24,12 +24,13 @@ from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron
 from kfaccore.linalg.inverse import accepted
-from kfaccore.method import Block, Hyper, Solution
+from kfaccore.method import Block, Hyper
 from kfaccore.methods.lowrank import brand_update as brand
 from kfaccore.methods.lowrank import lowrank, modes
 from kfaccore.methods.lowrank.lowrank import LowRank, Rank, even, fixed
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
+from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, namespace
 
 

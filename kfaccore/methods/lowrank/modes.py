@@ -17,11 +17,12 @@ from kfaccore import factors, tree
 from kfaccore import xp as kernels
 from kfaccore.damping import Split
 from kfaccore.linalg import kron, side
-from kfaccore.method import Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Block, Hyper
 from kfaccore.methods.lowrank import brand_update as brand
 from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.lowrank import LowRank, Rank
 from kfaccore.record import Factored, Ids, Record
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 

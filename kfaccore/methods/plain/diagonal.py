@@ -14,8 +14,9 @@ import array_api_compat as aac
 
 from kfaccore import factors
 from kfaccore.linalg.inverse import floored
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 

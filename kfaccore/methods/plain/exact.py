@@ -17,8 +17,9 @@ import array_api_compat as aac
 from kfaccore import factors
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record, dense
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace
 
 

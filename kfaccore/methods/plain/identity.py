@@ -13,8 +13,9 @@ from typing import ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors, tree
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
 
 

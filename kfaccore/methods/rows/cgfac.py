@@ -22,9 +22,10 @@ import array_api_compat as aac
 from kfaccore.factors import unrefreshed
 from kfaccore.linalg import cg
 from kfaccore.linalg.cg import CG
-from kfaccore.method import Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows.operators import Empirical, Kron, KronFactored
 from kfaccore.record import Factored, Record
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace, select
 from kfaccore.xp.codes import Code, choose
 

@@ -22,12 +22,13 @@ import array_api_compat as aac
 
 from kfaccore import factors
 from kfaccore.convolution.patches import Patches
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.rows import table, units
 from kfaccore.methods.rows.shares import Share, entries, epochs_rest, mean_vector, position, sample, scalar_rate
 from kfaccore.methods.rows.table import Table
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.sharing import expand, whole
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, loop, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 

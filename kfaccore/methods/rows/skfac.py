@@ -23,7 +23,7 @@ from kfaccore.damping import Split, equal, pi
 from kfaccore.factors import unrefreshed
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
-from kfaccore.method import Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows import factors as stacked
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows import woodbury
@@ -32,6 +32,7 @@ from kfaccore.methods.rows.stack import Stack
 from kfaccore.methods.rows.woodbury import LowRank
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand, mean_mean
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
 
 

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 
 from kfaccore import factors, tree
 from kfaccore.linalg import kron
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.singd import recursion, structured
 from kfaccore.methods.singd.blocks import Dense, Diagonal
 from kfaccore.methods.singd.recursion import Rule, coupled, rooted
 from kfaccore.methods.singd.structured import Parts, Structure
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.sharing import expand
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 

@@ -20,9 +20,10 @@ from kfaccore import factors
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron
 from kfaccore.linalg.inverse import Cholesky, Eigh, accepted, cholesky
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.terms import rearranged
 from kfaccore.record import Factored, Record
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
 
 

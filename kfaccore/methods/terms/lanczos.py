@@ -22,12 +22,13 @@ from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
-from kfaccore.method import Block, Code, Hyper, Solution, finish, gradient
+from kfaccore.method import Block, Hyper
 from kfaccore.methods.terms import rearranged, two_terms
 from kfaccore.methods.terms.bidiagonal import leading
 from kfaccore.methods.terms.sandwich import sandwich
 from kfaccore.record import Factored, Record
-from kfaccore.xp import choose
+from kfaccore.solution import Solution, finish, gradient
+from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, eps, namespace, scalar
 
 

@@ -22,10 +22,11 @@ from kfaccore import factors
 from kfaccore.damping import Split, per_factor
 from kfaccore.linalg import kronsum, side
 from kfaccore.linalg.inverse import accepted
-from kfaccore.method import Additive, Block, Code, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
-from kfaccore.xp import choose
+from kfaccore.solution import Solution, finish, gradient
+from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, eps, namespace
 
 

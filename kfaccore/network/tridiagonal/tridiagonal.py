@@ -27,11 +27,12 @@ from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import accepted
-from kfaccore.method import Additive, Block, Hyper, Solution, finish, gradient
+from kfaccore.method import Additive, Block, Hyper
 from kfaccore.network.tridiagonal.chain import checked, paired, refused
 from kfaccore.network.tridiagonal.difference import denominators, whitened
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfaccore.linalg import kron, side
-from kfaccore.method import Solution, finish, gradient
 from kfaccore.network.two_level.level import full
 from kfaccore.record import Factored, Record
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace, same, scalar
 
 

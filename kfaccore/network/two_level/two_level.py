@@ -22,7 +22,7 @@ from kfaccore import tree
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import floored
-from kfaccore.method import Block, Eigensystem, Hyper, Inverses, KroneckerTerms, Solution, declares
+from kfaccore.method import Block, Eigensystem, Hyper, Inverses, KroneckerTerms, declares
 from kfaccore.methods import KFAC
 from kfaccore.network.each import Each, Hypers, one_batch
 from kfaccore.network.two_level.coarse import Local, Nicolaides
@@ -33,6 +33,7 @@ from kfaccore.network.two_level.turned import Turned
 from kfaccore.network.two_level.vectors import Outer, dense, unit
 from kfaccore.record import Ids, Record
 from kfaccore.record.jacobian import outputs
+from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, all_finite, namespace, plus, scalar, select
 from kfaccore.xp.codes import Code, choose
 

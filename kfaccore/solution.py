@@ -1,0 +1,43 @@
+"""The two ends of a solve: the gradient as it was given, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kfaccore.record import Factored
+from kfaccore.xp import Code, choose
+from kfaccore.xp.arrays import Array, all_finite, blanked, widen
+
+
+@dataclass(frozen=True)
+class Solution:
+    """direction like the gradient (same sign: steps subtract it), code (blocks,), state, info of small arrays."""
+
+    direction: Array
+    code: Array
+    state: Any
+    info: dict[str, Array] = field(default_factory=dict)
+
+
+def gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> tuple[Any, bool]:
+    """`grad` with its blocks axis, and whether that axis was added; ValueError when it does not fit the state."""
+    if isinstance(grad, Factored):
+        shape = (grad.a.shape[0], grad.g.shape[-1], grad.a.shape[-1])
+        added = False
+    else:
+        grad = widen(grad, "grad")
+        added = grad.ndim == 2
+        grad = grad[None, ...] if added else grad
+        shape = tuple(grad.shape)
+    if shape != block_shape:
+        raise ValueError(f"grad has shape {shape}; the state was made for (blocks, d_out, d_in) = {block_shape}")
+    return grad, added
+
+
+def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: Array) -> Solution:
+    """A Solution whose non-finite blocks are zero with code NONFINITE."""
+    ok = all_finite(direction)
+    direction = blanked(ok, direction)
+    code = choose(~ok, Code.NONFINITE, code)
+    return Solution(direction[0, ...] if squeeze else direction, code, state, info)
