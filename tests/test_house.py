@@ -19,7 +19,7 @@ SOURCES = sorted([*ROOT.glob("kfaccore/**/*.py"), *ROOT.glob("adapters/**/*.py")
 FOREIGN = {"torch", "jax", "tensorflow", "cupy", "cupyx"}
 
 FLOOR = {"xp", "tree", "convolution", "record"}
-FAMILY = FLOOR | {"fisher", "method", "solution", "factors", "damping", "linalg"}
+FAMILY = FLOOR | {"fisher", "method", "options", "solution", "factors", "damping", "linalg"}
 ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "xp": set(),
     "tree": set(),
@@ -32,11 +32,12 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "solution": FLOOR,
     "method": FLOOR | {"solution"},
     "settle": FLOOR | {"method"},
+    "options": {"method"},
     "layers": FLOOR | {"method"},
     "factors": FLOOR | {"method", "linalg"},
     "methods": FAMILY,
     "network": FAMILY | {"methods"},
-    "precondition": FLOOR | {"method", "solution", "step"},
+    "precondition": FLOOR | {"method", "options", "solution", "step"},
     "step": FLOOR | {"method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
     "analysis": FLOOR | {"method", "settle", "factors", "linalg"},
