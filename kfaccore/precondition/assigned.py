@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kfaccore.method import Block, Hyper, Method, Resting, Unmeasured, declares
 from kfaccore.options import need
 from kfaccore.precondition.groups import Alone, Group, NetworkMethod
+from kfaccore.xp.arrays import is_tracer
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,14 @@ class Assigned:
         """The layers of `names` whose method rests, given the numbers of the step to come."""
         whose = {name: self.whose(name, alone) for name in names}
         able = {name: method for name, method in whose.items() if declares(method, Resting)}
-        return {name for name, method in able.items() if method.rests(hyper(name))}
+        rests = {name: method.rests(hyper(name)) for name, method in able.items()}
+        traced = sorted(name for name, flag in rests.items() if is_tracer(flag))
+        if traced:
+            raise ValueError(
+                f"the methods of layers {traced} rest in some epochs, and a traced step cannot tell in which: run it "
+                f"outside jit, or give FNGD steps=0"
+            )
+        return {name for name, flag in rests.items() if flag}
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kfaccore.fisher import empirical, forward_only
 from kfaccore.method import Block, OwnGradients, Stats, Terms, declares
+from kfaccore.options import need
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.given import Given, named, records_of
@@ -22,7 +23,8 @@ Fisher = Callable[..., object]  # type2, monte_carlo, empirical or forward_only
 
 
 def agreeing(network: NetworkMethod | None, step: Rule, comm: Communicator) -> None:
-    """ValueError where a network-level method or a rule cannot work over the ranks."""
+    """TypeError for what is no rule; ValueError where a network-level method or a rule cannot work over the ranks."""
+    need("Preconditioner", "step", step, Rule, "a rule such as Fixed(lr) or SelfTuning()")
     if comm.world == 1:
         return
     if network is not None:
