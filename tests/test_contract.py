@@ -85,7 +85,7 @@ def probes(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("kfaccore/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_in_the_core_probes_what_is_not_declared(path):
-    """A capability is asked for with `declares(method, Capability)`; arrays and modules of others are another matter."""
+    """A capability is asked for with `declares(method, Capability)`; arrays of others are another matter."""
     if str(path.relative_to(ROOT)) not in PROBES_ALLOWED:
         assert not probes(path), "declare a capability in kfaccore/method.py and ask with `declares`"
 

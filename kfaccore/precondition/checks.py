@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 from kfaccore.fisher import empirical, forward_only
@@ -120,4 +121,4 @@ def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], to
 
 
 def _name(fisher: Fisher) -> str:
-    return getattr(fisher, "__name__", repr(fisher))
+    return fisher.__name__ if isinstance(fisher, FunctionType) else repr(fisher)

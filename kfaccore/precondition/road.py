@@ -12,15 +12,15 @@ import numpy as np
 from kfaccore.method import Hyper, Stats
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due, gated
-from kfaccore.precondition.given import in_dtype, like_gradient, working
-from kfaccore.precondition.groups import Alone, Group
+from kfaccore.precondition.given import Given, in_dtype, like_gradient, working
+from kfaccore.precondition.groups import Alone, Grads, Group
 from kfaccore.precondition.placement import exchanged, reduced, sent
 from kfaccore.record.sharing import concat
 from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace
 
-Batches = Mapping[str, Sequence[Any]]
+Batches = Mapping[str, Sequence[Given]]
 Refused = dict[str, Array]
 
 
@@ -36,9 +36,9 @@ class Road:
     def run(
         self,
         groups: Sequence[Group],
-        states: Sequence[Any],
+        states: Sequence[object],
         batches: Batches,
-        grads: Mapping[str, Any],
+        grads: Grads,
         hypers: Mapping[str, Hyper],
     ) -> list[Solution]:
         """A Solution a group: `direction` and `code` are dicts, `state` is what follows.

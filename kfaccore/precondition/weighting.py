@@ -9,10 +9,23 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from kfaccore.method import OwnGradients, Resting, declares
+from kfaccore.method import OwnGradients, Resting, State, declares
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.schedule import Schedules
 from kfaccore.xp.arrays import Array
+
+
+class Stepped(Protocol):
+    """What is asked of its state."""
+
+    @property
+    def step(self) -> int | Array: ...
+
+    @property
+    def layers(self) -> dict[str, State]: ...
+
+    @property
+    def network(self) -> object: ...
 
 
 class Stepping(Protocol):
@@ -24,20 +37,7 @@ class Stepping(Protocol):
     @property
     def schedules(self) -> Schedules: ...
 
-    def resting(self, state: Any) -> set[str]: ...
-
-
-class Stepped(Protocol):
-    """What is asked of its state."""
-
-    @property
-    def step(self) -> int | Array: ...
-
-    @property
-    def layers(self) -> dict[str, Any]: ...
-
-    @property
-    def network(self) -> Any: ...
+    def resting(self, state: Stepped) -> set[str]: ...
 
 
 def own_gradients(pre: Stepping) -> bool:
