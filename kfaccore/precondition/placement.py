@@ -16,7 +16,7 @@ import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Additive, Block, Hyper
+from kfaccore.method import Additive, Block, Hyper, RowsAtSolve, declares
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Record
 from kfaccore.solution import Solution
@@ -64,8 +64,8 @@ def assign(work: Mapping[str, float], world: int, fraction: float = 1.0) -> dict
 def check(methods: Mapping[str, Any], comm: Communicator) -> None:
     """ValueError for methods whose Stats do not add over ranks."""
     for name, method in methods.items():
-        additive = getattr(type(method), "combine", None) is Additive.combine
-        if comm.world > 1 and (not additive or getattr(method, "rows_at_solve", False)):
+        additive = type(method).combine is Additive.combine
+        if comm.world > 1 and (not additive or declares(method, RowsAtSolve)):
             raise ValueError(
                 f"{method} of layer {name!r} keeps rows of one process; need a method whose Stats are sums"
             )
@@ -163,5 +163,5 @@ def sent(comm: Communicator, solution: Solution, ranks: tuple[int, ...]) -> Solu
     if len(ranks) == comm.world:
         return solution
     everyone = (ranks[0], *(r for r in range(comm.world) if r != ranks[0]))
-    direction, code = comm.broadcast([solution.direction, solution.code], everyone)
-    return replace(solution, direction=direction, code=code)
+    directions, codes = comm.broadcast([solution.direction, solution.code], everyone)
+    return replace(solution, direction=directions, code=codes)

@@ -21,6 +21,8 @@ class Fixed:
 
     needs_records: ClassVar[bool] = False
     judges: ClassVar[bool] = False
+    traced: ClassVar[bool] = True
+    terms: ClassVar[bool] = True
 
     def init(self, zeros: dict[str, Array]) -> dict[str, Array]:
         """State: one buffer a layer, none without momentum."""

@@ -41,6 +41,8 @@ class GridSearch:
 
     needs_records: ClassVar[bool] = False
     judges: ClassVar[bool] = True
+    traced: ClassVar[bool] = False
+    terms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1 or self.points < 1:

@@ -43,6 +43,8 @@ class LineSearch:
 
     needs_records: ClassVar[bool] = False
     judges: ClassVar[bool] = True
+    traced: ClassVar[bool] = False
+    terms: ClassVar[bool] = True
 
     def init(self, zeros: dict[str, Array]) -> Search:
         return Search(self.cap)

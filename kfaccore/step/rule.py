@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from kfaccore.method import Hyper
+from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array
 
@@ -12,13 +13,16 @@ from kfaccore.xp.arrays import Array
 class Rule(Protocol):
     """Frozen numbers; `motion` is the rule's own state.
 
-    needs_records   whether every step needs records of the batch
+    needs_records   whether every step needs records of the batch, drawn from the model
     judges          whether `judge` must be asked after the updates were applied
-    over(comm)      optional for a rule that needs records: the rule for ranks whose records add up to the batch
+    traced          whether all of it runs under jit, one judgement being final
+    terms           whether records may be tuples, one a loss term
     """
 
     needs_records: ClassVar[bool]
     judges: ClassVar[bool]
+    traced: ClassVar[bool]
+    terms: ClassVar[bool]
 
     def init(self, zeros: dict[str, Array]) -> Any:
         """Motion before the first step, from zeros shaped like every layer's direction."""
@@ -32,7 +36,7 @@ class Rule(Protocol):
         """The scheduled numbers, or the rule's own in their place."""
         ...
 
-    def restart(self, motion: Any) -> bool:
+    def restart(self, motion: Any) -> bool | Array:
         """Whether inverses are refreshed off the clock."""
         ...
 
@@ -47,4 +51,12 @@ class Rule(Protocol):
 
         The answer is final when it is `share` itself or 0; else apply it and ask again.
         """
+        ...
+
+
+class Spread(Protocol):
+    """What a rule that needs records may offer: itself over several ranks."""
+
+    def over(self, comm: Communicator) -> Rule:
+        """The rule for ranks whose records add up to the batch."""
         ...

@@ -86,7 +86,8 @@ class SelfTuning:
 
     needs_records: ClassVar[bool] = True
     judges: ClassVar[bool] = True
-    traced: ClassVar[bool] = True  # all of it runs under jit, and one judgement is final
+    traced: ClassVar[bool] = True
+    terms: ClassVar[bool] = False
 
     def over(self, comm: Communicator) -> SelfTuning:
         """The rule for ranks whose records add up to the batch, all of which call it with the same directions."""
