@@ -1,4 +1,4 @@
-"""The house: arrows between modules, sizes, the public surface, the installed package, the README's code."""
+"""The house: arrows between modules, sizes, the public surface, the installed package."""
 
 from __future__ import annotations
 
@@ -178,11 +178,3 @@ def test_installed_names(name, tmp_path):
     assert (ROOT / "adapters" / f"kfaccore_{name}").is_dir()
     assert "No module named 'adapters'" in python("import adapters", tmp_path).stderr
     assert "No module named 'bench'" in python("import bench", tmp_path).stderr
-
-
-def test_readme_runs_as_printed(tmp_path):
-    text = (ROOT / "README.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    done = python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "{<Code.OK: 0>: 1}"

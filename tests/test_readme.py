@@ -1,0 +1,130 @@
+"""The pages: their code runs and prints what they say, their links lead somewhere, their names exist."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import kfaccore
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def snippets(text: str) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+SNIPPETS = [
+    pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, code in enumerate(snippets(page.read_text()))
+]
+ADAPTERS = {"kfaccore_torch": "torch", "kfaccore_jax": "jax", "kfaccore_tensorflow": "tensorflow"}  # and what it needs
+NEEDS = {*ADAPTERS.values(), "optax", "keras"}
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def promised(code: str) -> list[str]:
+    """What a snippet's lines `print(...)  # output` say they print."""
+    return re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_code_prints_what_the_page_says(code, tmp_path):
+    """In a process of its own: TensorFlow beside other frameworks can abort it."""
+    words = set(re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE))
+    for name in sorted({ADAPTERS.get(word, word) for word in words} & NEEDS):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == promised(code)
+
+
+def test_readme_is_short_and_shows_torch_and_numpy():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 135
+    torch, numpy = snippets(text)
+    assert "import torch" in torch
+    assert "import torch" not in numpy
+    assert promised(torch)
+    assert promised(numpy)
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as links name them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pages
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"(?:`|^ +|\$ )make ([\w-]+)", page.read_text(), re.MULTILINE)
+    assert set(named) <= targets
+
+
+def exists(dotted: str) -> bool:
+    """Whether `kfaccore.x.Y` is a module of ours, or a name in one."""
+    first, *rest = dotted.split(".")
+    here: Any = importlib.import_module(first)
+    for name in rest:
+        inner = f"{here.__name__}.{name}" if isinstance(here, ModuleType) else ""
+        if not hasattr(here, name) and not (inner and importlib.util.find_spec(inner)):
+            return False
+        here = getattr(here, name) if hasattr(here, name) else importlib.import_module(inner)
+    return True
+
+
+@pages
+def test_public_names_exist(page):
+    """kfaccore_tensorflow's are left to its page's code: TensorFlow beside other frameworks can abort the process."""
+    text = re.sub(r"\bkf\.", "kfaccore.", page.read_text())
+    for dotted in sorted(set(re.findall(r"(?<![/\w.-])(kfaccore(?:_[a-z]+)?(?:\.[A-Za-z]\w*)+)", text))):
+        package = dotted.split(".")[0]
+        if package != "kfaccore_tensorflow" and importlib.util.find_spec(ADAPTERS.get(package, package)):
+            assert exists(dotted), f"{page.name} names {dotted}, which does not exist"
+
+
+def test_the_method_table_is_complete():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"\b([A-Za-z]+)\(", " ".join(row.split(" | ")[0] for row in rows)))
+    methods = {method.__name__ for method in kfaccore.methods.CATALOGUE.values()}
+    network = {"TwoLevel", "Tridiagonal", "SharedDamping", "GlobalFNGD", "GaussNewton"}
+    assert named == methods | network
+
+
+@pages
+def test_named_files_and_rooms_exist(page):
+    """Paths in backquotes; placeholders (FAMILY, kfaccore_X, docs/X.md) left out."""
+    text = page.read_text()
+    for path in re.findall(r"`((?:kfaccore|tests|bench|adapters|docs)/[\w./]*)`", text):
+        if not re.search(r"[A-Z]{2}|_X|/X", path):
+            assert (ROOT / path).exists(), path
+    for script in re.findall(r"python (bench/\w+\.py)", text):
+        assert (ROOT / script).exists(), script
