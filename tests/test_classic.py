@@ -1,4 +1,4 @@
-"""Identities of the classic blocks, dense against factored: T1, T2, T6, T7, T13, T17, T18; T8 under jit."""
+"""Identities of the classic blocks, dense against factored, and two terms under jit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def fitted(method, record):
     return matrix(method, kf.settle(method, record), HYPER, (1, record.d_out, record.d_in))[0]
 
 
-def test_T1_kfac_is_the_dense_solve(rng):
+def test_kfac_is_the_dense_solve(rng):
+    """KFAC-1: X = (G + c_G I)^-1 V (A + c_A I)^-1 solves ((G + c_G I) (x) (A + c_A I)) vec X = vec V."""
     record, v = record_of(rng), rng.normal(size=(5, 7))
     A, G = factors_of(record)
     pi = np.sqrt(np.trace(A) / 7 / (np.trace(G) / 5))
@@ -38,8 +39,9 @@ def test_T1_kfac_is_the_dense_solve(rng):
     assert apart(kf.direction(record, v, kf.KFAC(), 0.3).ravel(), np.linalg.solve(dense, v.ravel())) < 1e-12
 
 
-def test_T2_what_factored_damping_adds_and_which_pi_adds_least(rng):
-    """(G + gamma/p) (x) (A + p gamma) - G (x) A - gamma^2 I has the trace of its two cross terms, least at pi."""
+def test_factored_damping_adds_two_cross_terms_of_least_trace_at_pi(rng):
+    """KFAC-2: (G + gamma/p) (x) (A + p gamma) - G (x) A - gamma^2 I has the trace of its two cross terms, least at
+    pi."""
     A, G = factors_of(record_of(rng))
     gamma, pi = 0.4, np.sqrt(np.trace(A) / 7 / (np.trace(G) / 5))
 
@@ -57,16 +59,18 @@ def test_T2_what_factored_damping_adds_and_which_pi_adds_least(rng):
 
 
 @pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.TKFAC(), kf.TEKFAC(), kf.KPSVD(), kf.Lanczos()])
-def test_T6_one_position_is_a_dense_layer(rng, method):
-    """A window as large as the image: its one patch is the row."""
+def test_one_position_is_a_dense_layer(rng, method):
+    """KFAC-9: a convolution of one position has the direction of a dense layer.
+
+    A window as large as the image: its one patch is the row."""
     image, g, v = rng.normal(size=(30, 2, 2, 2)), rng.normal(size=(30, 1, 4)), rng.normal(size=(4, 9))
     patches = kf.Record(kf.Patches(image, kf.Window((2, 2)), bias=True), g, 30.0)
     rows = kf.Record(patches.rows()[0, :, 0], g[:, 0], 30.0)
     assert apart(kf.direction(patches, v, method, 0.1), kf.direction(rows, v, method, 0.1)) < 1e-10
 
 
-def test_T7_ekfac_twice(rng):
-    """Its moments from J and from squared projections; the trace of F; never further than K-FAC."""
+def test_ekfac_has_the_best_diagonal_in_its_basis(rng):
+    """EKFAC-1: S = diag(Q^T F Q), so tr EKFAC = tr F and |EKFAC - F| <= |KFAC - F|."""
     record = record_of(rng)
     F, K, E = kf.dense(record)[0], fitted(kf.KFAC(), record), fitted(kf.EKFAC(), record)
     state = kf.settle(kf.EKFAC(), record)
@@ -79,15 +83,16 @@ def test_T7_ekfac_twice(rng):
 
 @pytest.mark.parametrize("method", [kf.TKFAC(), kf.TEKFAC(), kf.KPSVD(), kf.Deflation(), kf.Lanczos()])
 @pytest.mark.parametrize("rows", [3, 6, 20])
-def test_T13_gradients_not_multiplied_out(rng, method, rows):
+def test_gradients_as_rows_have_the_direction_of_their_product(rng, method, rows):
+    """KFAC-10: V = y_g^T y_a / n as rows and multiplied out have one direction."""
     record = record_of(rng)
     factored = kf.Factored(rng.normal(size=(rows, 7)), rng.normal(size=(rows, 5)), 4.0)
     assert apart(kf.direction(record, factored, method), kf.direction(record, factored.dense(), method)) < 1e-11
 
 
 @pytest.mark.parametrize("method", [kf.Deflation(), kf.Lanczos()])
-def test_T8_under_jit(rng, method):
-    """Loops whose length depends on data become loops of the compiler."""
+def test_two_terms_under_jit(rng, method):
+    """KPSVD-10: loops whose length depends on data become loops of the compiler; the direction is the same."""
     jax = pytest.importorskip("jax")
     record, v = record_of(rng, 20), rng.normal(size=(5, 7))
     parts = tuple(jax.numpy.asarray(x) for x in (record.a, record.g, v))

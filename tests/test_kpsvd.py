@@ -1,4 +1,4 @@
-"""KPSVD, Deflation, Lanczos and KFAC-CORRECTED against the singular decomposition of the rearranged block: T8."""
+"""KPSVD, Deflation, Lanczos and KFAC-CORRECTED against the singular decomposition of the rearranged block."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_reference_magnitudes(method, error):
 
 
 def test_orderings_on_200_random_records(rng):
-    """Undamped, without averages, iterated to convergence; the 200 records are the blocks of one."""
+    """KPSVD-11: KPSVD <= TKFAC, KFAC; EKFAC, KFACCorrected <= KFAC; TEKFAC <= TKFAC; Deflation = Lanczos <= KPSVD.
+
+    Undamped, without averages, iterated to convergence; the 200 records are the blocks of one."""
     record = many(rng, 200)
     found = {m: errors(m(), record) for m in (kf.KFAC, kf.EKFAC, kf.TKFAC, kf.TEKFAC, kf.Lanczos)}
     iterative = (kf.KPSVD, kf.KFACCorrected, kf.Deflation)
@@ -94,8 +96,8 @@ def test_orderings_on_200_random_records(rng):
 @pytest.mark.parametrize("shared", [1, 3])
 @pytest.mark.parametrize("chunk", [1 << 22, 60])
 @pytest.mark.parametrize("way", [sandwich._by_rows, sandwich._formed])
-def test_T8_products_of_the_rearranged_block(rng, monkeypatch, shared, chunk, way):
-    """Z vec(V) and Z^T vec(U) from rows, in one piece and in chunks, both ways of doing it."""
+def test_products_of_the_rearranged_block(rng, monkeypatch, shared, chunk, way):
+    """KPSVD-1: Z vec(V) and Z^T vec(U) from rows, in one piece and in chunks, both ways of doing it."""
     monkeypatch.setattr(sandwich, "_CHUNK", chunk)
     monkeypatch.setattr(sandwich, "_by_rows", way)
     monkeypatch.setattr(sandwich, "_formed", way)
@@ -111,7 +113,8 @@ def test_T8_products_of_the_rearranged_block(rng, monkeypatch, shared, chunk, wa
             assert apart(sums.A[block].ravel(), Z.T @ left[block].ravel()) < 1e-13
 
 
-def test_T8_rearranging_a_kronecker_product(rng):
+def test_rearranging_a_kronecker_product_is_an_isometry(rng):
+    """KPSVD-2: Z(G (x) A) = vec G vec A^T and |F - G (x) A| = |Z - vec G vec A^T|."""
     G, A = rng.normal(size=(3, 3)), rng.normal(size=(4, 4))
     assert np.array_equal(rearrange(np.kron(G, A), 3, 4), np.outer(G.ravel(), A.ravel()))
     F = kf.dense(many(rng, 1))[0]
@@ -120,8 +123,8 @@ def test_T8_rearranging_a_kronecker_product(rng):
     )
 
 
-def test_T8_tail_identity(rng):
-    """Squared error = sum of the squared singular values left out; monotone in the number of terms."""
+def test_squared_error_is_the_tail_of_singular_values(rng):
+    """KPSVD-3: squared error = sum of the squared singular values left out; monotone in the number of terms."""
     record = many(rng, 1)
     values = singular(record)[1]
     total = (values**2).sum()
@@ -130,7 +133,8 @@ def test_T8_tail_identity(rng):
         assert errors(method, record, cycles)[0] ** 2 * total == pytest.approx((values[2:] ** 2).sum(), rel=1e-11)
 
 
-def test_T8_power_iteration_and_lanczos_are_the_svd(rng):
+def test_power_iteration_and_lanczos_are_the_svd(rng):
+    """KPSVD-4: KPSVD is sigma_1 U_1 (x) V_1; Lanczos and Deflation add the second term."""
     record = many(rng, 1)
     left, values, right = singular(record)
     terms = [v * np.kron(u.reshape(3, 3), w.reshape(4, 4)) for u, v, w in zip(left.T, values, right, strict=False)]
@@ -139,8 +143,8 @@ def test_T8_power_iteration_and_lanczos_are_the_svd(rng):
     assert apart(fitted(kf.Deflation(), record, 300)[0], terms[0] + terms[1]) < 1e-10
 
 
-def test_T8_exact_at_full_rank(rng):
-    """F a sum of two Kronecker products: two terms are it, one is not."""
+def test_two_terms_are_exact_at_rank_two(rng):
+    """KPSVD-5: F a sum of two Kronecker products: two terms are it, one is not."""
     groups = [(rng.normal(size=(5, 4)), rng.normal(size=(6, 3)) * scale) for scale in (1.0, 0.5)]
     a, g = (
         np.concatenate(rows)
@@ -152,8 +156,9 @@ def test_T8_exact_at_full_rank(rng):
     assert errors(kf.Lanczos(), record)[0] < 1e-12
 
 
-def test_T8_corrected_identity(rng):
-    """Squared error = K-FAC's less the largest squared singular value of what K-FAC leaves; never under rank 2."""
+def test_a_correction_takes_off_the_first_singular_value_of_the_rest(rng):
+    """KPSVD-6: squared error = K-FAC's less the largest squared singular value of what K-FAC leaves; never under rank
+    2."""
     record = many(rng, 1)
     F, K = kf.dense(record)[0], fitted(kf.KFAC(), record)[0]
     left = np.linalg.svd(rearrange(F - K, 3, 4))[1]
@@ -163,7 +168,8 @@ def test_T8_corrected_identity(rng):
     assert got >= (singular(record)[1][2:] ** 2).sum()
 
 
-def test_T8_the_residual_is_orthogonal(rng):
+def test_the_residual_is_orthogonal_to_the_term(rng):
+    """KPSVD-7: <F - K, K> = 0 for KPSVD, not for K-FAC."""
     record = many(rng, 1)
     F = kf.dense(record)[0]
     for method, cycles, right in ((kf.KPSVD(), 300, True), (kf.KFAC(), None, False)):
@@ -172,7 +178,8 @@ def test_T8_the_residual_is_orthogonal(rng):
         assert (abs(cosine) < 1e-11) == right
 
 
-def test_T8_the_first_sweep_is_tkfac_and_every_one_is_definite(rng):
+def test_the_first_sweep_is_tkfac_and_every_one_is_definite(rng):
+    """KPSVD-8: one power iteration from identities is TKFAC's block; A and G stay positive."""
     record = many(rng, 1)
     assert apart(fitted(kf.KPSVD(), record, 1), fitted(kf.TKFAC(), record)) < 1e-13
     for cycles in (1, 2, 5, 50):
@@ -181,8 +188,8 @@ def test_T8_the_first_sweep_is_tkfac_and_every_one_is_definite(rng):
 
 
 @pytest.mark.parametrize("method", [kf.KPSVD(), kf.Deflation(), kf.KFACCorrected(), kf.Lanczos()])
-def test_T8_convolution_patches_and_masks(rng, monkeypatch, method):
-    """Patches stay folded until a chunk is needed; J sums over positions that exist."""
+def test_folded_patches_and_masks_are_unfolded_rows(rng, monkeypatch, method):
+    """KPSVD-9: patches stay folded until a chunk is needed; J sums over positions that exist."""
     monkeypatch.setattr(rearranged, "_ROWS", 36 * 13 * 2)
     patches = kf.Patches(rng.normal(size=(6, 5, 5, 3)), kf.Window((2, 2), padding=1), bias=True)
     g, v = rng.normal(size=(2, 1, 6, 36, 4)), rng.normal(size=(1, 4, 13))

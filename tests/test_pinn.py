@@ -99,7 +99,8 @@ smooth_ones = pytest.mark.parametrize("activation", [Tanh(), Sigmoid(), GELU()],
 
 @smooth_ones
 @pytest.mark.parametrize("kind", COEFFICIENTS)
-def test_p1_second_order_slot_is_the_contracted_hessian(activation, kind, rng):
+def test_second_order_slot_is_the_contracted_hessian(activation, kind, rng):
+    """PINN-1: the second slot is sum_ij c_ij d_ij u, by autodiff."""
     net, params, x = made(rng, activation=activation)
     c = COEFFICIENTS[kind](rng, 3)
     got = taylor.forward(net, params, x, Slots.operator(c)).second[:, 0]
@@ -107,7 +108,8 @@ def test_p1_second_order_slot_is_the_contracted_hessian(activation, kind, rng):
 
 
 @smooth_ones
-def test_p2_value_gradient_and_hessian(activation, rng):
+def test_value_gradient_and_hessian_from_the_slots(activation, rng):
+    """PINN-2: u, d_i u and d_ij u from the slots are autodiff's."""
     net, params, x = made(rng, activation=activation)
     value, gradient, hessian = torch_slots(activation, params, x)
     found = taylor.forward(net, params, x, Slots.laplacian(3))
@@ -132,7 +134,8 @@ def cauchy(f, x, axis, order, radius=0.25, points=32):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_p3_manufactured_solutions_have_zero_residual(name, rng):
+def test_manufactured_solutions_have_zero_residual(name, rng):
+    """PINN-3: the residual of each problem's own solution is 0."""
     problem = PROBLEMS[name]
     (x, y), (b, values) = problem.sample(rng, 50, 40)
     d = problem.d
@@ -189,7 +192,8 @@ def complex_jacobian(pinn, params, batch):
 
 
 @pytest.mark.parametrize("name", ["poisson-2d", "heat-4d", "fokker-planck-9d"])
-def test_p4_jacobian_from_records(name, rng):
+def test_jacobian_from_records(name, rng):
+    """PINN-4: dr_n / dW = sum_s g_ns Z_ns^T, by complex steps."""
     pinn, params, batch = small(rng, name)
     captured = pinn.capture(params, batch)
     for layer, terms in complex_jacobian(pinn, params, batch).items():
@@ -198,7 +202,8 @@ def test_p4_jacobian_from_records(name, rng):
 
 
 @pytest.mark.parametrize("name", ["poisson-5d", "fokker-planck-9d"])
-def test_p4_products_against_finite_differences(name, rng):
+def test_products_against_finite_differences(name, rng):
+    """PINN-4: J v = sum_l <J_l, v_l>, by finite differences of the residuals."""
     pinn, params, batch = small(rng, name)
     records = pinn.capture(params, batch).records
     v = {n: rng.normal(size=(1, *W.shape)) for n, W in params.items()}
@@ -209,7 +214,8 @@ def test_p4_products_against_finite_differences(name, rng):
         assert close(got, (8 * (at[1][t] - at[-1][t]) - at[2][t] + at[-2][t]) / (12 * h), 1e-8)
 
 
-def test_p4_products_against_torch(rng):
+def test_products_against_torch(rng):
+    """PINN-4: J v of the interior term, by PyTorch's autodiff."""
     pinn, params, batch = small(rng, "poisson-5d")
     torch, u = torch_network(Tanh())
     v = {n: rng.normal(size=(1, *W.shape)) for n, W in params.items()}
@@ -226,6 +232,7 @@ def test_p4_products_against_torch(rng):
 
 
 def test_gradient_is_that_of_the_loss(rng):
+    """PINN-13: V = sum_t (1/B_t) sum_n r_n J_n, and the loss is sum_t mean(r^2) / 2."""
     pinn, params, batch = small(rng, "fokker-planck-9d")
     found = pinn.capture(params, batch)
     jacobian = complex_jacobian(pinn, params, batch)
@@ -236,7 +243,8 @@ def test_gradient_is_that_of_the_loss(rng):
     assert found.loss == pytest.approx(sum(0.5 * (r**2).mean() for r in found.residuals), rel=1e-13)
 
 
-def test_p5_exact_block_from_the_slots(rng):
+def test_exact_block_from_all_pairs_of_slots(rng):
+    """PINN-5: J^T J / B = (1/B) sum_n sum_st (g_s g_t^T) (x) (Z_s Z_t^T)."""
     pinn, params, batch = small(rng)
     records = pinn.capture(params, batch).records
     for layer, terms in complex_jacobian(pinn, params, batch).items():
@@ -254,7 +262,8 @@ def kronecker(record):
     return np.kron(g.T @ g / record.n, a.T @ a / len(a))
 
 
-def test_p6_expand_is_not_exact_even_for_one_point(rng):
+def test_expand_is_not_exact_even_for_one_point(rng):
+    """PINN-6: G (x) A of expand is far from the Gramian of one point, in every layer."""
     pinn, params, batch = small(rng, "poisson-2d", 1, 1)
     for layer, (term, _) in pinn.capture(params, batch).records.items():
         assert relative(kronecker(kf.expand(term)), kf.dense(term)[0]) > 0.3, layer
@@ -268,7 +277,8 @@ def linear_record(rng, seeds, slots, d=3):
     return {name: term_record(a, g[name], 6) for name, a in tape.inputs.items()}
 
 
-def test_p7_reduce_is_exact_in_deep_linear_nets(rng):
+def test_reduce_is_exact_in_deep_linear_nets(rng):
+    """PINN-7: with equal seeds reduce is the Gramian of a deep linear net; expand is not."""
     for name, record in linear_record(rng, np.ones(4), Slots(3, True)).items():
         exact = kf.dense(record)[0]
         assert relative(kronecker(kf.reduce(record)), exact) < 1e-14, name
@@ -279,7 +289,8 @@ def test_p7_reduce_is_exact_in_deep_linear_nets(rng):
         assert close(method.matvec(state, v, kf.Hyper(0, 0.0, 0.0)).ravel(), exact @ v.ravel(), 1e-12)
 
 
-def test_p7_unequal_seeds_move_to_the_inputs(rng):
+def test_unequal_seeds_move_to_the_inputs(rng):
+    """PINN-7: reduce of s_i Z_i and g_i / s_i is the Gramian where seeds s_i differ."""
     c = np.array([1.0, -2.0, 0.5, 3.0])
     for record in linear_record(rng, c, Slots(3, True)).values():
         moved = kf.Record(record.a * c[:, None], record.g / c[:, None], record.n)
@@ -287,13 +298,15 @@ def test_p7_unequal_seeds_move_to_the_inputs(rng):
         assert relative(kronecker(kf.reduce(record)), kf.dense(record)[0]) > 1e-3
 
 
-def test_p7_the_laplacian_of_a_linear_net_is_zero_but_its_factors_are_not(rng):
+def test_the_laplacian_of_a_linear_net_is_zero_but_its_factors_are_not(rng):
+    """PINN-7: under a pure Laplacian a linear net has J = 0 in every layer, but not G (x) A = 0."""
     for record in linear_record(rng, np.array([0.0, 0, 0, 0, 1]), Slots.laplacian(3)).values():
         assert not kf.dense(record).any()
         assert np.linalg.norm(kronecker(kf.expand(record))) > 0
 
 
-def test_p8_a_sum_over_slots_is_exact_for_the_last_layer(rng):
+def test_a_sum_over_slots_is_exact_for_the_last_layer(rng):
+    """PINN-8: sum_s G_s (x) A_s is the Gramian of the last layer under a Laplacian."""
     pinn, params, batch = small(rng, "poisson-2d")
     record = pinn.capture(params, batch).records["dense4"][0]
     total = 0.0
@@ -304,7 +317,8 @@ def test_p8_a_sum_over_slots_is_exact_for_the_last_layer(rng):
     assert relative(kronecker(kf.expand(record)), kf.dense(record)[0]) > 0.3
 
 
-def test_p9_the_boundary_term_is_ordinary_kfac(rng):
+def test_the_boundary_term_is_ordinary_kfac(rng):
+    """PINN-9: the boundary's direction is K-FAC's of the network's plain records."""
     pinn, params, batch = small(rng, "poisson-5d")
     x = batch[1][0]
     f, tape = pinn.network.forward(params, x)
@@ -330,7 +344,8 @@ def dense_sum(pairs):
 
 
 @pytest.mark.parametrize("condition", [10.0, 1e3])
-def test_p10_kronecker_sum_against_dense(condition, xp, rng):
+def test_kronecker_sum_against_dense(condition, xp, rng):
+    """PINN-10: K_G ((K_G^T V K_A) / (1 + s_G s_A^T)) K_A^T solves G_1 X A_1 + G_2 X A_2 = V."""
     pairs = [(spd(rng, 4, condition), spd(rng, 6, condition)) for _ in range(2)]  # condition^2 of each product
     V = rng.normal(size=(2, 4, 6))
     want = np.stack([np.linalg.solve(M, v.ravel()) for M, v in zip(dense_sum(pairs), V, strict=True)])
@@ -340,6 +355,7 @@ def test_p10_kronecker_sum_against_dense(condition, xp, rng):
 
 
 def test_three_terms_by_conjugate_gradients(xp, rng):
+    """PINN-10: CG preconditioned by two terms solves sum_t G_t X A_t = V of three."""
     pairs = [(spd(rng, 4, 100.0), spd(rng, 5, 100.0)) for _ in range(3)]
     V = rng.normal(size=(2, 4, 5))
     want = np.stack([np.linalg.solve(M, v.ravel()) for M, v in zip(dense_sum(pairs), V, strict=True)])
@@ -353,7 +369,7 @@ def test_three_terms_by_conjugate_gradients(xp, rng):
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
 def test_direction_is_the_stated_formula(terms, xp, rng):
-    """x solves sum_t (G_t + damping I) x (A_t + damping I) = V with each term's own n, in every namespace."""
+    """PINN-10: x solves sum_t (G_t + damping I) x (A_t + damping I) = V with each term's own n, in every namespace."""
     shapes = [(5, 3, 7.0), (4, 1, 2.0), (6, 2, 3.0)][:terms]
     arrays = [(rng.normal(size=(b, s, 4)), rng.normal(size=(b, s, 3)), n) for b, s, n in shapes]
     record = tuple(kf.Record(xp.put(a), xp.put(g), n) for a, g, n in arrays)
@@ -425,7 +441,8 @@ def model_of(pinn, params, batch, directions, damping):
     return v @ G @ v.T, v @ grad
 
 
-def test_p11_alpha_and_mu_minimise_the_exact_model(rng):
+def test_alpha_and_mu_minimise_the_exact_model(rng):
+    """PINN-11: (alpha, mu) = Q^-1 (slopes) with Q of the damped Gramian, and no point of a grid is lower."""
     pinn, params, batch = small(rng)
     c = pinn.capture(params, batch)
     pair = [{n: rng.normal(size=(1, *W.shape)) for n, W in params.items()} for _ in range(2)]
@@ -448,7 +465,8 @@ def test_p11_alpha_and_mu_minimise_the_exact_model(rng):
     assert best <= (-grid @ down + np.einsum("ki,ij,kj->k", grid, Q, grid) / 2).min() + 1e-15
 
 
-def test_p11_without_a_previous_update_one_number_is_left(rng):
+def test_without_a_previous_update_one_number_is_left(rng):
+    """PINN-11: with no last update mu = 0 and alpha = slope / curvature."""
     pinn, params, batch = small(rng)
     c = pinn.capture(params, batch)
     rule = kf.Quadratic(1e-3)
@@ -463,7 +481,8 @@ def test_p11_without_a_previous_update_one_number_is_left(rng):
     assert (told["alpha"], told["mu"], motion.steps) == (1e-6, 0.0, 1)
 
 
-def test_p11_model_decrease_is_never_positive(rng):
+def test_model_decrease_is_never_positive(rng):
+    """PINN-11: -<s, down> + s^T Q s / 2 <= 0 at the minimiser, also for singular Q."""
     for _ in range(300):
         rows = rng.normal(size=(rng.integers(1, 4), 2)) * 10.0 ** rng.uniform(-8, 8, 2)
         if rng.random() < 0.3:
@@ -501,7 +520,8 @@ def search(rule, f, before, motion=None):
 
 
 @pytest.mark.parametrize("best", [1.0, 0.3, 2.0**-7, 3e-6, 2.0**-30])
-def test_p12_grid_search_finds_the_minimum_of_the_grid(best):
+def test_grid_search_finds_the_minimum_of_the_grid(best):
+    """PINN-12: the rate is the best of 2^-30 ... 1, from wherever the last search ended."""
     rule, grid = kf.GridSearch(0.0), 2.0 ** np.arange(-30, 1)
 
     def f(s):
@@ -516,7 +536,8 @@ def test_p12_grid_search_finds_the_minimum_of_the_grid(best):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-def test_p12_grid_search_never_increases_the_loss(rng):
+def test_grid_search_never_increases_the_loss(rng):
+    """PINN-12: the loss at the rate taken is below the one before, or nothing is taken."""
     taken = 0
     for seed in range(60):
         values = dict(zip(range(31), np.random.default_rng(seed).normal(size=31) + rng.uniform(-2, 2), strict=True))
@@ -558,6 +579,7 @@ def test_the_two_published_forms_of_momentum(scaled, rng):
 
 
 def test_gauss_newton_is_the_damped_least_squares_step(rng):
+    """PINN-14: x = (J^T J + c I)^-1 J^T r of all terms, rows and residuals over sqrt(B_t)."""
     pinn, params, batch = small(rng, "fokker-planck-9d")
     c = pinn.capture(params, batch)
     solver = kf.GaussNewton(damping=1e-4)

@@ -1,4 +1,4 @@
-"""The quadratic model from records, the step it chooses, and how damping follows; T3 and T4 of the classical notes."""
+"""The quadratic model from records, the step it chooses, and how damping follows."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def test_a_model_flatter_than_its_running_mean_is_raised_to_it_or_by_three_error
     assert off(motion, x, x, record)[2]["alpha"] == pytest.approx(1.0, rel=1e-12)
 
 
-def test_T3_alpha_and_mu_beat_2000_perturbations(rng):
+def test_alpha_and_mu_minimise_the_quadratic_model(rng):
+    """TUNING-1: alpha and mu minimise -<V, s> + s^T (F + c I) s / 2 over s = alpha x + mu u: no perturbation is
+    lower."""
     records, x, previous, grads = batch(rng), directions(rng), directions(rng), directions(rng)
     rule = kf.SelfTuning(cap=np.inf)
     motion = dataclasses.replace(rule.init(previous), damping=0.3)
@@ -126,8 +128,10 @@ def test_T3_alpha_and_mu_beat_2000_perturbations(rng):
     assert after.predicted == pytest.approx(-flat(grads) @ u + 0.5 * u @ (F - 0.3 * np.eye(34)) @ u, rel=1e-10)
 
 
-def test_T4_on_a_quadratic_the_ratio_is_one_and_damping_never_grows(rng):
-    """Linear regression with type-2 draws: the model is the loss."""
+def test_on_a_quadratic_the_ratio_is_one_and_damping_never_grows(rng):
+    """TUNING-2: on a quadratic the change predicted without damping is the change, ratio 1, so damping never grows.
+
+    Linear regression with type-2 draws: the model is the loss."""
     net, x, y = kn.Sequential((5,), (kn.Dense(3),)), rng.normal(size=(40, 5)), rng.normal(size=(40, 3))
     params, loss = net.init(rng, np.asarray), kf.Gaussian()
     pre = kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning())

@@ -1,4 +1,4 @@
-"""TKFAC and TEKFAC against partial traces of the dense block: T10, and T20 as far as it concerns them."""
+"""TKFAC and TEKFAC against partial traces of the dense block: TKFAC-1 to TKFAC-11."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def apart(x, y):
     return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
-def test_T10_trace_and_partial_traces_are_those_of_the_block(rng):
+def test_trace_and_partial_traces_are_those_of_the_block(rng):
+    """TKFAC-1: tr(delta Psi (x) Phi) = tr F, and both partial traces are F's; K-FAC's trace is not."""
     record = record_of(rng)
     F, K = kf.dense(record)[0], fitted(kf.TKFAC(), record)
     assert np.trace(K) == pytest.approx(np.trace(F), rel=1e-13)
@@ -48,8 +49,8 @@ def test_T10_trace_and_partial_traces_are_those_of_the_block(rng):
     assert apart(np.trace(fitted(kf.KFAC(), record)), np.trace(F)) > 0.1
 
 
-def test_T10_not_kfac_rescaled_to_the_trace(rng):
-    """delta A (x) G with K-FAC's own factors keeps the trace too; its partial traces are wrong."""
+def test_not_kfac_rescaled_to_the_trace(rng):
+    """TKFAC-2: delta A (x) G with K-FAC's own factors keeps the trace too; its partial traces are wrong."""
     record = record_of(rng)
     F, K = kf.dense(record)[0], fitted(kf.KFAC(), record)
     rescaled = K * np.trace(F) / np.trace(K)
@@ -59,7 +60,9 @@ def test_T10_not_kfac_rescaled_to_the_trace(rng):
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.3])
-def test_T10_both_damping_forms(rng, damping):
+def test_both_damping_forms_are_one(rng, damping):
+    """TKFAC-3: (s Psi + r I)^-1 V (s Phi + r I)^-1 = (Psi + r/s I)^-1 V (Phi + r/s I)^-1 / delta, s^2 = delta, r^2 =
+    c."""
     record, v = record_of(rng), rng.normal(size=(D_OUT, D_IN))
     Phi, Psi = partial_traces(kf.dense(record)[0])
     delta = np.trace(Phi)
@@ -73,16 +76,16 @@ def test_T10_both_damping_forms(rng, damping):
 
 
 @pytest.mark.parametrize("method", [kf.TKFAC(), kf.TEKFAC()])
-def test_T10_exact_on_a_kronecker_product(rng, method):
-    """All pairs of a few a and a few g: F is the product of their grams."""
+def test_exact_on_a_kronecker_product(rng, method):
+    """TKFAC-4: both are F where F is a Kronecker product, that of all pairs of a few a and a few g."""
     a, g = rng.normal(size=(9, D_IN)), rng.normal(size=(6, D_OUT))
     g *= np.linalg.norm(g, axis=1, keepdims=True) ** 2
     record = kf.Record(np.repeat(a, 6, 0), np.tile(g, (9, 1)), 54.0)
     assert apart(fitted(method, record), kf.dense(record)[0]) < 1e-13
 
 
-def test_T10_the_average_is_of_the_numerators(rng):
-    """Partial traces of the averaged F, not averages of what one batch each would make of them."""
+def test_the_average_is_of_the_numerators(rng):
+    """TKFAC-5: partial traces of the averaged F, not averages of what one batch each would make of them."""
     method, hyper, records = kf.TKFAC(), kf.Hyper(0, 0.6, 0.1), [record_of(rng) for _ in range(3)]
     records[1] = replace(records[1], g=30 * records[1].g)
     state = method.init(kf.Block.of(records[0]), records[0].g)
@@ -97,7 +100,8 @@ def test_T10_the_average_is_of_the_numerators(rng):
     assert apart(normalised, K) > 1e-3
 
 
-def test_T10_tekfac_is_never_further_than_tkfac(rng):
+def test_tekfac_is_never_further_than_tkfac(rng):
+    """TKFAC-6: |TEKFAC - F| <= |TKFAC - F| and tr TEKFAC = tr F."""
     for _ in range(20):
         record = record_of(rng, batch=20)
         F = kf.dense(record)[0]
@@ -106,8 +110,8 @@ def test_T10_tekfac_is_never_further_than_tkfac(rng):
         assert np.trace(fitted(kf.TEKFAC(), record)) == pytest.approx(np.trace(F), rel=1e-12)
 
 
-def test_T10_equal_norms_make_it_kfac_and_ekfac(rng):
-    """|a| and |g| the same in all rows: Phi and Psi are multiples of A and G."""
+def test_equal_norms_make_it_kfac_and_ekfac(rng):
+    """TKFAC-7: |a| and |g| the same in all rows: Phi and Psi are multiples of A and G."""
     a, g = arrays(rng, 1, 30, 1, D_IN, D_OUT, 1)
     a, g = (x / np.linalg.norm(x, axis=-1, keepdims=True) * norm for x, norm in ((a, 2.0), (g, 3.0)))
     record, v = kf.Record(a, g, 30.0), rng.normal(size=(D_OUT, D_IN))
@@ -117,8 +121,8 @@ def test_T10_equal_norms_make_it_kfac_and_ekfac(rng):
 
 
 @pytest.mark.parametrize("method", [kf.TKFAC(), kf.TEKFAC()])
-def test_T10_shared_positions_are_rows(rng, method):
-    """The traces kept are those of the expanded record, never products of sums over positions."""
+def test_shared_positions_are_rows(rng, method):
+    """TKFAC-8: the traces kept are those of the expanded record, never products of sums over positions."""
     a, g = arrays(rng, 1, 8, 4, D_IN, D_OUT, 2)
     record = kf.Record(a, g, 8.0)
     sums = factors.partial_traces(record, kf.expand)
@@ -129,7 +133,8 @@ def test_T10_shared_positions_are_rows(rng, method):
         assert np.trace(fitted(method, record)) == pytest.approx(np.trace(kf.dense(record)[0]), rel=1e-12)
 
 
-def test_T10_convolution_in_chunks(rng, monkeypatch):
+def test_convolution_in_chunks_is_unfolded_rows(rng, monkeypatch):
+    """TKFAC-9: folded patches, in chunks, have the direction of unfolded rows."""
     image = rng.normal(size=(6, 5, 5, 3))
     patches = kf.Patches(image, kf.Window((2, 2), padding=1), bias=True)
     g = rng.normal(size=(2, 1, 6, 36, 4))
@@ -141,8 +146,8 @@ def test_T10_convolution_in_chunks(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("method", [kf.TKFAC(), kf.TEKFAC()])
-def test_T10_embedding(rng, method):
-    """The input side of one-hot rows stays a diagonal; K-FAC's other shapes are in the laws."""
+def test_embedding_is_a_diagonal(rng, method):
+    """TKFAC-9: the input side of one-hot rows stays a diagonal; K-FAC's other shapes are in the laws."""
     index, g = rng.integers(0, 6, (8, 3)), rng.normal(size=(8, 3, 4))
     ids = kf.Record(kf.Ids(index, 6), g, 8.0)
     plain = kf.Record(np.eye(6)[index], g, 8.0)
@@ -153,8 +158,8 @@ def test_T10_embedding(rng, method):
 
 @pytest.mark.parametrize("method", [kf.TKFAC, kf.TEKFAC])
 @pytest.mark.parametrize("floor", [1e-3, 1e6])
-def test_T10_adaptive_damping_of_convolutions(rng, method, floor):
-    """damping max(tr F, floor) / D: the trace decides until the floor does."""
+def test_adaptive_damping_follows_the_trace_down_to_the_floor(rng, method, floor):
+    """TKFAC-10: damping max(tr F, floor) / D: the trace decides until the floor does."""
     record, v = record_of(rng), rng.normal(size=(D_OUT, D_IN))
     absolute = 0.7 * max(np.trace(kf.dense(record)[0]), floor) / (D_OUT * D_IN)
     got = kf.direction(record, v, method(damping=kf.Adaptive(floor)), 0.7)
@@ -162,8 +167,8 @@ def test_T10_adaptive_damping_of_convolutions(rng, method, floor):
 
 
 @pytest.mark.parametrize("method", [kf.TKFAC(), kf.TEKFAC(), kf.TKFAC(damping=kf.Adaptive())])
-def test_T20_a_block_without_gradients(rng, method):
-    """delta = 0 divides nothing: what is left is the damping."""
+def test_a_block_without_gradients_is_damping_alone(rng, method):
+    """TKFAC-11: delta = 0 divides nothing: what is left is the damping."""
     a = rng.normal(size=(6, D_IN))
     direction = kf.direction(kf.Record(a, np.zeros((6, D_OUT)), 6.0), np.ones((D_OUT, D_IN)), method, 0.5)
     share = 1e-3 / (D_OUT * D_IN) if method == kf.TKFAC(damping=kf.Adaptive()) else 1.0

@@ -85,8 +85,8 @@ def dense(F):
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv"])
-def test_t5_the_solve_is_its_definition(rng, kind):
-    """The step solves F^, which equals F~ on the three diagonals, is positive, and has a block-tridiagonal inverse."""
+def test_the_solve_is_its_definition(rng, kind):
+    """TRIDIAGONAL-1: X = H^-1 V; H is T on the three diagonals, positive, and H^-1 is block-tridiagonal."""
     shape = {"shapes": CONV, "shared": 6} if kind == "conv" else {}
     records, grads = problem(rng, **shape)
     F = tiles(records)
@@ -115,6 +115,7 @@ def test_t5_the_solve_is_its_definition(rng, kind):
 
 
 def test_products_are_those_of_the_matrix(rng):
+    """TRIDIAGONAL-2: matvec is H V, with damping and without."""
     records, grads = problem(rng)
     state, hypers = fitted(records)
     found = kf.Tridiagonal().matvec(state, grads, hypers)
@@ -125,6 +126,7 @@ def test_products_are_those_of_the_matrix(rng):
 
 
 def test_two_layers_are_the_whole_kronecker_matrix(rng):
+    """TRIDIAGONAL-3: for two layers H = T."""
     records, grads = problem(rng, shapes={n: DENSE[n] for n in ("one", "two")})
     F = np.block(tiles(records))
     found = solved(records, grads)
@@ -132,7 +134,7 @@ def test_two_layers_are_the_whole_kronecker_matrix(rng):
 
 
 def test_two_layers_and_one_example_are_exact(rng):
-    """With one example and one draw the block between two layers is that of F itself."""
+    """TRIDIAGONAL-3: for two layers and one example the block between them is J_1 J_2^T, that of F itself."""
     records, grads = problem(rng, shapes={n: DENSE[n] for n in ("one", "two")}, draws=1, batch=1)
     J = np.concatenate([r.examples().ravel() for r in records.values()])
     F = block_diag(*(row[i] for i, row in enumerate(tiles(records))))
@@ -142,13 +144,14 @@ def test_two_layers_and_one_example_are_exact(rng):
 
 
 def test_one_layer_is_kfac(rng):
+    """TRIDIAGONAL-4: one layer has K-FAC's direction."""
     records, grads = problem(rng, shapes={"one": (3, 4)})
     want = kf.direction(records["one"], grads["one"], kf.KFAC(), DAMPING)
     np.testing.assert_allclose(solved(records, grads).direction["one"], want, rtol=1e-10)
 
 
 def test_unrelated_layers_are_kfac(rng):
-    """Cross factors of zero leave K-FAC's step."""
+    """TRIDIAGONAL-4: cross factors of zero leave K-FAC's step."""
     records, grads = problem(rng, shapes={n: DENSE[n] for n in ("one", "two")}, batch=8)
     halves = {}
     for name, keep in (("one", slice(0, 4)), ("two", slice(4, 8))):
@@ -162,6 +165,7 @@ def test_unrelated_layers_are_kfac(rng):
 
 
 def test_it_turns_to_the_gradient_and_vanishes_with_it(rng):
+    """TRIDIAGONAL-5: c X -> V as c grows, and V = 0 gives X = 0."""
     records, grads = problem(rng)
     found = flat(solved(records, grads, 1e12).direction)
     np.testing.assert_allclose(1e12 * found, flat(grads), rtol=1e-3, atol=1e-4)
@@ -194,6 +198,7 @@ def test_a_step_under_jit(rng):
 
 
 def test_halves_copies_and_factored_gradients(rng):
+    """TRIDIAGONAL-6: halves combine to the whole, copies change nothing, rows have the direction of their product."""
     records, grads = problem(rng)
     method, (state, hypers) = kf.Tridiagonal(), fitted(records)
     parts = [{n: kf.Record(r.a[:, s], r.g[:, :, s], m) for n, r in records.items()} for s, m in _halves()]

@@ -1,4 +1,4 @@
-"""TwoLevel against dense float64 matrices on four layers of unequal size, one a convolution; numbers are the notes'."""
+"""TwoLevel against dense float64 matrices on four layers of unequal size, one a convolution."""
 
 from __future__ import annotations
 
@@ -136,6 +136,7 @@ def exact_step(records, grads, damping=DAMPING):
 
 
 def test_the_oracle_is_the_dense_solve(rng):
+    """TWOLEVEL-9: F_d^-1 g = g / c - J^T (I + J J^T / (n c))^-1 J g / (n c^2)."""
     records, grads = problem(rng)
     F = curvature(records)
     assert np.linalg.norm(F[:12, 12:]) > 0.2 * np.linalg.norm(F[:12, :12])
@@ -143,8 +144,9 @@ def test_the_oracle_is_the_dense_solve(rng):
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_i_and_ii_gain_and_galerkin(rng, space):
-    """The step is its dense definition, the gain E(z) - E(z0) = -(R r)^T F_c^-1 R r <= 0, and R (g - F_d z) = 0."""
+def test_gain_and_galerkin_condition(rng, space):
+    """TWOLEVEL-1: the step is its dense definition, the gain E(z) - E(z0) = -(R r)^T F_c^-1 R r <= 0, and R (g - F_d z)
+    = 0."""
     records, grads = problem(rng)
     F, M, R, g = curvature(records), fine(records), rows(space, records, grads), flat(grads)
     z0 = np.linalg.solve(M, g)
@@ -161,7 +163,8 @@ def test_i_and_ii_gain_and_galerkin(rng, space):
     assert all(code == kf.Code.OK for code in found.code.values())
 
 
-def test_i_a_coefficient_scales_the_gain(rng):
+def test_a_coefficient_scales_the_gain(rng):
+    """TWOLEVEL-2: gain(k) = (2 k - k^2) gain(1)."""
     records, grads = problem(rng)
     whole = solved(kf.TwoLevel(), records, grads)
     for c in (0.0, 0.1, 0.7, 2.5):
@@ -176,7 +179,8 @@ def block_solutions(records, grads):
     return {n: kf.direction(records[n], grads[n], kf.KFAC(), DAMPING) for n in grads}
 
 
-def test_iii_nested_spaces_only_gain(rng):
+def test_nested_spaces_only_gain(rng):
+    """TWOLEVEL-3: E falls as R grows: Krylov over its first vector, enriched over ones."""
     for _ in range(5):
         records, grads = problem(rng)
         gains = {name: float(solved(kf.TwoLevel(space=s), records, grads).info["gain"]) for name, s in SPACES.items()}
@@ -192,7 +196,8 @@ def units(name, block):
     return np.eye(size).reshape(size, 1, block.d_out, block.d_in)
 
 
-def test_iv_all_coordinates_are_exact_but_not_added(rng):
+def test_all_coordinates_are_exact_but_not_added(rng):
+    """TWOLEVEL-4: R = I gives F_d^-1 g by deflation and balancing, M^-1 g + F_d^-1 g by adding."""
     records, grads = problem(rng)
     want, z0 = exact_step(records, grads), flat(block_solutions(records, grads))
     for correction in (net.deflate_last, net.deflate_first, net.balance):
@@ -211,7 +216,8 @@ def operator(method, records):
     return np.stack([flat(method.solve(state, split(e), hypers, records).direction) for e in np.eye(size)], axis=1)
 
 
-def test_v_and_vi_projections(rng):
+def test_projections_and_operators_of_the_corrections(rng):
+    """TWOLEVEL-5: P^2 = P, P F_d R^T = 0, and each correction is its operator in P, Q and M^-1."""
     records, grads = problem(rng)
     F, M, R = curvature(records), fine(records), rows("krylov-nicolaides", records, grads)
     Q = R.T @ np.linalg.solve(R @ F @ R.T, R)
@@ -236,6 +242,7 @@ def test_v_and_vi_projections(rng):
 
 @pytest.mark.parametrize("correction", [net.deflate_first, net.balance, net.add, net.woodbury])
 def test_the_gain_of_every_correction_is_the_true_one(rng, correction):
+    """TWOLEVEL-8: the gain told is E(z) - E(z0)."""
     records, grads = problem(rng)
     F, g = curvature(records), flat(grads)
     found = solved(kf.TwoLevel(correction=correction, coefficient=0.6), records, grads)
@@ -244,14 +251,15 @@ def test_the_gain_of_every_correction_is_the_true_one(rng, correction):
     assert float(found.info["gain"]) == pytest.approx(want, rel=1e-10, abs=1e-11)
 
 
-def test_vii_an_empty_space_is_the_block_method_bit_for_bit(rng):
+def test_an_empty_space_is_the_block_method_bit_for_bit(rng):
+    """TWOLEVEL-6: no vectors leave z0 bit for bit."""
     records, grads = problem(rng)
     found = solved(kf.TwoLevel(space=net.Given(lambda name, block: [])), records, grads)
     assert np.array_equal(flat(found.direction), flat(block_solutions(records, grads)))
 
 
-def test_viii_nothing_is_left_where_the_blocks_are_exact(rng):
-    """F block-diagonal (layers see different examples) and M its exact blocks: r = 0, and no 0/0."""
+def test_nothing_is_left_where_the_blocks_are_exact(rng):
+    """TWOLEVEL-7: F block-diagonal (layers see different examples) and M its exact blocks: r = 0, and no 0/0."""
     records, grads = problem(rng, batch=12)
     seen = {}
     for i, name in enumerate(SHAPES):
@@ -268,7 +276,7 @@ def test_viii_nothing_is_left_where_the_blocks_are_exact(rng):
 
 
 def test_kronecker_coarse_matrix(rng):
-    """R F~ R^T with F~_ij = G_ij kron A_ij, on dense layers; it is not the exact one."""
+    """TWOLEVEL-10: R F~ R^T with F~_ij = G_ij kron A_ij, on dense layers; it is not the exact one."""
     records, grads = problem(rng)
     dense_layers = {n: records[n] for n in ("first", "third", "head")}
     method = kf.TwoLevel(space=net.Enriched(3), matrix=kronecker)
@@ -294,7 +302,7 @@ def test_kronecker_coarse_matrix(rng):
 
 
 def test_kronecker_between_maps_of_unequal_size(rng):
-    """The larger map is pooled to the smaller: inputs by mean, gradients by sum over a cell."""
+    """TWOLEVEL-10: the larger map is pooled to the smaller: inputs by mean, gradients by sum over a cell."""
     a, g = rng.normal(size=(3, 4, 4, 1)), rng.normal(size=(1, 3, 16, 2))
     b, h = rng.normal(size=(3, 2, 2, 2)), rng.normal(size=(1, 3, 4, 3))
     records = {
@@ -316,7 +324,7 @@ def test_kronecker_between_maps_of_unequal_size(rng):
 
 
 def test_one_layer_one_vector(rng):
-    """The additive term is v v^T g / (v^T F v + damping |v|^2)."""
+    """TWOLEVEL-11: the additive term is v v^T g / (v^T F v + damping |v|^2)."""
     records, grads = problem(rng)
     one, g = {"first": records["first"]}, {"first": grads["first"]}
     found = solved(kf.TwoLevel(correction=net.add), one, g)
@@ -328,6 +336,7 @@ def test_one_layer_one_vector(rng):
 
 @pytest.mark.parametrize("matrix", [net.exact, kronecker])
 def test_both_woodbury_forms_are_the_dense_inverse(rng, matrix):
+    """TWOLEVEL-12: both forms are (M + R^T F_o R)^-1 g, F_o the coarse matrix without its diagonal."""
     records, grads = problem(rng)
     space, damping = net.Nicolaides(), 3000.0
     method = kf.TwoLevel(space=space, matrix=matrix, correction=net.woodbury)
@@ -344,6 +353,7 @@ def test_both_woodbury_forms_are_the_dense_inverse(rng, matrix):
 
 
 def test_an_indefinite_woodbury_sum_is_told_and_left_out(rng):
+    """TWOLEVEL-12: M + R^T F_o R with a negative eigenvalue gives INDEFINITE and z0."""
     records, grads = problem(rng)
     method = kf.TwoLevel(correction=net.woodbury)
     state, hypers = fitted(method, records)
@@ -359,7 +369,7 @@ def test_an_indefinite_woodbury_sum_is_told_and_left_out(rng):
 
 @pytest.mark.parametrize("method", [kf.EKFAC(), kf.Exact(), kf.Diagonal(), kf.Identity()])
 def test_any_block_method_gains(rng, method):
-    """Without memory or luck: the residual form never loses, whatever M is."""
+    """TWOLEVEL-8: without memory or luck: the residual form never loses, whatever M is."""
     records, grads = problem(rng)
     F, g = curvature(records), flat(grads)
     state, hypers = fitted(kf.TwoLevel(method), records)

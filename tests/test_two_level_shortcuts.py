@@ -168,7 +168,7 @@ def test_what_is_not_finite_in_other_coordinates_is_a_code(rng):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_directions_are_the_best_lengths_of_the_layers(rng, own):
-    """z_l = (1 + beta_l) z0_l with R_l = z0_l: the dense minimiser, and its gain, i and ii."""
+    """TWOLEVEL-1: z_l = (1 + beta_l) z0_l with R_l = z0_l: the dense minimiser, its gain, and R (g - F_d z) = 0."""
     records, _ = problem(rng)
     grads = factored(rng, records, own)
     F, g, z0 = curvature(records), flat(dense(grads)), flat(block_solutions(records, grads))

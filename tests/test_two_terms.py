@@ -1,4 +1,4 @@
-"""The damped sum of two Kronecker products solved by whitening, definite and not: T9, T19, T20."""
+"""The damped sum of two Kronecker products solved by whitening, definite and not: TWOTERMS-1 to TWOTERMS-5."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def small(rng, batch=6):
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: type(s).__name__)
-def test_T9_whitening_against_the_dense_solve(xp, rng, split):
+def test_whitening_is_the_dense_solve(xp, rng, split):
+    """TWOTERMS-1: K_G ((K_G^T V K_A) / (1 + s_G s_A^T)) K_A^T solves the sum, under every split."""
     first, second = pairs(rng, 0.05)
     v, ok = rng.normal(size=(2, 3, 4)), np.zeros(2, np.int32)
     *_, dense = damped_sum(first, second, split, 3.0)
@@ -60,8 +61,9 @@ def test_T9_whitening_against_the_dense_solve(xp, rng, split):
     assert (xp.get(smallest) > 0).all()
 
 
-def test_T9_the_smallest_denominator_and_both_answers(rng):
-    """Indefinite in one block: code, the smallest generalised eigenvalue, and what stands for the denominators."""
+def test_the_smallest_denominator_and_both_answers(rng):
+    """TWOTERMS-2: indefinite in one block: code, the smallest generalised eigenvalue, and what stands for the
+    denominators."""
     first, second = pairs(rng, 1.0)
     second = second[0], second[1] * np.array([1e-3, 3.0])[:, None, None]
     v, ok = rng.normal(size=(2, 3, 4)), np.zeros(2, np.int32)
@@ -85,8 +87,9 @@ def test_T9_the_smallest_denominator_and_both_answers(rng):
 
 
 @two
-def test_T9_methods_solve_their_own_sum(rng, method):
-    """At each method's terms: the direction is that of (G1 + d_g) (x) (A1 + d_a) + G2 (x) A2 where it is definite."""
+def test_methods_solve_their_own_sum(rng, method):
+    """TWOTERMS-1: at each method's terms: the direction is that of (G1 + d_g) (x) (A1 + d_a) + G2 (x) A2 where it is
+    definite."""
     record, v = small(rng, batch=40), rng.normal(size=(2, 3, 4))
     state = kf.settle(method, record, damping=20.0)
     state = method.refresh(state, kf.Hyper(0, 0.0, 20.0))
@@ -100,7 +103,8 @@ def test_T9_methods_solve_their_own_sum(rng, method):
 
 @two
 def test_indefinite_sums_are_reported_and_still_descend(rng, method):
-    """Few examples and little damping: INDEFINITE with a denominator under zero, and a direction that descends."""
+    """TWOTERMS-2: few examples and little damping: INDEFINITE with a denominator under zero, and a direction that
+    descends."""
     record, v, hyper = small(rng), rng.normal(size=(2, 3, 4)), kf.Hyper(0, 0.0, 1e-4)
     for handler in (kf.absolute, kf.first_term):
         chosen = replace(method, indefinite=handler)
@@ -112,6 +116,7 @@ def test_indefinite_sums_are_reported_and_still_descend(rng, method):
 
 
 def test_first_term_of_the_corrected_is_kfac(rng):
+    """TWOTERMS-2: KFAC-CORRECTED that falls back to its first term is K-FAC."""
     record, v = small(rng), rng.normal(size=(2, 3, 4))
     got = kf.direction(record, v, kf.KFACCorrected(indefinite=kf.first_term), 1e-4)
     assert apart(got, kf.direction(record, v, kf.KFAC(), 1e-4)) < 1e-10
@@ -124,7 +129,8 @@ def test_splits_that_shift_no_factor_are_refused(method):
 
 
 @two
-def test_T18_order_of_examples_does_not_matter(rng, method):
+def test_order_of_examples_does_not_matter(rng, method):
+    """TWOTERMS-3: a permuted batch has the same direction."""
     record, v = small(rng, 12), rng.normal(size=(2, 3, 4))
     order = rng.permutation(12)
     turned = kf.Record(record.a[:, order], record.g[:, :, order], record.n)
@@ -132,8 +138,8 @@ def test_T18_order_of_examples_does_not_matter(rng, method):
 
 
 @pytest.mark.parametrize("method", [*TWO, kf.KPSVD(), kf.TKFAC(), kf.TEKFAC()], ids=lambda m: type(m).__name__)
-def test_T19_float32_at_condition_1e6(rng, method):
-    """Damping at 1e-3 of the mean eigenvalue: float32 keeps three digits of the direction and the code."""
+def test_float32_at_condition_1e6(rng, method):
+    """TWOTERMS-4: damping at 1e-3 of the mean eigenvalue: float32 keeps three digits of the direction and the code."""
     a = np.linalg.qr(rng.normal(size=(60, 6)))[0] * np.logspace(0, -3, 6) * 60**0.5
     g = np.linalg.qr(rng.normal(size=(60, 4)))[0] * 60**0.5 * (1 + 0.1 * a[:, :1])
     v = rng.normal(size=(4, 6))
@@ -150,8 +156,9 @@ def test_T19_float32_at_condition_1e6(rng, method):
 
 
 @pytest.mark.parametrize("method", [*TWO, kf.KPSVD()], ids=lambda m: type(m).__name__)
-def test_T20_zeros_give_no_nan(rng, method):
-    """A zero gradient gives zeros; gradients that all vanish leave the damping, and what comes after is as new."""
+def test_zeros_give_no_nan(rng, method):
+    """TWOTERMS-5: a zero gradient gives zeros; gradients that all vanish leave the damping, and what comes after is as
+    new."""
     record, v = small(rng), rng.normal(size=(2, 3, 4))
     assert not kf.direction(record, np.zeros((2, 3, 4)), method, 0.1).any()
     hyper, none = kf.Hyper(0, 0.0, 0.5), kf.Record(record.a, np.zeros_like(record.g), record.n)
@@ -167,8 +174,9 @@ def test_T20_zeros_give_no_nan(rng, method):
 
 
 @pytest.mark.parametrize("method", [*TWO, kf.KPSVD()], ids=lambda m: type(m).__name__)
-def test_T20_gradients_near_underflow_pass(rng, method):
-    """float32 gradients whose squares are no normal numbers: finite directions, and larger ones come through."""
+def test_gradients_near_underflow_pass(rng, method):
+    """TWOTERMS-5: float32 gradients whose squares are no normal numbers: finite directions, and larger ones come
+    through."""
     record, v, hyper = small(rng), rng.normal(size=(2, 3, 4)).astype(np.float32), kf.Hyper(0, 0.0, 0.5)
     a, g = (x.astype(np.float32) for x in (record.a, record.g))
     state = method.init(kf.Block.of(record), a)
