@@ -1,6 +1,8 @@
-"""One step: statistics, inverses and directions of all layers, each when its clock strikes.
+"""One step: statistics, inverses and directions of all layers, each when it is due.
 
-`preconditioner` composes, `layerwise` is the road of every layer, `given` reads what a caller hands over, `weighting`
-serves methods that share coefficients, `placement` and `comm` spread the work over ranks, `schedule` has the clocks and
-the numbers of a step, and `info` says what it did.
+`preconditioner` composes. `checks` refuses what cannot work before anything is computed; `assigned` knows which method
+has which layer; `due` is what a step does, by the clocks of `schedule` or by a traced caller's own flags; `groups` are
+the layers that are treated in one call, and `road` what every group goes through. `given` reads what a caller hands
+over, `weighting` serves methods that share coefficients, `placement` and `comm` spread the work over ranks, and `info`
+tells what was done.
 """
