@@ -64,7 +64,8 @@ def unflatten(arrays: dict[str, np.ndarray], like: Any, source: str = "the state
     """
     wanted = dict(trees.items(like))
     if set(wanted) != set(arrays):
-        missing, extra = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
+        missing = sorted(set(wanted) - set(arrays))
+        extra = sorted(set(arrays) - set(wanted))
         raise ValueError(f"{source} holds other leaves than asked for: missing {missing[:5]}, unexpected {extra[:5]}")
     for name, leaf in wanted.items():
         if arrays[name].shape != tuple(np.shape(leaf)):

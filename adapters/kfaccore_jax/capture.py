@@ -63,7 +63,8 @@ class Captured:
         g = {key: x[None] for key, x in self._pull(cotangent)[1].items()}
         found = {}
         for layer in self.plan.layers:
-            block, (a, g_layer) = layer.block, self._pair(layer, g)
+            block = layer.block
+            a, g_layer = self._pair(layer, g)
             if not isinstance(a, Ids | Patches) and a.shape[1] * a.shape[2] < max(block.d_in, block.d_out):
                 found[layer.name] = Factored(a, g_layer[0], 1.0)
         return found
@@ -72,7 +73,8 @@ class Captured:
         """a and g of a layer, its calls joined on the shared axis."""
         pairs = []
         for key in layer.calls:
-            call, x = self.plan.calls[key], self._data.get(key)
+            call = self.plan.calls[key]
+            x = self._data.get(key)
             found = widened(call.gradients(g[key], x, self._n))
             a = call.inputs(x, found, self._n, layer.lone)
             if isinstance(a, Patches) and layer.bias is not None and layer.factor != 1.0:
@@ -89,7 +91,8 @@ class Captured:
 
 def _joined(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, Any]:
     """Two calls of one layer as more shared positions."""
-    (a, g), (b, h) = first, second
+    a, g = first
+    b, h = second
     if isinstance(a, Ids):
         both: Any = Ids(jnp.concatenate([a.index, b.index], 1), a.size)
     else:

@@ -161,7 +161,8 @@ class Engine:
 
     def _draw(self, f: Any, y: Any, weight: Any = None) -> tuple[Any, Any]:
         """((n, batch), draws) of the batch, by the core."""
-        f, y = to_numpy(f), to_numpy(y)
+        f = to_numpy(f)
+        y = to_numpy(y)
         rng = np.random.default_rng([self.settings.seed, self.state.step])
         weight = None if weight is None else to_numpy(weight)
         draws = self.objective.draws(self.settings.fisher, self.settings.draws, f, y, weight, rng)
@@ -186,7 +187,8 @@ def unpacked(
     parts: Sequence[Part], times: Sequence[int], count: np.ndarray, arrays: Iterator[np.ndarray]
 ) -> dict[str, kf.Record] | None:
     """{name: Record} from what `captured` gave, the arrays used up; None where the clock wanted no records."""
-    records, (n, batch) = {}, (float(x) for x in count)
+    records = {}
+    n, batch = (float(x) for x in count)
     for part, calls in zip(parts, times, strict=True):
         mine = list(islice(arrays, 2 * calls))
         if n > 0:

@@ -53,7 +53,8 @@ class Convolution:
         return self._conv(self.geometry).block()
 
     def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[Patches, np.ndarray]:
-        x, gy = self._last(x, 1), self._last(gy, 2)
+        x = self._last(x, 1)
+        gy = self._last(gy, 2)
         conv = self._conv(self._window(x.shape[1:-1]))
         return conv.activations(x), conv.gradients(gy, draws=True)
 
@@ -116,7 +117,8 @@ class Scale(Shift):
     epsilon: float
 
     def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        x, gy = self._last(x, 0), self._last(gy, 1)
+        x = self._last(x, 0)
+        gy = self._last(gy, 1)
         centred = x - np.mean(x, axis=-1, keepdims=True)
         hat = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + self.epsilon)
         return np.ones_like(x[..., :1]), Gain(self.d).scaled(gy, hat, draws=True)

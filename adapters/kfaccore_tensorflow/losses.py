@@ -93,7 +93,8 @@ def _value(loss: Any) -> Callable:
     """The mean of a core loss for TensorFlow: value and gradient come from the core."""
 
     def both(f: Any, y: Any) -> tuple[Any, Any]:
-        f, y = to_numpy(f), to_numpy(y)
+        f = to_numpy(f)
+        y = to_numpy(y)
         y = _target(loss, f, y)
         n = float(loss.normaliser(f, y))
         return to_tensor(loss.value(f, y) / n), to_tensor(loss.gradient(f, y) / n)

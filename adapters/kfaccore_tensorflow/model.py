@@ -77,7 +77,8 @@ class KFACModel(keras.Model):
             def value(x: Any, y: Any, weight: Any) -> Any:
                 return self._loss(engine, x)(self(x, training=True), y, weight)
 
-            self.engine, self._judge = engine, Judge(engine, value)
+            self.engine = engine
+            self._judge = Judge(engine, value)
             self._restore()
         self.engine.objective = objective(self.loss, self.settings.fisher)  # compile may have changed it
         return self._judge

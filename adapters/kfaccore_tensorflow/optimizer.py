@@ -54,7 +54,8 @@ class Optimizer:
 
         The Keras optimizer's slots and variables that are not covered are Keras's to save.
         """
-        engine, schedules = self.engine, self.engine.settings.schedules
+        engine = self.engine
+        schedules = self.engine.settings.schedules
         blocks = {name: asdict(block) for name, block in engine.plan.blocks().items()}
         damping = {name: schedules.hyper(name, engine.state.step).damping for name in blocks}
         told = {"method": type(engine.settings.method).__name__, "damping": damping, "blocks": blocks}
@@ -76,7 +77,8 @@ class Optimizer:
 
 def take_step(model: Any, judge: Judge, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Any) -> tuple[Any, Any]:
     """(loss before, prediction) of one applied update; runs eagerly or while a graph is traced."""
-    (x, y, weight), engine = data, judge.engine
+    x, y, weight = data
+    engine = judge.engine
     with tf.GradientTape(persistent=True) as tape, tap(engine.plan) as calls:
         f = model(x, training=True)
         loss = loss_of(f, y, weight)

@@ -54,7 +54,8 @@ def _outside(size: int, k: int, padding: tuple[int, int]) -> Iterator[tuple[slic
     low, high = padding
     outputs = size + low + high - k + 1
     for t in (*range(low - k + 1, 0), *range(outputs, size + low)):
-        start, stop = max(0, t - low), min(size, t - low + k)
+        start = max(0, t - low)
+        stop = min(size, t - low + k)
         yield slice(start, stop), start - (t - low)
 
 
@@ -68,7 +69,8 @@ def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
     """R[D] for |D| < kernel on every axis, (2k-1, ..., C, C), summed over chunks of examples; R[-D] = R[D]^T."""
     xp = namespace(x)
     axes = tuple(range(1, x.ndim - 1))
-    batch, channels = x.shape[0], x.shape[-1]
+    batch = x.shape[0]
+    channels = x.shape[-1]
     size = transform_sizes(tuple(x.shape[1:-1]), kernel)
     chunks = -(-batch * prod(size) * channels * 4 // _SPECTRUM_BYTES)
     chunk = max(1, -(-batch // chunks))
@@ -90,7 +92,8 @@ def _displacements(spectrum: Array, size: tuple[int, ...], kernel: tuple[int, ..
         xp.astype(kernels.from_host(_waves(h, k, axis == len(size) - 1), spectrum), spectrum.dtype)
         for axis, (h, k) in enumerate(zip(size, kernel, strict=True))
     )
-    rows, channels = spectrum.shape[0], spectrum.shape[-1]
+    rows = spectrum.shape[0]
+    channels = spectrum.shape[-1]
     held = prod(spectrum.shape[1:]) + prod(spectrum.shape[1:-2]) * channels**2
     group = max(1, _GROUP // held) if is_numpy(spectrum) else rows
     total = None
@@ -134,7 +137,8 @@ def _line_gram(x: Array, kernel: tuple[int, ...], touched: dict[int, tuple[slice
     xp = namespace(x)
     axes = range(len(kernel))
     piece = x[:, *(touched[a][0] if a in touched else slice(None) for a in axes), :]
-    sizes, channels = piece.shape[1:-1], x.shape[-1]
+    sizes = piece.shape[1:-1]
+    channels = x.shape[-1]
     free = [a for a in axes if a not in touched]
     if not free:
         flat = xp.reshape(piece, (1, piece.shape[0], -1))

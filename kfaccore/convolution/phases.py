@@ -71,7 +71,8 @@ def _cost(batch: int, size: list[int], channels: int, kernel: tuple[int, ...], p
     *full, last = transform_sizes(tuple(size), kernel)
     frequencies = prod(full) * (last // 2 + 1)
     inner = frequencies * channels * (batch * (_FFT_POINT + _PRODUCT * channels) + _POWER_POINT * channels)
-    border, lines = 0.0, 1
+    border = 0.0
+    lines = 1
     for axis, (k, (low, high)) in enumerate(zip(kernel, padding, strict=True)):
         rest = prod(h for a, h in enumerate(size) if a != axis)
         widths = [*range(1, k - low), *range(1, k - high)]
@@ -90,7 +91,8 @@ def _strided(image: Array, w: Window) -> Array:
     xp = namespace(image)
     outputs = w.outputs(tuple(image.shape[1:-1]))
     image = pad(image[None, ...], w.padding)[0, ...]
-    batch, channels = image.shape[0], image.shape[-1]
+    batch = image.shape[0]
+    channels = image.shape[-1]
     small = _shrunk(w)
     need = [(o + k - 1) * s for o, k, s in zip(outputs, small, w.stride, strict=True)]
     image = image[:, *(slice(0, min(n, h)) for n, h in zip(need, image.shape[1:-1], strict=True)), :]
@@ -105,7 +107,8 @@ def _strided(image: Array, w: Window) -> Array:
     for offset in product(*map(range, w.kernel)):
         outer = inner = 0
         for d, s, k in zip(offset, w.stride, small, strict=True):
-            outer, inner = outer * k + d // s, inner * s + d % s
+            outer = outer * k + d // s
+            inner = inner * s + d % s
         start = (outer * prod(w.stride) + inner) * channels
         index.extend(range(start, start + channels))
     keep = xp.asarray(index, device=aac.device(A))

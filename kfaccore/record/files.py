@@ -65,7 +65,8 @@ def load_records(*paths: str | os.PathLike) -> tuple[Named, Grads]:
 
 
 def _safetensors(path: str | os.PathLike) -> tuple[Named, Grads]:
-    tree, meta = load(path), metadata(path)
+    tree = load(path)
+    meta = metadata(path)
     layers = _layers(tree.get("records", tree))
     if not layers:
         raise ValueError(f"{path} holds no records: need leaves a (or index, or image), g and n for each layer")

@@ -65,13 +65,15 @@ def reduce(record: Record) -> Record:
 
 def mean_mean(record: Record) -> Record:
     """Mean over an example's valid positions of `a` AND of `g`: reduce with G divided by the squared position count."""
-    record, counts = reduce(record), _counts(record)
+    counts = _counts(record)
+    record = reduce(record)
     return replace(record, g=record.g / counts)
 
 
 def sum_sum(record: Record) -> Record:
     """Sum over an example's positions of `a` AND of `g`: reduce with A times the squared position count."""
-    record, counts = reduce(record), _counts(record)
+    counts = _counts(record)
+    record = reduce(record)
     return replace(record, a=record.a * counts[0, ...])
 
 
@@ -143,7 +145,9 @@ class ReceptiveMean:
         if self.positions < 1 or left or isinstance(record.a, Ids):
             raise ValueError(f"{self}: {record.d_in} columns are not {self.positions} positions of equal channels")
         record = self.first(record)
-        xp, K, a = namespace(record.g), self.positions, record.rows()
+        xp = namespace(record.g)
+        K = self.positions
+        a = record.rows()
         rows = K + self.bias
         mean = xp.mean(xp.reshape(a[..., : K * channels], (*a.shape[:-1], K, channels)), axis=-2)
         eye = xp.eye(K, dtype=a.dtype, device=aac.device(a))
@@ -169,7 +173,8 @@ def concat(first: Any, second: Any) -> Any:
     if isinstance(first, tuple):
         return tuple(concat(*pair) for pair in zip(first, second, strict=True))
     for name in ("draws", "blocks", "shared", "d_out", "d_in"):
-        left, right = getattr(first, name), getattr(second, name)
+        left = getattr(first, name)
+        right = getattr(second, name)
         if left != right:
             raise ValueError(f"concat: {name} is {left} in the first record and {right} in the second; need equal")
     if type(first.a) is not type(second.a):
