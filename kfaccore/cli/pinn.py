@@ -15,8 +15,8 @@ from kfaccore import Preconditioner, __version__, load, metadata, save
 from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
 from kfaccore.cli.pause import Pause
 
-EVALUATIONS = 60  # evaluations of a run, held-out points
-POINTS = 9000
+EVALUATIONS = 60  # of the error, over a run
+POINTS = 9000  # held out
 
 
 class PINNRun:

@@ -10,8 +10,10 @@ Flops a pixel: about 5 C^2 for 2-d instead of C^2 K^4.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from itertools import combinations, product
 from math import prod
+from operator import add
 
 import array_api_compat as aac
 import numpy as np
@@ -73,12 +75,10 @@ def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
     channels = x.shape[-1]
     size = transform_sizes(tuple(x.shape[1:-1]), kernel)
     chunks = -(-batch * prod(size) * channels * 4 // _SPECTRUM_BYTES)
-    chunk = max(1, -(-batch // chunks))
-    total = None
-    for start in range(0, batch, chunk):
-        spectrum = kernels.rfftn(x[start : min(start + chunk, batch), ...], size, axes)
-        part = _displacements(xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1)), size, kernel)
-        total = part if total is None else total + part
+    spans = kernels.spans(batch, max(1, -(-batch // chunks)))  # as few as fit, of nearly equal size
+    spectra = (kernels.rfftn(x[span, ...], size, axes) for span in spans)
+    turned = (xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1)) for spectrum in spectra)
+    total = reduce(add, (_displacements(spectrum, size, kernel) for spectrum in turned))
     return (total + xp.flip(total, axis=tuple(range(len(kernel)))).mT) / 2
 
 
@@ -95,14 +95,14 @@ def _displacements(spectrum: Array, size: tuple[int, ...], kernel: tuple[int, ..
     rows = spectrum.shape[0]
     channels = spectrum.shape[-1]
     held = prod(spectrum.shape[1:]) + prod(spectrum.shape[1:-2]) * channels**2
-    group = max(1, _GROUP // held) if is_numpy(spectrum) else rows
+    group = kernels.at_once(held, _GROUP) if is_numpy(spectrum) else rows
     total = None
-    for start in range(0, rows, group):
-        part = spectrum[start : min(start + group, rows), ...]
+    for span in kernels.spans(rows, group):
+        part = spectrum[span, ...]
         part = xp.matmul(xp.conj(part).mT, part)
         if rest:
             part = xp.matmul(rest[0], xp.reshape(part, (*part.shape[:2], -1)))
-        part = first[:, start : start + part.shape[0]] @ xp.reshape(part, (part.shape[0], -1))
+        part = first[:, span] @ xp.reshape(part, (part.shape[0], -1))
         total = xp.real(part) if total is None else total + xp.real(part)
     return xp.reshape(total, (*(2 * k - 1 for k in kernel), channels, channels))
 

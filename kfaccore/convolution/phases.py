@@ -6,8 +6,11 @@ times. With dilation r positions of different phases never meet: phases become e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import reduce
 from itertools import product
 from math import prod
+from operator import add
 
 import array_api_compat as aac
 
@@ -119,14 +122,17 @@ def _dilated(image: Array, w: Window) -> Array:
     """Dilation r at stride 1 as r^k interleaved images, each an ordinary convolution."""
     padded = pad(image[None, ...], w.padding)[0, ...]
     outputs = w.outputs(tuple(image.shape[1:-1]))
-    total = None
+    none = ((0, 0),) * len(w.kernel)
+    return reduce(add, (autocorrelation(phase, w.kernel, none) for phase in _interleaved(padded, w, outputs)))
+
+
+def _interleaved(padded: Array, w: Window, outputs: tuple[int, ...]) -> Iterator[Array]:
+    """The image of each phase of a dilation that has positions at all, (batch, *spatial, C)."""
     for phase in product(*map(range, w.dilation)):
         spans = []
         for q, r, o, k in zip(phase, w.dilation, outputs, w.kernel, strict=True):
             positions = len(range(q, o, r))
-            spans.append(slice(q, q + (positions + k - 2) * r + 1, r) if positions else None)
-        if None in spans:
-            continue
-        part = autocorrelation(padded[:, *spans, :], w.kernel, ((0, 0),) * len(w.kernel))
-        total = part if total is None else total + part
-    return total
+            if positions:
+                spans.append(slice(q, q + (positions + k - 2) * r + 1, r))
+        if len(spans) == len(phase):
+            yield padded[:, *spans, :]
