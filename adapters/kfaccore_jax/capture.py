@@ -80,11 +80,11 @@ class Captured:
             if isinstance(a, Patches) and layer.bias is not None and layer.factor != 1.0:
                 a = a.unfold()
             if not isinstance(a, Ids | Patches):
-                a = a.astype(found.dtype)
+                a = jnp.asarray(a, found.dtype)
                 if layer.bias is not None:
                     a = jnp.concatenate([a, jnp.full_like(a[..., :1], layer.factor)], -1)
             elif isinstance(a, Patches):
-                a = Patches(a.image.astype(found.dtype), a.window, layer.bias is not None)
+                a = Patches(jnp.asarray(a.image, found.dtype), a.window, layer.bias is not None)
             pairs.append((a, found))
         return reduce(_joined, pairs)
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import HALF, to_numpy, to_tensor, widened
+from kfaccore_tensorflow.kinds import own
 from kfaccore_tensorflow.losses import Objective, count_draws, masked, objective
 from kfaccore_tensorflow.plan import Part, coverage
 from kfaccore_tensorflow.tap import Calls
@@ -58,7 +59,7 @@ class Engine:
         self.settings = settings
         self.preconditioner = settings.preconditioner()
         wide = any(v.dtype == "float64" for part in self.plan.parts for v in part.variables.values())
-        self.state = self.preconditioner.init(self.plan.blocks(), np.zeros(1, np.float64 if wide else np.float32))
+        self.state = self.preconditioner.init(self.plan.blocks(), np.zeros(1, "float64" if wide else "float32"))
         self.info: kf.Info | None = None
 
     def tree(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class Engine:
         records = unpacked(parts, times, to_numpy(count), arrays)
         grads = {part.name: part.matrix(dict(zip(part.variables, arrays, strict=False))) for part in parts}
         directions, self.state, self.info = self.preconditioner.step(self.state, records, grads)
-        new = [part.arrays(directions[part.name]) for part in parts]
+        new = [part.arrays(own(directions[part.name])) for part in parts]
         shrink = float(self.info.step["alpha"]) * self.settings.schedules.weight_decay
         updates = [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]
         return [to_tensor(shrink, tf.float64), *updates]

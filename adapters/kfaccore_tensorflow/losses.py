@@ -30,7 +30,7 @@ class Objective:
     value: Callable[[Any, Any, Any], Any]
     share: Callable[[np.ndarray, Any], float]
 
-    def draws(self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any) -> np.ndarray:
+    def draws(self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any) -> Any:
         """Output gradients (draws, *f.shape) of one of the core's four Fishers; a weight w scales draws by sqrt(w)."""
         y = _target(self.core, f, y)
         if fisher is kf.monte_carlo:

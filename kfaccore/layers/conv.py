@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -71,7 +72,7 @@ class Conv:
         gy = xp.reshape(gy, (*gy.shape[:-1], self.groups, -1))
         return xp.permute_dims(gy, (*range(draws), gy.ndim - 2, *range(draws, gy.ndim - 2), gy.ndim - 1))
 
-    def matrix(self, parameters: dict[str, Array]) -> Array:
+    def matrix(self, parameters: Mapping[str, Array]) -> Array:
         """{"weight", "bias"} -> (groups, C_out / groups, d_in), columns (kernel positions, channel), then the bias."""
         xp = namespace(*parameters.values())
         w = parameters["weight"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import array_api_compat as aac
 import numpy as np
@@ -15,6 +15,8 @@ import numpy as np
 from kfaccore.convolution.patches import Patches
 from kfaccore.record.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace, shared_first
+
+Records = TypeVar("Records", Record, tuple[Record, ...])  # one a term of the loss
 
 
 def whole(record: Record) -> Record:
@@ -34,8 +36,8 @@ def expand(record: Record) -> Record:
     a = record.a
     plain = record.mask is None and record.ids is None
     if plain and shared_first(a) and shared_first(record.g):
-        a, g = (_fold(xp.moveaxis(x, -2, -3)) for x in (a, record.g))  # rows in the order of memory: no copy
-        return Record(a, g, record.n)
+        # rows in the order of memory: no copy
+        return Record(_fold(xp.moveaxis(a, -2, -3)), _fold(xp.moveaxis(record.g, -2, -3)), record.n)
     a = Ids(xp.reshape(a.index, (rows,)), a.size) if isinstance(a, Ids) else _fold(a)
     mask = None if record.mask is None else xp.reshape(record.mask, (rows, 1))
     ids = None if record.ids is None else xp.repeat(record.ids, record.shared)
@@ -165,13 +167,19 @@ class ReceptiveMean:
         return Record(a, g, record.n, mask)
 
 
-def concat(first: Any, second: Any) -> Any:
+def concat(first: Records, second: Records) -> Records:
     """Two records of one layer as one: batches joined, shares of the normaliser added; tuples term by term.
 
     Raises ValueError when they differ in kind, draws, blocks, shared or dimensions.
     """
-    if isinstance(first, tuple):
-        return tuple(concat(*pair) for pair in zip(first, second, strict=True))
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return cast("Records", tuple(_joined(*pair) for pair in zip(first, second, strict=True)))
+    if isinstance(first, tuple) or isinstance(second, tuple):
+        raise TypeError("concat: one is a tuple of records, one a term of the loss, and the other is not")
+    return cast("Records", _joined(first, second))
+
+
+def _joined(first: Record, second: Record) -> Record:
     for name in ("draws", "blocks", "shared", "d_out", "d_in"):
         left = getattr(first, name)
         right = getattr(second, name)

@@ -112,10 +112,15 @@ def blanked(condition: Array, x: Array) -> Array:
 
 def plus(own: Array, c: float | Array, x: Array) -> Array:
     """own + c x for an array `own` that nobody else holds: NumPy writes into it, without a copy of c x."""
-    if is_numpy(own) and is_numpy(x) and own.dtype == x.dtype and own.flags.c_contiguous:
-        axpy: Any = blas.get_blas_funcs("axpy", (own,))
-        return axpy(np.reshape(x, (-1,)), np.reshape(own, (-1,)), a=float(c)).reshape(own.shape)
-    return own + c * x
+    if not _takes_sums(own, x):
+        return own + c * x
+    axpy: Any = blas.get_blas_funcs("axpy", (own,))
+    return axpy(to_host(x).reshape(-1), to_host(own).reshape(-1), a=float(c)).reshape(own.shape)
+
+
+def _takes_sums(own: Array, x: Array) -> bool:
+    """Whether BLAS can add `x` to `own` in place."""
+    return is_numpy(own) and is_numpy(x) and own.dtype == x.dtype and own.flags.c_contiguous
 
 
 def loop(cond: Callable[[Carry], Array], body: Callable[[Carry], Carry], carry: Carry, limit: int) -> Carry:
