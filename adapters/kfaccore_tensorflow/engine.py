@@ -25,6 +25,7 @@ from kfaccore_tensorflow.tap import Calls
 class Settings:
     """What preconditions and when.
 
+    core               a kfaccore.Preconditioner, instead of method, clocks, schedules and step, which are then its
     method             one for all layers or a mapping from layer to method; clocks, schedules: as Preconditioner
     step               from directions to updates; SelfTuning() and LineSearch() also judge what was applied
     fisher, draws      kfaccore's monte_carlo (with so many draws), type2, empirical or forward_only
@@ -40,13 +41,26 @@ class Settings:
     draws: int = 1
     seed: int = 0
     strict: bool = True
+    core: kf.Preconditioner | None = None
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; need at least 1")
+        if self.core is None:
+            return
+        if not isinstance(self.core, kf.Preconditioner):
+            raise TypeError(f"core is {self.core!r}; need a kfaccore.Preconditioner, or give method=")
+        method = self.core.methods if self.core.network is None else self.core.network
+        own = {"method": method, "clocks": self.core.clocks, "schedules": self.core.schedules, "step": self.core.rule}
+        for name, value in own.items():
+            if getattr(self, name) not in (value, getattr(Settings, name)):
+                raise ValueError(f"both core and {name} are given; give {name} to the Preconditioner")
+            object.__setattr__(self, name, value)
 
     def preconditioner(self) -> kf.Preconditioner:
         """The core's; it may reuse the buffers of the state it is given, which only the engine holds."""
+        if self.core is not None:
+            return self.core
         return kf.Preconditioner(self.method, self.clocks, self.schedules, step=self.step, donate=True)
 
 

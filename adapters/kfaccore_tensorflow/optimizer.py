@@ -21,15 +21,16 @@ class Optimizer:
     model       built, with one output
     loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added
     optimizer   of Keras; it gets the updates in place of gradients: step size, momentum, decay and clipping are its.
-                Without one they are subtracted as they are, and the step is SelfTuning() unless `step` is given
-    settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
+                Without one they are subtracted as they are, and the step is SelfTuning() unless
+                `core` or `step` is given
+    settings    fields of `Settings`: core, or method, clocks, schedules and step; fisher, draws, seed, strict
 
     Raises ValueError, before any step, for models, losses and optimizers that cannot be served.
     """
 
     def __init__(self, model: Any, loss: Any, optimizer: Any = None, **settings: Any) -> None:
         if optimizer is None:
-            settings = {"step": kf.SelfTuning(), **settings}
+            settings = settings if "core" in settings else {"step": kf.SelfTuning(), **settings}
             optimizer = keras.optimizers.SGD(1.0)
         self.model = model
         self.engine = Engine(model, loss, Settings(**settings))
