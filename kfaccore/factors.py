@@ -24,8 +24,6 @@ from kfaccore.xp.codes import Code
 if TYPE_CHECKING:
     from kfaccore.method import Block, Hyper
 
-_CHUNK = 1 << 22  # elements of per-example gradients held at once
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -81,7 +79,7 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats
     else:
         chunk = record.batch
         if isinstance(record.a, Patches):
-            chunk = max(1, _CHUNK // (record.shared * record.d_in * record.blocks))
+            chunk = kernels.at_once(record.shared * record.d_in * record.blocks)
         parts = []
         for start, a in input_chunks(record, chunk):
             span = slice(start, start + a.shape[1])
@@ -133,7 +131,7 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
         return _squares_of_ids(record, record.g if Qg is None else record.g @ Qg[None, :, None, :, :])
     xp = namespace(record.g)
     total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
-    chunk = record.batch if record.shared == 1 else max(1, _CHUNK // (record.d_out * record.d_in * record.blocks))
+    chunk = record.batch if record.shared == 1 else kernels.at_once(record.d_out * record.d_in * record.blocks)
     for start, a in input_chunks(record, chunk):
         a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
         for draw in range(record.draws):
@@ -202,8 +200,8 @@ def input_chunks(record: Record, chunk: int) -> Any:
             start += a.shape[1]
         return
     rows = record.rows()
-    for start in range(0, record.batch, chunk):
-        yield start, rows[:, start : min(start + chunk, record.batch), ...]
+    for span in kernels.spans(record.batch, chunk):
+        yield span.start, rows[:, span, ...]
 
 
 def _squares_of_ids(record: Record, g: Array) -> Array:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from kfaccore import tree as trees
+from kfaccore.tree import Tree
 from kfaccore.xp.arrays import from_host, to_host
 
 SCHEMA = 1
 
 
-def save(path: str | os.PathLike, tree: Any, **meta: Any) -> None:
+def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     """Write the leaves of `tree` and JSON-able `meta` to `path`; the old file stays until the new one is complete.
 
     Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path.
@@ -42,7 +43,7 @@ def save(path: str | os.PathLike, tree: Any, **meta: Any) -> None:
         raise
 
 
-def flatten(tree: Any) -> dict[str, np.ndarray]:
+def flatten(tree: object) -> dict[str, np.ndarray]:
     """The leaves of `tree` by path, on the host; they may share memory with it.
 
     Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path.
@@ -57,14 +58,15 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def unflatten(arrays: dict[str, np.ndarray], like: Any, source: str = "the state") -> Any:
+def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the state") -> Tree:
     """The inverse of `flatten`: copies, shaped, typed and placed like `like`.
 
     Raises ValueError, naming `source` and leaf, when the leaves are not those of `like`.
     """
     wanted = dict(trees.items(like))
     if set(wanted) != set(arrays):
-        missing, extra = sorted(set(wanted) - set(arrays)), sorted(set(arrays) - set(wanted))
+        missing = sorted(set(wanted) - set(arrays))
+        extra = sorted(set(arrays) - set(wanted))
         raise ValueError(f"{source} holds other leaves than asked for: missing {missing[:5]}, unexpected {extra[:5]}")
     for name, leaf in wanted.items():
         if arrays[name].shape != tuple(np.shape(leaf)):

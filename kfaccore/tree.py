@@ -5,9 +5,11 @@ A dataclass field made with `static()` is structure, not a leaf.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
+
+Tree = TypeVar("Tree")  # a tree, and what has its structure
 
 
 def static(**kwargs: Any) -> Any:
@@ -15,7 +17,7 @@ def static(**kwargs: Any) -> Any:
     return field(metadata={"static": True}, **kwargs)
 
 
-def symmetries(tree: Any, marked: bool = False) -> list[bool]:
+def symmetries(tree: object, marked: bool = False) -> list[bool]:
     """Whether each leaf is symmetric in its last two axes, in the order of `leaves`: fields that a dataclass lists in
     its class variable `SYMMETRIC`."""
     inner = children(tree)
@@ -25,7 +27,7 @@ def symmetries(tree: Any, marked: bool = False) -> list[bool]:
     return [mark for name, child in inner for mark in symmetries(child, name in names)]
 
 
-def children(tree: Any) -> list[tuple[str, Any]] | None:
+def children(tree: object) -> list[tuple[str, object]] | None:
     """(name, child) of each child in a fixed order, or None for a leaf."""
     if is_dataclass(tree) and not isinstance(tree, type):
         return [(f.name, getattr(tree, f.name)) for f in fields(tree) if not f.metadata.get("static")]
@@ -36,8 +38,12 @@ def children(tree: Any) -> list[tuple[str, Any]] | None:
     return None
 
 
-def rebuild(tree: Any, new: list[Any]) -> Any:
+def rebuild(tree: Tree, new: Sequence[object]) -> Tree:
     """`tree` with its children replaced by `new`, in the order of `children`."""
+    return cast("Tree", _rebuilt(tree, new))
+
+
+def _rebuilt(tree: Any, new: Sequence[object]) -> object:
     if is_dataclass(tree) and not isinstance(tree, type):
         names = [name for name, _ in children(tree) or []]
         return replace(tree, **dict(zip(names, new, strict=True)))
@@ -48,7 +54,7 @@ def rebuild(tree: Any, new: list[Any]) -> Any:
     return list(new) if isinstance(tree, list) else tuple(new)
 
 
-def items(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def items(tree: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, leaf) of every leaf, depth first; path components are joined by '/'."""
     inner = children(tree)
     if inner is None:
@@ -58,16 +64,16 @@ def items(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from items(child, f"{path}/{name}" if path else name)
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: object) -> list[Any]:
     """All leaves, depth first."""
     return [leaf for _, leaf in items(tree)]
 
 
-def map(function: Callable, tree: Any, *others: Any) -> Any:
+def map(function: Callable[..., object], tree: Tree, *others: object) -> Tree:
     """`function` applied to corresponding leaves of trees of one structure."""
     inner = children(tree)
     if inner is None:
-        return function(tree, *others)
+        return cast("Tree", function(tree, *others))
     rows = [[child for _, child in children(other) or []] for other in others]
     if any(len(row) != len(inner) for row in rows):
         raise ValueError(f"trees differ: {[n for n, _ in inner]} against {[len(r) for r in rows]} children")
@@ -76,6 +82,6 @@ def map(function: Callable, tree: Any, *others: Any) -> Any:
     return rebuild(tree, new)
 
 
-def add(a: Any, b: Any) -> Any:
+def add(a: Tree, b: Tree) -> Tree:
     """Leafwise sum: how Stats of two micro-batches or ranks combine."""
     return map(lambda x, y: x + y, a, b)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -178,6 +180,18 @@ def test_methods_version_and_doctor():
     assert report["factorisations"] == {"cholesky": True, "eigh": True}
     assert set(report["dlpack"].values()) <= {"ok"}
     assert report["rates"]["gemm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"), [(["--version"], 0, kf.__version__), (["inspect", "no"], 2, "no")]
+)
+def test_the_package_runs_as_a_module(arguments, code, word, tmp_path):
+    """`python -m kfaccore` is the command, exit codes included."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kfaccore", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert word in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("forced", "word"), [("Haswell", "unset it"), (None, "OPENBLAS_CORETYPE=SkylakeX can")])

@@ -75,7 +75,7 @@ def test_gram_of_convolutions_embeddings_draws_and_blocks(rng, monkeypatch):
     words = kf.Record(kf.Ids(rng.integers(0, 5, (6, 4)), 5), rng.normal(size=(6, 4, 3)), 6.0)
     blocks = kf.Record(rng.normal(size=(2, 6, 3, 4)), rng.normal(size=(2, 2, 6, 3, 5)), 6.0)
     for chunk in (1 << 22, 40):
-        monkeypatch.setattr(units, "_CHUNK", chunk)
+        monkeypatch.setattr("kfaccore.xp.chunks.HELD", chunk)
         for record in (conv, words, blocks):
             J = np.moveaxis(record.examples(), 0, 1).reshape(record.blocks, record.draws * 6, -1)
             V = rng.normal(size=(record.blocks, record.d_out, record.d_in))

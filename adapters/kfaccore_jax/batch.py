@@ -53,12 +53,14 @@ def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: b
 
 def joins_behind(one: Any, two: Any) -> bool:
     """Whether a jaxpr (here at two batch sizes) reshapes or concatenates the batch axis behind another axis."""
-    one, two = getattr(one, "jaxpr", one), getattr(two, "jaxpr", two)
+    one = getattr(one, "jaxpr", one)
+    two = getattr(two, "jaxpr", two)
     for p, q in zip(one.eqns, two.eqns, strict=True):
         name = p.primitive.name
         if not p.invars or not p.outvars:
             continue
-        before, after = _grown(p.invars[0], q.invars[0]), _grown(p.outvars[0], q.outvars[0])
+        before = _grown(p.invars[0], q.invars[0])
+        after = _grown(p.outvars[0], q.outvars[0])
         if name == "concatenate" and p.params["dimension"] in after:
             return True
         if name == "reshape" and before and after and _behind(p, before[0], after[0]):
@@ -71,7 +73,8 @@ def joins_behind(one: Any, two: Any) -> bool:
 
 def _behind(eqn: Any, before: int, after: int) -> bool:
     """Whether a reshape puts elements of earlier axes faster or slower than the batch into its axis."""
-    old, new = tuple(eqn.invars[0].aval.shape), tuple(eqn.outvars[0].aval.shape)
+    old = tuple(eqn.invars[0].aval.shape)
+    new = tuple(eqn.outvars[0].aval.shape)
     ahead = 1
     for n in old[:before]:
         ahead *= n

@@ -128,4 +128,4 @@ class Call:
         if self.edges:
             x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 3 + list(self.edges) + [(0, 0, 0)])
         patches = Patches(x.reshape(blocks, batch * shared, *x.shape[3:]), window)
-        return patches if batch * shared == n else patches.unfold().reshape(blocks, n, -1, patches.shape[-1])
+        return patches if batch * shared == n else jnp.reshape(patches.unfold(), (blocks, n, -1, patches.shape[-1]))

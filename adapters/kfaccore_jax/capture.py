@@ -68,7 +68,8 @@ class Captured:
         g = {key: x[None] for key, x in self._pull(cotangent)[1].items()}
         found = {}
         for layer in self.plan.layers:
-            block, (a, g_layer) = layer.block, self._pair(layer, g)
+            block = layer.block
+            a, g_layer = self._pair(layer, g)
             if not isinstance(a, Ids | Patches) and a.shape[1] * a.shape[2] < max(block.d_in, block.d_out):
                 found[layer.name] = Factored(a, g_layer[0], 1.0)
         return found
@@ -77,24 +78,26 @@ class Captured:
         """a and g of a layer, its calls joined on the shared axis."""
         pairs = []
         for key in layer.calls:
-            call, x = self.plan.calls[key], self._data.get(key)
+            call = self.plan.calls[key]
+            x = self._data.get(key)
             found = widened(call.gradients(g[key], x, self._n))
             a = call.inputs(x, found, self._n, layer.lone)
             if isinstance(a, Patches) and layer.bias is not None and layer.factor != 1.0:
                 a = a.unfold()
             if not isinstance(a, Ids | Patches):
-                a = a.astype(found.dtype)
+                a = jnp.asarray(a, found.dtype)
                 if layer.bias is not None:
                     a = jnp.concatenate([a, jnp.full_like(a[..., :1], layer.factor)], -1)
             elif isinstance(a, Patches):
-                a = Patches(a.image.astype(found.dtype), a.window, layer.bias is not None)
+                a = Patches(jnp.asarray(a.image, found.dtype), a.window, layer.bias is not None)
             pairs.append((a, found))
         return reduce(_joined, pairs)
 
 
 def _joined(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, Any]:
     """Two calls of one layer as more shared positions."""
-    (a, g), (b, h) = first, second
+    a, g = first
+    b, h = second
     if isinstance(a, Ids):
         both: Any = Ids(jnp.concatenate([a.index, b.index], 1), a.size)
     else:

@@ -24,7 +24,8 @@ def folded(jaxpr: Any) -> Any:
         return [v if isinstance(v, Literal) else numbers.get(v, v) for v in atoms]
 
     for eqn in jaxpr.eqns:
-        ins, name = known(eqn.invars), eqn.primitive.name
+        ins = known(eqn.invars)
+        name = eqn.primitive.name
         if name in INDICES and all(isinstance(v, Literal) and v.aval.ndim == 0 for v in ins):
             aval = eqn.outvars[0].aval
             if np.dtype(aval.dtype).kind in "ib":

@@ -60,7 +60,8 @@ class Walk:
 
     def capture(self, key: str, call: Call, x: Any, y: Any) -> Any:
         """The output of a call with its probe added."""
-        self.calls[key], self.outputs[key] = call, jax.ShapeDtypeStruct(y.shape, y.dtype)
+        self.calls[key] = call
+        self.outputs[key] = jax.ShapeDtypeStruct(y.shape, y.dtype)
         if x is not None:
             self.data[key] = x
         return y if self.probes is None else y + self.probes[key]
@@ -83,7 +84,8 @@ def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[li
         return None if isinstance(tag, Out) and uses[v] > 1 else tag
 
     for place, eqn in enumerate(jaxpr.eqns):
-        inputs, hot = [value(v) for v in eqn.invars], [tag_of(v) for v in eqn.invars]
+        inputs = [value(v) for v in eqn.invars]
+        hot = [tag_of(v) for v in eqn.invars]
         outs, found = _equation(walk, jaxpr, place, eqn, inputs, hot)
         env.update(zip(eqn.outvars, outs, strict=True))
         known.update(zip(eqn.outvars, found, strict=True))
@@ -92,7 +94,8 @@ def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[li
 
 def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]]:
     """Outputs and their tags."""
-    name, hot = eqn.primitive.name, [isinstance(tag, Param) for tag in tags]
+    name = eqn.primitive.name
+    hot = [isinstance(tag, Param) for tag in tags]
     cold: list[Tag] = [None] * len(eqn.outvars)
     if name in JITS and any(tag is not None for tag in tags):
         return run(walk.inside(place, False), _inner(eqn), inputs, tags)
@@ -122,10 +125,12 @@ def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: 
 
 def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: int, y: Any) -> tuple[Any, Tag] | None:
     """Output and tag of an equation in which one leaf meets data, or None if no rule knows it."""
-    name, tag = eqn.primitive.name, tags[at]
+    name = eqn.primitive.name
+    tag = tags[at]
     other: Any = inputs[1 - at] if len(inputs) == 2 else None
     assert isinstance(tag, Param)
-    key, shape = f"{walk.prefix}{place}", tuple(y.shape)
+    key = f"{walk.prefix}{place}"
+    shape = tuple(y.shape)
     plain = tag.factor == 1.0 and tag.scale is None
     factor = tag.factor if tag.scale is None else tag.factor * tag.scale
     if name in RULES:
@@ -181,7 +186,8 @@ def _remat(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> t
 
 def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> list[Any]:
     """A leaf that is a constant of the scan is shared over its steps, one that is scanned over is stacked blocks."""
-    closed, p = eqn.params["jaxpr"], eqn.params
+    closed = eqn.params["jaxpr"]
+    p = eqn.params
     body_in = [v.aval.ndim for v in closed.jaxpr.invars]
     xs = sum(v.aval.ndim != n for v, n in zip(eqn.invars, body_in, strict=True))
     carries = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, closed.jaxpr.outvars, strict=True))
@@ -194,7 +200,8 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
 
     def body(carry: list, x: tuple) -> tuple[list, tuple]:
         inner = walk.inside(place, True)
-        inner.depth, inner.probes = walk.depth + 1, None if walk.probes is None else x[1]
+        inner.depth = walk.depth + 1
+        inner.probes = None if walk.probes is None else x[1]
         outs, found = run(inner, closed, [*inputs[:consts], *carry, *x[0]], inner_tags)
         inner.leak(found, "scan as its result")
         seen[:] = [inner]

@@ -46,7 +46,8 @@ def keras_stateful(model: Any, training: bool = True) -> tuple[Callable, Arrays,
         raise ValueError(f"Keras runs on {keras.backend.backend()!r}; set KERAS_BACKEND=jax before keras is imported")
     if not model.built:
         raise ValueError(f"{model.name} has no variables yet; give it an Input, or call it on a batch")
-    trained, rest = _paths(model.trainable_variables), _paths(model.non_trainable_variables)
+    trained = _paths(model.trainable_variables)
+    rest = _paths(model.non_trainable_variables)
     options = {"training": training} if "training" in inspect.signature(model.call).parameters else {}
 
     def apply(params: Arrays, x: Any, state: Arrays) -> tuple[Any, Arrays]:

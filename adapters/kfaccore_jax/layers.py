@@ -153,7 +153,8 @@ def _overlap(keys: list[tuple], groups: Groups, leaf: Any) -> str:
 
 def _layers(groups: Groups, calls: dict[str, Call], bad: dict):
     """Weights first, with the bias that goes with all their calls and with no other; then biases left over."""
-    found, taken = [], set()
+    found = []
+    taken = set()
     for key, uses in groups.items():
         if key[1] in bad or (key[0] == "bias" and any(calls[k].kind != "bias" for k, _, _ in uses)):
             continue

@@ -67,11 +67,15 @@ class Layout:
         if prod(new) != prod(self.shape) or prod(new) == 0:
             return None
         old = [axis for axis in self.axes if axis[0] != 1]
-        strides, i, j = [0] * len(new), 0, 0
+        strides = [0] * len(new)
+        i = 0
+        j = 0
         wanted = [k for k, n in enumerate(new) if n != 1]
         while j < len(wanted):
-            last_i, last_j = i, j
-            have, need = old[i][0], new[wanted[j]]
+            last_i = i
+            last_j = j
+            have = old[i][0]
+            need = new[wanted[j]]
             while have != need:
                 if have < need:
                     last_i += 1
@@ -85,14 +89,18 @@ class Layout:
             for k in reversed(wanted[j : last_j + 1]):
                 strides[k] = stride
                 stride *= new[k]
-            i, j = last_i + 1, last_j + 1
+            i = last_i + 1
+            j = last_j + 1
         return Layout(tuple(new), tuple(strides), self.offset)
 
     def region(self, size: int) -> tuple[tuple[int, ...], tuple[Any, ...], tuple[int, ...]] | None:
         """(dims, index, order): `leaf.reshape(dims)[index]` holds the elements in the order of falling strides, `order`
         lists this layout's axes in it; None where they are no box of the leaf (size elements)."""
         order = sorted((i for i, n in enumerate(self.shape) if n > 1), key=lambda i: -self.strides[i])
-        dims, index, rest, outer = [], [], self.offset, size
+        dims = []
+        index = []
+        rest = self.offset
+        outer = size
         for n, s in merged(tuple(self.axes[i] for i in order)):
             if s == 0 or outer % s:
                 return None

@@ -100,9 +100,11 @@ def plan(
     if walk.calls.keys() != other.calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
     minor = one is not None and joins_behind(one, two)
-    calls, refused = {}, dict(walk.leaks)
+    calls = {}
+    refused = dict(walk.leaks)
     for key, call in walk.calls.items():
-        x, y = (data.get(key), data2.get(key)), (walk.outputs[key], other.outputs[key])
+        x = (data.get(key), data2.get(key))
+        y = (walk.outputs[key], other.outputs[key])
         calls[key], why = settled(call, x, y, n, minor)
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:

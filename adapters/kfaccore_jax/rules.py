@@ -54,7 +54,9 @@ SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "o
 
 def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
     """Tags of the outputs of an equation that only moves or selects elements, else None."""
-    name, p, layout = eqn.primitive.name, eqn.params, tag.layout
+    name = eqn.primitive.name
+    p = eqn.params
+    layout = tag.layout
     shape = tuple(eqn.outvars[0].aval.shape)
     if name in SAME and len(eqn.outvars) == 1:
         new = layout
@@ -94,7 +96,8 @@ def _split(tag: Param, axis: int, sizes: list[int]):
 
 def scaled(eqn: Any, tag: Param, place: int, other: Any) -> Param | None:
     """The tag of a leaf times, over or plus one number that is no leaf, else None."""
-    name, number = eqn.primitive.name, eqn.invars[1 - place]
+    name = eqn.primitive.name
+    number = eqn.invars[1 - place]
     if number.aval.ndim or tuple(eqn.outvars[0].aval.shape) != tag.layout.shape:
         return None
     if name in ("add", "add_any") or (name == "sub" and place == 0):
@@ -112,13 +115,15 @@ def scaled(eqn: Any, tag: Param, place: int, other: Any) -> Param | None:
 def dense(eqn: Any, tag: Param, place: int) -> Call | None:
     """dot_general of a leaf: contracted axes are d_in, its free axes d_out, its batch axes blocks."""
     contract, batch = eqn.params["dimension_numbers"]
-    w, x = tag.layout, eqn.invars[1 - place].aval
+    w = tag.layout
+    x = eqn.invars[1 - place].aval
     c_w, c_x, b_w, b_x = (tuple(axes[i]) for axes in (contract, batch) for i in (place, 1 - place))
     free_w = [i for i in range(len(w.shape)) if i not in (*c_w, *b_w)]
     free_x = [i for i in range(x.ndim) if i not in (*c_x, *b_x)]
     count = len(b_w)
     first, second = (free_w, free_x) if place == 0 else (free_x, free_w)
-    y_first, y_second = range(count, count + len(first)), range(count + len(first), count + len(first) + len(second))
+    y_first = range(count, count + len(first))
+    y_second = range(count + len(first), count + len(first) + len(second))
     y_w, y_x = (y_first, y_second) if place == 0 else (y_second, y_first)
     if any(w.strides[i] == 0 and w.shape[i] > 1 for i in (*c_w, *free_w)):
         return None
@@ -141,13 +146,16 @@ def dense(eqn: Any, tag: Param, place: int) -> Call | None:
 
 def conv(eqn: Any, tag: Param, place: int) -> Call | None:
     """conv_general_dilated with a leaf for kernel; one block a group."""
-    p, w, groups = eqn.params, tag.layout, int(eqn.params["feature_group_count"])
+    p = eqn.params
+    w = tag.layout
+    groups = int(eqn.params["feature_group_count"])
     numbers = p["dimension_numbers"]
     lhs, rhs, out = (tuple(getattr(numbers, f"{side}_spec")) for side in ("lhs", "rhs", "out"))
     axes = len(lhs) - 2
     if place != 1 or p["batch_group_count"] != 1 or not 1 <= axes <= 3 or w.repeated:
         return None
-    pads, dilated = tuple(map(tuple, p["padding"])), tuple(p["lhs_dilation"])
+    pads = tuple(map(tuple, p["padding"]))
+    dilated = tuple(p["lhs_dilation"])
     edges = ()
     if max(dilated) > 1 or min(v for pair in pads for v in pair) < 0:
         edges = tuple((int(lo), int(hi), d - 1) for (lo, hi), d in zip(pads, dilated, strict=True))
@@ -183,8 +191,11 @@ def conv(eqn: Any, tag: Param, place: int) -> Call | None:
 
 def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
     """gather of whole rows of a leaf."""
-    p, w, ids = eqn.params, tag.layout, eqn.invars[1].aval
-    numbers, out = p["dimension_numbers"], len(eqn.outvars[0].aval.shape)
+    p = eqn.params
+    w = tag.layout
+    ids = eqn.invars[1].aval
+    numbers = p["dimension_numbers"]
+    out = len(eqn.outvars[0].aval.shape)
     offset = tuple(numbers.offset_dims)
     starts = tuple(numbers.start_index_map)
     inside = any(mode in str(p["mode"]).upper() for mode in ("CLIP", "PROMISE"))  # whole rows then start at column 0
@@ -194,7 +205,8 @@ def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
     if place != 0 or not rows or not whole or tag.stack or w.repeated or tag.factor != 1 or tag.scale is not None:
         return None
     shared = tuple(i for i in range(out) if i not in offset)
-    x, y = View((), tuple(range(ids.ndim - 1))), View((), shared, offset)
+    x = View((), tuple(range(ids.ndim - 1)))
+    y = View((), shared, offset)
     return Call("embedding", tag.leaf, (), w.axes[1:], w.axes[:1], w.offset, x, y)
 
 

@@ -28,7 +28,8 @@ class Tap:
         (n_in, s_in), (n_out, s_out) = Layout.of(w.shape).axes
         shared = tuple(range(x.ndim - 1))
         view = View((), shared, (x.ndim - 1,))
-        outs, ins = ((n_out, s_out),), ((n_in, s_in),)
+        outs = ((n_out, s_out),)
+        ins = ((n_in, s_in),)
         call = Call("dense", self._leaf(w), (), outs, ins, 0, view, view, bias=self._bias(b))
         return self._done(call, x, x @ w, b)
 
@@ -48,7 +49,8 @@ class Tap:
             dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         )
         *ins, outs = Layout.of(w.shape).axes
-        inner, last = tuple(range(1, axes + 1)), axes + 1
+        inner = tuple(range(1, axes + 1))
+        last = axes + 1
         views = View((), (0,), (*inner, last)), View((), (0, *inner), (last,))
         call = Call("conv", self._leaf(w), (), (outs,), tuple(ins), 0, *views, window, bias=self._bias(b))
         return self._done(call, x, y, b)

@@ -10,6 +10,7 @@ import tensorflow as tf
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy
 from kfaccore_tensorflow.engine import Engine, Settings, record, unpacked
+from kfaccore_tensorflow.kinds import own
 from kfaccore_tensorflow.plan import coverage
 from kfaccore_tensorflow.tap import tap
 
@@ -47,7 +48,7 @@ def unread(model: Any, x: Any, tolerance: float = 1e-3) -> dict[str, float]:
         rows = [(to_numpy(x), to_numpy(g)[None]) for (x, _), g in zip(seen, outputs, strict=True)]
         true: Any = tape.gradient([f], list(part.variables.values()), [draw], zero)
         whole = part.matrix({role: to_numpy(g) for role, g in zip(part.variables, true, strict=True)})
-        summed = record(part, rows, 1.0).examples().sum((0, 2)) if rows else 0.0
+        summed = own(record(part, rows, 1.0).examples()).sum((0, 2)) if rows else 0.0
         error = float(np.linalg.norm(summed - whole) / max(np.linalg.norm(whole), 1e-30))
         if error > tolerance and np.linalg.norm(whole) > 1e-6 * np.linalg.norm(draw):
             found[part.name] = error

@@ -7,6 +7,9 @@ from dataclasses import fields, is_dataclass
 from types import FunctionType
 from typing import Any
 
+import kfaccore as kf
+from kfaccore_tensorflow.moved import MOVED
+
 
 def encoded(value: Any) -> Any:
     """A JSON-able form of numbers, strings, tuples, dicts, and dataclasses and functions that kfaccore names.
@@ -19,6 +22,10 @@ def encoded(value: Any) -> Any:
         return [encoded(item) for item in value]
     if isinstance(value, dict):
         return {"mapping": {key: encoded(item) for key, item in value.items()}}
+    if isinstance(value, kf.Preconditioner):
+        arguments = ("methods", "clocks", "schedules", "network", "comm", "donate")
+        given = {name: encoded(getattr(value, name)) for name in arguments} | {"step": encoded(value.rule)}
+        return {"object": _name(type(value)), "fields": given}
     if is_dataclass(value) and not isinstance(value, type):
         named = {f.name: encoded(getattr(value, f.name)) for f in fields(value) if f.init}
         return {"object": _name(type(value)), "fields": named}
@@ -40,7 +47,10 @@ def decoded(value: Any) -> Any:
 
 
 def _name(thing: Any) -> str:
+    """Where a class or function is found: its public name if it has one, which no rearrangement of rooms changes."""
     name = f"{thing.__module__}:{thing.__qualname__}"
+    if getattr(kf, thing.__qualname__, None) is thing:
+        name = f"kfaccore:{thing.__qualname__}"
     try:
         known = _named(name) is thing
     except (ValueError, AttributeError):
@@ -52,6 +62,7 @@ def _name(thing: Any) -> str:
 
 def _named(name: str) -> Any:
     module, _, attribute = name.partition(":")
+    module = MOVED.get(module, module)
     if module.split(".")[0] not in ("kfaccore", "kfaccore_tensorflow") or not attribute.isidentifier():
         raise ValueError(f"{name!r} is not kfaccore's own")
     return getattr(importlib.import_module(module), attribute)

@@ -25,7 +25,8 @@ def spelled(equation: str, rank: int) -> tuple[str, str, str]:
     x, kernel = terms.split(",")
     free = [letter for letter in ascii_letters if letter not in equation]
     extra = "".join(free[: rank - len(x.replace("...", ""))])
-    x, output = x.replace("...", extra), output.replace("...", extra)
+    x = x.replace("...", extra)
+    output = output.replace("...", extra)
     reason = None
     if any(len(set(term)) != len(term) for term in (x, kernel, output)):
         reason = "an axis is repeated"

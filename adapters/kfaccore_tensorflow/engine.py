@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import HALF, to_numpy, to_tensor, widened
+from kfaccore_tensorflow.kinds import own
 from kfaccore_tensorflow.losses import Objective, count_draws, masked, objective
 from kfaccore_tensorflow.plan import Part, coverage
 from kfaccore_tensorflow.tap import Calls
@@ -24,6 +25,7 @@ from kfaccore_tensorflow.tap import Calls
 class Settings:
     """What preconditions and when.
 
+    core               a kfaccore.Preconditioner, instead of method, clocks, schedules and step, which are then its
     method             one for all layers or a mapping from layer to method; clocks, schedules: as Preconditioner
     step               from directions to updates; SelfTuning() and LineSearch() also judge what was applied
     fisher, draws      kfaccore's monte_carlo (with so many draws), type2, empirical or forward_only
@@ -39,13 +41,26 @@ class Settings:
     draws: int = 1
     seed: int = 0
     strict: bool = True
+    core: kf.Preconditioner | None = None
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; need at least 1")
+        if self.core is None:
+            return
+        if not isinstance(self.core, kf.Preconditioner):
+            raise TypeError(f"core is {self.core!r}; need a kfaccore.Preconditioner, or give method=")
+        method = self.core.methods if self.core.network is None else self.core.network
+        own = {"method": method, "clocks": self.core.clocks, "schedules": self.core.schedules, "step": self.core.rule}
+        for name, value in own.items():
+            if getattr(self, name) not in (value, getattr(Settings, name)):
+                raise ValueError(f"both core and {name} are given; give {name} to the Preconditioner")
+            object.__setattr__(self, name, value)
 
     def preconditioner(self) -> kf.Preconditioner:
         """The core's; it may reuse the buffers of the state it is given, which only the engine holds."""
+        if self.core is not None:
+            return self.core
         return kf.Preconditioner(self.method, self.clocks, self.schedules, step=self.step, donate=True)
 
 
@@ -58,7 +73,7 @@ class Engine:
         self.settings = settings
         self.preconditioner = settings.preconditioner()
         wide = any(v.dtype == "float64" for part in self.plan.parts for v in part.variables.values())
-        self.state = self.preconditioner.init(self.plan.blocks(), np.zeros(1, np.float64 if wide else np.float32))
+        self.state = self.preconditioner.init(self.plan.blocks(), np.zeros(1, "float64" if wide else "float32"))
         self.info: kf.Info | None = None
 
     def tree(self) -> dict[str, Any]:
@@ -161,7 +176,8 @@ class Engine:
 
     def _draw(self, f: Any, y: Any, weight: Any = None) -> tuple[Any, Any]:
         """((n, batch), draws) of the batch, by the core."""
-        f, y = to_numpy(f), to_numpy(y)
+        f = to_numpy(f)
+        y = to_numpy(y)
         rng = np.random.default_rng([self.settings.seed, self.state.step])
         weight = None if weight is None else to_numpy(weight)
         draws = self.objective.draws(self.settings.fisher, self.settings.draws, f, y, weight, rng)
@@ -176,7 +192,7 @@ class Engine:
         records = unpacked(parts, times, to_numpy(count), arrays)
         grads = {part.name: part.matrix(dict(zip(part.variables, arrays, strict=False))) for part in parts}
         directions, self.state, self.info = self.preconditioner.step(self.state, records, grads)
-        new = [part.arrays(directions[part.name]) for part in parts]
+        new = [part.arrays(own(directions[part.name])) for part in parts]
         shrink = float(self.info.step["alpha"]) * self.settings.schedules.weight_decay
         updates = [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]
         return [to_tensor(shrink, tf.float64), *updates]
@@ -186,7 +202,8 @@ def unpacked(
     parts: Sequence[Part], times: Sequence[int], count: np.ndarray, arrays: Iterator[np.ndarray]
 ) -> dict[str, kf.Record] | None:
     """{name: Record} from what `captured` gave, the arrays used up; None where the clock wanted no records."""
-    records, (n, batch) = {}, (float(x) for x in count)
+    records = {}
+    n, batch = (float(x) for x in count)
     for part, calls in zip(parts, times, strict=True):
         mine = list(islice(arrays, 2 * calls))
         if n > 0:

@@ -28,15 +28,18 @@ class Judge:
         new = [tf.convert_to_tensor(v) for v in variables]
 
         def ask(before: Any, *tensors: Any) -> Any:
-            given, values = list(tensors[: len(present)]), tensors[len(present) :]
+            given = list(tensors[: len(present)])
+            values = tensors[len(present) :]
             packed = tf.nest.pack_sequence_as(data, [None if leaf is None else given.pop(0) for leaf in leaves])
-            old, new = values[: len(variables)], values[len(variables) :]
+            old = values[: len(variables)]
+            new = values[len(variables) :]
 
             def place(share: float) -> None:
                 for v, o, n in zip(variables, old, new, strict=True):
                     v.assign(_between(o, n, tf.constant(share, tf.float64)))
 
-            before, state = float(before), self.engine.state
+            before = float(before)
+            state = self.engine.state
             share, state = self.engine.preconditioner.judge(state, before, place, lambda: float(self.value(*packed)))
             self.engine.state = state
             return tf.constant(share, tf.float64)

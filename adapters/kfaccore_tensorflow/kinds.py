@@ -13,6 +13,11 @@ from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
 Named = dict[str, np.ndarray]
 
 
+def own(x: Any) -> np.ndarray:
+    """An array that the core made of NumPy's, which is NumPy's."""
+    return x
+
+
 @dataclass(frozen=True)
 class Plain:
     """Dense and Embedding: the core's layer as it is."""
@@ -25,13 +30,13 @@ class Plain:
     def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[Any, np.ndarray]:
         if isinstance(self.layer, Embedding) and x.dtype.kind == "f":
             x = x.astype(np.int64)
-        return self.layer.activations(x), self.layer.gradients(gy, draws=True)
+        return self.layer.activations(x), own(self.layer.gradients(gy, draws=True))
 
     def matrix(self, named: Named) -> np.ndarray:
-        return self.layer.matrix(named)
+        return own(self.layer.matrix(named))
 
     def parameters(self, matrix: np.ndarray) -> Named:
-        return self.layer.parameters(matrix)
+        return {role: own(x) for role, x in self.layer.parameters(matrix).items()}
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,17 @@ class Convolution:
         return self._conv(self.geometry).block()
 
     def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[Patches, np.ndarray]:
-        x, gy = self._last(x, 1), self._last(gy, 2)
+        x = self._last(x, 1)
+        gy = self._last(gy, 2)
         conv = self._conv(self._window(x.shape[1:-1]))
-        return conv.activations(x), conv.gradients(gy, draws=True)
+        return conv.activations(x), own(conv.gradients(gy, draws=True))
 
     def matrix(self, named: Named) -> np.ndarray:
         shape = (*self.geometry.kernel, self.channels[0] // self.groups, self.channels[1])
-        return self._conv(self.geometry).matrix({**named, "weight": named["weight"].reshape(shape)})
+        return own(self._conv(self.geometry).matrix({**named, "weight": named["weight"].reshape(shape)}))
 
     def parameters(self, matrix: np.ndarray) -> Named:
-        return self._conv(self.geometry).parameters(matrix)
+        return {role: own(x) for role, x in self._conv(self.geometry).parameters(matrix).items()}
 
     def _conv(self, window: Window) -> Conv:
         return Conv(window, self.channels, self.groups, self.bias)
@@ -97,10 +103,10 @@ class Shift:
         return np.ones_like(g[0, ..., :1]), g
 
     def matrix(self, named: Named) -> np.ndarray:
-        return Bias(self.d).matrix({"bias": named["weight"].reshape(-1)})
+        return own(Bias(self.d).matrix({"bias": named["weight"].reshape(-1)}))
 
     def parameters(self, matrix: np.ndarray) -> Named:
-        return {"weight": Bias(self.d).parameters(matrix)["bias"]}
+        return {"weight": own(Bias(self.d).parameters(matrix)["bias"])}
 
     def _last(self, y: np.ndarray, lead: int) -> np.ndarray:
         """(*lead, batch, positions, d): `axes` of the array behind `lead` axes joined at the end."""
@@ -116,7 +122,8 @@ class Scale(Shift):
     epsilon: float
 
     def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        x, gy = self._last(x, 0), self._last(gy, 1)
+        x = self._last(x, 0)
+        gy = self._last(gy, 1)
         centred = x - np.mean(x, axis=-1, keepdims=True)
         hat = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + self.epsilon)
-        return np.ones_like(x[..., :1]), Gain(self.d).scaled(gy, hat, draws=True)
+        return np.ones_like(x[..., :1]), own(Gain(self.d).scaled(gy, hat, draws=True))

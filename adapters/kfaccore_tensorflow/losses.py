@@ -30,7 +30,7 @@ class Objective:
     value: Callable[[Any, Any, Any], Any]
     share: Callable[[np.ndarray, Any], float]
 
-    def draws(self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any) -> np.ndarray:
+    def draws(self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any) -> Any:
         """Output gradients (draws, *f.shape) of one of the core's four Fishers; a weight w scales draws by sqrt(w)."""
         y = _target(self.core, f, y)
         if fisher is kf.monte_carlo:
@@ -93,7 +93,8 @@ def _value(loss: Any) -> Callable:
     """The mean of a core loss for TensorFlow: value and gradient come from the core."""
 
     def both(f: Any, y: Any) -> tuple[Any, Any]:
-        f, y = to_numpy(f), to_numpy(y)
+        f = to_numpy(f)
+        y = to_numpy(y)
         y = _target(loss, f, y)
         n = float(loss.normaliser(f, y))
         return to_tensor(loss.value(f, y) / n), to_tensor(loss.gradient(f, y) / n)

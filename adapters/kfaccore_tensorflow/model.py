@@ -20,7 +20,7 @@ class KFACModel(keras.Model):
     """`model` with another train_step: compile, fit, evaluate, callbacks and saving are Keras's own.
 
     model       any Keras model of the table's layers with one output, kept as `inner`; its variables are trained
-    settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
+    settings    fields of `Settings`: core, or method, clocks, schedules and step; fisher, draws, seed, strict
 
     The optimizer given to `compile` applies the updates: SGD(1.0) when the step is SelfTuning() or LineSearch(), which
     set their own rate. The loss must be a Keras loss on logits. A saved file holds the curvature's state too, so
@@ -77,7 +77,8 @@ class KFACModel(keras.Model):
             def value(x: Any, y: Any, weight: Any) -> Any:
                 return self._loss(engine, x)(self(x, training=True), y, weight)
 
-            self.engine, self._judge = engine, Judge(engine, value)
+            self.engine = engine
+            self._judge = Judge(engine, value)
             self._restore()
         self.engine.objective = objective(self.loss, self.settings.fisher)  # compile may have changed it
         return self._judge

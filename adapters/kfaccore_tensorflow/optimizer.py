@@ -21,15 +21,16 @@ class Optimizer:
     model       built, with one output
     loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added
     optimizer   of Keras; it gets the updates in place of gradients: step size, momentum, decay and clipping are its.
-                Without one they are subtracted as they are, and the step is SelfTuning() unless `step` is given
-    settings    fields of `Settings`: method, clocks, schedules, step, fisher, draws, seed, strict
+                Without one they are subtracted as they are, and the step is SelfTuning() unless
+                `core` or `step` is given
+    settings    fields of `Settings`: core, or method, clocks, schedules and step; fisher, draws, seed, strict
 
     Raises ValueError, before any step, for models, losses and optimizers that cannot be served.
     """
 
     def __init__(self, model: Any, loss: Any, optimizer: Any = None, **settings: Any) -> None:
         if optimizer is None:
-            settings = {"step": kf.SelfTuning(), **settings}
+            settings = settings if "core" in settings else {"step": kf.SelfTuning(), **settings}
             optimizer = keras.optimizers.SGD(1.0)
         self.model = model
         self.engine = Engine(model, loss, Settings(**settings))
@@ -54,7 +55,8 @@ class Optimizer:
 
         The Keras optimizer's slots and variables that are not covered are Keras's to save.
         """
-        engine, schedules = self.engine, self.engine.settings.schedules
+        engine = self.engine
+        schedules = self.engine.settings.schedules
         blocks = {name: asdict(block) for name, block in engine.plan.blocks().items()}
         damping = {name: schedules.hyper(name, engine.state.step).damping for name in blocks}
         told = {"method": type(engine.settings.method).__name__, "damping": damping, "blocks": blocks}
@@ -76,7 +78,8 @@ class Optimizer:
 
 def take_step(model: Any, judge: Judge, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Any) -> tuple[Any, Any]:
     """(loss before, prediction) of one applied update; runs eagerly or while a graph is traced."""
-    (x, y, weight), engine = data, judge.engine
+    x, y, weight = data
+    engine = judge.engine
     with tf.GradientTape(persistent=True) as tape, tap(engine.plan) as calls:
         f = model(x, training=True)
         loss = loss_of(f, y, weight)

@@ -139,7 +139,8 @@ def _tied(parts: list[Part], refused: dict) -> tuple[list[Part], dict]:
     for part in groups.values():
         for v in part.variables.values():
             uses[id(v)] = uses.get(id(v), 0) + 1
-    kept, refused = [], dict(refused)
+    kept = []
+    refused = dict(refused)
     for part in groups.values():
         variables = tuple(part.variables.values())
         if any(uses[id(v)] > 1 for v in variables):
@@ -177,7 +178,8 @@ def _dense(name: str, layer: Layer, trained: set[int]) -> list[Part]:
 def _einsum(name: str, layer: Layer, trained: set[int]) -> list[Part]:
     roles = _roles(layer, trained)
     terms = spelled(layer.equation, layer.input_spec.ndim)
-    output, axes = terms[2], layer.bias_axes or ""
+    output = terms[2]
+    axes = layer.bias_axes or ""
     full = "bias" in roles and set(axes) == set(output) & set(terms[1])
     kind = Einsum(terms, tuple(int(size) for size in layer.kernel.shape), full)
     if full or "bias" not in roles:
@@ -215,7 +217,8 @@ def _norm(name: str, layer: Layer, trained: set[int]) -> list[Part]:
     parts = []
     for role, variable in (("gamma", layer.gamma), ("beta", layer.beta)):
         if variable is not None and id(variable) in trained:
-            axes, d = tuple(layer.axis), int(np.prod(variable.shape))
+            axes = tuple(layer.axis)
+            d = int(np.prod(variable.shape))
             kind = Scale(axes, d, float(layer.epsilon)) if role == "gamma" else Shift(axes, d)
             parts.append(Part(f"{name}.{role}", kind, {"weight": variable}, (layer,)))
     return parts

@@ -22,9 +22,9 @@ from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.jacobian import adjoint, products
 from kfaccore.xp.arrays import to_host
+from kfaccore.xp.chunks import at_once, spans
 
 ROWS = 4096
-_CHUNK = 1 << 22  # elements of J held at once
 
 
 class ExactBlock:
@@ -151,9 +151,8 @@ def _gram(record: Record) -> np.ndarray:
 def _chunks(record: Record) -> Iterator[np.ndarray]:
     """Rows of J, some at a time, (rows, d_out d_in)."""
     size = record.d_out * record.d_in
-    step = max(1, _CHUNK // size)
+    step = at_once(size)
     a = record.rows()[0]
     for draw in range(record.draws):
-        for start in range(0, record.batch, step):
-            part = slice(start, start + step)
+        for part in spans(record.batch, step):
             yield (record.g[draw, 0, part].mT @ a[part]).reshape(-1, size)

@@ -105,10 +105,10 @@ def _factorisations() -> dict[str, bool]:
 
     from kfaccore import xp as kernels
 
-    x = np.random.default_rng(0).standard_normal((1, 200, 100)).astype(np.float32)
-    gram = kernels.gram(x) + np.eye(100, dtype=np.float32)
-    inverse, code = kernels.spd_inverse(gram)
-    values, vectors, _ = kernels.eigh(gram)
+    x = np.random.default_rng(0).standard_normal((1, 200, 100)).astype("float32")
+    gram = kernels.to_host(kernels.gram(x) + np.eye(100, dtype=np.float32))
+    inverse, code = map(kernels.to_host, kernels.spd_inverse(gram))
+    values, vectors, _ = map(kernels.to_host, kernels.eigh(gram))
     exact = np.linalg.inv(gram[0].astype(np.float64))
     rebuilt = (vectors[0] * values[0]) @ vectors[0].T
     return {

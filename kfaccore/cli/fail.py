@@ -6,7 +6,9 @@ from typing import NoReturn
 
 import typer
 
-BAD_INPUT, UNFINISHED, INTERRUPTED = 2, 3, 130
+BAD_INPUT = 2
+UNFINISHED = 3
+INTERRUPTED = 130
 
 
 def fail(message: str, code: int = BAD_INPUT) -> NoReturn:

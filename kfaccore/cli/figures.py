@@ -23,10 +23,11 @@ def read(paths: list[Path]) -> tuple[Any, Any]:
 def chosen(names: str, own: bool = True) -> dict[str, Any]:
     """The methods of the catalogue called `names`, each as constructed; for an empty string all that take one loss
     term, and unless `own` none that solves with the very batch it is judged by."""
+    from kfaccore.method import OwnGradients, Terms, declares
     from kfaccore.methods import CATALOGUE
 
-    usual = [name for name, kind in CATALOGUE.items() if not hasattr(kind, "terms")]
-    usual = [name for name in usual if own or not getattr(CATALOGUE[name], "own_gradients", False)]
+    usual = [name for name, kind in CATALOGUE.items() if not declares(kind(), Terms)]
+    usual = [name for name in usual if own or not declares(CATALOGUE[name](), OwnGradients)]
     wanted = [name for name in names.split(",") if name] or usual
     for name in wanted:
         if name not in CATALOGUE:

@@ -20,7 +20,8 @@ def inspect(
     from kfaccore import load, metadata
 
     try:
-        tree, meta = load(file), metadata(file)
+        tree = load(file)
+        meta = metadata(file)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     state = tree.get("state", {})

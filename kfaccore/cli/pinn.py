@@ -15,14 +15,18 @@ from kfaccore import Preconditioner, __version__, load, metadata, save
 from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
 from kfaccore.cli.pause import Pause
 
-EVALUATIONS, POINTS = 60, 9000  # evaluations of a run, held-out points
+EVALUATIONS = 60  # of the error, over a run
+POINTS = 9000  # held out
 
 
 class PINNRun:
     """Curves of each method: both errors on held-out points, at steps and training seconds."""
 
     def __init__(self, name: str, task: Any, steps: int, seed: int) -> None:
-        self.name, self.task, self.steps, self.seed = name, task, steps, seed
+        self.name = name
+        self.task = task
+        self.steps = steps
+        self.seed = seed
         self.pinn = task.pinn()
         self.held_out = self.pinn.problem.inside(np.random.default_rng([seed, 7]), POINTS)
         self.curves: dict[str, dict[str, list]] = {}
@@ -37,7 +41,9 @@ class PINNRun:
 
         from kfaccore_numpy.equations.train import LBFGS, fit
 
-        params, state, start = self.pinn.init(self.seed), None, 0
+        params = self.pinn.init(self.seed)
+        state = None
+        start = 0
         if resume is not None:
             params, state, start = self._resumed(resume, name, solver, params)
         curve = self.curves[name] = {key: [] for key in ("step", "seconds", "loss", "relative", "absolute")}
@@ -47,7 +53,8 @@ class PINNRun:
         bar = Progress(*columns, text, console=Console(stderr=True), disable=quiet)
         batches = self.pinn.batches(*self.task.counts, self.task.every, self.seed, start)
         options = {"rows": self.task.rows, "state": state, "start": start}
-        pause, whole = Pause(), isinstance(solver, LBFGS)
+        pause = Pause()
+        whole = isinstance(solver, LBFGS)
         row = bar.add_task(name, total=self.steps, completed=start, error=math.nan)
         try:
             with bar, np.errstate(all="ignore"), nullcontext() if whole else pause:
@@ -135,7 +142,9 @@ class PINNRun:
         tree: dict[str, Any] = {"params": params}
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(solver, Preconditioner):
-            state, rule, schedules = progress.state, solver.rule, solver.schedules
+            state = progress.state
+            rule = solver.rule
+            schedules = solver.schedules
             hypers = {name: rule.hyper(state.motion, schedules.hyper(name, state.step)) for name in state.layers}
             meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
             meta["terms"] = [term.name for term in self.pinn.problem.terms]

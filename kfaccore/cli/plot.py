@@ -54,7 +54,8 @@ def costs(found: dict[str, dict[str, float]], path: Path) -> None:
         for index, (name, row) in enumerate(found.items()):
             error = min(max(row[key], 1e-3), 2.0)  # what is off the scale sits on its edge
             if row[key] == row[key] and row["seconds"] == row["seconds"]:
-                marker, colour = "osD^vPX*"[index % 8], f"C{index % 10}"
+                marker = "osD^vPX*"[index % 8]
+                colour = f"C{index % 10}"
                 panel.scatter(row["seconds"], error, s=60, marker=marker, color=colour, label=name, alpha=0.8)
         panel.set(xlabel="seconds a step", ylabel="error, from 0.001 to 2", xscale="log", yscale="log", title=title)
         panel.grid(alpha=0.3, which="both")

@@ -20,7 +20,11 @@ class Run:
     """Curves of each method: evaluated loss at steps and training seconds; the first method's state is kept."""
 
     def __init__(self, name: str, task: Any, steps: int, seed: int, xp: Any) -> None:
-        self.name, self.task, self.steps, self.seed, self.xp = name, task, steps, seed, xp
+        self.name = name
+        self.task = task
+        self.steps = steps
+        self.seed = seed
+        self.xp = xp
         self.data, self.evaluation = [tuple(xp.asarray(part) for part in pair) for pair in task.load()]
         self.curves: dict[str, dict[str, list]] = {}
         self.codes: dict[str, dict[str, int]] = {}
@@ -33,9 +37,11 @@ class Run:
 
         from kfaccore_numpy import fit, mean_loss
 
-        network, loss = self.task.network, self.task.loss
+        network = self.task.network
+        loss = self.task.loss
         params = network.init(np.random.default_rng(self.seed), lambda w: self.xp.asarray(w, dtype=np.float32))
-        state, start = None, 0
+        state = None
+        start = 0
         if resume is not None:
             params, state, start = self._resumed(resume, name, optimiser, params)
         curve = self.curves[name] = {"step": [], "seconds": [], "loss": []}
@@ -46,7 +52,8 @@ class Run:
             *columns, TextColumn("loss {task.fields[loss]:.4g}"), console=Console(stderr=True), disable=quiet
         )
         options = {"batch": self.task.batch, "steps": self.steps, "seed": self.seed, "state": state, "start": start}
-        row, pause = bar.add_task(name, total=self.steps, completed=start, loss=math.nan), Pause()
+        row = bar.add_task(name, total=self.steps, completed=start, loss=math.nan)
+        pause = Pause()
         try:
             with bar, np.errstate(all="ignore"), pause:
                 for progress in fit(network, params, self.data, loss, optimiser, **options):
@@ -113,7 +120,8 @@ class Run:
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(optimiser, Preconditioner):
             tree["state"] = state
-            rule, schedules = optimiser.rule, optimiser.schedules
+            rule = optimiser.rule
+            schedules = optimiser.schedules
             hypers = {name: rule.hyper(state.motion, schedules.hyper(name, state.step)) for name in state.layers}
             meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
             meta["blocks"] = {name: asdict(block) for name, block in state.blocks}

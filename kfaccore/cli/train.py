@@ -109,6 +109,7 @@ def _equation(
 
 def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> tuple[str, Any]:
     from kfaccore import Fixed, KLClip, LineSearch, Preconditioner, Schedules, SelfTuning
+    from kfaccore.method import OwnGradients, declares
     from kfaccore.methods import CATALOGUE
     from kfaccore_numpy import SGD, Adam
 
@@ -117,7 +118,7 @@ def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> 
         fail(f"--step is {step!r}; there are {', '.join(rules)}")
     if name in CATALOGUE:
         method = CATALOGUE[name]()
-        empirical = getattr(method, "own_gradients", False)  # which a quadratic model of the loss cannot be made of
+        empirical = declares(method, OwnGradients)  # which a quadratic model of the loss cannot be made of
         rule = rules["line-search" if empirical and step == "self-tuning" else step]
         return name, Preconditioner(method, schedules=Schedules(**penalties), step=rule, donate=True)
     if name in ("adam", "sgd"):

@@ -10,8 +10,10 @@ Flops a pixel: about 5 C^2 for 2-d instead of C^2 K^4.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from itertools import combinations, product
 from math import prod
+from operator import add
 
 import array_api_compat as aac
 import numpy as np
@@ -54,7 +56,8 @@ def _outside(size: int, k: int, padding: tuple[int, int]) -> Iterator[tuple[slic
     low, high = padding
     outputs = size + low + high - k + 1
     for t in (*range(low - k + 1, 0), *range(outputs, size + low)):
-        start, stop = max(0, t - low), min(size, t - low + k)
+        start = max(0, t - low)
+        stop = min(size, t - low + k)
         yield slice(start, stop), start - (t - low)
 
 
@@ -68,15 +71,14 @@ def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
     """R[D] for |D| < kernel on every axis, (2k-1, ..., C, C), summed over chunks of examples; R[-D] = R[D]^T."""
     xp = namespace(x)
     axes = tuple(range(1, x.ndim - 1))
-    batch, channels = x.shape[0], x.shape[-1]
+    batch = x.shape[0]
+    channels = x.shape[-1]
     size = transform_sizes(tuple(x.shape[1:-1]), kernel)
     chunks = -(-batch * prod(size) * channels * 4 // _SPECTRUM_BYTES)
-    chunk = max(1, -(-batch // chunks))
-    total = None
-    for start in range(0, batch, chunk):
-        spectrum = kernels.rfftn(x[start : min(start + chunk, batch), ...], size, axes)
-        part = _displacements(xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1)), size, kernel)
-        total = part if total is None else total + part
+    spans = kernels.spans(batch, max(1, -(-batch // chunks)))  # as few as fit, of nearly equal size
+    spectra = (kernels.rfftn(x[span, ...], size, axes) for span in spans)
+    turned = (xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1)) for spectrum in spectra)
+    total = reduce(add, (_displacements(spectrum, size, kernel) for spectrum in turned))
     return (total + xp.flip(total, axis=tuple(range(len(kernel)))).mT) / 2
 
 
@@ -90,16 +92,17 @@ def _displacements(spectrum: Array, size: tuple[int, ...], kernel: tuple[int, ..
         xp.astype(kernels.from_host(_waves(h, k, axis == len(size) - 1), spectrum), spectrum.dtype)
         for axis, (h, k) in enumerate(zip(size, kernel, strict=True))
     )
-    rows, channels = spectrum.shape[0], spectrum.shape[-1]
+    rows = spectrum.shape[0]
+    channels = spectrum.shape[-1]
     held = prod(spectrum.shape[1:]) + prod(spectrum.shape[1:-2]) * channels**2
-    group = max(1, _GROUP // held) if is_numpy(spectrum) else rows
+    group = kernels.at_once(held, _GROUP) if is_numpy(spectrum) else rows
     total = None
-    for start in range(0, rows, group):
-        part = spectrum[start : min(start + group, rows), ...]
+    for span in kernels.spans(rows, group):
+        part = spectrum[span, ...]
         part = xp.matmul(xp.conj(part).mT, part)
         if rest:
             part = xp.matmul(rest[0], xp.reshape(part, (*part.shape[:2], -1)))
-        part = first[:, start : start + part.shape[0]] @ xp.reshape(part, (part.shape[0], -1))
+        part = first[:, span] @ xp.reshape(part, (part.shape[0], -1))
         total = xp.real(part) if total is None else total + xp.real(part)
     return xp.reshape(total, (*(2 * k - 1 for k in kernel), channels, channels))
 
@@ -134,7 +137,8 @@ def _line_gram(x: Array, kernel: tuple[int, ...], touched: dict[int, tuple[slice
     xp = namespace(x)
     axes = range(len(kernel))
     piece = x[:, *(touched[a][0] if a in touched else slice(None) for a in axes), :]
-    sizes, channels = piece.shape[1:-1], x.shape[-1]
+    sizes = piece.shape[1:-1]
+    channels = x.shape[-1]
     free = [a for a in axes if a not in touched]
     if not free:
         flat = xp.reshape(piece, (1, piece.shape[0], -1))

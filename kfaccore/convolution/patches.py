@@ -68,7 +68,7 @@ class Patches:
         """The gram from unfolded patches, a chunk of examples at a time: every geometry, and the oracle."""
         xp = namespace(self.image)
         row_bytes = prod(self.shape[2:]) * self.blocks * (4 if self.image.dtype == xp.float32 else 8)
-        parts = self.rows(max(1, _CHUNK_BYTES // row_bytes))
+        parts = self.rows(kernels.at_once(row_bytes, _CHUNK_BYTES))
         return reduce(
             lambda total, a: total + a,
             (kernels.gram(xp.reshape(a, (self.blocks, -1, a.shape[-1]))) for a in parts),
@@ -86,9 +86,8 @@ class Patches:
 
     def rows(self, chunk: int) -> Iterator[Array]:
         """Unfolded rows (blocks, examples, shared, d_in) of `chunk` consecutive examples at a time."""
-        batch = self.image.shape[1]
-        for start in range(0, batch, chunk):
-            yield unfold(self.image[:, start : min(start + chunk, batch), ...], self.window, self.bias)
+        for span in kernels.spans(self.image.shape[1], chunk):
+            yield unfold(self.image[:, span, ...], self.window, self.bias)
 
     def unfold(self) -> Array:
         """All rows at once, (blocks, batch, shared, d_in)."""

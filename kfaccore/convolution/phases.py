@@ -6,8 +6,11 @@ times. With dilation r positions of different phases never meet: phases become e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import reduce
 from itertools import product
 from math import prod
+from operator import add
 
 import array_api_compat as aac
 
@@ -71,7 +74,8 @@ def _cost(batch: int, size: list[int], channels: int, kernel: tuple[int, ...], p
     *full, last = transform_sizes(tuple(size), kernel)
     frequencies = prod(full) * (last // 2 + 1)
     inner = frequencies * channels * (batch * (_FFT_POINT + _PRODUCT * channels) + _POWER_POINT * channels)
-    border, lines = 0.0, 1
+    border = 0.0
+    lines = 1
     for axis, (k, (low, high)) in enumerate(zip(kernel, padding, strict=True)):
         rest = prod(h for a, h in enumerate(size) if a != axis)
         widths = [*range(1, k - low), *range(1, k - high)]
@@ -90,7 +94,8 @@ def _strided(image: Array, w: Window) -> Array:
     xp = namespace(image)
     outputs = w.outputs(tuple(image.shape[1:-1]))
     image = pad(image[None, ...], w.padding)[0, ...]
-    batch, channels = image.shape[0], image.shape[-1]
+    batch = image.shape[0]
+    channels = image.shape[-1]
     small = _shrunk(w)
     need = [(o + k - 1) * s for o, k, s in zip(outputs, small, w.stride, strict=True)]
     image = image[:, *(slice(0, min(n, h)) for n, h in zip(need, image.shape[1:-1], strict=True)), :]
@@ -105,7 +110,8 @@ def _strided(image: Array, w: Window) -> Array:
     for offset in product(*map(range, w.kernel)):
         outer = inner = 0
         for d, s, k in zip(offset, w.stride, small, strict=True):
-            outer, inner = outer * k + d // s, inner * s + d % s
+            outer = outer * k + d // s
+            inner = inner * s + d % s
         start = (outer * prod(w.stride) + inner) * channels
         index.extend(range(start, start + channels))
     keep = xp.asarray(index, device=aac.device(A))
@@ -116,14 +122,17 @@ def _dilated(image: Array, w: Window) -> Array:
     """Dilation r at stride 1 as r^k interleaved images, each an ordinary convolution."""
     padded = pad(image[None, ...], w.padding)[0, ...]
     outputs = w.outputs(tuple(image.shape[1:-1]))
-    total = None
+    none = ((0, 0),) * len(w.kernel)
+    return reduce(add, (autocorrelation(phase, w.kernel, none) for phase in _interleaved(padded, w, outputs)))
+
+
+def _interleaved(padded: Array, w: Window, outputs: tuple[int, ...]) -> Iterator[Array]:
+    """The image of each phase of a dilation that has positions at all, (batch, *spatial, C)."""
     for phase in product(*map(range, w.dilation)):
         spans = []
         for q, r, o, k in zip(phase, w.dilation, outputs, w.kernel, strict=True):
             positions = len(range(q, o, r))
-            spans.append(slice(q, q + (positions + k - 2) * r + 1, r) if positions else None)
-        if None in spans:
-            continue
-        part = autocorrelation(padded[:, *spans, :], w.kernel, ((0, 0),) * len(w.kernel))
-        total = part if total is None else total + part
-    return total
+            if positions:
+                spans.append(slice(q, q + (positions + k - 2) * r + 1, r))
+        if len(spans) == len(phase):
+            yield padded[:, *spans, :]

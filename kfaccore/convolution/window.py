@@ -82,9 +82,10 @@ def pad(image: Array, padding: tuple[tuple[int, int], ...]) -> Array:
 def unfold(image: Array, w: Window, bias: bool) -> Array:
     """Patches of (blocks, batch, *spatial, C) as rows (blocks, batch, positions, d_in), ones last if `bias`."""
     xp = namespace(image)
-    if is_numpy(image):
-        return _copied(pad(image, w.padding), w, bias)
-    parts = list(offsets(image, w))
+    padded = pad(image, w.padding)
+    if is_numpy(padded):
+        return _copied(padded, w, bias)
+    parts = list(_offsets(padded, w, w.outputs(tuple(image.shape[2:-1]))))
     if bias:
         parts.append(xp.ones_like(parts[0][..., :1]))
     rows = xp.concat(parts, axis=-1)
@@ -93,8 +94,10 @@ def unfold(image: Array, w: Window, bias: bool) -> Array:
 
 def offsets(image: Array, w: Window) -> Iterator[Array]:
     """For each kernel position the image as all windows see it there, (blocks, batch, *outputs, C)."""
-    padded = pad(image, w.padding)
-    outputs = w.outputs(tuple(image.shape[2:-1]))
+    yield from _offsets(pad(image, w.padding), w, w.outputs(tuple(image.shape[2:-1])))
+
+
+def _offsets(padded: Array, w: Window, outputs: tuple[int, ...]) -> Iterator[Array]:
     for offset in product(*map(range, w.kernel)):
         spans = (
             slice(d * r, d * r + (o - 1) * s + 1, s)
@@ -110,7 +113,8 @@ def _copied(padded: np.ndarray, w: Window, bias: bool) -> np.ndarray:
     views = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=axes)
     views = views[:, :, *(slice(None, None, s) for s in w.stride), :, *(slice(None, None, r) for r in w.dilation)]
     views = np.moveaxis(views, len(axes) + 2, -1)
-    outputs, inner = views.shape[2 : 2 + len(axes)], views.shape[2 + len(axes) :]
+    outputs = views.shape[2 : 2 + len(axes)]
+    inner = views.shape[2 + len(axes) :]
     size = prod(inner)
     rows = np.empty((*views.shape[:2], *outputs, size + bias), padded.dtype)
     rows[..., :size].reshape(*views.shape[:2], *outputs, *inner, copy=False)[...] = views

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -71,11 +72,14 @@ class Conv:
         gy = xp.reshape(gy, (*gy.shape[:-1], self.groups, -1))
         return xp.permute_dims(gy, (*range(draws), gy.ndim - 2, *range(draws, gy.ndim - 2), gy.ndim - 1))
 
-    def matrix(self, parameters: dict[str, Array]) -> Array:
+    def matrix(self, parameters: Mapping[str, Array]) -> Array:
         """{"weight", "bias"} -> (groups, C_out / groups, d_in), columns (kernel positions, channel), then the bias."""
         xp = namespace(*parameters.values())
-        w, axes, kernel = parameters["weight"], len(self.window.kernel), self.window.kernel
-        c_in, c_out = self.channels[0] // self.groups, self.channels[1]
+        w = parameters["weight"]
+        axes = len(self.window.kernel)
+        kernel = self.window.kernel
+        c_in = self.channels[0] // self.groups
+        c_out = self.channels[1]
         need = (c_out, c_in, *kernel) if self.channels_first else (*kernel, c_in, c_out)
         if tuple(w.shape) != need:
             raise ValueError(f"weight has shape {tuple(w.shape)}; need {need} for channels_first={self.channels_first}")
@@ -86,7 +90,9 @@ class Conv:
     def parameters(self, matrix: Array) -> dict[str, Array]:
         """The inverse of `matrix`; a 2-D matrix is taken for one group."""
         xp = namespace(matrix)
-        axes, c_in, block = len(self.window.kernel), self.channels[0] // self.groups, self.block()
+        axes = len(self.window.kernel)
+        c_in = self.channels[0] // self.groups
+        block = self.block()
         need = (block.blocks, block.d_out, block.d_in)
         if tuple(matrix.shape) != (need if matrix.ndim == 3 or block.blocks > 1 else need[1:]):
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}; need (groups, d_out, d_in) = {need}")
@@ -98,7 +104,8 @@ class Conv:
 
     def _check(self, name: str, x: Array, lead: int, channels: int) -> None:
         """ValueError unless `x` has `lead` leading axes, the spatial ones and `channels`."""
-        axes, place = len(self.window.kernel), lead if self.channels_first else -1
+        axes = len(self.window.kernel)
+        place = lead if self.channels_first else -1
         if x.ndim != lead + axes + 1 or x.shape[place] != channels:
             order = f"{channels} channels {'before' if self.channels_first else 'after'} {axes} spatial axes"
             raise ValueError(f"{name} has shape {tuple(x.shape)}; need {'draws, ' * (lead - 1)}batch and {order}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfaccore.method import Block
@@ -30,7 +31,7 @@ class Embedding:
         lead = gy.shape[: 1 + draws]
         return gy if gy.ndim == len(lead) + 1 else namespace(gy).reshape(gy, (*lead, -1, gy.shape[-1]))
 
-    def matrix(self, parameters: dict[str, Array]) -> Array:
+    def matrix(self, parameters: Mapping[str, Array]) -> Array:
         """{"weight" (size, d_out)} -> (d_out, size)."""
         return parameters["weight"].mT
 

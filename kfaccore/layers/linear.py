@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfaccore.method import Block
@@ -33,7 +34,7 @@ class Linear:
             raise ValueError(f"gy has shape {tuple(gy.shape)}; need {self.d_out} features on the last axis")
         return _shared(gy, 1 + draws)
 
-    def matrix(self, parameters: dict[str, Array]) -> Array:
+    def matrix(self, parameters: Mapping[str, Array]) -> Array:
         """{"weight", "bias"} -> (d_out, d_in + 1)."""
         xp = namespace(*parameters.values())
         w = parameters["weight"].mT if self.transposed else parameters["weight"]

@@ -6,6 +6,7 @@ is exact there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfaccore.method import Block
@@ -31,7 +32,7 @@ class Bias:
         """gy (batch, *shared, d), draws first if `draws` -> (batch, shared, d)."""
         return namespace(gy).reshape(gy, (*gy.shape[: 1 + draws], -1, gy.shape[-1]))
 
-    def matrix(self, parameters: dict[str, Array]) -> Array:
+    def matrix(self, parameters: Mapping[str, Array]) -> Array:
         """{"bias" (d,)} -> (d, 1)."""
         return parameters["bias"][:, None]
 
@@ -48,7 +49,7 @@ class Gain(Bias):
         """gy * xhat as g: gradients of the gain, (batch, shared, d)."""
         return self.gradients(gy * xhat, draws)
 
-    def matrix(self, parameters: dict[str, Array]) -> Array:
+    def matrix(self, parameters: Mapping[str, Array]) -> Array:
         """{"gain" (d,)} -> (d, 1)."""
         return parameters["gain"][:, None]
 

@@ -14,15 +14,19 @@ import numpy as np
 
 from kfaccore.convolution.patches import Patches, Window
 from kfaccore.io import load, metadata, save
-from kfaccore.record.record import Ids, Record
+from kfaccore.record.record import Factored, Ids, Record
 from kfaccore.record.sharing import concat
+from kfaccore.xp.arrays import Array
 
 Named = dict[str, Record]
 Grads = dict[str, np.ndarray]
 
 
 def save_records(
-    path: str | os.PathLike, records: Mapping[str, Record], grads: Mapping[str, Any] | None = None, **meta: Any
+    path: str | os.PathLike,
+    records: Mapping[str, Record],
+    grads: Mapping[str, Array | Factored] | None = None,
+    **meta: object,
 ) -> None:
     """Write records of one batch, and the gradients to be preconditioned if there are any, for `load_records`."""
     tree: dict[str, dict[str, Any]] = {}
@@ -41,7 +45,7 @@ def save_records(
                 leaves[extra] = getattr(record, extra)
         if grads is not None and name in grads:
             grad = grads[name]
-            leaves["grad"] = grad.dense() if hasattr(grad, "dense") else grad
+            leaves["grad"] = grad.dense() if isinstance(grad, Factored) else grad
     save(path, {"records": tree}, windows=windows, order=list(records), **meta)
 
 
@@ -65,7 +69,8 @@ def load_records(*paths: str | os.PathLike) -> tuple[Named, Grads]:
 
 
 def _safetensors(path: str | os.PathLike) -> tuple[Named, Grads]:
-    tree, meta = load(path), metadata(path)
+    tree = load(path)
+    meta = metadata(path)
     layers = _layers(tree.get("records", tree))
     if not layers:
         raise ValueError(f"{path} holds no records: need leaves a (or index, or image), g and n for each layer")

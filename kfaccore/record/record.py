@@ -66,14 +66,15 @@ class Record:
         if isinstance(self.n, int | float) and not 0 < self.n < float("inf"):
             raise ValueError(f"n is {self.n}; need the positive share of the loss normaliser (B for a mean over B)")
         if self.mask is not None:
-            self._mask_out(put)
+            self._mask_out(self.mask)
         if self.ids is not None and tuple(self.ids.shape) != (self.batch,):
             raise ValueError(f"ids has shape {tuple(self.ids.shape)}; need (batch,) = ({self.batch},)")
 
-    def _mask_out(self, put: Any) -> None:
+    def _mask_out(self, mask: Array) -> None:
         """Zero the positions that do not exist, NaN padding included."""
-        xp = namespace(self.g, self.mask)
-        mask = xp.astype(self.mask, xp.bool)
+        put = object.__setattr__
+        xp = namespace(self.g, mask)
+        mask = xp.astype(mask, xp.bool)
         mask = mask[:, None] if mask.ndim == 1 else mask
         if tuple(mask.shape) != (self.batch, self.shared):
             raise ValueError(f"mask has shape {tuple(mask.shape)}; need (batch, shared) = {(self.batch, self.shared)}")
@@ -149,7 +150,8 @@ class Factored:
     def dense(self) -> Array:
         """The gradient (blocks, d_out, d_in)."""
         xp = namespace(self.a)
-        a, g = (xp.reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (self.a, self.g))
+        a = xp.reshape(self.a, (self.a.shape[0], -1, self.a.shape[-1]))
+        g = xp.reshape(self.g, (self.g.shape[0], -1, self.g.shape[-1]))
         return xp.matmul(g.mT, a) / kernels.scalar(self.n, a)
 
 

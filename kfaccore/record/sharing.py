@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import array_api_compat as aac
 import numpy as np
@@ -15,6 +15,8 @@ import numpy as np
 from kfaccore.convolution.patches import Patches
 from kfaccore.record.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace, shared_first
+
+Records = TypeVar("Records", Record, tuple[Record, ...])  # one a term of the loss
 
 
 def whole(record: Record) -> Record:
@@ -34,8 +36,8 @@ def expand(record: Record) -> Record:
     a = record.a
     plain = record.mask is None and record.ids is None
     if plain and shared_first(a) and shared_first(record.g):
-        a, g = (_fold(xp.moveaxis(x, -2, -3)) for x in (a, record.g))  # rows in the order of memory: no copy
-        return Record(a, g, record.n)
+        # rows in the order of memory: no copy
+        return Record(_fold(xp.moveaxis(a, -2, -3)), _fold(xp.moveaxis(record.g, -2, -3)), record.n)
     a = Ids(xp.reshape(a.index, (rows,)), a.size) if isinstance(a, Ids) else _fold(a)
     mask = None if record.mask is None else xp.reshape(record.mask, (rows, 1))
     ids = None if record.ids is None else xp.repeat(record.ids, record.shared)
@@ -65,13 +67,15 @@ def reduce(record: Record) -> Record:
 
 def mean_mean(record: Record) -> Record:
     """Mean over an example's valid positions of `a` AND of `g`: reduce with G divided by the squared position count."""
-    record, counts = reduce(record), _counts(record)
+    counts = _counts(record)
+    record = reduce(record)
     return replace(record, g=record.g / counts)
 
 
 def sum_sum(record: Record) -> Record:
     """Sum over an example's positions of `a` AND of `g`: reduce with A times the squared position count."""
-    record, counts = reduce(record), _counts(record)
+    counts = _counts(record)
+    record = reduce(record)
     return replace(record, a=record.a * counts[0, ...])
 
 
@@ -143,7 +147,9 @@ class ReceptiveMean:
         if self.positions < 1 or left or isinstance(record.a, Ids):
             raise ValueError(f"{self}: {record.d_in} columns are not {self.positions} positions of equal channels")
         record = self.first(record)
-        xp, K, a = namespace(record.g), self.positions, record.rows()
+        xp = namespace(record.g)
+        K = self.positions
+        a = record.rows()
         rows = K + self.bias
         mean = xp.mean(xp.reshape(a[..., : K * channels], (*a.shape[:-1], K, channels)), axis=-2)
         eye = xp.eye(K, dtype=a.dtype, device=aac.device(a))
@@ -161,15 +167,22 @@ class ReceptiveMean:
         return Record(a, g, record.n, mask)
 
 
-def concat(first: Any, second: Any) -> Any:
+def concat(first: Records, second: Records) -> Records:
     """Two records of one layer as one: batches joined, shares of the normaliser added; tuples term by term.
 
     Raises ValueError when they differ in kind, draws, blocks, shared or dimensions.
     """
-    if isinstance(first, tuple):
-        return tuple(concat(*pair) for pair in zip(first, second, strict=True))
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return cast("Records", tuple(_joined(*pair) for pair in zip(first, second, strict=True)))
+    if isinstance(first, tuple) or isinstance(second, tuple):
+        raise TypeError("concat: one is a tuple of records, one a term of the loss, and the other is not")
+    return cast("Records", _joined(first, second))
+
+
+def _joined(first: Record, second: Record) -> Record:
     for name in ("draws", "blocks", "shared", "d_out", "d_in"):
-        left, right = getattr(first, name), getattr(second, name)
+        left = getattr(first, name)
+        right = getattr(second, name)
         if left != right:
             raise ValueError(f"concat: {name} is {left} in the first record and {right} in the second; need equal")
     if type(first.a) is not type(second.a):

@@ -17,6 +17,7 @@ from kfaccore.xp.arrays import (
     to_host,
     widen,
 )
+from kfaccore.xp.chunks import at_once, spans
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, qr, spd_inverse, widest
 from kfaccore.xp.fourier import fast_length, rfftn
@@ -28,6 +29,7 @@ __all__ = [
     "Code",
     "add_at",
     "all_finite",
+    "at_once",
     "average",
     "choose",
     "eigh",
@@ -45,6 +47,7 @@ __all__ = [
     "segment_sum",
     "select",
     "shared_first",
+    "spans",
     "spd_inverse",
     "to_bfloat16",
     "to_host",

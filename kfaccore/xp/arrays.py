@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import array_api_compat as aac
 import numpy as np
@@ -13,6 +13,8 @@ from scipy.linalg import blas
 from kfaccore.xp.typing import Array
 
 __all__ = ["Array"]
+
+Carry = TypeVar("Carry", bound=tuple)
 
 
 def namespace(*arrays: Array) -> Any:
@@ -34,7 +36,7 @@ def _numpy() -> Any:
     return aac.array_namespace(np.zeros(0))
 
 
-def is_numpy(x: Array) -> bool:
+def is_numpy(x: object) -> TypeGuard[np.ndarray]:
     """Whether `x` is a NumPy array."""
     return isinstance(x, np.ndarray)
 
@@ -65,7 +67,7 @@ def same(x: Array, y: Array) -> bool:
     return alike and x.__array_interface__["data"][0] == y.__array_interface__["data"][0]
 
 
-def eps(dtype: Any, xp: Any) -> float:
+def eps(dtype: object, xp: Any) -> float:
     """Machine epsilon of `dtype` as a Python float."""
     return float(xp.finfo(dtype).eps)
 
@@ -83,7 +85,7 @@ def all_finite(x: Array, axes: int = 1) -> Array:
     xp = namespace(x)
     lead = tuple(x.shape[:axes])
     flat = xp.reshape(x, (*lead, -1))
-    if is_numpy(x):  # one BLAS pass; the exact test runs only when the square overflowed or something is wrong
+    if is_numpy(flat):  # one BLAS pass; the exact test runs only when the square overflowed or something is wrong
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(np.vdot(flat, flat)):
                 return np.ones(lead, dtype=bool)
@@ -110,13 +112,18 @@ def blanked(condition: Array, x: Array) -> Array:
 
 def plus(own: Array, c: float | Array, x: Array) -> Array:
     """own + c x for an array `own` that nobody else holds: NumPy writes into it, without a copy of c x."""
-    if not is_numpy(own) or own.dtype != x.dtype or not own.flags.c_contiguous:
+    if not _takes_sums(own, x):
         return own + c * x
     axpy: Any = blas.get_blas_funcs("axpy", (own,))
-    return axpy(np.reshape(x, (-1,)), np.reshape(own, (-1,)), a=float(c)).reshape(own.shape)
+    return axpy(to_host(x).reshape(-1), to_host(own).reshape(-1), a=float(c)).reshape(own.shape)
 
 
-def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
+def _takes_sums(own: Array, x: Array) -> bool:
+    """Whether BLAS can add `x` to `own` in place."""
+    return is_numpy(own) and is_numpy(x) and own.dtype == x.dtype and own.flags.c_contiguous
+
+
+def loop(cond: Callable[[Carry], Array], body: Callable[[Carry], Carry], carry: Carry, limit: int) -> Carry:
     """Repeat `carry = body(carry)` while `cond(carry)`, at most `limit` times.
 
     Python on eager namespaces (one host read an iteration), `jax.lax.while_loop` on tracers.
@@ -124,10 +131,11 @@ def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
     if any(is_tracer(x) for x in carry):
         import jax
 
-        def step(pair):
-            return pair[0] + 1, body(pair[1])
+        def step(counted):
+            count, carry = counted
+            return count + 1, body(carry)
 
-        return jax.lax.while_loop(lambda pair: (pair[0] < limit) & cond(pair[1]), step, (0, carry))[1]
+        return jax.lax.while_loop(lambda counted: (counted[0] < limit) & cond(counted[1]), step, (0, carry))[1]
     for _ in range(limit):
         if not bool(cond(carry)):
             break
@@ -135,7 +143,8 @@ def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
     return carry
 
 
-def is_tracer(x: Array) -> bool:
+def is_tracer(x: object) -> TypeGuard[Array]:
+    """Whether `x` is a JAX array whose value is not known yet."""
     if not aac.is_jax_array(x):
         return False
     import jax
@@ -143,15 +152,15 @@ def is_tracer(x: Array) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def to_host(x: Array) -> np.ndarray:
+def to_host(x: Array | float) -> np.ndarray:
     """A NumPy copy or view of `x` on the host; a view must not be written to."""
-    if is_numpy(x) or isinstance(x, int | float | np.generic):
-        return np.asarray(x)
-    if aac.is_cupy_array(x):
-        return x.get()
-    if aac.is_torch_array(x):
-        return x.detach().resolve_conj().resolve_neg().cpu().numpy()
-    return np.asarray(x)
+    foreign: Any = x
+    if aac.is_cupy_array(foreign):
+        return foreign.get()
+    if aac.is_torch_array(foreign):
+        # a conjugate or negative view is a flag in torch, which NumPy cannot read
+        return foreign.detach().resolve_conj().resolve_neg().cpu().numpy()
+    return np.asarray(foreign)
 
 
 def from_host(x: np.ndarray, like: Array) -> Array:

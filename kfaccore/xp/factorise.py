@@ -30,7 +30,7 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     inverse, ok = _attempt(x)
     ok = ok & finite
     zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=aac.device(x))
-    wide = widest(x, xp)
+    wide = widest(x)
     mean = xp.mean(xp.linalg.diagonal(x), axis=-1)
 
     def unfinished(carry):
@@ -63,8 +63,9 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
     eye = xp.eye(x.shape[-1], dtype=x.dtype, device=aac.device(x))
     x = select(finite, (x + x.mT) / 2, xp.zeros_like(x) + eye)
     if is_numpy(x):
-        pairs = [scipy_eigh(block, driver="evd", check_finite=False) for block in x]
-        values, vectors = (np.ascontiguousarray(np.stack(part)) for part in zip(*pairs, strict=True))
+        pairs: list[Any] = [scipy_eigh(block, driver="evd", check_finite=False) for block in x]
+        values = np.stack([pair[0] for pair in pairs])
+        vectors = np.ascontiguousarray(np.stack([pair[1] for pair in pairs]))
     else:
         values, vectors = xp.linalg.eigh(x)
     code = choose(finite, Code.OK, Code.NONFINITE)
@@ -78,14 +79,15 @@ def qr(x: Array) -> tuple[Array, Array]:
     """
     if not is_numpy(x):
         return namespace(x).linalg.qr(x)
-    pairs = [scipy_qr(block, mode="economic", check_finite=False) for block in x]
-    Q, R = (np.ascontiguousarray(np.stack(part)) for part in zip(*pairs, strict=True))
+    pairs: list[Any] = [scipy_qr(block, mode="economic", check_finite=False) for block in x]
+    Q = np.ascontiguousarray(np.stack([pair[0] for pair in pairs]))
+    R = np.ascontiguousarray(np.stack([pair[1] for pair in pairs]))
     return Q, R
 
 
-def widest(x: Array, xp: Any = None) -> Any:
-    """float64 where the namespace has it (JAX only with 64-bit mode on)."""
-    xp = namespace(x) if xp is None else xp
+def widest(x: Array) -> object:
+    """The dtype float64 where the namespace has it (JAX only with 64-bit mode on), float32 otherwise."""
+    xp = namespace(x)
     if not aac.is_jax_array(x):
         return xp.float64
     import jax
@@ -124,7 +126,8 @@ def _standard_inverse(x: Array) -> tuple[Array, Array]:
     """With nothing but the standard, whose Cholesky may raise: the only try in the package that stands for data."""
     xp = namespace(x)
     eye = xp.eye(x.shape[-1], dtype=x.dtype, device=aac.device(x))
-    inverses, good = [], []
+    inverses = []
+    good = []
     for block in range(x.shape[0]):
         try:
             lower = xp.linalg.cholesky(x[block, ...])

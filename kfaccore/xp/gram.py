@@ -58,7 +58,7 @@ def quadratic(x: Array, v: Array) -> Array:
     On NumPy from one triangle, 1.7-1.9 times a full product.
     """
     xp = namespace(x)
-    if not is_numpy(x) or x.shape[-1] < _STACK_BELOW:
+    if not (is_numpy(x) and is_numpy(v)) or x.shape[-1] < _STACK_BELOW:
         return xp.vecdot(xp.matmul(x, v), x)
     trmm: Any = blas.get_blas_funcs("trmm", (x, v))
     found = np.empty(x.shape[:-1], x.dtype)
@@ -70,14 +70,17 @@ def quadratic(x: Array, v: Array) -> Array:
     return found
 
 
-def average(old: Array, total: Array, keep: Array, add: Array, ok: Array, donate: bool = False) -> Array:
+def average(
+    old: Array, total: Array, keep: float | Array, add: float | Array, ok: Array, donate: bool = False
+) -> Array:
     """keep * old + add * total where `ok`, `old` elsewhere: the moving average of factors.
 
     old, total (blocks, ...); keep, add numbers or (blocks,) arrays; ok (blocks,) bool. `donate=True` lets NumPy
     overwrite `old`.
     """
-    keep, add = (_per_block(c, old) for c in (keep, add))
-    if not is_numpy(old):
+    keep = _per_block(keep, old)
+    add = _per_block(add, old)
+    if not (is_numpy(old) and is_numpy(total)):
         return namespace(old).where(_per_block(ok, old), keep * old + add * total, old)
     out = old if donate and old.flags.writeable else np.empty(old.shape, old.dtype)
     for block in range(old.shape[0]):
@@ -90,7 +93,9 @@ def average(old: Array, total: Array, keep: Array, add: Array, ok: Array, donate
 
 def _axpby(x: np.ndarray, y: np.ndarray, a: float, b: float, out: np.ndarray) -> None:
     """out = a x + b y in chunks that stay in cache; `out` may be `x`."""
-    x, y, out = (np.atleast_1d(v) for v in (x, y, out))
+    x = np.atleast_1d(x)
+    y = np.atleast_1d(y)
+    out = np.atleast_1d(out)  # a view, so that the caller's array is written to
     step = max(1, 32768 * len(x) // max(x.size, 1))
     scratch = np.empty((min(step, len(x)), *x.shape[1:]), x.dtype)
     for lo in range(0, len(x), step):
@@ -107,5 +112,6 @@ def _per_block(value: float | Array, like: Array) -> Array | float:
     return namespace(like).reshape(value, (-1, *(1,) * (like.ndim - 1)))
 
 
-def _pick(value: Any, block: int) -> Any:
-    return value if np.ndim(value) == 0 else value[block].item()
+def _pick(value: float | Array, block: int) -> Any:
+    """The number of one block, as a Python number where each has its own: float32 would widen otherwise."""
+    return value if isinstance(value, int | float) or value.ndim == 0 else np.asarray(value)[block].item()

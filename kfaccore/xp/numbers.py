@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
 from kfaccore.xp.factorise import widest
 
-Number = Any  # a Python number, or a 0-d array of any namespace
+Number = float | Array  # a Python number, or a 0-d array of any namespace
+T = TypeVar("T")
 
 
 def numbers(x: Array) -> Array:
     """`x` for sums over layers: float64 on the host; on tracers in the widest dtype JAX has, float32 without x64."""
-    return namespace(x).astype(x, widest(x)) if is_tracer(x) else to_host(x).astype(np.float64)
+    return namespace(x).astype(x, widest(x)) if is_tracer(x) else to_host(x).astype(float)
 
 
 def number(x: Number) -> Number:
@@ -38,11 +39,15 @@ def pick(flag: bool | Array, yes: Number, no: Number) -> Number:
     """`yes` where the flag holds, `no` otherwise; both are evaluated."""
     if isinstance(flag, bool | np.bool_):
         return yes if flag else no
-    yes, no = (int(x) if isinstance(x, IntEnum) else x for x in (yes, no))
-    return namespace(flag).where(flag, yes, no)
+    return namespace(flag).where(flag, _plain(yes), _plain(no))
 
 
-def when(flag: bool | Array, yes: Callable[[], Number], no: Callable[[], Number]) -> Number:
+def _plain(x: Number) -> Number:
+    """A code as the integer it stands for: JAX takes no enum."""
+    return int(x) if isinstance(x, IntEnum) else x
+
+
+def when(flag: bool | Array, yes: Callable[[], T], no: Callable[[], T]) -> T:
     """yes() or no(), of one dtype: only one is run, `jax.lax.cond` on tracers."""
     if is_tracer(flag):
         import jax

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import array_api_compat as aac
 import numpy as np
 
@@ -34,7 +36,8 @@ def segment_sum(values: Array, index: Array, size: int) -> Array:
 
 def add_at(owned: Array, spans: tuple[slice, ...], block: Array) -> Array:
     """`owned` with `block` added at `spans`; the caller gives `owned` up, it is written to where arrays can be."""
-    if aac.is_jax_array(owned):
-        return owned.at[spans].add(block)
+    foreign: Any = owned
+    if aac.is_jax_array(foreign):
+        return foreign.at[spans].add(block)
     owned[spans] = owned[spans] + block
     return owned

@@ -21,8 +21,6 @@ from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
 
-_CHUNK = 1 << 22  # elements of a slice of J, or of unfolded patches
-
 
 def gram(record: Record, pairs: bool | None = None) -> Array:
     """K (blocks, units, units); `pairs` overrides the choice."""
@@ -112,7 +110,7 @@ def _by_pairs(record: Record) -> Array:
 def _by_slices(record: Record) -> Array:
     xp = namespace(record.g)
     units = record.draws * record.batch
-    width = max(1, _CHUNK // (units * record.d_in * record.blocks))
+    width = kernels.at_once(units * record.d_in * record.blocks)
     total: Array = 0.0
     for start in range(0, record.d_out, width):
         parts = [
@@ -128,7 +126,7 @@ def _chunks(record: Record, g: Array | None = None) -> Iterator[tuple[Array, Arr
     """(a, g) a part of the batch at a time; all at once unless patches are unfolded."""
     rows, size = record.g if g is None else g, record.batch
     if isinstance(record.a, Patches):
-        size = max(1, _CHUNK // (record.shared * record.d_in * record.blocks))
+        size = kernels.at_once(record.shared * record.d_in * record.blocks)
     for start, a in factors.input_chunks(record, size):
         yield a, rows[:, :, start : start + a.shape[1], ...]
 

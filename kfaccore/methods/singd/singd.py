@@ -31,7 +31,7 @@ from kfaccore.methods.singd.structured import Parts, Structure
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp import Code, choose
+from kfaccore.xp import Code, at_once, choose, spans
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 
 _DENSE, _RULE, _ALONE = Dense(), Rule(), Rule(momentum=0.0)
@@ -170,14 +170,14 @@ class IKFAC(SINGD):
 
 
 def _input_rows(record: Record) -> Iterator[Array]:
-    chunk = max(1, _CHUNK // (record.shared * record.d_in * record.blocks))
+    chunk = at_once(record.shared * record.d_in * record.blocks, _CHUNK)
     for _, a in factors.input_chunks(record, chunk):
         yield namespace(a).reshape(a, (record.blocks, -1, record.d_in))
 
 
 def _output_rows(record: Record) -> Iterator[Array]:
-    chunk = max(1, _CHUNK // (record.shared * record.d_out * record.blocks))
+    chunk = at_once(record.shared * record.d_out * record.blocks, _CHUNK)
     for draw in range(record.draws):
-        for start in range(0, record.batch, chunk):
-            g = record.g[draw, :, start : min(start + chunk, record.batch), :, :]
+        for span in spans(record.batch, chunk):
+            g = record.g[draw, :, span, :, :]
             yield namespace(g).reshape(g, (record.blocks, -1, record.d_out))

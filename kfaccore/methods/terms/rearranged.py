@@ -22,8 +22,6 @@ from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 if TYPE_CHECKING:
     from kfaccore.method import Block, Hyper
 
-_ROWS = 1 << 22  # elements of unfolded patches held at once
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -63,7 +61,7 @@ def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
     check(record)
     chunk = record.batch
     if isinstance(record.a, Patches):
-        chunk = max(1, _ROWS // (record.shared * record.d_in * record.blocks))
+        chunk = kernels.at_once(record.shared * record.d_in * record.blocks)
     parts = []
     for start, a in factors.input_chunks(record, chunk):
         g = record.g[:, :, start : start + a.shape[1], ...]

@@ -13,8 +13,6 @@ from operator import add
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, namespace
 
-_CHUNK = 1 << 22  # elements of per-example arrays held at once
-
 
 def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
     """Sum over draws and examples of J V J^T: (blocks, e, e).
@@ -32,8 +30,7 @@ def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
         return _weighted(x[..., 0, :], y[..., 0, :], v, positive)
     one = _by_rows if by_rows <= formed else _formed
     held = shared * (shared + d + e) if by_rows <= formed else 2 * d * e
-    chunk = max(1, _CHUNK // (blocks * draws * held))
-    spans = [slice(start, min(start + chunk, batch)) for start in range(0, batch, chunk)]
+    spans = kernels.spans(batch, kernels.at_once(blocks * draws * held))
     total = reduce(add, (one(x[:, :, span, ...], y[:, :, span, ...], v) for span in spans))
     return (total + total.mT) / 2  # rounding would grow into an antisymmetric part under iteration
 
