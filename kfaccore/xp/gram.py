@@ -70,7 +70,9 @@ def quadratic(x: Array, v: Array) -> Array:
     return found
 
 
-def average(old: Array, total: Array, keep: Array, add: Array, ok: Array, donate: bool = False) -> Array:
+def average(
+    old: Array, total: Array, keep: float | Array, add: float | Array, ok: Array, donate: bool = False
+) -> Array:
     """keep * old + add * total where `ok`, `old` elsewhere: the moving average of factors.
 
     old, total (blocks, ...); keep, add numbers or (blocks,) arrays; ok (blocks,) bool. `donate=True` lets NumPy
