@@ -10,10 +10,9 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
+from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, namespace
-
-_CHUNK = 1 << 22  # elements of per-example arrays held at once
 
 
 def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
@@ -32,7 +31,7 @@ def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
         return _weighted(x[..., 0, :], y[..., 0, :], v, positive)
     one = _by_rows if by_rows <= formed else _formed
     held = shared * (shared + d + e) if by_rows <= formed else 2 * d * e
-    chunk = max(1, _CHUNK // (blocks * draws * held))
+    chunk = factors.chunk(blocks * draws * held)
     spans = [slice(start, min(start + chunk, batch)) for start in range(0, batch, chunk)]
     total = reduce(add, (one(x[:, :, span, ...], y[:, :, span, ...], v) for span in spans))
     return (total + total.mT) / 2  # rounding would grow into an antisymmetric part under iteration
@@ -60,8 +59,8 @@ def _formed(x: Array, y: Array, v: Array) -> Array:
     xp = namespace(x)
     j = xp.permute_dims(xp.matmul(y.mT, x), (1, 3, 0, 2, 4))
     flat = xp.reshape(j, (j.shape[0], -1, j.shape[-1]))
-    left, right = (xp.reshape(z, (*j.shape[:2], -1)) for z in (xp.matmul(flat, v), flat))
-    return xp.matmul(left, right.mT)
+    rows = (*j.shape[:2], -1)
+    return xp.matmul(xp.reshape(xp.matmul(flat, v), rows), xp.reshape(flat, rows).mT)
 
 
 def _rows(x: Array) -> Array:
