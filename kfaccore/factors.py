@@ -1,4 +1,4 @@
-"""Kronecker factors: sums over a record, their moving averages, and squared per-example gradients.
+"""Kronecker factors: sums over a record, and their moving averages.
 
 A = mean over valid rows of a a^T, G = (1/n) sum over rows of g g^T, after the method's sharing (expand or reduce).
 Source: Martens & Grosse 2015 (1503.05671); Eschenhagen et al. 2023 (2311.00636) for shared weights.
@@ -6,7 +6,7 @@ Source: Martens & Grosse 2015 (1503.05671); Eschenhagen et al. 2023 (2311.00636)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import Field, dataclass, replace
 from functools import reduce
 from operator import add
@@ -18,6 +18,7 @@ from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
+from kfaccore.record.chunks import input_chunks
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 from kfaccore.xp.codes import Code
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from kfaccore.method import Block, Hyper
 
 SHARINGS = "kf.expand, kf.reduce or a function from record to record"
-_CHUNK = 1 << 22  # elements of per-example arrays held at once
 
 
 class Averages(Protocol):
@@ -160,29 +160,6 @@ def means(state: Averages) -> tuple[Array, Array]:
     return mean(state.A, state.weight), mean(state.G, state.weight)
 
 
-def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) -> Array:
-    """Sum over draws and examples of (Qg^T J Qa)^2 elementwise, J summed over shared: (blocks, d_out, d_in).
-
-    Without Qa, Qg in the standard basis. An embedding never forms J: positions with equal ids are paired instead.
-    """
-    if isinstance(record.a, Ids):
-        return _squares_of_ids(record, record.g if Qg is None else record.g @ Qg[None, :, None, :, :])
-    xp = namespace(record.g)
-    total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
-    many = record.batch if record.shared == 1 else chunk(record.d_out * record.d_in * record.blocks)
-    for start, a in input_chunks(record, many):
-        a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
-        for draw in range(record.draws):
-            g = record.g[draw, :, start : start + a.shape[1], :, :]
-            g = g if Qg is None else xp.matmul(g, Qg[:, None, :, :])
-            if record.shared == 1:
-                total = total + xp.matmul((g * g)[:, :, 0, :].mT, (a * a)[:, :, 0, :])
-            else:
-                j = xp.matmul(g.mT, a)
-                total = total + xp.sum(j * j, axis=1)
-    return total
-
-
 def per_block(value: float | Array, like: Array) -> Array:
     """A number as (blocks,) of the dtype of `like` (blocks,)."""
     return namespace(like).zeros_like(like) + scalar(value, like)
@@ -227,37 +204,3 @@ def gram_of_inputs(record: Record) -> Array:
         return record.a.gram()
     a = record.rows()
     return kernels.gram(xp.reshape(a, (record.blocks, -1, record.d_in)))
-
-
-def chunk(elements: int) -> int:
-    """How many examples of so many elements each are held at once."""
-    return max(1, _CHUNK // elements)
-
-
-def input_chunks(record: Record, many: int | None = None) -> Iterator[tuple[int, Array]]:
-    """(first example, a of the next `many` examples), unfolding patches only one chunk at a time.
-
-    By default all of them, or of patches as many as `chunk` allows.
-    """
-    if many is None:
-        unfolded = record.shared * record.d_in * record.blocks
-        many = chunk(unfolded) if isinstance(record.a, Patches) else record.batch
-    if isinstance(record.a, Patches) and record.mask is None:
-        start = 0
-        for a in record.a.rows(many):
-            yield start, a
-            start += a.shape[1]
-        return
-    rows = record.rows()
-    for start in range(0, record.batch, many):
-        yield start, rows[:, start : min(start + many, record.batch), ...]
-
-
-def _squares_of_ids(record: Record, g: Array) -> Array:
-    """Column i of J is the sum of g over positions with id i, so its square sums g_s * g_t over equal ids s, t."""
-    xp = namespace(g)
-    index = record.a.index
-    same = xp.astype(index[:, :, None] == index[:, None, :], g.dtype)
-    paired = xp.sum(g * xp.matmul(same, g), axis=0)[0, ...]
-    rows = xp.reshape(paired, (-1, record.d_out))
-    return kernels.segment_sum(rows, xp.reshape(index, (-1,)), record.a.size).mT[None, ...]

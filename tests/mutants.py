@@ -94,7 +94,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "return _shared(x)",
         "test_layers.py",
     ),
-    ("moments not squared", "factors.py", "xp.sum(j * j, axis=1)", "xp.sum(j, axis=1)", "test_catalogue.py"),
+    ("moments not squared", "record/squares.py", "xp.sum(j * j, axis=1)", "xp.sum(j, axis=1)", "test_catalogue.py"),
     (
         "moments kept at refresh",
         "methods/kronecker/moments.py",

@@ -9,6 +9,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore.methods.terms import bidiagonal, rearranged, sandwich
+from kfaccore.record import chunks
 from kfaccore.settle import cycle
 from oracle import matrix
 from oracle import rearranged as rearrange
@@ -96,7 +97,7 @@ def test_orderings_on_200_random_records(rng):
 @pytest.mark.parametrize("way", [sandwich._by_rows, sandwich._formed])
 def test_T8_products_of_the_rearranged_block(rng, monkeypatch, shared, chunk, way):
     """Z vec(V) and Z^T vec(U) from rows, in one piece and in chunks, both ways of doing it."""
-    monkeypatch.setattr(sandwich, "_CHUNK", chunk)
+    monkeypatch.setattr(chunks, "_CHUNK", chunk)
     monkeypatch.setattr(sandwich, "_by_rows", way)
     monkeypatch.setattr(sandwich, "_formed", way)
     record = many(rng, 2, shared=shared)
@@ -183,7 +184,7 @@ def test_T8_the_first_sweep_is_tkfac_and_every_one_is_definite(rng):
 @pytest.mark.parametrize("method", [kf.KPSVD(), kf.Deflation(), kf.KFACCorrected(), kf.Lanczos()])
 def test_T8_convolution_patches_and_masks(rng, monkeypatch, method):
     """Patches stay folded until a chunk is needed; J sums over positions that exist."""
-    monkeypatch.setattr(rearranged, "_ROWS", 36 * 13 * 2)
+    monkeypatch.setattr(chunks, "_CHUNK", 36 * 13 * 2)
     patches = kf.Patches(rng.normal(size=(6, 5, 5, 3)), kf.Window((2, 2), padding=1), bias=True)
     g, v = rng.normal(size=(2, 1, 6, 36, 4)), rng.normal(size=(1, 4, 13))
     mask = rng.uniform(size=(6, 36)) < 0.7

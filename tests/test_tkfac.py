@@ -9,6 +9,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import factors
+from kfaccore.record import chunks
 from kfaccore.settle import cycle
 from oracle import matrix
 from rows import arrays
@@ -134,7 +135,7 @@ def test_T10_convolution_in_chunks(rng, monkeypatch):
     patches = kf.Patches(image, kf.Window((2, 2), padding=1), bias=True)
     g = rng.normal(size=(2, 1, 6, 36, 4))
     folded, plain = kf.Record(patches, g, 6.0), kf.Record(patches.unfold(), g, 6.0)
-    monkeypatch.setattr(factors, "_CHUNK", 36 * 13 * 2)
+    monkeypatch.setattr(chunks, "_CHUNK", 36 * 13 * 2)
     v = rng.normal(size=(1, 4, 13))
     for method in (kf.TKFAC(), kf.TEKFAC()):
         assert apart(kf.direction(folded, v, method, 0.1), kf.direction(plain, v, method, 0.1)) < 1e-12

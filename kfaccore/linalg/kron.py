@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kfaccore.linalg import side
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, namespace, scalar
+
+Rows = Callable[[Array], Array]
 
 
 def apply(left: Array, grad: Array | Factored, right: Array) -> Array:
@@ -27,6 +31,18 @@ def apply(left: Array, grad: Array | Factored, right: Array) -> Array:
     if not into_g:
         v = _from_left(left, v * scale)
     return v if into_a else side.times(v, right)
+
+
+def sandwich(left: Rows, grad: Array | Factored, right: Rows) -> Array:
+    """L V R for symmetric L, R known by what they do to rows: left(x) = x L, right(x) = x R; else as `apply`."""
+    if not isinstance(grad, Factored):
+        return right(left(grad.mT).mT)
+    a, g = folded(grad)
+    into_g, into_a = into_rows(a, g)
+    g = (left(g) if into_g else g) * (1.0 / scalar(grad.n, a))
+    v = namespace(a).matmul(g.mT, right(a) if into_a else a)
+    v = v if into_g else left(v.mT).mT
+    return v if into_a else right(v)
 
 
 def folded(grad: Factored) -> tuple[Array, Array]:

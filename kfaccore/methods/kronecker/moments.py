@@ -15,6 +15,7 @@ from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh, floored
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function
 from kfaccore.record import Factored, Ids, Record
+from kfaccore.record.squares import squares
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 
@@ -100,7 +101,7 @@ def moments(state: State) -> Array:
 def measured(state: State, record: Record, sums: factors.Stats) -> Stats:
     """The factors' sums with the squares of the record in the state's basis."""
     factors.needs_draws(record)
-    S = factors.squares(record, None if isinstance(record.a, Ids) else state.basis.Qa, state.basis.Qg)
+    S = squares(record, None if isinstance(record.a, Ids) else state.basis.Qa, state.basis.Qg)
     bad = sums.bad + namespace(S).astype(~all_finite(S), S.dtype)
     return Stats(replace(sums, bad=bad), S)
 

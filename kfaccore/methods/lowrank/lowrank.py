@@ -14,7 +14,7 @@ import array_api_compat as aac
 
 from kfaccore.linalg import kron, side
 from kfaccore.record import Factored
-from kfaccore.xp.arrays import Array, eps, namespace, scalar, select
+from kfaccore.xp.arrays import Array, eps, namespace, select
 
 
 @dataclass(frozen=True)
@@ -190,15 +190,5 @@ def dense(x: Factor) -> Array:
 
 
 def between(G: Factor, grad: Array | Factored, A: Factor) -> Array:
-    """G V A for V (blocks, d_out, d_in) or V = g^T a / n not multiplied out, each factor by what it does to rows.
-
-    Each side of a `Factored` goes into its rows where `kron.into_rows` says so.
-    """
-    if not isinstance(grad, Factored):
-        return times(times(grad.mT, G).mT, A)
-    a, g = kron.folded(grad)
-    into_g, into_a = kron.into_rows(a, g)
-    g = (times(g, G) if into_g else g) * (1.0 / scalar(grad.n, a))
-    v = namespace(a).matmul(g.mT, times(a, A) if into_a else a)
-    v = v if into_g else times(v.mT, G).mT
-    return v if into_a else times(v, A)
+    """G V A for V (blocks, d_out, d_in) or V = g^T a / n not multiplied out."""
+    return kron.sandwich(lambda rows: times(rows, G), grad, lambda rows: times(rows, A))

@@ -16,6 +16,7 @@ from kfaccore import xp as kernels
 from kfaccore.linalg import side
 from kfaccore.methods.terms.sandwich import sandwich
 from kfaccore.record import Record
+from kfaccore.record.chunks import input_chunks
 from kfaccore.xp.arrays import Array, namespace, scalar, select
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
     """One pass over the record; `positive` promises positive semidefinite U and V."""
     factors.needs_draws(record)
     parts = []
-    for start, a in factors.input_chunks(record):
+    for start, a in input_chunks(record):
         a = a[None, ...]  # inputs have one "draw"
         g = record.g[:, :, start : start + a.shape[2], ...]
         parts.append(Sweep(sandwich(a, g, V, positive), sandwich(g, a, U, positive)))

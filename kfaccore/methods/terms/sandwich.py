@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
-from kfaccore import factors
 from kfaccore import xp as kernels
+from kfaccore.record.chunks import chunk
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -31,8 +31,8 @@ def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
         return _weighted(x[..., 0, :], y[..., 0, :], v, positive)
     one = _by_rows if by_rows <= formed else _formed
     held = shared * (shared + d + e) if by_rows <= formed else 2 * d * e
-    chunk = factors.chunk(blocks * draws * held)
-    spans = [slice(start, min(start + chunk, batch)) for start in range(0, batch, chunk)]
+    many = chunk(blocks * draws * held)
+    spans = [slice(start, min(start + many, batch)) for start in range(0, batch, many)]
     total = reduce(add, (one(x[:, :, span, ...], y[:, :, span, ...], v) for span in spans))
     return (total + total.mT) / 2  # rounding would grow into an antisymmetric part under iteration
 
