@@ -44,6 +44,13 @@ class Split(Protocol):
         ...
 
 
+def check(owner: object, split: Split, shifts: bool = True, instead: str = "use pi, equal, per_factor or top") -> None:
+    """TypeError unless the owner's `split` is a damping form, ValueError unless it shifts each factor where it must."""
+    instance(owner, "split", Split, SPLITS)
+    if shifts and not split.separable:
+        raise ValueError(f"split={split} does not shift each factor: {instead}")
+
+
 class Separable:
     """Damping forms that shift each factor."""
 
@@ -130,7 +137,7 @@ class Relative:
     to: Callable[[Scale, Scale], Array] = mean_eigenvalue
 
     def __post_init__(self) -> None:
-        instance(self, "split", Split, SPLITS)
+        check(self, self.split, shifts=False)
         function(self, "to", "kf.mean_eigenvalue or kf.top_eigenvalue")
 
     @property

@@ -107,12 +107,6 @@ class Eigh:
         return Eigenpairs(_clipped(a), _clipped(g), Qa, Qg), namespace(code_a).maximum(code_a, code_g)
 
 
-def separable(inverse: Inverse, split: Split) -> None:
-    """ValueError for a damping form that this inverse cannot use."""
-    if inverse.needs_separable and not split.separable:
-        raise ValueError(f"split={split} does not shift each factor, so Cholesky cannot use it: inverse=eigh")
-
-
 def floored(below: Array, code: Array) -> tuple[Array, Array]:
     """Denominators (blocks, d_out, d_in) that can be divided by, and the code: 1 before the first refresh
     (IDENTITY), never under eps times the largest (JITTERED where that floor was needed)."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from kfaccore import factors, method
-from kfaccore.damping import SPLITS, Split
+from kfaccore.damping import Split, check
 from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import INVERSES, Inverse, Parts, separable
+from kfaccore.linalg.inverse import INVERSES, Inverse, Parts
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
@@ -40,8 +40,7 @@ class Product(Additive, Generic[S]):
     def __post_init__(self) -> None:
         function(self, "sharing", factors.SHARINGS)
         instance(self, "inverse", Inverse, INVERSES)
-        instance(self, "split", Split, SPLITS)
-        separable(self.inverse, self.split)
+        check(self, self.split, self.inverse.needs_separable, "Cholesky cannot use it, but inverse=eigh can")
 
     def product(self, state: S) -> tuple[Array, Array]:
         """(A, G) of F~ = G (x) A."""

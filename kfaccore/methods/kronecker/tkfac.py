@@ -90,7 +90,8 @@ class TKFAC(Product[State]):
         """(Phi / sqrt(delta), Psi / sqrt(delta))."""
         Phi, Psi = factors.means(state)
         trace = _trace(state)
-        root = namespace(trace).sqrt(namespace(trace).where(trace > 0, trace, namespace(trace).ones_like(trace)))
+        xp = namespace(trace)
+        root = xp.sqrt(xp.where(trace > 0, trace, xp.ones_like(trace)))
         return factors.mean(Phi, root), factors.mean(Psi, root)
 
     def _damping(self, state: State, trace: Array, damping: float | Array) -> float | Array:

@@ -32,7 +32,7 @@ def moved(low: LowRank, rows: Array, keep: Array, add: Array, rank: Rank, outsid
         rows = xp.concat([rows, zeros], axis=1)
     D = xp.where(lowrank.counted(low), low.D, xp.zeros_like(low.D))[:, before:] * keep[:, None]
     U = low.U[:, :, before:]
-    if U.shape[-1] + n >= d:
+    if U.shape[-1] + n >= d:  # W would be square or wider: the matrix itself is cheaper
         M = xp.matmul(U * D[:, None, :], U.mT) + add[:, None, None] * kernels.gram(rows)
         values, vectors, _ = kernels.eigh(M)
     else:
@@ -67,6 +67,7 @@ def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outsi
     U = xp.concat([xp.matmul(U, vectors), kept], axis=-1)
     D = xp.concat([values, xp.take(low.D, rest, axis=-1)], axis=-1)
     order = xp.argsort(D, axis=-1)
+    # every block has an order of its own, which `take` knows only block by block
     U = xp.stack([xp.take(U[b, ...], order[b, ...], axis=-1) for b in range(U.shape[0])])
     D = xp.stack([xp.take(D[b, ...], order[b, ...], axis=-1) for b in range(D.shape[0])])
     new = lowrank.with_modes(replace(low, rank=xp.zeros_like(low.rank) + D.shape[-1]), U, D, low.trace, outside)

@@ -123,6 +123,7 @@ def with_modes(low: LowRank, U: Array, D: Array, trace: Array, outside: Outside)
     xp = namespace(D)
     new = replace(low, U=U, D=xp.where((D > 0) & counted(low), D, xp.zeros_like(D)), trace=trace)
     new = replace(new, outside=outside(new))
+    # modes that do not count, zero so far, join the outside
     return replace(new, D=xp.maximum(new.D, xp.where(counted(new), new.D, new.outside[:, None])))
 
 

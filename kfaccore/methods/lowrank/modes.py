@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import array_api_compat as aac
 
 from kfaccore import factors, method
-from kfaccore.damping import SPLITS, Split
+from kfaccore.damping import Split, check
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Hyper
 from kfaccore.methods.lowrank import lowrank
@@ -57,12 +57,8 @@ class Modes(Generic[S]):
     def __post_init__(self) -> None:
         function(self, "sharing", factors.SHARINGS)
         instance(self, "rank", Rank, RANKS)
-        instance(self, "split", Split, SPLITS)
+        check(self, self.split)
         function(self, "outside", "kf.even, kf.lowest or kf.nothing")
-        if not self.split.separable:
-            raise ValueError(
-                f"split={self.split} does not shift each factor: use pi, equal, per_factor, top or Relative(...)"
-            )
 
     def sides(self, state: S) -> Sides:
         """A~ and G~ of F~ = G~ (x) A~."""

@@ -78,7 +78,7 @@ def _cycle(
     top = xp.max(values, axis=1)
     beta = xp.zeros_like(values[:, 0])
     for at in range(rank, size):
-        place = eye[at, :]
+        place = eye[at, :]  # products with it write row or column `at`: arrays may be immutable, so all shapes stay
         Q = Q + place[None, :, None] * q[:, None, :]
         w = times(q)
         top = xp.maximum(top, _norm(w))

@@ -59,7 +59,7 @@ class Deflation(TwoTerms[State], Additive):
     """
 
     split: Split = pi
-    indefinite: two_terms.Handler = two_terms.absolute
+    indefinite: two_terms.Denominators = two_terms.absolute
     cycles: ClassVar[int] = 30
 
     def init(self, block: Block, like: Array) -> State:

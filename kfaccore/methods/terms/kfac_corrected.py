@@ -63,7 +63,7 @@ class KFACCorrected(TwoTerms[State], Additive):
 
     sharing: Callable[[Record], Record] = expand
     split: Split = pi
-    indefinite: two_terms.Handler = two_terms.absolute
+    indefinite: two_terms.Denominators = two_terms.absolute
     cycles: ClassVar[int] = 30
 
     def __post_init__(self) -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.damping import SPLITS, Split, pi
+from kfaccore.damping import Split, check, pi
 from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import INVERSES, Inverse, Parts, accepted, cholesky, separable
+from kfaccore.linalg.inverse import INVERSES, Inverse, Parts, accepted, cholesky
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.terms import rearranged
 from kfaccore.options import instance
@@ -60,8 +60,7 @@ class KPSVD(Additive):
 
     def __post_init__(self) -> None:
         instance(self, "inverse", Inverse, INVERSES)
-        instance(self, "split", Split, SPLITS)
-        separable(self.inverse, self.split)
+        check(self, self.split, self.inverse.needs_separable, "Cholesky cannot use it, but inverse=eigh can")
 
     def init(self, block: Block, like: Array) -> State:
         rearranged.refuse("KPSVD", block)

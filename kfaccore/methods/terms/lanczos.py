@@ -70,7 +70,7 @@ class Lanczos(TwoTerms[State]):
     restarts: int = 50
     tolerance: float = 1e-10
     split: Split = pi
-    indefinite: two_terms.Handler = two_terms.absolute
+    indefinite: two_terms.Denominators = two_terms.absolute
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

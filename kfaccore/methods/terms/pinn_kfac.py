@@ -19,11 +19,11 @@ from operator import add
 from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.damping import SPLITS, Split, per_factor
+from kfaccore.damping import Split, check, per_factor
 from kfaccore.linalg import kronsum, side
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper
-from kfaccore.options import function, instance
+from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
@@ -84,7 +84,7 @@ class PINNKFAC(Additive):
 
     def __post_init__(self) -> None:
         function(self, "sharing", factors.SHARINGS)
-        instance(self, "split", Split, SPLITS)
+        check(self, self.split, shifts=False)
         if self.terms < 1 or not self.split.separable or not 0 <= self.start <= 1:
             raise ValueError(f"{self}: need terms >= 1, a split that shifts each factor and start in [0, 1]")
 

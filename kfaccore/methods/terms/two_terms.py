@@ -15,17 +15,17 @@ from typing import Generic, Protocol, TypeVar
 
 from kfaccore import method
 from kfaccore import xp as kernels
-from kfaccore.damping import SPLITS, Split
+from kfaccore.damping import Split, check
 from kfaccore.linalg import kron, kronsum, side
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Block, Hyper
-from kfaccore.options import function, instance
+from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, eps, namespace, select
 from kfaccore.xp.codes import Code, choose
 
-Handler = Callable[[Array], Array]
+Denominators = Callable[[Array], Array]  # from s_g s_a^T (blocks, d_out, d_in)
 Term = tuple[Array, Array]  # (A, G) of one product G (x) A
 
 
@@ -66,7 +66,7 @@ def refresh(first: Term, second: Term, split: Split, damping: float | Array) -> 
     return Whitened(Ka, Kg, a, g), namespace(code_a).maximum(code_a, code_g)
 
 
-def solve(parts: Whitened, grad: Array | Factored, handler: Handler, code: Array) -> tuple[Array, Array, Array]:
+def solve(parts: Whitened, grad: Array | Factored, otherwise: Denominators, code: Array) -> tuple[Array, Array, Array]:
     """Direction, code and the smallest denominator 1 + s_g s_a (blocks,) before any repair."""
     xp = namespace(parts.a)
     ratios = parts.g[:, :, None] * parts.a[:, None, :]
@@ -74,7 +74,7 @@ def solve(parts: Whitened, grad: Array | Factored, handler: Handler, code: Array
     smallest = xp.min(below, axis=(-2, -1))
     reach = xp.max(xp.abs(ratios), axis=(-2, -1))
     indefinite = smallest <= 100.0 * eps(below.dtype, xp) * (1.0 + reach)
-    below = select(indefinite, handler(ratios), below)
+    below = select(indefinite, otherwise(ratios), below)
     code = choose(indefinite & (code < int(Code.INDEFINITE)), Code.INDEFINITE, code)
     return kron.solve(parts.Kg, grad, parts.Ka, below), code, smallest
 
@@ -102,15 +102,11 @@ class TwoTerms(Generic[S]):
     """Base of methods with F~ = G1 (x) A1 + G2 (x) A2; they add `init`, `measure`, `update` and say their `pairs`."""
 
     split: Split
-    indefinite: Handler
+    indefinite: Denominators
 
     def __post_init__(self) -> None:
-        instance(self, "split", Split, SPLITS)
+        check(self, self.split)
         function(self, "indefinite", "kf.absolute or kf.first_term")
-        if not self.split.separable:
-            raise ValueError(
-                f"split={self.split} does not shift each factor: two terms need pi, equal, per_factor or Relative"
-            )
 
     def pairs(self, state: S) -> tuple[Term, Term]:
         """The two pairs (A, G) of F~, the positive definite one first."""
