@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from kfaccore.linalg.side import Scale
+from kfaccore.options import function, instance
 from kfaccore.xp.arrays import Array, namespace, scalar
 
 
@@ -21,6 +22,9 @@ def mean_eigenvalue(a: Scale, g: Scale) -> Array:
 def top_eigenvalue(a: Scale, g: Scale) -> Array:
     """Largest eigenvalue of G (x) A, (blocks,)."""
     return a.top() * g.top()
+
+
+SPLITS = "a damping form: kf.pi, kf.equal, kf.per_factor, kf.top, kf.exact (not the method kf.Exact) or kf.Relative()"
 
 
 class Split(Protocol):
@@ -38,6 +42,13 @@ class Split(Protocol):
     def denominators(self, a: Array, g: Array, damping: float | Array) -> Array:
         """Eigenvalues of the damped block (blocks, d_out, d_in) from a (blocks, d_in) and g (blocks, d_out) >= 0."""
         ...
+
+
+def check(owner: object, split: Split, shifts: bool = True, instead: str = "use pi, equal, per_factor or top") -> None:
+    """TypeError unless the owner's `split` is a damping form, ValueError unless it shifts each factor where it must."""
+    instance(owner, "split", Split, SPLITS)
+    if shifts and not split.separable:
+        raise ValueError(f"split={split} does not shift each factor: {instead}")
 
 
 class Separable:
@@ -92,9 +103,11 @@ class Top(Separable):
 
     def shifts(self, a: Scale, g: Scale, damping: float | Array) -> tuple[Array, Array]:
         xp = namespace(a.mean)
-        tops = (a.top(), g.top())
-        d_a, d_g = (scalar(damping, top) * xp.where(top > 0, top, xp.ones_like(top)) for top in tops)
-        return d_a, d_g
+
+        def shift(top: Array) -> Array:
+            return scalar(damping, top) * xp.where(top > 0, top, xp.ones_like(top))
+
+        return shift(a.top()), shift(g.top())
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ class Exact:
         raise ValueError("split=exact is not a shift of each factor: use inverse=eigh")
 
     def denominators(self, a: Array, g: Array, damping: float | Array) -> Array:
-        return g[:, :, None] * a[:, None, :] + _joint(damping, a)
+        return g[:, :, None] * a[:, None, :] + joint(damping, a)
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,10 @@ class Relative:
 
     split: Split = Pi()
     to: Callable[[Scale, Scale], Array] = mean_eigenvalue
+
+    def __post_init__(self) -> None:
+        check(self, self.split, shifts=False)
+        function(self, "to", "kf.mean_eigenvalue or kf.top_eigenvalue")
 
     @property
     def separable(self) -> bool:
@@ -136,8 +153,17 @@ class Relative:
         return self.split.shifts(a, g, self.damping(a, g, damping))
 
     def denominators(self, a: Array, g: Array, damping: float | Array) -> Array:
-        scales = Scale.of_eigenvalues(a), Scale.of_eigenvalues(g)
-        return self.split.denominators(a, g, self.damping(*scales, damping))
+        absolute = self.damping(Scale.of_eigenvalues(a), Scale.of_eigenvalues(g), damping)
+        return self.split.denominators(a, g, absolute)
+
+
+UNITS = "kf.as_given, kf.Adaptive() or a function of (trace, size, damping)"
+
+
+class Units(Protocol):
+    """A choice of `damping`: what a step's damping is for a block of `size` parameters and this trace (blocks,)."""
+
+    def __call__(self, trace: Array, size: int, damping: float | Array) -> float | Array: ...
 
 
 def as_given(trace: Array, size: int, damping: float | Array) -> float | Array:
@@ -160,9 +186,12 @@ class Adaptive:
         return scalar(damping, trace) * namespace(trace).where(trace < low, low, trace) / size
 
 
-def _joint(damping: float | Array, like: Array) -> float | Array:
-    value: Any = scalar(damping, like)
-    return value[:, None, None] if getattr(value, "ndim", 0) == 1 else value
+def joint(damping: float | Array, like: Array) -> float | Array:
+    """Damping, a number or (blocks,), ready to be added to denominators (blocks, d_out, d_in)."""
+    value = scalar(damping, like)
+    if isinstance(value, int | float) or value.ndim == 0:
+        return value
+    return value[:, None, None]
 
 
 def _root(damping: float | Array, like: Array) -> Array:

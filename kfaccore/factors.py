@@ -1,4 +1,4 @@
-"""Kronecker factors: sums over a record, their moving averages, and squared per-example gradients.
+"""Kronecker factors: sums over a record, and their moving averages.
 
 A = mean over valid rows of a a^T, G = (1/n) sum over rows of g g^T, after the method's sharing (expand or reduce).
 Source: Martens & Grosse 2015 (1503.05671); Eschenhagen et al. 2023 (2311.00636) for shared weights.
@@ -7,10 +7,10 @@ Source: Martens & Grosse 2015 (1503.05671); Eschenhagen et al. 2023 (2311.00636)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import array_api_compat as aac
 
@@ -18,11 +18,32 @@ from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
+from kfaccore.record.chunks import input_chunks
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 from kfaccore.xp.codes import Code
 
 if TYPE_CHECKING:
     from kfaccore.method import Block, Hyper
+
+SHARINGS = "kf.expand, kf.reduce or a function from record to record"
+
+
+class Averages(Protocol):
+    """A state, or a part of one, with averages A and G times their `weight` (blocks,)."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def A(self) -> Array: ...
+
+    @property
+    def G(self) -> Array: ...
+
+    @property
+    def weight(self) -> Array: ...
+
+
+S = TypeVar("S", bound=Averages)
 
 
 @dataclass(frozen=True)
@@ -58,41 +79,53 @@ def unrefreshed(block: Block, like: Array) -> Array:
 def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
     """Stats of one record; zero draws give G = I by definition."""
     record = sharing(record)
-    xp = namespace(record.g)
-    A, G = gram_of_inputs(record), gram_of_gradients(record)
-    finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))  # a bad row shows on a gram's diagonal
-    bad = xp.astype(~finite, A.dtype)
+    A = gram_of_inputs(record)
+    G = gram_of_gradients(record)
+    bad = not_finite(A, G)
     return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
+
+
+def not_finite(A: Array, G: Array) -> Array:
+    """1 for each block with a gram that is not finite, (blocks,): a bad row shows on a gram's diagonal."""
+    finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))
+    return namespace(G).astype(~finite, G.dtype)
+
+
+def needs_draws(record: Record) -> None:
+    """ValueError for a record of zero draws."""
+    if record.draws == 0:
+        raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
 
 
 def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats:
     """Sums over rows of |g|^2 a a^T in A and |a|^2 g g^T in G, both over n; each has the trace sum |a|^2 |g|^2."""
     record = sharing(record)
-    if record.draws == 0:
-        raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
+    needs_draws(record)
     xp = namespace(record.g)
     weight = xp.sum(xp.vecdot(record.g, record.g), axis=0)
     if isinstance(record.a, Ids):
-        index = xp.reshape(record.a.index, (-1,))
-        A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), index, record.a.size)[:, 0][None, :]
+        A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), xp.reshape(record.a.index, (-1,)), record.a.size)
+        A = A[:, 0][None, :]
         G = kernels.gram(_rows(record.g))
     else:
-        chunk = record.batch
-        if isinstance(record.a, Patches):
-            chunk = kernels.at_once(record.shared * record.d_in * record.blocks)
-        parts = []
-        for start, a in input_chunks(record, chunk):
-            span = slice(start, start + a.shape[1])
-            norm = xp.sqrt(xp.vecdot(a, a))[..., None]
-            scaled = (xp.sqrt(weight[:, span, :])[..., None] * a)[None, ...], record.g[:, :, span, ...] * norm
-            parts.append(tuple(kernels.gram(_rows(x)) for x in scaled))
-        A, G = (reduce(add, sums) for sums in zip(*parts, strict=True))
-    bad = xp.astype(~(all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))), record.g.dtype)
+        parts = [_weighted_grams(record, weight, start, a) for start, a in input_chunks(record)]
+        A = reduce(add, (part[0] for part in parts))
+        G = reduce(add, (part[1] for part in parts))
+    bad = not_finite(A, G)
     n = per_block(record.n, bad)
     return Stats(A, n, G, n, bad)
 
 
-def update(state: Any, stats: Stats, hyper: Hyper, donate: bool = False) -> Any:
+def _weighted_grams(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
+    """Sums of |g|^2 a a^T and |a|^2 g g^T over the examples from `start` on; weight |g|^2 (blocks, batch, shared)."""
+    xp = namespace(a)
+    span = slice(start, start + a.shape[1])
+    norm = xp.sqrt(xp.vecdot(a, a))[..., None]
+    scaled = xp.sqrt(weight[:, span, :])[..., None] * a
+    return kernels.gram(_rows(scaled[None, ...])), kernels.gram(_rows(record.g[:, :, span, ...] * norm))
+
+
+def update(state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
     """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
     xp = namespace(state.weight)
     ok = (stats.bad == 0) & (stats.rows > 0)
@@ -122,27 +155,9 @@ def mean(average: Array, weight: Array) -> Array:
     return average / xp.reshape(safe, (-1, *(1,) * (average.ndim - 1)))
 
 
-def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) -> Array:
-    """Sum over draws and examples of (Qg^T J Qa)^2 elementwise, J summed over shared: (blocks, d_out, d_in).
-
-    Without Qa, Qg in the standard basis. An embedding never forms J: positions with equal ids are paired instead.
-    """
-    if isinstance(record.a, Ids):
-        return _squares_of_ids(record, record.g if Qg is None else record.g @ Qg[None, :, None, :, :])
-    xp = namespace(record.g)
-    total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
-    chunk = record.batch if record.shared == 1 else kernels.at_once(record.d_out * record.d_in * record.blocks)
-    for start, a in input_chunks(record, chunk):
-        a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
-        for draw in range(record.draws):
-            g = record.g[draw, :, start : start + a.shape[1], :, :]
-            g = g if Qg is None else xp.matmul(g, Qg[:, None, :, :])
-            if record.shared == 1:
-                total = total + xp.matmul((g * g)[:, :, 0, :].mT, (a * a)[:, :, 0, :])
-            else:
-                j = xp.matmul(g.mT, a)
-                total = total + xp.sum(j * j, axis=1)
-    return total
+def means(state: Averages) -> tuple[Array, Array]:
+    """(A, G) of a state, divided by their weight."""
+    return mean(state.A, state.weight), mean(state.G, state.weight)
 
 
 def per_block(value: float | Array, like: Array) -> Array:
@@ -189,26 +204,3 @@ def gram_of_inputs(record: Record) -> Array:
         return record.a.gram()
     a = record.rows()
     return kernels.gram(xp.reshape(a, (record.blocks, -1, record.d_in)))
-
-
-def input_chunks(record: Record, chunk: int) -> Any:
-    """(first example, a of the next `chunk` examples), unfolding patches only one chunk at a time."""
-    if isinstance(record.a, Patches) and record.mask is None:
-        start = 0
-        for a in record.a.rows(chunk):
-            yield start, a
-            start += a.shape[1]
-        return
-    rows = record.rows()
-    for span in kernels.spans(record.batch, chunk):
-        yield span.start, rows[:, span, ...]
-
-
-def _squares_of_ids(record: Record, g: Array) -> Array:
-    """Column i of J is the sum of g over positions with id i, so its square sums g_s * g_t over equal ids s, t."""
-    xp = namespace(g)
-    index = record.a.index
-    same = xp.astype(index[:, :, None] == index[:, None, :], g.dtype)
-    paired = xp.sum(g * xp.matmul(same, g), axis=0)[0, ...]
-    rows = xp.reshape(paired, (-1, record.d_out))
-    return kernels.segment_sum(rows, xp.reshape(index, (-1,)), record.a.size).mT[None, ...]

@@ -18,8 +18,8 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "G and A swapped",
         "linalg/inverse.py",
-        "kron.apply(parts.G, grad, parts.A), code",
-        "kron.apply(parts.A, grad, parts.G), code",
+        "kron.apply(self.G, grad, self.A), code",
+        "kron.apply(self.A, grad, self.G), code",
         "test_identities.py",
     ),
     (
@@ -69,8 +69,8 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "exact damping dropped",
         "damping.py",
-        "a[:, None, :] + _joint(damping, a)",
-        "a[:, None, :] + 0 * _joint(damping, a)",
+        "a[:, None, :] + joint(damping, a)",
+        "a[:, None, :] + 0 * joint(damping, a)",
         "test_catalogue.py",
     ),
     (
@@ -94,7 +94,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "return _shared(x)",
         "test_layers.py",
     ),
-    ("moments not squared", "factors.py", "xp.sum(j * j, axis=1)", "xp.sum(j, axis=1)", "test_catalogue.py"),
+    ("moments not squared", "record/squares.py", "xp.sum(j * j, axis=1)", "xp.sum(j, axis=1)", "test_catalogue.py"),
     (
         "moments kept at refresh",
         "methods/kronecker/moments.py",

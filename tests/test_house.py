@@ -28,7 +28,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "record": {"xp", "convolution", "io"},
     "fisher": {"xp", "record"},
     "linalg": FLOOR | {"damping"},
-    "damping": FLOOR | {"linalg"},
+    "damping": FLOOR | {"linalg", "options"},
     "solution": FLOOR,
     "method": FLOOR | {"solution"},
     "settle": FLOOR | {"method"},

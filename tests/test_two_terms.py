@@ -93,7 +93,7 @@ def test_methods_solve_their_own_sum(rng, method):
     record, v = small(rng, batch=40), rng.normal(size=(2, 3, 4))
     state = kf.settle(method, record, damping=20.0)
     state = method.refresh(state, kf.Hyper(0, 0.0, 20.0))
-    first, second = method._terms(state)
+    first, second = method.pairs(state)
     *_, dense = damped_sum(first, second, kf.pi, 20.0)
     solution = method.solve(state, v, kf.Hyper(0, 0.0, 20.0))
     assert solution.code.tolist() == [kf.Code.OK] * 2

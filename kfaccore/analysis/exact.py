@@ -15,12 +15,12 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.sparse.linalg import cg
 
-from kfaccore import factors
 from kfaccore.analysis.operator import LayerOperator, exported
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.jacobian import adjoint, products
+from kfaccore.record.squares import squares
 from kfaccore.xp.arrays import to_host
 from kfaccore.xp.chunks import at_once, spans
 
@@ -44,7 +44,7 @@ class ExactBlock:
 
     @cached_property
     def trace(self) -> float:
-        return float(factors.squares(self.record).sum()) / self.record.n
+        return float(squares(self.record).sum()) / self.record.n
 
     @cached_property
     def norm(self) -> float:
@@ -83,7 +83,7 @@ class ExactBlock:
 
     def _in_basis(self, values: np.ndarray, Qg: np.ndarray, Qa: Any) -> float:
         vectors = (None if q is None or q.ndim == 2 else q for q in (Qa, Qg))
-        return float((values * factors.squares(self.record, *vectors)).sum()) / self.record.n
+        return float((values * squares(self.record, *vectors)).sum()) / self.record.n
 
 
 def distance(exact: ExactBlock, op: LayerOperator) -> float:

@@ -18,6 +18,7 @@ from kfaccore.xp.arrays import Array, all_finite, eps, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 Map = Callable[[Array], Array]
+Carry = tuple[Array, ...]
 _RENEW = 50
 
 
@@ -65,7 +66,12 @@ class Progress:
         j = xp.astype(xp.floor(self.share * xp.astype(k, phi.dtype)), k.dtype)
         j = xp.where(j > self.least, j, xp.zeros_like(j) + self.least)
         index = xp.arange(phi.shape[-1], dtype=k.dtype, device=aac.device(phi))
-        now, before = (xp.sum(xp.where(index == i, phi, xp.zeros_like(phi)), axis=-1) for i in (k, k - j))
+
+        def at(i: Array) -> Array:  # a sum over one entry: an index may be a tracer
+            return xp.sum(xp.where(index == i, phi, xp.zeros_like(phi)), axis=-1)
+
+        now = at(k)
+        before = at(k - j)
         gained = (now - before) / xp.where(now < 0, now, xp.ones_like(now))
         stalled = (k > j) & (now < 0) & (gained < xp.astype(j, phi.dtype) * self.tolerance)
         return stalled | (residual <= floor)
@@ -130,8 +136,9 @@ class _System:
     precondition: Map | None
     limit: int
 
-    def begin(self, start: Array | None, nonzero: Array) -> tuple:
-        xp, b = namespace(self.b), self.b
+    def begin(self, start: Array | None, nonzero: Array) -> Carry:
+        b = self.b
+        xp = namespace(b)
         x = xp.zeros_like(b) if start is None else start
         r = b if start is None else b - self.operator(x)
         z = self._preconditioned(r)
@@ -142,17 +149,23 @@ class _System:
         live = nonzero & (rz > 0) & ~self._reached(k, x, r, zero, phi)
         return k, x, r, z, rz, live, zero > 0, xp.astype(zero, xp.int32), zero, phi
 
-    def advance(self, carry: tuple) -> tuple:
+    def advance(self, carry: Carry) -> Carry:
         k, x, r, p, rz, live, wrong, count, top, phi = carry
         xp = namespace(x)
         q = self.operator(p)
-        pq, pp, zero, ones = _dot(p, q), _dot(p, p), xp.zeros_like(rz), xp.ones_like(rz)
+        pq = _dot(p, q)
+        pp = _dot(p, p)
+        zero = xp.zeros_like(rz)
+        ones = xp.ones_like(rz)
         good = live & (pq > 0) & xp.isfinite(pq)
         gain = xp.sqrt(_dot(q, q) / xp.where(pp > 0, pp, ones))
         top = xp.where(good & (gain > top), gain, top)
         alpha = (xp.where(good, rz, zero) / xp.where(good, pq, ones))[:, None, None]
-        k, x, r = k + 1, x + alpha * p, r - alpha * select(good, q, xp.zeros_like(q))
-        del q
+        k = k + 1
+        x = x + alpha * p
+        r = r - alpha * select(good, q, xp.zeros_like(q))
+        del q  # as large as x, and no longer needed
+        # every _RENEW iterations the residual itself; a loop of at most one pass is a branch that can be traced
         (r,) = loop(lambda _: k % _RENEW == 0, lambda _: (self.b - self.operator(x),), (r,), 1)
         z = self._preconditioned(r)
         new = _dot(r, z)

@@ -1,20 +1,25 @@
-"""The two ways to solve with a damped Kronecker block: inverses by Cholesky, or the factors' eigenvectors.
+"""What a pair of factors becomes at a refresh: damped inverses by Cholesky, or the factors' eigenvectors.
 
-Both are frozen objects without fields; what they compute is an array tree in the method's state.
+`cholesky` and `eigh` are frozen objects without fields; what they make is an array tree in the method's state, which
+knows how to solve.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from kfaccore import tree
 from kfaccore.linalg import kron, side
+from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, eps, is_numpy, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 if TYPE_CHECKING:
     from kfaccore.damping import Split
+
+INVERSES = "kf.cholesky or kf.eigh"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,10 @@ class Inverses:
     A: Array
     G: Array
 
+    def solve(self, grad: Array | Factored, split: Split, damping: float | Array, code: Array) -> tuple[Array, Array]:
+        """(direction, code) at the damping of the refresh."""
+        return kron.apply(self.G, grad, self.A), code
+
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -34,6 +43,32 @@ class Eigenpairs:
     g: Array
     Qa: Array
     Qg: Array
+
+    def solve(self, grad: Array | Factored, split: Split, damping: float | Array, code: Array) -> tuple[Array, Array]:
+        """(direction, code) at the damping given here."""
+        below, code = floored(split.denominators(self.a, self.g, damping), code)
+        return kron.solve(self.Qg, grad, self.Qa, below), code
+
+    def products(self) -> Array:
+        """The eigenvalues g a^T of G (x) A, (blocks, d_out, d_in)."""
+        return self.g[:, :, None] * self.a[:, None, :]
+
+
+Parts = Inverses | Eigenpairs
+
+
+class Inverse(Protocol):
+    """A choice of `inverse`."""
+
+    needs_separable: ClassVar[bool]  # only splits that shift each factor will do
+
+    def init(self, A: Array, G: Array) -> Parts:
+        """Before the first refresh: a solve leaves the gradient alone."""
+        ...
+
+    def refresh(self, A: Array, G: Array, split: Split, damping: float | Array) -> tuple[Parts, Array]:
+        """Parts of these factors, and a code (blocks,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,9 +86,6 @@ class Cholesky:
         G, code_g = side.inverse(G, d_g)
         return Inverses(A, G), namespace(code_a).maximum(code_a, code_g)
 
-    def solve(self, parts: Inverses, grad: Any, split: Split, damping: float | Array, code: Array) -> tuple:
-        return kron.apply(parts.G, grad, parts.A), code
-
 
 @dataclass(frozen=True)
 class Eigh:
@@ -63,21 +95,16 @@ class Eigh:
 
     def init(self, A: Array, G: Array) -> Eigenpairs:
         xp = namespace(A)
-        a, g = (xp.ones_like(side.diagonal(x)) for x in (A, G))
+        a = xp.ones_like(side.diagonal(A))
+        g = xp.ones_like(side.diagonal(G))
         return Eigenpairs(a, g, side.identity(A), side.identity(G))
 
-    def refresh(self, A: Array, G: Array, split: Any = None, damping: Any = None) -> tuple[Eigenpairs, Array]:
+    def refresh(
+        self, A: Array, G: Array, split: Split | None = None, damping: float | Array = 0.0
+    ) -> tuple[Eigenpairs, Array]:
         a, Qa, code_a = side.eigh(A)
         g, Qg, code_g = side.eigh(G)
         return Eigenpairs(_clipped(a), _clipped(g), Qa, Qg), namespace(code_a).maximum(code_a, code_g)
-
-    def solve(self, parts: Eigenpairs, grad: Any, split: Split, damping: float | Array, code: Array) -> tuple:
-        below, code = self.denominators(parts, split, damping, code)
-        return kron.solve(parts.Qg, grad, parts.Qa, below), code
-
-    def denominators(self, parts: Eigenpairs, split: Split, damping: float | Array, code: Array) -> tuple:
-        """The damped block's eigenvalues (blocks, d_out, d_in), `floored`."""
-        return floored(split.denominators(parts.a, parts.g, damping), code)
 
 
 def floored(below: Array, code: Array) -> tuple[Array, Array]:
@@ -86,16 +113,17 @@ def floored(below: Array, code: Array) -> tuple[Array, Array]:
     xp = namespace(below)
     top = xp.max(below, axis=(-2, -1))
     floor = (eps(below.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top)))[:, None, None]
-    low, first = below < floor, code == int(Code.IDENTITY)
+    low = below < floor
+    first = code == int(Code.IDENTITY)
     lifted = xp.any(low, axis=(-2, -1))
-    if is_numpy(below) and not (lifted | first).any():
+    if is_numpy(below) and not xp.any(lifted | first):  # nothing to change: no copy
         return below, code
     fill = xp.where(first[:, None, None], xp.ones_like(floor), floor)
     below = xp.where(low | first[:, None, None], fill, below)
     return below, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
 
 
-def accepted(new: Any, code: Array, old: Any, old_code: Array, weight: Array) -> tuple[Any, Array]:
+def accepted(new: T, code: Array, old: T, old_code: Array, weight: Array) -> tuple[T, Array]:
     """The refreshed arrays where they can be used, the old ones (PREVIOUS, or IDENTITY before the first) elsewhere.
 
     new, old trees of (blocks, ...) leaves; a block without any update yet (weight 0) counts as failed.

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kfaccore import xp as kernels
 from kfaccore.linalg import kron, side
+from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, eps, namespace, select
 from kfaccore.xp.codes import Code, choose
+
+Carry = tuple[Array, Array, Array, Array, Array]  # x, residual r, search p, <r, z> (blocks,), iterations ()
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Pair:
 
 def identity(G: Array, A: Array) -> Pair:
     """The pair that leaves X alone, shaped for factors like G and A."""
-    g, a = namespace(G).linalg.diagonal(G), namespace(A).linalg.diagonal(A)
-    ones = namespace(G).ones_like
-    return Pair(side.identity(G), side.identity(A), ones(g)[:, :, None] * ones(a)[:, None, :])
+    ones_g = namespace(G).ones_like(side.diagonal(G))
+    ones_a = namespace(A).ones_like(side.diagonal(A))
+    return Pair(side.identity(G), side.identity(A), ones_g[:, :, None] * ones_a[:, None, :])
 
 
 def whiten(P: Array, U: Array) -> tuple[Array, Array, Array]:
@@ -41,15 +43,22 @@ def whiten(P: Array, U: Array) -> tuple[Array, Array, Array]:
 
     Eigenvalues of P under eps times its largest are lifted there: JITTERED.
     """
-    xp = namespace(P)
     values, vectors, code = kernels.eigh(P)
+    K, s, code = whitened(values, vectors, code, U)
+    xp = namespace(s)
+    return K, xp.where(s > 0, s, xp.zeros_like(s)), code
+
+
+def whitened(values: Array, vectors: Array, code: Array, U: Array) -> tuple[Array, Array, Array]:
+    """(K, s, code) as `whiten`, from ascending eigenpairs of P and their code, for any symmetric U: signs of s stay."""
+    xp = namespace(values)
     top = values[:, -1:]
-    floor = eps(P.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top))
+    floor = eps(values.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top))
     lifted = xp.any(values < floor, axis=-1)
     root = vectors / xp.sqrt(xp.where(values < floor, floor, values))[:, None, :]
     s, rotation, other = kernels.eigh(xp.matmul(root.mT, xp.matmul(U, root)))
     code = choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
-    return xp.matmul(root, rotation), xp.where(s > 0, s, xp.zeros_like(s)), xp.maximum(code, other)
+    return xp.matmul(root, rotation), s, xp.maximum(code, other)
 
 
 def pair(G1: Array, A1: Array, G2: Array, A2: Array) -> tuple[Pair, Array]:
@@ -59,7 +68,7 @@ def pair(G1: Array, A1: Array, G2: Array, A2: Array) -> tuple[Pair, Array]:
     return Pair(Kg, Ka, 1.0 + sg[:, :, None] * sa[:, None, :]), namespace(code_g).maximum(code_g, code_a)
 
 
-def solve(found: Pair, V: Any) -> Array:
+def solve(found: Pair, V: Array | Factored) -> Array:
     """The inverse of the pair applied to V (blocks, d_out, d_in) or a `Factored`."""
     return kron.solve(found.Kg, V, found.Ka, found.below)
 
@@ -87,15 +96,16 @@ def conjugate_gradients(
     scale = dot(V, V)
     goal = tolerance * tolerance * scale
 
-    def going(carry: tuple) -> Array:
+    def going(carry: Carry) -> Array:
         return xp.any(dot(carry[1], carry[1]) > goal)
 
-    def body(carry: tuple) -> tuple:
+    def body(carry: Carry) -> Carry:
         x, r, p, rho, count = carry
         q = apply(terms, p)
         live = dot(r, r) > goal
         alpha = _ratio(rho, dot(p, q), live)
-        x, r = x + alpha * p, r - alpha * q
+        x = x + alpha * p
+        r = r - alpha * q
         z = solve(found, r)
         new = dot(r, z)
         return x, r, select(live, z + _ratio(new, rho, live) * p, p), select(live, new, rho), count + 1.0

@@ -5,7 +5,8 @@
     TKFAC    factors from partial traces, so that tr(F~) = tr(F)  the block's trace matters; relative damping
     TEKFAC   TKFAC's eigenvectors with exact second moments       both
 
-Shared: `moments`, the second moments of per-example gradients in the basis of two factors.
+Shared: `product`, solving with one product of two averages (KFAC, TKFAC); `moments`, the second moments of
+per-example gradients in the basis of two factors (EKFAC, TEKFAC).
 """
 
 from kfaccore.methods.kronecker.ekfac import EKFAC

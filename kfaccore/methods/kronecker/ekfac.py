@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import eigh, floored
+from kfaccore.damping import joint
+from kfaccore.linalg.inverse import eigh
 from kfaccore.method import Hyper
 from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
-from kfaccore.record import Factored, Record
+from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, scalar
+from kfaccore.xp.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,14 @@ class EKFAC(Moments):
     cycles: ClassVar[int] = 1
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        if record.draws == 0:
-            raise ValueError("EKFAC got a record of zero draws (forward only): it needs per-example gradients")
         return measured(state, record, factors.measure(record, self.sharing))
 
     def refresh(self, state: State, hyper: Hyper) -> State:
-        A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))
+        A, G = factors.means(state)
         new, code = eigh.refresh(A, G)
-        return rebased(state, new, new.g[:, :, None] * new.a[:, None, :], code)
-
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        grad, squeeze = gradient(grad, tuple(state.S.shape))
-        Qa, Qg, values = self.eigensystem(state, hyper)
-        below, code = floored(values, state.code)
-        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
+        return rebased(state, new, new.products(), code)
 
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
         """(Qa, Qg, S + damping)."""
-        return state.basis.Qa, state.basis.Qg, moments(state) + scalar(hyper.damping, state.S)
+        S = moments(state)
+        return state.basis.Qa, state.basis.Qg, S + joint(hyper.damping, S)

@@ -5,14 +5,18 @@ S = (1/n) sum of (Q_g^T J Q_a)^2 in the basis of the last refresh; where its wei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.linalg import kron, side
-from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh
+from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh, floored
 from kfaccore.method import Additive, Block, Hyper
-from kfaccore.record import Ids, Record
+from kfaccore.options import function
+from kfaccore.record import Factored, Ids, Record
+from kfaccore.record.squares import squares
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 
 
@@ -42,16 +46,20 @@ class Stats:
         return self.factors.bad
 
 
-@dataclass(frozen=True)
 class Moments(Additive):
-    """Base of methods whose F~ is diagonal in a Kronecker eigenbasis."""
+    """Base of methods whose F~ is diagonal in a Kronecker eigenbasis; they add `measure`, `refresh`, `eigensystem`."""
+
+    sharing: Callable[[Record], Record]
+
+    def __post_init__(self) -> None:
+        function(self, "sharing", factors.SHARINGS)
 
     def init(self, block: Block, like: Array) -> State:
         """Zero averages, the identity for a basis."""
         fields = factors.init(block, like)
         basis = eigh.init(fields["A"], fields["G"])
-        S = basis.g[:, :, None] * basis.a[:, None, :]
-        return State(**fields, basis=basis, S=S, S_weight=namespace(like).zeros_like(fields["weight"]))
+        S_weight = namespace(like).zeros_like(fields["weight"])
+        return State(**fields, basis=basis, S=basis.products(), S_weight=S_weight)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         """Factors and moments moved towards the Stats; the first moments after a refresh replace what it put."""
@@ -66,10 +74,23 @@ class Moments(Additive):
             S_weight=xp.where(ok, decay * state.S_weight + (1 - decay), state.S_weight),
         )
 
+    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
+        """(Qa, Qg, S with the damping in it)."""
+        raise NotImplementedError
+
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        """Q_g [(Q_g^T V Q_a) / (S with the damping in it)] Q_a^T."""
+        grad, squeeze = gradient(grad, tuple(state.S.shape))
+        Qa, Qg, values = self.eigensystem(state, hyper)
+        below, code = floored(values, state.code)
+        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
+
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         """Q_g [S * (Q_g^T v Q_a)] Q_a^T."""
-        Qa, Qg = state.basis.Qa, state.basis.Qg
-        return kron.apply(Qg, moments(state) * kron.apply(side.transposed(Qg), v, Qa), side.transposed(Qa))
+        Qa = state.basis.Qa
+        Qg = state.basis.Qg
+        rotated = kron.apply(side.transposed(Qg), v, Qa)
+        return kron.apply(Qg, moments(state) * rotated, side.transposed(Qa))
 
 
 def moments(state: State) -> Array:
@@ -79,7 +100,8 @@ def moments(state: State) -> Array:
 
 def measured(state: State, record: Record, sums: factors.Stats) -> Stats:
     """The factors' sums with the squares of the record in the state's basis."""
-    S = factors.squares(record, None if isinstance(record.a, Ids) else state.basis.Qa, state.basis.Qg)
+    factors.needs_draws(record)
+    S = squares(record, None if isinstance(record.a, Ids) else state.basis.Qa, state.basis.Qg)
     bad = sums.bad + namespace(S).astype(~all_finite(S), S.dtype)
     return Stats(replace(sums, bad=bad), S)
 
@@ -89,4 +111,5 @@ def rebased(state: State, basis: Eigenpairs, S: Array, code: Array) -> State:
     old = (state.basis, state.S, state.S_weight)
     new = (basis, S, namespace(S).zeros_like(state.S_weight))
     kept, code = accepted(new, code, old, state.code, state.weight)
-    return replace(state, basis=kept[0], S=kept[1], S_weight=kept[2], code=code)
+    basis, S, S_weight = kept
+    return replace(state, basis=basis, S=S, S_weight=S_weight, code=code)

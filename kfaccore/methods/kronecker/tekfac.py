@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.damping import as_given
-from kfaccore.linalg import kron, side
-from kfaccore.linalg.inverse import eigh, floored
+from kfaccore.damping import UNITS, Units, as_given, joint
+from kfaccore.linalg import side
+from kfaccore.linalg.inverse import eigh
 from kfaccore.method import Hyper
 from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
-from kfaccore.record import Factored, Record
+from kfaccore.options import function
+from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.arrays import Array, namespace
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,26 @@ class TEKFAC(Moments):
     """
 
     sharing: Callable[[Record], Record] = expand
-    damping: Callable = as_given
+    damping: Units = as_given
     cycles: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        function(self, "damping", UNITS)
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         return measured(state, record, factors.partial_traces(record, self.sharing))
 
     def refresh(self, state: State, hyper: Hyper) -> State:
-        A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))
+        A, G = factors.means(state)
         new, code = eigh.refresh(A, G)
         trace = namespace(A).sum(side.diagonal(A), axis=-1)
-        return rebased(state, new, factors.mean(new.g[:, :, None] * new.a[:, None, :], trace), code)
-
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        grad, squeeze = gradient(grad, tuple(state.S.shape))
-        Qa, Qg, values = self.eigensystem(state, hyper)
-        below, code = floored(values, state.code)
-        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
+        return rebased(state, new, factors.mean(new.products(), trace), code)
 
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
         """(Qa, Qg, S + the damping that `damping` makes of it)."""
         S = moments(state)
-        return state.basis.Qa, state.basis.Qg, S + _shift(self._damping(S, hyper.damping), S)
+        return state.basis.Qa, state.basis.Qg, S + joint(self._damping(S, hyper.damping), S)
 
     def unit(self, state: State) -> float | Array:
         """What damping 1 adds to the eigenvalues in use, a number or (blocks,)."""
@@ -66,9 +64,3 @@ class TEKFAC(Moments):
 
     def _damping(self, S: Array, damping: float | Array) -> float | Array:
         return self.damping(namespace(S).sum(S, axis=(-2, -1)), S.shape[-2] * S.shape[-1], damping)
-
-
-def _shift(damping: float | Array, S: Array) -> float | Array:
-    """A number, or one a block, ready to be added to S."""
-    value: Any = scalar(damping, S)
-    return value[:, None, None] if getattr(value, "ndim", 0) == 1 else value

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.damping import Split, as_given, equal
-from kfaccore.linalg import kron, side
-from kfaccore.linalg.inverse import Cholesky, Eigh, accepted, cholesky
-from kfaccore.method import Additive, Block, Hyper
+from kfaccore.damping import UNITS, Split, Units, as_given, equal
+from kfaccore.linalg import side
+from kfaccore.linalg.inverse import Inverse, Parts, accepted, cholesky
+from kfaccore.method import Block, Hyper
+from kfaccore.methods.kronecker.product import Product
+from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -35,13 +37,13 @@ class State:
     A: Array
     G: Array
     weight: Array
-    inverse: Any
+    inverse: Parts
     trace: Array
     code: Array
 
 
 @dataclass(frozen=True)
-class TKFAC(Additive):
+class TKFAC(Product[State]):
     """Trace-restricted K-FAC; see the module.
 
     sharing   expand | reduce | any function from record to record
@@ -51,14 +53,14 @@ class TKFAC(Additive):
     """
 
     sharing: Callable[[Record], Record] = expand
-    inverse: Cholesky | Eigh = cholesky
+    inverse: Inverse = cholesky
     split: Split = equal
-    damping: Callable = as_given
+    damping: Units = as_given
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.inverse.needs_separable and not self.split.separable:
-            raise ValueError(f"split={self.split} does not shift each factor, so Cholesky cannot use it: inverse=eigh")
+        super().__post_init__()
+        function(self, "damping", UNITS)
 
     def init(self, block: Block, like: Array) -> State:
         fields = factors.init(block, like)
@@ -68,40 +70,35 @@ class TKFAC(Additive):
     def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
         return factors.partial_traces(record, self.sharing)
 
-    def update(self, state: State, stats: factors.Stats, hyper: Hyper, donate: bool = False) -> State:
-        return factors.update(state, stats, hyper, donate)
-
     def refresh(self, state: State, hyper: Hyper) -> State:
-        A, G, trace = self._balanced(state)
+        A, G = self.product(state)
+        trace = _trace(state)
         new, code = self.inverse.refresh(A, G, self.split, self._damping(state, trace, hyper.damping))
         kept, code = accepted((new, trace), code, (state.inverse, state.trace), state.code, state.weight)
-        return replace(state, inverse=kept[0], trace=kept[1], code=code)
+        inverse, trace = kept
+        return replace(state, inverse=inverse, trace=trace, code=code)
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        grad, squeeze = gradient(grad, (*state.G.shape[:2], state.A.shape[-1]))
         damping = self._damping(state, state.trace, hyper.damping)
-        direction, code = self.inverse.solve(state.inverse, grad, self.split, damping, state.code)
-        return finish(direction, code, state, squeeze)
-
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        A, G, _ = self._balanced(state)
-        return kron.apply(G, v, A)
-
-    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
-        """Pairs (A, G) whose Kronecker products add up to F~."""
-        return (self._balanced(state)[:2],)
+        return super().solve(state, grad, replace(hyper, damping=damping), record)
 
     def unit(self, state: State) -> float | Array:
         """What damping 1 adds to the eigenvalues of the inverse in use, a number or (blocks,)."""
         return self._damping(state, state.trace, 1.0)
 
+    def product(self, state: State) -> tuple[Array, Array]:
+        """(Phi / sqrt(delta), Psi / sqrt(delta))."""
+        Phi, Psi = factors.means(state)
+        trace = _trace(state)
+        xp = namespace(trace)
+        root = xp.sqrt(xp.where(trace > 0, trace, xp.ones_like(trace)))
+        return factors.mean(Phi, root), factors.mean(Psi, root)
+
     def _damping(self, state: State, trace: Array, damping: float | Array) -> float | Array:
         return self.damping(trace, state.G.shape[-1] * state.A.shape[-1], damping)
 
-    def _balanced(self, state: State) -> tuple[Array, Array, Array]:
-        """(Phi / sqrt(delta), Psi / sqrt(delta), delta)."""
-        xp = namespace(state.G)
-        A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))
-        trace = xp.sum(side.diagonal(A), axis=-1)
-        root = xp.sqrt(xp.where(trace > 0, trace, xp.ones_like(trace)))
-        return factors.mean(A, root), factors.mean(G, root), trace
+
+def _trace(state: State) -> Array:
+    """delta (blocks,)."""
+    Phi = factors.mean(side.diagonal(state.A), state.weight)
+    return namespace(Phi).sum(Phi, axis=-1)

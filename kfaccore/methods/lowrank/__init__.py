@@ -5,7 +5,8 @@
     BrandRKFAC      as Brand between refreshes; a refresh sketches A anew         Brand's drift, at a sketch's price
     BrandCKFAC      as Brand; a refresh corrects a share of the modes by A        between the two
 
-Shared: `modes` (Stats of rows, damped solves), `lowrank` (the factor and its rank rules), `sketch`, `brand_update`.
+Shared: `lowrank` (the factor and its rank rules), `modes` (damped solves, of all four), `grown` (Stats of rows and
+their updates, of the Brand three), `brand_update`, `sketch`.
 """
 
 from kfaccore.methods.lowrank.brand import BrandKFAC

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore.damping import Split, pi
-from kfaccore.linalg import kron
 from kfaccore.method import Block, Hyper
-from kfaccore.methods.lowrank import lowrank, modes
-from kfaccore.methods.lowrank.lowrank import LowRank, Rank, even, fixed
-from kfaccore.record import Factored, Record
+from kfaccore.methods.lowrank import grown
+from kfaccore.methods.lowrank.grown import Grown
+from kfaccore.methods.lowrank.lowrank import Factor, Outside, Rank, even, fixed
+from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array
 
 
@@ -32,14 +31,14 @@ from kfaccore.xp.arrays import Array
 class State:
     """Modes of the averages (a diagonal for an embedding), times their `weight` (blocks,); code (blocks,)."""
 
-    A: Any
-    G: Any
+    A: Factor
+    G: Factor
     weight: Array
     code: Array
 
 
 @dataclass(frozen=True)
-class BrandKFAC:
+class BrandKFAC(Grown[State]):
     """Low-rank factors by Brand's updates; see the module.
 
     sharing   expand | reduce
@@ -52,37 +51,12 @@ class BrandKFAC:
     sharing: Callable[[Record], Record] = expand
     rank: Rank = fixed
     split: Split = pi
-    outside: Callable[[LowRank], Array] = even
+    outside: Outside = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        modes.checked(self.split)
-
     def init(self, block: Block, like: Array) -> State:
-        return State(**modes.init(block, self.rank, like))
-
-    def measure(self, state: State, record: Record, hyper: Hyper) -> modes.Stats:
-        return modes.measure(record, self.sharing)
-
-    def combine(self, first: modes.Stats, second: modes.Stats) -> modes.Stats:
-        return modes.combine(first, second)
-
-    def update(self, state: State, stats: modes.Stats, hyper: Hyper, donate: bool = False) -> State:
-        return modes.moved(state, stats, hyper, self.rank, self.outside)
+        return State(**grown.init(block, self.rank, like))
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         return state
-
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        A, G, identity = modes.means(state, self.start)
-        return modes.solve(state, A, G, self.split, identity, grad, hyper)
-
-    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array]:
-        """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
-        A, G, identity = modes.means(state, self.start)
-        return modes.inverses(state, A, G, self.split, identity, hyper)
-
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        A, G, _ = modes.means(state, self.start)
-        return kron.sandwich(lambda g: lowrank.times(g, G), v, lambda a: lowrank.times(a, A))

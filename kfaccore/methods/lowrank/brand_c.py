@@ -14,23 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
-from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.lowrank import brand_update as brand
-from kfaccore.methods.lowrank import lowrank, modes
-from kfaccore.methods.lowrank.lowrank import LowRank, Rank, even, fixed
-from kfaccore.record import Factored, Record
+from kfaccore.methods.lowrank import grown, modes
+from kfaccore.methods.lowrank.grown import Kept
+from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank, even, fixed
+from kfaccore.options import instance
+from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -39,8 +37,8 @@ class State:
     """Modes A, G and averages full_A, full_G, all times their `weight` (blocks,); the random orders of the modes
     (blocks, k), the same in each block, rolled on by each refresh; code (blocks,)."""
 
-    A: Any
-    G: Any
+    A: Factor
+    G: Factor
     weight: Array
     full_A: Array
     full_G: Array
@@ -62,7 +60,7 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class BrandCKFAC:
+class BrandCKFAC(Kept[State]):
     """BrandKFAC whose refresh corrects modes; see the module. Fields as there, and
 
     correction    Correction(share, seed)
@@ -72,59 +70,42 @@ class BrandCKFAC:
     rank: Rank = fixed
     correction: Correction = Correction()
     split: Split = pi
-    outside: Callable[[LowRank], Array] = even
+    outside: Outside = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        modes.checked(self.split)
+        super().__post_init__()
+        instance(self, "correction", Correction, "Correction(share, seed)")
 
     def init(self, block: Block, like: Array) -> State:
-        fields, zeros = modes.init(block, self.rank, like), factors.init(block, like)
+        fields = grown.init(block, self.rank, like)
+        zeros = factors.init(block, like)
         rng = np.random.default_rng(self.correction.seed)
-        for name in "AG":
-            k = fields[name].D.shape[-1] if isinstance(fields[name], LowRank) else 0
-            order = np.tile(rng.permutation(k).astype(np.int32), (block.blocks, 1))
-            fields |= {f"full_{name}": zeros[name], f"order_{name}": kernels.from_host(order, like)}
-        return State(**fields)
-
-    def measure(self, state: State, record: Record, hyper: Hyper) -> modes.Stats:
-        return modes.measure(record, self.sharing)
-
-    def combine(self, first: modes.Stats, second: modes.Stats) -> modes.Stats:
-        return modes.combine(first, second)
-
-    def update(self, state: State, stats: modes.Stats, hyper: Hyper, donate: bool = False) -> State:
-        full = modes.averaged(state, stats, hyper, donate)
-        return replace(modes.moved(state, stats, hyper, self.rank, self.outside), **full)
+        return State(
+            **fields,
+            full_A=zeros["A"],
+            full_G=zeros["G"],
+            order_A=_order(rng, fields["A"], block.blocks, like),
+            order_G=_order(rng, fields["G"], block.blocks, like),
+        )
 
     def refresh(self, state: State, hyper: Hyper) -> State:
-        A, order_A, code_a = self._corrected(state.A, state.full_A, state.order_A)
-        G, order_G, code_g = self._corrected(state.G, state.full_G, state.order_G)
-        code = namespace(code_a).maximum(code_a, code_g)
-        kept, code = accepted((A, G), code, (state.A, state.G), state.code, state.weight)
-        return replace(state, A=kept[0], G=kept[1], order_A=order_A, order_G=order_G, code=code)
+        new_A, order_A = self._corrected(state.A, state.full_A, state.order_A)
+        new_G, order_G = self._corrected(state.G, state.full_G, state.order_G)
+        A, G, code = modes.kept(new_A, new_G, (state.A, state.G), state)
+        return replace(state, A=A, G=G, order_A=order_A, order_G=order_G, code=code)
 
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        A, G, identity = modes.means(state, self.start)
-        return modes.solve(state, A, G, self.split, identity, grad, hyper)
-
-    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array]:
-        """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
-        A, G, identity = modes.means(state, self.start)
-        return modes.inverses(state, A, G, self.split, identity, hyper)
-
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        A, G, _ = modes.means(state, self.start)
-        return kron.sandwich(lambda g: lowrank.times(g, G), v, lambda a: lowrank.times(a, A))
-
-    def _corrected(self, low: Any, average: Array, order: Array) -> tuple[Any, Array, Array]:
-        """Modes, the order rolled on, a code."""
+    def _corrected(self, low: Factor, average: Array, order: Array) -> tuple[tuple[Factor, Array], Array]:
+        """Modes with a code, and the order rolled on."""
         if not isinstance(low, LowRank) or low.D.shape[-1] == 0:
-            xp = namespace(average)
-            ok = xp.zeros((average.shape[0],), dtype=xp.int32, device=aac.device(average))
-            return low, order, ok
+            return (low, modes.well(average)), order
         many = max(1, round(self.correction.share * order.shape[-1]))
-        chosen, rest = order[0, :many], order[0, many:]
-        new, code = brand.corrected(low, average, chosen, rest, self.outside)
-        return new, namespace(order).concat([order[:, many:], order[:, :many]], axis=-1), code
+        new = brand.corrected(low, average, order[0, :many], order[0, many:], self.outside)
+        return new, namespace(order).concat([order[:, many:], order[:, :many]], axis=-1)
+
+
+def _order(rng: np.random.Generator, low: Factor, blocks: int, like: Array) -> Array:
+    """A random order of the modes, int32 (blocks, k), the same in each block."""
+    k = low.D.shape[-1] if isinstance(low, LowRank) else 0
+    return kernels.from_host(np.tile(rng.permutation(k).astype(np.int32), (blocks, 1)), like)

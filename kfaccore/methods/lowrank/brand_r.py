@@ -13,29 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore.damping import Split, pi
-from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.lowrank import brand_update as brand
-from kfaccore.methods.lowrank import lowrank, modes
-from kfaccore.methods.lowrank.lowrank import LowRank, Rank, even, fixed
-from kfaccore.methods.lowrank.sketch import Symmetric, symmetric
-from kfaccore.record import Factored, Record
+from kfaccore.methods.lowrank import grown, modes
+from kfaccore.methods.lowrank.grown import Kept
+from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank, even, fixed
+from kfaccore.methods.lowrank.sketch import SKETCHES, Sketch, symmetric
+from kfaccore.options import instance
+from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array
 
 
 @dataclass(frozen=True)
 class State:
     """Modes A, G and averages full_A, full_G, all times their `weight` (blocks,); random matrices; code (blocks,)."""
 
-    A: Any
-    G: Any
+    A: Factor
+    G: Factor
     weight: Array
     full_A: Array
     full_G: Array
@@ -45,7 +44,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class BrandRKFAC:
+class BrandRKFAC(Kept[State]):
     """BrandKFAC whose refresh is a sketch; see the module. Fields as there, and
 
     sketch    symmetric | singular, or either class with passes, oversample and seed
@@ -53,56 +52,37 @@ class BrandRKFAC:
 
     sharing: Callable[[Record], Record] = expand
     rank: Rank = fixed
-    sketch: Symmetric = symmetric
+    sketch: Sketch = symmetric
     split: Split = pi
-    outside: Callable[[LowRank], Array] = even
+    outside: Outside = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        modes.checked(self.split)
+        super().__post_init__()
+        instance(self, "sketch", Sketch, SKETCHES)
 
     def init(self, block: Block, like: Array) -> State:
         held = self.rank.cap + block.rows
-        widths = (0 if block.diagonal_in else block.d_in, block.d_out)
-        draws = [self.sketch.draw(block.blocks, d, held, number, like) for number, d in enumerate(widths)]
+        width = 0 if block.diagonal_in else block.d_in  # an embedding's diagonal needs no sketch
         zeros = factors.init(block, like)
-        full = {f"full_{name}": zeros[name] for name in "AG"}
-        return State(**modes.init(block, self.rank, like), **full, omega_A=draws[0], omega_G=draws[1])
-
-    def measure(self, state: State, record: Record, hyper: Hyper) -> modes.Stats:
-        return modes.measure(record, self.sharing)
-
-    def combine(self, first: modes.Stats, second: modes.Stats) -> modes.Stats:
-        return modes.combine(first, second)
-
-    def update(self, state: State, stats: modes.Stats, hyper: Hyper, donate: bool = False) -> State:
-        full = modes.averaged(state, stats, hyper, donate)
-        return replace(modes.moved(state, stats, hyper, self.rank, self.outside), **full)
+        return State(
+            **grown.init(block, self.rank, like),
+            full_A=zeros["A"],
+            full_G=zeros["G"],
+            omega_A=self.sketch.draw(block.blocks, width, held, 0, like),
+            omega_G=self.sketch.draw(block.blocks, block.d_out, held, 1, like),
+        )
 
     def refresh(self, state: State, hyper: Hyper) -> State:
-        A, code_a = self._overwritten(state.A, state.full_A, state.omega_A)
-        G, code_g = self._overwritten(state.G, state.full_G, state.omega_G)
-        code = namespace(code_a).maximum(code_a, code_g)
-        kept, code = accepted((A, G), code, (state.A, state.G), state.code, state.weight)
-        return replace(state, A=kept[0], G=kept[1], code=code)
+        new_A = self._overwritten(state.A, state.full_A, state.omega_A)
+        new_G = self._overwritten(state.G, state.full_G, state.omega_G)
+        A, G, code = modes.kept(new_A, new_G, (state.A, state.G), state)
+        return replace(state, A=A, G=G, code=code)
 
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        A, G, identity = modes.means(state, self.start)
-        return modes.solve(state, A, G, self.split, identity, grad, hyper)
-
-    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array]:
-        """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
-        A, G, identity = modes.means(state, self.start)
-        return modes.inverses(state, A, G, self.split, identity, hyper)
-
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        A, G, _ = modes.means(state, self.start)
-        return kron.sandwich(lambda g: lowrank.times(g, G), v, lambda a: lowrank.times(a, A))
-
-    def _overwritten(self, low: Any, average: Array, omega: Array) -> tuple[Any, Array]:
+    def _overwritten(self, low: Factor, average: Array, omega: Array) -> tuple[Factor, Array]:
+        """Modes of the average itself and a code."""
         if not isinstance(low, LowRank):
-            xp = namespace(low)
-            return low, xp.zeros_like(low[:, 0], dtype=xp.int32)
+            return low, modes.well(low)
         U, D, code = self.sketch.modes(average, omega, low.D.shape[-1])
         return brand.held_modes(low, U, D, low.trace, self.rank, self.outside), code

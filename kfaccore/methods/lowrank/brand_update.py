@@ -9,33 +9,30 @@ Cost: d (k + n)^2 + (k + n)^3 for n rows, linear in d; d^2 (k + n) + d^3 once k 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from kfaccore import xp as kernels
 from kfaccore.methods.lowrank import lowrank
-from kfaccore.methods.lowrank.lowrank import LowRank, Rank
+from kfaccore.methods.lowrank.lowrank import LowRank, Outside, Rank
 from kfaccore.xp.arrays import Array, all_finite, namespace
 from kfaccore.xp.codes import Code, choose
 
 
-def moved(
-    low: LowRank, rows: Array, keep: Array, add: Array, rank: Rank, outside: Callable[[LowRank], Array]
-) -> LowRank:
+def moved(low: LowRank, rows: Array, keep: Array, add: Array, rank: Rank, outside: Outside) -> LowRank:
     """The factor keep M + add rows^T rows, of whose modes the state's many are held; rows (blocks, n, d).
 
     Only the `low.rank` largest old modes go in, at most rank.cap. keep, add (blocks,).
     """
     xp = namespace(rows)
     d, held = low.U.shape[-2:]
-    before = max(held - rank.cap, 0)
-    n = max(rows.shape[1], before)
+    before = max(held - rank.cap, 0)  # modes that are held but do not go in
+    n = max(rows.shape[1], before)  # with zero rows, so that there are `held` modes to be held again
     if n > rows.shape[1]:
         zeros = xp.zeros_like(low.U[:, :, : n - rows.shape[1]]).mT
         rows = xp.concat([rows, zeros], axis=1)
     D = xp.where(lowrank.counted(low), low.D, xp.zeros_like(low.D))[:, before:] * keep[:, None]
     U = low.U[:, :, before:]
-    if U.shape[-1] + n >= d:
+    if U.shape[-1] + n >= d:  # W would be square or wider: the matrix itself is cheaper
         M = xp.matmul(U * D[:, None, :], U.mT) + add[:, None, None] * kernels.gram(rows)
         values, vectors, _ = kernels.eigh(M)
     else:
@@ -48,9 +45,7 @@ def moved(
     return held_modes(low, vectors[:, :, lo:], values[:, lo:], trace, rank, outside)
 
 
-def held_modes(
-    low: LowRank, U: Array, D: Array, trace: Array, rank: Rank, outside: Callable[[LowRank], Array]
-) -> LowRank:
+def held_modes(low: LowRank, U: Array, D: Array, trace: Array, rank: Rank, outside: Outside) -> LowRank:
     """`low` with all of U, D in use, whatever goes into the next update, and the count for that."""
     xp = namespace(D)
     count = xp.zeros_like(low.rank) + D.shape[-1]
@@ -58,21 +53,21 @@ def held_modes(
     return replace(new, rank=rank.next(replace(new, rank=low.rank)))
 
 
-def corrected(
-    low: LowRank, M: Array, chosen: Array, rest: Array, outside: Callable[[LowRank], Array]
-) -> tuple[LowRank, Array]:
+def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outside) -> tuple[LowRank, Array]:
     """Modes numbered `chosen` replaced by the Ritz pairs of M in their span, `rest` kept, all sorted again; and a code.
 
     |M - U diag(D) U^T|_F never grows; with all modes chosen the D is the best for the span. Cost: 2 m d^2 for m chosen.
     """
     xp = namespace(M)
-    U, kept = xp.take(low.U, chosen, axis=-1), xp.take(low.U, rest, axis=-1)
+    U = xp.take(low.U, chosen, axis=-1)
+    kept = xp.take(low.U, rest, axis=-1)
     inner = xp.matmul(U.mT, xp.matmul(M, U))
     values, vectors, _ = kernels.eigh(inner)
     code = choose(all_finite(inner), Code.OK, Code.INDEFINITE)
     U = xp.concat([xp.matmul(U, vectors), kept], axis=-1)
     D = xp.concat([values, xp.take(low.D, rest, axis=-1)], axis=-1)
     order = xp.argsort(D, axis=-1)
+    # every block has an order of its own, which `take` knows only block by block
     U = xp.stack([xp.take(U[b, ...], order[b, ...], axis=-1) for b in range(U.shape[0])])
     D = xp.stack([xp.take(D[b, ...], order[b, ...], axis=-1) for b in range(D.shape[0])])
     new = lowrank.with_modes(replace(low, rank=xp.zeros_like(low.rank) + D.shape[-1]), U, D, low.trace, outside)

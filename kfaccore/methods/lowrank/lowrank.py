@@ -7,12 +7,13 @@ Source: Puiu 2022 (2206.15397), and its later code for the continued spectrum an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import array_api_compat as aac
 
-from kfaccore.linalg import side
+from kfaccore.linalg import kron, side
+from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, eps, namespace, select
 
 
@@ -26,6 +27,11 @@ class LowRank:
     outside: Array
     trace: Array
     rank: Array
+
+
+Factor = LowRank | Array  # an array is the diagonal (blocks, d) of an embedding's factor
+Outside = Callable[[LowRank], Array]
+RANKS = "kf.Rank(cap, start, ...), kf.adaptive or kf.adaptive_brand"
 
 
 @dataclass(frozen=True)
@@ -96,35 +102,39 @@ def even(low: LowRank) -> Array:
 
 def counted(low: LowRank) -> Array:
     """Which modes count, (blocks, k): the `rank` largest."""
-    xp, k = namespace(low.D), low.D.shape[-1]
+    xp = namespace(low.D)
+    k = low.D.shape[-1]
     return xp.arange(k, dtype=xp.int32, device=aac.device(low.D))[None, :] >= k - low.rank[:, None]
 
 
 def start(blocks: int, d: int, k: int, rank: Rank, like: Array) -> LowRank:
     """The last min(k, d) columns of the identity, all eigenvalues zero."""
-    xp, k = namespace(like), min(k, d)
+    xp = namespace(like)
+    k = min(k, d)
     where = {"dtype": like.dtype, "device": aac.device(like)}
     U = xp.zeros((blocks, d, k), **where) + xp.eye(d, k, k=k - d, **where)
-    D, outside, trace = (xp.zeros(shape, **where) for shape in ((blocks, k), (blocks,), (blocks,)))
-    return LowRank(U, D, outside, trace, rank.first(blocks, d, like))
+    D = xp.zeros((blocks, k), **where)
+    outside = xp.zeros((blocks,), **where)
+    return LowRank(U, D, outside, xp.zeros_like(outside), rank.first(blocks, d, like))
 
 
-def with_modes(low: LowRank, U: Array, D: Array, trace: Array, outside: Any) -> LowRank:
+def with_modes(low: LowRank, U: Array, D: Array, trace: Array, outside: Outside) -> LowRank:
     """`low` with new modes, negative eigenvalues and those that do not count at zero, and its outside by `outside`."""
     xp = namespace(D)
     new = replace(low, U=U, D=xp.where((D > 0) & counted(low), D, xp.zeros_like(D)), trace=trace)
     new = replace(new, outside=outside(new))
+    # modes that do not count, zero so far, join the outside
     return replace(new, D=xp.maximum(new.D, xp.where(counted(new), new.D, new.outside[:, None])))
 
 
-def scaled(x: Any, by: Array) -> Any:
+def scaled(x: Factor, by: Array) -> Factor:
     """x times numbers (blocks,)."""
     if not isinstance(x, LowRank):
         return x * by[:, None]
     return replace(x, D=x.D * by[:, None], outside=x.outside * by, trace=x.trace * by)
 
 
-def scale(x: Any) -> side.Scale:
+def scale(x: Factor) -> side.Scale:
     """Mean eigenvalue of the factor itself and the largest of its modes."""
     if not isinstance(x, LowRank):
         return side.Scale.of_factor(x)
@@ -132,24 +142,29 @@ def scale(x: Any) -> side.Scale:
     return side.Scale(x.trace / x.U.shape[1], lambda: xp.max(xp.concat([x.D, x.outside[:, None]], axis=-1), axis=-1))
 
 
-def size(x: Any) -> int:
+def size(x: Factor) -> int:
     """d."""
     return x.U.shape[1] if isinstance(x, LowRank) else x.shape[-1]
 
 
-def times(rows: Array, x: Any) -> Array:
+def full(x: LowRank) -> bool:
+    """Whether the modes span everything."""
+    return x.U.shape[1] == x.U.shape[2]
+
+
+def times(rows: Array, x: Factor) -> Array:
     """rows (blocks, m, d) times the factor."""
     if not isinstance(x, LowRank):
         return rows * x[:, None, :]
     xp = namespace(rows)
     inner = xp.matmul(rows, x.U)
-    if x.U.shape[1] == x.U.shape[2]:
+    if full(x):
         return xp.matmul(inner * x.D[:, None, :], x.U.mT)
     inner = inner * (x.D - x.outside[:, None])[:, None, :]
     return rows * x.outside[:, None, None] + xp.matmul(inner, x.U.mT)
 
 
-def inverse(x: Any, shift: Array, unit: Array) -> tuple[Any, Array]:
+def inverse(x: Factor, shift: Array, unit: Array) -> tuple[Factor, Array]:
     """((x + shift I)^-1, whether a denominator had to be lifted); the identity for blocks where `unit`.
 
     Denominators stay above eps times the largest.
@@ -159,7 +174,8 @@ def inverse(x: Any, shift: Array, unit: Array) -> tuple[Any, Array]:
     values = values + shift[:, None]
     top = xp.max(values, axis=-1)
     floor = (eps(values.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top)))[:, None]
-    used = values[:, :-1] if isinstance(x, LowRank) and x.U.shape[1] == x.U.shape[2] else values
+    # the last value is that of all other directions, of which a full side has none
+    used = values[:, :-1] if isinstance(x, LowRank) and full(x) else values
     lifted = xp.any(used < floor, axis=-1) & ~unit
     values = select(unit, xp.ones_like(values), 1 / xp.where(values < floor, floor * xp.ones_like(values), values))
     if not isinstance(x, LowRank):
@@ -167,8 +183,13 @@ def inverse(x: Any, shift: Array, unit: Array) -> tuple[Any, Array]:
     return replace(x, D=values[:, :-1], outside=values[:, -1]), lifted
 
 
-def dense(x: Any) -> Array:
+def dense(x: Factor) -> Array:
     """The matrix itself, for tests and analysis."""
     if isinstance(x, LowRank):
         return times(side.identity(side.zeros(x.U.shape[0], x.U.shape[1], False, x.U)), x)
     return x
+
+
+def between(G: Factor, grad: Array | Factored, A: Factor) -> Array:
+    """G V A for V (blocks, d_out, d_in) or V = g^T a / n not multiplied out."""
+    return kron.sandwich(lambda rows: times(rows, G), grad, lambda rows: times(rows, A))

@@ -16,19 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore.damping import Split, pi
-from kfaccore.linalg import kron, side
-from kfaccore.linalg.inverse import accepted
+from kfaccore.linalg import side
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.lowrank import lowrank, modes
-from kfaccore.methods.lowrank.lowrank import LowRank, Rank, even, fixed
-from kfaccore.methods.lowrank.sketch import Symmetric, symmetric
-from kfaccore.record import Factored, Record
+from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank, even, fixed
+from kfaccore.methods.lowrank.modes import Modes, Sides
+from kfaccore.methods.lowrank.sketch import SKETCHES, Sketch, symmetric
+from kfaccore.options import instance
+from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -40,15 +40,15 @@ class State:
     A: Array
     G: Array
     weight: Array
-    modes_A: Any
-    modes_G: Any
+    modes_A: Factor
+    modes_G: Factor
     omega_A: Array
     omega_G: Array
     code: Array
 
 
 @dataclass(frozen=True)
-class RandomizedKFAC(Additive):
+class RandomizedKFAC(Modes[State], Additive):
     """K-FAC with sketched factors; see the module.
 
     sharing   expand | reduce
@@ -61,23 +61,26 @@ class RandomizedKFAC(Additive):
 
     sharing: Callable[[Record], Record] = expand
     rank: Rank = fixed
-    sketch: Symmetric = symmetric
+    sketch: Sketch = symmetric
     split: Split = pi
-    outside: Callable[[LowRank], Array] = even
+    outside: Outside = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        modes.checked(self.split)
+        super().__post_init__()
+        instance(self, "sketch", Sketch, SKETCHES)
 
     def init(self, block: Block, like: Array) -> State:
-        found = {}
-        sides = (("A", block.d_in, block.diagonal_in), ("G", block.d_out, False))
-        for number, (name, d, diagonal) in enumerate(sides):
-            found[f"modes_{name}"] = modes.start(d, diagonal, block.blocks, self.rank.cap, self.rank, like)
-            width = 0 if diagonal else d
-            found[f"omega_{name}"] = self.sketch.draw(block.blocks, width, self.rank.cap, number, like)
-        return State(**factors.init(block, like), **found)
+        cap = self.rank.cap
+        width = 0 if block.diagonal_in else block.d_in  # an embedding's diagonal needs no sketch
+        return State(
+            **factors.init(block, like),
+            modes_A=modes.empty(block.d_in, block.diagonal_in, block.blocks, cap, self.rank, like),
+            modes_G=modes.empty(block.d_out, False, block.blocks, cap, self.rank, like),
+            omega_A=self.sketch.draw(block.blocks, width, cap, 0, like),
+            omega_G=self.sketch.draw(block.blocks, block.d_out, cap, 1, like),
+        )
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
         return factors.measure(record, self.sharing)
@@ -87,31 +90,21 @@ class RandomizedKFAC(Additive):
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         total, _ = modes.normaliser(state.weight, self.start)
-        A, code_a = self._modes(state.A, total, state.modes_A, state.omega_A)
-        G, code_g = self._modes(state.G, total, state.modes_G, state.omega_G)
-        code = namespace(code_a).maximum(code_a, code_g)
-        kept, code = accepted((A, G), code, (state.modes_A, state.modes_G), state.code, state.weight)
-        return replace(state, modes_A=kept[0], modes_G=kept[1], code=code)
+        new_A = self._sketched(factors.mean(state.A, total), state.modes_A, state.omega_A)
+        new_G = self._sketched(factors.mean(state.G, total), state.modes_G, state.omega_G)
+        A, G, code = modes.kept(new_A, new_G, (state.modes_A, state.modes_G), state)
+        return replace(state, modes_A=A, modes_G=G, code=code)
 
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+    def sides(self, state: State) -> Sides:
+        """The modes of the last refresh."""
         _, identity = modes.normaliser(state.weight, self.start)
-        return modes.solve(state, state.modes_A, state.modes_G, self.split, identity, grad, hyper)
+        return Sides(state.modes_A, state.modes_G, identity)
 
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        return kron.sandwich(lambda g: lowrank.times(g, state.modes_G), v, lambda a: lowrank.times(a, state.modes_A))
-
-    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array]:
-        """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
-        _, identity = modes.normaliser(state.weight, self.start)
-        return modes.inverses(state, state.modes_A, state.modes_G, self.split, identity, hyper)
-
-    def _modes(self, average: Array, total: Array, old: Any, omega: Array) -> tuple[Any, Array]:
-        """Modes of average / total and a code; the next count of modes follows from them."""
-        xp = namespace(average)
-        mean = average / xp.reshape(total, (-1, *(1,) * (average.ndim - 1)))
+    def _sketched(self, mean: Array, old: Factor, omega: Array) -> tuple[Factor, Array]:
+        """Modes of a mean and a code; the next count of modes follows from them."""
         if not isinstance(old, LowRank):
-            return mean, xp.zeros_like(old[:, 0], dtype=xp.int32)
+            return mean, modes.well(mean)
         U, D, code = self.sketch.modes(mean, omega, old.D.shape[-1])
-        trace = xp.sum(side.diagonal(mean), axis=-1)
+        trace = namespace(mean).sum(side.diagonal(mean), axis=-1)
         new = lowrank.with_modes(old, U, D, trace, self.outside)
         return replace(new, rank=self.rank.next(new)), code

@@ -10,13 +10,27 @@ Cost: 2 (passes + 1) l d^2 with l = rank + oversample, plus l^2 d; memory l d.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, all_finite, namespace, select
 from kfaccore.xp.codes import Code, choose
+
+SKETCHES = "kf.Symmetric(passes, oversample, seed) or kf.Singular(...)"
+
+
+class Sketch(Protocol):
+    """A choice of `sketch`."""
+
+    def draw(self, blocks: int, d: int, k: int, side: int, like: Array) -> Array:
+        """The random matrix (blocks, d, l) of side number `side`, for k modes; d or l may be 0."""
+        ...
+
+    def modes(self, M: Array, omega: Array, k: int) -> tuple[Array, Array, Array]:
+        """(U (blocks, d, k), ascending D (blocks, k), code) of M (blocks, d, d); INDEFINITE where M is not finite."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Singular(Symmetric):
         return xp.flip(values, axis=-1), xp.matmul(V, xp.flip(left, axis=-1))
 
 
-def residual(M: Array, U: Array, D: Array) -> Any:
+def residual(M: Array, U: Array, D: Array) -> Array:
     """|M U - U diag(D)|_F / |U diag(D)|_F, (blocks,): how far the pairs are from eigenpairs."""
     xp = namespace(M)
     kept = U * D[:, None, :]
@@ -79,4 +93,5 @@ def residual(M: Array, U: Array, D: Array) -> Any:
     return xp.sqrt(xp.sum(miss * miss, axis=(-2, -1)) / xp.sum(kept * kept, axis=(-2, -1)))
 
 
-symmetric, singular = Symmetric(), Singular()
+symmetric = Symmetric()
+singular = Singular()

@@ -13,12 +13,14 @@ from typing import ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors
+from kfaccore.damping import joint
 from kfaccore.linalg.inverse import floored
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
+from kfaccore.record.squares import squares
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, namespace
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,8 @@ class Diagonal(Additive):
         return State(D, weight, factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        if record.draws == 0:
-            raise ValueError("Diagonal got a record of zero draws (forward only): it needs per-example gradients")
-        D = factors.squares(record)
+        factors.needs_draws(record)
+        D = squares(record)
         bad = namespace(D).astype(~all_finite(D), D.dtype)
         return Stats(D, factors.per_block(record.n, bad), bad)
 
@@ -69,7 +70,8 @@ class Diagonal(Additive):
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, tuple(state.D.shape))
         v = grad.dense() if isinstance(grad, Factored) else grad
-        below, code = floored(factors.mean(state.D, state.weight) + scalar(hyper.damping, v), state.code)
+        _, _, values = self.eigensystem(state, hyper)
+        below, code = floored(values, state.code)
         return finish(v / below, code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
@@ -79,4 +81,4 @@ class Diagonal(Additive):
         """(I, I, D + damping): the standard basis, as diagonals."""
         D = factors.mean(state.D, state.weight)
         xp = namespace(D)
-        return xp.ones_like(D[:, 0, :]), xp.ones_like(D[:, :, 0]), D + scalar(hyper.damping, D)
+        return xp.ones_like(D[:, 0, :]), xp.ones_like(D[:, :, 0]), D + joint(hyper.damping, D)

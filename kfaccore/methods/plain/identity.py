@@ -66,6 +66,7 @@ class Identity(Additive):
         """(I, I, 1), the bases as diagonals."""
         blocks, d_out, d_in = state.shape
         xp = namespace(state.code)
-        shapes = ((blocks, d_in), (blocks, d_out), state.shape)
-        Qa, Qg, values = (xp.ones(shape, device=aac.device(state.code)) for shape in shapes)
-        return Qa, Qg, values
+        device = aac.device(state.code)
+        Qa = xp.ones((blocks, d_in), device=device)
+        Qg = xp.ones((blocks, d_out), device=device)
+        return Qa, Qg, xp.ones(state.shape, device=device)

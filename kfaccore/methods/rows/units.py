@@ -127,7 +127,7 @@ def _chunks(record: Record, g: Array | None = None) -> Iterator[tuple[Array, Arr
     rows, size = record.g if g is None else g, record.batch
     if isinstance(record.a, Patches):
         size = kernels.at_once(record.shared * record.d_in * record.blocks)
-    for start, a in factors.input_chunks(record, size):
+    for start, a in input_chunks(record, size):
         yield a, rows[:, :, start : start + a.shape[1], ...]
 
 

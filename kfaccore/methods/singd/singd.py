@@ -171,7 +171,7 @@ class IKFAC(SINGD):
 
 def _input_rows(record: Record) -> Iterator[Array]:
     chunk = at_once(record.shared * record.d_in * record.blocks, _CHUNK)
-    for _, a in factors.input_chunks(record, chunk):
+    for _, a in input_chunks(record, chunk):
         yield namespace(a).reshape(a, (record.blocks, -1, record.d_in))
 
 

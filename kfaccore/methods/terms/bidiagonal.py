@@ -17,6 +17,7 @@ from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, eps, loop, namespace
 
 Product = Callable[[Array], Array]
+Carry = tuple[Array, Array, Array, Array, Array, Array]  # left, right, values, next right vector, residual, products
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,27 @@ def leading(
     left, right = start
     xp = namespace(right)
     tolerance = max(tolerance, 100.0 * eps(right.dtype, xp))
-    kept = (xp.stack([xp.zeros_like(x)] * rank, axis=1) for x in (left, right))
+    kept_left = xp.stack([xp.zeros_like(left)] * rank, axis=1)
+    kept_right = xp.stack([xp.zeros_like(right)] * rank, axis=1)
     values = xp.zeros((right.shape[0], rank), dtype=right.dtype, device=aac.device(right))
     residual = values[:, 0] + float("inf")
     matvecs = xp.zeros((), dtype=xp.int32, device=aac.device(right))
 
-    def unfinished(carry: tuple) -> Array:
+    def unfinished(carry: Carry) -> Array:
         return xp.any(carry[4] > tolerance)
 
-    def again(carry: tuple) -> tuple:
-        *basis, matvecs = carry
-        return (*_cycle(times, transposed, basis[0], basis[1], basis[2], basis[3], steps), matvecs + 2 * steps)
+    def again(carry: Carry) -> Carry:
+        left, right, values, q, _, matvecs = carry
+        return (*_cycle(times, transposed, left, right, values, q, steps), matvecs + 2 * steps)
 
-    first = (*kept, values, _unit(right, _norm(right))[0], residual, matvecs)
+    first = (kept_left, kept_right, values, _unit(right, _norm(right))[0], residual, matvecs)
     left, right, values, _, residual, matvecs = loop(unfinished, again, first, limit)
     return Triples(left, values, right, residual, matvecs)
 
 
 def _cycle(
     times: Product, transposed: Product, left: Array, right: Array, values: Array, q: Array, steps: int
-) -> tuple[Array, ...]:
+) -> tuple[Array, Array, Array, Array, Array]:
     """Kept triples and the next right vector after `steps` more vectors; the residual.
 
     Bases and projected matrix have their final shapes from the start: rows not reached yet are zero.
@@ -70,11 +72,13 @@ def _cycle(
     rank = values.shape[1]
     size = rank + steps
     eye = xp.eye(size, dtype=q.dtype, device=aac.device(q))
-    P, Q = (_padded(x, size) for x in (left, right))
+    P = _padded(left, size)
+    Q = _padded(right, size)
     projected = eye[None, ...] * _padded(values, size)[:, :, None]
-    top, beta = xp.max(values, axis=1), xp.zeros_like(values[:, 0])
+    top = xp.max(values, axis=1)
+    beta = xp.zeros_like(values[:, 0])
     for at in range(rank, size):
-        place = eye[at, :]
+        place = eye[at, :]  # products with it write row or column `at`: arrays may be immutable, so all shapes stay
         Q = Q + place[None, :, None] * q[:, None, :]
         w = times(q)
         top = xp.maximum(top, _norm(w))
@@ -86,7 +90,8 @@ def _cycle(
         top = xp.maximum(top, _norm(z))
         q, beta = _unit(_orthogonalised(z, Q)[0], top)
     x, values, y = _svd(projected, rank)
-    left, right = xp.matmul(x.mT, P), xp.matmul(y.mT, Q)
+    left = xp.matmul(x.mT, P)
+    right = xp.matmul(y.mT, Q)
     safe = xp.where(top > 0, top, xp.ones_like(top))
     residual = xp.max(xp.abs(beta[:, None] * x[:, -1, :]), axis=1) / safe
     return left, right, values, q, residual

@@ -19,11 +19,10 @@ from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore.damping import Split, pi
-from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.terms import rearranged, two_terms
-from kfaccore.record import Factored, Record
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.methods.terms.two_terms import Term, TwoTerms
+from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -52,7 +51,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Deflation(Additive):
+class Deflation(TwoTerms[State], Additive):
     """Two Kronecker terms by power iteration; see the module.
 
     split        pi | equal | per_factor | Relative(...): damping of the first term
@@ -60,49 +59,29 @@ class Deflation(Additive):
     """
 
     split: Split = pi
-    indefinite: two_terms.Handler = two_terms.absolute
+    indefinite: two_terms.Denominators = two_terms.absolute
     cycles: ClassVar[int] = 30
-
-    def __post_init__(self) -> None:
-        two_terms.separable(self.split)
 
     def init(self, block: Block, like: Array) -> State:
         rearranged.refuse("Deflation", block)
         fields = factors.init(block, like)
-        A, G = fields["A"], fields["G"]
         core = namespace(like).zeros_like(fields["weight"])
-        return State(**fields, core=core, pair=rearranged.start(A, G), whitened=two_terms.init(A, G))
+        pair = rearranged.start(fields["A"], fields["G"])
+        return State(**fields, core=core, pair=pair, whitened=two_terms.init(fields["A"], fields["G"]))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        first = rearranged.sweep(record, *rearranged.positive(state.A, state.G), positive=True)
-        second = rearranged.sweep(record, *rearranged.ahead(state.pair))
+        U, V = rearranged.positive(state.A, state.G)
+        first = rearranged.sweep(record, U, V, positive=True)
+        U, V = rearranged.ahead(state.pair)
+        second = rearranged.sweep(record, U, V)
         bad = rearranged.bad(first) + rearranged.bad(second)
         return Stats(first, second, factors.per_block(record.n, bad), bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         ok = stats.bad == 0
-        A, G, core, weight = rearranged.averaged(state, stats.first, stats.n, ok, hyper, donate)
-        state = replace(state, A=A, G=G, core=core, weight=weight)
-        first = rearranged.balanced(state)
+        state = replace(state, **rearranged.averaged(state, stats.first, stats.n, ok, hyper, donate))
+        first = rearranged.balanced(state)  # the second pair fits what the first leaves now
         return replace(state, pair=rearranged.moved(state.pair, stats.second, stats.n, first, ok, hyper))
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
-        new, code = two_terms.refresh(*self._terms(state), self.split, hyper.damping)
-        whitened, code = accepted(new, code, state.whitened, state.code, state.weight)
-        return replace(state, whitened=whitened, code=code)
-
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        grad, squeeze = gradient(grad, (*state.G.shape[:2], state.A.shape[-1]))
-        direction, code, smallest = two_terms.solve(state.whitened, grad, self.indefinite, state.code)
-        return finish(direction, code, state, squeeze, smallest=smallest)
-
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        return two_terms.matvec(*self._terms(state), v)
-
-    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
-        """Pairs (A, G) whose Kronecker products add up to F~."""
-        return self._terms(state)
-
-    @staticmethod
-    def _terms(state: State) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    def pairs(self, state: State) -> tuple[Term, Term]:
         return rearranged.balanced(state), rearranged.second(state.pair, state.weight)

@@ -19,12 +19,12 @@ from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore.damping import Split, pi
-from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.terms import rearranged, two_terms
-from kfaccore.record import Factored, Record
+from kfaccore.methods.terms.two_terms import Term, TwoTerms
+from kfaccore.options import function
+from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array
 
 
@@ -53,7 +53,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class KFACCorrected(Additive):
+class KFACCorrected(TwoTerms[State], Additive):
     """K-FAC and one Kronecker correction; see the module.
 
     sharing      shapes K-FAC's factors only, never the residual
@@ -63,47 +63,30 @@ class KFACCorrected(Additive):
 
     sharing: Callable[[Record], Record] = expand
     split: Split = pi
-    indefinite: two_terms.Handler = two_terms.absolute
+    indefinite: two_terms.Denominators = two_terms.absolute
     cycles: ClassVar[int] = 30
 
     def __post_init__(self) -> None:
-        two_terms.separable(self.split)
+        super().__post_init__()
+        function(self, "sharing", factors.SHARINGS)
 
     def init(self, block: Block, like: Array) -> State:
         rearranged.refuse("KFACCorrected", block)
         fields = factors.init(block, like)
-        A, G = fields["A"], fields["G"]
-        return State(**fields, pair=rearranged.start(A, G), whitened=two_terms.init(A, G))
+        pair = rearranged.start(fields["A"], fields["G"])
+        return State(**fields, pair=pair, whitened=two_terms.init(fields["A"], fields["G"]))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        sums = rearranged.sweep(record, *rearranged.ahead(state.pair))
+        U, V = rearranged.ahead(state.pair)
+        sums = rearranged.sweep(record, U, V)
         plain = factors.measure(record, self.sharing)
         return Stats(replace(plain, bad=plain.bad + rearranged.bad(sums)), sums)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         ok = (stats.bad == 0) & (stats.factors.rows > 0)
         state = factors.update(state, stats.factors, hyper, donate)
-        pair = rearranged.moved(state.pair, stats.sweep, stats.factors.n, self._terms(state)[0], ok, hyper)
-        return replace(state, pair=pair)
+        first = factors.means(state)  # the second pair fits what the first leaves now
+        return replace(state, pair=rearranged.moved(state.pair, stats.sweep, stats.factors.n, first, ok, hyper))
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
-        new, code = two_terms.refresh(*self._terms(state), self.split, hyper.damping)
-        whitened, code = accepted(new, code, state.whitened, state.code, state.weight)
-        return replace(state, whitened=whitened, code=code)
-
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        grad, squeeze = gradient(grad, (*state.G.shape[:2], state.A.shape[-1]))
-        direction, code, smallest = two_terms.solve(state.whitened, grad, self.indefinite, state.code)
-        return finish(direction, code, state, squeeze, smallest=smallest)
-
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        return two_terms.matvec(*self._terms(state), v)
-
-    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
-        """Pairs (A, G) whose Kronecker products add up to F~."""
-        return self._terms(state)
-
-    @staticmethod
-    def _terms(state: State) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))
-        return (A, G), rearranged.second(state.pair, state.weight)
+    def pairs(self, state: State) -> tuple[Term, Term]:
+        return factors.means(state), rearranged.second(state.pair, state.weight)

@@ -14,14 +14,15 @@ Cost: update 2 rows (d_in^2 + d_out^2) at shared 1, about twice K-FAC's; refresh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.damping import Split, pi
+from kfaccore.damping import Split, check, pi
 from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import Cholesky, Eigh, accepted, cholesky
+from kfaccore.linalg.inverse import INVERSES, Inverse, Parts, accepted, cholesky
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.terms import rearranged
+from kfaccore.options import instance
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
@@ -36,7 +37,7 @@ class State:
     G: Array
     core: Array
     weight: Array
-    inverse: Any
+    inverse: Parts
     code: Array
 
 
@@ -53,13 +54,13 @@ class Stats:
 class KPSVD(Additive):
     """Nearest Kronecker product; see the module. `inverse` and `split` as for KFAC."""
 
-    inverse: Cholesky | Eigh = cholesky
+    inverse: Inverse = cholesky
     split: Split = pi
     cycles: ClassVar[int] = 30
 
     def __post_init__(self) -> None:
-        if self.inverse.needs_separable and not self.split.separable:
-            raise ValueError(f"split={self.split} does not shift each factor, so Cholesky cannot use it: inverse=eigh")
+        instance(self, "inverse", Inverse, INVERSES)
+        check(self, self.split, self.inverse.needs_separable, "Cholesky cannot use it, but inverse=eigh can")
 
     def init(self, block: Block, like: Array) -> State:
         rearranged.refuse("KPSVD", block)
@@ -68,13 +69,14 @@ class KPSVD(Additive):
         return State(**fields, core=core, inverse=self.inverse.init(fields["A"], fields["G"]))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        sums = rearranged.sweep(record, *rearranged.positive(state.A, state.G), positive=True)
+        U, V = rearranged.positive(state.A, state.G)
+        sums = rearranged.sweep(record, U, V, positive=True)
         bad = rearranged.bad(sums)
         return Stats(sums, factors.per_block(record.n, bad), bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        A, G, core, weight = rearranged.averaged(state, stats.sweep, stats.n, stats.bad == 0, hyper, donate)
-        return replace(state, A=A, G=G, core=core, weight=weight)
+        first = rearranged.averaged(state, stats.sweep, stats.n, stats.bad == 0, hyper, donate)
+        return replace(state, **first)
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G = rearranged.balanced(state)
@@ -84,7 +86,7 @@ class KPSVD(Additive):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, (*state.G.shape[:2], state.A.shape[-1]))
-        direction, code = self.inverse.solve(state.inverse, grad, self.split, hyper.damping, state.code)
+        direction, code = state.inverse.solve(grad, self.split, hyper.damping, state.code)
         return finish(direction, code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:

@@ -21,13 +21,13 @@ from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import side
-from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.terms import rearranged, two_terms
 from kfaccore.methods.terms.bidiagonal import leading
 from kfaccore.methods.terms.sandwich import sandwich
+from kfaccore.methods.terms.two_terms import Term, TwoTerms
 from kfaccore.record import Factored, Record
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, eps, namespace, scalar
 
@@ -57,7 +57,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Lanczos:
+class Lanczos(TwoTerms[State]):
     """Two Kronecker terms by Golub-Kahan; see the module. Rows of micro-batches are gathered, not added.
 
     krylov       new vectors a cycle, of which there are at most `restarts`; a residual then over `tolerance` (relative
@@ -70,11 +70,11 @@ class Lanczos:
     restarts: int = 50
     tolerance: float = 1e-10
     split: Split = pi
-    indefinite: two_terms.Handler = two_terms.absolute
+    indefinite: two_terms.Denominators = two_terms.absolute
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        two_terms.separable(self.split)
+        super().__post_init__()
         if self.krylov < 8:
             raise ValueError(f"krylov is {self.krylov}; need at least 8, or the second pair is lost")
 
@@ -82,14 +82,19 @@ class Lanczos:
         rearranged.refuse("Lanczos", block)
         xp = namespace(like)
         fields = factors.init(block, like)
-        A, G = (xp.stack([fields[name]] * 2, axis=1) for name in ("A", "G"))
-        weight, code = fields["weight"], fields["code"]
-        whitened = two_terms.init(fields["A"], fields["G"])
-        return State(A, G, weight, xp.zeros_like(weight), xp.zeros_like(code), whitened, code)
+        return State(
+            A=xp.stack([fields["A"]] * 2, axis=1),
+            G=xp.stack([fields["G"]] * 2, axis=1),
+            weight=fields["weight"],
+            residual=xp.zeros_like(fields["weight"]),
+            matvecs=xp.zeros_like(fields["code"]),
+            whitened=two_terms.init(fields["A"], fields["G"]),
+            code=fields["code"],
+        )
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         xp = namespace(record.g)
-        rearranged.check(record)
+        factors.needs_draws(record)
         a = record.rows()
         finite = all_finite(a) & xp.all(all_finite(record.g, axes=2), axis=0)
         bad = xp.astype(~finite, a.dtype)
@@ -97,13 +102,14 @@ class Lanczos:
 
     def combine(self, first: Stats, second: Stats) -> Stats:
         xp = namespace(first.a)
-        a, g = xp.concat([first.a, second.a], axis=1), xp.concat([first.g, second.g], axis=2)
+        a = xp.concat([first.a, second.a], axis=1)
+        g = xp.concat([first.g, second.g], axis=2)
         return Stats(a, g, first.n + second.n, first.bad + second.bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         xp = namespace(state.A)
         ok = stats.bad == 0
-        A, G, residual, matvecs = self._pairs(state, stats)
+        A, G, residual, matvecs = self._triples(state, stats)
         decay = scalar(hyper.decay, state.weight)
         return replace(
             state,
@@ -115,28 +121,26 @@ class Lanczos:
         )
 
     def refresh(self, state: State, hyper: Hyper) -> State:
-        new, code = two_terms.refresh(*self._terms(state), self.split, hyper.damping)
-        whitened, code = accepted(new, code, state.whitened, state.code, state.weight)
+        state = super().refresh(state, hyper)
         loose = state.residual > self._tolerance(state.residual)
-        return replace(state, whitened=whitened, code=choose(loose & (code == int(Code.OK)), Code.UNCONVERGED, code))
+        return replace(state, code=choose(loose & (state.code == int(Code.OK)), Code.UNCONVERGED, state.code))
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        grad, squeeze = gradient(grad, (state.G.shape[0], state.G.shape[-1], state.A.shape[-1]))
-        direction, code, smallest = two_terms.solve(state.whitened, grad, self.indefinite, state.code)
-        return finish(direction, code, state, squeeze, smallest=smallest, matvecs=state.matvecs)
+        solution = super().solve(state, grad, hyper, record)
+        return replace(solution, info={**solution.info, "matvecs": state.matvecs})
 
-    def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        return two_terms.matvec(*self._terms(state), v)
+    def pairs(self, state: State) -> tuple[Term, Term]:
+        A, G = factors.means(state)
+        return (A[:, 0, ...], G[:, 0, ...]), (A[:, 1, ...], G[:, 1, ...])
 
-    def kronecker_terms(self, state: State, block: Block) -> tuple[tuple[Array, Array], ...]:
-        """Pairs (A, G) whose Kronecker products add up to F~."""
-        return self._terms(state)
-
-    def _pairs(self, state: State, stats: Stats) -> tuple[Array, Array, Array, Array]:
+    def _triples(self, state: State, stats: Stats) -> tuple[Array, Array, Array, Array]:
         """(A, G) of the rows, signs as in the averages, residual and products taken."""
         xp = namespace(stats.a)
-        blocks, d_in, d_out = state.A.shape[0], state.A.shape[-1], state.G.shape[-1]
-        a, n = stats.a[None, ...], stats.n[:, None]
+        blocks = state.A.shape[0]
+        d_in = state.A.shape[-1]
+        d_out = state.G.shape[-1]
+        a = stats.a[None, ...]  # inputs have one "draw"
+        n = stats.n[:, None]
 
         def times(v: Array) -> Array:
             v = xp.reshape(v, (blocks, d_in, d_in))
@@ -146,11 +150,11 @@ class Lanczos:
             u = xp.reshape(u, (blocks, d_out, d_out))
             return xp.reshape(sandwich(stats.g, a, u), (blocks, -1)) / n
 
-        A, G = state.A[:, 0, ...], state.G[:, 0, ...]
+        A = state.A[:, 0, ...]
         right = side.identity(A) / float(d_in) ** 0.5 + rearranged.generic(A)
         for k in range(2):
             right = right + rearranged.unit(state.A[:, k, ...], xp.zeros_like(A))
-        start = xp.reshape(G, (blocks, -1)), xp.reshape(right, (blocks, -1))
+        start = xp.reshape(state.G[:, 0, ...], (blocks, -1)), xp.reshape(right, (blocks, -1))
         found = leading(times, transposed, start, 2, self.krylov, self.tolerance, self.restarts)
         root = xp.sqrt(found.values)[:, :, None]
         A = xp.reshape(found.right * root, (blocks, 2, d_in, d_in))
@@ -158,13 +162,8 @@ class Lanczos:
         agree = rearranged.inner(A, state.A) + rearranged.inner(G, state.G)
         definite = xp.sum(xp.linalg.diagonal(A), axis=-1)
         sign = xp.where(xp.where(agree == 0, definite, agree) < 0, -xp.ones_like(agree), xp.ones_like(agree))
-        A, G = (sign[:, :, None, None] * (x + x.mT) / 2 for x in (A, G))
-        return A, G, found.residual, found.matvecs
+        sign = sign[:, :, None, None]
+        return sign * (A + A.mT) / 2, sign * (G + G.mT) / 2, found.residual, found.matvecs
 
     def _tolerance(self, like: Array) -> float:
         return max(self.tolerance, 100.0 * eps(like.dtype, namespace(like)))
-
-    @staticmethod
-    def _terms(state: State) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        A, G = (factors.mean(x, state.weight) for x in (state.A, state.G))
-        return (A[:, 0, ...], G[:, 0, ...]), (A[:, 1, ...], G[:, 1, ...])

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce as fold
 from operator import add
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.damping import Split, per_factor
+from kfaccore.damping import Split, check, per_factor
 from kfaccore.linalg import kronsum, side
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper
+from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
@@ -82,6 +83,8 @@ class PINNKFAC(Additive):
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        function(self, "sharing", factors.SHARINGS)
+        check(self, self.split, shifts=False)
         if self.terms < 1 or not self.split.separable or not 0 <= self.start <= 1:
             raise ValueError(f"{self}: need terms >= 1, a split that shifts each factor and start in [0, 1]")
 
@@ -89,10 +92,11 @@ class PINNKFAC(Additive):
         if block.diagonal_in:
             raise TypeError("PINNKFAC got an embedding; a network of coordinates has dense layers only")
         fields = factors.init(block, like)
-        A, G = fields["A"], fields["G"]
-        A0, G0 = (self.start * side.identity(x) for x in (A, G))
-        terms = tuple(Term(A0 + 0.0, G0 + 0.0, fields["weight"] + self.start) for _ in range(self.terms))
-        return State(terms, kronsum.identity(G, A), fields["code"])
+        A = self.start * side.identity(fields["A"])
+        G = self.start * side.identity(fields["G"])
+        # + 0.0: an array of its own for each term, as `update` may write into it
+        terms = tuple(Term(A + 0.0, G + 0.0, fields["weight"] + self.start) for _ in range(self.terms))
+        return State(terms, kronsum.identity(fields["G"], fields["A"]), fields["code"])
 
     def measure(self, state: State, record: tuple[Record, ...] | Record, hyper: Hyper) -> Stats:
         records = (record,) if isinstance(record, Record) else tuple(record)
@@ -107,15 +111,15 @@ class PINNKFAC(Additive):
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         _warn_if_lost(hyper.damping, state.weight)
-        damped = self._damped(state, hyper)
-        (G, A), rest = damped[0], damped[1:]
-        xp = namespace(A)
-        others = [fold(add, side_of) for side_of in zip(*rest, strict=True)] if rest else [xp.zeros_like(G), A]
-        new, code = kronsum.pair(G, A, *others)
+        (G, A), *rest = self._damped(state, hyper)
+        # whitening needs a second term; without one it is 0 (x) A, which adds nothing
+        other_G = fold(add, (term[0] for term in rest)) if rest else namespace(G).zeros_like(G)
+        other_A = fold(add, (term[1] for term in rest)) if rest else A
+        new, code = kronsum.pair(G, A, other_G, other_A)
         inverse, code = accepted(new, code, state.inverse, state.code, state.weight)
         return replace(state, inverse=inverse, code=code)
 
-    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Any = None) -> Solution:
+    def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, tuple(state.inverse.below.shape))
         if self.terms <= 2:
             return finish(kronsum.solve(state.inverse, grad), state.code, state, squeeze)
@@ -130,17 +134,18 @@ class PINNKFAC(Additive):
         return finish(direction, code, state, squeeze, iterations=count, residual=residual)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        pairs = [tuple(factors.mean(x, t.weight) for x in (t.G, t.A)) for t in state.terms]
-        return kronsum.apply(pairs, v)
+        pairs = [factors.means(term) for term in state.terms]
+        return kronsum.apply([(G, A) for A, G in pairs], v)
 
     def _damped(self, state: State, hyper: Hyper) -> list[tuple[Array, Array]]:
         """(G + d_g I, A + d_a I) of each term."""
         found = []
         for term in state.terms:
-            A, G = (factors.mean(x, term.weight) for x in (term.A, term.G))
-            shifts = self.split.shifts(side.Scale.of_factor(A), side.Scale.of_factor(G), hyper.damping)
-            A, G = (x + d[:, None, None] * side.identity(x) for x, d in zip((A, G), shifts, strict=True))
-            found.append((G, A))
+            A, G = factors.means(term)
+            d_a, d_g = self.split.shifts(side.Scale.of_factor(A), side.Scale.of_factor(G), hyper.damping)
+            shifted_A = A + d_a[:, None, None] * side.identity(A)
+            shifted_G = G + d_g[:, None, None] * side.identity(G)
+            found.append((shifted_G, shifted_A))
         return found
 
 

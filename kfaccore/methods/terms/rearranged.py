@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import array_api_compat as aac
 
 from kfaccore import factors, tree
 from kfaccore import xp as kernels
-from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.methods.terms.sandwich import sandwich
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+from kfaccore.record.chunks import input_chunks
+from kfaccore.xp.arrays import Array, namespace, scalar, select
 
 if TYPE_CHECKING:
     from kfaccore.method import Block, Hyper
+
+
+class FirstTerm(factors.Averages, Protocol):
+    """A state with averages of Q in A, of P in G and of s in `core` (blocks,), times their `weight`."""
+
+    @property
+    def core(self) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -50,29 +57,20 @@ def refuse(name: str, block: Block) -> None:
         )
 
 
-def check(record: Record) -> None:
-    """ValueError for a record of zero draws."""
-    if record.draws == 0:
-        raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
-
-
 def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
     """One pass over the record; `positive` promises positive semidefinite U and V."""
-    check(record)
-    chunk = record.batch
-    if isinstance(record.a, Patches):
-        chunk = kernels.at_once(record.shared * record.d_in * record.blocks)
+    factors.needs_draws(record)
     parts = []
-    for start, a in factors.input_chunks(record, chunk):
-        g = record.g[:, :, start : start + a.shape[1], ...]
-        parts.append(Sweep(sandwich(a[None, ...], g, V, positive), sandwich(g, a[None, ...], U, positive)))
+    for start, a in input_chunks(record):
+        a = a[None, ...]  # inputs have one "draw"
+        g = record.g[:, :, start : start + a.shape[2], ...]
+        parts.append(Sweep(sandwich(a, g, V, positive), sandwich(g, a, U, positive)))
     return reduce(tree.add, parts)
 
 
 def bad(sums: Sweep) -> Array:
     """1 for each block with a sum that is not finite, (blocks,)."""
-    finite = all_finite(side.diagonal(sums.G)) & all_finite(side.diagonal(sums.A))
-    return namespace(sums.G).astype(~finite, sums.G.dtype)
+    return factors.not_finite(sums.A, sums.G)
 
 
 def inner(x: Array, y: Array) -> Array:
@@ -105,20 +103,21 @@ def positive(A: Array, G: Array) -> tuple[Array, Array]:
     return _traced(G), _traced(A)
 
 
-def averaged(state: Any, sums: Sweep, n: Array, ok: Array, hyper: Hyper, donate: bool) -> tuple[Array, ...]:
-    """(A, G, core, weight) of a first term one sweep on; core averages <U, Z vec(V)> = <V, Z^T vec(U)>."""
+def averaged(state: FirstTerm, sums: Sweep, n: Array, ok: Array, hyper: Hyper, donate: bool) -> dict[str, Array]:
+    """A, G, core and weight of a first term one sweep on; core averages <U, Z vec(V)> = <V, Z^T vec(U)>."""
     core = inner(_traced(state.G), sums.G)
     decay = scalar(hyper.decay, core)
     core = namespace(core).where(ok, decay * state.core + (1 - decay) * core / n, state.core)
     A, weight = factors.moved(state.A, state.weight, sums.A, n, ok, hyper, donate)
     G, _ = factors.moved(state.G, state.weight, sums.G, n, ok, hyper, donate)
-    return A, G, core, weight
+    return {"A": A, "G": G, "core": core, "weight": weight}
 
 
-def balanced(state: Any) -> tuple[Array, Array]:
+def balanced(state: FirstTerm) -> tuple[Array, Array]:
     """(A, G) of the first term: G (x) A interpolates Z at the last U and V; half the scale in each."""
-    xp = namespace(state.core)
-    A, G, core = (factors.mean(x, state.weight) for x in (state.A, state.G, state.core))
+    A, G = factors.means(state)
+    core = factors.mean(state.core, state.weight)
+    xp = namespace(core)
     root = xp.sqrt(xp.where(core > 0, core, xp.ones_like(core)))
     return factors.mean(A, root), factors.mean(G, root)
 
@@ -131,13 +130,14 @@ def start(A: Array, G: Array) -> Pair:
 
 def ahead(pair: Pair) -> tuple[Array, Array]:
     """(U, V) of the next sweep, with the signs of the last ones: averages over sweeps must not cancel."""
-    xp = namespace(pair.G)
-    found = []
-    for x, old in ((pair.G, pair.U), (pair.A, pair.V)):
-        x = unit(x, old)
-        negative = inner(x, old)[:, None, None] < 0
-        found.append(xp.where(negative, -x, x))
-    return found[0], found[1]
+    return _onward(pair.G, pair.U), _onward(pair.A, pair.V)
+
+
+def _onward(x: Array, old: Array) -> Array:
+    """x over its norm, pointing as `old` does."""
+    xp = namespace(x)
+    x = unit(x, old)
+    return xp.where(inner(x, old)[:, None, None] < 0, -x, x)
 
 
 def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Array, hyper: Hyper) -> Pair:
@@ -148,8 +148,12 @@ def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Arr
     rest_g = sums.G / n - G * inner(A, V)[:, None, None]
     rest_a = sums.A / n - A * inner(G, U)[:, None, None]
     decay = scalar(hyper.decay, G)
-    averages = [kernels.average(old, new, decay, 1 - decay, ok) for old, new in ((pair.G, rest_g), (pair.A, rest_a))]
-    return Pair(averages[0], averages[1], select(ok, U, pair.U), select(ok, V, pair.V))
+    return Pair(
+        G=kernels.average(pair.G, rest_g, decay, 1 - decay, ok),
+        A=kernels.average(pair.A, rest_a, decay, 1 - decay, ok),
+        U=select(ok, U, pair.U),
+        V=select(ok, V, pair.V),
+    )
 
 
 def second(pair: Pair, weight: Array) -> tuple[Array, Array]:

@@ -10,18 +10,23 @@ Cost: four eigendecompositions a refresh, four products a solve.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
 
+from kfaccore import method
 from kfaccore import xp as kernels
-from kfaccore.linalg import kron, side
+from kfaccore.damping import Split, check
+from kfaccore.linalg import kron, kronsum, side
+from kfaccore.linalg.inverse import accepted
+from kfaccore.method import Block, Hyper
+from kfaccore.options import function
+from kfaccore.record import Factored, Record
+from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, eps, namespace, select
 from kfaccore.xp.codes import Code, choose
 
-if TYPE_CHECKING:
-    from kfaccore.damping import Split
-
-Handler = Callable[[Array], Array]
+Denominators = Callable[[Array], Array]  # from s_g s_a^T (blocks, d_out, d_in)
+Term = tuple[Array, Array]  # (A, G) of one product G (x) A
 
 
 @dataclass(frozen=True)
@@ -46,33 +51,22 @@ def first_term(ratios: Array) -> Array:
 
 def init(A: Array, G: Array) -> Whitened:
     """Identities: the direction is the gradient."""
-    zero_a, zero_g = (namespace(x).zeros_like(side.diagonal(x)) for x in (A, G))
+    zero_a = namespace(A).zeros_like(side.diagonal(A))
+    zero_g = namespace(G).zeros_like(side.diagonal(G))
     return Whitened(side.identity(A), side.identity(G), zero_a, zero_g)
 
 
-def refresh(
-    first: tuple[Array, Array], second: tuple[Array, Array], split: Split, damping: float | Array
-) -> tuple[Whitened, Array]:
-    """Whitened form and code (blocks,) of (G1 + d_g I) (x) (A1 + d_a I) + G2 (x) A2 from (A, G) pairs."""
-    (A1, G1), (A2, G2) = first, second
+def refresh(first: Term, second: Term, split: Split, damping: float | Array) -> tuple[Whitened, Array]:
+    """Whitened form and code (blocks,) of (G1 + d_g I) (x) (A1 + d_a I) + G2 (x) A2."""
+    A1, G1 = first
+    A2, G2 = second
     d_a, d_g = split.shifts(side.Scale.of_factor(A1), side.Scale.of_factor(G1), damping)
     Ka, a, code_a = _whiten(A1, d_a, A2)
     Kg, g, code_g = _whiten(G1, d_g, G2)
     return Whitened(Ka, Kg, a, g), namespace(code_a).maximum(code_a, code_g)
 
 
-def separable(split: Split) -> None:
-    """ValueError for a damping form that does not shift each factor of the first term."""
-    if not split.separable:
-        raise ValueError(f"split={split} does not shift each factor: two terms need pi, equal, per_factor or Relative")
-
-
-def matvec(first: tuple[Array, Array], second: tuple[Array, Array], v: Array) -> Array:
-    """G1 V A1 + G2 V A2 from (A, G) pairs."""
-    return kron.apply(first[1], v, first[0]) + kron.apply(second[1], v, second[0])
-
-
-def solve(parts: Whitened, grad: Any, handler: Handler, code: Array) -> tuple[Array, Array, Array]:
+def solve(parts: Whitened, grad: Array | Factored, otherwise: Denominators, code: Array) -> tuple[Array, Array, Array]:
     """Direction, code and the smallest denominator 1 + s_g s_a (blocks,) before any repair."""
     xp = namespace(parts.a)
     ratios = parts.g[:, :, None] * parts.a[:, None, :]
@@ -80,19 +74,61 @@ def solve(parts: Whitened, grad: Any, handler: Handler, code: Array) -> tuple[Ar
     smallest = xp.min(below, axis=(-2, -1))
     reach = xp.max(xp.abs(ratios), axis=(-2, -1))
     indefinite = smallest <= 100.0 * eps(below.dtype, xp) * (1.0 + reach)
-    below = select(indefinite, handler(ratios), below)
+    below = select(indefinite, otherwise(ratios), below)
     code = choose(indefinite & (code < int(Code.INDEFINITE)), Code.INDEFINITE, code)
     return kron.solve(parts.Kg, grad, parts.Ka, below), code, smallest
 
 
 def _whiten(first: Array, shift: Array, second: Array) -> tuple[Array, Array, Array]:
     """K with K^T (first + shift I) K = I and K^T second K = diag(s); s; code."""
-    xp = namespace(first)
     values, vectors, code = kernels.eigh(first)
-    values = values + shift[:, None]
-    top = xp.max(values, axis=-1, keepdims=True)
-    floor = eps(values.dtype, xp) * xp.where(top > 0, top, xp.ones_like(top))
-    lifted = xp.any(values < floor, axis=-1) & (code == int(Code.OK))
-    root = vectors / xp.sqrt(xp.where(values < floor, floor, values))[:, None, :]
-    s, rotation, failed = kernels.eigh(xp.matmul(root.mT, xp.matmul(second, root)))
-    return xp.matmul(root, rotation), s, xp.maximum(choose(lifted, Code.JITTERED, code), failed)
+    return kronsum.whitened(values + shift[:, None], vectors, code, second)
+
+
+class State(method.State, Protocol):
+    """A state with averages, their `weight` (blocks,), and the whitened sum of the last refresh."""
+
+    @property
+    def weight(self) -> Array: ...
+
+    @property
+    def whitened(self) -> Whitened: ...
+
+
+S = TypeVar("S", bound=State)
+
+
+class TwoTerms(Generic[S]):
+    """Base of methods with F~ = G1 (x) A1 + G2 (x) A2; they add `init`, `measure`, `update` and say their `pairs`."""
+
+    split: Split
+    indefinite: Denominators
+
+    def __post_init__(self) -> None:
+        check(self, self.split)
+        function(self, "indefinite", "kf.absolute or kf.first_term")
+
+    def pairs(self, state: S) -> tuple[Term, Term]:
+        """The two pairs (A, G) of F~, the positive definite one first."""
+        raise NotImplementedError
+
+    def refresh(self, state: S, hyper: Hyper) -> S:
+        first, second = self.pairs(state)
+        new, code = refresh(first, second, self.split, hyper.damping)
+        whitened, code = accepted(new, code, state.whitened, state.code, state.weight)
+        return replace(state, whitened=whitened, code=code)
+
+    def solve(self, state: S, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
+        Ka = state.whitened.Ka
+        Kg = state.whitened.Kg
+        grad, squeeze = gradient(grad, (*Kg.shape[:2], Ka.shape[-1]))
+        direction, code, smallest = solve(state.whitened, grad, self.indefinite, state.code)
+        return finish(direction, code, state, squeeze, smallest=smallest)
+
+    def matvec(self, state: S, v: Array, hyper: Hyper) -> Array:
+        first, second = self.pairs(state)
+        return kron.apply(first[1], v, first[0]) + kron.apply(second[1], v, second[0])
+
+    def kronecker_terms(self, state: S, block: Block) -> tuple[Term, ...]:
+        """Pairs (A, G) whose Kronecker products add up to F~."""
+        return self.pairs(state)

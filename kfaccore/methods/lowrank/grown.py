@@ -1,0 +1,179 @@
+"""Modes grown from rows: what the three Brand methods share. Stats are rows; an update takes them in by Brand's.
+
+A side moves as U D U^T <- decay U D U^T + (1 - decay) X^T X / many for the new rows X, of which there are `many`.
+Source: Puiu 2022 (2210.08494).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol, TypedDict, TypeVar
+
+import array_api_compat as aac
+
+from kfaccore import factors, tree
+from kfaccore import xp as kernels
+from kfaccore.linalg import side
+from kfaccore.method import Block, Hyper
+from kfaccore.methods.lowrank import brand_update as brand
+from kfaccore.methods.lowrank import lowrank, modes
+from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank
+from kfaccore.methods.lowrank.modes import Modes, Sides
+from kfaccore.record import Ids, Record
+from kfaccore.xp import Code, choose
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+
+
+class State(modes.State, Protocol):
+    """A state with modes A, G of the averages, times their `weight` (blocks,)."""
+
+    @property
+    def A(self) -> Factor: ...
+
+    @property
+    def G(self) -> Factor: ...
+
+
+class FullState(State, Protocol):
+    """One that keeps the averages themselves as well."""
+
+    @property
+    def full_A(self) -> Array: ...
+
+    @property
+    def full_G(self) -> Array: ...
+
+
+S = TypeVar("S", bound=State)
+F = TypeVar("F", bound=FullState)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The rows a (blocks, many, d_in), or an embedding's counts (blocks, size), of `rows` valid rows, and the rows g
+    (blocks, many, d_out) with their normaliser n."""
+
+    a: Array
+    rows: Array
+    g: Array
+    n: Array
+    bad: Array
+
+
+class Fields(TypedDict):
+    """What every state with grown modes starts from."""
+
+    A: Factor
+    G: Factor
+    weight: Array
+    code: Array
+
+
+class Grown(Modes[S]):
+    """Base of methods whose modes grow from each update's rows; they add `init` and `refresh`."""
+
+    def measure(self, state: S, record: Record, hyper: Hyper) -> Stats:
+        return measure(record, self.sharing)
+
+    def combine(self, first: Stats, second: Stats) -> Stats:
+        """Rows of both, counts added."""
+        xp = namespace(first.g)
+        counts = first.a.ndim == 2
+        return Stats(
+            a=first.a + second.a if counts else xp.concat([first.a, second.a], axis=1),
+            rows=first.rows + second.rows,
+            g=xp.concat([first.g, second.g], axis=1),
+            n=first.n + second.n,
+            bad=first.bad + second.bad,
+        )
+
+    def update(self, state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
+        return moved(state, stats, hyper, self.rank, self.outside)
+
+    def sides(self, state: S) -> Sides:
+        """The modes divided by their weight."""
+        total, identity = modes.normaliser(state.weight, self.start)
+        return Sides(lowrank.scaled(state.A, 1 / total), lowrank.scaled(state.G, 1 / total), identity)
+
+
+class Kept(Grown[F]):
+    """Base of those that keep the averages as well, for their refresh."""
+
+    def update(self, state: F, stats: Stats, hyper: Hyper, donate: bool = False) -> F:
+        full = averaged(state, stats, hyper, donate)
+        return replace(super().update(state, stats, hyper, donate), **full)
+
+
+def init(block: Block, rank: Rank, like: Array) -> Fields:
+    """Sides with room for the counted modes and one update's rows."""
+    held = rank.cap + block.rows
+    return {
+        "A": modes.empty(block.d_in, block.diagonal_in, block.blocks, held, rank, like),
+        "G": modes.empty(block.d_out, False, block.blocks, held, rank, like),
+        "weight": namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like)),
+        "code": factors.unrefreshed(block, like),
+    }
+
+
+def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
+    """Rows of one record; zero draws give G = I by definition."""
+    record = sharing(record)
+    xp = namespace(record.g)
+    if isinstance(record.a, Ids):
+        a = factors.gram_of_inputs(record)
+    else:
+        a = xp.reshape(record.rows(), (record.blocks, -1, record.d_in))
+    if record.draws == 0:
+        identity = side.identity(side.zeros(record.blocks, record.d_out, False, record.g))
+        g = identity * _root(record.n, record.g)  # so that g^T g / n = I
+    else:
+        g = xp.reshape(xp.permute_dims(record.g, (1, 2, 0, 3, 4)), (record.blocks, -1, record.d_out))
+    rows = factors.valid_rows(record)
+    bad = xp.astype(~(all_finite(a) & all_finite(g)), rows.dtype)
+    return Stats(a, rows, g, factors.per_block(record.n, bad), bad)
+
+
+def moved(state: S, stats: Stats, hyper: Hyper, rank: Rank, outside: Outside) -> S:
+    """`state` with its sides A, G and weight moved by the Stats; untouched where these are not usable."""
+    xp = namespace(state.weight)
+    usable = (stats.bad == 0) & (stats.rows > 0)
+    one = xp.ones_like(state.weight)
+    keep = scalar(hyper.decay, one) * one
+    many = xp.where(stats.rows > 0, stats.rows, one)
+
+    def side_moved(old: Factor, rows: Array, add: Array) -> tuple[Factor, Array]:
+        if not isinstance(old, LowRank):
+            return keep[:, None] * old + add[:, None] * rows, usable
+        new = brand.moved(old, select(usable, rows, xp.zeros_like(rows)), keep, add, rank, outside)
+        return new, usable & all_finite(new.U) & all_finite(new.D) & all_finite(new.trace[:, None])
+
+    A, ok_a = side_moved(state.A, stats.a, (1 - keep) / many)
+    G, ok_g = side_moved(state.G, stats.g, (1 - keep) / stats.n)
+    ok = ok_a & ok_g
+    return replace(
+        state,
+        A=tree.map(lambda new, old: select(ok, new, old), A, state.A),
+        G=tree.map(lambda new, old: select(ok, new, old), G, state.G),
+        weight=select(ok, keep * state.weight + (1 - keep), state.weight),
+        code=choose(ok, Code.OK, state.code),
+    )
+
+
+def averaged(state: FullState, stats: Stats, hyper: Hyper, donate: bool) -> dict[str, Array]:
+    """full_A and full_G of `state` moved by the same Stats."""
+    A = stats.a if stats.a.ndim == 2 else kernels.gram(stats.a)
+    G = kernels.gram(stats.g)
+    xp = namespace(G)
+    ok = (stats.bad == 0) & (stats.rows > 0)
+    rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
+    decay = scalar(hyper.decay, state.weight)
+    return {
+        "full_A": kernels.average(state.full_A, A, decay, (1 - decay) / rows, ok, donate),
+        "full_G": kernels.average(state.full_G, G, decay, (1 - decay) / stats.n, ok, donate),
+    }
+
+
+def _root(n: float | Array, like: Array) -> Array:
+    xp = namespace(like)
+    return xp.sqrt(xp.asarray(scalar(n, like), dtype=like.dtype, device=aac.device(like)))

@@ -1,0 +1,43 @@
+"""Squared per-example gradients, in the standard basis or that of two factors: the diagonal of the Fisher there."""
+
+from __future__ import annotations
+
+import array_api_compat as aac
+
+from kfaccore import xp as kernels
+from kfaccore.record.chunks import input_chunks
+from kfaccore.record.record import Ids, Record
+from kfaccore.xp.arrays import Array, namespace
+
+
+def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) -> Array:
+    """Sum over draws and examples of (Qg^T J Qa)^2 elementwise, J summed over shared: (blocks, d_out, d_in).
+
+    Without Qa, Qg in the standard basis. An embedding never forms J: positions with equal ids are paired instead.
+    """
+    if isinstance(record.a, Ids):
+        return _squares_of_ids(record, record.g if Qg is None else record.g @ Qg[None, :, None, :, :])
+    xp = namespace(record.g)
+    total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
+    many = record.batch if record.shared == 1 else kernels.at_once(record.d_out * record.d_in * record.blocks)
+    for start, a in input_chunks(record, many):
+        a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
+        for draw in range(record.draws):
+            g = record.g[draw, :, start : start + a.shape[1], :, :]
+            g = g if Qg is None else xp.matmul(g, Qg[:, None, :, :])
+            if record.shared == 1:
+                total = total + xp.matmul((g * g)[:, :, 0, :].mT, (a * a)[:, :, 0, :])
+            else:
+                j = xp.matmul(g.mT, a)
+                total = total + xp.sum(j * j, axis=1)
+    return total
+
+
+def _squares_of_ids(record: Record, g: Array) -> Array:
+    """Column i of J is the sum of g over positions with id i, so its square sums g_s * g_t over equal ids s, t."""
+    xp = namespace(g)
+    index = record.a.index
+    same = xp.astype(index[:, :, None] == index[:, None, :], g.dtype)
+    paired = xp.sum(g * xp.matmul(same, g), axis=0)[0, ...]
+    rows = xp.reshape(paired, (-1, record.d_out))
+    return kernels.segment_sum(rows, xp.reshape(index, (-1,)), record.a.size).mT[None, ...]
