@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.methods.singd import structured
 from kfaccore.methods.singd.structured import Parts, Structure
+from kfaccore.options import instance
 from kfaccore.xp.arrays import Array, namespace, scalar
 
 
@@ -33,8 +35,20 @@ def rooted(trace: Array, square: Array, damping: float | Array) -> tuple[Array, 
     return c, namespace(e).sqrt(e)
 
 
+class Limit(Protocol):
+    """How long a step along m may be."""
+
+    def weight(self, momentum: float) -> float:
+        """w, of the bracket in m."""
+        ...
+
+    def shrink(self, side: Structure, m: Parts) -> Array:
+        """What the rate is multiplied by, (blocks,)."""
+        ...
+
+
 @dataclass(frozen=True)
-class Limit:
+class AtMost:
     """rate / max(1, size of m) and w = (1 - momentum) / 2."""
 
     size: Callable[[Structure, Parts], Array]
@@ -43,24 +57,21 @@ class Limit:
         return (1 - momentum) / 2
 
     def shrink(self, side: Structure, m: Parts) -> Array:
-        """What the rate is multiplied by, (blocks,)."""
         size = self.size(side, m)
         one = namespace(size).ones_like(size)
         return one / namespace(size).maximum(size, one)
 
 
 @dataclass(frozen=True)
-class Unlimited(Limit):
+class Unlimited:
     """The rate as it is, and w = 1/2."""
-
-    size: Callable[[Structure, Parts], Array] = lambda side, m: side.trace(m)
 
     def weight(self, momentum: float) -> float:
         return 0.5
 
     def shrink(self, side: Structure, m: Parts) -> Array:
-        size = self.size(side, m)  # only its shape is used
-        return namespace(size).ones_like(size)
+        trace = side.trace(m)  # for its shape and dtype
+        return namespace(trace).ones_like(trace)
 
 
 def _norm(side: Structure, m: Parts) -> Array:
@@ -79,9 +90,9 @@ def _radius(side: Structure, m: Parts) -> Array:
     return side.square(fourth) ** 0.125  # |m^4|_F^2 to the power 1/8
 
 
-by_radius = Limit(_radius)
-by_norm = Limit(_norm)
-by_entries = Limit(_entry)
+by_radius = AtMost(_radius)
+by_norm = AtMost(_norm)
+by_entries = AtMost(_entry)
 unlimited = Unlimited()
 
 
@@ -147,6 +158,10 @@ class Rule:
     warm: float = 0.9
     limit: Limit = by_radius
     storage: Storage = full
+
+    def __post_init__(self) -> None:
+        instance(self, "limit", Limit, "by_radius, by_norm, by_entries or unlimited")
+        instance(self, "storage", Storage, "full, bfloat16 or master")
 
     def moved(
         self,
