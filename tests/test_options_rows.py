@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from kfaccore.damping import exact
 from kfaccore.linalg.cg import CG
 from kfaccore.methods.rows.cgfac import Empirical, InRows, Kron, KronFactored
 from kfaccore.methods.rows.factors import always
@@ -27,6 +28,10 @@ REFUSED = [  # method, option, what does not fit, a word of what the message off
     (kf.CGFAC, "operator", kf.KFAC(), "KronFactored"),
     (kf.CGFAC, "operator", Kron, r"Kron\(\)"),
     (kf.CGFAC, "solver", kf.SKFAC(), "InRows"),
+    (Kron, "branch", True, "fewer_rows"),
+    (KronFactored, "sharing", kf.Identity(), "expand"),
+    (KronFactored, "split", kf.Exact(), "pi"),
+    (Empirical, "sharing", Subsample, "Subsample"),
     (kf.CGFAC, "solver", CG, r"CG\(\)"),
     (kf.FNGD, "share", kf.FNGD(), "mean_vector"),
     (kf.FNGD, "share", Position, r"Position\(\)"),
@@ -94,6 +99,12 @@ def test_the_structures_that_singd_suggests_are_where_its_page_says(rng):
     record = kf.Record(rng.standard_normal((5, 4)), rng.standard_normal((5, 3)), 5.0)
     x = kf.direction(record, np.ones((3, 4)), kf.SINGD(inputs=inputs, outputs=outputs))
     assert np.isfinite(x).all()
+
+
+def test_damping_that_shifts_no_factor_is_refused_where_factors_are_shifted():
+    for method in (kf.SKFAC, KronFactored):
+        with pytest.raises(ValueError, match="does not shift each factor"):
+            method(split=exact)
 
 
 def test_an_operator_of_ones_own_needs_what_the_protocol_names():

@@ -25,7 +25,9 @@ from kfaccore.factors import unrefreshed
 from kfaccore.linalg import cg
 from kfaccore.linalg.cg import CG, Result
 from kfaccore.method import Block, Hyper, Stats
-from kfaccore.methods.rows.operators import Empirical, Kron, KronFactored, Map, Operator, Parts
+from kfaccore.methods.rows.empirical import Empirical
+from kfaccore.methods.rows.kron import Kron, KronFactored
+from kfaccore.methods.rows.operators import Map, Operator, Parts
 from kfaccore.options import instance
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
