@@ -52,7 +52,15 @@ class Stats:
 
 @dataclass(frozen=True)
 class FNGD(Additive, Coefficients):
-    """Shared coefficients of per-example gradients; see the module, and Coefficients for the fields."""
+    """Shared coefficients of per-example gradients; see the module.
+
+    share      mean_vector | position | sample | scalar_rate
+    steps      steps of an epoch; 0 computes coefficients at every step
+    every      epochs between epochs that compute; 0: only the first does
+    sharing    whole (a unit is an example) | expand (a position) | reduce (an example, its K approximate)
+    slots      most units of a batch, where Block.rows is 0
+    relative   damping in units of tr(K) / n^2
+    """
 
     cycles: ClassVar[int] = 1
     rows_at_solve: ClassVar[bool] = True
@@ -145,7 +153,7 @@ class FNGD(Additive, Coefficients):
         v = grad.dense() if isinstance(grad, Factored) else grad
         v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
         waits = ~xp.asarray(self.rests(hyper)) | (state.code == int(Code.IDENTITY))
-        # a copy, but for a step that rests: a direction that waits is not the caller's own array
+        # where it waits the direction is a copy of the gradient, never the caller's own array
         (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)
         return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
 

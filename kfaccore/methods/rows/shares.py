@@ -88,15 +88,8 @@ scalar_rate = Scalar()
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What FNGD, of a layer or of all, says about its coefficients, and when they are shared.
-
-    share      mean_vector | position | sample | scalar_rate
-    steps      steps of an epoch; 0 computes coefficients at every step
-    every      epochs between epochs that compute; 0: only the first does
-    sharing    whole (a unit is an example) | expand (a position) | reduce (an example, its K approximate)
-    slots      most units of a batch, where Block.rows is 0
-    relative   damping in units of tr(K) / n^2
-    """
+    """What FNGD of a layer, which explains the fields, and FNGD of all layers have in common: when and how coefficients
+    are shared."""
 
     share: Share = mean_vector
     steps: int = 100
