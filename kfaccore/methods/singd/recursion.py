@@ -134,9 +134,10 @@ class Rule:
         bracket = structured.combine(c, H, e, wide(side.inner(K), working))
         bracket = structured.combine(1.0, bracket, -1.0, eye)
         w = self.limit.weight(self.momentum)
-        direction = structured.scaled(w, bracket)
         if m:
             direction = structured.combine(self.momentum, wide(m, working), w, bracket)
+        else:
+            direction = structured.scaled(w, bracket)
         direction = tree.map(self.storage.momentum, direction)
         rate = self.now(moves) * self.limit.shrink(side, wide(direction, working))
         step = tree.map(self.storage.main, side.product(K, wide(direction, any_part(K))))
