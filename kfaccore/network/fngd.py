@@ -11,48 +11,45 @@ Cost: FNGD's, with one system of batch^3 for all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add, and_
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import xp as kernels
-from kfaccore.method import Block, Hyper
+from kfaccore.method import Block, Stats
 from kfaccore.methods import FNGD
-from kfaccore.methods.rows import units
-from kfaccore.methods.rows.shares import Share, mean_vector
+from kfaccore.methods.rows import fngd, units
+from kfaccore.methods.rows.shares import Coefficients
 from kfaccore.network.each import Each, Hypers, joined, one_batch
 from kfaccore.record import Factored, Record
-from kfaccore.record.sharing import expand, whole
+from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, loop, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
+
+Gradients = Mapping[str, Array | Factored]
+Found = tuple[dict[str, Array], dict[str, Array], Array]  # directions, coefficients, a code
 
 
 @dataclass(frozen=True)
 class State:
     """FNGD's state of every layer."""
 
-    layers: dict[str, Any]
+    layers: dict[str, fngd.State]
 
 
 @dataclass(frozen=True)
-class GlobalFNGD(Each):
+class GlobalFNGD(Each, Coefficients):
     """Coefficients shared by all layers; see the module. Fields as FNGD's; sharing whole | reduce."""
 
     method: FNGD = field(init=False, repr=False)
-    share: Share = mean_vector
-    steps: int = 100
-    every: int = 0
-    sharing: Callable[[Record], Record] = whole
-    slots: int = 512
-    relative: bool = False
 
     needs_records: ClassVar[bool] = True
-    own_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        Coefficients.__post_init__(self)
         if self.sharing is expand:
             raise ValueError("GlobalFNGD has one coefficient an example: positions differ between layers; take whole")
         method = FNGD(self.share, self.steps, self.every, self.sharing, self.slots, self.relative)
@@ -61,11 +58,7 @@ class GlobalFNGD(Each):
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         return State({name: self.method.init(block, like) for name, block in blocks.items()})
 
-    def rests(self, hyper: Hyper) -> bool | Array:
-        """Whether the step uses shared coefficients: no records are needed, and gradients come weighted."""
-        return self.method.rests(hyper)
-
-    def measure(self, state: State, records: Mapping[str, Record], hypers: Hypers) -> dict[str, Any]:
+    def measure(self, state: State, records: Mapping[str, Record], hypers: Hypers) -> dict[str, Stats]:
         """FNGD's; a record that is not finite is bad for all layers."""
         found = super().measure(state, records, hypers)
         bad = reduce(add, (namespace(x.bad).sum(x.bad) for x in found.values()))
@@ -75,7 +68,7 @@ class GlobalFNGD(Each):
         return State({name: self.method.refresh(layer, hypers[name]) for name, layer in state.layers.items()})
 
     def solve(
-        self, state: State, grads: Mapping[str, Any], hypers: Hypers, records: Mapping[str, Record] | None = None
+        self, state: State, grads: Gradients, hypers: Hypers, records: Mapping[str, Record] | None = None
     ) -> Solution:
         """`direction`, `code` and `state` as FNGD's, on dicts, for any gradients of layers with records of one batch.
 
@@ -84,29 +77,25 @@ class GlobalFNGD(Each):
         if records is None:
             return joined(state, {n: self.method.solve(state.layers[n], g, hypers[n]) for n, g in grads.items()})
         one_batch(records, grads)
-        shapes = {name: (records[name].blocks, records[name].d_out, records[name].d_in) for name in grads}
-        given = {name: gradient(grad, shapes[name]) for name, grad in grads.items()}
-        grads = {name: grad for name, (grad, _) in given.items()}
-        own = [x for x in (self.method.own(records[name], grad) for name, grad in grads.items()) if x is not None]
+        given: dict[str, Array | Factored] = {}
+        squeeze: dict[str, bool] = {}
+        for name, grad in grads.items():
+            record = records[name]
+            given[name], squeeze[name] = gradient(grad, (record.blocks, record.d_out, record.d_in))
         seen = {name: self.sharing(records[name]) for name in grads}
-        if len(own) < len(grads):
-            xs, c, code = self._general(seen, grads, hypers)
-        else:
-            inverse, _, r, code = self._system(seen, hypers)
-            c = {name: namespace(inverse).sum(inverse, axis=-1) / x for name, x in r.items()}
-            scales = [scalar(x.n, x.g) / scalar(grads[name].n, x.g) for name, x in seen.items()]
-            xs = tuple(_combined(x, c[name]) * scales[0] for name, x in seen.items())
-            all_own = reduce(and_, (namespace(x).all(x & (s == scales[0])) for x, s in zip(own, scales, strict=True)))
-            xs = loop(lambda _: ~all_own, lambda _: self._general(seen, grads, hypers)[0], xs, 1)
-        found = {}
-        for (name, record), x in zip(seen.items(), xs, strict=True):
-            layer, xp = state.layers[name], namespace(x)
+        found = self._own(records, given, seen, hypers) or self._general(seen, given, hypers)
+        directions, coefficients, code = found
+        solutions = {}
+        for name, record in seen.items():
+            layer = state.layers[name]
+            xp = namespace(code)
             fresh = layer.code == int(Code.IDENTITY)
             codes = choose(fresh, Code.IDENTITY, xp.broadcast_to(code, fresh.shape))
-            each = xp.broadcast_to(c[name], (record.blocks, c[name].shape[-1]))
-            layer = self.method.filled(layer, each, code, hypers[name], record)
-            found[name] = finish(_unless(fresh, x, grads[name]), codes, layer, given[name][1])
-        return joined(state, found)
+            c = xp.broadcast_to(coefficients[name], (record.blocks, coefficients[name].shape[-1]))
+            layer = self.method.filled(layer, c, code, hypers[name], record)
+            direction = fngd.unless(fresh, directions[name], given[name])
+            solutions[name] = finish(direction, codes, layer, squeeze[name])
+        return joined(state, solutions)
 
     def weighted(
         self, state: State, g: Mapping[str, Array], hypers: Hypers, ids: Array | None = None
@@ -114,47 +103,67 @@ class GlobalFNGD(Each):
         """Output gradients {layer: (batch, [positions,] d_out)} for the weight path, as FNGD's."""
         return {name: self.method.weighted(state.layers[name], x, hypers[name], ids) for name, x in g.items()}
 
-    def _general(
-        self, seen: Mapping[str, Record], grads: Mapping[str, Any], hypers: Hypers
-    ) -> tuple[tuple, dict, Array]:
+    def _own(
+        self, records: Mapping[str, Record], grads: Gradients, seen: Mapping[str, Record], hypers: Hypers
+    ) -> Found | None:
+        """U_l c where the gradients of all layers are the records' own, without a difference; as `_general` where
+        their values turn out not to be; None where they cannot be."""
+        own = []
+        scales = []
+        for name, grad in grads.items():
+            same = self.method.own(records[name], grad)
+            if same is None or not isinstance(grad, Factored):
+                return None
+            own.append(same)
+            g = seen[name].g
+            scales.append(scalar(seen[name].n, g) / scalar(grad.n, g))
+        inverse, _, r, code = self._system(seen, hypers)
+        c = _coefficients(inverse, r)
+        xs = tuple(_combined(record, c[name]) * scales[0] for name, record in seen.items())
+        agree = [namespace(same).all(same & (scale == scales[0])) for same, scale in zip(own, scales, strict=True)]
+        all_own = reduce(and_, agree)
+
+        def general(_: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(self._general(seen, grads, hypers)[0].values())
+
+        xs = loop(lambda _: ~all_own, general, xs, 1)
+        return dict(zip(seen, xs, strict=True)), c, code
+
+    def _general(self, seen: Mapping[str, Record], grads: Gradients, hypers: Hypers) -> Found:
         """(V_l - U_l (K + n damping I)^-1 sum_m U_m^T V_m / r_m) / damping_l for any V, a difference taken in the
         widest dtype; c_l; a code."""
         wide = {name: units.widened(record) for name, record in seen.items()}
-        vs = {name: _dense(grads[name], record.g) for name, record in wide.items()}
+        vs = {name: fngd.dense(grads[name], record.g) for name, record in wide.items()}
         inverse, shift, r, code = self._system(wide, hypers)
         xp = namespace(inverse)
         inner = reduce(add, (xp.sum(units.inner(x, vs[name]), axis=0) / r[name] for name, x in wide.items()))
         y = xp.matmul(inverse, inner[None, :, None])[:, :, 0]
-        xs = {name: (vs[name] - _combined(x, y)) / (shift * r[name]) for name, x in wide.items()}
-        dtypes = {name: getattr(grad, "g", grad).dtype for name, grad in grads.items()}
-        c = {name: xp.sum(inverse, axis=-1) / x for name, x in r.items()}
-        return tuple(xp.astype(x, dtypes[name]) for name, x in xs.items()), c, code
+        found = {}
+        for name, record in wide.items():
+            x = (vs[name] - _combined(record, y)) / (shift * r[name])
+            grad = grads[name]
+            found[name] = xp.astype(x, grad.g.dtype if isinstance(grad, Factored) else grad.dtype)
+        return found, _coefficients(inverse, r), code
 
     def _system(self, seen: Mapping[str, Record], hypers: Hypers) -> tuple[Array, Array, dict[str, Array], Array]:
         """(K + n damping I)^-1 with the largest damping, that damping, every r_l, and a code; NaN where it failed."""
         first = next(iter(seen.values()))
-        xp, zero = namespace(first.g), namespace(first.g).zeros_like(first.g[0, 0, 0, 0, 0])
-        damping = {name: zero + scalar(hypers[name].damping, zero) for name in seen}
-        top = reduce(xp.maximum, damping.values())
-        unit, least = xp.where(top > 0, top, xp.ones_like(top)), zero + kernels.eps(zero.dtype, xp)
-        r = {name: xp.maximum(x / unit, least) for name, x in damping.items()}
+        xp = namespace(first.g)
+        zero = xp.zeros_like(first.g[0, 0, 0, 0, 0])
+        dampings = {name: zero + scalar(hypers[name].damping, zero) for name in seen}
+        largest = reduce(xp.maximum, dampings.values())
+        unit = xp.where(largest > 0, largest, xp.ones_like(largest))
+        least = zero + kernels.eps(zero.dtype, xp)  # a layer without damping: its share can still be divided by
+        r = {name: xp.maximum(damping / unit, least) for name, damping in dampings.items()}
         K = reduce(add, (xp.sum(units.gram(x), axis=0, keepdims=True) / r[name] for name, x in seen.items()))
-        inverse, shift, code = units.damped_inverse(K, first.n, top, self.relative)
+        inverse, shift, code = units.damped_inverse(K, first.n, largest, self.relative)
         return select(code < int(Code.NONFINITE), inverse, inverse * float("nan")), shift, r, code
 
 
-def _dense(grad: Any, like: Array) -> Array:
-    """A gradient (blocks, d_out, d_in) in the dtype of `like`, rows multiplied out in that."""
-    xp = namespace(like)
-    if isinstance(grad, Factored):
-        return Factored(xp.astype(grad.a, like.dtype), xp.astype(grad.g, like.dtype), grad.n).dense()
-    return xp.astype(grad, like.dtype)
-
-
-def _unless(fresh: Array, x: Array, grad: Any) -> Array:
-    """x, but the gradient in blocks that are `fresh`."""
-    xp = namespace(x)
-    return loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, x[0]), x[0]),), (x,), 1)[0]
+def _coefficients(inverse: Array, r: Mapping[str, Array]) -> dict[str, Array]:
+    """c_l (1, units) = (K + n damping I)^-1 1 / r_l of each layer."""
+    total = namespace(inverse).sum(inverse, axis=-1)
+    return {name: total / share for name, share in r.items()}
 
 
 def _combined(record: Record, y: Array) -> Array:

@@ -5,8 +5,9 @@
     FNGD    coefficients of per-example gradients, shared between epochs   dense nets over a few passes of fixed data
 
 Shared: `factors` (A and G as rows or matrices) over `stack` (a factor kept as rows), `woodbury` and `span` (its damped
-inverse), `fisher` and `operators` (Fisher products from rows), `units` (per-example gradients by inner products),
-`shares` and `table` (coefficients of one epoch found again in the next).
+inverse), `examples` and `fisher` (F of the newest examples), `operators` with `kron` and `empirical` (Fisher products
+from rows), `units` (per-example gradients by inner products), `shares` and `table` (coefficients of one epoch found
+again in the next).
 """
 
 from kfaccore.methods.rows.cgfac import CGFAC

@@ -15,21 +15,32 @@ Cost: memory rows (d_in + d_out) and 4 d_in d_out; update a copy of the rows; no
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar, Protocol
 
 import array_api_compat as aac
 
 from kfaccore.factors import unrefreshed
 from kfaccore.linalg import cg
-from kfaccore.linalg.cg import CG
-from kfaccore.method import Block, Hyper
-from kfaccore.methods.rows.operators import Empirical, Kron, KronFactored
+from kfaccore.linalg.cg import CG, Result
+from kfaccore.method import Block, Hyper, Stats
+from kfaccore.methods.rows.empirical import Empirical
+from kfaccore.methods.rows.kron import Kron, KronFactored
+from kfaccore.methods.rows.operators import Map, Operator, Parts
+from kfaccore.options import instance
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 __all__ = ["CG", "CGFAC", "Empirical", "InRows", "Kron", "KronFactored"]
+
+
+class Solver(Protocol):
+    """How a solution is reached; `warm` is the share of the last one to start from."""
+
+    warm: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class State:
     """The operator's rows; start (blocks, d_out, d_in) of the next solve, or of no columns without warm starts;
     code (blocks,)."""
 
-    parts: Any
+    parts: Parts
     start: Array
     code: Array
 
@@ -62,30 +73,34 @@ class CGFAC:
     rows        capacity, where Block.rows is 0
     """
 
-    operator: Any = field(default=Kron())
+    operator: Operator[Any, Any] = field(default=Kron())
     solver: CG | InRows = field(default=CG())
     rows: int = 512
     cycles: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        instance(self, "operator", Operator, "Kron(...), KronFactored(...) or Empirical(...)")
+        instance(self, "solver", Solver, "CG(...) or InRows()")
 
     def init(self, block: Block, like: Array) -> State:
         shape = (block.blocks, block.d_out, block.d_in if self.solver.warm else 0)
         start = namespace(like).zeros(shape, dtype=like.dtype, device=aac.device(like))
         return State(self.operator.init(block, like, self.rows), start, unrefreshed(block, like))
 
-    def measure(self, state: State, record: Record, hyper: Hyper) -> Any:
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         return self.operator.measure(state.parts, record)
 
-    def combine(self, first: Any, second: Any) -> Any:
+    def combine(self, first: Stats, second: Stats) -> Stats:
         return self.operator.combine(first, second)
 
-    def update(self, state: State, stats: Any, hyper: Hyper, donate: bool = False) -> State:
+    def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         return replace(state, parts=self.operator.update(state.parts, stats, hyper, donate))
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         return replace(state, code=choose(state.weight > 0, Code.OK, state.code))
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        v, squeeze = gradient(grad.dense() if isinstance(grad, Factored) else grad, self._shape(state, grad))
+        v, squeeze = gradient(grad.dense() if isinstance(grad, Factored) else grad, self.operator.shape(state.parts))
         fresh = state.code == int(Code.IDENTITY)
         if isinstance(self.solver, InRows):
             x, code = self.operator.in_rows(state.parts, v, hyper.damping)
@@ -97,32 +112,36 @@ class CGFAC:
         solution = finish(x, code, state, squeeze, **info)
         if not self.solver.warm:
             return solution
-        usable = ~fresh & (code != int(Code.NONFINITE)) & namespace(x).all(namespace(x).isfinite(x), axis=(-2, -1))
+        xp = namespace(x)
+        usable = ~fresh & (code != int(Code.NONFINITE)) & xp.all(xp.isfinite(x), axis=(-2, -1))
         return replace(solution, state=replace(state, start=select(usable, x, state.start)))
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         return self.operator.product(state.parts, v)
 
-    def _iterated(self, state: State, v: Array, damping: Any, how: CG) -> tuple[Array, Array, dict[str, Array]]:
+    def _iterated(
+        self, state: State, v: Array, damping: float | Array, how: CG
+    ) -> tuple[Array, Array, dict[str, Array]]:
         """Direction, code, and info with iterations summed and the largest residual over the systems."""
         xp = namespace(v)
         systems = self.operator.systems(state.parts, damping)
-        scales: tuple = (None,) * len(systems)
+        by_diagonal: list[Map | None] = [None] * len(systems)
         if how.jacobi:
-            scales = tuple(d**-how.jacobi for d in self.operator.diagonals(state.parts, damping))
-        x, code, info = v, None, {}
-        for index, (system, scale) in enumerate(zip(systems, scales, strict=True)):
-            start = how.warm * state.start if how.warm and index == len(systems) - 1 else None
-            found = cg.solve(system, x, how, None if scale is None else lambda r, s=scale: s * r, start)
-            x, code = found.x, found.code if code is None else xp.maximum(code, found.code)
-            info = {
-                "iterations": found.iterations + info.get("iterations", 0),
-                "residual": xp.maximum(found.residual, info["residual"]) if info else found.residual,
-            }
-        return x, code, info
+            by_diagonal = [_scaled(d**-how.jacobi) for d in self.operator.diagonals(state.parts, damping)]
+        starts: list[Array | None] = [None] * len(systems)
+        if how.warm:
+            starts[-1] = how.warm * state.start  # a direction: what the last system is solved for
+        results: list[Result] = []
+        x = v
+        for system, precondition, start in zip(systems, by_diagonal, starts, strict=True):
+            results.append(cg.solve(system, x, how, precondition, start))
+            x = results[-1].x
+        info = {
+            "iterations": reduce(add, (result.iterations for result in results)),
+            "residual": reduce(xp.maximum, (result.residual for result in results)),
+        }
+        return x, reduce(xp.maximum, (result.code for result in results)), info
 
-    def _shape(self, state: State, grad: Any) -> tuple[int, ...]:
-        """(blocks, d_out, d_in) of the state; without a warm start's array, the columns come from the rows."""
-        parts = state.parts
-        columns = parts.a.shape[-1] if hasattr(parts, "a") else getattr(parts.A, "rows", parts.A).shape[-1]
-        return (*state.start.shape[:2], columns)
+
+def _scaled(scale: Array) -> Map:
+    return lambda r: scale * r

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import array_api_compat as aac
 
 from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
+from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 
+Factor = Array | Stack
 Branch = Callable[[int, int], bool]
+
+_MIXED = "a side came as rows and as a matrix: Stats and State must be of one method and one Block"
 
 
 def fewer_rows(rows: int, d: int) -> bool:
@@ -49,8 +52,8 @@ def cheaper_dense(rows: int, d: int) -> bool:
 class Factors:
     """A and G, each a Stack (debiased by itself) or a matrix times `weight` (blocks,); A may be diagonal."""
 
-    A: Any
-    G: Any
+    A: Factor
+    G: Factor
     weight: Array
 
 
@@ -65,18 +68,18 @@ class Rows:
 class Stats:
     """Sums (matrices) or rows of one record, their denominators, and how many records were not finite."""
 
-    A: Any
+    A: Array | Rows
     rows: Array
-    G: Any
+    G: Array | Rows
     n: Array
     bad: Array
 
 
-def init(block: Any, like: Array, capacity: int, branch: Branch) -> Factors:
+def init(block: Block, like: Array, capacity: int, branch: Branch) -> Factors:
     """Zero averages; `Block.rows` wins over `capacity`."""
     capacity = block.rows or capacity
 
-    def one(d: int, diagonal: bool) -> Any:
+    def one(d: int, diagonal: bool) -> Factor:
         if not diagonal and branch(capacity, d):
             return stacks.empty(block.blocks, capacity, d, like)
         return side.zeros(block.blocks, d, diagonal, like)
@@ -99,48 +102,59 @@ def measure(state: Factors, record: Record) -> Stats:
 
 def combine(first: Stats, second: Stats) -> Stats:
     """Rows one after the other, sums added."""
-    joined = (_join(getattr(first, name), getattr(second, name)) for name in ("A", "rows", "G", "n", "bad"))
-    return Stats(*joined)
+    return Stats(
+        A=_join(first.A, second.A),
+        rows=first.rows + second.rows,
+        G=_join(first.G, second.G),
+        n=first.n + second.n,
+        bad=first.bad + second.bad,
+    )
 
 
-def update(state: Factors, stats: Stats, hyper: Any, rank: int = 0, donate: bool = False) -> Factors:
+def update(state: Factors, stats: Stats, hyper: Hyper, rank: int = 0, donate: bool = False) -> Factors:
     """Averages moved towards the Stats, untouched where these are not usable."""
     xp = namespace(state.weight)
     ok = (stats.bad == 0) & (stats.rows > 0)
     decay = scalar(hyper.decay, state.weight)
     rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
 
-    def moved(old: Any, new: Any, count: Array) -> Any:
-        if isinstance(old, Stack):
+    def moved(old: Factor, new: Array | Rows, count: Array) -> Factor:
+        if isinstance(old, Stack) and isinstance(new, Rows):
             return stacks.push(old, new.values, (1 - decay) / count, decay, ok, rank)
+        if isinstance(old, Stack) or isinstance(new, Rows):
+            raise TypeError(_MIXED)
         return kernels.average(old, new, decay, (1 - decay) / count, ok, donate)
 
     weight = xp.where(ok, decay * state.weight + (1 - decay), state.weight)
     return Factors(moved(state.A, stats.A, rows), moved(state.G, stats.G, stats.n), weight)
 
 
-def debiased(state: Factors) -> tuple[Any, Any]:
+def debiased(state: Factors) -> tuple[Factor, Factor]:
     """A and G: a Stack as it is, a matrix divided by its weight."""
-    A, G = (x if isinstance(x, Stack) else factors.mean(x, state.weight) for x in (state.A, state.G))
-    return A, G
+    return _mean(state.A, state.weight), _mean(state.G, state.weight)
 
 
-def times(v: Array, factor: Any) -> Array:
+def size(factor: Factor) -> int:
+    """d."""
+    return (factor.rows if isinstance(factor, Stack) else factor).shape[-1]
+
+
+def times(v: Array, factor: Factor) -> Array:
     """v A for v (blocks, m, d)."""
     return stacks.times(v, factor) if isinstance(factor, Stack) else side.times(v, factor)
 
 
-def diagonal(factor: Any) -> Array:
+def diagonal(factor: Factor) -> Array:
     """Diagonal (blocks, d)."""
     return stacks.diagonal(factor) if isinstance(factor, Stack) else side.diagonal(factor)
 
 
-def scale(factor: Any) -> side.Scale:
+def scale(factor: Factor) -> side.Scale:
     """Mean and largest eigenvalue."""
     return stacks.scale(factor) if isinstance(factor, Stack) else side.Scale.of_factor(factor)
 
 
-def product(G: Any, v: Array, A: Any, through_batch: bool | None = None) -> Array:
+def product(G: Factor, v: Array, A: Factor, through_batch: bool | None = None) -> Array:
     """G v A, associated by cost.
 
     Both sides rows: through the batch, g^T ((g v a^T) a), in rows_a rows_g (d_in + d_out) + P (rows_a + rows_g)
@@ -149,7 +163,8 @@ def product(G: Any, v: Array, A: Any, through_batch: bool | None = None) -> Arra
     """
     if not (isinstance(G, Stack) and isinstance(A, Stack)):
         return times(times(v, A).mT, G).mT
-    (_, rows_a, d_in), (_, rows_g, d_out) = A.rows.shape, G.rows.shape
+    _, rows_a, d_in = A.rows.shape
+    _, rows_g, d_out = G.rows.shape
     cheaper = rows_a * rows_g * (d_in + d_out) < d_in * d_out * (rows_a + rows_g)
     if not (cheaper if through_batch is None else through_batch):
         return times(times(v, A).mT, G).mT
@@ -170,11 +185,18 @@ def gradients(record: Record) -> Array:
     return xp.reshape(xp.permute_dims(record.g, (1, 2, 0, 3, 4)), (record.blocks, -1, record.d_out))
 
 
-def _finite(x: Any) -> Array:
+def _mean(factor: Factor, weight: Array) -> Factor:
+    return factor if isinstance(factor, Stack) else factors.mean(factor, weight)
+
+
+def _finite(x: Array | Rows) -> Array:
+    """Whether a side's Stats are finite; a bad row shows on a gram's diagonal."""
     return all_finite(x.values if isinstance(x, Rows) else side.diagonal(x))
 
 
-def _join(x: Any, y: Any) -> Any:
-    if isinstance(x, Rows):
+def _join(x: Array | Rows, y: Array | Rows) -> Array | Rows:
+    if isinstance(x, Rows) and isinstance(y, Rows):
         return Rows(namespace(x.values).concat([x.values, y.values], axis=1))
+    if isinstance(x, Rows) or isinstance(y, Rows):
+        raise TypeError(_MIXED)
     return x + y

@@ -14,9 +14,8 @@ Cost: first epoch batch^2 (d_in + d_out) + batch^3 and up to two weight gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import array_api_compat as aac
 
@@ -24,7 +23,7 @@ from kfaccore import factors
 from kfaccore.convolution.patches import Patches
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.rows import table, units
-from kfaccore.methods.rows.shares import Share, entries, epochs_rest, mean_vector, position, sample, scalar_rate
+from kfaccore.methods.rows.shares import Coefficients, mean_vector, position, sample, scalar_rate
 from kfaccore.methods.rows.table import Table
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.sharing import expand, whole
@@ -52,7 +51,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class FNGD(Additive):
+class FNGD(Additive, Coefficients):
     """Shared coefficients of per-example gradients; see the module.
 
     share      mean_vector | position | sample | scalar_rate
@@ -63,24 +62,13 @@ class FNGD(Additive):
     relative   damping in units of tr(K) / n^2
     """
 
-    share: Share = mean_vector
-    steps: int = 100
-    every: int = 0
-    sharing: Callable[[Record], Record] = whole
-    slots: int = 512
-    relative: bool = False
     cycles: ClassVar[int] = 1
     rows_at_solve: ClassVar[bool] = True
-    own_gradients: ClassVar[bool] = True
 
     def init(self, block: Block, like: Array) -> State:
         size = self.share.size(block.samples, block.rows or self.slots, max(self.steps, 1))
         weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
         return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
-
-    def rests(self, hyper: Hyper) -> bool | Array:
-        """Whether the step uses shared coefficients: no record is needed, and gradients come weighted."""
-        return epochs_rest(hyper.step, self.steps, self.every)
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         xp = namespace(record.g)
@@ -99,26 +87,18 @@ class FNGD(Additive):
         return replace(state, code=choose(state.weight > 0, Code.OK, state.code))
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
-        xp = namespace(state.weight)
         if record is None:
-            v = grad.dense() if isinstance(grad, Factored) else grad
-            v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
-            waits = ~xp.asarray(self.rests(hyper)) | (state.code == int(Code.IDENTITY))
-            (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)  # not the caller's
-            return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
-        _, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
-        own, record = self.own(record, grad), self.sharing(record)
+            return self._handed_on(state, grad, hyper)
+        given, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
+        own = self.own(record, given)
+        record = self.sharing(record)
         if own is None:
-            x, c, code = self._general(record, grad, hyper.damping)
+            x, c, code = self._general(record, given, hyper.damping)
         else:
-            inverse, _, code = units.damped_inverse(units.gram(record), record.n, hyper.damping, self.relative)
-            c = xp.sum(inverse, axis=-1)
-            x = units.combined(record, c) * (scalar(record.n, c) / scalar(grad.n, c))
-            general = lambda x: (select(own, x[0], self._general(record, grad, hyper.damping)[0]),)  # noqa: E731
-            (x,) = loop(lambda _: ~xp.all(own), general, (x,), 1)
+            x, c, code = self._from_rows(record, given, hyper.damping, own)
         fresh = state.code == int(Code.IDENTITY)
-        (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, _dense(grad, record), x[0]),), (x,), 1)
-        return finish(x, choose(fresh, Code.IDENTITY, code), self.filled(state, c, code, hyper, record), squeeze)
+        state = self.filled(state, c, code, hyper, record)
+        return finish(unless(fresh, x, given), choose(fresh, Code.IDENTITY, code), state, squeeze)
 
     def filled(self, state: State, c: Array, code: Array, hyper: Hyper, record: Record) -> State:
         """The state with beta = n c of the record's units, c (blocks, units), in the table; not where the code of c
@@ -128,7 +108,7 @@ class FNGD(Additive):
         xp = namespace(c)
         solved = (code < int(Code.NONFINITE)) & (state.code != int(Code.IDENTITY)) & xp.all(xp.isfinite(c), axis=-1)
         beta = xp.astype(c * scalar(record.n, c), state.betas.value.dtype)
-        index = self._index(state, beta.shape[-1], record.ids, hyper.step)
+        index = self._index(state, beta.shape[-1], record.ids, hyper)
         ok = solved & ~xp.asarray(self.rests(hyper))
         return replace(state, betas=table.added(state.betas, index, beta, ok, hyper.step % self.steps == 0))
 
@@ -141,53 +121,92 @@ class FNGD(Additive):
         if rests is False:
             return g
         xp = namespace(g)
-        g4 = xp.reshape(g, (state.code.shape[0], *_axes(g, state.code.shape[0])))
+        g4 = xp.reshape(g, _axes(g, state.code.shape[0]))
         per_position = self.sharing is expand
-        count = g4.shape[1] * (g4.shape[2] if per_position else 1)
-        ids = xp.repeat(ids, g4.shape[2]) if per_position and ids is not None else ids
-        beta = table.read(state.betas, self._index(state, count, ids, hyper.step))
-        beta = xp.reshape(beta, (beta.shape[0], g4.shape[1], -1, 1))
+        _, batch, positions, _ = g4.shape
+        count = batch * positions if per_position else batch
+        if per_position and ids is not None:
+            ids = xp.repeat(ids, positions)
+        beta = table.read(state.betas, self._index(state, count, ids, hyper))
+        beta = xp.reshape(beta, (beta.shape[0], batch, -1, 1))
         beta = xp.where(xp.asarray(rests), beta, xp.ones_like(beta))
         return xp.reshape(g4 * xp.astype(beta, g.dtype), g.shape)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         raise TypeError("FNGD keeps coefficients, not curvature: CGFAC(Empirical()) has its F")
 
-    def _index(self, state: State, units: int, ids: Array | None, step: int | Array) -> Array:
-        return entries(self.share, units, ids, step, self.steps, state.betas.value.shape[1], state.weight)
+    def own(self, record: Record, grad: Array | Factored) -> Array | None:
+        """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""
+        if not isinstance(grad, Factored) or isinstance(record.a, Ids | Patches):
+            return None
+        if grad.g.shape != record.g.shape[1:] or record.draws != 1:
+            return None
+        if record.shared > 1 and self.sharing not in (whole, expand):
+            return None
+        xp = namespace(record.g)
+        axes = (-3, -2, -1)
+        return xp.all(grad.g == record.g[0, ...], axis=axes) & xp.all(grad.a == record.a, axis=axes)
 
-    def _general(self, record: Record, grad: Any, damping: float | Array) -> tuple[Array, Array, Array]:
+    def _handed_on(self, state: State, grad: Array | Factored, hyper: Hyper) -> Solution:
+        """The gradient itself: of a resting step it is the direction already; others wait for a record."""
+        xp = namespace(state.weight)
+        v = grad.dense() if isinstance(grad, Factored) else grad
+        v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
+        waits = ~xp.asarray(self.rests(hyper)) | (state.code == int(Code.IDENTITY))
+        # where it waits the direction is a copy of the gradient, never the caller's own array
+        (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)
+        return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)
+
+    def _index(self, state: State, units: int, ids: Array | None, hyper: Hyper) -> Array:
+        return self.entries(units, ids, hyper, state.betas.value.shape[1], state.weight)
+
+    def _from_rows(
+        self, record: Record, grad: Factored, damping: float | Array, own: Array
+    ) -> tuple[Array, Array, Array]:
+        """sum c J where V is the record's own gradient, without a difference; as `_general` in other blocks; c; a
+        code."""
+        xp = namespace(own)
+        inverse, _, code = units.damped_inverse(units.gram(record), record.n, damping, self.relative)
+        c = xp.sum(inverse, axis=-1)
+        x = units.combined(record, c) * (scalar(record.n, c) / scalar(grad.n, c))
+
+        def general(carry: tuple[Array]) -> tuple[Array]:
+            return (select(own, carry[0], self._general(record, grad, damping)[0]),)
+
+        (x,) = loop(lambda _: ~xp.all(own), general, (x,), 1)  # at most one turn: computed where a block needs it
+        return x, c, code
+
+    def _general(self, record: Record, grad: Array | Factored, damping: float | Array) -> tuple[Array, Array, Array]:
         """(V - U (K + n damping I)^-1 U^T V) / damping for any V, a difference taken in the widest dtype; c; a code."""
-        v, wide = _dense(grad, record), units.widened(record)
-        xp, dtype = namespace(v), v.dtype
+        v = grad.dense() if isinstance(grad, Factored) else grad
+        dtype = v.dtype
+        wide = units.widened(record)
+        xp = namespace(v)
         v = xp.astype(v, wide.g.dtype)
         inverse, shift, code = units.damped_inverse(units.gram(wide), wide.n, damping, self.relative)
         y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
         x = (v - units.combined(wide, y)) / shift[:, None, None]
         return xp.astype(x, dtype), xp.astype(xp.sum(inverse, axis=-1), dtype), code
 
-    def own(self, record: Record, grad: Any) -> Array | None:
-        """(blocks,) where the rows of a gradient not multiplied out are the record's; None if they cannot be."""
-        xp = namespace(record.g)
-        arrays = isinstance(grad, Factored) and not isinstance(record.a, Ids | Patches)
-        if not arrays or grad.g.shape != record.g.shape[1:] or record.draws != 1:
-            return None
-        if record.shared > 1 and self.sharing not in (whole, expand):
-            return None
-        axes = (-3, -2, -1)
-        return xp.all(grad.g == record.g[0, ...], axis=axes) & xp.all(grad.a == record.a, axis=axes)
 
-
-def _dense(grad: Any, record: Record) -> Array:
-    """The gradient (blocks, d_out, d_in)."""
+def dense(grad: Array | Factored, like: Array) -> Array:
+    """A gradient (blocks, d_out, d_in) in the dtype of `like`, rows multiplied out in that."""
+    xp = namespace(like)
     if isinstance(grad, Factored):
-        return grad.dense()
-    return gradient(grad, (record.blocks, record.d_out, record.d_in))[0]
+        return Factored(xp.astype(grad.a, like.dtype), xp.astype(grad.g, like.dtype), grad.n).dense()
+    return xp.astype(grad, like.dtype)
 
 
-def _axes(g: Array, blocks: int) -> tuple[int, int, int]:
-    """(batch, positions, d_out) of output gradients with or without axes of blocks and positions."""
-    shape = g.shape[1:] if g.ndim == 4 else g.shape
+def unless(fresh: Array, x: Array, grad: Array | Factored) -> Array:
+    """x, but the gradient in blocks that are `fresh`; it is multiplied out only if there is one."""
+    xp = namespace(x)
+    (x,) = loop(lambda _: xp.any(fresh), lambda x: (select(fresh, dense(grad, x[0]), x[0]),), (x,), 1)
+    return x
+
+
+def _axes(g: Array, blocks: int) -> tuple[int, int, int, int]:
+    """(blocks, batch, positions, d_out) of output gradients with or without axes of blocks and positions."""
     if blocks > 1 and g.ndim != 4:
         raise ValueError(f"g has shape {tuple(g.shape)}; need (blocks, batch, positions, d_out) for {blocks} blocks")
-    return (shape[0], 1, shape[1]) if len(shape) == 2 else tuple(shape)
+    batch, *positions, d_out = g.shape[1:] if g.ndim == 4 else g.shape
+    return blocks, batch, positions[0] if positions else 1, d_out

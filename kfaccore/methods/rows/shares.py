@@ -1,4 +1,4 @@
-"""How the coefficients of one epoch are found again in the next: which entry of a table a unit of a batch is.
+"""How the coefficients of one epoch are found again in the next: when, and which entry of a table a unit of a batch is.
 
 Source: Ou et al. 2024 (2403.03473) share coefficients between epochs; these readings of it are ours.
 Cost: none.
@@ -6,28 +6,17 @@ Cost: none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import array_api_compat as aac
 
+from kfaccore.method import Hyper
+from kfaccore.options import function, instance
+from kfaccore.record import Record
+from kfaccore.record.sharing import whole
 from kfaccore.xp.arrays import Array, namespace, scalar
-
-
-def epochs_rest(step: int | Array, steps: int, every: int) -> bool | Array:
-    """Whether `step` is in an epoch of `steps` that shares: every one but the first, or but each `every`-th."""
-    if not steps:
-        return False
-    epoch = step // steps
-    return epoch % every != 0 if every else epoch > 0
-
-
-def entries(
-    share: Share, units: int, ids: Array | None, step: int | Array, steps: int, size: int, like: Array
-) -> Array:
-    """Entries (units,) of the units of the batch at `step`, in a table of `size`; ValueError where they do not fit."""
-    slot = namespace(like).arange(units, dtype=namespace(like).int64, device=aac.device(like))
-    return share.index(slot, ids, step % steps, size // steps if isinstance(share, Position) else size)
 
 
 class Share(Protocol):
@@ -37,8 +26,8 @@ class Share(Protocol):
         """Entries of the table."""
         ...
 
-    def index(self, slot: Array, ids: Array | None, turn: int | Array, slots: int) -> Array:
-        """Entries (units,) of a batch at step `turn` of its epoch; slot is 0, 1, ..."""
+    def index(self, slot: Array, ids: Array | None, turn: int | Array, steps: int, size: int) -> Array:
+        """Entries (units,) of a batch at step `turn` of its `steps`, in a table of `size`; slot is 0, 1, ..."""
         ...
 
 
@@ -49,7 +38,8 @@ class Position:
     def size(self, samples: int, slots: int, steps: int) -> int:
         return steps * slots
 
-    def index(self, slot: Array, ids: Array | None, turn: int | Array, slots: int) -> Array:
+    def index(self, slot: Array, ids: Array | None, turn: int | Array, steps: int, size: int) -> Array:
+        slots = size // steps
         return _fitting(slot, slots) + scalar(turn, slot) * slots
 
 
@@ -62,7 +52,7 @@ class Sample:
             raise ValueError("FNGD(share=sample) needs the size of the dataset: give Block.samples")
         return samples
 
-    def index(self, slot: Array, ids: Array | None, turn: int | Array, slots: int) -> Array:
+    def index(self, slot: Array, ids: Array | None, turn: int | Array, steps: int, size: int) -> Array:
         if ids is None:
             raise ValueError("FNGD(share=sample) got no ids: give the dataset positions of the batch")
         return namespace(slot).astype(ids, slot.dtype)
@@ -75,8 +65,8 @@ class MeanVector:
     def size(self, samples: int, slots: int, steps: int) -> int:
         return slots
 
-    def index(self, slot: Array, ids: Array | None, turn: int | Array, slots: int) -> Array:
-        return _fitting(slot, slots)
+    def index(self, slot: Array, ids: Array | None, turn: int | Array, steps: int, size: int) -> Array:
+        return _fitting(slot, size)
 
 
 @dataclass(frozen=True)
@@ -86,11 +76,46 @@ class Scalar:
     def size(self, samples: int, slots: int, steps: int) -> int:
         return 1
 
-    def index(self, slot: Array, ids: Array | None, turn: int | Array, slots: int) -> Array:
+    def index(self, slot: Array, ids: Array | None, turn: int | Array, steps: int, size: int) -> Array:
         return namespace(slot).zeros_like(slot)
 
 
-position, sample, mean_vector, scalar_rate = Position(), Sample(), MeanVector(), Scalar()
+position = Position()
+sample = Sample()
+mean_vector = MeanVector()
+scalar_rate = Scalar()
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What FNGD of a layer, which explains the fields, and FNGD of all layers have in common: when and how coefficients
+    are shared."""
+
+    share: Share = mean_vector
+    steps: int = 100
+    every: int = 0
+    sharing: Callable[[Record], Record] = whole
+    slots: int = 512
+    relative: bool = False
+    own_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        instance(self, "share", Share, "mean_vector, position, sample or scalar_rate of kfaccore.methods.rows.fngd")
+        function(self, "sharing", "whole, expand or reduce")
+
+    def rests(self, hyper: Hyper) -> bool | Array:
+        """Whether the step is in an epoch that shares: no record is needed, and gradients come weighted."""
+        if not self.steps:
+            return False
+        epoch = hyper.step // self.steps
+        return epoch % self.every != 0 if self.every else epoch > 0
+
+    def entries(self, units: int, ids: Array | None, hyper: Hyper, size: int, like: Array) -> Array:
+        """Entries (units,) of the units of the batch of a step, in a table of `size`; ValueError where they do not
+        fit."""
+        xp = namespace(like)
+        slot = xp.arange(units, dtype=xp.int64, device=aac.device(like))
+        return self.share.index(slot, ids, hyper.step % self.steps, self.steps, size)
 
 
 def _fitting(slot: Array, slots: int) -> Array:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import xp as kernels
 from kfaccore.damping import Split, equal, pi
@@ -27,13 +27,16 @@ from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows import factors as stacked
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows import woodbury
-from kfaccore.methods.rows.factors import Branch, Factors, Stats, always, cheaper_dense, fewer_rows, never
+from kfaccore.methods.rows.factors import Branch, Factor, Factors, Stats, always, cheaper_dense, fewer_rows, never
 from kfaccore.methods.rows.stack import Stack
 from kfaccore.methods.rows.woodbury import LowRank
+from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand, mean_mean
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
+
+Inverse = Array | LowRank
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class State:
     """A and G as rows or matrices; their inverses of the last refresh, LowRank or (blocks, d, d); code (blocks,)."""
 
     factors: Factors
-    inverse_a: Any
-    inverse_g: Any
+    inverse_a: Inverse
+    inverse_g: Inverse
     code: Array
 
     @property
@@ -72,6 +75,10 @@ class SKFAC:
     cycles: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        function(self, "sharing", "expand, reduce, mean_mean, sum_sum or Subsample(...)")
+        instance(self, "split", Split, "pi, equal, per_factor or Relative(...)")
+        function(self, "branch", "fewer_rows or always, a function of (rows, d)")
+        function(self, "explicit", "cheaper_dense, always or never, a function of (rows, d)")
         if not self.split.separable:
             raise ValueError(f"split={self.split} does not shift each factor, so Woodbury cannot use it: take pi")
         if not 0 <= self.rank < self.rows:
@@ -81,8 +88,8 @@ class SKFAC:
         if 0 < block.rows <= self.rank:
             raise ValueError(f"{block} leaves no row beside rank={self.rank}; need Block.rows above it")
         factors = stacked.init(block, like, self.rows, self.branch)
-        a, g = (self._identity(x) for x in (factors.A, factors.G))
-        return State(factors, a, g, unrefreshed(block, like))
+        code = unrefreshed(block, like)
+        return State(factors, self._identity(factors.A), self._identity(factors.G), code)
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         return stacked.measure(state.factors, self.sharing(record))
@@ -98,8 +105,9 @@ class SKFAC:
         d_a, d_g = self.split.shifts(stacked.scale(A), stacked.scale(G), hyper.damping)
         a, code_a = self._inverse(A, d_a)
         g, code_g = self._inverse(G, d_g)
-        code, old = namespace(code_a).maximum(code_a, code_g), (state.inverse_a, state.inverse_g)
-        (a, g), code = accepted((a, g), code, old, state.code, state.weight)
+        worse = namespace(code_a).maximum(code_a, code_g)
+        old = (state.inverse_a, state.inverse_g)
+        (a, g), code = accepted((a, g), worse, old, state.code, state.weight)
         return replace(state, inverse_a=a, inverse_g=g, code=code)
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
@@ -113,7 +121,7 @@ class SKFAC:
     def _dense(self, factor: Stack) -> bool:
         return self.explicit(factor.rows.shape[1], factor.rows.shape[2])
 
-    def _identity(self, factor: Any) -> Any:
+    def _identity(self, factor: Factor) -> Inverse:
         if not isinstance(factor, Stack):
             return side.identity(factor)
         blocks, _, d = factor.rows.shape
@@ -121,7 +129,7 @@ class SKFAC:
             return side.identity(side.zeros(blocks, d, False, factor.rows))
         return woodbury.identity(factor)
 
-    def _inverse(self, factor: Any, shift: Array) -> tuple[Any, Array]:
+    def _inverse(self, factor: Factor, shift: Array) -> tuple[Inverse, Array]:
         if not isinstance(factor, Stack):
             return side.inverse(factor, shift)
         if self._dense(factor):
@@ -135,33 +143,36 @@ size. They multiply the inverses out; here they stay products. Give Block.rows t
 the last."""
 
 
-def _size(inverse: Any) -> int:
+def _size(inverse: Inverse) -> int:
     return (inverse.rows if isinstance(inverse, LowRank) else inverse).shape[-1]
 
 
-def _apply(left: Any, grad: Any, right: Any) -> Array:
+def _apply(left: Inverse, grad: Array | Factored, right: Inverse) -> Array:
     """left V right; of V = g^T a / n each side alone goes into its rows iff they are fewer than the other dimension."""
     if not isinstance(grad, Factored):
-        dtype = grad.dtype
-        return namespace(grad).astype(_times(_times(grad, right).mT, left).mT, dtype)
+        return namespace(grad).astype(_times(_times(grad, right).mT, left).mT, grad.dtype)
     xp = namespace(grad.a)
     a, g = (xp.reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (grad.a, grad.g))
-    (_, rows, d_in), d_out, dtype = a.shape, g.shape[-1], a.dtype
-    into_g, into_a = rows < d_in, rows < d_out
-    g = _times_rows(g, left) if into_g else g
-    a = _times_rows(a, right) if into_a else a
+    dtype = a.dtype
+    _, rows, d_in = a.shape
+    into_g = rows < d_in
+    into_a = rows < g.shape[-1]
+    if into_g:
+        g = _times_rows(g, left)
+    if into_a:
+        a = _times_rows(a, right)
     v = xp.matmul(g.mT / kernels.scalar(grad.n, g), a)
     v = v if into_g else _times(v.mT, left).mT
     return xp.astype(v if into_a else _times(v, right), dtype)
 
 
-def _times(v: Array, inverse: Any) -> Array:
+def _times(v: Array, inverse: Inverse) -> Array:
     if isinstance(inverse, LowRank):
         return woodbury.times(v, inverse)
     return side.times(namespace(v).astype(v, inverse.dtype), inverse)
 
 
-def _times_rows(v: Array, inverse: Any) -> Array:
+def _times_rows(v: Array, inverse: Inverse) -> Array:
     """Rows of V times an inverse, back in their dtype: what follows is a plain product."""
     if not isinstance(inverse, LowRank):
         return side.times(v, inverse)

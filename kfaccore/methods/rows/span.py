@@ -23,8 +23,9 @@ def spectrum(rows: Array) -> tuple[Array, Array]:
 
 def coefficients(g: Array, a: Array, M: Array, shift: Array) -> Array:
     """N (blocks, m_g, m_a) with g^T N a = (G (x) A + shift I)^-1 g^T M a, shift (blocks,)."""
-    (l_a, Qa), (l_g, Qg) = spectrum(a), spectrum(g)
     xp = namespace(a)
+    l_a, Qa = spectrum(a)
+    l_g, Qg = spectrum(g)
     rotated = xp.matmul(xp.matmul(Qg.mT, M), Qa)
     rotated = rotated / (l_g[:, :, None] * l_a[:, None, :] + shift[:, None, None])
     return xp.matmul(xp.matmul(Qg, rotated), Qa.mT)
@@ -32,9 +33,12 @@ def coefficients(g: Array, a: Array, M: Array, shift: Array) -> Array:
 
 def solve(g: Array, a: Array, v: Array, shift: Array) -> Array:
     """(G (x) A + shift I)^-1 v for any v (blocks, d_out, d_in)."""
-    (l_a, Ua), (l_g, Ug) = _vectors(a), _vectors(g)
-    xp, c = namespace(a), shift[:, None, None]
+    xp = namespace(a)
+    l_a, Ua = _vectors(a)
+    l_g, Ug = _vectors(g)
+    c = shift[:, None, None]
     product = l_g[:, :, None] * l_a[:, None, :]
+    # c (1 / (l_g l_a + c) - 1 / c), without its difference
     inner = xp.matmul(xp.matmul(Ug, v), Ua.mT) * (-product / (product + c))
     return (v + xp.matmul(xp.matmul(Ug.mT, inner), Ua)) / c
 

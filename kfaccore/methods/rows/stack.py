@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import array_api_compat as aac
 
+from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
 from kfaccore.xp.arrays import Array, eps, loop, namespace, select
@@ -29,7 +30,8 @@ class Stack:
 
 def empty(blocks: int, capacity: int, d: int, like: Array) -> Stack:
     """No rows yet."""
-    xp, device = namespace(like), aac.device(like)
+    xp = namespace(like)
+    device = aac.device(like)
     rows = xp.zeros((blocks, capacity, d), dtype=like.dtype, device=device)
     share = xp.zeros((blocks, capacity), dtype=like.dtype, device=device)
     return Stack(rows, share, xp.zeros_like(share))
@@ -41,42 +43,52 @@ def push(stack: Stack, new: Array, share: Array, decay: float | Array, ok: Array
     More rows than fit are compressed first: the best approximation of the rank that fits.
     """
     xp = namespace(stack.rows)
-    recent = stack.rows.shape[1] - rank
+    capacity = stack.rows.shape[1]
+    recent = capacity - rank  # slots of rows as they came; the last `rank` hold the compressed past
     if new.shape[1] > recent:
         new = compressed(new, recent)
     count = new.shape[1]
     ones = xp.ones(new.shape[:2], dtype=share.dtype, device=aac.device(share))
-    fresh = (new, ones * share[:, None], ones * ((1 - decay) / count))
-    old = (stack.rows, stack.share * decay, stack.mass * decay)
-    parts = [
-        [f, o[:, : recent - count, ...], t]
-        for f, o, t in zip(fresh, old, _merged(old, recent - count, recent), strict=True)
-    ]
-    leaves = (xp.concat(part, axis=1) for part in parts)
-    return Stack(*(select(ok, n, o) for n, o in zip(leaves, (stack.rows, stack.share, stack.mass), strict=True)))
+    fresh = Stack(new, ones * share[:, None], ones * ((1 - decay) / count))
+    decayed = Stack(stack.rows, stack.share * decay, stack.mass * decay)
+    stay = _slots(decayed, 0, recent - count)
+    past = _merged(_slots(decayed, recent - count, capacity), rank)
+    moved = tree.map(lambda *parts: xp.concat(list(parts), axis=1), fresh, stay, past)
+    return tree.map(lambda now, before: select(ok, now, before), moved, stack)
 
 
 def compressed(rows: Array, rank: int) -> Array:
-    """(blocks, m, d) -> (blocks, rank, d) whose gram is the best approximation of that rank, largest last."""
+    """(blocks, m, d) -> (blocks, rank, d) whose gram is the best approximation of that rank, largest last.
+
+    From the eigenvectors of the smaller of Y Y^T and Y^T Y; rows of zeros in front where `rank` is more than Y's.
+    """
     xp = namespace(rows)
     blocks, m, d = rows.shape
     kept = min(rank, m, d)
     if m <= d:
         _, vectors, _ = kernels.eigh(xp.matmul(rows, rows.mT))
-        found = xp.matmul(vectors[:, :, m - kept :].mT, rows)
+        found = xp.matmul(vectors[:, :, m - kept :].mT, rows)  # Q^T Y: its rows are orthogonal, of length sqrt(l)
     else:
         values, vectors, _ = kernels.eigh(kernels.gram(rows))
         top = values[:, d - kept :]
-        found = xp.sqrt(xp.where(top > 0, top, xp.zeros_like(top)))[:, :, None] * vectors[:, :, d - kept :].mT
+        lengths = xp.sqrt(xp.where(top > 0, top, xp.zeros_like(top)))
+        found = lengths[:, :, None] * vectors[:, :, d - kept :].mT
+    if rank == kept:
+        return found
     padding = xp.zeros((blocks, rank - kept, d), dtype=rows.dtype, device=aac.device(rows))
-    return xp.concat([padding, found], axis=1) if rank > kept else found
+    return xp.concat([padding, found], axis=1)
+
+
+def debiased(share: Array, mass: Array) -> Array:
+    """Each row's weight in a truncated average: its share of the mass that is left, (blocks, capacity)."""
+    xp = namespace(share)
+    total = xp.sum(mass, axis=-1, keepdims=True)
+    return share / xp.where(total > 0, total, xp.ones_like(total))
 
 
 def scales(stack: Stack) -> Array:
     """Square root of each row's weight in the factor, (blocks, capacity)."""
-    xp = namespace(stack.share)
-    total = xp.sum(stack.mass, axis=-1, keepdims=True)
-    return xp.sqrt(stack.share / xp.where(total > 0, total, xp.ones_like(total)))
+    return namespace(stack.share).sqrt(debiased(stack.share, stack.mass))
 
 
 def times(v: Array, stack: Stack) -> Array:
@@ -98,13 +110,13 @@ def diagonal(stack: Stack) -> Array:
 
 
 def scale(stack: Stack) -> side.Scale:
-    """Mean and largest eigenvalue of A from its rows."""
+    """Mean and largest eigenvalue of A from its rows: those of D Y Y^T D are A's own."""
     xp = namespace(stack.rows)
-    squares = xp.sum(stack.rows * stack.rows, axis=-1) * scales(stack) ** 2
-    rows = stack.rows * scales(stack)[:, :, None]
-    return side.Scale(
-        xp.sum(squares, axis=-1) / stack.rows.shape[-1], lambda: side.top_eigenvalue(xp.matmul(rows, rows.mT))
-    )
+    roots = scales(stack)
+    squares = xp.sum(stack.rows * stack.rows, axis=-1) * roots**2
+    rows = stack.rows * roots[:, :, None]
+    mean = xp.sum(squares, axis=-1) / stack.rows.shape[-1]
+    return side.Scale(mean, lambda: side.top_eigenvalue(xp.matmul(rows, rows.mT)))
 
 
 def floored(shift: Array, mean: Array) -> tuple[Array, Array]:
@@ -114,20 +126,27 @@ def floored(shift: Array, mean: Array) -> tuple[Array, Array]:
     return xp.where(shift > floor, shift, floor), shift <= floor
 
 
-def _merged(old: tuple[Array, Array, Array], start: int, stop: int) -> list[Array]:
-    """The compressed tail after the rows start .. stop left the recent part; computed only where any of them counts."""
-    xp = namespace(old[0])
-    (gone, share, _), (tail, tail_share, mass) = (
-        [x[:, start:stop, ...] for x in old],
-        [x[:, stop:, ...] for x in old],
-    )
-    rank = tail.shape[1]
-    if rank == 0 or stop == start:
-        return [tail, tail_share, mass]
+def _slots(stack: Stack, start: int, stop: int) -> Stack:
+    return tree.map(lambda x: x[:, start:stop, ...], stack)
 
-    def merge(carry):
-        rows = xp.concat([gone * xp.sqrt(share)[:, :, None], tail * xp.sqrt(tail_share)[:, :, None]], axis=1)
-        total = xp.sum(old[2][:, start:, ...], axis=-1, keepdims=True)
-        return compressed(rows, rank), xp.ones_like(tail_share), xp.zeros_like(mass) + total / rank
 
-    return list(loop(lambda carry: xp.any(share > 0), merge, (tail, tail_share, mass), 1))
+def _merged(past: Stack, rank: int) -> Stack:
+    """The last `rank` slots of `past` once the slots before them, which left the recent part, are compressed into them.
+
+    Computed only where a row that left counts.
+    """
+    leaving = past.share.shape[1] - rank
+    gone = _slots(past, 0, leaving)
+    tail = _slots(past, leaving, leaving + rank)
+    if rank == 0 or leaving == 0:
+        return tail
+    xp = namespace(past.rows)
+
+    def merge(_: tuple[Array, ...]) -> tuple[Array, ...]:
+        weighted = [x.rows * xp.sqrt(x.share)[:, :, None] for x in (gone, tail)]
+        rows = compressed(xp.concat(weighted, axis=1), rank)
+        total = xp.sum(past.mass, axis=-1, keepdims=True)
+        # the rows now carry their weight themselves: share 1; the mass of all is spread over them
+        return rows, xp.ones_like(tail.share), xp.zeros_like(tail.mass) + total / rank
+
+    return Stack(*loop(lambda _: xp.any(gone.share > 0), merge, (tail.rows, tail.share, tail.mass), 1))

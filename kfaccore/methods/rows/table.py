@@ -33,12 +33,13 @@ def added(table: Table, index: Array, values: Array, ok: Array, clear: bool | Ar
     """values (blocks, units) joined to the entries at index (units,) in blocks that are `ok`; after emptying the
     table where `clear`."""
     xp = namespace(values)
-    kept = table.count * xp.astype(~xp.asarray(clear), values.dtype)
-    sums = (kernels.segment_sum(x.mT, index, kept.shape[1]).mT for x in (values, xp.ones_like(values)))
-    total, count = (old + new for old, new in zip((table.value * kept, kept), sums, strict=True))
+    size = table.count.shape[1]
+    kept = table.count * xp.astype(~xp.asarray(clear), values.dtype)  # clear may be traced: no `if`
+    total = table.value * kept + kernels.segment_sum(values.mT, index, size).mT
+    count = kept + kernels.segment_sum(xp.ones_like(values).mT, index, size).mT
     mean = xp.sum(total, axis=-1, keepdims=True) / xp.sum(count, axis=-1, keepdims=True)
     value = xp.where(count > 0, total / xp.where(count > 0, count, xp.ones_like(count)), mean)
-    return Table(*(xp.where(ok[:, None], *pair) for pair in ((value, table.value), (count, table.count))))
+    return Table(xp.where(ok[:, None], value, table.value), xp.where(ok[:, None], count, table.count))
 
 
 def read(table: Table, index: Array) -> Array:

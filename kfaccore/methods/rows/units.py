@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import array_api_compat as aac
 
@@ -18,14 +20,17 @@ from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.record import Ids, Record
+from kfaccore.record.chunks import input_chunks
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
 
 
 def gram(record: Record, pairs: bool | None = None) -> Array:
     """K (blocks, units, units); `pairs` overrides the choice."""
-    cheaper = record.shared**2 * (record.d_in + record.d_out) < record.d_in * record.d_out
-    if isinstance(record.a, Ids) or (record.shared == 1 or cheaper if pairs is None else pairs):
+    if pairs is None:
+        cheaper = record.shared**2 * (record.d_in + record.d_out) < record.d_in * record.d_out
+        pairs = record.shared == 1 or cheaper
+    if pairs or isinstance(record.a, Ids):
         return _by_pairs(record)
     return _by_slices(record)
 
@@ -34,7 +39,7 @@ def inner(record: Record, v: Array) -> Array:
     """U^T v: <J, v> of each unit, (blocks, units), for v (blocks, d_out, d_in)."""
     xp = namespace(v)
     if isinstance(record.a, Ids):
-        columns = xp.take(v[0, ...], xp.reshape(record.a.index, (-1,)), axis=1).mT
+        columns = xp.take(v[0, ...], xp.reshape(record.a.index, (-1,)), axis=1).mT  # <g e_i^T, v> = <g, column i>
         products = record.g * xp.reshape(columns, (1, 1, record.batch, record.shared, record.d_out))
         return _joined(xp.sum(products, axis=(-2, -1)))
     parts = [xp.sum(xp.matmul(g, v[None, :, None, :, :]) * a[None, ...], axis=(-2, -1)) for a, g in _chunks(record)]
@@ -45,22 +50,21 @@ def combined(record: Record, y: Array) -> Array:
     """U y: the sum of y J over units, (blocks, d_out, d_in), for y (blocks, units)."""
     xp = namespace(y)
     y = xp.permute_dims(xp.reshape(y, (record.blocks, record.draws, record.batch)), (1, 0, 2))
-    weighed: Array = record.g * y[..., None, None]
+    weighed = record.g * y[..., None, None]
     if isinstance(record.a, Ids):
         rows = xp.reshape(xp.sum(weighed, axis=0), (-1, record.d_out))
         return kernels.segment_sum(rows, xp.reshape(record.a.index, (-1,)), record.a.size).mT[None, ...]
-    total: Array = 0.0
-    for a, g in _chunks(record, xp.sum(weighed, axis=0)[None, ...]):
-        rows_a, rows_g = (xp.reshape(x, (record.blocks, -1, x.shape[-1])) for x in (a, g[0, ...]))
-        total = total + xp.matmul(rows_g.mT, rows_a)
-    return total
+    summed = xp.sum(weighed, axis=0)[None, ...]  # all draws have the same a: sum them before the product
+    return reduce(add, (xp.matmul(_flat(g[0, ...]).mT, _flat(a)) for a, g in _chunks(record, summed)))
 
 
 def widened(record: Record) -> Record:
     """The record in the widest dtype."""
-    xp, dtype, a = namespace(record.g), kernels.widest(record.g), record.a
+    xp = namespace(record.g)
+    dtype = kernels.widest(record.g)
     if record.g.dtype == dtype:
         return record
+    a = record.a
     if isinstance(a, Patches):
         a = replace(a, image=xp.astype(a.image, dtype))
     elif not isinstance(a, Ids):
@@ -76,59 +80,71 @@ def damped_inverse(
     relative: damping in units of tr(K) / n^2, at least 1e-12.
     """
     xp = namespace(K)
+    n = kernels.scalar(n, K)
     size = K.shape[-1]
-    trace = xp.sum(xp.linalg.diagonal(K), axis=-1) / kernels.scalar(n, K)
+    trace = xp.sum(xp.linalg.diagonal(K), axis=-1) / n
     shift = factors.per_block(damping, trace)
     if relative:
-        unit = trace / kernels.scalar(n, K)
+        unit = trace / n
         shift = shift * xp.where(unit > 1e-12, unit, xp.zeros_like(unit) + 1e-12)
     floor = kernels.eps(K.dtype, xp) * xp.where(trace > 0, trace, xp.ones_like(trace)) / size
     lifted = shift <= floor
     shift = xp.where(lifted, floor, shift)
     eye = xp.eye(size, dtype=K.dtype, device=aac.device(K))
-    inverse, code = kernels.spd_inverse(K + (shift * kernels.scalar(n, K))[:, None, None] * eye)
+    inverse, code = kernels.spd_inverse(K + (shift * n)[:, None, None] * eye)
     return inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
 
 
 def _by_pairs(record: Record) -> Array:
+    """K from the inner products of all pairs of positions."""
     xp = namespace(record.g)
-    blocks, draws, batch, shared = record.blocks, record.draws, record.batch, record.shared
-    g = xp.reshape(xp.permute_dims(record.g, (1, 0, 2, 3, 4)), (blocks, draws * batch * shared, record.d_out))
+    blocks = record.blocks
+    draws = record.draws
+    shared = record.shared
+    units = draws * record.batch
+    g = xp.reshape(xp.permute_dims(record.g, (1, 0, 2, 3, 4)), (blocks, units * shared, record.d_out))
     if isinstance(record.a, Ids):
         index = xp.reshape(record.a.index, (-1,))
         a_a = xp.astype(index[:, None] == index[None, :], record.g.dtype)[None, ...]
     else:
-        a = xp.reshape(record.rows(), (blocks, batch * shared, record.d_in))
+        a = _flat(record.rows())
         a_a = xp.matmul(a, a.mT)
-    K = xp.matmul(g, g.mT) * (xp.tile(a_a, (1, draws, draws)) if draws > 1 else a_a)
+    if draws > 1:
+        a_a = xp.tile(a_a, (1, draws, draws))  # every pair of draws has the same a
+    K = xp.matmul(g, g.mT) * a_a
     if shared == 1:
         return K
-    units = draws * batch
     return xp.sum(xp.reshape(K, (blocks, units, shared, units, shared)), axis=(2, 4))
 
 
 def _by_slices(record: Record) -> Array:
+    """K as the sum over slices of outputs of J J^T, J (blocks, units, width d_in) a slice at a time."""
     xp = namespace(record.g)
     units = record.draws * record.batch
     width = kernels.at_once(units * record.d_in * record.blocks)
-    total: Array = 0.0
-    for start in range(0, record.d_out, width):
-        parts = [
-            xp.matmul(g.mT, a[None, ...])
-            for a, g in _chunks(record, record.g[..., start : min(start + width, record.d_out)])
-        ]
+
+    def part(span: slice) -> Array:
+        outputs = record.g[..., span]
+        parts = [xp.matmul(g.mT, a[None, ...]) for a, g in _chunks(record, outputs)]
         J = xp.permute_dims(xp.concat(parts, axis=2), (1, 0, 2, 3, 4))
-        total = total + kernels.gram(xp.reshape(J, (record.blocks, units, -1)).mT)
-    return total
+        return kernels.gram(xp.reshape(J, (record.blocks, units, -1)).mT)
+
+    return reduce(add, (part(span) for span in kernels.spans(record.d_out, width)))
 
 
 def _chunks(record: Record, g: Array | None = None) -> Iterator[tuple[Array, Array]]:
     """(a, g) a part of the batch at a time; all at once unless patches are unfolded."""
-    rows, size = record.g if g is None else g, record.batch
+    rows = record.g if g is None else g
+    size = record.batch
     if isinstance(record.a, Patches):
         size = kernels.at_once(record.shared * record.d_in * record.blocks)
     for start, a in input_chunks(record, size):
         yield a, rows[:, :, start : start + a.shape[1], ...]
+
+
+def _flat(x: Array) -> Array:
+    """(blocks, batch, shared, d) -> (blocks, rows, d)."""
+    return namespace(x).reshape(x, (x.shape[0], -1, x.shape[-1]))
 
 
 def _joined(x: Array) -> Array:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import array_api_compat as aac
 
+from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
@@ -59,8 +60,11 @@ def inverse(stack: Stack, shift: Array) -> tuple[LowRank, Array]:
 def times(v: Array, inverse: LowRank) -> Array:
     """v (A + c I)^-1 for any v (blocks, m, d), by a difference taken in the widest dtype; returned in it."""
     xp = namespace(v)
-    rows, small, scale, shift = _wide(inverse)
-    scale, shift = scale[:, None, :], shift[:, None, None]
+    wide = _wide(inverse)
+    rows = wide.rows
+    scale = wide.scale[:, None, :]
+    small = wide.small
+    shift = wide.shift[:, None, None]
 
     def once(v: Array) -> Array:
         inner = xp.matmul(xp.matmul(v, rows.mT) * scale, small) * scale
@@ -84,7 +88,7 @@ def times_rows(v: Array, inverse: LowRank) -> Array:
         return times(v, inverse)
     own = xp.all(v == inverse.rows[:, :count, :], axis=(-2, -1)) & xp.all(inverse.scale[:, :count] > 0, axis=-1)
     zero = xp.zeros(v.shape, dtype=inverse.small.dtype, device=aac.device(v))
-    # either way is computed only where a block needs it
+    # loops of at most one turn: either way is computed only where a block needs it, also under a trace
     (x,) = loop(lambda _: xp.any(own), lambda _: (_pushed(inverse, count),), (zero,), 1)
     (x,) = loop(lambda _: ~xp.all(own), lambda x: (select(own, x[0], times(v, inverse)),), (x,), 1)
     return x
@@ -94,19 +98,19 @@ def dense(inverse: LowRank) -> Array:
     """(A + c I)^-1 itself, (blocks, d, d)."""
     xp = namespace(inverse.rows)
     eye = xp.eye(inverse.rows.shape[-1], dtype=inverse.small.dtype, device=aac.device(inverse.rows))
-    return times(xp.zeros((inverse.rows.shape[0], 1, 1), dtype=eye.dtype, device=aac.device(eye)) + eye, inverse)
+    stacked = xp.zeros((inverse.rows.shape[0], 1, 1), dtype=eye.dtype, device=aac.device(eye)) + eye
+    return times(stacked, inverse)
 
 
 def _pushed(inverse: LowRank, count: int) -> Array:
     """The first `count` rows of D^-1 S D Y: no difference."""
     xp = namespace(inverse.rows)
-    rows, small, scale, _ = _wide(inverse)
-    first = scale[:, :count]
+    wide = _wide(inverse)
+    first = wide.scale[:, :count]
     first = xp.where(first > 0, first, xp.ones_like(first))
-    return xp.matmul(small[:, :count, :] * scale[:, None, :] / first[:, :, None], rows)
+    return xp.matmul(wide.small[:, :count, :] * wide.scale[:, None, :] / first[:, :, None], wide.rows)
 
 
-def _wide(inverse: LowRank) -> tuple[Array, Array, Array, Array]:
-    xp, small = namespace(inverse.rows), inverse.small
-    rows, scale, shift = (xp.astype(x, small.dtype) for x in (inverse.rows, inverse.scale, inverse.shift))
-    return rows, small, scale, shift
+def _wide(inverse: LowRank) -> LowRank:
+    """The inverse with all its parts in the dtype of S."""
+    return tree.map(lambda x: namespace(x).astype(x, inverse.small.dtype), inverse)

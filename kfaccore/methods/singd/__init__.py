@@ -4,7 +4,7 @@
     IKFAC   the sides apart: K-FAC's own average, inverted by its Taylor expansion       to stand in for K-FAC
 
 Shared: `structured` and its kinds in `blocks`, `triangular` and `toeplitz` (sets of matrices closed under products),
-`recursion` (one move of a root).
+`recursion` (one move of a root) within `limits`.
 """
 
 from kfaccore.methods.singd.singd import IKFAC, SINGD

@@ -140,8 +140,9 @@ class BlockDiagonal:
         full = M.shape[-1] // self.k
         spans = [slice(i * self.k, (i + 1) * self.k) for i in range(full)]
         B = [M[:, s, s] for s in spans]
-        empty = filled(0.0, (M.shape[0], 0, self.k, self.k), M)
-        return {"B": xp.stack(B, axis=1) if B else empty, "last": M[:, full * self.k :, full * self.k :]}
+        last = slice(full * self.k, M.shape[-1])
+        none = filled(0.0, (M.shape[0], 0, self.k, self.k), M)  # of a d below k
+        return {"B": xp.stack(B, axis=1) if B else none, "last": M[:, last, last]}
 
     take = project
 

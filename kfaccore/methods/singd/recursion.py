@@ -12,8 +12,26 @@ from dataclasses import dataclass
 from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.methods.singd import structured
+from kfaccore.methods.singd.limits import Limit, by_entries, by_norm, by_radius, unlimited
 from kfaccore.methods.singd.structured import Parts, Structure
+from kfaccore.options import instance
 from kfaccore.xp.arrays import Array, namespace, scalar
+
+__all__ = [
+    "Limit",
+    "Rule",
+    "Storage",
+    "bfloat16",
+    "by_entries",
+    "by_norm",
+    "by_radius",
+    "coupled",
+    "full",
+    "independent",
+    "master",
+    "rooted",
+    "unlimited",
+]
 
 
 def coupled(trace: Array, square: Array, damping: float | Array) -> tuple[Array, Array]:
@@ -29,56 +47,8 @@ def independent(trace: Array, square: Array, damping: float | Array) -> tuple[Ar
 
 def rooted(trace: Array, square: Array, damping: float | Array) -> tuple[Array, Array]:
     """IKFAC whose sides get sqrt(damping) each, so that both together give `damping`: K-FAC's split=equal."""
-    one, e = independent(trace, square, damping)
-    return one, namespace(e).sqrt(e)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """rate / max(1, size of m) and w = (1 - momentum) / 2."""
-
-    size: Callable[[Structure, Parts], Array]
-
-    def weight(self, momentum: float) -> float:
-        return (1 - momentum) / 2
-
-    def shrink(self, side: Structure, m: Parts) -> Array:
-        """What the rate is multiplied by, (blocks,)."""
-        size = self.size(side, m)
-        one = namespace(size).ones_like(size)
-        return one / namespace(size).maximum(size, one)
-
-
-@dataclass(frozen=True)
-class Unlimited(Limit):
-    """The rate as it is, and w = 1/2."""
-
-    size: Callable[[Structure, Parts], Array] = lambda side, m: side.trace(m)
-
-    def weight(self, momentum: float) -> float:
-        return 0.5
-
-    def shrink(self, side: Structure, m: Parts) -> Array:
-        return namespace(self.size(side, m)).ones_like(self.size(side, m))
-
-
-def _norm(side: Structure, m: Parts) -> Array:
-    square = side.square(m)
-    return namespace(square).sqrt(square)
-
-
-def _entry(side: Structure, m: Parts) -> Array:
-    return structured.largest(m)
-
-
-def _radius(side: Structure, m: Parts) -> Array:
-    """|m^4|_F^(1/4), at least the spectral radius and at most d^(1/8) of it for a symmetric m."""
-    square = side.product(m, m)
-    fourth = side.square(side.product(square, square))
-    return fourth**0.125
-
-
-by_radius, by_norm, by_entries, unlimited = Limit(_radius), Limit(_norm), Limit(_entry), Unlimited()
+    c, e = independent(trace, square, damping)
+    return c, namespace(e).sqrt(e)
 
 
 @dataclass(frozen=True)
@@ -101,19 +71,28 @@ master = Storage(_same, kernels.to_bfloat16, _same)
 
 def inner(side: Structure, storage: Storage, K: Parts, x: Array) -> Parts:
     """Pi(K^T x^T x K) in the dtype of x, for rows x (blocks, rows, d)."""
-    s = storage.rows(side.times(like(storage.rows(x), K), K))
-    return tree.map(lambda h: namespace(h).astype(h, x.dtype), side.gram(s))
+    return wide(side.gram(_times(side, storage, K, x)), x)
 
 
 def both(side: Structure, storage: Storage, K: Parts, x: Array) -> Array:
     """x K K^T in the dtype of x."""
-    once = storage.rows(side.times(like(storage.rows(x), K), K))
+    once = _times(side, storage, K, x)
     return namespace(x).astype(side.times_transposed(once, K), x.dtype)
+
+
+def _times(side: Structure, storage: Storage, K: Parts, x: Array) -> Array:
+    """x K, rounded as rows are before and after."""
+    return storage.rows(side.times(like(storage.rows(x), K), K))
 
 
 def like(x: Array, K: Parts) -> Array:
     """`x` in the dtype of K."""
-    return namespace(x).astype(x, next(iter(K.values())).dtype)
+    return namespace(x).astype(x, any_part(K).dtype)
+
+
+def any_part(K: Parts) -> Array:
+    """One of its arrays: they share a dtype."""
+    return next(iter(K.values()))
 
 
 @dataclass(frozen=True)
@@ -135,6 +114,10 @@ class Rule:
     limit: Limit = by_radius
     storage: Storage = full
 
+    def __post_init__(self) -> None:
+        instance(self, "limit", Limit, "by_radius, by_norm, by_entries or unlimited")
+        instance(self, "storage", Storage, "full, bfloat16 or master")
+
     def moved(
         self,
         side: Structure,
@@ -146,17 +129,20 @@ class Rule:
     ) -> tuple[Parts, Parts]:
         """(K, m) after one move; an empty m (no momentum) stays empty. H in the working dtype."""
         c, e = scales
-        first = next(iter(H.values()))
-        blocks, d = c.shape[0], side.size(K)
-        bracket = structured.combine(c, H, e, wide(side.inner(K), first))
-        bracket = structured.combine(1.0, bracket, -1.0, side.eye(blocks, d, first))
+        working = any_part(H)
+        eye = side.eye(c.shape[0], side.size(K), working)
+        bracket = structured.combine(c, H, e, wide(side.inner(K), working))
+        bracket = structured.combine(1.0, bracket, -1.0, eye)
         w = self.limit.weight(self.momentum)
-        new = structured.combine(self.momentum, wide(m, first), w, bracket) if m else structured.scaled(w, bracket)
-        new = tree.map(self.storage.momentum, new)
-        rate = self.now(moves) * self.limit.shrink(side, wide(new, first))
-        step = tree.map(self.storage.main, side.product(K, {name: like(x, K) for name, x in new.items()}))
-        moved = structured.combine(1.0, wide(K, first), -rate, wide(step, first))
-        return tree.map(lambda x, k: namespace(x).astype(self.storage.main(x), k.dtype), moved, K), new if m else m
+        if m:
+            direction = structured.combine(self.momentum, wide(m, working), w, bracket)
+        else:
+            direction = structured.scaled(w, bracket)
+        direction = tree.map(self.storage.momentum, direction)
+        rate = self.now(moves) * self.limit.shrink(side, wide(direction, working))
+        step = tree.map(self.storage.main, side.product(K, wide(direction, any_part(K))))
+        moved = structured.combine(1.0, wide(K, working), -rate, wide(step, working))
+        return wide(tree.map(self.storage.main, moved), any_part(K)), direction if m else m
 
     def now(self, moves: Array) -> Array:
         """The rate after so many moves (blocks,): warm / (moves + 1) as long as that is more than `rate`."""

@@ -5,7 +5,11 @@ With H_K = K^T A K, H_C = C^T G C (A and G as in K-FAC, never formed), everythin
 INGD couples the sides, c_K = tr(H_C) / d_out and e_K = damping |C|_F^2 / d_out (c_C, e_C with d_in); IKFAC does not:
 c = 1, e = damping as published (independent) or its root (rooted). K and C live in a structure, where m holds Pi of the
 bracket. w is 1/2, and (1 - momentum) / 2 with a limited step:
-    INGD      SINGD(), the default                     SINGD    SINGD(inputs=Diagonal(), outputs=Hierarchical(), ...)
+    INGD      SINGD(), the default
+    SINGD     SINGD(inputs=Diagonal(), outputs=Hierarchical()), with the structures, not the methods, of these names:
+                  from kfaccore.methods.singd.blocks import BlockDiagonal, Dense, Diagonal
+                  from kfaccore.methods.singd.triangular import Hierarchical, upper, lower, upper_last, lower_last
+                  from kfaccore.methods.singd.toeplitz import LowerToeplitz, UpperToeplitz
     IKFAC     IKFAC(): no momentum, so no m is kept, and coupling=rooted
 The recursion is the average (`decay` is not used) and `damping` is baked at `update`. There is no F~: only inverses.
 
@@ -28,13 +32,24 @@ from kfaccore.methods.singd import recursion, structured
 from kfaccore.methods.singd.blocks import Dense, Diagonal
 from kfaccore.methods.singd.recursion import Rule, coupled, rooted
 from kfaccore.methods.singd.structured import Parts, Structure
+from kfaccore.options import function, instance
 from kfaccore.record import Factored, Ids, Record
+from kfaccore.record.chunks import input_chunks
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, at_once, choose, spans
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 
-_DENSE, _RULE, _ALONE = Dense(), Rule(), Rule(momentum=0.0)
+Coupling = Callable[[Array, Array, float | Array], tuple[Array, Array]]
+
+_DENSE = Dense()
+_RULE = Rule()
+_ALONE = Rule(momentum=0.0)
+_STRUCTURE = (
+    "a structure: Dense(), Diagonal() or BlockDiagonal(k) of kfaccore.methods.singd.blocks, Hierarchical(k1, k2), "
+    "upper(k), lower(k), upper_last(k) or lower_last(k) of kfaccore.methods.singd.triangular, UpperToeplitz() or "
+    "LowerToeplitz() of kfaccore.methods.singd.toeplitz"
+)
 _CHUNK = 1 << 20  # entries of rows times K held at once
 
 
@@ -77,26 +92,38 @@ class SINGD(Additive):
     sharing: Callable[[Record], Record] = expand
     inputs: Structure = _DENSE
     outputs: Structure = _DENSE
-    coupling: Callable[[Array, Array, float | Array], tuple[Array, Array]] = coupled
+    coupling: Coupling = coupled
     rule: Rule = _RULE
     cycles: int = 1
 
+    def __post_init__(self) -> None:
+        function(self, "sharing", "expand or reduce")
+        instance(self, "inputs", Structure, _STRUCTURE)
+        instance(self, "outputs", Structure, _STRUCTURE)
+        function(self, "coupling", "coupled, independent or rooted of kfaccore.methods.singd.recursion")
+        instance(self, "rule", Rule, "Rule(...) of kfaccore.methods.singd.recursion")
+
     def init(self, block: Block, like: Array) -> State:
         sides = (Diagonal() if block.diagonal_in else self.inputs, self.outputs)
-        found = []
-        for side, d in zip(sides, (block.d_in, block.d_out), strict=True):
-            K = side.eye(block.blocks, d, like)
-            m = tree.map(self.rule.storage.momentum, structured.scaled(0.0, K)) if self.rule.momentum else {}
-            found.append((tree.map(self.rule.storage.main, K), m))
-        (K, m_K), (C, m_C) = found
+        K = sides[0].eye(block.blocks, block.d_in, like)
+        C = sides[1].eye(block.blocks, block.d_out, like)
         code = factors.unrefreshed(block, like)
-        return State(K, C, m_K, m_C, namespace(like).astype(0 * code, like.dtype), code, sides)
+        return State(
+            K=tree.map(self.rule.storage.main, K),
+            C=tree.map(self.rule.storage.main, C),
+            m_K=self._no_momentum(K),
+            m_C=self._no_momentum(C),
+            moves=namespace(like).astype(0 * code, like.dtype),
+            code=code,
+            sides=sides,
+        )
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         record = self.sharing(record)
         inputs, outputs = state.sides
         if isinstance(record.a, Ids):
-            H_K = structured.scaled(1.0, {"C": factors.gram_of_inputs(record) * inputs.inner(state.K)["C"]})
+            counts = factors.gram_of_inputs(record)  # the diagonal of A's sum; K is diagonal, so K^T A K = A o K^2
+            H_K = structured.scaled(1.0, {"C": counts * inputs.inner(state.K)["C"]})
         else:
             H_K = self._summed(inputs, state.K, _input_rows(record))
         if record.draws == 0:
@@ -119,7 +146,8 @@ class SINGD(Additive):
         from_K = self._scales(inputs, state.K, H_K, hyper.damping)
         K, m_K = self.rule.moved(inputs, state.K, state.m_K, H_K, from_C, state.moves)
         C, m_C = self.rule.moved(outputs, state.C, state.m_C, H_C, from_K, state.moves)
-        old, new = (state.K, state.C, state.m_K, state.m_C), (K, C, m_K, m_C)
+        old = (state.K, state.C, state.m_K, state.m_C)
+        new = (K, C, m_K, m_C)
         finite = ok
         for x in tree.leaves(new):
             finite = finite & all_finite(x)
@@ -147,6 +175,12 @@ class SINGD(Additive):
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         raise ValueError("SINGD keeps inverses only: it has no F~ to multiply by; compare directions instead")
 
+    def _no_momentum(self, K: Parts) -> Parts:
+        """m before the first move; none is kept without momentum."""
+        if not self.rule.momentum:
+            return {}
+        return tree.map(self.rule.storage.momentum, structured.scaled(0.0, K))
+
     def _summed(self, side: Structure, K: Parts, rows: Iterator[Array]) -> Parts:
         """Pi(K^T x^T x K) summed over chunks of rows x."""
         total = recursion.inner(side, self.rule.storage, K, next(rows))
@@ -157,7 +191,7 @@ class SINGD(Additive):
     def _scales(self, side: Structure, K: Parts, H: Parts, damping: float | Array) -> tuple[Array, Array]:
         """What one side gives the other: (c, e)."""
         d = side.size(K)
-        square = side.square(recursion.wide(K, next(iter(H.values()))))
+        square = side.square(recursion.wide(K, recursion.any_part(H)))
         return self.coupling(side.trace(H) / d, square / d, damping)
 
 
@@ -165,7 +199,7 @@ class SINGD(Additive):
 class IKFAC(SINGD):
     """SINGD whose sides do not see each other, without momentum: K-FAC's averages to first order in the rate."""
 
-    coupling: Callable[[Array, Array, float | Array], tuple[Array, Array]] = rooted
+    coupling: Coupling = rooted
     rule: Rule = _ALONE
 
 

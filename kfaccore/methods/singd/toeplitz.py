@@ -36,11 +36,14 @@ class UpperToeplitz:
         return {"c": _convolve(K["c"], M["c"])}
 
     def gram(self, s: Array) -> Parts:
-        xp, wide = namespace(s), widen(s, "s")
-        n = _length(s.shape[-1])
+        xp = namespace(s)
+        d = s.shape[-1]
+        n = _length(d)
+        wide = widen(s, "s")
         spectrum = kernels.rfftn(wide, (n,), (-1,))
+        # the sum of s^T s along its j-th diagonal is the rows' autocorrelation at shift j: the transform of |s^|^2
         power = xp.sum(xp.real(spectrum) ** 2 + xp.imag(spectrum) ** 2, axis=1)
-        sums = xp.fft.irfft(xp.astype(power, spectrum.dtype), n=n, axis=-1)[..., : s.shape[-1]]
+        sums = xp.fft.irfft(xp.astype(power, spectrum.dtype), n=n, axis=-1)[..., :d]
         return {"c": xp.astype(sums * _shares(wide), s.dtype)}
 
     def inner(self, K: Parts) -> Parts:
@@ -82,15 +85,19 @@ class LowerToeplitz(UpperToeplitz):
 
 
 def _length(d: int) -> int:
+    """Of the transforms: twice d, so that a circular convolution does not wrap around into its first d entries."""
     return kernels.fast_length(2 * d, real=True)
 
 
 def _filtered(x: Array, c: Array, conjugate: bool) -> Array:
     """First d entries of the convolution of x with c, or of their correlation sum_j x_j c_(j-i)."""
-    xp, n = namespace(x), _length(x.shape[-1])
+    xp = namespace(x)
+    d = x.shape[-1]
+    n = _length(d)
     left, right = (kernels.rfftn(widen(v, "x"), (n,), (-1,)) for v in (x, c))
-    both = left * (xp.conj(right) if conjugate else right)
-    return xp.astype(xp.fft.irfft(both, n=n, axis=-1)[..., : x.shape[-1]], x.dtype)
+    if conjugate:
+        right = xp.conj(right)
+    return xp.astype(xp.fft.irfft(left * right, n=n, axis=-1)[..., :d], x.dtype)
 
 
 def _convolve(x: Array, c: Array) -> Array:
@@ -103,7 +110,8 @@ def _correlate(x: Array, c: Array) -> Array:
 
 def _counts(c: Array) -> Array:
     """Entries d - j of the j-th diagonal, (d,)."""
-    xp, d = namespace(c), c.shape[-1]
+    xp = namespace(c)
+    d = c.shape[-1]
     return xp.astype(d - xp.arange(d, device=aac.device(c)), c.dtype)
 
 
@@ -116,6 +124,7 @@ def _shares(c: Array) -> Array:
 
 
 def _diagonal_sums(M: Array) -> Array:
+    """The sum of each upper diagonal, (blocks, d)."""
     xp = namespace(M)
     sums = [xp.sum(xp.linalg.diagonal(M, offset=j), axis=-1) for j in range(M.shape[-1])]
     return xp.stack(sums, axis=-1)

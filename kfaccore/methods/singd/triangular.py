@@ -19,7 +19,8 @@ from kfaccore.methods.singd.blocks import Dense, Diagonal
 from kfaccore.methods.singd.structured import Parts, Structure, diagonal, eye, filled
 from kfaccore.xp.arrays import Array, namespace
 
-_dense, _diagonal = Dense(), Diagonal()
+_dense = Dense()
+_diagonal = Diagonal()
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,15 @@ class Hierarchical:
         return xp.concat([first, x2 * K["C"][:, None, :], last], axis=-1)
 
     def product(self, K: Parts, M: Parts) -> Parts:
-        mm = namespace(K["A"]).matmul
+        xp = namespace(K["A"])
         c = M["C"][:, None, :]
         return {
-            "A": mm(K["A"], M["A"]),
-            "B1": mm(K["A"], M["B1"]) + K["B1"] * c + mm(K["B2"], M["D"]),
-            "B2": mm(K["A"], M["B2"]) + mm(K["B2"], M["E"]),
+            "A": xp.matmul(K["A"], M["A"]),
+            "B1": xp.matmul(K["A"], M["B1"]) + K["B1"] * c + xp.matmul(K["B2"], M["D"]),
+            "B2": xp.matmul(K["A"], M["B2"]) + xp.matmul(K["B2"], M["E"]),
             "C": K["C"] * M["C"],
-            "D": K["D"] * c + mm(K["E"], M["D"]),
-            "E": mm(K["E"], M["E"]),
+            "D": K["D"] * c + xp.matmul(K["E"], M["D"]),
+            "E": xp.matmul(K["E"], M["E"]),
         }
 
     def gram(self, s: Array) -> Parts:
@@ -80,7 +81,7 @@ class Hierarchical:
 
     def inner(self, K: Parts) -> Parts:
         xp = namespace(K["A"])
-        A, B1, B2, C, D, E = (K[name] for name in ("A", "B1", "B2", "C", "D", "E"))
+        A, B1, B2, C, D, E = _entries(K)
         return {
             "A": xp.matmul(A.mT, A),
             "B1": 2 * xp.matmul(A.mT, B1),
@@ -93,7 +94,7 @@ class Hierarchical:
     def outer(self, K: Parts) -> Parts:
         """Pi(T T^T): what `inner` is to the transposed structure."""
         xp = namespace(K["A"])
-        A, B1, B2, C, D, E = (K[name] for name in ("A", "B1", "B2", "C", "D", "E"))
+        A, B1, B2, C, D, E = _entries(K)
         c = C[:, None, :]
         return {
             "A": xp.matmul(A, A.mT) + xp.matmul(B1, B1.mT) + xp.matmul(B2, B2.mT),
@@ -118,12 +119,15 @@ class Hierarchical:
         return self.times(eye(K["A"].shape[0], self.size(K), K["A"]), K)
 
     def project(self, M: Array) -> Parts:
-        return {name: 2 * x if name in ("B1", "B2", "D") else x for name, x in self.take(M).items()}
+        kept = self.take(M)
+        return {name: 2 * x if name in ("B1", "B2", "D") else x for name, x in kept.items()}
 
     def take(self, M: Array) -> Parts:
         n1, n2 = self._sizes(M.shape[-1])
-        one, two = slice(0, n1), slice(n1, M.shape[-1] - n2)
-        three = slice(M.shape[-1] - n2, M.shape[-1])
+        d = M.shape[-1]
+        one = slice(0, n1)
+        two = slice(n1, d - n2)
+        three = slice(d - n2, d)
         return {
             "A": M[:, one, one],
             "B1": M[:, one, two],
@@ -184,6 +188,11 @@ class Transposed:
 
     def take(self, M: Array) -> Parts:
         return self.of.take(M.mT)
+
+
+def _entries(K: Parts) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """A, B1, B2, C, D and E of the module's picture."""
+    return K["A"], K["B1"], K["B2"], K["C"], K["D"], K["E"]
 
 
 def upper(k: int = 1) -> Structure:
