@@ -230,7 +230,7 @@ class Preconditioner:
         batches = {}
         for name, given in ((name, given) for name, given in records.items() if name not in rest):
             terms = isinstance(given, tuple) and name not in together and hasattr(self._method(name), "terms")
-            if terms and self.rule.needs_records and not hasattr(self.rule, "terms"):
+            if terms and self.rule.needs_records and not self.rule.terms:
                 raise ValueError(f"{self.rule} cannot model several loss terms; use Quadratic() or GridSearch()")
             batches[name] = [given] if terms or isinstance(given, Record) or is_stats(given) else list(given)
             for record in records_of(batches[name]):
