@@ -22,13 +22,13 @@ from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
 from kfaccore.step.model import Expansion, expansion, inner, trace
 from kfaccore.step.plane import capped, minimum
+from kfaccore.step.sharpness import sharpness
 from kfaccore.xp.arrays import Array, is_tracer, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
 
 _LEAST = 1e-8  # of damping
 _MOST = 1e8
-_ERRORS = 3.0  # standard errors that a model of few rows is taken to be off by
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class SelfTuning:
         norms = _gram(*pair)
         F = found.F + l2 * norms
         rows = self.comm.world * max(record.draws * record.batch for record in records.values())
-        sharp, times = self._sharpness(motion.sharp, F, found.down, rows)
+        sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         alpha, mu = capped(alpha, mu, self.cap)
         alpha = pick(refused, 0.0, alpha)
@@ -195,17 +195,6 @@ class SelfTuning:
             restart=pick(good, motion.steps < 3, True),
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
         )
-
-    def _sharpness(self, mean: Number, F: Array, down: Array, rows: int) -> tuple[Number, Number]:
-        """The running mean of the curvature along the direction over its slope, and the factor that raises F to it, or
-        by so many standard errors of a curvature that `rows` normal numbers sample."""
-        curvature = number(F[0, 0])
-        slope = number(down[0])
-        known = finite(curvature) & finite(slope) & (curvature > 0) & (slope > 0)
-        now = pick(known, curvature, 1.0) / pick(known, slope, 1.0)
-        moved = pick(mean > 0, self.memory * mean + (1 - self.memory) * now, now)
-        raised = _least(moved / now, 1 + _ERRORS * (2 / rows) ** 0.5)
-        return pick(known, moved, mean), pick(known & (moved > now), raised, 1.0)
 
 
 def _refused(empirical: bool | Array, motion: Motion) -> bool | Array:
