@@ -23,8 +23,8 @@ class Spectrum:
     @property
     def condition(self) -> float:
         """Largest over smallest eigenvalue; inf for a singular factor."""
-        low, high = self.values[0], self.values[-1]
-        return float(high / low) if low > 0 else float("inf")
+        low = self.values[0]
+        return float(self.values[-1] / low) if low > 0 else float("inf")
 
     @property
     def effective_rank(self) -> float:

@@ -135,7 +135,7 @@ def loop(cond: Callable, body: Callable, carry: tuple, limit: int) -> tuple:
     return carry
 
 
-def is_tracer(x: object) -> bool:
+def is_tracer(x: Array) -> bool:
     if not aac.is_jax_array(x):
         return False
     import jax
