@@ -55,6 +55,7 @@ from kfaccore.methods.terms.two_terms import absolute, first_term
 from kfaccore.network import GaussNewton, GlobalFNGD, SharedDamping, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
 from kfaccore.precondition.comm import Serial
+from kfaccore.precondition.due import Due
 from kfaccore.precondition.info import Info
 from kfaccore.precondition.preconditioner import Preconditioner
 from kfaccore.precondition.schedule import Clocks, Schedules
@@ -92,6 +93,7 @@ __all__ = [
     "Code",
     "Deflation",
     "Diagonal",
+    "Due",
     "Exact",
     "Factored",
     "Fixed",

@@ -41,8 +41,17 @@ class Stats(Protocol):
     def bad(self) -> Array: ...
 
 
+@runtime_checkable
+class Averaging(Protocol):
+    """A State of moving averages: `weight` (blocks,) is their share of data, in the dtype they are kept in."""
+
+    @property
+    def weight(self) -> Array: ...
+
+
 S = TypeVar("S", bound=State)
 T = TypeVar("T", bound=Stats)
+R = TypeVar("R", bound=State, contravariant=True)  # a state that is only read
 C = TypeVar("C")
 
 
@@ -135,14 +144,14 @@ class Unmeasured(Protocol):
     unmeasured: ClassVar[bool]
 
 
-class Resting(Protocol):
+class Resting(Protocol[R]):
     """Coefficients of per-example gradients that are shared between epochs."""
 
     def rests(self, hyper: Hyper) -> bool | Array:
         """Whether a step needs no record, its gradient being made of output gradients that went through `weighted`."""
         ...
 
-    def weighted(self, state: Any, g: Array, hyper: Hyper, ids: Array | None = None) -> Array:
+    def weighted(self, state: R, g: Array, hyper: Hyper, ids: Array | None = None) -> Array:
         """g (batch, [positions,] d_out) as the weight gradient shall see it; ids (batch,) are dataset positions."""
         ...
 
@@ -153,44 +162,44 @@ class Terms(Protocol):
     terms: int
 
 
-class KroneckerTerms(Protocol):
+class KroneckerTerms(Protocol[R]):
     """F~ is a sum of Kronecker products."""
 
-    def kronecker_terms(self, state: Any, block: Block) -> tuple[tuple[Array, Array], ...]:
+    def kronecker_terms(self, state: R, block: Block) -> tuple[tuple[Array, Array], ...]:
         """Pairs (A, G), a factor (blocks, d, d) or (blocks, d) if diagonal, of F~ = sum of G (x) A."""
         ...
 
 
-class Inverses(Protocol):
+class Inverses(Protocol[R]):
     """A solve is G^-1 V A^-1."""
 
-    def inverses(self, state: Any, hyper: Hyper) -> tuple[Array, Array] | None:
+    def inverses(self, state: R, hyper: Hyper) -> tuple[Array, Array] | None:
         """((A + d_a I)^-1, (G + d_g I)^-1), shaped like the factors; None where these options solve otherwise."""
         ...
 
 
-class Eigensystem(Protocol):
+class Eigensystem(Protocol[R]):
     """F~ + damping I is diagonal in a Kronecker basis."""
 
-    def eigensystem(self, state: Any, hyper: Hyper) -> tuple[Array, Array, Array] | None:
+    def eigensystem(self, state: R, hyper: Hyper) -> tuple[Array, Array, Array] | None:
         """(Qa, Qg, values) of a solve Qg [(Qg^T V Qa) / values] Qa^T: values (blocks, d_out, d_in) with the damping of
         `hyper` in them, so that with damping 0 they are F~'s own. A basis (blocks, d) of ones is the standard one; None
         where these options solve otherwise."""
         ...
 
 
-class Matrix(Protocol):
+class Matrix(Protocol[R]):
     """The dense block is kept."""
 
-    def matrix(self, state: Any, block: Block) -> Array:
+    def matrix(self, state: R, block: Block) -> Array:
         """F~ (blocks, D, D) for row-major vec, D = d_out d_in."""
         ...
 
 
-class Unit(Protocol):
+class Unit(Protocol[R]):
     """Damping is in units of the block's own curvature."""
 
-    def unit(self, state: Any) -> float | Array:
+    def unit(self, state: R) -> float | Array:
         """What damping 1 adds to the eigenvalues in use, a number or (blocks,)."""
         ...
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from kfaccore.method import Hyper
+from kfaccore.method import Hyper, Method
 from kfaccore.methods.kronecker.kfac import KFAC
 from kfaccore.record import Factored, Record
 from kfaccore.settle import settle
 from kfaccore.xp.arrays import Array
 
 
-def direction(record: Record, grad: Array | Factored, method: Any = None, damping: float = 1e-3) -> Array:
+def direction(record: Record, grad: Array | Factored, method: Method | None = None, damping: float = 1e-3) -> Array:
     """(F~ + damping)^-1 grad with the curvature of one record: no averages, no state; for a first look and analysis.
 
     record   one mini-batch of one layer
@@ -21,6 +19,6 @@ def direction(record: Record, grad: Array | Factored, method: Any = None, dampin
     What cannot be solved is handled as `Method.solve` says (zeros for a non-finite gradient); codes are not returned
     here: use `settle` and `method.solve` to see them.
     """
-    method = KFAC() if method is None else method
-    state = settle(method, record, damping=damping)
-    return method.solve(state, grad, Hyper(0, 0.0, damping), record).direction
+    chosen: Method = KFAC() if method is None else method
+    state = settle(chosen, record, damping=damping)
+    return chosen.solve(state, grad, Hyper(0, 0.0, damping), record).direction

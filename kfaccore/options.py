@@ -7,24 +7,26 @@ from kfaccore.method import names
 
 def instance(owner: object, field: str, kind: type, choices: str) -> None:
     """TypeError unless `owner.field` has every name of the Protocol `kind`; `choices` tells what could be given."""
-    value = getattr(owner, field)
-    _not_a_class(owner, field, value)
-    missing = [name for name in names(kind) if not hasattr(value, name)]
-    if missing:
-        raise TypeError(f"{type(owner).__name__}({field}={value!r}): need {choices}; {missing} is missing there")
+    need(type(owner).__name__, field, getattr(owner, field), kind, choices)
 
 
 def function(owner: object, field: str, choices: str) -> None:
     """TypeError unless `owner.field` can be called."""
     value = getattr(owner, field)
-    _not_a_class(owner, field, value)
+    _not_a_class(type(owner).__name__, field, value)
     if not callable(value):
         raise TypeError(f"{type(owner).__name__}({field}={value!r}): need {choices}")
 
 
-def _not_a_class(owner: object, field: str, value: object) -> None:
+def need(owner: str, field: str, value: object, kind: type, choices: str) -> None:
+    """`instance` for a value at hand, given the name of what it is for."""
+    _not_a_class(owner, field, value)
+    missing = [name for name in names(kind) if not hasattr(value, name)]
+    if missing:
+        raise TypeError(f"{owner}({field}={value!r}): need {choices}; {missing} is missing there")
+
+
+def _not_a_class(owner: str, field: str, value: object) -> None:
     if isinstance(value, type):
-        called = f"{value.__name__}()"
-        raise TypeError(
-            f"{type(owner).__name__}({field}={value.__name__}) is the class itself; give it an instance: {called}"
-        )
+        name = value.__name__
+        raise TypeError(f"{owner}({field}={name}) is the class itself; give it an instance: {name}()")

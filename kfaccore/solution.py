@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from kfaccore.record import Factored
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, blanked, widen
 
+D = TypeVar("D")  # an array, or a dict of one a layer
+
 
 @dataclass(frozen=True)
-class Solution:
-    """direction like the gradient (same sign: steps subtract it), code (blocks,), state, info of small arrays."""
+class Solution(Generic[D]):
+    """direction like the gradient (same sign: steps subtract it), code (blocks,), state, info of small arrays.
 
-    direction: Array
-    code: Array
+    Those of a network-level method are dicts {layer: ...}.
+    """
+
+    direction: D
+    code: D
     state: Any
     info: dict[str, Array] = field(default_factory=dict)
 

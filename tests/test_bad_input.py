@@ -46,7 +46,11 @@ A, G = np.ones((6, 4)), np.ones((6, 3))
         (lambda: kf.Exact().init(kf.Block(1000, 1000), A), ValueError, "use KFAC or EKFAC"),
         (lambda: kf.Block(0, 3), ValueError, "at least 1"),
         (lambda: kf.Clocks(0, 1), ValueError, "at least 1 step"),
-        (lambda: kf.Preconditioner(kf.KFAC(), network="two-level"), ValueError, "network is 'two-level'"),
+        (
+            lambda: kf.Preconditioner(kf.KFAC(), network="two-level"),
+            TypeError,
+            "network='two-level'.: need a network-level",
+        ),
     ],
 )
 def test_message(call, kind, message):

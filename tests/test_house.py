@@ -37,7 +37,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "factors": FLOOR | {"method", "linalg"},
     "methods": FAMILY,
     "network": FAMILY | {"methods"},
-    "precondition": FLOOR | {"method", "options", "solution", "step"},
+    "precondition": FLOOR | {"fisher", "method", "options", "solution", "step"},
     "step": FLOOR | {"method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
     "analysis": FLOOR | {"method", "settle", "factors", "linalg"},

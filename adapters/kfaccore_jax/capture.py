@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.batch import examples
+from kfaccore_jax.drawn import Drawn
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, evaluated, followed
 
@@ -49,13 +50,17 @@ class Captured:
         over = jax.lax.map if one_by_one else lambda f, xs: jax.vmap(f)(xs)
         return over(lambda draw: self._pull(draw)[1], draws)
 
-    def records(self, draws: Any, n: Any, ids: Any = None, one_by_one: bool = False) -> dict[str, Record]:
+    def records(
+        self, draws: Any, n: Any, ids: Any = None, one_by_one: bool = False, fisher: Callable | None = None
+    ) -> Drawn:
         """{layer: Record} for draws of per-example losses (type2, monte_carlo, empirical, forward_only).
 
-        n   the loss normaliser: the batch size for a mean over examples
+        n        the loss normaliser: the batch size for a mean over examples
+        fisher   kfaccore's function that made the draws, so that a step which cannot use them says so
         """
         g = self.output_gradients(draws, one_by_one)
-        return {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
+        found = {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
+        return Drawn(found, fisher)
 
     def factored(self, cotangent: Any) -> dict[str, Factored]:
         """Gradients of <cotangent, prediction> as g^T a, not multiplied out, of the layers where that makes the

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfaccore import KFAC, Block, Clocks, Code, Factored, Fixed, Hyper, Identity, Preconditioner, Record, Schedules
+from kfaccore import KFAC, Block, Clocks, Code, Due, Factored, Fixed, Identity, Preconditioner, Record, Schedules
+from kfaccore_jax.drawn import Drawn
 from kfaccore_jax.layers import named
 from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.trees import register
@@ -55,7 +56,7 @@ def kfac(
     """
     import optax
 
-    if (step.judges or step.needs_records) and not getattr(step, "traced", False):
+    if not step.traced:
         raise ValueError(f"step is {step}, which does not run inside jit; kfac() takes Fixed(...) and SelfTuning(...)")
     rule = _Transformation(plan, methods, clocks, schedules, step)
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
@@ -80,10 +81,14 @@ class _Transformation:
                 f"{self.step} finds no rate for leaves without a layer, {alone}; give them to optax.partition"
             )
         like = jnp.zeros((), jnp.promote_types(jnp.result_type(*leaves), jnp.float32))
-        core = register(Preconditioner(_methods(self.methods, plan, blocks), step=self.step).init(blocks, like))
+        core = register(self.core(blocks).init(blocks, like))
         codes = {name: jnp.full((b.blocks,), int(Code.IDENTITY), jnp.int32) for name, b in blocks.items()}
         core = replace(core, step=jnp.asarray(0), motion=_arrays(core.motion))
         return KFACState(core, codes, jnp.zeros(len(Code), jnp.int32))
+
+    def core(self, blocks: Mapping[str, Block]) -> Preconditioner:
+        """The core's, for these layers."""
+        return Preconditioner(_methods(self.methods, self.plan, blocks), self.clocks, self.schedules, step=self.step)
 
     def update(
         self,
@@ -99,7 +104,8 @@ class _Transformation:
         value_fn: Callable[[Any], Any] | None = None,
         **extra: Any,
     ) -> tuple[Any, KFACState]:
-        core, blocks, plan = state.core, dict(state.core.blocks), self.plan
+        plan = self.plan
+        blocks = dict(state.core.blocks)
         given = {name: record for name, record in (records or {}).items() if name in blocks}
         if self.step.needs_records and not given:
             raise ValueError(f"update got no records, which {self.step} needs at every step")
@@ -107,25 +113,27 @@ class _Transformation:
             raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
         if self.step.judges and (damping is not None or value is None or value_fn is None or params is None):
             raise ValueError(f"{self.step} needs params, value=loss and value_fn=function of params, and no damping")
-        hypers = {name: self.schedules.hyper(name, core.step) for name in blocks}
-        if damping is not None:
-            hypers = {name: replace(hyper, damping=damping) for name, hyper in hypers.items()}
-        chosen = _methods(self.methods, plan, blocks)
-        inside = fresh is None or self.step.needs_records
-        if inside:
-            due = _due(core.step, self.clocks.update), _due(core.step, self.clocks.refresh) if fresh is None else fresh
-            due = due[0], _either(due[1], self.step.restart(core.motion))
-            chosen = {name: _Gated(method, *due) for name, method in chosen.items()}
-        clocks = Clocks(1 if given else 2, 1 if inside or fresh else 2)
-        pre = Preconditioner(chosen, clocks, _Given(l2=self.schedules.l2, hypers=_Table(hypers)), step=self.step)
-        matrices = {**_matrices(plan, grads, blocks), **{k: v for k, v in (factored or {}).items() if k in blocks}}
-        directions, after, info = pre.step(replace(core, step=1), given, matrices)  # 1: only clocks of 1 strike
+        core = self.core(blocks)
+        due = self.due(core, state.core, given, fresh)
+        matrices = _matrices(plan, grads, blocks)
+        matrices |= {name: x for name, x in (factored or {}).items() if name in blocks}
+        fisher = records.fisher if isinstance(records, Drawn) else None
+        directions, after, info = core.do(due, state.core, given, matrices, fisher, damping)
         seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in info.codes.values()])
         counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
-        moves, motion = _tree(plan, grads, directions), after.motion
+        moves = _tree(plan, grads, directions)
+        motion = after.motion
         if value_fn is not None and self.step.judges:
-            moves, motion = _judged(self.step, core.motion, motion, moves, value, value_fn, params)
-        return moves, KFACState(replace(after, step=core.step + 1, motion=motion), dict(info.codes), counts)
+            moves, motion = _judged(self.step, state.core.motion, motion, moves, value, value_fn, params)
+        return moves, KFACState(replace(after, motion=motion), dict(info.codes), counts)
+
+    def due(self, core: Preconditioner, state: Any, records: Mapping[str, Record], fresh: bool | None) -> Due:
+        """What the clocks say, traced; decided outside jit for `fresh` steps, but that a rule's own statistics stay on
+        the clock while it is given records at every step."""
+        clocks = core.due(state)
+        decided = fresh is not None and not self.step.needs_records
+        update = bool(records) if decided else clocks.update if records else False
+        return Due(update, clocks.refresh if fresh is None else fresh)
 
 
 def _judged(
@@ -183,59 +191,3 @@ def _tree(plan: Plan, grads: Any, directions: Mapping[str, Any]) -> Any:
     for name in set(directions) - set(plan.blocks):
         leaves[name] = directions[name].reshape(leaves[name].shape).astype(leaves[name].dtype)
     return jax.tree.unflatten(jax.tree.structure(grads), [leaves[name] for name in names])
-
-
-def _either(one: Any, other: Any) -> Any:
-    """`one` or `other`, flags of Python or traced."""
-    return one if one is True or other is False else other | one
-
-
-def _due(step: Any, every: int) -> Any:
-    """Whether the clock strikes at a traced step; True when it always does."""
-    return True if every == 1 else step % every == 0
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Hyper of each layer; equal to nothing else."""
-
-    of: dict[str, Hyper]
-
-
-@dataclass(frozen=True)
-class _Given(Schedules):
-    """Numbers evaluated already, at the traced step."""
-
-    hypers: _Table | None = None
-
-    def hyper(self, name: str, step: int) -> Hyper:
-        assert self.hypers is not None
-        return self.hypers.of[name]
-
-
-@dataclass(frozen=True)
-class _Gated:
-    """A method whose measure, update and refresh happen when traced flags say so."""
-
-    method: Any
-    updates: Any
-    refreshes: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
-
-    def measure(self, state: Any, record: Record, hyper: Hyper) -> Any:
-        def real() -> Any:
-            return register(self.method.measure(state, record, hyper))
-
-        return _when(self.updates, real, lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(real)))
-
-    def update(self, state: Any, stats: Any, hyper: Hyper, donate: bool = False) -> Any:
-        return _when(self.updates, lambda: self.method.update(state, stats, hyper), lambda: state)
-
-    def refresh(self, state: Any, hyper: Hyper) -> Any:
-        return _when(self.refreshes, lambda: self.method.refresh(state, hyper), lambda: state)
-
-
-def _when(flag: Any, yes: Any, no: Any) -> Any:
-    return yes() if flag is True else jax.lax.cond(flag, yes, no)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
+
+Tree = TypeVar("Tree")  # dataclasses, dicts, tuples and lists of arrays
 
 
 class Communicator(Protocol):
@@ -22,11 +24,11 @@ class Communicator(Protocol):
     @property
     def fraction(self) -> float: ...
 
-    def all_reduce(self, tree: Any) -> Any:
+    def all_reduce(self, tree: Tree) -> Tree:
         """Leafwise sum over ranks."""
         ...
 
-    def broadcast(self, tree: Any, ranks: tuple[int, ...]) -> Any:
+    def broadcast(self, tree: Tree, ranks: tuple[int, ...]) -> Tree:
         """The tree of ranks[0] on all of `ranks`, who give one of the same structure and shapes; any other rank
         gets its own back."""
         ...
@@ -40,8 +42,8 @@ class Serial:
     world: int = 1
     fraction: float = 1.0
 
-    def all_reduce(self, tree: Any) -> Any:
+    def all_reduce(self, tree: Tree) -> Tree:
         return tree
 
-    def broadcast(self, tree: Any, ranks: tuple[int, ...]) -> Any:
+    def broadcast(self, tree: Tree, ranks: tuple[int, ...]) -> Tree:
         return tree

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from kfaccore import tree
-from kfaccore.record import Record
+from kfaccore.method import Averaging, S, Stats, T
+from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array, namespace
 
-
-def is_stats(x: Any) -> bool:
-    """Whether it is Stats of a method: they count what was not finite."""
-    return hasattr(x, "bad")
+Given = Record | tuple[Record, ...] | Stats
 
 
-def records_of(batches: Sequence[Any]) -> Iterator[Record]:
+def records_of(batches: Sequence[Given]) -> Iterator[Record]:
     """The Records of micro-batches, terms of tuples one by one, Stats left out."""
     for batch in batches:
-        yield from batch if isinstance(batch, tuple) else () if is_stats(batch) else (batch,)
+        if isinstance(batch, tuple):
+            yield from batch
+        elif isinstance(batch, Record):
+            yield batch
 
 
-def in_dtype(stats: Any, like: Array | None) -> Any:
+def working(state: S) -> Array | None:
+    """The array whose dtype a state works in; None where it keeps no averages."""
+    return state.weight if isinstance(state, Averaging) else None
+
+
+def in_dtype(stats: T, like: Array | None) -> T:
     """Stats in the dtype of the state they will move."""
     if like is None or stats.bad.dtype == like.dtype:
         return stats
     return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
 
 
-def like_gradient(direction: Array, grad: Any, like: Array | None) -> Array:
+def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) -> Array:
     """A direction in the dtype of its gradient, where the state's wider one made it wider."""
-    wanted = getattr(grad, "g", grad).dtype
+    wanted = grad.g.dtype if isinstance(grad, Factored) else grad.dtype
     if like is None or direction.dtype == wanted or direction.dtype != like.dtype:
         return direction
     return namespace(like).astype(direction, wanted)

@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kfaccore.xp import Code
-from kfaccore.xp.arrays import Array, to_host
+from kfaccore.xp.arrays import Array, namespace, to_host
 
 
 @dataclass(frozen=True)
 class Info:
-    """What one call did: result codes (blocks,) and solver information a layer, and the step's own numbers."""
+    """What one call did: result codes (blocks,) and solver information a layer, and the step's own numbers.
 
-    updated: bool
-    refreshed: bool
+    damping   in force, a layer
+    squares   squared norm of each layer's update
+    """
+
+    updated: bool | Array
+    refreshed: bool | Array
     codes: dict[str, Array]
     layers: dict[str, dict[str, Array]]
     step: dict[str, Any]
+    damping: dict[str, float | Array] = field(default_factory=dict)
+    squares: dict[str, Array] = field(default_factory=dict)
 
     def counts(self) -> dict[Code, int]:
         """How many blocks ended with each code; reads the codes to the host."""
         codes = [to_host(code) for code in self.codes.values()]
         found, how_many = np.unique(np.concatenate(codes), return_counts=True) if codes else ((), ())
         return {Code(int(code)): int(count) for code, count in zip(found, how_many, strict=True)}
+
+    def metrics(self) -> dict[str, float]:
+        """Everything that is a number, flat, for any logger; reads it to the host.
+
+        updated, refreshed   1 where statistics moved and inverses were made anew
+        damping              in force; the mean where layers differ, then also damping/<layer>
+        alpha, mu, ratio, predicted, rejected, scale, ...   what the rule of the step tells
+        code/OK, code/...    blocks that ended with each code; all codes are there
+        norm, norm/<layer>   of the update, of all layers and of each
+        """
+        found = {"updated": float(self.updated), "refreshed": float(self.refreshed)}
+        dampings = {name: float(to_host(x)) for name, x in self.damping.items()}
+        if dampings:
+            found["damping"] = float(np.mean(list(dampings.values())))
+        if len(set(dampings.values())) > 1:
+            found |= {f"damping/{name}": x for name, x in dampings.items()}
+        found |= {name: float(to_host(x)) for name, x in self.step.items() if np.ndim(to_host(x)) == 0}
+        counts = self.counts()
+        found |= {f"code/{code.name}": float(counts.get(code, 0)) for code in Code}
+        squares = {name: float(to_host(x)) for name, x in self.squares.items()}
+        found["norm"] = float(np.sqrt(sum(squares.values())))
+        return found | {f"norm/{name}": float(np.sqrt(x)) for name, x in squares.items()}
+
+
+def norms(updates: Mapping[str, Array]) -> dict[str, Array]:
+    """The squared norm of each layer's update; nothing is read on the host."""
+    flat = {name: namespace(x).reshape(x, (-1,)) for name, x in updates.items()}
+    return {name: namespace(x).vecdot(x, x) for name, x in flat.items()}

@@ -16,8 +16,8 @@ import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Additive, Block, Hyper
-from kfaccore.precondition.comm import Communicator
+from kfaccore.method import Additive, Block, Hyper, Method, RowsAtSolve, S, declares
+from kfaccore.precondition.comm import Communicator, Tree
 from kfaccore.record import Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, from_host, namespace
@@ -61,11 +61,11 @@ def assign(work: Mapping[str, float], world: int, fraction: float = 1.0) -> dict
     return {name: placed[name] for name in work}
 
 
-def check(methods: Mapping[str, Any], comm: Communicator) -> None:
+def check(methods: Mapping[str, Method], comm: Communicator) -> None:
     """ValueError for methods whose Stats do not add over ranks."""
     for name, method in methods.items():
-        additive = getattr(type(method), "combine", None) is Additive.combine
-        if comm.world > 1 and (not additive or getattr(method, "rows_at_solve", False)):
+        additive = type(method).combine is Additive.combine
+        if comm.world > 1 and (not additive or declares(method, RowsAtSolve)):
             raise ValueError(
                 f"{method} of layer {name!r} keeps rows of one process; need a method whose Stats are sums"
             )
@@ -81,14 +81,15 @@ def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Arr
         raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
 
 
-def refreshed_leaves(method: Any, like: Array) -> tuple[tuple[bool, ...], bool]:
+def refreshed_leaves(method: Method, like: Array) -> tuple[tuple[bool, ...], bool]:
     """Which leaves of a method's state `refresh` replaces, and whether `measure` looks at them; found on a layer of
     two by two."""
-    xp, device = namespace(like), aac.device(like)
-    a, g = (
-        xp.asarray(x, dtype=like.dtype, device=device) for x in ([[1.0, 2.0], [3.0, 5.0]], [[1.0, -1.0], [2.0, 1.0]])
-    )
-    record, hyper = Record(a, g, 2), Hyper(0, 0.9, 0.1)
+    xp = namespace(like)
+    where = {"dtype": like.dtype, "device": aac.device(like)}
+    a = xp.asarray([[1.0, 2.0], [3.0, 5.0]], **where)
+    g = xp.asarray([[1.0, -1.0], [2.0, 1.0]], **where)
+    record = Record(a, g, 2)
+    hyper = Hyper(0, 0.9, 0.1)
     state = method.init(Block(2, 2, rows=2, samples=2), like)
     stats = method.measure(state, record, hyper)
     state = method.update(state, stats, hyper)
@@ -99,14 +100,19 @@ def refreshed_leaves(method: Any, like: Array) -> tuple[tuple[bool, ...], bool]:
     return written, any(bool(xp.any(old != new)) for old, new in pairs)
 
 
-def reduced(comm: Communicator, stats: Any) -> Any:
+def reduced(comm: Communicator, stats: Tree) -> Tree:
     """Stats summed over ranks."""
     if comm.world == 1:
         return stats
     return _unpacked(comm.all_reduce(_packed(stats)), stats)
 
 
-def exchanged(comm: Communicator, states: dict[str, Any], methods: Mapping[str, Any], work: dict[str, tuple]) -> dict:
+def exchanged(
+    comm: Communicator,
+    states: dict[str, S],
+    methods: Mapping[str, Method],
+    work: dict[str, tuple[int, ...]],
+) -> dict[str, S]:
     """States after a refresh by their owners, on all ranks of `work`, or on all there are where the next `measure`
     needs them; only what `refresh` writes travels."""
     if comm.world == 1:
@@ -163,5 +169,5 @@ def sent(comm: Communicator, solution: Solution, ranks: tuple[int, ...]) -> Solu
     if len(ranks) == comm.world:
         return solution
     everyone = (ranks[0], *(r for r in range(comm.world) if r != ranks[0]))
-    direction, code = comm.broadcast([solution.direction, solution.code], everyone)
-    return replace(solution, direction=direction, code=code)
+    directions, codes = comm.broadcast([solution.direction, solution.code], everyone)
+    return replace(solution, direction=directions, code=codes)

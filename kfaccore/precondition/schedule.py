@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kfaccore.method import Hyper
+from kfaccore.xp.arrays import Array
 
-Schedule = Callable[[int], float]
+Schedule = Callable[..., float]
 
 
 def constant(value: float) -> Schedule:
@@ -38,7 +39,7 @@ def piecewise(values: tuple[float, ...], boundaries: tuple[int, ...]) -> Schedul
     return lambda step: values[sum(step >= b for b in boundaries)]
 
 
-def at(value: float | Schedule, step: int) -> float:
+def at(value: float | Schedule, step: int | Array) -> float:
     """A number as it is, a schedule at `step`."""
     return value(step) if callable(value) else value
 
@@ -77,7 +78,7 @@ class Schedules:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"Schedules.{name} is {getattr(self, name)}; need a finite number >= 0")
 
-    def hyper(self, name: str, step: int) -> Hyper:
+    def hyper(self, name: str, step: int | Array) -> Hyper:
         """The numbers of layer `name` at `step`."""
         damping = self.damping
         if isinstance(damping, Mapping):

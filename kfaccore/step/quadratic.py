@@ -51,9 +51,9 @@ class Quadratic:
     points: int = 16
 
     needs_records: ClassVar[bool] = True
-    terms: ClassVar[bool] = True  # a record may be a tuple, one a loss term
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
+    terms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < np.inf:

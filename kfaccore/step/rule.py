@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from kfaccore.method import Hyper
-from kfaccore.record import Record
+from kfaccore.precondition.comm import Communicator
+from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array
 
+M = TypeVar("M")  # a rule's motion: a tree of arrays and numbers
 
-class Rule(Protocol):
+
+class Rule(Protocol[M]):
     """Frozen numbers; `motion` is the rule's own state.
 
-    needs_records   whether every step needs records of the batch
+    needs_records   whether every step needs records of the batch, drawn from the model
     judges          whether `judge` must be asked after the updates were applied
-    over(comm)      optional for a rule that needs records: the rule for ranks whose records add up to the batch
+    traced          whether all of it runs under jit, one judgement being final
+    terms           whether records may be tuples, one a loss term
     """
 
     needs_records: ClassVar[bool]
     judges: ClassVar[bool]
+    traced: ClassVar[bool]
+    terms: ClassVar[bool]
 
-    def init(self, zeros: dict[str, Array]) -> Any:
+    def init(self, zeros: dict[str, Array]) -> M:
         """Motion before the first step, from zeros shaped like every layer's direction."""
         ...
 
-    def begin(self, motion: Any, records: dict[str, Record]) -> Any:
+    def begin(self, motion: M, records: dict[str, Record]) -> M:
         """Before the layers are solved: what is learnt from the records."""
         ...
 
-    def hyper(self, motion: Any, hyper: Hyper) -> Hyper:
+    def hyper(self, motion: M, hyper: Hyper) -> Hyper:
         """The scheduled numbers, or the rule's own in their place."""
         ...
 
-    def restart(self, motion: Any) -> bool:
+    def restart(self, motion: M) -> bool | Array:
         """Whether inverses are refreshed off the clock."""
         ...
 
     def __call__(
-        self, motion: Any, directions: dict[str, Array], grads: dict[str, Any], records: dict[str, Record], l2: float
-    ) -> tuple[dict[str, Array], Any, dict[str, Any]]:
+        self,
+        motion: M,
+        directions: dict[str, Array],
+        grads: dict[str, Array | Factored],
+        records: dict[str, Record],
+        l2: float,
+    ) -> tuple[dict[str, Array], M, dict[str, float | Array]]:
         """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions."""
         ...
 
-    def judge(self, motion: Any, share: float, before: float, after: float) -> tuple[float, Any]:
+    def judge(self, motion: M, share: float, before: float, after: float) -> tuple[float, M]:
         """The share of the updates that should be in force, given the batch loss with `share` of them.
 
         The answer is final when it is `share` itself or 0; else apply it and ask again.
         """
+        ...
+
+
+class Spread(Protocol):
+    """What a rule that needs records may offer: itself over several ranks."""
+
+    def over(self, comm: Communicator) -> Rule:
+        """The rule for ranks whose records add up to the batch."""
         ...

@@ -88,7 +88,7 @@ class SelfTuning:
 
     needs_records: ClassVar[bool] = True
     judges: ClassVar[bool] = True
-    traced: ClassVar[bool] = True  # all of it runs under jit, and one judgement is final
+    traced: ClassVar[bool] = True
     terms: ClassVar[bool] = False
 
     def over(self, comm: Communicator) -> SelfTuning:

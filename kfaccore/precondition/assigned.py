@@ -1,0 +1,73 @@
+"""Which method has which layer: those that a network-level method covers together, every other one by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from kfaccore.method import Block, Hyper, Method, Resting, Unmeasured, declares
+from kfaccore.options import need
+from kfaccore.precondition.groups import Alone, Group, NetworkMethod
+from kfaccore.xp.arrays import is_tracer
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """`methods`, one for all layers or a mapping from layer to method, and the network-level method if there is one."""
+
+    methods: Method | Mapping[str, Method] | None
+    network: NetworkMethod | None
+
+    def __post_init__(self) -> None:
+        if self.methods is None and self.network is None:
+            raise ValueError("a Preconditioner needs methods, such as KFAC(), or a network-level method as network")
+        if self.network is not None:
+            need("Preconditioner", "network", self.network, NetworkMethod, "a network-level method such as TwoLevel()")
+        for method in self.every():
+            if method is not self.network:
+                need("Preconditioner", "methods", method, Method, "a method such as KFAC()")
+
+    def together(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """Layers of the network-level method."""
+        return {name: blocks[name] for name in self.network.covers(blocks)} if self.network is not None else {}
+
+    def of(self, name: str) -> Method:
+        """The method of a layer that stands by itself; ValueError where it has none."""
+        if self.methods is None:
+            raise ValueError(f"{self.network} leaves out layer {name!r}: give `methods` for it, Identity() to leave it")
+        if not isinstance(self.methods, Mapping):
+            return self.methods
+        if name not in self.methods:
+            raise ValueError(f"methods has no entry for layer {name!r}; give it one, Identity() to leave it alone")
+        return self.methods[name]
+
+    def whose(self, name: str, alone: Mapping[str, object]) -> Method | NetworkMethod:
+        """The method of any layer, given the states of those that stand by themselves."""
+        return self.of(name) if name in alone or self.network is None else self.network
+
+    def every(self) -> list[Method | NetworkMethod]:
+        """All methods there are."""
+        methods = self.methods.values() if isinstance(self.methods, Mapping) else [self.methods]
+        return [method for method in (*methods, self.network) if method is not None]
+
+    def resting(self, names: Iterable[str], alone: Mapping[str, object], hyper: Callable[[str], Hyper]) -> set[str]:
+        """The layers of `names` whose method rests, given the numbers of the step to come."""
+        whose = {name: self.whose(name, alone) for name in names}
+        able = {name: method for name, method in whose.items() if declares(method, Resting)}
+        rests = {name: method.rests(hyper(name)) for name, method in able.items()}
+        traced = sorted(name for name, flag in rests.items() if is_tracer(flag))
+        if traced:
+            raise ValueError(
+                f"the methods of layers {traced} rest in some epochs, and a traced step cannot tell in which: run it "
+                f"outside jit, or give FNGD steps=0"
+            )
+        return {name for name, flag in rests.items() if flag}
+
+    def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
+        """The layers of `names` whose method needs no records at all."""
+        return {name for name in names if declares(self.whose(name, alone), Unmeasured)}
+
+    def groups(self, names: Mapping[str, object], together: Mapping[str, Block]) -> list[Group]:
+        """Layers of one call as they are solved: the network-level method's first, then one by one."""
+        found = [Group("network", tuple(together), self.network)] if self.network is not None and together else []
+        return found + [Group(name, (name,), Alone(name, self.of(name))) for name in names if name not in together]

@@ -1,0 +1,124 @@
+"""What can be told wrong before anything is computed, so that a call that fails has changed nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import TYPE_CHECKING
+
+from kfaccore.fisher import empirical, forward_only
+from kfaccore.method import Block, OwnGradients, Stats, Terms, declares
+from kfaccore.options import need
+from kfaccore.precondition.comm import Communicator
+from kfaccore.precondition.due import Due
+from kfaccore.precondition.given import Given, named, records_of
+from kfaccore.precondition.groups import Grads, NetworkMethod
+from kfaccore.record import Record
+from kfaccore.solution import gradient
+from kfaccore.step.rule import Rule, Spread
+
+if TYPE_CHECKING:
+    from kfaccore.precondition.preconditioner import Preconditioner, State
+
+Fisher = Callable[..., object]  # type2, monte_carlo, empirical or forward_only
+
+
+def agreeing(network: NetworkMethod | None, step: Rule, comm: Communicator) -> None:
+    """TypeError for what is no rule; ValueError where a network-level method or a rule cannot work over the ranks."""
+    need("Preconditioner", "step", step, Rule, "a rule such as Fixed(lr) or SelfTuning()")
+    if comm.world == 1:
+        return
+    if network is not None:
+        raise ValueError(f"{network} needs the records of all {comm.world} ranks; it runs in one process")
+    if step.needs_records and not declares(step, Spread):
+        raise ValueError(f"{step} needs the records of all ranks: on {comm.world} take SelfTuning() or Fixed(lr)")
+
+
+def fitting(pre: Preconditioner, fisher: Fisher | None) -> None:
+    """ValueError where a rule or a method cannot use the draws that the caller says its records hold."""
+    own = [method for method in pre.assigned.every() if declares(method, OwnGradients)]
+    if fisher is not None and own and fisher is not empirical:
+        raise ValueError(
+            f"the records are of {_name(fisher)}, and {own[0]} takes the loss's own gradients: use empirical"
+        )
+    if pre.rule.needs_records and fisher is empirical:
+        raise ValueError(
+            f"the records hold the loss's own gradients (empirical), which do not model the loss as {pre.rule} does: "
+            f"draw labels with monte_carlo or type2, or use LineSearch()"
+        )
+    if pre.rule.needs_records and fisher is forward_only:
+        raise ValueError(f"{pre.rule} models the loss from draws, and forward_only has none: use monte_carlo or type2")
+
+
+def checked(
+    pre: Preconditioner,
+    due: Due,
+    state: State,
+    records: Mapping[str, Given | Sequence[Given]],
+    grads: Grads,
+) -> dict[str, Sequence[Given]]:
+    """Records as sequences of micro-batches; ValueError for what does not fit."""
+    blocks = dict(state.blocks)
+    _known(blocks, grads=grads, records=records)
+    for name, grad in grads.items():
+        with named(name):
+            gradient(grad, (blocks[name].blocks, blocks[name].d_out, blocks[name].d_in))
+    together = set(pre.assigned.together(blocks)) if grads else set()
+    if together - set(grads):
+        raise ValueError(f"layers {sorted(together - set(grads))} have no gradients; {pre.network} needs them all")
+    idle = pre.resting(state) | pre.assigned.unmeasured(blocks, state.layers)
+    every_step = pre.rule.needs_records or (pre.network is not None and pre.network.needs_records and together - idle)
+    if not every_step and (due.update is False or not blocks.keys() - idle):
+        return {}
+    _present(pre, due, state, records, set(grads), together - idle, set(grads) - idle)
+    taken = {name: given for name, given in records.items() if name not in idle or pre.rule.needs_records}
+    batches = {name: _sequence(pre, name, given, name in together) for name, given in taken.items()}
+    for name, batch in batches.items():
+        for record in records_of(batch):
+            have = Block.of(record)
+            need = blocks[name]
+            if (have.blocks, have.d_out, have.d_in) != (need.blocks, need.d_out, need.d_in):
+                raise ValueError(f"the record of layer {name!r} is for {have}; init was told {need}")
+    return batches
+
+
+def _known(blocks: Mapping[str, Block], **given: Mapping[str, object]) -> None:
+    for what, layers in given.items():
+        unknown = sorted(set(layers) - set(blocks))
+        if unknown:
+            raise ValueError(f"{what} has layers {unknown} that init never saw; it knows {sorted(blocks)}")
+
+
+def _present(
+    pre: Preconditioner,
+    due: Due,
+    state: State,
+    records: Mapping[str, object],
+    names: set[str],
+    together: set[str],
+    measured: set[str],
+) -> None:
+    """ValueError where records are due and not there."""
+    if measured and not records and (pre.rule.needs_records or due.update is not False):
+        raise ValueError(
+            f"step {state.step} updates statistics (every {pre.clocks.update} steps) but got no records; "
+            f"ask wants_records(state) before each step"
+        )
+    missing = sorted((names if pre.rule.needs_records else together) - set(records))
+    if missing:
+        whose = pre.rule if pre.rule.needs_records else pre.network
+        raise ValueError(f"layers {missing} have gradients but no records, which {whose} needs at every step")
+
+
+def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], together: bool) -> Sequence[Given]:
+    """One layer's micro-batches; a tuple is one batch for a method of several loss terms."""
+    terms = isinstance(given, tuple) and not together and declares(pre.assigned.of(name), Terms)
+    if terms and pre.rule.needs_records and not pre.rule.terms:
+        raise ValueError(f"{pre.rule} cannot model several loss terms; use Quadratic() or GridSearch()")
+    if terms or isinstance(given, Record | Stats):
+        return [given]  # pyright: ignore[reportReturnType]
+    return list(given)
+
+
+def _name(fisher: Fisher) -> str:
+    return fisher.__name__ if isinstance(fisher, FunctionType) else repr(fisher)
