@@ -40,11 +40,11 @@ class System:
 
     def divide(self, v: np.ndarray, shift: float) -> np.ndarray:
         """(F~ + shift I)^-1 v."""
-        below = self.values + shift
+        below: np.ndarray = self.values + shift
         if not below.min() > 0:
             raise ValueError(f"F~ + {shift} I is singular (smallest eigenvalue {below.min():.3g}): give damping > 0")
         if self.right is not None:
-            return kron.solve(self.left, v, self.right, below)
+            return to_host(kron.solve(self.left, v, self.right, below))
         flat = v.reshape(*below.shape, 1)
         return (self.left @ (self.left.mT @ flat / below[..., None])).reshape(v.shape)
 
@@ -159,7 +159,7 @@ class LayerOperator:
         if self.diagonal is not None:
             total = self.diagonal.values.sum()
         elif self.terms:
-            total = sum((side.diagonal(A).sum(-1) * side.diagonal(G).sum(-1)).sum() for A, G in self.terms)
+            total = sum((_trace(A) * _trace(G)).sum() for A, G in self.terms)
         else:
             total = np.trace(self.undamped, axis1=-2, axis2=-1).sum()
         return float(total + self.damping * self.size)
@@ -222,7 +222,13 @@ def exported(size: int, matvec: Callable[[np.ndarray], np.ndarray]) -> LinearOpe
     def flat(v: np.ndarray) -> np.ndarray:
         return matvec(np.asarray(v, np.float64).reshape(size))
 
-    return LinearOperator((size, size), matvec=flat, rmatvec=flat, dtype=np.float64)
+    # SciPy's stubs have the signature of a subclass here
+    return LinearOperator((size, size), matvec=flat, rmatvec=flat, dtype=np.float64)  # pyright: ignore[reportCallIssue]
+
+
+def _trace(factor: np.ndarray) -> np.ndarray:
+    """tr of each block, (blocks,)."""
+    return to_host(side.diagonal(factor)).sum(-1)
 
 
 def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:

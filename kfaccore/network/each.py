@@ -13,6 +13,7 @@ from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, scalar
 
 Hypers = Mapping[str, Hyper]
+NetworkSolution = Solution[dict[str, Array]]
 
 
 class Layered(Protocol):
@@ -25,16 +26,6 @@ class Layered(Protocol):
 
 
 L = TypeVar("L", bound=Layered)
-
-
-@dataclass(frozen=True)
-class NetworkSolution(Generic[L]):
-    """As `Solution`: direction and code are dicts of layers, the state is the network's."""
-
-    direction: dict[str, Array]
-    code: dict[str, Array]
-    state: L
-    info: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class Each(Generic[L]):
         return self.method[name]
 
 
-def joined(state: L, found: Mapping[str, Solution], info: dict[str, Array] | None = None) -> NetworkSolution[L]:
+def joined(state: Layered, found: Mapping[str, Solution], info: dict[str, Array] | None = None) -> NetworkSolution:
     """Solutions of layers as one, whose states are those of `state`."""
     state = replace(state, layers={**state.layers, **{name: solution.state for name, solution in found.items()}})
     directions = {name: solution.direction for name, solution in found.items()}

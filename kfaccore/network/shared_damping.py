@@ -73,7 +73,7 @@ class SharedDamping(Each[State]):
         grads: Mapping[str, Array | Factored],
         hypers: Hypers,
         records: Mapping[str, Record] | None = None,
-    ) -> NetworkSolution[State]:
+    ) -> NetworkSolution:
         """`direction`, `code` and `state` as the block methods', on dicts; info: beta."""
         hypers = self._damped(state, hypers)
         found = {name: self._of(name).solve(state.layers[name], grad, hypers[name]) for name, grad in grads.items()}

@@ -55,7 +55,7 @@ class Fixed:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, object]]:
+    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, float | Array]]:
         """(updates to subtract, motion, info) for the layers in `directions`; others keep their buffer."""
         if not directions:
             return directions, motion, {"scale": 1.0, "alpha": self.lr}
@@ -64,7 +64,7 @@ class Fixed:
         if self.momentum:
             moved = {name: self.momentum * namespace(d).reshape(motion[name], d.shape) + d for name, d in moved.items()}
             motion = {**motion, **{name: namespace(m).reshape(m, motion[name].shape) for name, m in moved.items()}}
-        told: dict[str, object] = {"scale": scale, "alpha": self.lr * scale}
+        told: dict[str, float | Array] = {"scale": scale, "alpha": self.lr * scale}
         return {name: _scaled(m, self.lr) for name, m in moved.items()}, motion, told
 
 

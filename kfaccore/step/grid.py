@@ -72,13 +72,13 @@ class GridSearch:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Trail, dict[str, object]]:
+    ) -> tuple[dict[str, Array], Trail, dict[str, float | Array]]:
         """(updates at the rate of the step before, motion, info); layers left out keep their buffer."""
         old = motion.buffers
         rate = motion.rate
         moved = {name: self.momentum * namespace(d).reshape(old[name], d.shape) + d for name, d in directions.items()}
         kept = {**old, **{name: namespace(m).reshape(m, old[name].shape) for name, m in moved.items()}}
-        told: dict[str, object] = {"alpha": rate, "code": Code(motion.code), "rejected": motion.rejected}
+        told: dict[str, float | Array] = {"alpha": rate, "code": Code(motion.code), "rejected": motion.rejected}
         return {name: rate * m for name, m in moved.items()}, replace(motion, buffers=kept, tried={}), told
 
     def judge(self, motion: Trail, share: float, before: float, after: float) -> tuple[float, Trail]:

@@ -70,9 +70,9 @@ class LineSearch:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Search, dict[str, object]]:
+    ) -> tuple[dict[str, Array], Search, dict[str, float | Array]]:
         """(updates to try first, motion, info)."""
-        told: dict[str, object] = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}
+        told: dict[str, float | Array] = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}
         return {name: motion.rate * x for name, x in directions.items()}, motion, told
 
     def judge(self, motion: Search, share: float, before: float, after: float) -> tuple[float, Search]:

@@ -94,7 +94,8 @@ def trace(records: Mapping[str, Record], comm: Communicator = Serial()) -> Numbe
     total: Number = 0.0
     for tr_a, tr_g, counts in comm.all_reduce([_traces(record) for record in records.values()]):
         rows, n = counts
-        total = total + number((tr_a / rows * tr_g).sum() / n)
+        products = tr_a / rows * tr_g
+        total = total + number(namespace(products).sum(products) / n)
     return total
 
 

@@ -93,9 +93,9 @@ class Quadratic:
         grads: Mapping[str, Array | Factored],
         records: Records,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Memory, dict[str, object]]:
+    ) -> tuple[dict[str, Array], Memory, dict[str, float | Array]]:
         """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
-        told: dict[str, object] = {"code": Code(motion.code), "rejected": motion.rejected}
+        told: dict[str, float | Array] = {"code": Code(motion.code), "rejected": motion.rejected}
         if not directions:
             return directions, motion, {**told, "alpha": 0.0}
         previous = {name: motion.previous[name] for name in directions}

@@ -127,7 +127,7 @@ class SelfTuning:
         grads: Mapping[str, Array | Factored],
         records: Mapping[str, Record],
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Motion, dict[str, object]]:
+    ) -> tuple[dict[str, Array], Motion, dict[str, float | Array]]:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code.
 
         l2   the penalty l2/2 |theta|^2 is part of the loss and of `grads`, so its curvature joins the model.
@@ -153,7 +153,7 @@ class SelfTuning:
         predicted = number(-step @ found.down + 0.5 * step @ F @ step)
         predicted = pick(finite(predicted), predicted, 0.0)
         updates = {name: _combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
-        told: dict[str, object] = {
+        told: dict[str, float | Array] = {
             "alpha": alpha,
             "mu": mu,
             "damping": motion.damping,

@@ -127,7 +127,7 @@ class Tridiagonal:
         grads: Mapping[str, Array | Factored],
         hypers: Hypers,
         records: Mapping[str, Record] | None = None,
-    ) -> NetworkSolution[State]:
+    ) -> NetworkSolution:
         """Directions, codes and state of the chain, on dicts. A gradient that is not finite counts as zero."""
         v = {}
         squeeze = {}

@@ -100,7 +100,7 @@ class TwoLevel(Each[State]):
         grads: Mapping[str, Array | Factored],
         hypers: Hypers,
         records: Mapping[str, Record] | None = None,
-    ) -> NetworkSolution[State]:
+    ) -> NetworkSolution:
         """`direction`, `code` and `state` as the block method's, on dicts; info: gain, and the coarse code."""
         if records is None:
             raise ValueError("TwoLevel got no records: its correction needs those of every step")
