@@ -190,7 +190,7 @@ def test_directions_need_one_product_in_all(rng, monkeypatch):
     records, _ = problem(rng)
     grads, calls = factored(rng, records, own=True), []
     state, hypers = fitted(two := kf.TwoLevel(space=net.Directions()), records)
-    for room in (net.two_level.two_level, net.two_level.level):
+    for room in (net.two_level.two_level, net.two_level.products):
         inner = room.outputs
         monkeypatch.setattr(room, "outputs", lambda r, *v, inner=inner: calls.append(len(v)) or inner(r, *v))
     two.solve(state, grads, hypers, records)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan
 
 from kfaccore.analysis.compare import Figures
 
 WIDTH = 20_000
+Choice = tuple[float, float, tuple[str, ...]]  # cost and squared error so far, the methods chosen
+
 BY = {  # (relative error, what it is relative to) of one layer
     "direction": lambda f: (f.inverse_error, f.size),
     "block": lambda f: (f.error, f.norm),
@@ -48,10 +51,10 @@ def advise(
     Raises ValueError naming a layer that no method could be measured on.
     """
     layers = list(dict.fromkeys(f.layer for f in figures))
-    front: list[tuple[float, float, tuple[str, ...]]] = [(0.0, 0.0, ())]
+    front: list[Choice] = [(0.0, 0.0, ())]
     scale = 0.0
     for layer in layers:
-        choices = [f for f in figures if f.layer == layer and by(f)[0] == by(f)[0]]
+        choices = [f for f in figures if f.layer == layer and not isnan(by(f)[0])]
         if not choices:
             raise ValueError(f"no method could be measured on layer {layer!r}")
         scale += max(by(f)[1] for f in choices) ** 2
@@ -62,9 +65,9 @@ def advise(
     return Advice(within[-1] if within else None, plans[0])
 
 
-def _front(plans: list[tuple[float, float, tuple[str, ...]]]) -> list[tuple[float, float, tuple[str, ...]]]:
+def _front(plans: list[Choice]) -> list[Choice]:
     """Plans by rising cost and strictly falling error; the cheapest and the best are never thinned away."""
-    kept: list[tuple[float, float, tuple[str, ...]]] = []
+    kept: list[Choice] = []
     for plan in sorted(plans):
         if not kept or plan[1] < kept[-1][1]:
             kept.append(plan)

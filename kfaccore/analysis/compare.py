@@ -9,24 +9,23 @@ those of the record as it came.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from kfaccore import tree
 from kfaccore.analysis.exact import ROWS, ExactBlock, distance, probed
 from kfaccore.analysis.operator import LayerOperator, on_host
-from kfaccore.method import Block, Hyper
+from kfaccore.method import Block, Hyper, Method, State
 from kfaccore.record import Record
 from kfaccore.record.jacobian import adjoint
 from kfaccore.settle import cycle, settle
+from kfaccore.solution import Solution
 from kfaccore.xp import Code
-from kfaccore.xp.arrays import from_host, namespace, to_host
+from kfaccore.xp.arrays import Array, from_host, namespace, to_host
 
 PROBES = 64
 
@@ -63,8 +62,8 @@ class Figures:
 
 def compare(
     records: Mapping[str, Record],
-    methods: Mapping[str, Any],
-    grads: Mapping[str, np.ndarray] | None = None,
+    methods: Mapping[str, Method],
+    grads: Mapping[str, Array] | None = None,
     damping: float | None = None,
     repeats: int = 5,
     rows: int = ROWS,
@@ -93,11 +92,13 @@ def compare(
 class _Target:
     """What the methods of one layer are held against; made once."""
 
-    def __init__(self, name: str, record: Record, exact: ExactBlock, damping: float, grad: Any) -> None:
-        self.name, self.record, self.exact, self.damping = name, record, exact, damping
-        grad = _first_draw(exact) if grad is None else np.asarray(to_host(grad), np.float64).reshape(exact.shape)
-        self.grad = grad
-        self.x = exact.solve(grad, damping)
+    def __init__(self, name: str, record: Record, exact: ExactBlock, damping: float, grad: Array | None) -> None:
+        self.name = name
+        self.record = record
+        self.exact = exact
+        self.damping = damping
+        self.grad = _first_draw(exact) if grad is None else to_host(grad).astype(float).reshape(exact.shape)
+        self.x = exact.solve(self.grad, damping)
         rng = np.random.default_rng(0)
         self.probes = [rng.choice((-1.0, 1.0), exact.shape) for _ in range(PROBES)]
         self._images: list[np.ndarray] = []
@@ -109,65 +110,83 @@ class _Target:
         return self._images
 
 
-def _figures(target: _Target, label: str, method: Any, repeats: int, converged: bool) -> Figures:
-    exact, hyper = target.exact, Hyper(0, 0.0, target.damping)
-    known: dict[str, Any] = {"layer": target.name, "method": label, "damping": target.damping}
-    known |= {"shared": target.record.shared, "size": float(np.linalg.norm(target.x))}
+def _figures(target: _Target, label: str, method: Method, repeats: int, converged: bool) -> Figures:
+    """All figures of one method, as far as it can have them."""
+    exact = target.exact
+    known = Figures(
+        target.name, label, damping=target.damping, shared=target.record.shared, size=float(np.linalg.norm(target.x))
+    )
+    norm = exact.norm if exact.exact else float("nan")
+    hyper = Hyper(0, 0.0, target.damping)
     try:
         state = fitted(method, exact.record, target.damping, target.probes[0] if converged else None)
         solution = method.solve(state, target.grad, hyper, exact.record)
-        known |= _costs(method, target.record, _like(target.grad, target.record.g), hyper, repeats)
+        seconds, size = _costs(method, target.record, _like(target.grad, target.record.g), hyper, repeats)
     except (ValueError, TypeError) as error:
-        return Figures(**known, norm=exact.norm if exact.exact else float("nan"), note=str(error))
-    worst = Code(int(to_host(solution.code).max()))
-    known["note"] = "" if worst == Code.OK else f"code {worst.name}"
-    known |= _direction_error(target.x.ravel(), np.asarray(solution.direction).ravel())
+        return replace(known, norm=norm, note=str(error))
+    inverse_error, cosine = _direction_error(target.x.ravel(), to_host(solution.direction).ravel())
+    known = replace(known, seconds=seconds, bytes=size, inverse_error=inverse_error, cosine=cosine)
     try:
-        return Figures(**known, **_block_error(target, method, state))
+        error, spread, norm, ratio = _block_error(target, method, state)
     except (ValueError, TypeError) as error:
-        return Figures(**{**known, "note": str(error)}, norm=exact.norm if exact.exact else float("nan"))
+        return replace(known, norm=norm, note=str(error))
+    found = replace(known, error=error, standard_error=spread, norm=norm, trace_ratio=ratio)
+    return replace(found, note=_told(solution))
 
 
-def fitted(method: Any, record: Record, damping: float, probe: np.ndarray | None = None) -> Any:
+def _told(solution: Solution) -> str:
+    """The worst code of a solve, where it is not OK."""
+    worst = Code(int(to_host(solution.code).max()))
+    return "" if worst == Code.OK else f"code {worst.name}"
+
+
+def fitted(method: Method, record: Record, damping: float, probe: np.ndarray | None = None) -> State:
     """State of `method` on one record without memory; with a probe, its sweeps go on until F~ probe moves by less than
     1e-8 of itself, at most 3,000 times."""
-    state, hyper = settle(method, record, damping=damping), Hyper(0, 0.0, damping)
+    state = settle(method, record, damping=damping)
+    hyper = Hyper(0, 0.0, damping)
     if probe is None or method.cycles == 1:
         return state
     try:
-        old = method.matvec(state, probe, hyper)
+        old = to_host(method.matvec(state, probe, hyper))
     except (ValueError, TypeError):  # inverses only: no F~ that could stand still
         return state
     for _ in range(3000):
         state = method.update(state, method.measure(state, record, hyper), hyper)
-        new = method.matvec(state, probe, hyper)
+        new = to_host(method.matvec(state, probe, hyper))
         if np.linalg.norm(new - old) <= 1e-8 * np.linalg.norm(new):
             break
         old = new
     return method.refresh(state, hyper)
 
 
-def _direction_error(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    size, product = np.linalg.norm(x), np.linalg.norm(x) * np.linalg.norm(y)
-    error = float(np.linalg.norm(y - x) / size) if size else 0.0 if not y.any() else float("inf")
-    return {"inverse_error": error, "cosine": float(x @ y / product) if product else float("nan")}
+def _direction_error(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """||y - x|| / ||x|| and the cosine between them."""
+    size = np.linalg.norm(x)
+    product = size * np.linalg.norm(y)
+    without_size = float("inf") if y.any() else 0.0
+    error = float(np.linalg.norm(y - x) / size) if size else without_size
+    return error, float(x @ y / product) if product else float("nan")
 
 
-def _block_error(target: _Target, method: Any, state: Any) -> dict[str, Any]:
+def _block_error(target: _Target, method: Method, state: State) -> tuple[float, float, float, float]:
+    """||F - F~|| / ||F||, its standard error, ||F|| and tr F~ / tr F."""
     exact = target.exact
     op = LayerOperator(method, on_host(state), Block.of(exact.record))
     if exact.exact and op.measurable:
-        trace = op.trace() / exact.trace if exact.trace else float("nan")
-        return {"error": distance(exact, op), "norm": exact.norm, "trace_ratio": trace}
+        ratio = op.trace() / exact.trace if exact.trace else float("nan")
+        return distance(exact, op), 0.0, exact.norm, ratio
     error, spread = probed(exact, op, target.probes, target.images)
     norm = exact.norm if exact.exact else float(np.sqrt(np.mean([(z**2).sum() for z in target.images])))
     trace = op.trace() if op.measurable else float(np.mean([(z * op.matvec(z)).sum() for z in target.probes]))
-    return {"error": error, "standard_error": spread, "norm": norm, "trace_ratio": trace / exact.trace}
+    return error, spread, norm, trace / exact.trace
 
 
-def _costs(method: Any, record: Record, grad: Any, hyper: Hyper, repeats: int, budget: float = 3.0) -> dict[str, Any]:
-    """Bytes of the state, and median seconds of one update (measure included), refresh and solve, taken in turn as a
-    step takes them; fewer than `repeats` rounds once they took `budget` seconds together."""
+def _costs(
+    method: Method, record: Record, grad: Array, hyper: Hyper, repeats: int, budget: float = 3.0
+) -> tuple[dict[str, float], int]:
+    """Median seconds of one update (measure included), refresh and solve, taken in turn as a step takes them, fewer
+    than `repeats` rounds once they took `budget` seconds together; and bytes of the state."""
     state = cycle(method, method.init(Block.of(record), record.g), record, hyper)
     times: dict[str, list[float]] = {"update": [], "refresh": [], "solve": []}
     while len(times["solve"]) < repeats and sum(map(sum, times.values())) < budget:
@@ -176,22 +195,22 @@ def _costs(method: Any, record: Record, grad: Any, hyper: Hyper, repeats: int, b
         marks.append(time.perf_counter())
         state = method.refresh(state, hyper)
         marks.append(time.perf_counter())
-        to_host(method.solve(state, grad, hyper, record).direction)
+        to_host(method.solve(state, grad, hyper, record).direction)  # waits for a device
         marks.append(time.perf_counter())
         for name, (start, end) in zip(times, pairwise(marks), strict=True):
             times[name].append(end - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    return {"seconds": seconds, "bytes": sum(np.asarray(to_host(leaf)).nbytes for leaf in tree.leaves(state))}
+    seconds = {name: float(np.median(values)) for name, values in times.items()}
+    return seconds, sum(to_host(leaf).nbytes for leaf in tree.leaves(state))
 
 
 def _first_draw(exact: ExactBlock) -> np.ndarray:
     """The gradient g^T a / n of the first draw."""
     host = exact.record
-    w = np.zeros((host.draws, host.batch))
+    w: np.ndarray = np.zeros((host.draws, host.batch))
     w[0] = 1.0 / host.n
-    return adjoint(host, w)
+    return to_host(adjoint(host, w))
 
 
-def _like(v: np.ndarray, g: Any) -> Any:
+def _like(v: np.ndarray, g: Array) -> Array:
     """v where and of the dtype g is."""
     return namespace(g).astype(from_host(v, g), g.dtype)

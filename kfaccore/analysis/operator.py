@@ -8,18 +8,24 @@ Cost: eigensystem or one term d_in^3 + d_out^3 once, then four products; otherwi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import product
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from scipy.sparse.linalg import LinearOperator, cg
 
 from kfaccore import tree
 from kfaccore.analysis.spectrum import Spectrum
 from kfaccore.linalg import kron, side
-from kfaccore.method import Block, Eigensystem, Hyper, KroneckerTerms, Matrix, declares
-from kfaccore.xp.arrays import to_host
+from kfaccore.method import Block, Eigensystem, Hyper, KroneckerTerms, Matrix, Method, State, declares
+from kfaccore.xp.arrays import Array, to_host
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+S = TypeVar("S", bound=State)
 
 _UNDAMPED = Hyper(0, 0.0, 0.0)
 
@@ -34,11 +40,11 @@ class System:
 
     def divide(self, v: np.ndarray, shift: float) -> np.ndarray:
         """(F~ + shift I)^-1 v."""
-        below = self.values + shift
+        below: np.ndarray = self.values + shift
         if not below.min() > 0:
             raise ValueError(f"F~ + {shift} I is singular (smallest eigenvalue {below.min():.3g}): give damping > 0")
         if self.right is not None:
-            return kron.solve(self.left, v, self.right, below)
+            return to_host(kron.solve(self.left, v, self.right, below))
         flat = v.reshape(*below.shape, 1)
         return (self.left @ (self.left.mT @ flat / below[..., None])).reshape(v.shape)
 
@@ -47,8 +53,8 @@ class System:
 class LayerOperator:
     """F~ + damping I of one layer; vectors are (blocks, d_out, d_in), 2-D ones come back 2-D."""
 
-    method: Any
-    state: Any
+    method: Method
+    state: State
     block: Block
     damping: float = 0.0
     limit: int = 2048
@@ -76,8 +82,10 @@ class LayerOperator:
     @cached_property
     def terms(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Pairs (A, G) of F~ = sum of G (x) A; none where the method does not say."""
-        declared = declares(self.method, KroneckerTerms)
-        return self.method.kronecker_terms(self.state, self.block) if declared else ()
+        if not declares(self.method, KroneckerTerms):
+            return ()
+        found = self.method.kronecker_terms(self.state, self.block)
+        return tuple((to_host(A), to_host(G)) for A, G in found)
 
     @cached_property
     def diagonal(self) -> System | None:
@@ -88,7 +96,7 @@ class LayerOperator:
         if found is None:
             return None
         Qa, Qg, values = found
-        return System(values, Qg, Qa)
+        return System(to_host(values), to_host(Qg), to_host(Qa))
 
     @cached_property
     def system(self) -> System:
@@ -96,7 +104,9 @@ class LayerOperator:
         if self.diagonal is not None:
             return self.diagonal
         if len(self.terms) == 1:
-            (a, Qa, _), (g, Qg, _) = (side.eigh(x) for x in self.terms[0])
+            A, G = self.terms[0]
+            a, Qa = eigenpairs(A)
+            g, Qg = eigenpairs(G)
             return System(g[:, :, None] * a[:, None, :], Qg, Qa)
         values, vectors = np.linalg.eigh(self.undamped)
         return System(values, vectors, None)
@@ -104,13 +114,15 @@ class LayerOperator:
     def matvec(self, v: np.ndarray) -> np.ndarray:
         """(F~ + damping I) v."""
         full = v.reshape(self.shape)
-        return (self.method.matvec(self.state, full, _UNDAMPED) + self.damping * full).reshape(v.shape)
+        return (self._undamped_times(full) + self.damping * full).reshape(v.shape)
 
     def solve(self, v: np.ndarray) -> np.ndarray:
         """(F~ + damping I)^-1 v; conjugate gradients to 1e-12 where eigenvectors cannot be had."""
         full = v.reshape(self.shape)
         if self.solvable:
             return self.system.divide(full, self.damping).reshape(v.shape)
+        from scipy.sparse.linalg import cg
+
         found, info = cg(self.linear_operator(), full.ravel(), rtol=1e-12)
         if info:
             raise ValueError(f"conjugate gradients stopped after {info} iterations: give a larger damping")
@@ -120,7 +132,7 @@ class LayerOperator:
     def undamped(self) -> np.ndarray:
         """F~ itself, (blocks, D, D) with row-major vec; ValueError above `limit` unless the method holds it."""
         if declares(self.method, Matrix):
-            return self.method.matrix(self.state, self.block)
+            return to_host(self.method.matrix(self.state, self.block))
         size = self.block.d_out * self.block.d_in
         if size > self.limit:
             raise ValueError(
@@ -131,8 +143,12 @@ class LayerOperator:
         for i in range(size):
             unit = np.zeros(self.shape)
             unit[:, i // self.block.d_in, i % self.block.d_in] = 1.0
-            columns[:, :, i] = self.method.matvec(self.state, unit, _UNDAMPED).reshape(self.block.blocks, size)
+            columns[:, :, i] = self._undamped_times(unit).reshape(self.block.blocks, size)
         return (columns + columns.mT) / 2
+
+    def _undamped_times(self, v: np.ndarray) -> np.ndarray:
+        """F~ v, (blocks, d_out, d_in)."""
+        return to_host(self.method.matvec(self.state, v, _UNDAMPED))
 
     def dense(self) -> np.ndarray:
         """F~ + damping I itself."""
@@ -143,7 +159,7 @@ class LayerOperator:
         if self.diagonal is not None:
             total = self.diagonal.values.sum()
         elif self.terms:
-            total = sum((side.diagonal(A).sum(-1) * side.diagonal(G).sum(-1)).sum() for A, G in self.terms)
+            total = sum((_trace(A) * _trace(G)).sum() for A, G in self.terms)
         else:
             total = np.trace(self.undamped, axis1=-2, axis2=-1).sum()
         return float(total + self.damping * self.size)
@@ -153,7 +169,8 @@ class LayerOperator:
         if self.diagonal is not None:
             return float((self.diagonal.values**2).sum())
         if self.terms:
-            return float(sum((_inner(A, B) * _inner(G, H)).sum() for A, G in self.terms for B, H in self.terms))
+            pairs = product(self.terms, repeat=2)
+            return float(sum((_inner(A, B) * _inner(G, H)).sum() for (A, G), (B, H) in pairs))
         return float((self.undamped**2).sum())
 
     def logdet(self) -> float:
@@ -182,19 +199,36 @@ class LayerOperator:
         return exported(self.size, self.matvec)
 
 
-def on_host(state: Any) -> Any:
+def on_host(state: S) -> S:
     """A state on NumPy with floating leaves in float64."""
 
-    def moved(leaf: Any) -> Any:
+    def moved(leaf: Array) -> np.ndarray:
         host = to_host(leaf)
         return host.astype(np.float64) if np.issubdtype(host.dtype, np.floating) else host
 
     return tree.map(moved, state)
 
 
-def exported(size: int, matvec: Any) -> LinearOperator:
-    symmetric: Any = lambda v: matvec(np.asarray(v, np.float64).reshape(size))  # noqa: E731
-    return LinearOperator((size, size), matvec=symmetric, rmatvec=symmetric, dtype=np.float64)  # pyright: ignore
+def eigenpairs(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (blocks, d) and eigenvectors of a factor; a diagonal one has the standard basis, ones (blocks, d)."""
+    values, vectors, _ = side.eigh(factor)
+    return to_host(values), to_host(vectors)
+
+
+def exported(size: int, matvec: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
+    """A symmetric operator for SciPy, whose sparse module is loaded only here and where it iterates."""
+    from scipy.sparse.linalg import LinearOperator
+
+    def flat(v: np.ndarray) -> np.ndarray:
+        return matvec(np.asarray(v, np.float64).reshape(size))
+
+    # SciPy's stubs have the signature of a subclass here
+    return LinearOperator((size, size), matvec=flat, rmatvec=flat, dtype=np.float64)  # pyright: ignore[reportCallIssue]
+
+
+def _trace(factor: np.ndarray) -> np.ndarray:
+    """tr of each block, (blocks,)."""
+    return to_host(side.diagonal(factor)).sum(-1)
 
 
 def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ class Spectrum:
     @property
     def condition(self) -> float:
         """Largest over smallest eigenvalue; inf for a singular factor."""
-        low, high = self.values[0], self.values[-1]
-        return float(high / low) if low > 0 else float("inf")
+        low = self.values[0]
+        return float(self.values[-1] / low) if low > 0 else float("inf")
 
     @property
     def effective_rank(self) -> float:
@@ -38,6 +38,6 @@ class Spectrum:
 
 def spectrum(factor: Array) -> list[Spectrum]:
     """One Spectrum a block of a factor (blocks, d, d), or diagonal (blocks, d)."""
-    host = np.asarray(to_host(factor), dtype=np.float64)
-    values = np.sort(host, axis=-1) if host.ndim == 2 else kernels.eigh(host)[0]
+    host = to_host(factor).astype(float)
+    values = np.sort(host, axis=-1) if host.ndim == 2 else to_host(kernels.eigh(host)[0])
     return [Spectrum(np.maximum(v, 0.0)) for v in values]

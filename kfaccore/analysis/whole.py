@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.sparse.linalg import LinearOperator
 
 from kfaccore.analysis.operator import LayerOperator, exported, on_host
 from kfaccore.analysis.spectrum import Spectrum
-from kfaccore.method import Block
+from kfaccore.method import Block, Method, State
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class NetworkOperator:
 
 
 def operator(
-    methods: Any,
-    states: Mapping[str, Any],
+    methods: Method | Mapping[str, Method],
+    states: Mapping[str, State],
     blocks: Mapping[str, Block],
     damping: float | Mapping[str, float] = 0.0,
     limit: int = 2048,
@@ -74,15 +76,9 @@ def operator(
 
     methods, damping   one for all layers, or a mapping from layer; arrays of the states may live anywhere
     """
-    return NetworkOperator(
-        {
-            name: LayerOperator(
-                methods[name] if isinstance(methods, Mapping) else methods,
-                on_host(state),
-                blocks[name],
-                float(damping[name] if isinstance(damping, Mapping) else damping),
-                limit,
-            )
-            for name, state in states.items()
-        }
-    )
+    layers = {}
+    for name, state in states.items():
+        method = methods[name] if isinstance(methods, Mapping) else methods
+        own = float(damping[name] if isinstance(damping, Mapping) else damping)
+        layers[name] = LayerOperator(method, on_host(state), blocks[name], own, limit)
+    return NetworkOperator(layers)

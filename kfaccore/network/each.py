@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import Field, dataclass, field, replace
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from kfaccore.method import Block, Hyper
+from kfaccore.method import Block, Hyper, Method, State, Stats
 from kfaccore.methods import KFAC
 from kfaccore.record import Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, scalar
 
 Hypers = Mapping[str, Hyper]
+NetworkSolution = Solution[dict[str, Array]]
+
+
+class Layered(Protocol):
+    """A frozen dataclass that has the states of its layers, by name."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def layers(self) -> Mapping[str, State]: ...
+
+
+L = TypeVar("L", bound=Layered)
 
 
 @dataclass(frozen=True)
-class Each:
+class Each(Generic[L]):
     """`method` is one block method for all layers, or a mapping from layer to method; states have `layers`."""
 
-    method: Any = field(default=KFAC())
+    method: Method | Mapping[str, Method] = field(default=KFAC())
     needs_records: ClassVar[bool] = False
 
     def covers(self, blocks: Mapping[str, Block]) -> list[str]:
         """All layers."""
         return list(blocks)
 
-    def measure(self, state: Any, records: Mapping[str, Record], hypers: Hypers) -> dict[str, Any]:
+    def measure(self, state: L, records: Mapping[str, Record], hypers: Hypers) -> dict[str, Stats]:
         return {name: self._of(name).measure(state.layers[name], r, hypers[name]) for name, r in records.items()}
 
-    def combine(self, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    def combine(self, first: dict[str, Stats], second: dict[str, Stats]) -> dict[str, Stats]:
         return {name: self._of(name).combine(stats, second[name]) for name, stats in first.items()}
 
-    def update(self, state: Any, stats: Mapping[str, Any], hypers: Hypers, donate: bool = False) -> Any:
-        moved = {n: self._of(n).update(state.layers[n], s, hypers[n], donate) for n, s in stats.items()}
+    def update(self, state: L, stats: Mapping[str, Stats], hypers: Hypers, donate: bool = False) -> L:
+        moved = {}
+        for name, found in stats.items():
+            moved[name] = self._of(name).update(state.layers[name], found, hypers[name], donate)
         return replace(state, layers={**state.layers, **moved})
 
-    def matvec(self, state: Any, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
+    def matvec(self, state: L, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
         """The block methods' F~ v; a correction between layers has none without records."""
         return {name: self._of(name).matvec(state.layers[name], x, hypers[name]) for name, x in v.items()}
 
-    def _of(self, name: str) -> Any:
+    def _of(self, name: str) -> Method:
         if not isinstance(self.method, Mapping):
             return self.method
         if name not in self.method:
@@ -49,22 +64,24 @@ class Each:
         return self.method[name]
 
 
-def joined(state: Any, found: Mapping[str, Solution], info: dict[str, Array] | None = None) -> Solution:
-    """Solutions of layers as one: direction and code are dicts, the layers' states are those of `state`."""
-    state = replace(state, layers={**state.layers, **{name: s.state for name, s in found.items()}})
-    directions, codes = {n: s.direction for n, s in found.items()}, {n: s.code for n, s in found.items()}
-    return Solution(directions, codes, state, info or {})
+def joined(state: Layered, found: Mapping[str, Solution], info: dict[str, Array] | None = None) -> NetworkSolution:
+    """Solutions of layers as one, whose states are those of `state`."""
+    state = replace(state, layers={**state.layers, **{name: solution.state for name, solution in found.items()}})
+    directions = {name: solution.direction for name, solution in found.items()}
+    codes = {name: solution.code for name, solution in found.items()}
+    return NetworkSolution(directions, codes, state, info or {})
 
 
-def one_batch(records: Mapping[str, Record], names: Iterable[str]) -> Any:
+def one_batch(records: Mapping[str, Record], names: Iterable[str]) -> float | Array:
     """n of the batch of the layers `names`; ValueError where their records are not of one with the same draws."""
     missing = sorted(set(names) - set(records))
     if missing:
         raise ValueError(f"layers {missing} have gradients but no records")
     first = next(iter(names))
+    one = records[first]
     for name in names:
-        for what in ("draws", "batch"):
-            left, right = getattr(records[first], what), getattr(records[name], what)
+        other = records[name]
+        for what, left, right in (("draws", one.draws, other.draws), ("batch", one.batch, other.batch)):
             if left != right:
                 raise ValueError(f"{what} is {left} in layer {first!r} and {right} in {name!r}; need one batch")
-    return scalar(records[first].n, records[first].g)
+    return scalar(one.n, one.g)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import reduce
+from operator import add
 
 import array_api_compat as aac
 import numpy as np
@@ -61,17 +62,19 @@ class GaussNewton:
 
     def step(
         self, state: State, records: Records, residuals: Sequence[Array]
-    ) -> tuple[dict[str, Array], State, dict[str, Any]]:
+    ) -> tuple[dict[str, Array], State, dict[str, float | Array]]:
         """(full updates to subtract (blocks, d_out, d_in) a layer, state, info); residuals (batch,) a term."""
         rows = {name: jacobian(record) for name, record in records.items()}
-        kernel, r = gram(rows), scaled(records, residuals)
+        kernel = gram(rows)
+        r = scaled(records, residuals)
         xp = namespace(kernel)
         damping = state.damping
         if damping == 0:
             damping = max(self.damping * float(to_host(xp.sum(xp.linalg.diagonal(kernel)))), self.least)
         weights, code = solve(kernel, r, damping)
         change = kernel @ weights
-        slope, curvature = (float(to_host(xp.sum(change * x))) for x in (r, change))
+        slope = float(to_host(xp.sum(change * r)))
+        curvature = float(to_host(xp.sum(change * change)))
         state = replace(state, damping=damping, slope=slope, curvature=curvature, steps=state.steps + 1)
         return pull(rows, weights, records), state, {"damping": damping, "code": code}
 
@@ -97,7 +100,9 @@ class GaussNewton:
         predicted = -share * state.slope + 0.5 * share**2 * state.curvature
         ratio = change / predicted if predicted < 0 else 0.0
         poor = share <= 0.25 or ratio < 0.25
-        factor = self.drop if share == 1 and ratio > 0.75 else 1 / self.drop if poor else 1.0
+        factor = 1 / self.drop if poor else 1.0
+        if share == 1 and ratio > 0.75:
+            factor = self.drop
         return replace(state, damping=max(state.damping * factor, self.least))
 
 
@@ -116,10 +121,7 @@ def jacobian(record: Record | tuple[Record, ...]) -> Array:
 
 def gram(rows: Mapping[str, Array]) -> Array:
     """J J^T over all layers, (examples, examples)."""
-    total: Any = 0.0
-    for part in rows.values():
-        total = total + kernels.gram(part.mT[None, ...])[0, ...]
-    return total
+    return reduce(add, (kernels.gram(part.mT[None, ...])[0, ...] for part in rows.values()))
 
 
 def scaled(records: Records, residuals: Sequence[Array]) -> Array:
@@ -136,6 +138,7 @@ def solve(kernel: Array, r: Array, damping: float) -> tuple[Array, Array]:
     eye = xp.eye(kernel.shape[-1], dtype=kernel.dtype, device=aac.device(kernel))
     inverse, code = kernels.spd_inverse((kernel + damping * eye)[None, ...])
     weights = inverse[0, ...] @ r
+    # one step of iterative refinement: the inverse loses digits at small damping, its residual does not
     correction = inverse[0, ...] @ (r - kernel @ weights - damping * weights)
     weights = (weights + correction)[None, :]
     ok = all_finite(weights) & (code < int(Code.INDEFINITE))

@@ -13,17 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
 
 import array_api_compat as aac
 
 from kfaccore import tree
 from kfaccore.damping import Adaptive
-from kfaccore.method import Block, Unit, declares
-from kfaccore.methods import TKFAC
-from kfaccore.network.each import Each, Hypers, joined
-from kfaccore.record import Record
-from kfaccore.solution import Solution
+from kfaccore.method import Block, Method, Unit, declares
+from kfaccore.method import State as LayerState
+from kfaccore.methods import TEKFAC, TKFAC
+from kfaccore.network.each import Each, Hypers, NetworkSolution, joined
+from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array, namespace
 
 
@@ -31,26 +30,23 @@ from kfaccore.xp.arrays import Array, namespace
 class State:
     """The block method's state of every layer, and beta (1,): 1 before the first refresh."""
 
-    layers: dict[str, Any]
+    layers: dict[str, LayerState]
     beta: Array
     sizes: tuple[tuple[str, int], ...] = tree.static(default=())
 
 
 @dataclass(frozen=True)
-class SharedDamping(Each):
+class SharedDamping(Each[State]):
     """TKFAC or TEKFAC over convolutions and dense layers; see the module.
 
     method   TKFAC | TEKFAC, or a mapping from layer to one of them; Adaptive damping tells which are convolutions
     """
 
-    method: Any = field(default=TKFAC(damping=Adaptive()))
+    method: Method | Mapping[str, Method] = field(default=TKFAC(damping=Adaptive()))
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         for name in blocks:
-            if not declares(self._of(name), Unit):
-                raise ValueError(
-                    f"layer {name!r}: {type(self._of(name)).__name__} has no damping of its own: use TKFAC or TEKFAC"
-                )
+            self._unit_of(name)
         if not any(self._adapts(name) for name in blocks):
             raise ValueError(f"no layer of {list(blocks)} has damping=Adaptive(); need it on the convolutions")
         layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
@@ -58,17 +54,26 @@ class SharedDamping(Each):
         return State(layers, namespace(like).ones((1,), dtype=like.dtype, device=aac.device(like)), sizes)
 
     def refresh(self, state: State, hypers: Hypers) -> State:
-        new = {name: self._of(name).refresh(x, hypers[name]) for name, x in state.layers.items() if self._adapts(name)}
+        new = {}
+        for name, layer in state.layers.items():
+            if self._adapts(name):
+                new[name] = self._of(name).refresh(layer, hypers[name])
         xp = namespace(state.beta)
-        beta = reduce(xp.maximum, (xp.max(self._of(name).unit(x), keepdims=True) for name, x in new.items()))
+        beta = reduce(xp.maximum, (xp.max(self._unit_of(name).unit(x), keepdims=True) for name, x in new.items()))
         state = replace(state, beta=xp.astype(beta, state.beta.dtype))
-        hypers = self._damped(state, hypers)
-        new |= {name: self._of(name).refresh(x, hypers[name]) for name, x in state.layers.items() if name not in new}
+        damped = self._damped(state, hypers)
+        for name, layer in state.layers.items():
+            if name not in new:
+                new[name] = self._of(name).refresh(layer, damped[name])
         return replace(state, layers={name: new[name] for name in state.layers})
 
     def solve(
-        self, state: State, grads: Mapping[str, Any], hypers: Hypers, records: Mapping[str, Record] | None = None
-    ) -> Solution:
+        self,
+        state: State,
+        grads: Mapping[str, Array | Factored],
+        hypers: Hypers,
+        records: Mapping[str, Record] | None = None,
+    ) -> NetworkSolution:
         """`direction`, `code` and `state` as the block methods', on dicts; info: beta."""
         hypers = self._damped(state, hypers)
         found = {name: self._of(name).solve(state.layers[name], grad, hypers[name]) for name, grad in grads.items()}
@@ -76,7 +81,18 @@ class SharedDamping(Each):
 
     def _damped(self, state: State, hypers: Hypers) -> Hypers:
         """The damping of dense layers times beta."""
-        return {n: h if self._adapts(n) else replace(h, damping=h.damping * state.beta[0]) for n, h in hypers.items()}
+        found = {}
+        for name, hyper in hypers.items():
+            found[name] = hyper if self._adapts(name) else replace(hyper, damping=hyper.damping * state.beta[0])
+        return found
+
+    def _unit_of(self, name: str) -> Unit:
+        """The method of a layer; ValueError for one without damping of its own."""
+        method = self._of(name)
+        if declares(method, Unit):
+            return method
+        raise ValueError(f"layer {name!r}: {type(method).__name__} has no damping of its own: use TKFAC or TEKFAC")
 
     def _adapts(self, name: str) -> bool:
-        return isinstance(getattr(self._of(name), "damping", None), Adaptive)
+        method = self._of(name)
+        return isinstance(method, TKFAC | TEKFAC) and isinstance(method.damping, Adaptive)

@@ -19,5 +19,5 @@ class IterateAverage:
 
     def __call__(self, mean: dict[str, Array], params: dict[str, Array], k: int) -> dict[str, Array]:
         """The mean after step k = 1, 2, ...; at k = 1 it is a copy of `params` and `mean` is not read."""
-        keep = min(self.decay, 1 - 1 / k)
+        keep = min(self.decay, 1 - 1 / k)  # 0 at k = 1
         return {name: keep * mean[name] + (1 - keep) * x if keep else x + 0 for name, x in params.items()}

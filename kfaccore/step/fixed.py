@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kfaccore.method import Hyper
-from kfaccore.record import Factored, Record
+from kfaccore.record import Factored
+from kfaccore.step.model import Records
 from kfaccore.step.rescale import Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace
 
@@ -36,7 +38,7 @@ class Fixed:
         """As scheduled."""
         return hyper
 
-    def begin(self, motion: dict[str, Array], records: dict[str, Record]) -> dict[str, Array]:
+    def begin(self, motion: dict[str, Array], records: Records) -> dict[str, Array]:
         """Nothing to learn from records."""
         return motion
 
@@ -50,10 +52,10 @@ class Fixed:
         self,
         motion: dict[str, Array],
         directions: dict[str, Array],
-        grads: dict[str, Array | Factored],
-        records: object = None,
+        grads: Mapping[str, Array | Factored],
+        records: Records | None = None,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array | float]]:
+    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, float | Array]]:
         """(updates to subtract, motion, info) for the layers in `directions`; others keep their buffer."""
         if not directions:
             return directions, motion, {"scale": 1.0, "alpha": self.lr}
@@ -62,7 +64,7 @@ class Fixed:
         if self.momentum:
             moved = {name: self.momentum * namespace(d).reshape(motion[name], d.shape) + d for name, d in moved.items()}
             motion = {**motion, **{name: namespace(m).reshape(m, motion[name].shape) for name, m in moved.items()}}
-        told = {"scale": scale, "alpha": self.lr * scale}
+        told: dict[str, float | Array] = {"scale": scale, "alpha": self.lr * scale}
         return {name: _scaled(m, self.lr) for name, m in moved.items()}, motion, told
 
 

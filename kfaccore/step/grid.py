@@ -9,13 +9,15 @@ Source: Dangel, Mueller & Zeinhofer 2024 (2405.15603). Cost: four to six forward
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from kfaccore.method import Hyper
-from kfaccore.record import Record
+from kfaccore.record import Factored
+from kfaccore.step.model import Records
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code
 
@@ -59,7 +61,7 @@ class GridSearch:
         """As scheduled."""
         return hyper
 
-    def begin(self, motion: Trail, records: dict[str, Record]) -> Trail:
+    def begin(self, motion: Trail, records: Records) -> Trail:
         """Nothing to learn from records."""
         return motion
 
@@ -67,23 +69,24 @@ class GridSearch:
         self,
         motion: Trail,
         directions: dict[str, Array],
-        grads: dict[str, Any],
-        records: dict[str, Record] | None = None,
+        grads: Mapping[str, Array | Factored],
+        records: Records | None = None,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Trail, dict[str, Any]]:
+    ) -> tuple[dict[str, Array], Trail, dict[str, float | Array]]:
         """(updates at the rate of the step before, motion, info); layers left out keep their buffer."""
-        old, rate = motion.buffers, motion.rate
-        moved = {n: self.momentum * namespace(d).reshape(old[n], d.shape) + d for n, d in directions.items()}
-        kept = {**old, **{n: namespace(m).reshape(m, old[n].shape) for n, m in moved.items()}}
-        told = {"alpha": rate, "code": Code(motion.code), "rejected": motion.rejected}
-        return {n: rate * m for n, m in moved.items()}, replace(motion, buffers=kept, tried={}), told
+        old = motion.buffers
+        rate = motion.rate
+        moved = {name: self.momentum * namespace(d).reshape(old[name], d.shape) + d for name, d in directions.items()}
+        kept = {**old, **{name: namespace(m).reshape(m, old[name].shape) for name, m in moved.items()}}
+        told: dict[str, float | Array] = {"alpha": rate, "code": Code(motion.code), "rejected": motion.rejected}
+        return {name: rate * m for name, m in moved.items()}, replace(motion, buffers=kept, tried={}), told
 
     def judge(self, motion: Trail, share: float, before: float, after: float) -> tuple[float, Trail]:
         """The next share to try, or the best one when both its neighbours were tried; 0 when none lowers the loss."""
         tried = {**motion.tried, share: float(after) if np.isfinite(after) else np.inf}
         best = min(tried, key=lambda s: tried[s])
         least = 2.0 ** (1 - self.points)
-        if not tried[best] < before:
+        if not tried[best] < before:  # nothing has helped yet: on from the shortest step tried
             best = min(tried)
             if best / 2 * motion.rate < least:
                 code = Code.UNCONVERGED if np.isfinite(before) else Code.NONFINITE
@@ -92,11 +95,11 @@ class GridSearch:
         around = [s for s in (2 * best, best / 2) if least <= s * motion.rate <= 1 and s not in tried]
         if around:
             return around[0], replace(motion, tried=tried)
-        if best != share:
+        if best != share:  # found, but another share is in force: ask for it, and end when it is
             return best, replace(motion, tried=tried)
         return share, self._ended(motion, motion.rate * share, Code.OK)
 
     def _ended(self, motion: Trail, rate: float, code: Code) -> Trail:
         """The state after a step with this rate; after none the next search starts from the top."""
-        buffers = {n: rate * m for n, m in motion.buffers.items()} if self.scaled else motion.buffers
+        buffers = {name: rate * m for name, m in motion.buffers.items()} if self.scaled else motion.buffers
         return replace(motion, buffers=buffers, rate=rate or 1.0, tried={}, code=int(code))

@@ -6,13 +6,15 @@ Source: Nocedal & Wright 2006, algorithm 3.1, with simple decrease. Cost: one fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from kfaccore.method import Hyper
-from kfaccore.record import Record
+from kfaccore.record import Factored
+from kfaccore.step.model import Records
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.codes import Code
 
@@ -57,7 +59,7 @@ class LineSearch:
         """As scheduled."""
         return hyper
 
-    def begin(self, motion: Search, records: dict[str, Record]) -> Search:
+    def begin(self, motion: Search, records: Records) -> Search:
         """Nothing to learn from records."""
         return motion
 
@@ -65,12 +67,12 @@ class LineSearch:
         self,
         motion: Search,
         directions: dict[str, Array],
-        grads: dict[str, Any],
-        records: dict[str, Record] | None = None,
+        grads: Mapping[str, Array | Factored],
+        records: Records | None = None,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Search, dict[str, Any]]:
+    ) -> tuple[dict[str, Array], Search, dict[str, float | Array]]:
         """(updates to try first, motion, info)."""
-        told = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}
+        told: dict[str, float | Array] = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}
         return {name: motion.rate * x for name, x in directions.items()}, motion, told
 
     def judge(self, motion: Search, share: float, before: float, after: float) -> tuple[float, Search]:

@@ -5,16 +5,18 @@ All layers must come from one batch with the same draws. Source: Martens & Gross
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
 
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import contracted, outputs
 from kfaccore.xp.arrays import Array, is_tracer, namespace
 from kfaccore.xp.numbers import Number, number, numbers, stack
+
+Records = Mapping[str, Record | tuple[Record, ...]]  # a tuple: one a term of the loss
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Expansion:
 
 
 def expansion(
-    records: dict[str, Record],
-    grads: dict[str, Any],
+    records: Mapping[str, Record],
+    grads: Mapping[str, Array | Factored],
     directions: tuple[dict[str, Array], ...],
     comm: Communicator = Serial(),  # noqa: B008 frozen
 ) -> Expansion:
@@ -42,57 +44,71 @@ def expansion(
     does once for all examples, such as embedding their positions, has one row of J for them all: its products with
     layers of one row an example are left out of F.
     """
-    down, rows, sums, leading, one_draw = stack([0.0] * len(directions)), {}, [], [], True
+    down = stack([0.0] * len(directions))
+    rows: dict[tuple[int, ...], Array] = {}  # J v of the layers by its shape: only equal batches may be added
+    sums = []
+    leading = []
+    one_draw = True
     for name in directions[0]:
-        record, grad, vs = records[name], grads[name], [v[name] for v in directions]
-        xp = namespace(record.g)
-        z = outputs(record, *vs)
-        Jv = [numbers(contracted(record, x)) for x in z]
-        Jv = namespace(*Jv).stack(Jv)
-        if isinstance(grad, Factored):
-            z = z if _same_rows(grad, record) else outputs(Record(grad.a, grad.g, grad.n), *vs)
-            slopes = stack([number(xp.sum(grad.g * x)) for x in z]) / number(grad.n)
-        else:
-            slopes = stack([inner({name: grad}, {name: v}) for v in vs])
-        sums.append(Jv[0].sum())
+        record = records[name]
+        Jv, slopes = _along(name, record, grads[name], [v[name] for v in directions])
+        sums.append(namespace(Jv).sum(Jv[0, ...]))
         leading.append(slopes[0])
         one_draw = one_draw and record.draws == 1
-        u = Jv.reshape(len(vs), -1)
+        u = namespace(Jv).reshape(Jv, (len(directions), -1))
         rows[u.shape] = rows[u.shape] + u if u.shape in rows else u
         down = down + slopes
-    F = reduce(add, (u @ u.T for u in rows.values()))
-    F, sums, n = comm.all_reduce([F, stack(sums), stack([number(next(iter(records.values())).n)])])
+    F = reduce(add, (u @ u.mT for u in rows.values()))
+    n = stack([number(next(iter(records.values())).n)])
+    F, sums, n = comm.all_reduce([F, stack(sums), n])
     leading = stack(leading)
     empirical = (abs(sums / n - leading) <= 1e-4 * abs(leading)).all() & one_draw
     return Expansion(F / n, down, (down != 0).any() & empirical)
 
 
-def inner(first: dict[str, Array], second: dict[str, Array]) -> Number:
+def _along(name: str, record: Record, grad: Array | Factored, vs: list[Array]) -> tuple[Array, Array]:
+    """J v of one layer, (directions, draws, batch), and <gradient, v>, (directions,)."""
+    z = outputs(record, *vs)
+    images = [numbers(contracted(record, x)) for x in z]
+    Jv = namespace(*images).stack(images)
+    if isinstance(grad, Factored):
+        z = z if _same_rows(grad, record) else outputs(Record(grad.a, grad.g, grad.n), *vs)
+        xp = namespace(record.g)
+        slopes = stack([number(xp.sum(grad.g * x)) for x in z]) / number(grad.n)
+    else:
+        slopes = stack([inner({name: grad}, {name: v}) for v in vs])
+    return Jv, slopes
+
+
+def inner(first: Mapping[str, Array], second: Mapping[str, Array]) -> Number:
     """<first, second> over the layers of `second`, accumulated over layers in float64."""
-    total = 0.0
+    total: Number = 0.0
     for name, v in second.items():
         xp = namespace(v)
         total = total + number(xp.vecdot(xp.reshape(first[name], (-1,)), xp.reshape(v, (-1,))))
     return total
 
 
-def trace(records: dict[str, Record], comm: Communicator = Serial()) -> Number:  # noqa: B008 frozen
+def trace(records: Mapping[str, Record], comm: Communicator = Serial()) -> Number:  # noqa: B008 frozen
     """tr(A) tr(G) of all layers and their blocks, of the whole batch where records are each rank's own."""
-    total = 0.0
+    total: Number = 0.0
     for tr_a, tr_g, counts in comm.all_reduce([_traces(record) for record in records.values()]):
         rows, n = counts
-        total = total + number((tr_a / rows * tr_g).sum() / n)
+        products = tr_a / rows * tr_g
+        total = total + number(namespace(products).sum(products) / n)
     return total
 
 
 def _traces(record: Record) -> list[Array]:
     """Sums of |a|^2 and |g|^2 of each block, and (rows, n) they are averages over."""
     xp = namespace(record.g)
-    a, g = record.rows(), record.g
+    a = record.rows()
+    g = record.g
     rows = float(record.batch * record.shared)
     if record.mask is not None:
         rows = number(xp.sum(xp.astype(record.mask, g.dtype)))
-    tr_a, tr_g = numbers(xp.sum(a * a, axis=(1, 2, 3))), numbers(xp.sum(g * g, axis=(0, 2, 3, 4)))
+    tr_a = numbers(xp.sum(a * a, axis=(1, 2, 3)))
+    tr_g = numbers(xp.sum(g * g, axis=(0, 2, 3, 4)))
     return [tr_a, tr_g, stack([rows, number(record.n)])]
 
 

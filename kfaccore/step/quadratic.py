@@ -7,10 +7,11 @@ Zeinhofer 2024 (2405.15603), where it is KFAC*.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce as fold
 from operator import add
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.jacobian import products
-from kfaccore.step.model import inner
+from kfaccore.step.model import Records, inner
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code
 
@@ -69,7 +70,7 @@ class Quadratic:
         """The rule's damping instead of the scheduled one."""
         return replace(hyper, damping=self.damping)
 
-    def begin(self, motion: Memory, records: Any) -> Memory:
+    def begin(self, motion: Memory, records: Records) -> Memory:
         """Nothing to learn before the directions are known."""
         return motion
 
@@ -89,16 +90,17 @@ class Quadratic:
         self,
         motion: Memory,
         directions: dict[str, Array],
-        grads: dict[str, Any],
-        records: dict[str, Any],
+        grads: Mapping[str, Array | Factored],
+        records: Records,
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Memory, dict[str, Any]]:
+    ) -> tuple[dict[str, Array], Memory, dict[str, float | Array]]:
         """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
-        told = {"code": Code(motion.code), "rejected": motion.rejected}
+        told: dict[str, float | Array] = {"code": Code(motion.code), "rejected": motion.rejected}
         if not directions:
             return directions, motion, {**told, "alpha": 0.0}
-        previous = {n: motion.previous[n] for n in directions}
-        pair = [{n: namespace(v).reshape(v, previous[n].shape) for n, v in directions.items()}, previous]
+        previous = {name: motion.previous[name] for name in directions}
+        x = {name: namespace(v).reshape(v, previous[name].shape) for name, v in directions.items()}
+        pair = (x, previous)
         norms = np.array([[inner(p, q) for q in pair] for p in pair])
         Q = curvature(records, pair) + (self.damping + l2) * norms
         down = np.array([slope(grads, p) for p in pair])
@@ -106,28 +108,32 @@ class Quadratic:
         if self.first and motion.steps == 0:
             step = np.array([self.first, 0.0])
         alpha, mu = (float(s) for s in step)
-        updates = {n: alpha * pair[0][n] + mu * pair[1][n] for n in directions}
+        updates = {name: alpha * x[name] + mu * previous[name] for name in directions}
         told |= {"alpha": alpha, "mu": mu, "predicted": float(-step @ down + 0.5 * step @ Q @ step)}
         motion = replace(motion, previous={**motion.previous, **updates}, steps=motion.steps + 1)
-        return {n: namespace(v).reshape(v, directions[n].shape) for n, v in updates.items()}, motion, told
+        moved = {name: namespace(v).reshape(v, directions[name].shape) for name, v in updates.items()}
+        return moved, motion, told
 
 
-def curvature(records: dict[str, Any], directions: list[dict[str, Array]]) -> np.ndarray:
+def curvature(records: Records, directions: Sequence[Mapping[str, Array]]) -> np.ndarray:
     """v_i^T F v_j for every pair of directions, over all layers and terms, float64 on the host."""
     names = list(directions[0])
-    terms = [(r,) if isinstance(r, Record) else r for r in (records[name] for name in names)]
+    given = [records[name] for name in names]
+    terms = [(record,) if isinstance(record, Record) else record for record in given]
     total = np.zeros((len(directions),) * 2)
-    for batch in zip(*terms, strict=True):
+    for batch in zip(*terms, strict=True):  # one term of the loss: a record of every layer
         layers = [products(r, *(v[name] for v in directions)) for name, r in zip(names, batch, strict=True)]
-        u = np.stack([to_host(fold(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)])
+        Jv = [to_host(fold(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)]
+        u = np.stack(Jv)
         total += u @ u.T / float(batch[0].n)
     return total
 
 
-def slope(grads: dict[str, Any], direction: dict[str, Array]) -> float:
+def slope(grads: Mapping[str, Array | Factored], direction: dict[str, Array]) -> float:
     """<gradient, direction> over all layers, in float64."""
-    dense = {n: grads[n].dense() if isinstance(grads[n], Factored) else grads[n] for n in direction}
-    return inner(dense, direction)
+    given = {name: grads[name] for name in direction}
+    dense = {name: grad.dense() if isinstance(grad, Factored) else grad for name, grad in given.items()}
+    return float(inner(dense, direction))
 
 
 def minimiser(Q: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -135,11 +141,12 @@ def minimiser(Q: np.ndarray, down: np.ndarray) -> np.ndarray:
 
     A zero row (no previous update) stays out; parallel vectors share the least-squares step.
     """
-    keep = np.diag(Q) > 0
+    diagonal = np.diag(Q)
+    keep = diagonal > 0
     if not (np.isfinite(Q).all() and np.isfinite(down).all() and keep.any()):
         return np.zeros(len(down))
-    scale = np.where(keep, 1.0 / np.sqrt(np.where(keep, np.diag(Q), 1.0)), 0.0)
+    scale = np.where(keep, 1.0 / np.sqrt(np.where(keep, diagonal, 1.0)), 0.0)  # to a unit diagonal
     values, vectors = np.linalg.eigh(Q * np.outer(scale, scale))
     usable = values > 16 * eps(np.float64, np) * values[-1]
-    found = vectors @ (np.where(usable, 1.0 / np.where(usable, values, 1.0), 0.0) * (vectors.T @ (scale * down)))
-    return scale * found
+    inverse = np.where(usable, 1.0 / np.where(usable, values, 1.0), 0.0)  # the others are rounding: left out
+    return scale * (vectors @ (inverse * (vectors.T @ (scale * down))))

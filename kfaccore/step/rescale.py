@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -10,11 +11,14 @@ from typing import Protocol
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, namespace
 
+Directions = Mapping[str, Array]
+Gradients = Mapping[str, Array | Factored]
+
 
 class Rescale(Protocol):
     """A rule that shortens directions."""
 
-    def __call__(self, directions: dict[str, Array], grads: dict[str, Array | Factored], lr: float) -> Array | float:
+    def __call__(self, directions: Directions, grads: Gradients, lr: float) -> Array | float:
         """The factor, 0-d, that multiplies every direction."""
         ...
 
@@ -23,7 +27,7 @@ class Rescale(Protocol):
 class Unchanged:
     """Factor 1."""
 
-    def __call__(self, directions: dict, grads: dict, lr: float) -> float:
+    def __call__(self, directions: Directions, grads: Gradients, lr: float) -> float:
         return 1.0
 
 
@@ -36,7 +40,7 @@ class KLClip:
 
     kappa: float = 1e-3
 
-    def __call__(self, directions: dict, grads: dict, lr: float) -> Array:
+    def __call__(self, directions: Directions, grads: Gradients, lr: float) -> Array:
         total = _sum(namespace(d).sum(d * _dense(grads[name], d)) for name, d in directions.items())
         return _shrink(self.kappa, lr * lr * abs(total), directions)
 
@@ -47,19 +51,19 @@ class NormConstraint:
 
     limit: float = 1.0
 
-    def __call__(self, directions: dict, grads: dict, lr: float) -> Array:
+    def __call__(self, directions: Directions, grads: Gradients, lr: float) -> Array:
         total = _sum(namespace(d).sum(d * d) for d in directions.values())
         return _shrink(self.limit * self.limit, lr * lr * total, directions)
 
 
-def _shrink(allowed: float, size: Array, directions: dict) -> Array:
+def _shrink(allowed: float, size: Array, directions: Directions) -> Array:
     """sqrt(min(1, allowed / size)), 1 where size is 0."""
     xp = namespace(*directions.values())
     one = xp.ones_like(size)
     return xp.sqrt(xp.where(size > allowed, allowed / xp.where(size > 0, size, one), one))
 
 
-def _sum(terms) -> Array:
+def _sum(terms: Iterable[Array]) -> Array:
     return reduce(add, terms)
 
 

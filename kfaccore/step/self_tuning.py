@@ -11,22 +11,24 @@ than the sums it is made of, and calls directions parallel below 1 - cos^2 = 1.2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator, Serial
-from kfaccore.record import Record
+from kfaccore.record import Factored, Record
 from kfaccore.step.model import Expansion, expansion, inner, trace
-from kfaccore.xp.arrays import Array, eps, is_tracer, namespace, scalar
+from kfaccore.step.plane import capped, minimum
+from kfaccore.step.sharpness import sharpness
+from kfaccore.xp.arrays import Array, is_tracer, namespace, scalar
 from kfaccore.xp.codes import Code
-from kfaccore.xp.numbers import Number, finite, number, pick, root, stack, when
+from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
 
-_LEAST, _MOST = 1e-8, 1e8  # of damping
-_ERRORS = 3.0  # standard errors that a model of few rows is taken to be off by
+_LEAST = 1e-8  # of damping
+_MOST = 1e8
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ class Motion:
     """
 
     previous: dict[str, Array]
-    damping: float | Array = 0.0
-    alpha: float | Array = 0.0
-    mu: float | Array = 0.0
-    sharp: float | Array = 0.0
-    predicted: float | Array = 0.0
-    ratio: float | Array = 1.0
+    damping: Number = 0.0
+    alpha: Number = 0.0
+    mu: Number = 0.0
+    sharp: Number = 0.0
+    predicted: Number = 0.0
+    ratio: Number = 1.0
     steps: int | Array = 0
     rejected: int | Array = 0
     restart: bool | Array = True
@@ -104,7 +106,7 @@ class SelfTuning:
         """The damping in force instead of the scheduled one."""
         return replace(hyper, damping=motion.damping)
 
-    def begin(self, motion: Motion, records: dict[str, Record]) -> Motion:
+    def begin(self, motion: Motion, records: Mapping[str, Record]) -> Motion:
         """The first damping, from tr(A) tr(G) of the first records."""
         if not records:
             return motion
@@ -112,7 +114,9 @@ class SelfTuning:
         def first() -> Number:
             size = sum(record.blocks * record.d_out * record.d_in for record in records.values())
             damping = self.first * trace(records, self.comm) / size
-            return scalar(pick(finite(damping), _bounded(damping), motion.damping), motion.damping)
+            damping = pick(finite(damping), _bounded(damping), motion.damping)
+            # both sides of `when` must have one dtype
+            return damping if isinstance(motion.damping, int | float) else scalar(damping, motion.damping)
 
         return replace(motion, damping=when(motion.damping > 0, lambda: motion.damping, first))
 
@@ -120,10 +124,10 @@ class SelfTuning:
         self,
         motion: Motion,
         directions: dict[str, Array],
-        grads: dict[str, Any],
-        records: dict[str, Record],
+        grads: Mapping[str, Array | Factored],
+        records: Mapping[str, Record],
         l2: float = 0.0,
-    ) -> tuple[dict[str, Array], Motion, dict[str, Any]]:
+    ) -> tuple[dict[str, Array], Motion, dict[str, float | Array]]:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code.
 
         l2   the penalty l2/2 |theta|^2 is part of the loss and of `grads`, so its curvature joins the model.
@@ -133,21 +137,29 @@ class SelfTuning:
         if not directions:
             return directions, motion, {"alpha": 0.0, "code": Code.OK}
         previous = {name: motion.previous[name] for name in directions}
-        pair = ({n: _like(v, previous[n]) for n, v in directions.items()}, previous)
+        pair = ({name: _like(v, previous[name]) for name, v in directions.items()}, previous)
         found = self.model(records, grads, pair)
         refused = _refused(found.empirical, motion)
-        cross = inner(*pair)
-        norms = stack([inner(pair[0], pair[0]), cross, cross, inner(previous, previous)]).reshape(2, 2)
+        norms = _gram(*pair)
         F = found.F + l2 * norms
         rows = self.comm.world * max(record.draws * record.batch for record in records.values())
-        sharp, times = self._sharpness(motion.sharp, F, found.down, rows)
-        alpha, mu, code = self._solve(times * F + motion.damping * norms, found.down)
-        alpha, mu, code = pick(refused, 0.0, alpha), pick(refused, 0.0, mu), pick(refused, Code.EMPIRICAL, code)
+        sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
+        alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
+        alpha, mu = capped(alpha, mu, self.cap)
+        alpha = pick(refused, 0.0, alpha)
+        mu = pick(refused, 0.0, mu)
+        code = pick(refused, Code.EMPIRICAL, code)
         step = stack([alpha, mu])
         predicted = number(-step @ found.down + 0.5 * step @ F @ step)
         predicted = pick(finite(predicted), predicted, 0.0)
-        updates = {n: _combined(alpha, pair[0][n], mu, previous[n]) for n in directions}
-        told = {"alpha": alpha, "mu": mu, "damping": motion.damping, "predicted": predicted, "ratio": motion.ratio}
+        updates = {name: _combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
+        told: dict[str, float | Array] = {
+            "alpha": alpha,
+            "mu": mu,
+            "damping": motion.damping,
+            "predicted": predicted,
+            "ratio": motion.ratio,
+        }
         told |= {"rejected": motion.rejected, "code": code}
         low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
         motion = replace(
@@ -161,11 +173,12 @@ class SelfTuning:
             steps=motion.steps + pick(refused, 0, 1),
             code=int(code) if isinstance(code, Code) else code,
         )
-        return {n: namespace(v).reshape(v, directions[n].shape) for n, v in updates.items()}, motion, told
+        return {name: _like(v, directions[name]) for name, v in updates.items()}, motion, told
 
     def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:
         """All of the update or none of it, given the batch loss before and after it, and the damping that follows."""
-        before, after = number(before), number(after)
+        before = number(before)
+        after = number(after)
         good = finite(after) & (after <= (1.0 + self.tolerance) * before)
         falls = motion.predicted < 0
         ratio = pick(falls, (after - before) / pick(falls, motion.predicted, -1.0), 0.0)
@@ -183,37 +196,6 @@ class SelfTuning:
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
         )
 
-    def _sharpness(self, mean: Number, F: Array, down: Array, rows: int) -> tuple[Number, Number]:
-        """The running mean of the curvature along the direction over its slope, and the factor that raises F to it, or
-        by so many standard errors of a curvature that `rows` normal numbers sample."""
-        curvature, slope = number(F[0, 0]), number(down[0])
-        known = finite(curvature) & finite(slope) & (curvature > 0) & (slope > 0)
-        now = pick(known, curvature, 1.0) / pick(known, slope, 1.0)
-        moved = pick(mean > 0, self.memory * mean + (1 - self.memory) * now, now)
-        raised = _least(moved / now, 1 + _ERRORS * (2 / rows) ** 0.5)
-        return pick(known, moved, mean), pick(known & (moved > now), raised, 1.0)
-
-    def _solve(self, Q: Array, down: Array) -> tuple[Number, Number, Number]:
-        """(alpha, mu) of the 2x2 system, and how: OK; JITTERED, alpha alone, when the two directions are parallel to
-        rounding; NONFINITE, no step. Zero directions get zero factors."""
-        limit = max(1e-6, 1024 * eps(Q.dtype, namespace(Q)))
-        q, cross, p, d, e = (number(x) for x in (Q[0, 0], Q[0, 1], Q[1, 1], down[0], down[1]))
-        sound = finite(q) & finite(cross) & finite(p) & finite(d) & finite(e)
-        one = sound & (q > 0)
-        two = one & (p > 0)
-        q, p = pick(one, q, 1.0), pick(two, p, 1.0)
-        s, t = 1 / root(q), 1 / root(p)
-        r, lead = cross * (s * t), q * (s * s)
-        apart = two & (1 - r * r >= limit)
-        factor = r * (1 / lead)
-        y = (t * e - factor * (s * d)) / pick(apart, p * (t * t) - factor * r, 1.0)
-        alpha = pick(one, pick(apart, s * ((s * d - r * y) / lead), d / q), 0.0)
-        mu = pick(apart, t * y, 0.0)
-        size = abs(alpha)
-        shrink = pick(size > self.cap, self.cap / pick(size > self.cap, size, 1.0), 1.0)
-        code = pick(sound, pick(two, pick(apart, Code.OK, Code.JITTERED), Code.OK), Code.NONFINITE)
-        return alpha * shrink, mu * shrink, code
-
 
 def _refused(empirical: bool | Array, motion: Motion) -> bool | Array:
     """Whether these are the first records and of true labels; ValueError where that can be seen."""
@@ -226,7 +208,15 @@ def _refused(empirical: bool | Array, motion: Motion) -> bool | Array:
     return refused
 
 
+def _gram(x: dict[str, Array], previous: dict[str, Array]) -> Array:
+    """Inner products of the two directions over all layers, (2, 2)."""
+    cross = inner(x, previous)
+    flat = stack([inner(x, x), cross, cross, inner(previous, previous)])
+    return namespace(flat).reshape(flat, (2, 2))
+
+
 def _combined(alpha: Number, x: Array, mu: Number, y: Array) -> Array:
+    """alpha x + mu y; a mu that is the number 0, as at the first step, costs no pass over y."""
     if isinstance(mu, float) and not mu:
         return alpha * x
     return scalar(alpha, x) * x + scalar(mu, y) * y

@@ -27,8 +27,9 @@ def checked(blocks: Mapping[str, Block], order: tuple[str, ...]) -> list[str]:
                 f"layer {name!r} is {what}; Tridiagonal takes dense layers and plain convolutions: {_hint}"
             )
     for before, name in pairwise(names):
-        given, taken = blocks[before].d_out, blocks[name].d_in
-        if taken % given not in (0, 1) or taken < given:
+        given = blocks[before].d_out
+        taken = blocks[name].d_in
+        if taken % given not in (0, 1) or taken < given:  # a kernel of several positions, with or without a bias
             raise ValueError(
                 f"layer {name!r} takes {taken} inputs where {before!r} before it gives {given}: a branch, not a chain; "
                 f"{_hint}"
@@ -39,9 +40,14 @@ def checked(blocks: Mapping[str, Block], order: tuple[str, ...]) -> list[str]:
 def refused(records: Mapping[str, Record]) -> None:
     """ValueError unless neighbours have the same examples and positions, and each takes what the one before gives."""
     for before, name in pairwise(records):
-        one, other = records[before], records[name]
-        for what in ("draws", "batch", "shared"):
-            left, right = getattr(one, what), getattr(other, what)
+        one = records[before]
+        other = records[name]
+        sizes = {
+            "draws": (one.draws, other.draws),
+            "batch": (one.batch, other.batch),
+            "shared": (one.shared, other.shared),
+        }
+        for what, (left, right) in sizes.items():
             if left != right:
                 raise ValueError(
                     f"{what} is {left} in layer {before!r} and {right} in {name!r} after it; a Tridiagonal chain needs "
@@ -59,9 +65,11 @@ def refused(records: Mapping[str, Record]) -> None:
 def paired(one: Record, other: Record) -> tuple[Array, Array]:
     """Sums over rows of a a'^T (1, d_in, d_in') and g g'^T (1, d_out, d_out')."""
     xp = namespace(one.g)
-    a, b = (xp.reshape(r.rows(), (-1, r.d_in)) for r in (one, other))
-    g, h = (xp.reshape(r.g, (-1, r.d_out)) for r in (one, other))
-    return xp.matmul(a.T, b)[None, ...], xp.matmul(g.T, h)[None, ...]
+    a = xp.reshape(one.rows(), (-1, one.d_in))
+    a_next = xp.reshape(other.rows(), (-1, other.d_in))
+    g = xp.reshape(one.g, (-1, one.d_out))
+    g_next = xp.reshape(other.g, (-1, other.d_out))
+    return xp.matmul(a.mT, a_next)[None, ...], xp.matmul(g.mT, g_next)[None, ...]
 
 
 def _one_level(names: list[str]) -> None:

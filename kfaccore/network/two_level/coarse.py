@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Protocol, TypeVar
 
 import array_api_compat as aac
 import numpy as np
@@ -16,25 +16,14 @@ import numpy as np
 from kfaccore import tree
 from kfaccore.linalg import side
 from kfaccore.method import Block
-from kfaccore.network.two_level.vectors import Outer, pair, unit
+from kfaccore.network.two_level.local import Local, now
+from kfaccore.network.two_level.vectors import Outer, Vector, pair, unit
 from kfaccore.xp.arrays import Array, from_host, namespace
 
-
-@dataclass(frozen=True)
-class Local:
-    """What a space may use of its layer: M^-1 v, eigenpairs of M, and at a step grad(), M^-1 grad and the residual.
-
-    solve gives an `Outer` for an `Outer` where M^-1 is one Kronecker product, else an array.
-    """
-
-    solve: Callable[[Any], Any]
-    eigensystem: Callable[[], tuple[Array, Array, Array]]
-    grad: Any = None
-    direction: Array | None = None
-    residual: Array | None = None
+K = TypeVar("K")
 
 
-class Space(Protocol):
+class Space(Protocol[K]):
     """Frozen numbers; what lasts from refresh to refresh is a tree in the state.
 
     residual   whether vectors are made of the step's residual
@@ -51,15 +40,15 @@ class Space(Protocol):
     @property
     def turns(self) -> bool: ...
 
-    def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> K:
         """The tree before the first refresh; `local` solves as the method does then."""
         ...
 
-    def refresh(self, kept: Any, local: Local) -> Any:
+    def refresh(self, kept: K, local: Local) -> K:
         """The tree after one."""
         ...
 
-    def vectors(self, kept: Any, local: Local) -> list[Any]:
+    def vectors(self, kept: K, local: Local) -> list[Vector]:
         """This step's vectors: arrays (blocks, d_out, d_in) or `Outer`."""
         ...
 
@@ -68,20 +57,19 @@ class Space(Protocol):
 class Nicolaides:
     """Ones: one vector a layer."""
 
-    residual: ClassVar[bool] = False
-    outer: ClassVar[bool] = True
-    turns: ClassVar[bool] = False
+    residual = False
+    outer = True
+    turns = False
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Outer:
-        xp, where = namespace(like), {"dtype": like.dtype, "device": aac.device(like)}
-        shapes = (block.blocks, block.d_out), (block.blocks, block.d_in)
-        left, right = (xp.ones(shape, **where) for shape in shapes)
-        return Outer(left, right)
+        xp = namespace(like)
+        where = {"dtype": like.dtype, "device": aac.device(like)}
+        return Outer(xp.ones((block.blocks, block.d_out), **where), xp.ones((block.blocks, block.d_in), **where))
 
     def refresh(self, kept: Outer, local: Local) -> Outer:
         return kept
 
-    def vectors(self, kept: Outer, local: Local) -> list[Any]:
+    def vectors(self, kept: Outer, local: Local) -> list[Vector]:
         return [kept]
 
 
@@ -96,46 +84,50 @@ class Spectral(Nicolaides):
     def refresh(self, kept: Outer, local: Local) -> Outer:
         S, Qg, Qa = local.eigensystem()
         xp = namespace(S)
-        return pair(xp.argmin(xp.reshape(S, (S.shape[0], -1)), axis=-1), Qg, Qa)
+        lowest = xp.argmin(xp.reshape(S, (S.shape[0], -1)), axis=-1)
+        return pair(lowest, Qg, Qa)
 
 
 @dataclass(frozen=True)
 class Directions:
     """M^-1 g, the layer's own direction: a best length for the step of every layer. Its image is known: no product."""
 
-    residual: ClassVar[bool] = False
-    outer: ClassVar[bool] = False
-    turns: ClassVar[bool] = False
+    residual = False
+    outer = False
+    turns = False
 
-    def init(self, name: str, block: Block, like: Array, local: Local) -> tuple:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> tuple[Array, ...]:
         return ()
 
-    def refresh(self, kept: tuple, local: Local) -> tuple:
+    def refresh(self, kept: tuple[Array, ...], local: Local) -> tuple[Array, ...]:
         return kept
 
-    def vectors(self, kept: tuple, local: Local) -> list[Any]:
-        return [local.direction]
+    def vectors(self, kept: tuple[Array, ...], local: Local) -> list[Vector]:
+        return [now(local.direction)]
 
 
 @dataclass(frozen=True)
 class Residual(Directions):
     """M^-1 (g - F_d M^-1 g): the preconditioned residual of this very step."""
 
-    residual: ClassVar[bool] = True
-    turns: ClassVar[bool] = True
+    residual = True
+    turns = True
 
-    def vectors(self, kept: tuple, local: Local) -> list[Any]:
-        return [local.solve(local.residual)]
+    def vectors(self, kept: tuple[Array, ...], local: Local) -> list[Vector]:
+        return [local.solve(now(local.residual))]
+
+
+Powers = tuple[object, tuple[Vector, ...]]  # what the inner space keeps, and M^-1 v, M^-2 v, ... of its vectors
 
 
 @dataclass(frozen=True)
 class Krylov:
     """{v, M^-1 v, ..., M^-(order - 1) v} for every vector v of `space`; products where v and M^-1 are."""
 
-    space: Any = field(default=Nicolaides())
+    space: Space = field(default=Nicolaides())
     order: int = 2
 
-    outer: ClassVar[bool] = False
+    outer = False
 
     def __post_init__(self) -> None:
         if self.order < 1:
@@ -149,27 +141,30 @@ class Krylov:
     def turns(self) -> bool:
         return self.space.turns
 
-    def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> Powers:
         inner = self.space.init(name, block, like, local)
         if self.residual:
             return (inner, ())
-        return (inner, tree.map(lambda x: 0 * x, tuple(self._powers(self.space.vectors(inner, local), local))))
+        powers = self._powers(self.space.vectors(inner, local), local)
+        return (inner, tree.map(lambda x: 0 * x, tuple(powers)))
 
-    def refresh(self, kept: Any, local: Local) -> Any:
+    def refresh(self, kept: Powers, local: Local) -> Powers:
         inner = self.space.refresh(kept[0], local)
         if self.residual:
             return (inner, ())
         return (inner, tuple(self._powers(self.space.vectors(inner, local), local)))
 
-    def vectors(self, kept: Any, local: Local) -> list[Any]:
+    def vectors(self, kept: Powers, local: Local) -> list[Vector]:
         first = self.space.vectors(kept[0], local)
         return [*first, *(self._powers(first, local) if self.residual else kept[1])]
 
-    def _powers(self, first: list[Any], local: Local) -> list[Any]:
+    def _powers(self, first: list[Vector], local: Local) -> list[Vector]:
+        """M^-1 v, M^-2 v, ... of each; every one is scaled before the next product, or powers leave the range of
+        floats. M^-1 of the residual is of the size of a step, so the first needs none."""
         found = []
         for v in first:
             for i in range(self.order - 1):
-                v = local.solve(v if self.residual and not i else unit(v))
+                v = local.solve(v if self.residual and i == 0 else unit(v))
                 found.append(v)
         return found
 
@@ -180,23 +175,27 @@ class Given:
 
     make: Callable[[str, Block], Sequence[np.ndarray]]
 
-    residual: ClassVar[bool] = False
-    outer: ClassVar[bool] = False
-    turns: ClassVar[bool] = False
+    residual = False
+    outer = False
+    turns = False
 
-    def init(self, name: str, block: Block, like: Array, local: Local) -> tuple:
-        shape, found = (block.blocks, block.d_out, block.d_in), []
+    def init(self, name: str, block: Block, like: Array, local: Local) -> tuple[Array, ...]:
+        shape = (block.blocks, block.d_out, block.d_in)
+        found = []
         for v in self.make(name, block):
             if np.shape(v) != shape:
                 raise ValueError(f"a coarse vector of layer {name!r} has shape {np.shape(v)}; need {shape}")
             found.append(namespace(like).astype(from_host(np.asarray(v, np.float64), like), like.dtype))
         return tuple(found)
 
-    def refresh(self, kept: tuple, local: Local) -> tuple:
+    def refresh(self, kept: tuple[Array, ...], local: Local) -> tuple[Array, ...]:
         return kept
 
-    def vectors(self, kept: tuple, local: Local) -> list[Any]:
+    def vectors(self, kept: tuple[Array, ...], local: Local) -> list[Vector]:
         return list(kept)
+
+
+Eigenvectors = tuple[Outer, Array, Array]  # ones, Qg, Qa
 
 
 @dataclass(frozen=True)
@@ -206,25 +205,26 @@ class Enriched:
 
     count: int = 5
 
-    residual: ClassVar[bool] = False
-    outer: ClassVar[bool] = True
-    turns: ClassVar[bool] = False
+    residual = False
+    outer = True
+    turns = False
 
-    def init(self, name: str, block: Block, like: Array, local: Local) -> Any:
+    def init(self, name: str, block: Block, like: Array, local: Local) -> Eigenvectors:
         if not 1 <= self.count <= 1 + block.d_out * block.d_in:
             raise ValueError(f"count is {self.count}; layer {name!r} has {block.d_out * block.d_in} eigenvectors")
-        zeros = side.zeros(block.blocks, block.d_in, block.diagonal_in, like)
-        Qg, Qa = side.identity(side.zeros(block.blocks, block.d_out, False, like)), side.identity(zeros)
+        Qg = side.identity(side.zeros(block.blocks, block.d_out, False, like))
+        Qa = side.identity(side.zeros(block.blocks, block.d_in, block.diagonal_in, like))
         return (Nicolaides().init(name, block, like, local), Qg, Qa)
 
-    def refresh(self, kept: Any, local: Local) -> Any:
-        return (kept[0], *local.eigensystem()[1:])
+    def refresh(self, kept: Eigenvectors, local: Local) -> Eigenvectors:
+        _, Qg, Qa = local.eigensystem()
+        return (kept[0], Qg, Qa)
 
-    def vectors(self, kept: Any, local: Local) -> list[Any]:
+    def vectors(self, kept: Eigenvectors, local: Local) -> list[Vector]:
         ones, Qg, Qa = kept
         if self.count == 1:
             return [ones]
         xp = namespace(Qg)
-        rotated = side.times(xp.matmul(Qg.mT, local.grad()), Qa)
+        rotated = side.times(xp.matmul(Qg.mT, now(local.grad)()), Qa)
         order = xp.argsort(xp.abs(xp.reshape(rotated, (rotated.shape[0], -1))), axis=-1, descending=True)
         return [ones, *(pair(order[:, i], Qg, Qa) for i in range(self.count - 1))]

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import array_api_compat as aac
 
 from kfaccore import xp as kernels
-from kfaccore.network.two_level.level import Level, Tree
+from kfaccore.network.two_level.gradients import Tree
+from kfaccore.network.two_level.level import Level
 from kfaccore.network.two_level.vectors import dense
-from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, eps, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 Solver = Callable[[Tree], Tree]
@@ -65,7 +66,8 @@ def balance(level: Level, matrix: Array, fine: Solver) -> Change:
 
 def _projected(level: Level, inverse: Array, fine: Solver) -> tuple[Tree, Tree]:
     """M^-1 (g - F_d Q g) and Q g."""
-    beta, g = inverse @ level.rg, level.g()
+    beta = inverse @ level.rg
+    g = level.g()
     coarse = level.prolong(beta)
     curved = level.curved(coarse, level.Y @ beta)
     return fine({name: g[name] - curved[name] for name in g}), coarse
@@ -78,7 +80,8 @@ def woodbury(level: Level, matrix: Array, fine: Solver) -> Change:
     half, ok = _half(S)
     W = half.mT @ Fo @ half
     middle, code = _inner(W, ok)
-    beta = Fo @ (level.restrict(level.z0) - half @ (middle @ (half.mT @ (Fo @ level.restrict(level.z0)))))
+    z = level.restrict(level.z0)
+    beta = Fo @ (z - half @ (middle @ (half.mT @ (Fo @ z))))
     return Change(code, d=_against(level, smoothed, beta))
 
 
@@ -87,7 +90,8 @@ def woodbury_inverse(level: Level, matrix: Array, fine: Solver) -> Change:
     xp = namespace(matrix)
     S, smoothed = _smoothed(level, fine)
     values, vectors, _ = kernels.eigh((matrix * level.apart())[None, ...])
-    values, vectors = values[0, :], vectors[0, ...]
+    values = values[0, :]
+    vectors = vectors[0, ...]
     top = xp.max(xp.abs(values))
     ok = xp.all(xp.abs(values) > values.shape[0] * eps(values.dtype, xp) * top) & (top > 0)
     safe = xp.where(ok, values, xp.ones_like(values))
@@ -143,9 +147,46 @@ def inverted(matrix: Array) -> tuple[Array, Array]:
     xp = namespace(matrix)
     diagonal = xp.linalg.diagonal(matrix)
     empty = diagonal == 0
-    root = xp.where(diagonal > 0, xp.sqrt(xp.where(diagonal > 0, diagonal, xp.ones_like(diagonal))), 1.0 + 0 * diagonal)
+    # 1 for a dropped vector and for a negative entry of a matrix that is indefinite; NaN stays
+    positive = xp.where(diagonal > 0, diagonal, xp.ones_like(diagonal))
+    root = xp.where(diagonal > 0, xp.sqrt(positive), 1.0 + 0 * diagonal)
     eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=aac.device(matrix))
     scaled = matrix / root[:, None] / root[None, :] + xp.astype(empty, matrix.dtype) * eye
     inverse, code = kernels.spd_inverse(((scaled + scaled.mT) / 2)[None, ...])
     inverse = select(code < int(Code.INDEFINITE), inverse, xp.zeros_like(inverse))
     return inverse[0, ...] / root[:, None] / root[None, :], code
+
+
+def applied(level: Level, change: Change, c: float) -> tuple[Tree, Array, Array]:
+    """(c (z - z0), gain, ok (1,)): zero for all layers unless all of it is finite and its system could be solved.
+
+    gain = E(z0 + d) - E(z0) for E(z) = ||z - F_d^-1 g||^2 in the norm of F_d on these records.
+    """
+    ok = change.code < int(Code.INDEFINITE)
+    if change.beta is not None:
+        return _in_coarse_space(level, change.beta, c, ok)
+    return _outside_coarse_space(level, change.d or {}, c, ok)
+
+
+def _in_coarse_space(level: Level, beta: Array, c: float, ok: Array) -> tuple[Tree, Array, Array]:
+    """`applied` of R^T beta: its gain needs sums over the coarse vectors only."""
+    xp = namespace(level.Y)
+    ok = ok & xp.all(xp.isfinite(beta))
+    beta = c * xp.where(ok, beta, xp.zeros_like(beta))
+    w = level.Y @ beta
+    gain = xp.sum(w * w) / level.n + xp.sum(beta * (level.ridge @ beta)) - 2 * xp.sum(beta * level.rhs)
+    return level.prolong(beta), gain, ok
+
+
+def _outside_coarse_space(level: Level, change: Tree, c: float, ok: Array) -> tuple[Tree, Array, Array]:
+    """`applied` of a tree: its gain needs its image under J."""
+    xp = namespace(level.Y)
+    for x in change.values():
+        ok = ok & xp.all(all_finite(x))
+    d = {name: c * select(ok, x[None, ...], xp.zeros_like(x)[None, ...])[0, ...] for name, x in change.items()}
+    w = level.image(d)
+    g = level.g()
+    gain = (xp.sum(w * w) + 2 * xp.sum(w * level.w0)) / level.n
+    for name, x in d.items():
+        gain = gain + xp.sum(x * (scalar(level.damping[name], x) * (x + 2 * level.z0[name]) - 2 * g[name]))
+    return d, gain, ok

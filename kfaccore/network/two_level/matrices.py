@@ -5,9 +5,9 @@ Source: Koroko et al. 2023 (2303.18083) exact; Tselepidis et al. 2020 (2011.0057
 
 from __future__ import annotations
 
-from kfaccore.network.two_level.level import Level, dots
+from kfaccore.network.two_level.level import Level
 from kfaccore.network.two_level.pooling import common, grid, pooled
-from kfaccore.network.two_level.vectors import Outer
+from kfaccore.network.two_level.vectors import Outer, Vector, dots
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, namespace
 
@@ -31,16 +31,18 @@ def kronecker(level: Level) -> Array:
         row = []
         for j, (s, t) in enumerate(sides):
             small = common(grids[i], grids[j])
-            p2, s2 = pooled(p, grids[i], small, "mean"), pooled(s, grids[j], small, "mean")
-            q2, t2 = pooled(q, grids[i], small, "sum"), pooled(t, grids[j], small, "sum")
-            A = p2 @ s2.mT / p2.shape[-1]
-            row.append(xp.sum(A * (q2 @ t2.mT)) / level.n)
+            left = pooled(p, grids[i], small, "mean")
+            A = left @ pooled(s, grids[j], small, "mean").mT / left.shape[-1]
+            G = pooled(q, grids[i], small, "sum") @ pooled(t, grids[j], small, "sum").mT
+            row.append(xp.sum(A * G) / level.n)
         rows.append(xp.stack(row))
     return xp.stack(rows)
 
 
-def _sides(record: Record, r: Outer) -> tuple[Array, Array]:
+def _sides(record: Record, r: Vector) -> tuple[Array, Array]:
     """(right . a) (blocks, batch shared) and (left . g) (blocks, draws batch shared)."""
+    if not isinstance(r, Outer):
+        raise ValueError("matrix=kronecker needs vectors that are products: use exact")
     xp = namespace(record.g)
     p, q = dots(record, r)
     q = xp.permute_dims(q, (1, 0, 2, 3))

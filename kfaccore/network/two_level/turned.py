@@ -8,10 +8,10 @@ Cost: rows (d_in^2 + d_out^2) for the record, as much for a gradient not multipl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from kfaccore.linalg import kron, side
-from kfaccore.network.two_level.level import full
+from kfaccore.method import State
+from kfaccore.network.two_level.gradients import full
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace, same, scalar
@@ -30,7 +30,7 @@ class Turned:
         """The record; its inputs must be an array."""
         return Record(_times(record.a, self.Qa), _times(record.g, self.Qg), record.n)
 
-    def grad(self, grad: Any, before: Record, after: Record) -> Any:
+    def grad(self, grad: Array | Factored, before: Record, after: Record) -> Array | Factored:
         """A gradient, given the record before and after turning: inputs that they share are turned once."""
         if isinstance(grad, Factored):
             a = after.a if same(grad.a, before.a) else _times(grad.a, self.Qa)
@@ -38,13 +38,14 @@ class Turned:
         v = kron.apply(side.transposed(self.Qg), full(grad, self.Qg), self.Qa)
         return v if grad.ndim == 3 else v[0, ...]
 
-    def solve(self, grad: Any, state: Any) -> Solution:
+    def solve(self, grad: Array | Factored, state: State) -> Solution:
         """M^-1 of a turned gradient, turned."""
         grad, squeeze = gradient(grad, tuple(self.below.shape))
         if isinstance(grad, Factored):
-            a, g = (namespace(x).reshape(x, (x.shape[0], -1, x.shape[-1])) for x in (grad.a, grad.g))
+            a = _folded(grad.a)
+            g = _folded(grad.g)
             v = namespace(g).matmul((g / scalar(grad.n, g)).mT, a)
-            v /= self.below
+            v /= self.below  # an array of its own
         else:
             v = full(grad, self.below) / self.below
         return finish(v, self.code, state, squeeze)
@@ -52,6 +53,11 @@ class Turned:
     def back(self, v: Array) -> Array:
         """A direction (blocks, d_out, d_in) as it is without turning."""
         return kron.apply(self.Qg, v, side.transposed(self.Qa))
+
+
+def _folded(x: Array) -> Array:
+    """Rows (blocks, batch, shared, d) as (blocks, batch shared, d)."""
+    return namespace(x).reshape(x, (x.shape[0], -1, x.shape[-1]))
 
 
 def _times(x: Array, Q: Array) -> Array:

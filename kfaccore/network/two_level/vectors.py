@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import array_api_compat as aac
 
 from kfaccore.linalg import side
+from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, is_numpy, namespace
 
 
@@ -23,41 +23,71 @@ class Outer:
         return self.left[:, :, None] * self.right[:, None, :]
 
 
-def dense(v: Any) -> Array:
+Vector = Array | Outer
+
+
+def dense(v: Vector) -> Array:
     """A vector as an array (blocks, d_out, d_in)."""
     return v.dense() if isinstance(v, Outer) else v
 
 
-def inner(r: Any, v: Any) -> Array:
+def inner(r: Vector, v: Vector) -> Array:
     """<r, v> over all blocks; of two `Outer` without forming either."""
-    if isinstance(v, Outer) and not isinstance(r, Outer):
-        return inner(v, r)
-    xp = namespace(v.left if isinstance(v, Outer) else v)
     if not isinstance(r, Outer):
-        return xp.vecdot(xp.reshape(r, (-1,)), xp.reshape(v, (-1,)))
-    if isinstance(v, Outer):
-        return xp.sum(xp.sum(r.left * v.left, axis=-1) * xp.sum(r.right * v.right, axis=-1))
+        return _applied(v, r) if isinstance(v, Outer) else _flat(r, v)
+    if not isinstance(v, Outer):
+        return _applied(r, v)
+    xp = namespace(v.left)
+    return xp.sum(xp.sum(r.left * v.left, axis=-1) * xp.sum(r.right * v.right, axis=-1))
+
+
+def _applied(r: Outer, v: Array) -> Array:
+    """left . (v right)."""
+    xp = namespace(v)
     return xp.sum(r.left * xp.matmul(v, r.right[:, :, None])[..., 0])
 
 
-def scaled(c: Array, r: Any) -> Array:
+def _flat(r: Array, v: Array) -> Array:
+    xp = namespace(v)
+    return xp.vecdot(xp.reshape(r, (-1,)), xp.reshape(v, (-1,)))
+
+
+def dots(record: Record, r: Outer) -> tuple[Array, Array]:
+    """right . a (blocks, batch, shared) and left . g (draws, blocks, batch, shared)."""
+    xp = namespace(record.g)
+    shape = (record.blocks, record.batch, record.shared)
+    if isinstance(record.a, Ids):
+        p = xp.take(r.right[0, :], xp.reshape(record.a.index, (-1,)))
+    else:
+        p = xp.matmul(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), r.right[:, :, None])
+    q = xp.matmul(xp.reshape(record.g, (record.draws, record.blocks, -1, record.d_out)), r.left[None, :, :, None])
+    return xp.reshape(p, shape), xp.reshape(q, (record.draws, *shape))
+
+
+def scaled(c: Array, r: Vector) -> Array:
     """c r as an array."""
     return (c * r.left)[:, :, None] * r.right[:, None, :] if isinstance(r, Outer) else c * r
 
 
-def unit(v: Any) -> Any:
+def unit(v: Vector) -> Vector:
     """The vector over its largest absolute entry; under 1e-30 it is dropped: zero. Only the range counts, so NumPy
     leaves an array as it is whose squares are far from the ends of float32."""
     if isinstance(v, Outer):
         xp = namespace(v.left)
         top = xp.max(xp.max(xp.abs(v.left), axis=-1) * xp.max(xp.abs(v.right), axis=-1))
-    else:
-        xp = namespace(v)
-        top = xp.maximum(xp.max(v), -xp.min(v))
-        if is_numpy(v) and 1e-9 < top < 1e9:
-            return v
-    scale = xp.where(top > 1e-30, 1.0 / xp.where(top > 1e-30, top, xp.ones_like(top)), xp.zeros_like(top))
-    return Outer(v.left * scale, v.right) if isinstance(v, Outer) else v * scale
+        return Outer(v.left * _reciprocal(top), v.right)
+    xp = namespace(v)
+    top = xp.maximum(xp.max(v), -xp.min(v))  # without an array of absolute values
+    if is_numpy(v) and 1e-9 < top < 1e9:
+        return v
+    return v * _reciprocal(top)
+
+
+def _reciprocal(top: Array) -> Array:
+    """1 / top, 0 where that is under 1e-30."""
+    xp = namespace(top)
+    safe = xp.where(top > 1e-30, top, xp.ones_like(top))
+    return xp.where(top > 1e-30, 1.0 / safe, xp.zeros_like(top))
 
 
 def pair(index: Array, Qg: Array, Qa: Array) -> Outer:

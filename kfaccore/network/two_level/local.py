@@ -1,0 +1,71 @@
+"""What a coarse space may use of its layer, and how each block method offers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kfaccore.linalg import side
+from kfaccore.method import Block, Eigensystem, Hyper, Inverses, KroneckerTerms, Method, State, declares
+from kfaccore.network.two_level.vectors import Outer, Vector
+from kfaccore.xp.arrays import Array
+
+X = TypeVar("X")
+
+_UNDAMPED = Hyper(0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Local:
+    """M^-1 v, eigenpairs of M as `eigenpairs` has them, and at a step grad(), M^-1 grad and the residual.
+
+    solve gives an `Outer` for an `Outer` where M^-1 is one Kronecker product, else an array.
+    """
+
+    solve: Callable[[Vector], Vector]
+    eigensystem: Callable[[], tuple[Array, Array, Array]]
+    grad: Callable[[], Array] | None = None
+    direction: Array | None = None
+    residual: Array | None = None
+
+
+def now(x: X | None) -> X:
+    """What a `Local` has at a step; ValueError elsewhere."""
+    if x is None:
+        raise ValueError("these coarse vectors are made anew at every step: take Krylov of Nicolaides() or Residual()")
+    return x
+
+
+def inverse_product(method: Method, state: State, hyper: Hyper, v: Outer) -> Outer | None:
+    """M^-1 v where it is a product again; None where the method, or its options, solve otherwise."""
+    parts = method.inverses(state, hyper) if declares(method, Inverses) else None
+    if parts is None:
+        return None
+    Ai, Gi = parts
+    return Outer(_row_times(v.left, Gi), _row_times(v.right, Ai))
+
+
+def _row_times(x: Array, factor: Array) -> Array:
+    """x (blocks, d) times a factor (blocks, d, d), or (blocks, d) if diagonal."""
+    return side.times(x[:, None, :], factor)[:, 0, :]
+
+
+def eigenpairs(method: Method, state: State, name: str, block: Block) -> tuple[Array, Array, Array]:
+    """(S (blocks, d_out, d_in), Qg, Qa) of a method that is one Kronecker product or knows its eigenvectors."""
+    terms = method.kronecker_terms(state, block) if declares(method, KroneckerTerms) else ()
+    system = method.eigensystem(state, _UNDAMPED) if not terms and declares(method, Eigensystem) else None
+    if system is not None:
+        Qa, Qg, S = system
+        return S, _full_side(Qg), Qa if block.diagonal_in else _full_side(Qa)
+    if len(terms) != 1:
+        raise ValueError(f"layer {name!r}: {type(method).__name__} knows no eigenvectors; choose another coarse space")
+    A, G = terms[0]
+    a, Qa, _ = side.eigh(A)
+    g, Qg, _ = side.eigh(G)
+    return g[:, :, None] * a[:, None, :], Qg, Qa
+
+
+def _full_side(Q: Array) -> Array:
+    """Eigenvectors as a matrix, also those of a standard basis, which come as a diagonal of ones."""
+    return side.identity(side.zeros(Q.shape[0], Q.shape[1], False, Q)) if side.is_diagonal(Q) else Q
