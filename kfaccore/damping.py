@@ -109,7 +109,7 @@ class Exact:
         raise ValueError("split=exact is not a shift of each factor: use inverse=eigh")
 
     def denominators(self, a: Array, g: Array, damping: float | Array) -> Array:
-        return g[:, :, None] * a[:, None, :] + _joint(damping, a)
+        return g[:, :, None] * a[:, None, :] + joint(damping, a)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ class Adaptive:
         return scalar(damping, trace) * namespace(trace).where(trace < low, low, trace) / size
 
 
-def _joint(damping: float | Array, like: Array) -> float | Array:
+def joint(damping: float | Array, like: Array) -> float | Array:
+    """Damping, a number or (blocks,), ready to be added to eigenvalues (blocks, d_out, d_in)."""
     value: Any = scalar(damping, like)
     return value[:, None, None] if getattr(value, "ndim", 0) == 1 else value
 

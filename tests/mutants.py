@@ -69,8 +69,8 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "exact damping dropped",
         "damping.py",
-        "a[:, None, :] + _joint(damping, a)",
-        "a[:, None, :] + 0 * _joint(damping, a)",
+        "a[:, None, :] + joint(damping, a)",
+        "a[:, None, :] + 0 * joint(damping, a)",
         "test_catalogue.py",
     ),
     (

@@ -140,6 +140,7 @@ class Row:
     no_draws       what a record of zero draws is refused with; "" says that it means G = I
     no_ids         what an embedding is refused with; "" says that `Ids` are one-hot rows
     aligned        Stats keep positions on an axis of their own, or no rows at all: parts of unequal lengths do not add
+    sketched       modes fewer than the sketch finds exactly, from random matrices that differ between blocks
     unmeasured     no record matters: F~ = I, and a solve hands the gradient on, OK from the start
     """
 
@@ -155,6 +156,7 @@ class Row:
     no_draws: str = ""
     no_ids: str = ""
     aligned: bool = False
+    sketched: bool = False
     unmeasured: bool = False
 
 
@@ -163,8 +165,9 @@ def _kfac(name: str, method: Any, matrix: Callable = _split(_pi), **fields: Any)
     return Row(name, method, one_example, matrix, **{"everywhere": True, "factors": expanded, **fields})
 
 
-def _low_rank(name: str, method: Any) -> Row:
-    return Row(name, method, one_example, _split(_pi), no_average="of averages only the largest modes are kept")
+def _low_rank(name: str, method: Any, sketched: bool = False) -> Row:
+    kept = "of averages only the largest modes are kept"
+    return Row(name, method, one_example, _split(_pi), no_average=kept, sketched=sketched)
 
 
 def _of_gradients(name: str, method: Any, matrix: Callable, no_average: str, **fields: Any) -> Row:
@@ -240,7 +243,7 @@ METHODS = [
         no_matrix="inverses only",
     ),
     _kfac("randomized", kf.RandomizedKFAC()),
-    _low_rank("randomized-2", kf.RandomizedKFAC(rank=_two, sketch=_narrow)),
+    _low_rank("randomized-2", kf.RandomizedKFAC(rank=_two, sketch=_narrow), sketched=True),
     _low_rank("brand-2", kf.BrandKFAC(rank=_two)),
     _low_rank("brand-r-2", kf.BrandRKFAC(rank=_two, sketch=_narrow)),
     _low_rank("brand-c-2", kf.BrandCKFAC(rank=_two)),

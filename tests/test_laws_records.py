@@ -12,7 +12,7 @@ import kfaccore as kf
 from conftest import FEW
 from kfaccore import tree
 from kfaccore.method import Unmeasured, declares
-from rows import METHODS, arrays
+from rows import arrays
 from test_laws import DAMPING, N, close, rows, solve
 
 few = pytest.mark.parametrize("xp", FEW, ids=lambda n: n.name)
@@ -121,19 +121,18 @@ def test_blocks_of_different_dampings_are_blocks_apart(row, xp, rng):
         assert close(each[block], alone[block], 1e-11)
 
 
-SKETCHED = ("randomized-2", "brand-r-2")  # a lone block draws other random matrices, and two modes remember them
-
-
 @rows
 def test_blocks_do_not_see_each_other(row, rng):
     """A record of one block is that block of the record of two."""
+    if row.sketched:
+        return
     a, g = arrays(rng)
     v = rng.normal(size=(2, 3, 4))
     together = solve(row, kf.Record(a, g, N), v).direction
     for block in range(2):
-        s = slice(block, block + 1)
-        apart = solve(row, kf.Record(a[s], g[:, s], N), v[s]).direction
-        assert close(together[s], apart, 1e-10)
+        span = slice(block, block + 1)
+        apart = solve(row, kf.Record(a[span], g[:, span], N), v[span]).direction
+        assert close(together[span], apart, 1e-10)
 
 
 @rows

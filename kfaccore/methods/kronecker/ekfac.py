@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kfaccore import factors
+from kfaccore.damping import joint
 from kfaccore.linalg import kron
 from kfaccore.linalg.inverse import eigh, floored
 from kfaccore.method import Hyper
@@ -24,7 +25,7 @@ from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, 
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, scalar
+from kfaccore.xp.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,4 @@ class EKFAC(Moments):
 
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
         """(Qa, Qg, S + damping)."""
-        return state.basis.Qa, state.basis.Qg, moments(state) + scalar(hyper.damping, state.S)
+        return state.basis.Qa, state.basis.Qg, moments(state) + joint(hyper.damping, state.S)

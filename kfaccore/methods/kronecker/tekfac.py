@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kfaccore import factors
-from kfaccore.damping import as_given
+from kfaccore.damping import as_given, joint
 from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import eigh, floored
 from kfaccore.method import Hyper
@@ -25,7 +25,7 @@ from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, 
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.arrays import Array, namespace
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TEKFAC(Moments):
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
         """(Qa, Qg, S + the damping that `damping` makes of it)."""
         S = moments(state)
-        return state.basis.Qa, state.basis.Qg, S + _shift(self._damping(S, hyper.damping), S)
+        return state.basis.Qa, state.basis.Qg, S + joint(self._damping(S, hyper.damping), S)
 
     def unit(self, state: State) -> float | Array:
         """What damping 1 adds to the eigenvalues in use, a number or (blocks,)."""
@@ -66,9 +66,3 @@ class TEKFAC(Moments):
 
     def _damping(self, S: Array, damping: float | Array) -> float | Array:
         return self.damping(namespace(S).sum(S, axis=(-2, -1)), S.shape[-2] * S.shape[-1], damping)
-
-
-def _shift(damping: float | Array, S: Array) -> float | Array:
-    """A number, or one a block, ready to be added to S."""
-    value: Any = scalar(damping, S)
-    return value[:, None, None] if getattr(value, "ndim", 0) == 1 else value

@@ -13,12 +13,13 @@ from typing import ClassVar
 import array_api_compat as aac
 
 from kfaccore import factors
+from kfaccore.damping import joint
 from kfaccore.linalg.inverse import floored
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, namespace
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Diagonal(Additive):
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, tuple(state.D.shape))
         v = grad.dense() if isinstance(grad, Factored) else grad
-        below, code = floored(factors.mean(state.D, state.weight) + scalar(hyper.damping, v), state.code)
+        below, code = floored(factors.mean(state.D, state.weight) + joint(hyper.damping, v), state.code)
         return finish(v / below, code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
@@ -79,4 +80,4 @@ class Diagonal(Additive):
         """(I, I, D + damping): the standard basis, as diagonals."""
         D = factors.mean(state.D, state.weight)
         xp = namespace(D)
-        return xp.ones_like(D[:, 0, :]), xp.ones_like(D[:, :, 0]), D + scalar(hyper.damping, D)
+        return xp.ones_like(D[:, 0, :]), xp.ones_like(D[:, :, 0]), D + joint(hyper.damping, D)
