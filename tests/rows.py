@@ -10,119 +10,34 @@ import numpy as np
 
 import forwards
 import kfaccore as kf
+from formulas import (
+    anything,
+    arrays,
+    constant_gradients,
+    coupled,
+    damped,
+    diagonal,
+    equal,
+    expanded,
+    eye,
+    joint,
+    one_example,
+    partial_traces,
+    per_factor,
+    pi,
+    reduced,
+    scalars,
+    split,
+)
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
 from kfaccore.linalg.cg import Residual
 from kfaccore.methods.rows import cgfac
 from kfaccore.methods.rows.factors import always, never
 from kfaccore.methods.singd.recursion import Rule, independent
 
-Pair = tuple[np.ndarray, np.ndarray]
+__all__ = ["FRAMEWORKS", "LAYERS", "METHODS", "arrays"]
 
-
-def arrays(rng: np.random.Generator, blocks=2, batch=5, shared=3, d_in=4, d_out=3, draws=2) -> Pair:
-    """Correlated a (blocks, batch, shared, d_in) and g (draws, blocks, batch, shared, d_out)."""
-    common = rng.normal(size=(blocks, batch, shared, 1))
-    a = rng.normal(size=(blocks, batch, shared, d_in)) + common
-    g = rng.normal(size=(draws, blocks, batch, shared, d_out)) * (1.0 + 0.5 * common) + 0.3
-    return a, g
-
-
-def one_example(rng: np.random.Generator) -> Pair:
-    """One example, one position: every block is a Kronecker product."""
-    return arrays(rng, batch=1, shared=1)
-
-
-def constant_gradients(rng: np.random.Generator) -> Pair:
-    """One example whose g is the same at all positions: reduce is exact, expand is not."""
-    a, g = arrays(rng, batch=1)
-    return a, np.repeat(g[..., :1, :], 3, axis=-2)
-
-
-def scalars(rng: np.random.Generator) -> Pair:
-    """One input, one output."""
-    return arrays(rng, d_in=1, d_out=1)
-
-
-def anything(rng: np.random.Generator) -> Pair:
-    return arrays(rng)
-
-
-def damped(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
-    """F + damping I from the definition, (blocks, D, D)."""
-    J = np.einsum("vbnso,bnsi->bvnoi", g, a).reshape(len(a), -1, g.shape[-1] * a.shape[-1])
-    return np.einsum("bkd,bke->bde", J, J) / n + damping * np.eye(J.shape[-1])
-
-
-def expanded(a: np.ndarray, g: np.ndarray, n: float) -> Pair:
-    """A = mean of a a^T and G = (1/n) sum of g g^T over rows, every position one."""
-    return np.einsum("bnsi,bnsj->bij", a, a) / (a.shape[1] * a.shape[2]), np.einsum("vbnso,vbnsp->bop", g, g) / n
-
-
-def reduced(a: np.ndarray, g: np.ndarray, n: float) -> Pair:
-    """The same of the mean of a and the sum of g over an example's positions."""
-    return expanded(a.mean(2, keepdims=True), g.sum(3, keepdims=True), n)
-
-
-def _partial_traces(a: np.ndarray, g: np.ndarray, n: float) -> Pair:
-    """Sums of |g|^2 a a^T and |a|^2 g g^T over rows, over n and over the root of their common trace."""
-    A = np.einsum("vbnso,vbnso,bnsi,bnsj->bij", g, g, a, a) / n
-    G = np.einsum("bnsi,bnsi,vbnso,vbnsp->bop", a, a, g, g) / n
-    root = np.sqrt(np.trace(A, axis1=1, axis2=2))[:, None, None]
-    return A / root, G / root
-
-
-def _split(shifts: Callable[[float, float, float], tuple[float, float]], factors: Callable = expanded) -> Callable:
-    """(G + d_g I) kron (A + d_a I) with shifts from the mean eigenvalues."""
-
-    def matrix(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
-        found = []
-        for A, G in zip(*factors(a, g, n), strict=True):
-            d_a, d_g = shifts(np.trace(A) / len(A), np.trace(G) / len(G), damping)
-            found.append(np.kron(G + d_g * np.eye(len(G)), A + d_a * np.eye(len(A))))
-        return np.stack(found)
-
-    return matrix
-
-
-def _pi(mean_a: float, mean_g: float, damping: float) -> tuple[float, float]:
-    ratio = np.sqrt(mean_a / mean_g)
-    return ratio * np.sqrt(damping), np.sqrt(damping) / ratio
-
-
-def _equal(mean_a: float, mean_g: float, damping: float) -> tuple[float, float]:
-    return np.sqrt(damping), np.sqrt(damping)
-
-
-def _per_factor(mean_a: float, mean_g: float, damping: float) -> tuple[float, float]:
-    return damping, damping
-
-
-def _joint(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
-    """G kron A + damping I."""
-    products = [np.kron(G, A) for A, G in zip(*expanded(a, g, n), strict=True)]
-    return np.stack(products) + damping * np.eye(len(products[0]))
-
-
-def _diagonal(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
-    """diag F + damping I."""
-    F = damped(a, g, n, damping)
-    return F * np.eye(F.shape[-1])
-
-
-def _eye(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
-    return np.broadcast_to(np.eye(g.shape[-1] * a.shape[-1]), damped(a, g, n, damping).shape)
-
-
-def _coupled(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarray:
-    """Inverse of the Kronecker matrix Q kron P with P^-1 = (tr(QG)/d_out) A + damping (tr(Q)/d_out) I, and so for Q."""
-    found = []
-    for A, G in zip(*expanded(a, g, n), strict=True):
-        P = np.eye(len(A))
-        for _ in range(300):
-            Q = np.linalg.inv((np.trace(P @ A) * G + damping * np.trace(P) * np.eye(len(G))) / len(A))
-            P = np.linalg.inv((np.trace(Q @ G) * A + damping * np.trace(Q) * np.eye(len(A))) / len(G))
-        found.append(np.linalg.inv(np.kron(Q, P)))
-    return np.stack(found)
+_split_by_pi = split(pi)
 
 
 @dataclass(frozen=True)
@@ -160,14 +75,14 @@ class Row:
     unmeasured: bool = False
 
 
-def _kfac(name: str, method: Any, matrix: Callable = _split(_pi), **fields: Any) -> Row:  # noqa: B008 a function
+def _kfac(name: str, method: Any, matrix: Callable = _split_by_pi, **fields: Any) -> Row:
     """K-FAC by any road: its factors, its formula for any inputs."""
     return Row(name, method, one_example, matrix, **{"everywhere": True, "factors": expanded, **fields})
 
 
 def _low_rank(name: str, method: Any, sketched: bool = False) -> Row:
     kept = "of averages only the largest modes are kept"
-    return Row(name, method, one_example, _split(_pi), no_average=kept, sketched=sketched)
+    return Row(name, method, one_example, _split_by_pi, no_average=kept, sketched=sketched)
 
 
 def _of_gradients(name: str, method: Any, matrix: Callable, no_average: str, **fields: Any) -> Row:
@@ -180,7 +95,8 @@ def _square(damping: float) -> float:
     return damping * damping
 
 
-_two, _narrow = kf.Rank(2, 2), kf.Symmetric(oversample=0)
+_two = kf.Rank(2, 2)
+_narrow = kf.Symmetric(oversample=0)
 _in_old_basis = "moments live in the basis of the last refresh"
 _interpolated = "a product interpolates at the matrices of the last sweep"
 
@@ -196,49 +112,71 @@ METHODS = [
         "kfac-reduce",
         kf.KFAC(sharing=kf.reduce),
         constant_gradients,
-        _split(_pi, reduced),
+        split(pi, reduced),
         everywhere=True,
         factors=reduced,
         no_ids="reduce got an embedding",
     ),
-    _kfac("kfac-equal", kf.KFAC(split=kf.equal), _split(_equal)),
-    _kfac("kfac-per-factor", kf.KFAC(split=kf.per_factor), _split(_per_factor), scale=_square),
+    _kfac("kfac-equal", kf.KFAC(split=kf.equal), split(equal)),
+    _kfac("kfac-per-factor", kf.KFAC(split=kf.per_factor), split(per_factor), scale=_square),
     _kfac("kfac-eigh", kf.KFAC(inverse=kf.eigh)),
-    _kfac("kfac-exact-damping", kf.KFAC(inverse=kf.eigh, split=kf.exact), _joint),
+    _kfac("kfac-exact-damping", kf.KFAC(inverse=kf.eigh, split=kf.exact), joint),
     _of_gradients("ekfac", kf.EKFAC(), damped, _in_old_basis),
     _of_gradients(
-        "tkfac", kf.TKFAC(), _split(_equal, _partial_traces), "divided by the root of its own trace", everywhere=True
+        "tkfac",
+        kf.TKFAC(),
+        split(equal, partial_traces),
+        "divided by the root of its own trace",
+        everywhere=True,
     ),
     _of_gradients("tekfac", kf.TEKFAC(), damped, _in_old_basis),
-    _of_gradients("kpsvd", kf.KPSVD(), _split(_pi), _interpolated, no_ids="KPSVD got an embedding"),
-    _of_gradients("deflation", kf.Deflation(), _split(_pi), _interpolated, no_ids="Deflation got an embedding"),
+    _of_gradients("kpsvd", kf.KPSVD(), _split_by_pi, _interpolated, no_ids="KPSVD got an embedding"),
+    _of_gradients("deflation", kf.Deflation(), _split_by_pi, _interpolated, no_ids="Deflation got an embedding"),
     _of_gradients(
-        "kfac-corrected", kf.KFACCorrected(), _split(_pi), _interpolated, no_ids="KFACCorrected got an embedding"
+        "kfac-corrected",
+        kf.KFACCorrected(),
+        _split_by_pi,
+        _interpolated,
+        no_ids="KFACCorrected got an embedding",
     ),
     _of_gradients(
         "lanczos",
         kf.Lanczos(),
-        _split(_pi),
+        _split_by_pi,
         "each factor is averaged with its sign",
         no_ids="Lanczos got an embedding",
         aligned=True,
     ),
-    Row("diagonal", kf.Diagonal(), scalars, _diagonal, everywhere=True, no_draws="zero draws"),
-    _kfac("pinn-kfac", kf.PINNKFAC(terms=1), _split(_per_factor), scale=_square, no_ids="PINNKFAC got an embedding"),
-    Row("identity", kf.Identity(), anything, _eye, everywhere=True, scale=lambda damping: 1.0, unmeasured=True),
+    Row("diagonal", kf.Diagonal(), scalars, diagonal, everywhere=True, no_draws="zero draws"),
+    _kfac(
+        "pinn-kfac",
+        kf.PINNKFAC(terms=1),
+        split(per_factor),
+        scale=_square,
+        no_ids="PINNKFAC got an embedding",
+    ),
+    Row(
+        "identity",
+        kf.Identity(),
+        anything,
+        eye,
+        everywhere=True,
+        scale=lambda damping: 1.0,
+        unmeasured=True,
+    ),
     Row("exact", kf.Exact(), anything, everywhere=True, no_draws="zero draws"),
     Row(
         "singd",
         kf.SINGD(rule=Rule(momentum=0.0, rate=0.5), cycles=60),
         anything,
-        _coupled,
+        coupled,
         no_matrix="inverses only",
     ),
     Row(
         "singd-ikfac",
         kf.IKFAC(coupling=independent, rule=Rule(momentum=0.0, rate=0.9), cycles=50),
         anything,
-        _split(_per_factor),
+        split(per_factor),
         scale=_square,
         no_matrix="inverses only",
     ),
@@ -249,7 +187,7 @@ METHODS = [
     _low_rank("brand-c-2", kf.BrandCKFAC(rank=_two)),
     _kfac("skfac", kf.SKFAC()),
     _kfac("skfac-stacked", kf.SKFAC(branch=always, rows=96, explicit=never), no_draws="zero draws"),
-    _kfac("cgfac", _cg(), _joint),
+    _kfac("cgfac", _cg(), joint),
     _kfac("cgfac-factored", _cg(cgfac.KronFactored(branch=always)), no_draws="zero draws"),
     Row(
         "cgfac-empirical",
@@ -283,7 +221,8 @@ class LayerRow:
 
 
 _window = kf.Window((3, 2), stride=(2, 1), padding=1)
-_strides, _padding = (2, 1), ((1, 1), (1, 1))
+_strides = (2, 1)
+_padding = ((1, 1), (1, 1))
 LAYERS = [
     LayerRow("linear", Linear(4, 3), (6, 4), (6, 3), {"weight": (3, 4), "bias": (3,)}, forwards.linear),
     LayerRow(

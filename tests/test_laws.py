@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kfaccore as kf
+from formulas import damped
 from kfaccore import tree
 from kfaccore.settle import cycle
-from rows import METHODS, arrays, damped
+from rows import METHODS, arrays
 
 N, DAMPING = 2.5, 0.07
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)
