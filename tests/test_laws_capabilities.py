@@ -206,7 +206,10 @@ def test_undeclared_a_solve_does_not_see_the_record(name, rng):
 
 
 def test_every_capability_has_a_law_and_a_method():
-    missing = [f"{kind.__name__}: add its law to LAWS in {__file__}" for kind in CAPABILITIES.keys() - LAWS.keys()]
+    missing = [
+        f"{kind.__name__}: add its law to LAWS in tests/test_laws_capabilities.py"
+        for kind in CAPABILITIES.keys() - LAWS.keys()
+    ]
     unused = CAPABILITIES.keys() - {kind for _, kind in DECLARED}
     missing += [f"{kind.__name__}: no row of METHODS declares it, so its law never runs" for kind in unused]
     assert not missing, missing
