@@ -85,6 +85,7 @@ def _namespaces() -> list[Namespace]:
 
 
 NAMESPACES = _namespaces()
+FEW = [n for n in NAMESPACES if n.name in ("numpy", "strict")]  # eager, own code and the standard's: cheap
 
 
 @pytest.fixture(params=NAMESPACES, ids=lambda n: n.name)

@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mutants_of_laws import OF_LAWS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
@@ -223,6 +225,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "calls[place] = call",
         "test_torch_capture.py",
     ),
+    *OF_LAWS,
 ]
 
 

@@ -1,10 +1,9 @@
 """The convolution layer against direct convolution sums: inputs, gradients, parameters, padding modes, groups."""
 
-import itertools
-
 import numpy as np
 import pytest
 
+from forwards import Convolution
 from kfaccore import Block, Record, Window, dense
 from kfaccore.layers.conv import Conv
 
@@ -14,21 +13,7 @@ MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circul
 def convolve(layer, parameters, x):
     """Output (batch, *outputs, C_out) of channels-last x and a (*kernel, C_in / groups, C_out) weight, by loops."""
     w = layer.window
-    pairs = [(0, 0), *w.padding, (0, 0)]
-    outputs = w.outputs(x.shape[1:-1])
-    x = np.pad(x, pairs, mode=MODES[layer.padding_mode])
-    c_in, c_out = (c // layer.groups for c in layer.channels)
-    y = np.zeros((x.shape[0], *outputs, layer.channels[1]))
-    for position, offset in itertools.product(
-        itertools.product(*map(range, outputs)), itertools.product(*map(range, w.kernel))
-    ):
-        at = [p * s + d * r for p, s, d, r in zip(position, w.stride, offset, w.dilation, strict=True)]
-        pixel = x[(slice(None), *at)]
-        for group, unit in itertools.product(range(layer.groups), range(c_out)):
-            out = group * c_out + unit
-            weight = parameters["weight"][(*offset, slice(None), out)]
-            y[(slice(None), *position, out)] += pixel[:, group * c_in : (group + 1) * c_in] @ weight
-    return y + parameters["bias"] if layer.bias else y
+    return Convolution(w.padding, w.stride, w.dilation, layer.groups, MODES[layer.padding_mode])(x, **parameters)
 
 
 def sample(layer, spatial, batch=3):

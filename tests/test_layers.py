@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from conftest import FEW
 from kfaccore.layers import Bias, Embedding, Gain, Linear
 from oracle import jacobian
 from rows import LAYERS
@@ -30,6 +31,25 @@ def test_every_layer_kind(layer, xp, rng):
     direction = kf.direction(record, matrix, damping=0.1)
     assert np.isfinite(xp.get(direction)).all()
     assert direction.shape == matrix.shape
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda r: r.name)
+@pytest.mark.parametrize("xp", FEW, ids=lambda n: n.name)
+def test_matrix_times_activations_is_the_forward(layer, xp, rng):
+    """Output by output: the draw that asks for one output alone finds it in g and matrix @ a."""
+    named = {k: rng.normal(size=shape) for k, shape in layer.parameters.items()}
+    x = rng.integers(0, layer.ids, layer.inputs) if layer.ids else rng.normal(size=layer.inputs)
+    y = layer.forward(x, **named)
+    assert y.shape == layer.outputs
+    batch, units = len(y), y[0].size
+    each = np.repeat(np.eye(units).reshape(units, 1, *y.shape[1:]), batch, axis=1)
+    g = layer.gradients(layer.layer, xp.put(each), xp.put(x))
+    record = kf.Record(layer.layer.activations(xp.put(x)), g, 1.0)
+    matrix = xp.get(layer.layer.matrix({k: xp.put(v) for k, v in named.items()}))
+    matrix = matrix.reshape(record.blocks, record.d_out, record.d_in)
+    z = np.einsum("boi,bnsi->bnso", matrix, xp.get(record.rows()))
+    found = np.einsum("vbnso,bnso->nv", xp.get(record.g), z)
+    np.testing.assert_allclose(found, y.reshape(batch, units), rtol=0, atol=1e-13 * np.abs(y).max())
 
 
 def grad_of(record: kf.Record) -> np.ndarray:

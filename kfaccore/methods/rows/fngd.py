@@ -71,6 +71,8 @@ class FNGD(Additive, Coefficients):
         return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        if record.draws == 0:
+            raise ValueError("FNGD got a record of zero draws (forward only): it needs the loss's own gradients")
         xp = namespace(record.g)
         fine = xp.all(all_finite(record.g, 2), axis=0)
         if isinstance(record.a, Patches):
