@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from typing import Any
 
 from kfaccore import tree
 from kfaccore.method import Averaging, S, Stats, T
 from kfaccore.record import Factored, Record
+from kfaccore.record.sharing import concat
 from kfaccore.xp.arrays import Array, namespace
 
 Given = Record | tuple[Record, ...] | Stats
@@ -20,6 +23,12 @@ def records_of(batches: Sequence[Given]) -> Iterator[Record]:
             yield from batch
         elif isinstance(batch, Record):
             yield batch
+
+
+def joined(batches: Sequence[Given]) -> Record:
+    """Micro-batches as one Record, or as one tuple of them; they must not be Stats."""
+    records: Any = batches
+    return reduce(concat, records)
 
 
 def working(state: S) -> Array | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import array_api_compat as aac
@@ -16,13 +16,12 @@ from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, either, strikes
-from kfaccore.precondition.given import Given, named
+from kfaccore.precondition.given import Given, joined, named
 from kfaccore.precondition.groups import Grads, Group, NetworkMethod
 from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.placement import agree, assign, check, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
-from kfaccore.record.sharing import concat
 from kfaccore.step import Fixed, Rule
 from kfaccore.step.rule import Spread
 from kfaccore.xp.arrays import Array, namespace
@@ -195,7 +194,7 @@ class Preconditioner:
             fitting(self, fisher)
         if self.comm.world > 1:
             agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.layers)[0])
-        seen = {name: reduce(concat, batches[name]) for name in grads} if self.rule.needs_records else {}
+        seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
         motion = self.rule.begin(state.motion, seen)
         hypers = {name: self._hyper(name, state, motion, damping) for name in grads}
         due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))

@@ -12,10 +12,9 @@ import numpy as np
 from kfaccore.method import Hyper, Stats
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due, gated
-from kfaccore.precondition.given import Given, in_dtype, like_gradient, working
+from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, working
 from kfaccore.precondition.groups import Alone, Grads, Group
 from kfaccore.precondition.placement import exchanged, reduced, sent
-from kfaccore.record.sharing import concat
 from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace
@@ -111,7 +110,7 @@ class Road:
         layers = group.layers(state)
         if self.comm.rank in ranks:
             given = group.of(batches) if group.method.needs_records else {}
-            whole = {name: reduce(concat, records) for name, records in given.items() if records}
+            whole = {name: joined(records) for name, records in given.items() if records}
             solution = group.method.solve(state, ours, group.of(hypers), whole or None)
         else:
             zeros = {name: namespace(grad).zeros_like(grad) for name, grad in ours.items()}

@@ -7,7 +7,7 @@ and the true gradient none ever rests.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from kfaccore.method import OwnGradients, Resting, State, declares
 from kfaccore.precondition.assigned import Assigned
@@ -28,7 +28,10 @@ class Stepped(Protocol):
     def network(self) -> object: ...
 
 
-class Stepping(Protocol):
+Q = TypeVar("Q", bound=Stepped, contravariant=True)
+
+
+class Stepping(Protocol[Q]):
     """What is asked of a Preconditioner here."""
 
     @property
@@ -37,7 +40,7 @@ class Stepping(Protocol):
     @property
     def schedules(self) -> Schedules: ...
 
-    def resting(self, state: Stepped) -> set[str]: ...
+    def resting(self, state: Q) -> set[str]: ...
 
 
 def own_gradients(pre: Stepping) -> bool:
@@ -45,7 +48,7 @@ def own_gradients(pre: Stepping) -> bool:
     return any(declares(method, OwnGradients) for method in pre.assigned.every())
 
 
-def weighted(pre: Stepping, state: Stepped, g: dict[str, Array], ids: Array | None = None) -> dict[str, Array]:
+def weighted(pre: Stepping[Q], state: Q, g: dict[str, Array], ids: Array | None = None) -> dict[str, Array]:
     """Output gradients {layer: (batch, [positions,] d_out)} for the weight gradients of the step to come.
 
     A shell forms each layer's weight gradient from these and passes the unchanged ones on to earlier layers. They are
