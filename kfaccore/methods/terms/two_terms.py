@@ -105,7 +105,7 @@ class TwoTerms(Generic[S]):
     indefinite: Denominators
 
     def __post_init__(self) -> None:
-        check(self, self.split)
+        check(self, self.split, instead="two terms need pi, equal, per_factor or Relative")
         function(self, "indefinite", "kf.absolute or kf.first_term")
 
     def pairs(self, state: S) -> tuple[Term, Term]:
