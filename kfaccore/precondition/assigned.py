@@ -59,7 +59,7 @@ class Assigned:
         if traced:
             raise ValueError(
                 f"the methods of layers {traced} rest in some epochs, and a traced step cannot tell in which: run it "
-                f"outside jit, or give FNGD steps=0"
+                f"outside jit, or take a method that never rests"
             )
         return {name for name, flag in rests.items() if flag}
 

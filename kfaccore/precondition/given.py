@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any
 
 from kfaccore import tree
-from kfaccore.method import Averaging, S, Stats, T
+from kfaccore.method import Averaging, State, Stats, T
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import concat
 from kfaccore.xp.arrays import Array, namespace
@@ -31,7 +31,7 @@ def joined(batches: Sequence[Given]) -> Record:
     return reduce(concat, records)
 
 
-def working(state: S) -> Array | None:
+def working(state: State) -> Array | None:
     """The array whose dtype a state works in; None where it keeps no averages."""
     return state.weight if isinstance(state, Averaging) else None
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import array_api_compat as aac
@@ -58,6 +57,7 @@ class Preconditioner:
     rule: Rule
     comm: Communicator
     donate: bool
+    assigned: Assigned = field(init=False, compare=False, repr=False)  # which method has which layer
 
     def __init__(
         self,
@@ -73,14 +73,9 @@ class Preconditioner:
         if comm.world > 1 and step.needs_records and declares(step, Spread):
             step = step.over(comm)
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
-        for name, value in {**numbers, "comm": comm, "donate": donate}.items():
+        numbers |= {"comm": comm, "donate": donate, "assigned": Assigned(methods, network)}
+        for name, value in numbers.items():
             object.__setattr__(self, name, value)
-        _ = self.assigned  # wrong methods are told here
-
-    @cached_property
-    def assigned(self) -> Assigned:
-        """Which method has which layer."""
-        return Assigned(self.methods, self.network)
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         """State of all layers, in the namespace, dtype and device of `like`.

@@ -8,6 +8,7 @@ from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.numbers import Number
 
 M = TypeVar("M")  # a rule's motion: a tree of arrays and numbers
 
@@ -49,11 +50,11 @@ class Rule(Protocol[M]):
         grads: dict[str, Array | Factored],
         records: dict[str, Record],
         l2: float,
-    ) -> tuple[dict[str, Array], M, dict[str, float | Array]]:
+    ) -> tuple[dict[str, Array], M, dict[str, Number]]:
         """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions."""
         ...
 
-    def judge(self, motion: M, share: float, before: float, after: float) -> tuple[float, M]:
+    def judge(self, motion: M, share: float, before: Number, after: Number) -> tuple[Number, M]:
         """The share of the updates that should be in force, given the batch loss with `share` of them.
 
         The answer is final when it is `share` itself or 0; else apply it and ask again.

@@ -23,7 +23,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.step.model import Expansion, expansion, inner, trace
 from kfaccore.step.plane import capped, minimum
 from kfaccore.step.sharpness import sharpness
-from kfaccore.xp.arrays import Array, is_tracer, namespace, scalar
+from kfaccore.xp.arrays import Array, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
 
@@ -131,24 +131,18 @@ class SelfTuning:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code.
 
         l2   the penalty l2/2 |theta|^2 is part of the loss and of `grads`, so its curvature joins the model.
-        Raises ValueError when the first records hold true labels: that Fisher is not the curvature of the loss. Under
-        jit such a step is zero, its code EMPIRICAL, and the next one is the first again.
         """
         if not directions:
             return directions, motion, {"alpha": 0.0, "code": Code.OK}
         previous = {name: motion.previous[name] for name in directions}
         pair = ({name: _like(v, previous[name]) for name, v in directions.items()}, previous)
         found = self.model(records, grads, pair)
-        refused = _refused(found.empirical, motion)
         norms = _gram(*pair)
         F = found.F + l2 * norms
         rows = self.comm.world * max(record.draws * record.batch for record in records.values())
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         alpha, mu = capped(alpha, mu, self.cap)
-        alpha = pick(refused, 0.0, alpha)
-        mu = pick(refused, 0.0, mu)
-        code = pick(refused, Code.EMPIRICAL, code)
         step = stack([alpha, mu])
         predicted = number(-step @ found.down + 0.5 * step @ F @ step)
         predicted = pick(finite(predicted), predicted, 0.0)
@@ -165,12 +159,12 @@ class SelfTuning:
         motion = replace(
             motion,
             previous={**motion.previous, **updates},
-            damping=pick(refused, 0.0, pick(low, motion.damping / 0.8, motion.damping)),
+            damping=pick(low, motion.damping / 0.8, motion.damping),
             alpha=alpha,
             mu=mu,
-            sharp=pick(refused, 0.0, sharp),
+            sharp=sharp,
             predicted=predicted,
-            steps=motion.steps + pick(refused, 0, 1),
+            steps=motion.steps + 1,
             code=int(code) if isinstance(code, Code) else code,
         )
         return {name: _like(v, directions[name]) for name, v in updates.items()}, motion, told
@@ -195,17 +189,6 @@ class SelfTuning:
             restart=pick(good, motion.steps < 3, True),
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
         )
-
-
-def _refused(empirical: bool | Array, motion: Motion) -> bool | Array:
-    """Whether these are the first records and of true labels; ValueError where that can be seen."""
-    refused = empirical & (motion.steps == 0)
-    if not is_tracer(refused) and refused:
-        raise ValueError(
-            "the records' draws add up to the gradient itself, so they come from the true labels (an empirical "
-            "Fisher), which does not model the loss: draw labels with monte_carlo or type2, or use LineSearch()"
-        )
-    return refused
 
 
 def _gram(x: dict[str, Array], previous: dict[str, Array]) -> Array:

@@ -20,7 +20,7 @@ class Code(IntEnum):
     NONFINITE     NaN or Inf in the statistics (state left unchanged) or in the gradient (zero direction)
     INDEFINITE    a matrix that must be positive definite is not, beyond rounding
     UNCONVERGED   an iteration stopped at its limit
-    EMPIRICAL     of a step under jit: its records hold true labels, which do not model the loss (zero update)
+    EMPIRICAL     no longer given (draws are told, not guessed); files of older versions count it
     """
 
     OK = 0
