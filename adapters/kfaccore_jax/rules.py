@@ -1,4 +1,4 @@
-"""What an equation of a jaxpr does to a value that is a parameter leaf, or an untouched output of a captured call."""
+"""Which equations of a jaxpr are layers: a parameter leaf meets data in a product, a convolution, a look-up or a sum."""
 
 from __future__ import annotations
 
