@@ -1,4 +1,4 @@
-"""Which equations of a jaxpr are layers: a parameter leaf meets data in a product, a convolution, a look-up or a sum."""
+"""Which equations of a jaxpr are layers: a leaf meets data in a product, a convolution, a look-up or a sum."""
 
 from __future__ import annotations
 
