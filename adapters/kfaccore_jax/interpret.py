@@ -16,7 +16,8 @@ from jax.extend.core import Literal
 
 from kfaccore_jax.calls import Call
 from kfaccore_jax.indices import folded
-from kfaccore_jax.rules import JITS, REMATS, RULES, Out, Param, Tag, lone, moved, paired, scaled
+from kfaccore_jax.rules import RULES, lone, paired
+from kfaccore_jax.tags import JITS, REMATS, Out, Param, Tag, moved, scaled
 
 
 @dataclass

@@ -15,7 +15,7 @@ from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import Walk, run
 from kfaccore_jax.layers import Layer, gathered, named
 from kfaccore_jax.layout import Layout
-from kfaccore_jax.rules import Param, Tag
+from kfaccore_jax.tags import Param, Tag
 from kfaccore_jax.tap import Tap
 
 

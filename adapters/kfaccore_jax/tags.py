@@ -1,0 +1,108 @@
+"""What is known of an array that came from a parameter, and how it moves through operations on whole axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jax.extend.core import Literal
+
+from kfaccore_jax.layout import Axis, Layout
+
+
+@dataclass(frozen=True)
+class Param:
+    """A value that is `factor * scale` times elements of a leaf; `stack` are the axes that scans went over,
+    (depth, size, stride); scale is a traced number."""
+
+    leaf: int
+    layout: Layout
+    stack: tuple[tuple[int, int, int], ...] = ()
+    factor: float = 1.0
+    scale: Any = None
+
+    def times(self, factor: float = 1.0, scale: Any = None) -> Param:
+        scale = scale if self.scale is None else self.scale if scale is None else self.scale * scale
+        return replace(self, factor=self.factor * factor, scale=scale)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(depth for depth, _, _ in self.stack)
+
+    @property
+    def blocks(self) -> tuple[Axis, ...]:
+        return tuple((n, s) for _, n, s in self.stack)
+
+
+@dataclass(frozen=True)
+class Out:
+    """A value that is the output of call `key`, its elements laid out from that output's own row-major order."""
+
+    key: str
+    layout: Layout
+
+
+Tag = Param | Out | None
+JITS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
+REMATS = {"checkpoint", "remat", "remat2"}
+SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"}
+
+
+def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
+    """Tags of the outputs of an equation that only moves or selects elements, else None."""
+    name = eqn.primitive.name
+    p = eqn.params
+    layout = tag.layout
+    shape = tuple(eqn.outvars[0].aval.shape)
+    if name in SAME and len(eqn.outvars) == 1:
+        new = layout
+    elif name == "reshape" and p.get("dimensions") is None:
+        new = layout.reshape(shape)
+    elif name == "transpose":
+        new = layout.transpose(tuple(p["permutation"]))
+    elif name == "squeeze":
+        new = layout.squeeze(tuple(p["dimensions"]))
+    elif name == "broadcast_in_dim":
+        new = layout.broadcast(shape, tuple(p["broadcast_dimensions"]))
+    elif isinstance(tag, Out):
+        return None
+    elif name == "slice":
+        new = layout.slice(p["start_indices"], p["limit_indices"], p["strides"])
+    elif name == "dynamic_slice" and all(isinstance(v, Literal) for v in eqn.invars[1:]):
+        sizes = zip(layout.shape, p["slice_sizes"], strict=True)
+        start = tuple(min(max(int(v.val), 0), n - k) for v, (n, k) in zip(eqn.invars[1:], sizes, strict=True))
+        new = layout.slice(start, tuple(i + k for i, k in zip(start, p["slice_sizes"], strict=True)))
+    elif name == "split":
+        return list(_split(tag, int(p["axis"]), [int(n) for n in p["sizes"]]))
+    elif name == "neg":
+        return [tag.times(-1.0)]
+    else:
+        return None
+    return None if new is None else [replace(tag, layout=new)]
+
+
+def _split(tag: Param, axis: int, sizes: list[int]):
+    start = 0
+    for n in sizes:
+        low = tuple(start if i == axis else 0 for i in range(len(tag.layout.shape)))
+        high = tuple(start + n if i == axis else k for i, k in enumerate(tag.layout.shape))
+        yield replace(tag, layout=tag.layout.slice(low, high))
+        start += n
+
+
+def scaled(eqn: Any, tag: Param, place: int, other: Any) -> Param | None:
+    """The tag of a leaf times, over or plus one number that is no leaf, else None."""
+    name = eqn.primitive.name
+    number = eqn.invars[1 - place]
+    if number.aval.ndim or tuple(eqn.outvars[0].aval.shape) != tag.layout.shape:
+        return None
+    if name in ("add", "add_any") or (name == "sub" and place == 0):
+        return tag
+    if name == "sub":
+        return tag.times(-1.0)
+    value = float(number.val) if isinstance(number, Literal) else None
+    if name == "div" and place == 0:
+        return tag.times(1 / value) if value else tag.times(scale=1 / other.reshape(()))
+    if name == "mul":
+        return tag.times(scale=other.reshape(())) if value is None else tag.times(value)
+    return None
