@@ -149,20 +149,10 @@ class SelfTuning:
         alpha = pick(refused, 0.0, alpha)
         mu = pick(refused, 0.0, mu)
         code = pick(refused, Code.EMPIRICAL, code)
-        step = stack([alpha, mu])
-        predicted = number(-step @ found.down + 0.5 * step @ F @ step)
-        predicted = pick(finite(predicted), predicted, 0.0)
+        predicted = _predicted(alpha, mu, F, found.down)
         updates = {name: _combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
-        told: dict[str, float | Array] = {
-            "alpha": alpha,
-            "mu": mu,
-            "damping": motion.damping,
-            "predicted": predicted,
-            "ratio": motion.ratio,
-        }
-        told |= {"rejected": motion.rejected, "code": code}
         low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
-        motion = replace(
+        after = replace(
             motion,
             previous={**motion.previous, **updates},
             damping=pick(refused, 0.0, pick(low, motion.damping / 0.8, motion.damping)),
@@ -173,7 +163,7 @@ class SelfTuning:
             steps=motion.steps + pick(refused, 0, 1),
             code=int(code) if isinstance(code, Code) else code,
         )
-        return {name: _like(v, directions[name]) for name, v in updates.items()}, motion, told
+        return {name: _like(v, directions[name]) for name, v in updates.items()}, after, _told(motion, after, code)
 
     def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:
         """All of the update or none of it, given the batch loss before and after it, and the damping that follows."""
@@ -206,6 +196,19 @@ def _refused(empirical: bool | Array, motion: Motion) -> bool | Array:
             "Fisher), which does not model the loss: draw labels with monte_carlo or type2, or use LineSearch()"
         )
     return refused
+
+
+def _predicted(alpha: Number, mu: Number, F: Array, down: Array) -> Number:
+    """What the undamped model says the loss changes by; 0 where that is not finite."""
+    step = stack([alpha, mu])
+    change = number(-step @ down + 0.5 * step @ F @ step)
+    return pick(finite(change), change, 0.0)
+
+
+def _told(before: Motion, after: Motion, code: Number) -> dict[str, float | Array]:
+    """The info of a step: its factors, the damping they were found with, and what the last look found."""
+    found = {"alpha": after.alpha, "mu": after.mu, "damping": before.damping, "predicted": after.predicted}
+    return {**found, "ratio": before.ratio, "rejected": before.rejected, "code": code}
 
 
 def _gram(x: dict[str, Array], previous: dict[str, Array]) -> Array:
