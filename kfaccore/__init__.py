@@ -1,5 +1,6 @@
 """K-FAC on the Array API: a layer gives a record; a method measures it, updates its state, refreshes, and solves."""
 
+from kfaccore import analysis as analysis
 from kfaccore.convolution.patches import Patches, Window
 from kfaccore.damping import (
     Adaptive,

@@ -43,7 +43,9 @@ class Conv2d:
     def backward(self, W: Array, saved: Array, gy: Array) -> Array:
         """Each kernel position adds its share to a shifted view of the padded image."""
         xp = aac.array_namespace(gy)
-        w, spatial, channels = self.window, saved.shape[1:-1], saved.shape[-1]
+        w = self.window
+        spatial = saved.shape[1:-1]
+        channels = saved.shape[-1]
         outputs = gy.shape[1:-1]
         size = [h + low + high for h, (low, high) in zip(spatial, w.padding, strict=True)]
         out = xp.zeros((gy.shape[0], *size, channels), dtype=gy.dtype, device=aac.device(gy))
@@ -60,7 +62,8 @@ class Conv2d:
         return Patches(saved, self.window, bias=True)
 
     def gradient(self, saved: Array, gy: Array, n: float, factored: bool) -> Array:
-        total, start = 0.0, 0
+        total = 0.0
+        start = 0
         for a in self._rows(saved):
             g = gy[start : start + a.shape[1], ...]
             start += a.shape[1]

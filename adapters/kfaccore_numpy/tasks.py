@@ -68,29 +68,30 @@ def _split(images: bool) -> tuple[Data, Data]:
     x, y = digits()
     x = x.reshape(-1, 8, 8, 1) if images else x
     order = np.random.default_rng(0).permutation(len(x))
-    train, test = order[:1437], order[1437:]
+    train = order[:1437]
+    test = order[1437:]
     return (x[train], y[train]), (x[test], y[test])
 
 
 TASKS = {
     "digits-autoencoder": Task(
-        autoencoder((64, 128, 64, 32, 10, 32, 64, 128, 64)),
-        Gaussian(),
-        lambda: _same(digits()[0]),
-        512,
-        400,
-        {"adam": 6e-3, "sgd": 3e-2},
+        network=autoencoder((64, 128, 64, 32, 10, 32, 64, 128, 64)),
+        loss=Gaussian(),
+        load=lambda: _same(digits()[0]),
+        batch=512,
+        steps=400,
+        rates={"adam": 6e-3, "sgd": 3e-2},
     ),
     "digits-classifier": Task(
-        Sequential((64,), (Dense(128), ReLU(), Dense(64), ReLU(), Dense(10))),
-        SoftmaxCrossEntropy(),
-        lambda: _split(False),
-        256,
-        100,
-        {"adam": 1e-2, "sgd": 1e-1},
+        network=Sequential((64,), (Dense(128), ReLU(), Dense(64), ReLU(), Dense(10))),
+        loss=SoftmaxCrossEntropy(),
+        load=lambda: _split(False),
+        batch=256,
+        steps=100,
+        rates={"adam": 1e-2, "sgd": 1e-1},
     ),
     "digits-cnn": Task(
-        Sequential(
+        network=Sequential(
             (8, 8, 1),
             (
                 Conv2d(16, Window((3, 3), padding=1)),
@@ -101,18 +102,18 @@ TASKS = {
                 Dense(10),
             ),
         ),
-        SoftmaxCrossEntropy(),
-        lambda: _split(True),
-        256,
-        100,
-        {"adam": 1e-2, "sgd": 1e-1},
+        loss=SoftmaxCrossEntropy(),
+        load=lambda: _split(True),
+        batch=256,
+        steps=100,
+        rates={"adam": 1e-2, "sgd": 1e-1},
     ),
     "curves-autoencoder": Task(
-        autoencoder((784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)),
-        Gaussian(),
-        lambda: _same(curves()),
-        512,
-        200,
-        {"adam": 3e-3, "sgd": 1e-3},
+        network=autoencoder((784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)),
+        loss=Gaussian(),
+        load=lambda: _same(curves()),
+        batch=512,
+        steps=200,
+        rates={"adam": 3e-3, "sgd": 1e-3},
     ),
 }

@@ -143,7 +143,8 @@ def fit(
     """
     x, y = data
     state = initial_state(network, params, optimiser, x.shape[0]) if state is None else state
-    seconds, mean = 0.0, params
+    seconds = 0.0
+    mean = params
     for index in range(start, steps):
         rng = np.random.default_rng([seed, index])
         rows = aac.array_namespace(x).asarray(rng.integers(0, x.shape[0], batch))

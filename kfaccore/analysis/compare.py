@@ -23,7 +23,6 @@ from kfaccore.method import Block, Hyper, Method, State
 from kfaccore.record import Record
 from kfaccore.record.jacobian import adjoint
 from kfaccore.settle import cycle, settle
-from kfaccore.solution import Solution
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, from_host, namespace, to_host
 
@@ -131,12 +130,12 @@ def _figures(target: _Target, label: str, method: Method, repeats: int, converge
     except (ValueError, TypeError) as error:
         return replace(known, norm=norm, note=str(error))
     found = replace(known, error=error, standard_error=spread, norm=norm, trace_ratio=ratio)
-    return replace(found, note=_told(solution))
+    return replace(found, note=_told(solution.code))
 
 
-def _told(solution: Solution) -> str:
+def _told(code: Array) -> str:
     """The worst code of a solve, where it is not OK."""
-    worst = Code(int(to_host(solution.code).max()))
+    worst = Code(int(to_host(code).max()))
     return "" if worst == Code.OK else f"code {worst.name}"
 
 

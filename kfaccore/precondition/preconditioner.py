@@ -143,7 +143,8 @@ class Preconditioner:
         motion = state.motion
         while self.rule.judges and wanted not in (0, share):
             share = wanted
-            wanted, motion = self.rule.judge(motion, share, before, loss())
+            answer, motion = self.rule.judge(motion, share, before, loss())
+            wanted = float(answer)
             if wanted != share:
                 place(wanted)
         return wanted, replace(state, motion=motion)

@@ -54,7 +54,7 @@ class Rule(Protocol[M]):
         """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions."""
         ...
 
-    def judge(self, motion: M, share: float, before: Number, after: Number) -> tuple[Number, M]:
+    def judge(self, motion: M, share: float, before: float, after: float) -> tuple[Number, M]:
         """The share of the updates that should be in force, given the batch loss with `share` of them.
 
         The answer is final when it is `share` itself or 0; else apply it and ask again.

@@ -143,20 +143,10 @@ class SelfTuning:
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         alpha, mu = capped(alpha, mu, self.cap)
-        step = stack([alpha, mu])
-        predicted = number(-step @ found.down + 0.5 * step @ F @ step)
-        predicted = pick(finite(predicted), predicted, 0.0)
+        predicted = _predicted(alpha, mu, F, found.down)
         updates = {name: _combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
-        told: dict[str, float | Array] = {
-            "alpha": alpha,
-            "mu": mu,
-            "damping": motion.damping,
-            "predicted": predicted,
-            "ratio": motion.ratio,
-        }
-        told |= {"rejected": motion.rejected, "code": code}
         low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
-        motion = replace(
+        after = replace(
             motion,
             previous={**motion.previous, **updates},
             damping=pick(low, motion.damping / 0.8, motion.damping),
@@ -167,7 +157,7 @@ class SelfTuning:
             steps=motion.steps + 1,
             code=int(code) if isinstance(code, Code) else code,
         )
-        return {name: _like(v, directions[name]) for name, v in updates.items()}, motion, told
+        return {name: _like(v, directions[name]) for name, v in updates.items()}, after, _told(motion, after, code)
 
     def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:
         """All of the update or none of it, given the batch loss before and after it, and the damping that follows."""
@@ -189,6 +179,19 @@ class SelfTuning:
             restart=pick(good, motion.steps < 3, True),
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
         )
+
+
+def _predicted(alpha: Number, mu: Number, F: Array, down: Array) -> Number:
+    """What the undamped model says the loss changes by; 0 where that is not finite."""
+    step = stack([alpha, mu])
+    change = number(-step @ down + 0.5 * step @ F @ step)
+    return pick(finite(change), change, 0.0)
+
+
+def _told(before: Motion, after: Motion, code: Number) -> dict[str, float | Array]:
+    """The info of a step: its factors, the damping they were found with, and what the last look found."""
+    found = {"alpha": after.alpha, "mu": after.mu, "damping": before.damping, "predicted": after.predicted}
+    return {**found, "ratio": before.ratio, "rejected": before.rejected, "code": code}
 
 
 def _gram(x: dict[str, Array], previous: dict[str, Array]) -> Array:

@@ -69,7 +69,8 @@ class PINN:
         widest = max(block.d_out for block in self.network.blocks().values())
         found = []
         for term, (x, y) in zip(self.problem.terms, batch, strict=True):
-            parts, size = [], max(1, _CHUNK // (widest * term.slots.count))
+            parts = []
+            size = max(1, _CHUNK // (widest * term.slots.count))
             for i in range(0, x.shape[0], size):
                 z = taylor.forward(self.network, params, x[i : i + size], term.slots, term.wanted)
                 parts.append(term.residual(z, x[i : i + size], y[i : i + size]))
@@ -83,19 +84,24 @@ class PINN:
     def forward(self, params: Params, batch: Batch, sizes: tuple[int, ...] = ()) -> Passed:
         """The half of `capture` that gives the loss."""
         check(self.problem, params, batch)
-        loss, residuals, outputs, tapes = 0.0, [], [], []
+        loss = 0.0
+        residuals = []
+        outputs = []
+        tapes = []
         sizes = sizes or tuple(x.shape[0] for x, _ in batch)
         for term, (x, y), n in zip(self.problem.terms, batch, sizes, strict=True):
             z, tape = taylor.record_forward(self.network, params, x, term.slots)
             r = term.residual(z, x, y)
             loss += 0.5 * float((r * r).sum()) / n
-            for whole, part in ((residuals, r), (outputs, z), (tapes, tape)):
-                whole.append(part)
+            residuals.append(r)
+            outputs.append(z)
+            tapes.append(tape)
         return Passed(loss, tuple(residuals), tuple(outputs), tuple(tapes), sizes)
 
     def backward(self, params: Params, batch: Batch, passed: Passed) -> Captured:
         """The other half of `capture`, from a `forward` of the same parameters and batch."""
-        grads, records = {}, {}
+        grads = {}
+        records = {}
         terms = zip(
             self.problem.terms, batch, passed.residuals, passed.outputs, passed.tapes, passed.sizes, strict=True
         )
@@ -138,7 +144,8 @@ class PINN:
 
     def batches(self, interior: int, boundary: int, every: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """The batch of each step from `start` on: drawn anew every `every` steps, once if that is 0."""
-        step, batch = start, None
+        step = start
+        batch = None
         while True:
             if batch is None or (every and step % every == 0):
                 drawn = step - step % every if every else 0

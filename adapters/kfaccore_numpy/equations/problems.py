@@ -82,7 +82,8 @@ class LogFokkerPlanck:
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
         slope = u.first[..., 0]  # type: ignore[index]
-        space, where = slope[..., 1:, :], x[:, 1:].T
+        space = slope[..., 1:, :]
+        where = x[:, 1:].T
         xp = aac.array_namespace(slope)
         drift = xp.sum(space * (0.5 * where + space), axis=-2)
         return slope[..., 0, :] - 0.5 * (self.slots.d - 1) - drift - u.second[..., 0] - y  # type: ignore[index]
@@ -148,7 +149,8 @@ class Problem:
 
 def faces(axes: tuple[int, ...], box: tuple, rng: np.random.Generator, count: int, x: np.ndarray) -> np.ndarray:
     """Points with one coordinate, drawn among `axes`, moved to an end of the box."""
-    axis, end = rng.choice(axes, count), rng.integers(0, 2, count)
+    axis = rng.choice(axes, count)
+    end = rng.integers(0, 2, count)
     x = x.copy()
     x[np.arange(count), axis] = np.asarray(box)[axis, end]
     return x
@@ -179,7 +181,8 @@ def poisson(name: str, d: int, solution: Function, source: Function) -> Problem:
 
 def heat(name: str, d: int, solution: Function) -> Problem:
     """u_t = Lap u / 4 on the unit cube of d space coordinates, times in [0, 1]."""
-    box, space = ((0.0, 1.0),) * (d + 1), tuple(range(1, d + 1))
+    box = ((0.0, 1.0),) * (d + 1)
+    space = tuple(range(1, d + 1))
     sides = partial(start_and_faces, space, box)
     return Problem(name, box, Heat(Slots.laplacian(d + 1, space)), _zero, solution, sides)
 
@@ -204,7 +207,8 @@ def _cosines(x: np.ndarray) -> np.ndarray:
     return np.cos(np.pi * x).sum(1)
 
 
-_SADDLE, _BOWL = 1.34, 33.47  # the root mean squares of the solutions, to which they are scaled
+_SADDLE = 1.34  # the root mean squares of these solutions, to which they are scaled
+_BOWL = 33.47
 
 PROBLEMS = {
     p.name: p

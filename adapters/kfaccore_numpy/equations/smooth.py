@@ -70,11 +70,17 @@ def _sigmoid(z: Array) -> Iterator[Array]:
 
 @smooth(GELU)
 def _gelu(z: Array) -> Iterator[Array]:
-    """z/2 (1 + t) with t = tanh(w), w = k (z + c z^3)."""
-    k, c = sqrt(2 / pi), 0.044715
+    """z/2 (1 + t) with t = tanh(w), w = k (z + c z^3).
+
+    w1, w2, w3 and t1, t2, t3 are derivatives in z; s1 and s2 are those of tanh at w.
+    """
+    k = sqrt(2 / pi)
+    c = 0.044715
     t = aac.array_namespace(z).tanh(k * (z + c * z**3))
     yield 0.5 * z * (1.0 + t)
-    w1, w2, w3 = k * (1.0 + 3.0 * c * z * z), 6.0 * k * c * z, 6.0 * k * c
+    w1 = k * (1.0 + 3.0 * c * z * z)
+    w2 = 6.0 * k * c * z
+    w3 = 6.0 * k * c
     s1 = 1.0 - t * t
     t1 = s1 * w1
     yield 0.5 * (1.0 + t) + 0.5 * z * t1

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from kfaccore import PINNKFAC, Clocks, GaussNewton, GridSearch, Preconditioner, Quadratic, Schedules
 from kfaccore_numpy.baselines import Adam
 from kfaccore_numpy.equations.network import PINN
 from kfaccore_numpy.equations.problems import PROBLEMS
-from kfaccore_numpy.equations.train import LBFGS
+from kfaccore_numpy.equations.train import LBFGS, Solver
 
 
 @dataclass(frozen=True)
 class PINNTask:
-    """A problem, hidden widths, (interior, boundary) points drawn anew every `every` steps (0: never), steps, numbers.
+    """A problem, a network for it, and the numbers of every solver.
 
+    problem      a name of PROBLEMS
+    widths       of the hidden layers
+    counts       (interior, boundary) points of a batch
+    every        steps until they are drawn anew; 0 is never
+    steps        of a run
     kfac, star   (damping, decay, momentum) and (damping, decay)
     adam         rates for runs of this length and for long ones: best of 1e-3, 3e-3 and 1e-2 after 300 steps (30 of
                  Fokker-Planck), and the published one or 1e-3, whose noise is lower; not tried in Poisson's 10 and 100
@@ -42,7 +46,7 @@ class PINNTask:
     def pinn(self) -> PINN:
         return PINN.of(PROBLEMS[self.problem], *self.widths)
 
-    def solver(self, name: str) -> Any:
+    def solver(self, name: str) -> Solver | LBFGS:
         """The solver called `name`, one of SOLVERS; KeyError otherwise."""
         return SOLVERS[name](self)
 
@@ -59,11 +63,13 @@ def kfac_star(task: PINNTask) -> Preconditioner:
     return _preconditioner(task.clocks, damping, decay, Quadratic(damping, first=1e-6))
 
 
-def _preconditioner(clocks: tuple[int, int], damping: float, decay: float, rule: Any) -> Preconditioner:
+def _preconditioner(
+    clocks: tuple[int, int], damping: float, decay: float, rule: GridSearch | Quadratic
+) -> Preconditioner:
     return Preconditioner(PINNKFAC(start=1.0), Clocks(*clocks), Schedules(damping, decay), step=rule, donate=True)
 
 
-SOLVERS: dict[str, Callable[[PINNTask], Any]] = {
+SOLVERS: dict[str, Callable[[PINNTask], Solver | LBFGS]] = {
     "pinn-kfac": kfac,
     "pinn-kfac-star": kfac_star,
     "gauss-newton": lambda task: GaussNewton(),
@@ -71,34 +77,96 @@ SOLVERS: dict[str, Callable[[PINNTask], Any]] = {
     "lbfgs": lambda task: LBFGS(),
 }
 
-_DEEP, _WIDE = (64, 64, 48, 48), (256, 256, 128, 128)
+_DEEP = (64, 64, 48, 48)
+_WIDE = (256, 256, 128, 128)
 
 PINN_TASKS = {
     "poisson-2d": PINNTask(
-        "poisson-2d", (64,), (900, 120), 0, 1000, (1.5e-12, 0.45, 0.51), (1.2e-10, 0.7), (1.7e-3, 1.7e-3), (5, 10)
+        problem="poisson-2d",
+        widths=(64,),
+        counts=(900, 120),
+        every=0,
+        steps=1000,
+        kfac=(1.5e-12, 0.45, 0.51),
+        star=(1.2e-10, 0.7),
+        adam=(1.7e-3, 1.7e-3),
+        clocks=(5, 10),
     ),
     "poisson-2d-deep": PINNTask(
-        "poisson-2d", _DEEP, (600, 120), 0, 300, (2.6e-11, 0.556, 0.10), (3e-13, 0.39), clocks=(5, 10)
+        problem="poisson-2d",
+        widths=_DEEP,
+        counts=(600, 120),
+        every=0,
+        steps=300,
+        kfac=(2.6e-11, 0.556, 0.10),
+        star=(3e-13, 0.39),
+        clocks=(5, 10),
     ),
-    "heat-1d": PINNTask("heat-1d", (64,), (900, 120), 0, 1000, (1.3e-8, 0.361, 0.756), (2e-9, 0.97)),
-    "heat-1d-deep": PINNTask("heat-1d", _DEEP, (900, 120), 0, 300, (3.2e-13, 0.886, 0.708), (5e-14, 0.982)),
-    "heat-4d": PINNTask("heat-4d", (64,), (3000, 500), 100, 300, (1e-9, 0.778, 0.947), (3e-8, 0.957), (1e-2, 7.8e-4)),
-    "poisson-5d": PINNTask("poisson-5d", (64,), (3000, 500), 100, 300, (3e-13, 0.326, 0.441), (9.8e-13, 0.771)),
+    "heat-1d": PINNTask(
+        problem="heat-1d",
+        widths=(64,),
+        counts=(900, 120),
+        every=0,
+        steps=1000,
+        kfac=(1.3e-8, 0.361, 0.756),
+        star=(2e-9, 0.97),
+    ),
+    "heat-1d-deep": PINNTask(
+        problem="heat-1d",
+        widths=_DEEP,
+        counts=(900, 120),
+        every=0,
+        steps=300,
+        kfac=(3.2e-13, 0.886, 0.708),
+        star=(5e-14, 0.982),
+    ),
+    "heat-4d": PINNTask(
+        problem="heat-4d",
+        widths=(64,),
+        counts=(3000, 500),
+        every=100,
+        steps=300,
+        kfac=(1e-9, 0.778, 0.947),
+        star=(3e-8, 0.957),
+        adam=(1e-2, 7.8e-4),
+    ),
+    "poisson-5d": PINNTask(
+        problem="poisson-5d",
+        widths=(64,),
+        counts=(3000, 500),
+        every=100,
+        steps=300,
+        kfac=(3e-13, 0.326, 0.441),
+        star=(9.8e-13, 0.771),
+    ),
     "poisson-10d": PINNTask(
-        "poisson-10d", _WIDE, (3000, 1000), 100, 30, (1.1e-13, 0.962, 0.716), (8e-11, 0.895), (1e-3, 1e-3)
+        problem="poisson-10d",
+        widths=_WIDE,
+        counts=(3000, 1000),
+        every=100,
+        steps=30,
+        kfac=(1.1e-13, 0.962, 0.716),
+        star=(8e-11, 0.895),
+        adam=(1e-3, 1e-3),
     ),
     "poisson-100d": PINNTask(
-        "poisson-100d",
-        (768, 768, 512, 512),
-        (124, 2332),
-        322,
-        10,
-        (9.7e-3, 0.92, 0.502),
-        (1.2e-7, 0.83),
-        (1e-3, 1e-3),
+        problem="poisson-100d",
+        widths=(768, 768, 512, 512),
+        counts=(124, 2332),
+        every=322,
+        steps=10,
+        kfac=(9.7e-3, 0.92, 0.502),
+        star=(1.2e-7, 0.83),
+        adam=(1e-3, 1e-3),
         rows=4096,
     ),
     "fokker-planck-9d": PINNTask(
-        "fokker-planck-9d", _WIDE, (3000, 1000), 10, 30, (1.4e-11, 0.999, 0.74), (2e-8, 0.999)
+        problem="fokker-planck-9d",
+        widths=_WIDE,
+        counts=(3000, 1000),
+        every=10,
+        steps=30,
+        kfac=(1.4e-11, 0.999, 0.74),
+        star=(2e-8, 0.999),
     ),
 }

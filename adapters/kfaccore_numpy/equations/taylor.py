@@ -120,7 +120,8 @@ def backward(network: Sequential, params: Params, tape: TaylorTape, seeds: Array
     seeds   the same of the prediction, (..., slots, batch, outputs): zeros for slots the scalar does not use
     """
     names = list(tape.inputs)
-    grads, g = {names[-1]: seeds}, seeds
+    grads = {names[-1]: seeds}
+    g = seeds
     for name, below, bend in zip(names[:0:-1], names[-2::-1], tape.bends[::-1], strict=True):
         g = _bend_back(bend, g @ params[name][:, :-1], slots)
         grads[below] = g
@@ -129,7 +130,9 @@ def backward(network: Sequential, params: Params, tape: TaylorTape, seeds: Array
 
 def _layers(network: Sequential) -> list[tuple[str, Activation | None]]:
     """(dense name, activation before it) of an MLP."""
-    names, pairs, before = iter(network.blocks()), [], None
+    names = iter(network.blocks())
+    pairs = []
+    before = None
     for i, layer in enumerate(network.layers):
         if isinstance(layer, Activation) and i > 0 and before is None:
             before = layer
@@ -221,7 +224,8 @@ def _bend(
 def _bend_back(bend: Bend, g: Array, slots: Slots) -> Array:
     """Gradient of the activation's input slots from that of its output slots."""
     xp = aac.array_namespace(g)
-    z, slopes = bend.z, bend.slopes
+    z = bend.z
+    slopes = bend.slopes
     out = xp.empty_like(g)
     value = slopes[0] * g[..., 0, :, :]
     if slots.first:

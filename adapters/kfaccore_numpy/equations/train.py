@@ -40,15 +40,18 @@ class Ahead:
 
     def capture(self, params: Params, batch: Batch) -> Captured:
         """`PINN.capture`."""
-        passed, self.passed = self.passed, None
+        passed = self.passed
+        self.passed = None
         if passed is None or not _equal(self.source, _leaves(params, batch)):
             passed = self.pinn.forward(params, batch)
         return self.pinn.backward(params, batch, passed)
 
     def judging(self, solver: Any, batch: Batch) -> bool:
         """Whether to keep the forward that judges this step: it is most often the only one."""
-        again, self.last = batch is self.last, batch
-        return again and isinstance(getattr(solver, "rule", solver), Quadratic | GaussNewton)
+        again = batch is self.last
+        self.last = batch
+        judge = solver.rule if isinstance(solver, Preconditioner) else solver
+        return again and isinstance(judge, Quadratic | GaussNewton)
 
     def loss(self, params: Params, batch: Batch) -> float:
         """`PINN.loss`, kept."""
@@ -102,7 +105,8 @@ def step(
         updates, state, info = solver.step(state, found.records, found.residuals)
     else:
         updates, state, info = solver.step(state, found.records, found.grads)
-    before, found = found.loss, None  # the records go before the next forward
+    before = found.loss
+    found = None  # the records go before the next forward
     loss = ahead.loss if ahead and ahead.judging(solver, batch) else pinn.loss
     place = _placing(params, updates, 0.0)
     place(1.0)
@@ -160,7 +164,8 @@ def fit(
             f"{solver.schedules} has a penalty; the loss of a PINN has none here: leave l2 and weight_decay 0"
         )
     state = initial_state(pinn, params, solver) if state is None else state
-    seconds, ahead = 0.0, Ahead(pinn)
+    seconds = 0.0
+    ahead = Ahead(pinn)
     for index in range(start, steps):
         batch = next(batches)
         begun = time.perf_counter()
@@ -183,7 +188,8 @@ def unflatten(vector: np.ndarray, like: Params) -> Params:
 def _lbfgs(pinn: PINN, params: Params, batch: Batch, solver: LBFGS, steps: int) -> Iterator[Progress]:
     from scipy.optimize import minimize
 
-    begun, seen = time.perf_counter(), []
+    begun = time.perf_counter()
+    seen = []
 
     def value(vector: np.ndarray) -> tuple[float, np.ndarray]:
         loss, grads = pinn.gradient(unflatten(vector, params), batch)
