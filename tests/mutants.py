@@ -205,11 +205,11 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "test_jax_self_tuning.py",
     ),
     (
-        "empirical first step counted",
-        "step/self_tuning.py",
-        "steps=motion.steps + pick(refused, 0, 1)",
-        "steps=motion.steps + 1",
-        "test_jax_self_tuning.py",
+        "empirical draws taken for samples",
+        "precondition/checks.py",
+        "if pre.rule.needs_records and fisher is empirical:",
+        "if False:",
+        "test_step.py",
     ),
     (
         "one row of all examples added to each",

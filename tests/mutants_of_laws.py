@@ -29,7 +29,7 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "equal ids not paired",
-        "factors.py",
+        "record/squares.py",
         "paired = xp.sum(g * xp.matmul(same, g), axis=0)",
         "paired = xp.sum(g * g, axis=0)",
         _IDS,
@@ -49,12 +49,12 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
         _DRAWS,
     ),
     ("zero draws not refused", "methods/rows/fngd.py", "if record.draws == 0:", "if record.draws < 0:", _DRAWS),
-    ("first block's damping for all", "damping.py", "value[:, None, None] if", "value[0] if", _DAMPINGS),
+    ("first block's damping for all", "damping.py", "return value[:, None, None]", "return value[0]", _DAMPINGS),
     (
         "blocks share a trace",
         "methods/kronecker/tkfac.py",
-        "trace = xp.sum(side.diagonal(A), axis=-1)",
-        "trace = xp.sum(side.diagonal(A), axis=-1); trace = xp.mean(trace) + 0 * trace",
+        "return namespace(Phi).sum(Phi, axis=-1)",
+        "return namespace(Phi).sum(Phi, axis=-1) * 0 + namespace(Phi).mean(namespace(Phi).sum(Phi, axis=-1))",
         _APART,
     ),
     (
@@ -103,15 +103,15 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "terms not balanced",
         "methods/kronecker/tkfac.py",
-        "return (self._balanced(state)[:2],)",
-        "return ((factors.mean(state.A, state.weight), factors.mean(state.G, state.weight)),)",
+        "return factors.mean(Phi, root), factors.mean(Psi, root)",
+        "return Phi, Psi",
         _DECLARED,
     ),
     (
         "inverses of another damping",
         "methods/lowrank/modes.py",
-        "inner, outer, _ = damped(A, G, split, hyper.damping,",
-        "inner, outer, _ = damped(A, G, split, 2 * hyper.damping,",
+        "A, G, _ = self._damped(state, self.sides(state), hyper)\n        return lowrank",
+        "A, G, _ = self._damped(state, self.sides(state), Hyper(0, 0.0, 2 * hyper.damping))\n        return lowrank",
         _DECLARED,
     ),
     (
@@ -151,9 +151,9 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "a capability of another signature",
-        "methods/lowrank/randomized.py",
-        "def inverses(self, state: State, hyper: Hyper)",
-        "def inverses(self, state: State, hyper: Hyper, block: Any = None)",
+        "methods/lowrank/modes.py",
+        "def inverses(self, state: S, hyper: Hyper)",
+        "def inverses(self, state: S, hyper: Hyper, block: Any = None)",
         _SIGNATURES,
     ),
     (

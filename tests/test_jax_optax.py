@@ -284,3 +284,24 @@ def test_misuse_is_named():
         kj.kfac(plan, step=kf.LineSearch())
     unchanged = tx.update(grads, state, records=None, fresh=False)[0]
     same(unchanged, grads)
+
+
+def test_a_core_is_taken_whole():
+    """`core=` is methods, clocks, schedules and step at once."""
+    plan, _, _, _ = training()
+    core = kf.Preconditioner(kf.EKFAC(), kf.Clocks(2, 4), kf.Schedules(damping=0.2), step=kf.Fixed(0.5))
+    one = kj.kfac(plan, core=core).init(mlp_params())
+    two = kj.kfac(plan, kf.EKFAC(), kf.Clocks(2, 4), kf.Schedules(damping=0.2), kf.Fixed(0.5)).init(mlp_params())
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    with pytest.raises(ValueError, match="both core and clocks are given"):
+        kj.kfac(plan, clocks=kf.Clocks(7, 7), core=core)
+    with pytest.raises(ValueError, match="neither of which runs inside jit"):
+        kj.kfac(plan, core=kf.Preconditioner(network=kf.TwoLevel()))
+
+
+def test_a_method_that_rests_cannot_be_traced():
+    plan, _, _, _ = training()
+    tx = kj.kfac(plan, kf.FNGD(steps=2))
+    grads = jax.tree.map(jnp.ones_like, mlp_params())
+    with pytest.raises(ValueError, match=r"rest in some epochs.*run it outside jit"):
+        jax.jit(lambda g, s: tx.update(g, s, records=None, fresh=False))(grads, tx.init(mlp_params()))

@@ -170,9 +170,9 @@ def scaled():
 def test_what_is_not_covered_is_named_with_its_reason(make, reason):
     model = make()
     with pytest.raises(ValueError, match="Pass strict=False to give their variables plain gradients") as error:
-        kt.coverage(model)
+        kt.coverage(model, strict=True)
     assert reason in str(error.value)
-    plan = kt.coverage(model, strict=False)
+    plan = kt.coverage(model)
     name, _, why = reason.partition(": ")
     assert plan.refused[name][1] == why
     assert f"PLAIN GRADIENT: {why}" in str(plan)
@@ -235,8 +235,11 @@ def test_optimizers_that_would_change_a_self_tuned_step(optimizer):
 
 def test_a_self_tuned_step_wants_all_variables():
     model = sequential(L.BatchNormalization(name="it"), L.Dense(3))
-    with pytest.raises(ValueError, match="SelfTuning finds no rate for variables that are not covered: it"):
-        kt.Optimizer(model, kf.Gaussian(), strict=False)
+    with (
+        pytest.warns(UserWarning, match="keep plain gradients: it: "),
+        pytest.raises(ValueError, match="SelfTuning finds no rate for variables that are not covered: it"),
+    ):
+        kt.Optimizer(model, kf.Gaussian())
 
 
 def test_optimizers_that_would_spoil_directions():

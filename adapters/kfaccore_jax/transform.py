@@ -33,6 +33,7 @@ def kfac(
     clocks: Clocks = Clocks(),  # noqa: B008 frozen
     schedules: Schedules = Schedules(),  # noqa: B008 frozen
     step: Any = Fixed(),  # noqa: B008 frozen
+    core: Preconditioner | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
 
@@ -51,15 +52,31 @@ def kfac(
     device and decides inside jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that
     flag alone. All leaves must have a layer.
 
-    methods and schedules as in kfaccore.Preconditioner; a schedule sees a traced step, as optax's do. Leaves without
-    a layer keep their gradient. Layers of masked leaves are left out.
+    methods, clocks, schedules and step as in kfaccore.Preconditioner, or all of them at once as `core`. A schedule sees a
+    traced step, as optax's do. Leaves without a layer keep their gradient. Layers of masked leaves are left out.
     """
     import optax
 
+    if core is not None:
+        beside = {"methods": (methods, KFAC()), "clocks": (clocks, Clocks()), "schedules": (schedules, Schedules())}
+        _only(core, beside | {"step": (step, Fixed())})
+        methods = core.methods
+        clocks = core.clocks
+        schedules = core.schedules
+        step = core.rule
     if not step.traced:
         raise ValueError(f"step is {step}, which does not run inside jit; kfac() takes Fixed(...) and SelfTuning(...)")
     rule = _Transformation(plan, methods, clocks, schedules, step)
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
+
+
+def _only(core: Preconditioner, beside: Mapping[str, tuple[Any, Any]]) -> None:
+    """ValueError where something is given beside `core`, or core holds what does not run inside jit."""
+    for name, (value, default) in beside.items():
+        if value != default:
+            raise ValueError(f"both core and {name} are given; give {name} to the Preconditioner")
+    if core.network is not None or core.comm.world > 1:
+        raise ValueError("core has a network-level method or ranks, neither of which runs inside jit")
 
 
 @dataclass(frozen=True, eq=False)

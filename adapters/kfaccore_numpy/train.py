@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat as aac
 import numpy as np
 
-from kfaccore import IterateAverage, Preconditioner, draw_noise, monte_carlo, own_gradients, weighted
+from kfaccore import IterateAverage, Preconditioner, draw_noise, empirical, monte_carlo, own_gradients, weighted
 from kfaccore_numpy.baselines import SGD, Adam
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ def true_labels(network: Sequential, params: Params, tape: Tape, batch: Batch, g
     return g
 
 
+DRAWN = {sampled: monte_carlo, true_labels: empirical}  # what the core calls them; it is told of no other
+
+
 def step(
     network: Sequential,
     params: Params,
@@ -89,10 +92,10 @@ def step(
         optimiser.step(params, grads, state, index)
         return value, state, None
     records = None
+    fisher = fisher or (true_labels if own_gradients(optimiser) else sampled)
     if optimiser.wants_records(state):
-        fisher = fisher or (true_labels if own_gradients(optimiser) else sampled)
         records = network.records(tape, fisher(network, params, tape, Batch(f, data[1], loss), g, rng), n, ids)
-    updates, state, info = optimiser.step(state, records, grads)
+    updates, state, info = optimiser.step(state, records, grads, DRAWN.get(fisher))
     place = _placing(params, updates, float(info.step["alpha"]) * optimiser.schedules.weight_decay)
 
     def batch_loss() -> float:

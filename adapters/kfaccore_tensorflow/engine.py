@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ class Settings:
     step               from directions to updates; SelfTuning() and LineSearch() also judge what was applied
     fisher, draws      kfaccore's monte_carlo (with so many draws), type2, empirical or forward_only
     seed               of the draws: the same seed and step give the same bits
-    strict             refuse models with trainable variables that are not covered
+    strict             refuse models with trainable variables that are not covered, instead of warning once
     """
 
     method: Any = kf.KFAC()  # noqa: RUF009 frozen
@@ -40,7 +41,7 @@ class Settings:
     fisher: Callable = kf.monte_carlo
     draws: int = 1
     seed: int = 0
-    strict: bool = True
+    strict: bool = False
     core: kf.Preconditioner | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +70,9 @@ class Engine:
 
     def __init__(self, model: Any, loss: Any, settings: Settings) -> None:
         self.plan = coverage(model, settings.strict)
+        if self.plan.refused:
+            listed = "; ".join(f"{name}: {reason}" for name, (_, reason) in self.plan.refused.items())
+            warnings.warn(f"these layers keep plain gradients: {listed}. strict=True makes that an error", stacklevel=4)
         self.objective: Objective = objective(loss, settings.fisher)
         self.settings = settings
         self.preconditioner = settings.preconditioner()
@@ -191,7 +195,8 @@ class Engine:
         arrays = iter([to_numpy(x) for x in tensors])
         records = unpacked(parts, times, to_numpy(count), arrays)
         grads = {part.name: part.matrix(dict(zip(part.variables, arrays, strict=False))) for part in parts}
-        directions, self.state, self.info = self.preconditioner.step(self.state, records, grads)
+        fisher = self.settings.fisher
+        directions, self.state, self.info = self.preconditioner.step(self.state, records, grads, fisher)
         new = [part.arrays(own(directions[part.name])) for part in parts]
         shrink = float(self.info.step["alpha"]) * self.settings.schedules.weight_decay
         updates = [to_tensor(named[role]) for part, named in zip(parts, new, strict=True) for role in part.variables]

@@ -70,8 +70,8 @@ class Plan:
         return "\n".join(f"{name:{widths[0]}}  {shape:{widths[1]}}  {what}" for name, shape, what in rows)
 
 
-def coverage(model: Any, strict: bool = True) -> Plan:
-    """The plan of a built model. With `strict`, ValueError when a trainable variable is not covered."""
+def coverage(model: Any, strict: bool = False) -> Plan:
+    """The plan of a built model; print it. With `strict`, ValueError when a trainable variable is not covered."""
     trained = {id(v) for v in model.trainable_variables}
     if not model.built:
         raise ValueError(f"model {model.name!r} has no variables yet: build it, or call it on a batch, first")
