@@ -220,7 +220,7 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
 
 def declares(method: object, capability: type[C]) -> TypeGuard[C]:
     """Whether a method has all names of a capability, and does not say False to it."""
-    return all(getattr(method, name, False) is not False for name in names(capability))
+    return not any(getattr(method, name, False) is False for name in names(capability))
 
 
 @cache

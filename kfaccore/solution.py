@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from kfaccore.record import Factored
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, blanked, widen
+from kfaccore.xp.arrays import Array, all_finite, blanked, is_numpy, widen
 
 D = TypeVar("D")  # an array, or a dict of one a layer
 
@@ -43,6 +43,7 @@ def gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> tuple[Any,
 def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: Array) -> Solution:
     """A Solution whose non-finite blocks are zero with code NONFINITE."""
     ok = all_finite(direction)
-    direction = blanked(ok, direction)
-    code = choose(~ok, Code.NONFINITE, code)
+    if not (is_numpy(ok) and ok.all()):  # where it can be seen, the usual case costs nothing more
+        direction = blanked(ok, direction)
+        code = choose(~ok, Code.NONFINITE, code)
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)

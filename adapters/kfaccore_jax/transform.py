@@ -52,8 +52,8 @@ def kfac(
     device and decides inside jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that
     flag alone. All leaves must have a layer.
 
-    methods, clocks, schedules and step as in kfaccore.Preconditioner, or all of them at once as `core`. A schedule sees a
-    traced step, as optax's do. Leaves without a layer keep their gradient. Layers of masked leaves are left out.
+    methods, clocks, schedules and step as in kfaccore.Preconditioner, or all of them at once as `core`; a schedule sees
+    a traced step, as optax's do. Leaves without a layer keep their gradient. Layers of masked leaves are left out.
     """
     import optax
 

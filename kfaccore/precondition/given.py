@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -14,6 +13,7 @@ from kfaccore.record.sharing import concat
 from kfaccore.xp.arrays import Array, namespace
 
 Given = Record | tuple[Record, ...] | Stats
+_AVERAGING: dict[type, bool] = {}  # asking a Protocol takes longer than many a solve
 
 
 def records_of(batches: Sequence[Given]) -> Iterator[Record]:
@@ -33,7 +33,11 @@ def joined(batches: Sequence[Given]) -> Record:
 
 def working(state: State) -> Array | None:
     """The array whose dtype a state works in; None where it keeps no averages."""
-    return state.weight if isinstance(state, Averaging) else None
+    kind = type(state)
+    if kind not in _AVERAGING:
+        _AVERAGING[kind] = isinstance(state, Averaging)
+    known: Any = state
+    return known.weight if _AVERAGING[kind] else None
 
 
 def in_dtype(stats: T, like: Array | None) -> T:
@@ -51,11 +55,15 @@ def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) 
     return namespace(like).astype(direction, wanted)
 
 
-@contextmanager
-def named(layer: str) -> Iterator[None]:
+class named:
     """Adds the layer's name to whatever is raised inside, once."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in layer {layer!r}")
-        raise
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            error.add_note(f"in layer {self.layer!r}")

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.method import Hyper, Stats
+from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due, gated
 from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, working
 from kfaccore.precondition.groups import Alone, Grads, Group
 from kfaccore.precondition.placement import exchanged, reduced, sent
+from kfaccore.record import Record
 from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, namespace
@@ -74,7 +75,7 @@ class Road:
 
     def _measured(self, group: Group, state: Any, batch: dict[str, Any], hypers: Mapping[str, Hyper]) -> dict[str, Any]:
         """Stats of one micro-batch, in the dtype of the states they will move."""
-        records = {name: given for name, given in batch.items() if not isinstance(given, Stats)}
+        records: Any = {name: given for name, given in batch.items() if isinstance(given, Record | tuple)}
         found = {name: given for name, given in batch.items() if name not in records}
         if records:
             found |= group.method.measure(state, records, group.of(hypers))
@@ -115,9 +116,10 @@ class Road:
         else:
             zeros = {name: namespace(grad).zeros_like(grad) for name, grad in ours.items()}
             solution = Solution(zeros, {name: layers[name].code for name in ours}, state)
-        directions = {
-            name: like_gradient(x, ours[name], working(layers[name])) for name, x in solution.direction.items()
-        }
-        solution = sent(self.comm, replace(solution, direction=directions), ranks)
+        found = solution.direction.items()
+        directions = {name: like_gradient(x, ours[name], working(layers[name])) for name, x in found}
+        solution = sent(self.comm, Solution(directions, solution.code, solution.state, solution.info), ranks)
+        if not refused:
+            return solution
         bad = {name: choose(flag, Code.NONFINITE, solution.code[name]) for name, flag in refused.items()}
         return replace(solution, code={**solution.code, **bad})
