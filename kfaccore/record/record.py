@@ -61,7 +61,7 @@ class Record:
         put(self, "a", a)
         put(self, "g", g)
         _check_axes(a, g)
-        if not isinstance(self.n, int | float) and self.n.ndim != 0:
+        if not isinstance(self.n, int | float) and not (aac.is_array_api_obj(self.n) and self.n.ndim == 0):
             raise TypeError(f"n is {self.n!r}; need a number or a 0-d array")
         if isinstance(self.n, int | float) and not 0 < self.n < float("inf"):
             raise ValueError(f"n is {self.n}; need the positive share of the loss normaliser (B for a mean over B)")
