@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import array_api_compat as aac
+
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.xp.arrays import Array, namespace, widen
