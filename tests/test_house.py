@@ -1,4 +1,4 @@
-"""The house: arrows between modules, sizes, the public surface, the installed package."""
+"""The house: arrows, sizes, the contract, counts, the public surface, the installed package, the README's code."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 import kfaccore as kf
+from house_code import *  # noqa: F403 what is counted of the code
+from house_contract import *  # noqa: F403 the declared contract
 from kfaccore import layers
 from rows import FRAMEWORKS
+from snippets import runs_as_printed, snippets
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("kfaccore/**/*.py"), *ROOT.glob("adapters/**/*.py")])
@@ -178,3 +181,8 @@ def test_installed_names(name, tmp_path):
     assert (ROOT / "adapters" / f"kfaccore_{name}").is_dir()
     assert "No module named 'adapters'" in python("import adapters", tmp_path).stderr
     assert "No module named 'bench'" in python("import bench", tmp_path).stderr
+
+
+@pytest.mark.parametrize("code", snippets("README.md"))
+def test_the_readme_runs_as_printed(code, tmp_path):
+    runs_as_printed(code, tmp_path)

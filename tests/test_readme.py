@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,49 +12,25 @@ from typing import Any
 import pytest
 
 import kfaccore
+from snippets import ADAPTERS, blocks, promised, runs_as_printed, snippets
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
-def snippets(text: str) -> list[str]:
-    """The Python of a page."""
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-SNIPPETS = [
-    pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
-    for page in PAGES
-    for number, code in enumerate(snippets(page.read_text()))
-]
-ADAPTERS = {"kfaccore_torch": "torch", "kfaccore_jax": "jax", "kfaccore_tensorflow": "tensorflow"}  # and what it needs
-NEEDS = {*ADAPTERS.values(), "optax", "keras"}
+SNIPPETS = [code for page in PAGES[1:] for code in snippets(str(page.relative_to(ROOT)))]  # README's: test_house.py
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-def promised(code: str) -> list[str]:
-    """What a snippet's lines `print(...)  # output` say they print."""
-    return re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_code_prints_what_the_page_says(code, tmp_path):
-    """In a process of its own: TensorFlow beside other frameworks can abort it."""
-    words = set(re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE))
-    for name in sorted({ADAPTERS.get(word, word) for word in words} & NEEDS):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == promised(code)
+    runs_as_printed(code, tmp_path)
 
 
 def test_readme_is_short_and_shows_torch_and_numpy():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 135
-    torch, numpy = snippets(text)
+    torch, numpy = blocks(text)
     assert "import torch" in torch
     assert "import torch" not in numpy
     assert promised(torch)
