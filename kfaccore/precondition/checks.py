@@ -43,11 +43,12 @@ def fitting(pre: Preconditioner, fisher: Fisher | None) -> None:
         )
     if pre.rule.needs_records and fisher is empirical:
         raise ValueError(
-            f"the records hold the loss's own gradients (empirical), which do not model the loss as {pre.rule} does: "
-            f"draw labels with monte_carlo or type2, or use LineSearch()"
+            f"the records are of the true labels (empirical), which do not model the loss as {type(pre.rule).__name__} "
+            f"does: draw labels with monte_carlo or type2, or use LineSearch()"
         )
     if pre.rule.needs_records and fisher is forward_only:
-        raise ValueError(f"{pre.rule} models the loss from draws, and forward_only has none: use monte_carlo or type2")
+        rule = type(pre.rule).__name__
+        raise ValueError(f"{rule} models the loss from draws, and forward_only has none: use monte_carlo or type2")
 
 
 def checked(
