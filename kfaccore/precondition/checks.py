@@ -35,11 +35,15 @@ def agreeing(network: NetworkMethod | None, step: Rule, comm: Communicator) -> N
 
 
 def fitting(pre: Preconditioner, fisher: Fisher | None) -> None:
-    """ValueError where a rule or a method cannot use the draws that the caller says its records hold."""
+    """ValueError where a rule or a method cannot use the draws that the caller says its records hold.
+
+    A rule that models the loss has the first word: under it a method of own gradients is given the rule's samples.
+    """
     own = [method for method in pre.assigned.every() if declares(method, OwnGradients)]
-    if fisher is not None and own and fisher is not empirical:
+    if fisher not in (None, empirical) and own and not pre.rule.needs_records:
+        method = type(own[0]).__name__
         raise ValueError(
-            f"the records are of {_name(fisher)}, and {own[0]} takes the loss's own gradients: use empirical"
+            f"the records are of {_name(fisher)}, and {method} takes the loss's own gradients: use empirical"
         )
     if pre.rule.needs_records and fisher is empirical:
         raise ValueError(
@@ -121,5 +125,5 @@ def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], to
     return list(given)
 
 
-def _name(fisher: Fisher) -> str:
+def _name(fisher: Fisher | None) -> str:
     return fisher.__name__ if isinstance(fisher, FunctionType) else repr(fisher)
