@@ -16,6 +16,7 @@ from kfaccore.damping import (
 from kfaccore.fisher import (
     Bernoulli,
     Gaussian,
+    Joint,
     SoftmaxCrossEntropy,
     draw_noise,
     empirical,
@@ -104,6 +105,7 @@ __all__ = [
     "Ids",
     "Info",
     "IterateAverage",
+    "Joint",
     "KFACCorrected",
     "KLClip",
     "Lanczos",
