@@ -59,6 +59,7 @@ from kfaccore.precondition.comm import Serial
 from kfaccore.precondition.info import Info
 from kfaccore.precondition.preconditioner import Preconditioner
 from kfaccore.precondition.schedule import Clocks, Schedules
+from kfaccore.precondition.waiting import measured
 from kfaccore.precondition.weighting import own_gradients, weighted
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.record.files import load_records, save_records
@@ -155,6 +156,7 @@ __all__ = [
     "lowest",
     "mean_eigenvalue",
     "mean_mean",
+    "measured",
     "metadata",
     "monte_carlo",
     "nothing",

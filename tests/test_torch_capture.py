@@ -13,8 +13,9 @@ F = torch.nn.functional
 
 import kfaccore_torch as kt  # noqa: E402
 from kfaccore_torch import capture as capturing  # noqa: E402
+from kfaccore_torch.draw import Batch  # noqa: E402
 from kfaccore_torch.masks import Told  # noqa: E402
-from kfaccore_torch.step import Batch, Engine, Settings  # noqa: E402
+from kfaccore_torch.step import Engine, Settings  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

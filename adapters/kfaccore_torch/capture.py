@@ -198,9 +198,9 @@ def _edge(output: torch.Tensor) -> GradientEdge:
     """The gradient edge of an output, or of the tensor that it is all of: an operation in place on a view takes the
     view's own edge off the path, the base's stays."""
     base = output._base if output._is_view() else None
-    if base is not None and base.requires_grad and base.numel() == output.numel():
-        if base.is_contiguous() and output.is_contiguous():
-            return get_gradient_edge(base)
+    whole = base is not None and base.requires_grad and base.numel() == output.numel()
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return get_gradient_edge(base)
     return get_gradient_edge(output)
 
 

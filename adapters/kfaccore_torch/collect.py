@@ -6,16 +6,12 @@ step, when it is known how many losses and micro-batches there were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-
-import kfaccore as kf
-from kfaccore import tree
-from kfaccore.method import RowsAtSolve, declares
 
 Array = Any
 
@@ -60,50 +56,31 @@ def weighted(x: Any, factor: float) -> Any:
     """A Record or Stats with its n times `factor`."""
     if factor == 1.0:
         return x
-    if isinstance(x, kf.Record):
-        return replace(x, n=x.n * factor)
-    leaves = {path: leaf * factor if path.split("/")[-1] == "n" else leaf for path, leaf in tree.items(x)}
-    return _rebuilt(x, iter(leaves.values()))
+    return mapped(lambda name, leaf: leaf * factor if name == "n" else leaf, x)
 
 
-def _rebuilt(x: Any, leaves: Any) -> Any:
-    inner = tree.children(x)
-    return next(leaves) if inner is None else tree.rebuild(x, [_rebuilt(child, leaves) for _, child in inner])
+def kept(x: Any, always: bool = False) -> Any:
+    """A Record or Stats that shares no memory with what it was made of; arrays that own theirs stay unless `always`."""
+    return mapped(lambda name, leaf: _copied(leaf) if always or _is_view(leaf) else leaf, x)
 
 
-def needs_rows(core: kf.Preconditioner, name: str, covered: Any) -> bool:
-    """Whether the step itself looks at the rows of a layer."""
-    if core.rule.needs_records or name in covered:
-        return True
-    return declares(method_of(core, name), RowsAtSolve)
+def mapped(function: Callable[[str, Any], Any], x: Any, name: str = "") -> Any:
+    """function(field's name, leaf) of every leaf of dataclasses, tuples and lists."""
+    if is_dataclass(x) and not isinstance(x, type):
+        inner = [f.name for f in fields(x) if not f.metadata.get("static")]
+        return replace(x, **{field: mapped(function, getattr(x, field), field) for field in inner})
+    if isinstance(x, tuple | list):
+        return type(x)(mapped(function, child, name) for child in x)
+    return function(name, x)
 
 
-def method_of(core: kf.Preconditioner, name: str) -> Any:
-    """The method of a layer."""
-    return core.methods[name] if isinstance(core.methods, Mapping) else core.methods
-
-
-def measured(core: kf.Preconditioner, state: Any, name: str, record: kf.Record) -> Any:
-    """Stats of one record, as the step would measure them; nothing in them is a view of it."""
-    hyper = core.schedules.hyper(name, state.step)
-    with np.errstate(all="ignore"):
-        stats = method_of(core, name).measure(state.layers[name], record, hyper)
-    return tree.map(lambda leaf: copied(leaf) if _is_view(leaf) else leaf, stats)
-
-
-def copied(x: Any) -> Any:
-    """An array of its own."""
+def _copied(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return x.clone()
     return x.copy() if hasattr(x, "copy") and hasattr(x, "dtype") else x
 
 
-def kept(record: kf.Record) -> kf.Record:
-    """A record that shares no memory."""
-    return tree.map(copied, record)
-
-
 def _is_view(x: Any) -> bool:
-    if isinstance(x, torch.Tensor):
-        return True
-    return isinstance(x, np.ndarray) and not x.flags.owndata and x.base is not None
+    if isinstance(x, np.ndarray):
+        return not x.flags.owndata
+    return hasattr(x, "dtype")

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import kfaccore as kf
-from kfaccore.fisher.joint import padded
 from kfaccore_torch.bridge import detached
 from kfaccore_torch.owner import Split
 
@@ -96,9 +95,14 @@ class Objective:
 class Joined:
     """A `kfaccore.Joint`: an Objective a head; predictions and targets are dicts."""
 
+    joint: kf.Joint
     parts: dict[str, Objective]
-    weights: dict[str, float]
     total: bool = False
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """A number a head."""
+        return dict(self.joint.weights)
 
     def heads(self, f: Any) -> list[torch.Tensor]:
         """In the order of the losses."""
@@ -127,13 +131,13 @@ class Joined:
             own = part.share(f[head], target[head])
             scale = self.weights[head] * n / own if own else 0.0
             found[head] = v * (scale if fisher is kf.empirical else scale**0.5)
-        return list((padded(found) if fisher is kf.type2 else found).values())
+        return list((self.joint.padded(found) if fisher is kf.type2 else found).values())
 
 
 def objective(loss: Any) -> Objective | Joined:
     """From a loss of torch with reduction mean or sum, or one of kfaccore; ValueError for any other."""
     if isinstance(loss, kf.Joint):
-        return Joined({head: _single(part) for head, part in loss.losses}, dict(loss.weights))
+        return Joined(loss, {head: _single(part) for head, part in loss.losses})
     return _single(loss)
 
 
@@ -163,7 +167,8 @@ def _tensor(f: Any) -> torch.Tensor:
     which = f", such as output.{'logits' if 'logits' in names else names[0]}" if names else ""
     raise TypeError(
         f"the prediction is a {type(f).__name__}{f' of {names}' if names else ''}, not a tensor: hand over the tensor "
-        f"that the loss is of{which} (with Optimizer, wrap the model so that it returns that), or use kfaccore.Joint for several"
+        f"that the loss is of{which} (with Optimizer, wrap the model so that it returns that); for several with a loss "
+        f"each use kfaccore.Joint"
     )
 
 

@@ -59,7 +59,8 @@ class Told:
             if len(owner) not in (rows, call.rows[0]):
                 if isinstance(given, Mapping):
                     raise ValueError(
-                        f"examples[{pattern!r}] names {len(owner)} rows and layer {name!r} has {call.rows}: need one a row"
+                        f"examples[{pattern!r}] names {len(owner)} rows and layer {name!r} has {call.rows}: "
+                        f"need one a row"
                     )
                 continue
             if len(owner) and int(owner.max()) >= examples:

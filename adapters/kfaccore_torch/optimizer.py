@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 import kfaccore as kf
-from kfaccore.layers import Linear
-from kfaccore_torch.bridge import detached, ordered, to_core
-from kfaccore_torch.capture import Call, Capture
+from kfaccore_torch.bridge import ordered
+from kfaccore_torch.draw import Batch
+from kfaccore_torch.gradients import gradients
 from kfaccore_torch.masks import Told
-from kfaccore_torch.observe import Observed
-from kfaccore_torch.places import Place, Together
-from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.records import called
+from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
-from kfaccore_torch.rows import output_rows, rows
-from kfaccore_torch.step import Batch, Engine, Settings
+from kfaccore_torch.step import Engine, Settings
+
+_NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
 
 class Optimizer:
@@ -61,6 +59,8 @@ class Optimizer:
         if plan.rest and self._make_rest is None:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.uncovered.items())
             raise ValueError(f"these parameters are not covered; pass rest=torch.optim.Adam for them\n{reasons}")
+        if old is not None and {id(p) for g in old.param_groups for p in g["params"]} == {*map(id, plan.rest.values())}:
+            return
         self.rest = self._make_rest(plan.rest.values()) if self._make_rest and plan.rest else None
         if old is not None and self.rest is not None:
             self.rest.state.update({p: old.state[p] for p in plan.rest.values() if p in old.state})
@@ -90,59 +90,34 @@ class Optimizer:
         ids      (batch,) places of the examples in the dataset, for methods that remember examples
         masks, examples   as `Preconditioner.capture` takes them
         """
-        engine, l2 = self.engine, self.engine.core.schedules.l2
+        engine = self.engine
+        l2 = engine.core.schedules.l2
         if engine.replan():
             self._follow_rest()
-        judged = engine.core.rule.judges
-        random = _random_state(engine.device) if judged else ()
-        told = Told(mask, masks or {}, examples)
+        random = random_state(engine.device) if engine.core.rule.judges else ()
         with torch.enable_grad():
             with engine.captured() as seen:
                 f = called(self.model, inputs)
-            heads = engine.objective.heads(f)
-            if any(head.dtype == torch.float16 for head in heads):
-                raise ValueError(
-                    "the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner"
-                )
-            value = engine.objective.value(f, target)
-            batch = Batch(f, target, told, ids)
-            n = engine.share(batch)
-            if n <= 0 and engine.core.comm.world == 1:
-                raise ValueError(f"no step was taken: {engine.void(batch)}; skip such a batch")
-            if engine.objective.total:
-                n /= engine.core.comm.world  # one sum over all ranks
-            records, observed = (None, None)
-            if n <= 0:  # the other ranks have examples, and wait for this one
-                value = sum(head.sum() for head in heads) * 0.0
-                records = {} if engine.due else None
-            elif engine.due:
+            batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
+            value, n = self._loss(batch)
+            records, observed = {} if engine.due else None, None
+            if engine.due and n > 0:
                 records, observed = engine.records(seen, batch, 0, n)
             with ordered(engine.namespace, engine.device):
-                grads, rest = self._gradients(value, seen, observed, batch, l2)
+                grads, rest = gradients(engine, value, seen, observed, batch, l2)
         if records is not None:
             engine.check_seen(records, grads)
-            if engine.core.comm.world > 1:
-                missing = grads.keys() - records.keys()
-                records |= {name: engine.absent(name, n or 1e-30) for name in missing}
+            missing = grads.keys() - records.keys() if engine.core.comm.world > 1 else ()
+            records |= {name: engine.absent(name, n or _NEXT_TO_NOTHING) for name in missing}
         before, grads, rest = self._summed(float(value.detach()), grads, rest, n)
         before += self._penalty(l2)
-        with torch.no_grad(), ordered(engine.namespace, engine.device):
-            updates = engine.step({name: [r] for name, r in records.items()} if records else None, grads)
-            moves = self._moves(updates)
-            old = [p.detach().clone() for p, _ in moves] if judged else []
-            for p, move in moves:
-                p.sub_(move)
 
-            def place(share: float) -> None:
-                for (p, move), kept in zip(moves, old, strict=True):
-                    p.copy_(kept - share * move if share else kept)
+        def again() -> float:
+            with replayed(self.model, random, engine.device):
+                value = float(engine.objective.value(called(self.model, inputs), target))
+            return self._mean(value, n) + self._penalty(l2)
 
-            def loss() -> float:
-                with _replayed(self.model, random, engine.device):
-                    value = float(engine.objective.value(called(self.model, inputs), target))
-                return self._mean(value, n) + self._penalty(l2)
-
-            _, engine.state = engine.core.judge(engine.state, before, place, loss)
+        self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
         if self.rest is not None:
             for p, g in zip(engine.plan.rest.values(), rest, strict=True):
                 p.grad = g
@@ -150,44 +125,34 @@ class Optimizer:
             self.rest.zero_grad()
         return before
 
-    def _gradients(
-        self, value: torch.Tensor, seen: Capture, observed: Observed | None, batch: Batch, l2: float
-    ) -> tuple[dict[str, Any], tuple]:
-        """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""
         engine = self.engine
-        layers = engine.plan.layers
-        whole = bool(l2) or engine.core.comm.world > 1
-        resting = kf.own_gradients(engine.core) and not engine.due  # every weight gradient is then made of given rows
-        if resting:
-            heads = engine.objective.heads(batch.f)
-            observed = engine.observer.look(seen, layers, heads, batch.told)
-        calls = _placed(seen, observed)
-        edges = {n: c[0] for n, c in calls.items() if resting or (not whole and _factors(layers[n].kind, c))}
-        odd = [n for n in edges if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]
-        if odd:
-            raise ValueError(f"layers {odd} are not linear layers called once: give them another method than FNGD")
-        dense = [(name, role, p) for name in layers if name not in edges for role, p in layers[name].parameters.items()]
-        wanted = [c.edge for c, _ in edges.values()] + [p for *_, p in dense] + list(engine.plan.rest.values())
-        found = torch.autograd.grad(value, wanted, allow_unused=True)
-        grads: dict[str, Any] = {}
-        for (name, (call, place)), g in zip(edges.items(), found[: len(edges)], strict=True):
-            if g is not None:
-                a = rows(layers[name], call, place, engine.namespace)
-                g = to_core(output_rows(layers[name], call, detached(g), place), engine.namespace)
-                if resting:
-                    ids = None if batch.ids is None else to_core(batch.ids, engine.namespace)
-                    g = kf.weighted(engine.core, engine.state, {name: g}, ids)[name]
-                grads[name] = kf.Factored(a, g, 1.0)
-        rest = found[len(edges) + len(dense) :]
-        found = found[len(edges) :]
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
-        for (name, role, p), g in zip(dense, found[: len(dense)], strict=True):
-            if g is not None:
-                tensors.setdefault(name, {})[role] = g + l2 * p.detach() if l2 else g
-        for name, given in tensors.items():
-            if len(given) == len(layers[name].parameters):
-                grads[name] = engine.matrix(layers[name], given)
-        return grads, rest
+        heads = engine.objective.heads(batch.f)
+        if any(head.dtype == torch.float16 for head in heads):
+            raise ValueError("the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner")
+        n, world = engine.share(batch), engine.core.comm.world
+        if n <= 0 and world == 1:
+            raise ValueError(f"no step was taken: {engine.void(batch)}; skip such a batch")
+        if n <= 0:
+            return torch.stack([head.sum() for head in heads]).sum() * 0.0, 0.0
+        # a sum is one sum over all ranks
+        return engine.objective.value(batch.f, batch.target), n / world if engine.objective.total else n
+
+    def _applied(self, records: Any, grads: dict[str, Any], before: float, again: Callable[[], float]) -> None:
+        """Take the core's step, and back what its rule judges too long by the loss `again`."""
+        engine = self.engine
+        with torch.no_grad(), ordered(engine.namespace, engine.device):
+            moves = self._moves(engine.step(records, grads))
+            old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
+            for p, move in moves:
+                p.sub_(move)
+
+            def place(share: float) -> None:
+                for (p, move), kept in zip(moves, old, strict=True):
+                    p.copy_(kept - share * move if share else kept)
+
+            _, engine.state = engine.core.judge(engine.state, before, place, again)
 
     def _summed(self, value: float, grads: dict, rest: tuple, n: float) -> tuple[float, dict, tuple]:
         """Loss and gradients of the global batch: means over ranks by their shares n of it."""
@@ -263,39 +228,3 @@ class Optimizer:
         self.engine.load_state_dict(state)
         if self.rest is not None:
             self.rest.load_state_dict(state["rest"])
-
-
-def _placed(seen: Capture, observed: Observed | None) -> dict[str, list[tuple[Call, Place]]]:
-    """The calls of each layer and where their rows stand; all together where nobody needs to know."""
-    found: dict[str, list[tuple[Call, Place]]] = {}
-    if observed is None:
-        return {name: [(call, Together(call.rows)) for call in calls] for name, calls in seen.calls.items()}
-    for (name, call), place in zip(observed.calls, observed.places(False), strict=True):
-        found.setdefault(name, []).append((call, place))
-    return found
-
-
-def _factors(kind: Any, calls: list[tuple[Call, Place]]) -> bool:
-    """Whether applying inverses to the rows is cheaper than to the gradient: one call with fewer rows than width."""
-    if not isinstance(kind, Linear) or len(calls) != 1:
-        return False
-    call, place = calls[0]
-    return place.mask() is None and call.x.numel() // kind.d_in < max(kind.d_in, kind.d_out)
-
-
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _replayed(model: nn.Module, random: tuple, device: torch.device) -> Iterator[None]:
-    """The same dropout as in the step's own forward; running statistics are as they were afterwards."""
-    buffers = [(b, b.detach().clone()) for b in unwrapped(model).buffers()]
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(random[0])
-        if random[1] is not None:
-            torch.cuda.set_rng_state(random[1], device)
-        yield
-    for buffer, kept in buffers:
-        buffer.copy_(kept)

@@ -116,7 +116,7 @@ Place = Axes | Groups | Together
 
 
 def by_shape(rows: tuple[int, ...], examples: int) -> Iterator[Axes]:
-    """What shapes suggest, likeliest first: an axis of as many examples, or one they divide, batch or positions first."""
+    """What shapes suggest, likeliest first: an axis of as many examples, or one that they divide, in either order."""
     for axis, size in enumerate(rows):
         if size == examples:
             yield Axes(rows, axis, examples)

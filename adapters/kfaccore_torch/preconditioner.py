@@ -14,9 +14,10 @@ import kfaccore as kf
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, gathered
+from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
 from kfaccore_torch.report import Coverage
-from kfaccore_torch.step import Batch, Engine, Settings
+from kfaccore_torch.step import Engine, Settings
 from kfaccore_torch.terms import Terms
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
-from kfaccore_torch.step import Batch, Engine, Settings
+from kfaccore_torch.step import Engine, Settings
 
 
 def records(
@@ -49,7 +50,7 @@ def records(
         n = engine.share(batch)
         if n <= 0:
             raise ValueError(f"no records: {engine.void(batch)}")
-        found, _ = engine.records(seen, batch, 0, n / parts if engine.objective.total else n, True, given)
+        found, _ = engine.records(seen, batch, 0, n / parts if engine.objective.total else n, True, given=given)
         wanted = [(name, role) for name in found for role in engine.plan.layers[name].parameters]
         parameters = [engine.plan.layers[name].parameters[role] for name, role in wanted]
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,17 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import kept, measured, needs_rows
+from kfaccore_torch.collect import kept
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
+from kfaccore_torch.draw import Batch, drawn
+from kfaccore_torch.follow import carried
 from kfaccore_torch.losses import FISHERS, objective
-from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed, Observer
 from kfaccore_torch.plan import Layer, Plan, plan, unwrapped
 from kfaccore_torch.report import Coverage, coverage
-from kfaccore_torch.rows import absent, record
+from kfaccore_torch.resume import Resumes
+from kfaccore_torch.rows import absent
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,7 @@ class Settings:
             raise ValueError(f"draws is {self.draws}; need at least 1")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A prediction, its target, what the caller tells of its rows, and the examples' places in the dataset."""
-
-    f: Any
-    target: Any
-    told: Told
-    ids: torch.Tensor | None = None
-
-
-class Engine:
+class Engine(Resumes):
     """Plan, core and state of one model."""
 
     def __init__(self, model: nn.Module, loss: Any, core: kf.Preconditioner, settings: Settings) -> None:
@@ -111,7 +103,7 @@ class Engine:
         self.plan = self._planned()
         self.observer = Observer()
         kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
-        self.state = _carried(old, self._first_state(), kept_on)
+        self.state = carried(old, self._first_state(), kept_on)
         self.new = self.new or bool(set(self.plan.layers) - kept_on)
         return True
 
@@ -150,94 +142,20 @@ class Engine:
         return "all labels of the batch are ignored (ignore_index), so no example counts and n is 0"
 
     def records(
-        self,
-        seen: Capture,
-        batch: Batch,
-        turn: int,
-        n: float,
-        exact: bool = False,
-        given: Any = None,
-        times: float = 1.0,
+        self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any
     ) -> tuple[dict[str, kf.Record], Observed]:
-        """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
-
-        n      of the records
-        exact  rows that mix examples make one example, so that `dense` has the right mean; else they stand as their
-               shape suggests, which rules that judge a step by examples need
-        given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
-        times  factor on the draws
-        """
-        heads = _checked(self.objective.heads(batch.f))
-        layers, fisher = self.plan.layers, self.settings.fisher
-        probe, parameters = self._probe(heads, batch)
-        observed = self.observer.look(seen, layers, heads, batch.told, probe, parameters)
-        rank = [self.core.comm.rank] if self.core.comm.rank else []
-        rng = np.random.default_rng([self.settings.seed, self.state.step, turn, *rank])
-        draws = given
-        if draws is None:
-            draws = self.objective.draws(fisher, self.settings.draws, batch.f, batch.target, rng, observed.split)
-        draws = list(draws) if isinstance(draws, list | tuple) else [draws]
-        draws = draws if times == 1 else [v * times for v in draws]
-        if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
-            self._check_own(observed)
-            draws = _signed(draws, observed, rng)
-        rows = [_pulled(heads, observed, v) for v in zip(*draws, strict=True)]
-        columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
-        grads = [
-            _stacked(column, call, self.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
-        ]
-        observed = self.observer.again(observed, layers, heads, grads)
+        """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
+        records, observed = drawn(self, seen, batch, turn, n, exact, **how)
         self.mixing |= observed.mixing
-        return self._recorded(observed, grads, batch, n, exact), observed
-
-    def _recorded(
-        self, observed: Observed, grads: list[Any], batch: Batch, n: float, exact: bool
-    ) -> dict[str, kf.Record]:
-        by_layer: dict[str, list[tuple]] = {}
-        for (name, call), place, g in zip(observed.calls, observed.places(exact), grads, strict=True):
-            if g is not None:
-                by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
-        batch.told.check(set(by_layer))
-        found = {}
-        with ordered(self.namespace, self.device):
-            for name, parts in by_layer.items():
-                calls, gs, places, masks = zip(*parts, strict=True)
-                layer = self.plan.layers[name]
-                found[name] = record(layer, calls, gs, places, n, self.namespace, masks, batch.ids)
-        return found
-
-    def _probe(self, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:
-        """The loss's own gradient as the first draw of a question, if it moves every row: what it gives the parameters
-        is then known too. Else nothing, and the question is asked with random numbers."""
-        if batch.f is None or self.core.comm.world > 1 or heads[0].dtype in HALF:
-            return None, ()
-        try:
-            own = self.objective.draws(kf.empirical, 1, batch.f, batch.target, None)
-        except (ValueError, TypeError, AttributeError):  # soft labels, or none
-            return None, ()
-        own = [v[0] for v in (own if isinstance(own, list) else [own])]
-        n = self.objective.share(batch.f, batch.target)
-        if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
-            return None, ()
-        parameters = [p for layer in self.plan.layers.values() for p in layer.parameters.values()]
-        return [v / n for v in own], (*parameters, *self.plan.rest.values())
-
-    def _check_own(self, observed: Observed) -> None:
-        if kf.own_gradients(self.core):
-            raise ValueError(
-                f"rows of layers {sorted(observed.mixing)} mix examples or are shared by them, so per-example "
-                f"gradients, which {self.core.network or self.core.methods} is made of, do not exist there: give those "
-                f"layers another method, or skip them"
-            )
+        return records, observed
 
     def waiting(self, records: dict[str, kf.Record]) -> dict[str, Any]:
         """What is kept until the step: Stats, or copies of rows where the step needs rows."""
-        covered = self.core.network.covers(self.blocks()) if self.core.network is not None else ()
         found = {}
         with torch.no_grad(), ordered(self.namespace, self.device):
             for name, one in records.items():
-                whole = needs_rows(self.core, name, covered)
-                found[name] = kept(one) if whole else measured(self.core, self.state, name, one)
+                stats = kf.measured(self.core, self.state, name, one)
+                found[name] = kept(one, always=True) if stats is None else kept(stats)
         return found
 
     def absent(self, name: str, n: float) -> kf.Record:
@@ -262,7 +180,7 @@ class Engine:
         return updates
 
     def check_seen(self, records: Mapping[str, Any], grads: dict[str, Any]) -> None:
-        """ValueError for a gradient that no captured call explains: it would keep another batch's curvature for ever."""
+        """ValueError for a gradient that no captured call explains: it would keep an old batch's curvature."""
         missing = [name for name in grads if name not in records and _nonzero(grads[name])]
         if missing:
             error = ValueError(
@@ -289,96 +207,11 @@ class Engine:
         with eagerly(self.model), seen:
             yield seen
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state as CPU tensors by path, the same on any device, namespace and rank; every rank must call it."""
-        with ordered(self.namespace, self.device):
-            arrays = kf.flatten(self.core.gather(self.state))
-        return {"kfaccore": 1, "state": {path: torch.from_numpy(np.array(x)) for path, x in arrays.items()}}
-
-    def load_state_dict(self, found: dict[str, Any]) -> None:
-        """Continue from `state_dict`. Raises ValueError, changing nothing, if layers, shapes or dtypes differ."""
-        if found.get("kfaccore") != 1:
-            raise ValueError(f"not a state of kfaccore: it has the keys {sorted(found)[:5]}")
-        self.state = kf.unflatten({path: x.numpy() for path, x in found["state"].items()}, self.state)
-
-    def save(self, path: Any, **meta: Any) -> None:
-        """Parameters as matrices and the state in one file that every adapter reads; every rank must call it."""
-        layers = self.plan.layers
-        with ordered(self.namespace, self.device):
-            params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
-            kf.save(path, {"params": params, "state": self.core.gather(self.state)}, **meta)
-
-    def load(self, path: Any) -> None:
-        """Continue from a file of any adapter; ValueError, changing nothing, if it is of other layers or sizes."""
-        layers = self.plan.layers
-        params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
-        found = kf.load(path, like={"params": params, "state": self.state})
-        with torch.no_grad():
-            for name, layer in layers.items():
-                for role, x in self.tensors(layer, found["params"][name]).items():
-                    layer.parameters[role].copy_(x)
-        self.state = found["state"]
-
 
 def _owned(x: Any) -> Any:
     """`like` of a state, whose NumPy view must be writable."""
     return np.array(x) if isinstance(x, np.ndarray) else x
 
 
-def _checked(heads: list[torch.Tensor]) -> list[torch.Tensor]:
-    """ValueError for predictions without a batch axis or without a graph."""
-    for f in heads:
-        if f.ndim < 2 or not f.requires_grad:
-            raise ValueError(
-                f"the prediction has shape {tuple(f.shape)}, requires_grad={f.requires_grad}; need (batch, ...) with a "
-                f"graph behind it"
-            )
-    return heads
-
-
-def _pulled(heads: list[torch.Tensor], observed: Observed, v: tuple) -> tuple:
-    """One draw at the outputs of all calls."""
-    edges = [call.edge for _, call in observed.calls]
-    given = [x.to(f) for x, f in zip(v, heads, strict=True)]
-    return torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
-
-
-def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | None:
-    """Draws of one call, (draws, *shape); None where it does not reach the prediction."""
-    if not column:
-        return torch.zeros((0, *call.shape), dtype=dtype, device=call.x.device)
-    if column[0] is None:
-        return None
-    return column[0][None] if len(column) == 1 else torch.stack(column)
-
-
-def _signed(draws: list[torch.Tensor], observed: Observed, rng: Any) -> list[torch.Tensor]:
-    """Each example of each draw with a random sign of its own: products of two examples vanish in expectation."""
-    signs = torch.from_numpy(rng.choice([-1.0, 1.0], (len(draws[0]), observed.split.examples)))
-    found = []
-    for v in draws:
-        own = signs[:, observed.split.owner(v.shape[1])].to(v)
-        found.append(v * own.reshape(*own.shape, *(1,) * (v.ndim - 2)))
-    return found
-
-
 def _nonzero(grad: Any) -> bool:
     return bool((getattr(grad, "g", grad) != 0).any())
-
-
-def _carried(old: Any, new: Any, names: set[str]) -> Any:
-    """A new state with what `old` has of the layers `names`, and its step."""
-    layers = {name: old.layers[name] if name in names and name in old.layers else x for name, x in new.layers.items()}
-    motion = _motion(old.motion, new.motion, names)
-    same = [name for name, _ in old.blocks] == [name for name, _ in new.blocks] and names >= {n for n, _ in new.blocks}
-    return replace(new, step=old.step, layers=layers, motion=motion, network=old.network if same else new.network)
-
-
-def _motion(old: Any, new: Any, names: set[str]) -> Any:
-    """A rule's buffers: numbers are kept, and what it has of the layers `names`."""
-    if isinstance(new, dict):
-        return {name: old[name] if name in names and name in old else x for name, x in new.items()}
-    if not is_dataclass(new) or isinstance(new, type):
-        return old
-    fresh = {f.name: _motion(getattr(old, f.name), getattr(new, f.name), names) for f in fields(new)}
-    return replace(new, **fresh)

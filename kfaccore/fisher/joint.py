@@ -84,20 +84,20 @@ class Joint:
             scale = dict(self.weights)[head] * self.normaliser(f) / loss.normaliser(f[head], y, m)
             # the empirical draw is the gradient itself, which weight B / n multiplies; the others enter F squared
             found[head] = v * (scale if fisher is single.empirical else scale**0.5)
-        return padded(found) if fisher is single.type2 else found
+        return self.padded(found) if fisher is single.type2 else found
 
     def noise(self, f: Mapping[str, Any], draws: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Noise for `monte_carlo`, head by head from one generator."""
         return {head: single.draw_noise(loss, tuple(f[head].shape), draws, rng) for head, loss in self.losses}
 
-
-def padded(draws: Mapping[str, Array]) -> dict[str, Array]:
-    """Draws of each head in turn, zero in the other heads: {head: (sum of draws, *f.shape)}."""
-    counts = {head: v.shape[0] for head, v in draws.items()}
-    before, total, found = 0, sum(counts.values()), {}
-    for head, v in draws.items():
-        xp = namespace(v)
-        sides = [xp.zeros((k, *v.shape[1:]), dtype=v.dtype) for k in (before, total - before - counts[head])]
-        found[head] = xp.concat([sides[0], v, sides[1]])
-        before += counts[head]
-    return found
+    @staticmethod
+    def padded(draws: Mapping[str, Array]) -> dict[str, Array]:
+        """Draws of each head in turn, zero in the other heads: {head: (sum of draws, *f.shape)}."""
+        counts = {head: v.shape[0] for head, v in draws.items()}
+        before, total, found = 0, sum(counts.values()), {}
+        for head, v in draws.items():
+            xp = namespace(v)
+            sides = [xp.zeros((k, *v.shape[1:]), dtype=v.dtype) for k in (before, total - before - counts[head])]
+            found[head] = xp.concat([sides[0], v, sides[1]])
+            before += counts[head]
+        return found
