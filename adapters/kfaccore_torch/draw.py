@@ -13,7 +13,7 @@ from kfaccore_torch.bridge import HALF, ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
-from kfaccore_torch.rows import record
+from kfaccore_torch.rows import check_unwritten, record
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
@@ -49,6 +49,9 @@ def drawn(
     """
     heads = _checked(engine.objective.heads(batch.f))
     layers, fisher = engine.plan.layers, engine.settings.fisher
+    for name, calls in seen.calls.items():
+        for call in calls:
+            check_unwritten(layers[name], call)
     probe, parameters = _probe(engine, heads, batch)
     observed = engine.observer.look(seen, layers, heads, batch.told, probe, parameters)
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
@@ -100,8 +103,7 @@ def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any
     n = engine.objective.share(batch.f, batch.target)
     if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
         return None, ()
-    parameters = [p for layer in engine.plan.layers.values() for p in layer.parameters.values()]
-    return [v / n for v in own], (*parameters, *engine.plan.rest.values())
+    return [v / n for v in own], engine.plan.trained
 
 
 def _check_own(engine: Engine, observed: Observed) -> None:

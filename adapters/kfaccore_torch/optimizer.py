@@ -18,8 +18,6 @@ from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.step import Engine, Settings
 
-_NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
-
 
 class Optimizer:
     """Trains a model by K-FAC; by default it sets its own rate, momentum and damping.
@@ -106,9 +104,7 @@ class Optimizer:
             with ordered(engine.namespace, engine.device):
                 grads, rest = gradients(engine, value, seen, observed, batch, l2)
         if records is not None:
-            engine.check_seen(records, grads)
-            missing = grads.keys() - records.keys() if engine.core.comm.world > 1 else ()
-            records |= {name: engine.absent(name, n or _NEXT_TO_NOTHING) for name in missing}
+            records, grads = engine.completed(records, grads, n)
         before, grads, rest = self._summed(float(value.detach()), grads, rest, n)
         before += self._penalty(l2)
 

@@ -60,6 +60,12 @@ class Plan:
     rest: dict[str, nn.Parameter] = field(repr=False)  # uncovered parameters by name
     made_of: tuple[tuple[str, nn.Parameter, bool], ...] = field(repr=False, default=())  # and whether each was trained
 
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Covered parameters, then the others."""
+        covered = (p for layer in self.layers.values() for p in layer.parameters.values())
+        return (*covered, *self.rest.values())
+
     def holds(self, model: nn.Module) -> bool:
         """Whether the model still has the parameters that the plan was made of, trained or frozen as then."""
         now = unwrapped(model).named_parameters(remove_duplicate=False)

@@ -115,7 +115,7 @@ class Preconditioner:
         records, observed = self.engine.records(seen, batch, self._formed, shot.n, True, times=(shot.n / n) ** 0.5)
         self._formed += 1
         value = self._counted(value, shot, self.engine.waiting(records))
-        self._terms.expect(value, observed.expected, self.engine)
+        self._terms.expect(value, observed.expected, self.engine.plan.trained)
         return value
 
     def extra(self, term: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,9 @@ class Preconditioner:
                     raise ValueError(f"layer {name!r} has a gradient for {sorted(found)} only, of {list(layer.paths)}")
                 if found:
                     grads[name] = engine.matrix(layer, found)
-            records = self._gathered(grads) if engine.due and grads else None
+            records = None
+            if engine.due and grads:
+                records, grads = self._gathered(grads)
             directions = engine.step(records, grads) if grads else {}
             for name, matrix in directions.items():
                 layer = engine.plan.layers[name]
@@ -157,19 +159,13 @@ class Preconditioner:
             value.register_hook(partial(_count, self._shots, shot, found))
         return value
 
-    def _gathered(self, grads: dict[str, Any]) -> dict[str, list[Any]]:
+    def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the step is given; ValueError where gradients have no statistics to go with."""
-        engine = self.engine
-        comm = engine.core.comm
-        records = {name: found for name, found in gathered(self._shots, comm.world).items() if name in grads}
+        found = gathered(self._shots, self.engine.core.comm.world)
+        records = {name: pieces for name, pieces in found.items() if name in grads}
         if not records:
             self._complain()
-        engine.check_seen(records, grads)
-        if comm.world > 1:
-            n = sum(shot.n for shot in self._shots) or 1e-30
-            for name in grads.keys() - records.keys():  # other ranks may have rows of it
-                records[name] = [engine.absent(name, n)]
-        return records
+        return self.engine.completed(records, grads, sum(shot.n for shot in self._shots))
 
     def _complain(self) -> None:
         void = [shot.void for shot in self._shots if shot.void]

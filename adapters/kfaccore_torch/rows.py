@@ -91,7 +91,6 @@ def _together(place: Place) -> Together:
 def _part(layer: Layer, call: Call, g: torch.Tensor, place: Place, mask: torch.Tensor | None, namespace: str) -> Part:
     """a and g of one call, and what exists of it."""
     kind = layer.kind
-    _check_unwritten(layer, call)
     g = detached(g).reshape(g.shape[0], *call.shape)
     exists = _both(place.mask(), mask)
     if isinstance(kind, Conv):
@@ -114,7 +113,7 @@ def _part(layer: Layer, call: Call, g: torch.Tensor, place: Place, mask: torch.T
     return Part(a, to_core(g, namespace), exists)
 
 
-def _check_unwritten(layer: Layer, call: Call) -> None:
+def check_unwritten(layer: Layer, call: Call) -> None:
     """ValueError for an input that is no longer what the layer saw."""
     needed = isinstance(layer.kind, Gain) or not isinstance(layer.kind, Bias)
     if needed and not call.x.is_inference() and call.x._version != call.version:

@@ -28,6 +28,9 @@ from kfaccore_torch.resume import Resumes
 from kfaccore_torch.rows import absent
 
 
+_NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
+
+
 @dataclass(frozen=True)
 class Settings:
     """How labels are drawn and where the core runs.
@@ -158,10 +161,18 @@ class Engine(Resumes):
                 found[name] = kept(one, always=True) if stats is None else kept(stats)
         return found
 
-    def absent(self, name: str, n: float) -> kf.Record:
-        """The record of a layer that a share n of the examples did not reach."""
+    def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:
+        """Records and gradients of one step, n its share: a layer that no example reached, such as an expert without
+        tokens, is left as it is, or counts with J = 0 where other ranks or layers wait for it."""
+        self.check_seen(records, grads)
+        missing = [name for name in grads if name not in records]
+        together = self.core.network.covers(self.blocks()) if self.core.network is not None else ()
+        found = dict(records)
         with ordered(self.namespace, self.device):
-            return absent(self.plan.layers[name], n, self.like, self.namespace)
+            for name in missing:
+                if self.core.comm.world > 1 or name in together:
+                    found[name] = absent(self.plan.layers[name], n or _NEXT_TO_NOTHING, self.like, self.namespace)
+        return found, {name: g for name, g in grads.items() if name in found}
 
     def matrix(self, layer: Layer, tensors: dict[str, torch.Tensor]) -> Any:
         """Tensors like a layer's parameters, by role -> its matrix in the core's namespace."""
