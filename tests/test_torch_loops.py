@@ -72,14 +72,13 @@ def batch(n=8):
 def test_micro_batches_of_a_sum_are_the_whole(loss, cuts):
     x, y = batch()
     y = torch.randn(8, 3) if isinstance(loss, nn.MSELoss) else y
-    wanted = run(pre_of(mlp(), loss), model := mlp(), (x, y)) if False else None
     model = mlp()
     wanted = run(pre_of(model, loss), model, (x, y))
     model = mlp()
     same(run(pre_of(model, loss), model, *zip(x.split(cuts), y.split(cuts), strict=True)), wanted)
 
 
-@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.Diagonal(), kf.SKFAC(), kf.CGFAC()])
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.Diagonal(), kf.CGFAC()])
 def test_nothing_is_a_view_of_the_users_memory(method):
     found = []
     for spoil in (False, True):
@@ -89,7 +88,7 @@ def test_nothing_is_a_view_of_the_users_memory(method):
             nn.init.normal_(p)
         torch.manual_seed(3)
         x, y = torch.randn(8, 1, 3, 3), labels(8)
-        pre = pre_of(model, method=method if not isinstance(method, kf.SKFAC) else kf.KFAC())
+        pre = pre_of(model, method=method)
         with pre.capture():
             f = model(x)
         pre.loss(f, y).backward()
@@ -182,7 +181,7 @@ def test_empty_micro_batches_add_nothing():
         model = mlp()
         pre = pre_of(model, loss)
         model.zero_grad()
-        for a, b in ((x[:0], y[:0]), (x, y), (x, y.fill_(-100) if False else torch.full_like(y, -100))):
+        for a, b in ((x[:0], y[:0]), (x, y), (x, torch.full_like(y, -100))):
             with pre.capture():
                 f = model(a)
             value = pre.loss(f, b)
@@ -211,7 +210,6 @@ def test_a_layer_thawed_later_is_trained_as_the_others(shell):
         return
     core = kf.Preconditioner(kf.KFAC(), kf.Clocks(5, 10), kf.Schedules(0.1, 0.0))
     pre = kt.Preconditioner(model, CE, core, fisher=kf.type2)
-    run(pre, model, (x, y)) if False else None
     for thaw in (False, True):
         model[0].requires_grad_(thaw)
         model.zero_grad()
@@ -259,7 +257,9 @@ def test_a_copy_of_the_model_is_not_the_model():
     with pytest.raises(ValueError, match="no captured call lies behind"):
         pre.loss(f, y)
     model, pre = copy.deepcopy((model, pre))
-    assert not torch.equal(*(run(p, m, (x, y))["0.weight"] for p, m in ((pre, model), (pre_of(other, damping=9.0), other))))
+    assert not torch.equal(
+        *(run(p, m, (x, y))["0.weight"] for p, m in ((pre, model), (pre_of(other, damping=9.0), other)))
+    )
 
 
 class Roundabout(nn.Module):
@@ -338,10 +338,10 @@ def test_views_changed_in_place_are_covered_in_both_shells(shell):
 class Coder(nn.Module):
     """An encoder and a decoder of different lengths; the encoder's layer is called twice."""
 
-    def __init__(self, heads=False):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(1)
-        self.enc, self.dec, self.o, self.heads = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3), heads
+        self.enc, self.dec, self.o = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x, z, mask):
         h = torch.tanh(self.enc(torch.tanh(self.enc(x)))) * mask[..., None]
@@ -406,24 +406,21 @@ def test_threads_do_not_see_each_other():
     class Slow(nn.Module):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(1)
             self.a, self.o = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
 
         def forward(self, x):
             gate.wait()
             return self.o(self.a(x, x, x, need_weights=False)[0].mean(1))
 
-    gate, found, linear = threading.Barrier(3), [], F.linear
+    gate, found, linear, first = threading.Barrier(3), [], F.linear, Slow()
     x, y = torch.randn(5, 6, 4), labels(5)
 
-    def one():
-        torch.set_default_dtype(torch.float64)
-        model = Slow()
+    def one(model):
         for _ in range(5):
             found.append(kt.records(model, CE, x, y, fisher=kf.empirical)[0])
             assert F.linear is linear
 
-    threads = [threading.Thread(target=one) for _ in range(3)]
+    threads = [threading.Thread(target=one, args=(copy.deepcopy(first),)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -486,11 +483,11 @@ def test_joint_is_the_fisher_of_the_sum(fisher):
     for name, layer in layers.items():
         got = np.stack([kf.dense(records[name]) for records, _ in found])
         if fisher is kf.empirical:
-            each = [4 * (F.cross_entropy(f["u"][i : i + 1], y["u"][i : i + 1]) / 4 + 0.5 * ((f["v"][i] - y["v"][i]) ** 2).sum() / 8) for i in range(4)]
-            wanted = empirical(each, 4, layer)
+            u = F.cross_entropy(f["u"], y["u"], reduction="none")
+            v = ((f["v"] - y["v"]) ** 2).sum(1) / 2
+            wanted = empirical(list(u + 0.5 * v), 4, layer)
         else:
-            split = lambda z: {"u": z[:, :3], "v": z[:, 3:]}  # noqa: E731
-            wanted = ggn(lambda x: flat(model(x)), lambda z: both(split(z), y), x, layer)
+            wanted = ggn(lambda x: flat(model(x)), lambda z: both({"u": z[:, :3], "v": z[:, 3:]}, y), x, layer)
         close(got.mean(0), wanted, 1e-10 if count == 1 else 0.25)
 
 
@@ -555,7 +552,7 @@ def test_a_term_without_curvature_is_noticed_once():
                 term = (model[0](x) ** 2).mean()
                 (pre.loss(f, y) + (pre.extra(term) if declare else term)).backward()
                 pre.step()
-        assert [w for w in told if "no curvature" in str(w.message)].__len__() == (not declare)
+        assert sum("no curvature" in str(w.message) for w in told) == (not declare)
     model = mlp()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -598,7 +595,7 @@ def test_messages():
         logits = None
 
     cases = [
-        (lambda: step(inside=lambda: (model(x), 1)[1] and model(x) if False else Output(logits=model(x))), "output.logits"),
+        (lambda: step(inside=lambda: Output(logits=model(x))), "output.logits"),
         (lambda: step(loss=False), "captured, but pre.loss was not called"),
         (lambda: step(backward=False), "never differentiated"),
         (lambda: step(inside=lambda: model(x[:0]), target=y[:0]), "the batch is empty"),
@@ -660,14 +657,14 @@ def test_records_of_any_draws_and_of_a_split_sum():
 
 
 def test_group_norm_of_channels_last():
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 3)).to(memory_format=torch.channels_last)
-    x = torch.randn(5, 2, 5, 5).to(memory_format=torch.channels_last)
-    y = labels(5)
-    found, grads = kt.records(model, CE, x, y, fisher=kf.type2)
-    layers = kt.plan(model).layers
-    for name, record in found.items():
-        close(kf.dense(record), ggn(model, lambda f: CE(f, y), x, layers[name])) if "1." not in name else None
-        assert name in grads
+    """torch crashes when asked for the gain's gradient alone, so the oracle looks at plain memory."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 3))
+    x, y = torch.randn(5, 2, 5, 5), labels(5)
+    plain = copy.deepcopy(model)
+    model.to(memory_format=torch.channels_last)
+    found, _ = kt.records(model, CE, x.to(memory_format=torch.channels_last), y, fisher=kf.type2)
+    for name, layer in kt.plan(plain).layers.items():
+        close(kf.dense(found[name]), ggn(plain, lambda f: CE(f, y), x, layer))
 
 
 def test_forward_only_takes_no_draw():
@@ -676,13 +673,11 @@ def test_forward_only_takes_no_draw():
     pre = pre_of(model, method=kf.KFAC(), fisher=kf.forward_only)
     found = run(pre, model, (x, y))
     a = torch.cat([x, torch.ones(8, 1)], 1)
-    A = a.T @ a / 8
     plain = torch.autograd.grad(CE(model(x), y), [model[0].weight, model[0].bias])
     V = torch.cat([plain[0], plain[1][:, None]], 1)
     got = torch.cat([found["0.weight"], found["0.bias"][:, None]], 1)
     direction = np.asarray(kf.direction(kf.Record(a.numpy(), np.zeros((0, 1, 8, 1, 5)), 8), V.numpy(), kf.KFAC(), 0.1))
     torch.testing.assert_close(got, torch.from_numpy(direction).reshape(got.shape))
-    assert A.shape == (5, 5)
     kt.Optimizer(model, CE, kf.Preconditioner(kf.KFAC(), step=kf.Fixed(0.1)), fisher=kf.forward_only).step(x, y)
 
 
@@ -698,5 +693,5 @@ def test_mixing_is_marked():
     assert bool(pre.info.layers["0"]["mixes"])
     assert "mixes" not in pre.info.layers.get("3", {})
     fngd = kf.Preconditioner(kf.FNGD(), kf.Clocks(1, 1), kf.Schedules(0.1), step=kf.Fixed(0.1))
-    with pytest.raises(ValueError, match="mix examples.*FNGD"):
+    with pytest.raises(ValueError, match=r"mix examples.*FNGD"):
         kt.Optimizer(model, CE, fngd, fisher=kf.empirical).step(x, y)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import kfaccore as kf
+
 Array = Any
 
 
@@ -59,9 +61,11 @@ def weighted(x: Any, factor: float) -> Any:
     return mapped(lambda name, leaf: leaf * factor if name == "n" else leaf, x)
 
 
-def kept(x: Any, always: bool = False) -> Any:
-    """A Record or Stats that shares no memory with what it was made of; arrays that own theirs stay unless `always`."""
-    return mapped(lambda name, leaf: _copied(leaf) if always or _is_view(leaf) else leaf, x)
+def kept(stats: Any, record: kf.Record) -> Any:
+    """Stats of a record, or the record itself, that share no memory with it."""
+    arrays: list[Any] = []
+    mapped(lambda name, leaf: arrays.append(leaf) or leaf, record)
+    return mapped(lambda name, leaf: _copied(leaf) if any(_overlap(leaf, x) for x in arrays) else leaf, stats)
 
 
 def mapped(function: Callable[[str, Any], Any], x: Any, name: str = "") -> Any:
@@ -80,7 +84,10 @@ def _copied(x: Any) -> Any:
     return x.copy() if hasattr(x, "copy") and hasattr(x, "dtype") else x
 
 
-def _is_view(x: Any) -> bool:
-    if isinstance(x, np.ndarray):
-        return not x.flags.owndata
-    return hasattr(x, "dtype")
+def _overlap(x: Any, y: Any) -> bool:
+    """Whether two arrays may lie in the same memory."""
+    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        return np.may_share_memory(x, y)
+    return hasattr(x, "dtype") and type(x) is type(y) and not isinstance(x, np.generic)

@@ -38,7 +38,7 @@ def conv_part(kind: Conv, call: Call, g: torch.Tensor, place: Place, namespace: 
         patches = _frames(patches, place, namespace)
         g = place.put(g)
         return patches, to_core(g if patches.blocks > 1 else g[:, 0], namespace)
-    a = patches.unfold()
+    a: Any = patches.unfold()
     a = place.put(a.reshape(a.shape[0], *call.rows, a.shape[-1]))
     return to_core(a, namespace), to_core(place.put(g), namespace)
 
@@ -52,7 +52,8 @@ def _window(kind: Conv, call: Call) -> Window:
 
 def _frames(patches: Patches, place: Axes, namespace: str) -> Patches:
     """Images as frames of their examples."""
-    window, image = patches.window, patches.image
+    window = patches.window
+    image: Any = patches.image
     apart = image.shape[1] // place.examples
     image = image.unflatten(1, (apart, place.examples) if place.inner else (place.examples, apart))
     image = image.movedim(2, 1) if place.inner else image

@@ -83,8 +83,9 @@ class Observer:
             for i, owned in zip(asked, found, strict=True):
                 fixed[i] = owned
             if all(place is None for place in given):
-                self.kept[key] = split, tuple(fixed)
-        return Observed(tuple(calls), split or Split(size), tuple(fixed), key, expected)
+                self.kept[key] = split, tuple(owned for owned in fixed if owned is not None)
+        owned = tuple(owned for owned in fixed if owned is not None)
+        return Observed(tuple(calls), split or Split(size), owned, key, expected)
 
     def again(
         self, observed: Observed, layers: dict[str, Layer], heads: Sequence[torch.Tensor], grads: Sequence[Any]

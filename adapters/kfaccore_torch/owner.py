@@ -115,11 +115,9 @@ def _agrees(candidate: Owned, before: Asked, after: torch.Tensor, s: torch.Tenso
     if candidate.mixes:
         return False
     place = candidate.place
-    if isinstance(place, Axes):
-        owner = place.owner()
-    else:
-        owner = torch.full((len(before.size),), -1)
-        owner[place.index[place.exists]] = torch.arange(len(place.index))[:, None].expand_as(place.index)[place.exists]
+    if isinstance(place, Together):
+        return False
+    owner = place.owner()
     factor = torch.where(owner < 0, torch.zeros(()), s[owner.clamp(min=0)]).to(after.device)
     return bool((before.scaled_by(after, factor) | ~before.alive).all())
 

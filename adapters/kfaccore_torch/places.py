@@ -72,7 +72,15 @@ class Groups:
 
     @property
     def examples(self) -> int:
+        """How many there are."""
         return self.index.shape[0]
+
+    def owner(self) -> torch.Tensor:
+        """The example of each row, (rows,); -1 where it has none."""
+        owner = torch.full((prod(self.rows),), -1)
+        examples = torch.arange(self.examples)[:, None].expand_as(self.index)
+        owner[self.index[self.exists]] = examples[self.exists]
+        return owner
 
     @property
     def positions(self) -> tuple[int, ...]:

@@ -27,7 +27,6 @@ from kfaccore_torch.report import Coverage, coverage
 from kfaccore_torch.resume import Resumes
 from kfaccore_torch.rows import absent
 
-
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
 
@@ -158,7 +157,7 @@ class Engine(Resumes):
         with torch.no_grad(), ordered(self.namespace, self.device):
             for name, one in records.items():
                 stats = kf.measured(self.core, self.state, name, one)
-                found[name] = kept(one, always=True) if stats is None else kept(stats)
+                found[name] = kept(one if stats is None else stats, one)
         return found
 
     def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:

@@ -17,13 +17,8 @@ from kfaccore.xp.arrays import Array, namespace, widen
 if TYPE_CHECKING:
     import numpy as np
 
-    from kfaccore.fisher.joint import Joint
-    from kfaccore.fisher.losses import Bernoulli
 
-    Loss = SoftmaxCrossEntropy | Bernoulli | Gaussian
-
-
-def type2(loss: Loss | Joint, f: Any, target: Any = None, mask: Any = None, signs: Array | None = None) -> Any:
+def type2(loss: Any, f: Any, target: Any = None, mask: Any = None, signs: Array | None = None) -> Any:
     """Columns of a root of the loss Hessian: sum over draws of v v^T is the Hessian of each example, exactly.
 
     f (batch, *positions, C) gives (T C, *f.shape) draws for T label positions, each zero but at one position. With
@@ -46,7 +41,7 @@ def type2(loss: Loss | Joint, f: Any, target: Any = None, mask: Any = None, sign
     return xp.reshape(roots[None, ...] * eye, (-1, *f.shape))
 
 
-def monte_carlo(loss: Loss | Joint, f: Any, noise: Any, target: Any = None, mask: Any = None) -> Any:
+def monte_carlo(loss: Any, f: Any, noise: Any, target: Any = None, mask: Any = None) -> Any:
     """Gradients at labels drawn from the model, weighted 1/sqrt(draws): (draws, *f.shape), unbiased for type2.
 
     noise   uniform [0, 1) (draws, *f.shape[:-1]) for softmax and (draws, *f.shape) for Bernoulli, standard normal
@@ -59,7 +54,7 @@ def monte_carlo(loss: Loss | Joint, f: Any, noise: Any, target: Any = None, mask
     return loss.sampled(f, namespace(f).astype(noise, f.dtype), target, mask) * noise.shape[0] ** -0.5
 
 
-def empirical(loss: Loss | Joint, f: Any, target: Any, mask: Any = None) -> Any:
+def empirical(loss: Any, f: Any, target: Any, mask: Any = None) -> Any:
     """Gradients at the true labels, (1, *f.shape): the gradient of the training loss, per example."""
     if isinstance(f, Mapping):
         return loss.draws(empirical, f, target, mask)
@@ -73,7 +68,7 @@ def forward_only(f: Any) -> Any:
     return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=aac.device(f))
 
 
-def draw_noise(loss: Loss, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:
+def draw_noise(loss: Any, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:
     """Noise for `monte_carlo` on a prediction of `shape`, from a NumPy generator seeded by (seed, step)."""
     if isinstance(loss, Gaussian):
         return rng.standard_normal((draws, *shape))
