@@ -66,4 +66,4 @@ test-jax-matrix:
 		REQUIRE=jax $$env/bin/python -m pytest tests/test_jax_*.py || exit 1; done
 
 clean:
-	rm -rf $(DEMO) $(TEST) .venv-jax-* runs dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-jax-* runs dist build .pytest_cache .ruff_cache .hypothesis

@@ -145,7 +145,7 @@ def resnet(training: bool) -> Callable[[], Entry]:
     def make() -> Entry:
         room = "timm.models.resnet"
         kind, block = of(f"{room}:ResNet"), of(f"{room}:BasicBlock")
-        entry = images(kind(block, (1, 1), num_classes=CLASSES, channels=(8, 16), stem_width=8), 16)
+        entry = images(kind(block, (1, 1, 1, 1), num_classes=CLASSES, channels=(8, 8, 8, 8), stem_width=8), 16)
         if training:
             entry.model.train()
             for module in entry.model.modules():

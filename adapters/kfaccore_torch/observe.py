@@ -21,6 +21,9 @@ from kfaccore_torch.plan import Layer
 from kfaccore_torch.rows import by_rows
 
 
+_MOST = 256  # combinations of shapes that are remembered
+
+
 @dataclass(frozen=True)
 class Observed:
     """Calls that reach the prediction, by layer and in order, and where the rows of each stand."""
@@ -84,6 +87,8 @@ class Observer:
                 fixed[i] = owned
             if all(place is None for place in given):
                 self.kept[key] = split, tuple(owned for owned in fixed if owned is not None)
+                if len(self.kept) > _MOST:
+                    del self.kept[next(iter(self.kept))]
         owned = tuple(owned for owned in fixed if owned is not None)
         return Observed(tuple(calls), split or Split(size), owned, key, expected)
 
@@ -227,8 +232,8 @@ def _check_strays(graph: Behind, seen: Capture) -> None:
     why = (
         "attention between two sequences splits its packed projection, which then has several inputs"
         if "in_proj" in first
-        else "a weight used by hand, a call outside capture(), or a derivative of the network (create_graph=True; such "
-        "a loss needs Taylor records, kfaccore_torch.taylor)"
+        else "a weight used by hand or under torch.func, a call outside capture(), or a derivative of the network "
+        "(create_graph=True; such a loss needs Taylor records, kfaccore_torch.taylor)"
     )
     raise ValueError(
         f"these parameters reach the prediction by a road that no captured call explains: {names}: {why}. Their "
