@@ -271,7 +271,13 @@ ZOO: dict[str, Callable[[], Entry]] = {
     "Llama, shifted": language("LlamaConfig LlamaForCausalLM", **LLAMA),
     "Mistral": language("MistralConfig MistralForCausalLM", **LLAMA),
     "Qwen2": language("Qwen2Config Qwen2ForCausalLM", **LLAMA),
-    "Mixtral": language("MixtralConfig MixtralForCausalLM", num_local_experts=2, num_experts_per_tok=1, **LLAMA),
+    "Mixtral": language(
+        "MixtralConfig MixtralForCausalLM",
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        experts_implementation="eager",  # the others know no float64
+        **LLAMA,
+    ),
     "OPT": language(
         "OPTConfig OPTForCausalLM",
         hidden_size=16,

@@ -20,7 +20,6 @@ from kfaccore_torch.places import Place, joined
 from kfaccore_torch.plan import Layer
 from kfaccore_torch.rows import by_rows
 
-
 _MOST = 256  # combinations of shapes that are remembered
 
 
