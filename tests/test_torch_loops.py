@@ -100,12 +100,14 @@ def test_nothing_is_a_view_of_the_users_memory(method):
 
 
 @pytest.mark.parametrize("namespace", ["numpy", "torch"])
-@pytest.mark.parametrize("method", [kf.SKFAC(), kf.CGFAC(), kf.RandomizedKFAC(), kf.KPSVD()])
+@pytest.mark.parametrize("method", [kf.SKFAC(), kf.CGFAC(), kf.RandomizedKFAC(), kf.KPSVD(), kf.FNGD()])
 def test_methods_that_keep_rows_keep_their_own(method, namespace):
+    """Without a bias the rows of a layer are its input's own memory."""
     found = []
     for spoil in (False, True):
-        model, (x, y) = mlp(), batch()
-        pre = pre_of(model, method=method, namespace=namespace)
+        torch.manual_seed(1)
+        model, (x, y) = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False)), batch()
+        pre = pre_of(model, method=method, namespace=namespace, fisher=kf.empirical, rows=8, samples=8)
         with pre.capture():
             f = model(x)
         pre.loss(f, y).backward()

@@ -93,6 +93,7 @@ def _part(layer: Layer, call: Call, g: torch.Tensor, place: Place, mask: torch.T
     kind = layer.kind
     g = detached(g).reshape(g.shape[0], *call.shape)
     exists = _both(place.mask(), mask)
+    exists = None if exists is None else exists.to(g.device)
     if isinstance(kind, Conv):
         return Part(*conv_part(kind, call, g, place, namespace), exists)
     if isinstance(kind, Bias):
