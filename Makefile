@@ -7,10 +7,11 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO = .venv-demo
 TEST = .venv-test
+ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
 	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn
 
-.PHONY: demo test lint bench mutants test-jax-matrix clean
+.PHONY: demo test lint bench zoo mutants test-jax-matrix clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore train digits-autoencoder --method kfac --against adam,sgd --out runs/demo
@@ -29,12 +30,21 @@ lint: $(TEST)/ready
 bench: $(TEST)/ready
 	status=0; for name in $(BENCHES); do $(TEST)/bin/python bench/$$name.py || status=1; done; exit $$status
 
+# Records and default shells on about thirty public models; --quick with ARGS takes six.
+zoo: $(ZOO)/ready
+	$(ZOO)/bin/python bench/torch_zoo.py $(ARGS)
+
 mutants: $(TEST)/ready
 	$(TEST)/bin/python tests/mutants.py
 
 $(DEMO)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/python $(PIP) -e '.[demo]'
+	touch $@
+
+$(ZOO)/ready: pyproject.toml constraints-zoo.txt
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-zoo.txt -e '.[zoo]'
 	touch $@
 
 # Plain `torch` can resolve to a build with CUDA libraries; the constraint pins the one tested here.
@@ -56,4 +66,4 @@ test-jax-matrix:
 		REQUIRE=jax $$env/bin/python -m pytest tests/test_jax_*.py || exit 1; done
 
 clean:
-	rm -rf $(DEMO) $(TEST) .venv-jax-* runs dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-jax-* runs dist build .pytest_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ from kfaccore.damping import (
 from kfaccore.fisher import (
     Bernoulli,
     Gaussian,
+    Joint,
     SoftmaxCrossEntropy,
     draw_noise,
     empirical,
@@ -60,6 +61,7 @@ from kfaccore.precondition.due import Due
 from kfaccore.precondition.info import Info
 from kfaccore.precondition.preconditioner import Preconditioner
 from kfaccore.precondition.schedule import Clocks, Schedules
+from kfaccore.precondition.waiting import measured
 from kfaccore.precondition.weighting import own_gradients, weighted
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.record.files import load_records, save_records
@@ -107,6 +109,7 @@ __all__ = [
     "Ids",
     "Info",
     "IterateAverage",
+    "Joint",
     "KFACCorrected",
     "KLClip",
     "Lanczos",
@@ -156,6 +159,7 @@ __all__ = [
     "lowest",
     "mean_eigenvalue",
     "mean_mean",
+    "measured",
     "metadata",
     "monte_carlo",
     "nothing",

@@ -143,6 +143,74 @@ def test_under_ddp(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+LOOPS = """
+total = nn.CrossEntropyLoss(reduction="sum")
+damped = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(5.0, 0.9), comm=comm(), step=kf.Fixed(0.3))
+net = model()
+optimizer = kt.Optimizer(net, total, damped, fisher=kf.type2)
+values = [optimizer.step(mine(x), mine(y)) for x, y in map(batch, range(4))]  # ragged shards
+found = {"optimizer": [p.detach() for p in net.parameters()], "values": values}
+
+from contextlib import nullcontext
+for name, loss, scale in (("sum", total, world), ("mean", nn.CrossEntropyLoss(), 0.5)):
+    net = model()
+    wrapped = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    damping = 5.0 if name == "sum" else 0.1
+    pre = kt.Preconditioner(wrapped, loss, kf.Preconditioner(kf.EKFAC(), kf.Clocks(1, 1), kf.Schedules(damping, 0.9),
+                            comm=comm()), fisher=kf.type2)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(3):
+        x, y = batch(step, 12)
+        sgd.zero_grad()
+        parts = list(zip(mine(x, False).chunk(2), mine(y, False).chunk(2)))
+        for i, (a, b) in enumerate(parts):
+            with wrapped.no_sync() if world > 1 and i == 0 else nullcontext():
+                with pre.capture():
+                    f = wrapped(a)
+                (pre.loss(f, b) * scale).backward()
+        pre.step()
+        sgd.step()
+    found[name] = [p.detach() for p in net.parameters()]
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.e = nn.ModuleList([nn.Linear(12, 3), nn.Linear(12, 3)])
+
+    def forward(self, x):
+        x = x.flatten(1)
+        z = torch.zeros(len(x), 3)
+        for i, expert in enumerate(self.e):
+            rows = (self.of == i).nonzero()[:, 0]
+            z = z.index_add(0, rows, expert(x[rows]))
+        return z
+
+net = Experts()
+damped = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(0.1, 0.9), comm=comm(), step=kf.Fixed(0.3))
+optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), damped, fisher=kf.type2)
+for step, to in enumerate(([0] * 6 + [1] * 6, [1] * 6 + [0, 1] * 3)):  # on one rank an expert sees no token
+    x, y = batch(step, 12)
+    net.of = mine(torch.tensor(to))
+    optimizer.step(mine(x), mine(y))
+found["experts"] = [p.detach() for p in net.parameters()]
+if rank == 0:
+    torch.save(found, f"{folder}/found.pt")
+"""
+
+
+def test_sums_micro_batches_and_experts_equal_one_process(tmp_path):
+    found = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        launch(LOOPS, folder, world)
+        found.append(torch.load(folder / "found.pt", weights_only=False))
+    for name, wanted in found[0].items():
+        for a, b in zip(found[1][name], wanted, strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-9, atol=1e-11, err_msg=name)
+
+
 def test_two_ranks_resume_on_one(tmp_path):
     body = """
     import os

@@ -299,7 +299,7 @@ def test_records_cost_nothing_when_not_due():
     pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(update=3))
     calls = []
     records = pre.engine.records
-    pre.engine.records = lambda *given: calls.append(pre.engine.state.step) or records(*given)
+    pre.engine.records = lambda *given, **more: calls.append(pre.engine.state.step) or records(*given, **more)
     for _ in range(7):
         directions(model, x, y, pre=pre)
     assert calls == [0, 3, 6]

@@ -2,15 +2,15 @@
 
 Calls are seen where they happen, at `torch.nn.functional`, and known by the identity of the parameter: modules called
 twice, tied weights, subclasses and functional code need no hooks. The edge, not the output, is kept: an in-place
-activation afterwards leaves it right, and nothing is copied. A known parameter that goes into any other function would
-be covered by half, so it is refused.
+activation afterwards leaves it right, and nothing is copied. Nothing outside the entered object changes, so threads do
+not see each other.
 """
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from kfaccore.layers import Conv, Embedding, Gain, Linear
-from kfaccore_torch.table import Layer, Plan
+from kfaccore_torch.plan import Layer, Plan
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
@@ -36,38 +36,49 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 }
 _ROLES = {F.linear: Linear, F.conv1d: Conv, F.conv2d: Conv, F.conv3d: Conv, F.embedding: Embedding}
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_)
-_VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}  # properties that hand the values on
-_HARMLESS = {"size", "dim", "numel", "stride", "is_contiguous", "storage_offset", "data_ptr", "is_floating_point"}
-_HARMLESS |= {
-    "is_complex",
-    "element_size",
-    "nelement",
-    "__len__",
-    "__hash__",
-    "__repr__",
-    "register_hook",
-    "get_device",
-}
 
 
 @dataclass(frozen=True)
 class Call:
     """One call of one weight.
 
-    x          the input, detached; of a norm's gain nothing is kept but `normalised`
+    x          the input, detached
     edge       of the output
     shape      of the output
+    rows       sizes of the axes of the output that are not features
+    version    how often the input's memory had been written
     options    arguments by name, other than tensors
-    positions  of rows that run over positions before examples (inside attention), else 0
+    before     nodes of the input, where it has a graph
+    narrow     the same call before its output was widened by an addition
     """
 
     x: torch.Tensor
     edge: GradientEdge
     shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    version: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     normalised: Callable[[], torch.Tensor] | None = None
     channel: int = -1
-    positions: int = 0
+    before: tuple[Any, ...] = ()
+    narrow: Call | None = None
+
+    @property
+    def node(self) -> Any:
+        """Where its gradient passes."""
+        return self.edge.node
+
+    def features_last(self, g: torch.Tensor, d: int) -> torch.Tensor:
+        """A gradient of the output (..., *shape) as (..., *rows, d)."""
+        if self.channel == -1:
+            return g.reshape(*g.shape[: g.ndim - len(self.shape)], *self.rows, d)
+        tail = 1
+        for size in self.shape[self.channel :]:
+            tail *= size
+        if tail == d:  # a norm over several axes
+            return g.reshape(*g.shape[: g.ndim - len(self.shape)], *self.rows, d)
+        moved = g.movedim(self.channel, -1)
+        return moved.reshape(*g.shape[: g.ndim - len(self.shape)], *self.rows, d)
 
 
 class Capture(TorchFunctionMode):
@@ -76,54 +87,43 @@ class Capture(TorchFunctionMode):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.calls: dict[str, list[Call]] = {}
-        self._known: dict[int, tuple[str, Layer]] = {}
+        self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> nodes of its input
+        self.empty: set[str] = set()  # layers called on no rows
+        self.known: dict[int, tuple[str, Layer]] = {}
         for layer in plan.layers.values():
             for role, p in layer.parameters.items():
-                self._known[id(p)] = (role, layer)
-        self._positions = 0
+                self.known[id(p)] = (role, layer)
         self._embedded: dict[int, tuple[weakref.ref, str, int, Call]] = {}  # outputs, the layer and place of their call
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self._inside_attention(args[0].shape[0]):
-                return func(*args, **kwargs)
-        if func is torch.autograd.grad and kwargs.get("create_graph"):
-            raise ValueError(
-                "the forward differentiates itself (create_graph=True) and that share of its curvature would "
-                "be missed; a loss with derivatives of the network needs Taylor records, see kfaccore_torch.taylor"
-            )
+            with self:  # the products inside are seen like any other
+                return _ATTENTION(*args, **kwargs)
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
         if names is not None:
             self._note(func, dict(zip(names, args, strict=False)) | kwargs, output)
-        elif not _harmless(func):
-            self._refuse(func, args, kwargs)
-        if self._embedded and not _harmless(func):
+        if self._embedded:
             self._widen(func, (*args, *kwargs.values()), output)
         return output
 
     def _note(self, func: Any, given: dict[str, Any], output: torch.Tensor) -> None:
         """Remember the call for the layers of its weight and bias."""
-        weight, bias = (self._known.get(id(given.get(name)), (None, None))[1] for name in ("weight", "bias"))
+        weight, bias = (self.known.get(id(_origin(given.get(name))), (None, None))[1] for name in ("weight", "bias"))
         if (weight is None and bias is None) or not _recording(output):
             return
         role = _ROLES.get(func, Gain)
-        if weight is not None and not isinstance(weight.kind, role):
-            kind = type(weight.kind).__name__
-            raise ValueError(
-                f"weight {weight.name!r} is known as {kind} and was used by {_name(func)}: two different Kronecker "
-                f"structures; pass skip=({next(iter(weight.paths.values()))!r},)"
-            )
-        x, edge = given["input"].detach(), get_gradient_edge(output)
-        options = {k: v for k, v in given.items() if not isinstance(v, torch.Tensor)}
-        call = Call(x, edge, tuple(output.shape), options, positions=self._positions)
-        if role is Gain:
-            channel = 1 if func in (F.group_norm, F.batch_norm) else -len(given["normalized_shape"])
-            call = replace(call, normalised=_normalised(func, given, x), channel=channel)
-        elif role is Conv:
-            call = replace(call, channel=1 - given["weight"].ndim)
-        for layer in {id(found): found for found in (weight, bias) if found is not None}.values():
+        _check_roles(role, func, weight, given)
+        edge = _edge(output)
+        before = [get_gradient_edge(x).node for x in (given["input"],) if x.requires_grad]
+        self.inputs.setdefault(edge.node, []).extend(before)
+        layers = {id(found): found for found in (weight, bias) if found is not None}.values()
+        if output.numel() == 0:
+            self.empty.update(layer.name for layer in layers)
+            return
+        call = _call(func, role, given, output, edge)
+        for layer in layers:
             calls = self.calls.setdefault(layer.name, [])
             calls.append(call)
             if role is Embedding:
@@ -132,57 +132,96 @@ class Capture(TorchFunctionMode):
     def _widen(self, func: Any, args: tuple, output: Any) -> None:
         """What all examples share, an embedding of positions, has one row each where it is added to them: the edge of
         that sum is kept instead, unless the shared output goes anywhere else too."""
+        if isinstance(output, torch.Size) or not isinstance(output, torch.Tensor | tuple | list | None):
+            return  # a size, a dtype, a flag
+        written = str(getattr(func, "__name__", "")).endswith("_")
         for x in _flat(args):
             found = self._embedded.get(id(x))
-            if found is None or found[0]() is not x:
+            if found is None or found[0]() is not x or (output is x and not written):
+                continue
+            if isinstance(output, torch.Tensor) and not output.requires_grad:
                 continue
             _, name, place, call = found
             calls, shape = self.calls[name], call.shape
+            if output is calls[place].x:
+                continue
             while shape[0] == 1 and len(shape) > 1:
                 shape = shape[1:]
-            added = func in _ADDITIONS and len(args) == 2 and calls[place] is call
+            added = func in _ADDITIONS and len(args) == 2 and calls[place] is call and output is not x
             if added and output.numel() > x.numel() and output.shape[-len(shape) :] == shape:
                 index = call.x.reshape(shape[:-1]).expand(output.shape[:-1])
-                wide = replace(call, x=index, edge=get_gradient_edge(output), shape=tuple(output.shape))
-                calls[place] = wide
+                wide = {"x": index, "edge": get_gradient_edge(output), "shape": tuple(output.shape)}
+                calls[place] = replace(call, **wide, rows=tuple(output.shape[:-1]), narrow=call)
             else:
                 calls[place] = call
                 del self._embedded[id(x)]
 
-    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
-        """ValueError if a known parameter is among the arguments of a function that hands its values on."""
-        for x in _flat((*args, *kwargs.values())):
-            if isinstance(x, torch.nn.Parameter) and id(x) in self._known and _grad_mode():
-                role, layer = self._known[id(x)]
-                raise ValueError(
-                    f"parameter {layer.paths[role]!r} went into {_name(func)} as well as through its layer, so its "
-                    f"curvature would be covered by half; pass skip=({layer.paths[role]!r},)"
-                )
 
-    @contextmanager
-    def _inside_attention(self, positions: int) -> Iterator[None]:
-        """`F.multi_head_attention_forward` looks `linear` up in its module: its two products are seen there."""
-
-        def linear(*args: Any, **kwargs: Any) -> torch.Tensor:
-            output = original(*args, **kwargs)
-            given = dict(zip(_ARGUMENTS[F_LINEAR], args, strict=False)) | kwargs
-            if given["weight"]._is_view() and id(given["weight"]._base) in self._known:
-                raise ValueError(
-                    f"{self._known[id(given['weight']._base)][1].name!r} is attention between two sequences: its "
-                    f"packed projection has several inputs; skip it"
-                )
-            self._note(F_LINEAR, given, output)
-            return output
-
-        original, self._positions = F.linear, positions
-        F.linear = linear  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            F.linear, self._positions = original, 0
+def _call(func: Any, role: Any, given: dict[str, Any], output: torch.Tensor, edge: GradientEdge) -> Call:
+    """What is kept of one call."""
+    x, shape = given["input"].detach(), tuple(output.shape)
+    options = {k: v for k, v in given.items() if not isinstance(v, torch.Tensor)}
+    version = 0 if x.is_inference() else given["input"]._version
+    call = Call(x, edge, shape, shape[:-1] or (1,), version, options)
+    if role is Conv:
+        axes = given["weight"].ndim - 2
+        spatial = shape[len(shape) - axes :]
+        return replace(call, channel=-1 - axes, rows=(*(shape[: len(shape) - axes - 1] or (1,)), *spatial))
+    if role is not Gain:
+        return call
+    if func in (F.group_norm, F.batch_norm):
+        rows = (shape[0], *shape[2:])
+        return replace(call, normalised=_normalised(func, given, x), channel=1 - len(shape), rows=rows)
+    channel = -len(given["normalized_shape"])
+    return replace(call, normalised=_normalised(func, given, x), channel=channel, rows=shape[:channel] or (1,))
 
 
-F_LINEAR = F.linear
+def _check_roles(role: Any, func: Any, weight: Layer | None, given: dict[str, Any]) -> None:
+    """ValueError for a weight that serves as another kind than its layer's, or with another bias."""
+    if weight is None:
+        return
+    path = weight.paths.get("weight", next(iter(weight.paths.values())))
+    if not isinstance(weight.kind, role):
+        raise ValueError(
+            f"weight {weight.name!r} is known as {type(weight.kind).__name__} and was used by "
+            f"{getattr(func, '__name__', func)}: two different Kronecker structures; pass skip=({path!r},)"
+        )
+    if "bias" in weight.paths and role is not Gain and _origin(given.get("bias")) is not weight.parameters["bias"]:
+        name = weight.paths["bias"]
+        raise ValueError(
+            f"layer {weight.name!r} was called without its own bias {name!r}, or with a changed copy of it: pass "
+            f"skip=({name!r},), and its weight is covered alone"
+        )
+
+
+def _origin(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The parameter that a tensor is a cast or an unchanged copy of, or the tensor itself."""
+    node = None if x is None else x.grad_fn
+    while node is not None and node.name() in ("ToCopyBackward0", "CloneBackward0", "AliasBackward0"):
+        node = node.next_functions[0][0]
+    return x if node is None else getattr(node, "variable", x)
+
+
+def _edge(output: torch.Tensor) -> GradientEdge:
+    """The gradient edge of an output, or of the tensor that it is all of: an operation in place on a view takes the
+    view's own edge off the path, the base's stays."""
+    base = output._base if output._is_view() else None
+    whole = base is not None and base.requires_grad and base.numel() == output.numel()
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
+
+
+def _own_copy(function: Any) -> Any:
+    """The same code with globals of its own, in which nothing overrides torch functions: the function checks that
+    before it does anything, and would be handed back to the mode for ever."""
+    scope = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    twin = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+_ATTENTION = _own_copy(F.multi_head_attention_forward)
 
 
 def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -191,10 +230,12 @@ def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[
     if func is F.layer_norm or func is F.rms_norm:
         return lambda: func(x, given["normalized_shape"], **eps)
     if func is F.group_norm:
-        return lambda: F.group_norm(x, given["num_groups"], **eps)
+        return lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps)
     if given.get("training"):
         return lambda: F.batch_norm(x, None, None, training=True, **eps)
-    return lambda: F.batch_norm(x, given["running_mean"], given["running_var"], **eps)
+    # copies: running statistics move on with the next batch
+    mean, var = given["running_mean"].clone(), given["running_var"].clone()
+    return lambda: F.batch_norm(x, mean, var, **eps)
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
@@ -206,22 +247,6 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield x
 
 
-def _grad_mode() -> bool:
-    """Whether a graph is being built, and not a second time by a checkpoint's recomputation."""
-    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
-
-
 def _recording(output: torch.Tensor) -> bool:
-    return _grad_mode() and output.requires_grad
-
-
-def _harmless(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__"):
-        return name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") not in _VALUES
-    return name in _HARMLESS
-
-
-def _name(func: Any) -> str:
-    name = getattr(func, "__name__", repr(func))
-    return f"Tensor.{func.__self__.__name__}" if name == "__get__" else name
+    """Whether a graph is being built, and not a second time by a checkpoint's recomputation."""
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1 and output.requires_grad

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 import kfaccore as kf
-from kfaccore.layers import Linear
-from kfaccore_torch.bridge import detached, ordered, to_core
-from kfaccore_torch.capture import Call
-from kfaccore_torch.engine import Batch, Engine, Settings
+from kfaccore_torch.bridge import ordered
+from kfaccore_torch.draw import Batch
+from kfaccore_torch.gradients import gradients
+from kfaccore_torch.masks import Told
+from kfaccore_torch.records import called
+from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
-from kfaccore_torch.rows import examples, output_rows, rows
-from kfaccore_torch.table import unwrapped
+from kfaccore_torch.step import Engine, Settings
 
 
 class Optimizer:
@@ -47,11 +47,21 @@ class Optimizer:
             raise TypeError("Optimizer sums gradients over ranks itself: give it the module without the wrapper")
         self.model = model
         self.engine = Engine(model, loss, core, Settings(**settings))
-        plan = self.engine.plan
-        if plan.rest and rest is None:
+        self._make_rest = rest
+        self.rest: torch.optim.Optimizer | None = None
+        self._follow_rest()
+
+    def _follow_rest(self) -> None:
+        """The optimizer of what is not covered, over the parameters that the plan leaves it now."""
+        plan, old = self.engine.plan, self.rest
+        if plan.rest and self._make_rest is None:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.uncovered.items())
             raise ValueError(f"these parameters are not covered; pass rest=torch.optim.Adam for them\n{reasons}")
-        self.rest = rest(plan.rest.values()) if rest and plan.rest else None
+        if old is not None and {id(p) for g in old.param_groups for p in g["params"]} == {*map(id, plan.rest.values())}:
+            return
+        self.rest = self._make_rest(plan.rest.values()) if self._make_rest and plan.rest else None
+        if old is not None and self.rest is not None:
+            self.rest.state.update({p: old.state[p] for p in plan.rest.values() if p in old.state})
 
     @property
     def info(self) -> kf.Info | None:
@@ -63,49 +73,47 @@ class Optimizer:
         return self.engine.report()
 
     def step(
-        self, inputs: Any, target: Any, mask: torch.Tensor | None = None, ids: torch.Tensor | None = None
+        self,
+        inputs: Any,
+        target: Any,
+        mask: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
+        examples: Any = None,
     ) -> float:
         """One update on a batch; the loss before it, penalty included.
 
         inputs   a tensor, a tuple of positional or a dict of keyword arguments of the model
         mask     (batch, positions), true where a position exists
         ids      (batch,) places of the examples in the dataset, for methods that remember examples
+        masks, examples   as `Preconditioner.capture` takes them
         """
-        engine, l2 = self.engine, self.engine.core.schedules.l2
-        judged = engine.core.rule.judges
-        random = _random_state(engine.device) if judged else ()
+        engine = self.engine
+        l2 = engine.core.schedules.l2
+        if engine.replan():
+            self._follow_rest()
+        random = random_state(engine.device) if engine.core.rule.judges else ()
         with torch.enable_grad():
             with engine.captured() as seen:
-                f = self._forward(inputs)
-            if f.dtype == torch.float16:
-                raise ValueError(
-                    "the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner"
-                )
-            value = engine.objective.value(f, target)
-            batch = Batch(f, target, mask, ids)
-            records = engine.records(seen.calls, batch, 0) if engine.due else None
+                f = called(self.model, inputs)
+            batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
+            value, n = self._loss(batch)
+            records, observed = {} if engine.due else None, None
+            if engine.due and n > 0:
+                records, observed = engine.records(seen, batch, 0, n)
             with ordered(engine.namespace, engine.device):
-                grads, rest = self._gradients(value, seen.calls, batch, l2)
-        n = engine.objective.share(f, target)
+                grads, rest = gradients(engine, value, seen, observed, batch, l2)
+        if records is not None:
+            records, grads = engine.completed(records, grads, n)
         before, grads, rest = self._summed(float(value.detach()), grads, rest, n)
         before += self._penalty(l2)
-        with torch.no_grad(), ordered(engine.namespace, engine.device):
-            updates = engine.step({name: [r] for name, r in records.items()} if records else None, grads)
-            moves = self._moves(updates)
-            old = [p.detach().clone() for p, _ in moves] if judged else []
-            for p, move in moves:
-                p.sub_(move)
 
-            def place(share: float) -> None:
-                for (p, move), kept in zip(moves, old, strict=True):
-                    p.copy_(kept - share * move if share else kept)
+        def again() -> float:
+            with replayed(self.model, random, engine.device):
+                value = float(engine.objective.value(called(self.model, inputs), target))
+            return self._mean(value, n) + self._penalty(l2)
 
-            def loss() -> float:
-                with _replayed(self.model, random, engine.device):
-                    value = float(engine.objective.value(self._forward(inputs), target))
-                return self._mean(value, n) + self._penalty(l2)
-
-            _, engine.state = engine.core.judge(engine.state, before, place, loss)
+        self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
         if self.rest is not None:
             for p, g in zip(engine.plan.rest.values(), rest, strict=True):
                 p.grad = g
@@ -113,44 +121,34 @@ class Optimizer:
             self.rest.zero_grad()
         return before
 
-    def _forward(self, inputs: Any) -> torch.Tensor:
-        if isinstance(inputs, dict):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
-
-    def _gradients(
-        self, value: torch.Tensor, calls: dict[str, list[Call]], batch: Batch, l2: float
-    ) -> tuple[dict[str, Any], tuple]:
-        """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""
         engine = self.engine
-        layers = engine.plan.layers
-        whole, size = bool(l2) or engine.core.comm.world > 1, examples(batch.f, calls)
-        resting = kf.own_gradients(engine.core) and not engine.due  # every weight gradient is then made of given rows
-        edges = {n: c[0] for n, c in calls.items() if resting or (not whole and _factors(layers[n].kind, c))}
-        odd = [n for n in edges if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]
-        if odd:
-            raise ValueError(f"layers {odd} are not linear layers called once: give them another method than FNGD")
-        dense = [(name, role, p) for name in layers if name not in edges for role, p in layers[name].parameters.items()]
-        wanted = [c.edge for c in edges.values()] + [p for *_, p in dense] + list(engine.plan.rest.values())
-        found = torch.autograd.grad(value, wanted, allow_unused=True)
-        grads: dict[str, Any] = {}
-        for (name, call), g in zip(edges.items(), found[: len(edges)], strict=True):
-            if g is not None:
-                a, g = rows(layers[name], call, size, engine.namespace), output_rows(detached(g), call, size)
-                g = to_core(g, engine.namespace)
-                if resting:
-                    ids = None if batch.ids is None else to_core(batch.ids, engine.namespace)
-                    g = kf.weighted(engine.core, engine.state, {name: g}, ids)[name]
-                grads[name] = kf.Factored(a, g, 1.0)
-        found, rest = found[len(edges) :], found[len(edges) + len(dense) :]
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
-        for (name, role, p), g in zip(dense, found[: len(dense)], strict=True):
-            if g is not None:
-                tensors.setdefault(name, {})[role] = g + l2 * p.detach() if l2 else g
-        for name, given in tensors.items():
-            if len(given) == len(layers[name].parameters):
-                grads[name] = engine.matrix(layers[name], given)
-        return grads, rest
+        heads = engine.objective.heads(batch.f)
+        if any(head.dtype == torch.float16 for head in heads):
+            raise ValueError("the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner")
+        n, world = engine.share(batch), engine.core.comm.world
+        if n <= 0 and world == 1:
+            raise ValueError(f"no step was taken: {engine.void(batch)}; skip such a batch")
+        if n <= 0:
+            return torch.stack([head.sum() for head in heads]).sum() * 0.0, 0.0
+        # a sum is one sum over all ranks
+        return engine.objective.value(batch.f, batch.target), n / world if engine.objective.total else n
+
+    def _applied(self, records: Any, grads: dict[str, Any], before: float, again: Callable[[], float]) -> None:
+        """Take the core's step, and back what its rule judges too long by the loss `again`."""
+        engine = self.engine
+        with torch.no_grad(), ordered(engine.namespace, engine.device):
+            moves = self._moves(engine.step(records, grads))
+            old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
+            for p, move in moves:
+                p.sub_(move)
+
+            def place(share: float) -> None:
+                for (p, move), kept in zip(moves, old, strict=True):
+                    p.copy_(kept - share * move if share else kept)
+
+            _, engine.state = engine.core.judge(engine.state, before, place, again)
 
     def _summed(self, value: float, grads: dict, rest: tuple, n: float) -> tuple[float, dict, tuple]:
         """Loss and gradients of the global batch: means over ranks by their shares n of it."""
@@ -159,25 +157,34 @@ class Optimizer:
         if comm.world == 1:
             return value, grads, rest
         present = [float(name in grads) for name in layers]  # ranks that differ must not meet in a sum
-        total = comm.all_reduce([torch.tensor([n, n * value, *present], dtype=torch.float64)])[0].tolist()
+        n, value = self._weighed(n, value)
+        total = comm.all_reduce([torch.tensor([n, value, *present], dtype=torch.float64)])[0].tolist()
+        whole = 1.0 if engine.objective.total else total[0]
         odd = [name for name, count in zip(layers, total[2:], strict=True) if 0 < count < comm.world]
         if odd:
             error = ValueError(f"layers {odd} take part in this step on some ranks only; need the same on all")
             engine.leave_word(error)
             raise error
-        scaled = {name: grads[name] * (n / total[0]) for name in layers if name in grads}
+        scaled = {name: grads[name] * (n / whole) for name in layers if name in grads}
         pairs = zip(engine.plan.rest.values(), rest, strict=True)
-        others = [torch.zeros_like(p) if g is None else g * (n / total[0]) for p, g in pairs]
+        others = [torch.zeros_like(p) if g is None else g * (n / whole) for p, g in pairs]
         with ordered(engine.namespace, engine.device):
             grads, others = comm.all_reduce([scaled, others])
-        return total[1] / total[0], grads, tuple(others)
+        return total[1] / whole, grads, tuple(others)
 
     def _mean(self, value: float, n: float) -> float:
         """A loss of the global batch, from this rank's and its share n."""
         if self.engine.core.comm.world == 1:
             return value
-        n, total = self.engine.core.comm.all_reduce([torch.tensor([n, n * value], dtype=torch.float64)])[0].tolist()
-        return total / n
+        found = self.engine.core.comm.all_reduce([torch.tensor(self._weighed(n, value), dtype=torch.float64)])
+        n, total = found[0].tolist()
+        return total if self.engine.objective.total else total / n
+
+    def _weighed(self, n: float, value: float) -> tuple[float, float]:
+        """What a rank's loss weighs in that of all, and the loss times it; sums are added as they are."""
+        if self.engine.objective.total:
+            return 1.0, value
+        return n, n * value if n else 0.0
 
     def _penalty(self, l2: float) -> float:
         if not l2:
@@ -217,28 +224,3 @@ class Optimizer:
         self.engine.load_state_dict(state)
         if self.rest is not None:
             self.rest.load_state_dict(state["rest"])
-
-
-def _factors(kind: Any, calls: list[Call]) -> bool:
-    """Whether applying inverses to the rows is cheaper than to the gradient: one call with fewer rows than width."""
-    if not isinstance(kind, Linear) or len(calls) != 1:
-        return False
-    return calls[0].x.numel() // kind.d_in < max(kind.d_in, kind.d_out)
-
-
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _replayed(model: nn.Module, random: tuple, device: torch.device) -> Iterator[None]:
-    """The same dropout as in the step's own forward; running statistics are as they were afterwards."""
-    buffers = [(b, b.detach().clone()) for b in unwrapped(model).buffers()]
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(random[0])
-        if random[1] is not None:
-            torch.cuda.set_rng_state(random[1], device)
-        yield
-    for buffer, kept in buffers:
-        buffer.copy_(kept)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.bridge import ordered
-from kfaccore_torch.engine import Batch, Engine, Settings
+from kfaccore_torch.capture import Capture
+from kfaccore_torch.collect import Shot, gathered
+from kfaccore_torch.draw import Batch
+from kfaccore_torch.masks import Told
 from kfaccore_torch.report import Coverage
+from kfaccore_torch.step import Engine, Settings
+from kfaccore_torch.terms import Terms
 
 
 class Preconditioner:
@@ -30,12 +36,16 @@ class Preconditioner:
 
     model      its layers are found by the identity of their parameters; wrapped in DistributedDataParallel or
                torch.compile it may be
-    loss       nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss (mean or sum), or a loss of kfaccore
+    loss       nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss (mean or sum), a loss of kfaccore, or a
+               kfaccore.Joint of them for a dict of predictions
     core       a kfaccore.Preconditioner, or a method; default KFAC() at the default clocks
     settings   fields of `Settings`
 
-    Several micro-batches before one step are several captures, each with its loss. Clip gradients before `step` to
-    bound the gradient, after it to bound the direction. With a GradScaler call `step` after `scaler.unscale_`.
+    Several micro-batches before one step are several captures, each with its loss; several losses on one forward add
+    their curvatures. Statistics are taken when a loss is formed and count once it is differentiated. A sum loss is one
+    sum over micro-batches and ranks: under DistributedDataParallel, which averages, multiply it by the ranks. Clip
+    gradients before `step` to bound the gradient, after it to bound the direction. With a GradScaler call `step` after
+    `scaler.unscale_`.
     """
 
     def __init__(self, model: nn.Module, loss: Any, core: Any = None, **settings: Any) -> None:
@@ -45,9 +55,10 @@ class Preconditioner:
         if core.schedules.weight_decay or core.schedules.l2:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
-        self._open: tuple[dict, Any] | None = None
-        self._records: dict[str, list[kf.Record]] = {}
-        self._turn = 0
+        self._open: tuple[Capture, Told, Shot] | None = None
+        self._shots: list[Shot] = []
+        self._formed = 0  # losses since the last step, differentiated or not
+        self._terms = Terms()
 
     @property
     def info(self) -> kf.Info | None:
@@ -59,59 +70,123 @@ class Preconditioner:
         return self.engine.report()
 
     @contextmanager
-    def capture(self, mask: torch.Tensor | None = None) -> Iterator[None]:
+    def capture(
+        self,
+        mask: torch.Tensor | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
+        examples: Any = None,
+    ) -> Iterator[None]:
         """Around one forward pass; does nothing on steps that need no records.
 
-        mask   (batch, positions), true where a position exists: padding is left out of the factors
+        mask      (batch, positions), true where a position exists: padding is left out of the factors of every layer
+                  whose rows have such positions
+        masks     pattern of layer names -> a mask for those layers instead
+        examples  whose row is whose, where it is known: the example of each row, (rows,), for the layers that have as
+                  many, or pattern -> (rows,); it is asked of autograd otherwise
         """
         self._open = None
+        self.engine.replan()
         if not self.engine.due:
             yield
             return
         with self.engine.captured() as seen:
             yield
-        self._open = seen.calls, mask
+        self._open = seen, Told(mask, masks or {}, examples), Shot()
 
-    def loss(self, f: torch.Tensor, target: Any) -> torch.Tensor:
-        """The training loss at the captured prediction. Raises ValueError if the forward was not captured."""
+    def loss(self, f: Any, target: Any) -> torch.Tensor:
+        """The training loss at the captured prediction; more than one on a forward add up.
+
+        Raises ValueError if the forward was not captured.
+        """
+        self.engine.objective.heads(f)
         value = self.engine.objective.value(f, target)
         if not self.engine.due or not torch.is_grad_enabled():
             return value
         if self._open is None:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
-        calls, mask = self._open
-        records = self.engine.records(calls, Batch(f, target, mask), self._turn)
-        self._open, self._turn = None, self._turn + 1
-        for name, found in records.items():
-            self._records.setdefault(name, []).append(found)
+        seen, told, shot = self._open
+        batch = Batch(f, target, told)
+        n = self.engine.share(batch)
+        if n <= 0:
+            shot.void = self.engine.void(batch)
+            return self._counted(value, shot, {})
+        shot.n, shot.total = shot.n or n, self.engine.objective.total
+        # a second loss on one forward: draws by the root of the ratio, so that one n serves both
+        records, observed = self.engine.records(seen, batch, self._formed, shot.n, True, times=(shot.n / n) ** 0.5)
+        self._formed += 1
+        value = self._counted(value, shot, self.engine.waiting(records))
+        self._terms.expect(value, observed.expected, self.engine.plan.trained)
         return value
+
+    def extra(self, term: torch.Tensor) -> torch.Tensor:
+        """Declares a term of the loss that has no curvature here, such as a KL divergence or a penalty: it is handed
+        back, to be added, and its gradient is preconditioned with the others."""
+        self._terms.declared = True
+        return term
+
+    def discard(self) -> None:
+        """Forget what was captured since the last step."""
+        self._shots, self._open, self._formed = [], None, 0
 
     def step(self) -> None:
         """Replace gradients by directions, in place. Parameters without a gradient are left alone."""
         engine, grads = self.engine, {}
+        if engine.replan() and self._shots:
+            self.discard()
+            raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
         with torch.no_grad(), ordered(engine.namespace, engine.device):
             for name, layer in engine.plan.layers.items():
                 found = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
-                if len(found) == len(layer.parameters):
+                if found and len(found) < len(layer.parameters):
+                    if engine.core.comm.world > 1:
+                        continue  # the ranks find out together which of them disagree
+                    raise ValueError(f"layer {name!r} has a gradient for {sorted(found)} only, of {list(layer.paths)}")
+                if found:
                     grads[name] = engine.matrix(layer, found)
-            self._check_seen(grads)
-            directions = engine.step(self._records if engine.due else None, grads) if grads else {}
+            records = None
+            if engine.due and grads:
+                records, grads = self._gathered(grads)
+            directions = engine.step(records, grads) if grads else {}
             for name, matrix in directions.items():
                 layer = engine.plan.layers[name]
                 for role, x in engine.tensors(layer, matrix).items():
                     layer.parameters[role].grad.copy_(x)  # type: ignore[union-attr]
-        self._records, self._turn, self._open = {}, 0, None
+        self.discard()
 
-    def _check_seen(self, grads: dict[str, Any]) -> None:
-        """A gradient that no captured call explains would be preconditioned by another batch's curvature."""
-        if not self.engine.due or not self._records:
+    def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
+        """The loss; once it is differentiated, what was found counts."""
+        if value.requires_grad:
+            value.register_hook(partial(_count, self._shots, shot, found))
+        return value
+
+    def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the step is given; ValueError where gradients have no statistics to go with."""
+        found = gathered(self._shots, self.engine.core.comm.world)
+        records = {name: pieces for name, pieces in found.items() if name in grads}
+        if not records:
+            self._complain()
+        return self.engine.completed(records, grads, sum(shot.n for shot in self._shots))
+
+    def _complain(self) -> None:
+        void = [shot.void for shot in self._shots if shot.void]
+        if void and self.engine.core.comm.world > 1:
             return
-        for name in set(grads) - set(self._records):
-            if bool((grads[name] != 0).any()):
-                raise ValueError(
-                    f"layer {name!r} has a gradient but none of its calls was captured: was the model run inside "
-                    f"capture(), and is checkpointing non-reentrant (use_reentrant=False)?"
-                )
+        if void:
+            raise ValueError(f"this step has no statistics to update from: {void[0]}; skip such a batch")
+        if self._formed:
+            raise ValueError(
+                "this step updates statistics but got no records: pre.loss was formed and never differentiated; call "
+                "backward on what it returned, or on a sum it is part of"
+            )
+        if self._open is not None:
+            raise ValueError(
+                "this step updates statistics but got no records: the forward was captured, but pre.loss was not "
+                "called; form the loss by pre.loss(prediction, target)"
+            )
+        raise ValueError(
+            "this step updates statistics but got no records: run the forward inside `with pre.capture():` and form "
+            "the loss by pre.loss"
+        )
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state in one file that every adapter of kfaccore reads."""
@@ -128,3 +203,16 @@ class Preconditioner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; ValueError, and no change, if it is another model's."""
         self.engine.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what waits for a step: it belongs to graphs, which no copy shares."""
+        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0}
+
+
+def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:
+    """A loss is differentiated: what it left counts, once."""
+    if not any(other is shot for other in shots):
+        shots.append(shot)
+    for name, one in found.items():
+        shot.found.setdefault(name, []).append(one)
+    found.clear()

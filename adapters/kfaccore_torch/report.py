@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import kfaccore as kf
-from kfaccore_torch.table import Plan
+from kfaccore_torch.plan import Plan
 
 QUALITY = {kf.Exact: "exact", kf.Diagonal: "diagonal", kf.Identity: "identity"}
 
@@ -43,8 +43,11 @@ class Coverage:
         return "\n".join([*lines, f"covered: {self.share:.1%} of the trainable numbers"])
 
 
-def coverage(plan: Plan, blocks: dict[str, kf.Block], core: kf.Preconditioner) -> Coverage:
-    """The report of a plan under a core preconditioner's methods."""
+def coverage(
+    plan: Plan, blocks: dict[str, kf.Block], core: kf.Preconditioner, mixing: Collection[str] = ()
+) -> Coverage:
+    """The report of a plan under a core preconditioner's methods; `mixing` are layers seen to have rows that move
+    several examples."""
     memory, rows = core.memory(blocks), []
     for name, layer in plan.layers.items():
         block = blocks[name]
@@ -52,6 +55,7 @@ def coverage(plan: Plan, blocks: dict[str, kf.Block], core: kf.Preconditioner) -
         a = f"A {block.d_in}{' diagonal' if block.diagonal_in else ''}"
         groups = f" x {block.blocks} groups" if block.blocks > 1 else ""
         quality = QUALITY.get(type(method), f"approximate ({type(method).__name__})")
+        quality += "; rows of several examples" if name in mixing else ""
         count = sum(p.numel() for p in layer.parameters.values())
         rule, factors = type(layer.kind).__name__.lower(), f"G {block.d_out}, {a}{groups}"
         rows.append(Row(tuple(layer.paths.values()), rule, factors, memory[name], quality, count))

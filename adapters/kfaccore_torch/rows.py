@@ -1,145 +1,181 @@
-"""Calls and their output gradients as kfaccore's records."""
+"""Calls, their places and their output gradients as kfaccore's records."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat as aac
 import torch
 
-from kfaccore import Ids, Patches, Record, Window
+from kfaccore import Ids, Patches, Record
 from kfaccore.layers import Bias, Conv, Embedding, Gain
 from kfaccore_torch.bridge import detached, to_core
 from kfaccore_torch.capture import Call
-from kfaccore_torch.table import Layer
+from kfaccore_torch.images import conv_part
+from kfaccore_torch.places import Axes, Groups, Place, Together
+from kfaccore_torch.plan import Layer
 
 Array = Any
 
 
+@dataclass(frozen=True)
+class Part:
+    """One call in a record: a (batch, positions, d_in), or with blocks first, or Ids or Patches; g with draws first;
+    which of its positions exist, (batch, positions) or none."""
+
+    a: Any
+    g: Array
+    exists: torch.Tensor | None
+
+
 def record(
     layer: Layer,
-    calls: list[Call],
-    grads: list[torch.Tensor],
-    batch: int,
+    calls: Sequence[Call],
+    grads: Sequence[torch.Tensor],
+    places: Sequence[Place],
     n: float,
     namespace: str,
-    mask: Any = None,
+    masks: Sequence[torch.Tensor | None],
     ids: Any = None,
 ) -> Record:
     """One record of all calls; several calls are more positions of the same examples.
 
     grads   a call each, (draws, *output shape): gradients of the per-example loss
-    batch   examples; axes of inputs that are not it are positions
-    mask    (batch, positions) of tokens that exist, used where it fits
+    places  where the rows of each call stand
+    masks   a call each, (batch, positions) of positions that exist, or none
     ids     (batch,) places of the examples in the dataset
     """
-    parts = [_part(layer, call, g, batch, namespace) for call, g in zip(calls, grads, strict=True)]
-    a, g = parts[0] if len(parts) == 1 else _joined(layer, parts)
-    keep = None
-    if isinstance(a, Ids) and calls[0].options.get("padding_idx") is not None:
-        keep = a.index != calls[0].options["padding_idx"]
-    if mask is not None and tuple(mask.shape) == tuple(g.shape[-3:-1]):
-        keep = to_core(mask, namespace) if keep is None else keep & to_core(mask, namespace)
-    return Record(a, g, n, mask=keep, ids=None if ids is None else to_core(ids, namespace))
+    if len({place.examples for place in places}) > 1:  # some rows are shared: then all are of one example
+        together = [place if isinstance(place, Together) else _together(place) for place in places]
+        pairs = zip(masks, places, strict=True)
+        masks = [None if m is None or isinstance(place, Groups) else m.reshape(1, -1) for m, place in pairs]
+        return record(layer, calls, grads, together, n, namespace, masks)
+    given = zip(calls, grads, places, masks, strict=True)
+    parts = [_part(layer, call, g, place, mask, namespace) for call, g, place, mask in given]
+    part = parts[0] if len(parts) == 1 else _joined(parts)
+    exists = None if part.exists is None else to_core(part.exists, namespace)
+    known = ids is not None and places[0].examples == len(ids)
+    return Record(part.a, part.g, n, mask=exists, ids=to_core(ids, namespace) if known else None)
 
 
-def examples(f: torch.Tensor, calls: dict[str, list[Call]]) -> int:
-    """How many examples a prediction f (examples, ...) is of: those of the layers where f (examples positions, classes)
-    joined the two axes of theirs."""
-    shapes = {c.shape for found in calls.values() for c in found if len(c.shape) == 3 and not c.positions}
-    joined = {shape[0] for shape in shapes if shape[0] * shape[1] == f.shape[0]}
-    return joined.pop() if f.ndim == 2 and len(joined) == 1 else f.shape[0]
-
-
-def rows(layer: Layer, call: Call, batch: int, namespace: str) -> Array:
+def rows(layer: Layer, call: Call, place: Place, namespace: str) -> Array:
     """The rows `a` of one call of a linear layer, (batch, positions, d_in)."""
-    return _shared(layer.kind.activations(to_core(_examples(call.x, batch, call.positions), namespace)))
+    return layer.kind.activations(to_core(_put(detached(call.x), place), namespace))
 
 
-def output_rows(g: torch.Tensor, call: Call, batch: int) -> torch.Tensor:
+def output_rows(layer: Layer, call: Call, g: torch.Tensor, place: Place) -> torch.Tensor:
     """One draw's output gradient as (batch, positions, d_out)."""
-    return _examples(g, batch, call.positions)
+    return place.put(call.features_last(g.reshape(call.shape), layer.kind.d_out))
 
 
-def _part(layer: Layer, call: Call, g: torch.Tensor, batch: int, namespace: str) -> tuple[Any, Array]:
-    """a and g of one call, (batch, positions, d) each, draws in front of g; blocks first for groups."""
+def by_rows(layer: Layer, call: Call, g: torch.Tensor) -> torch.Tensor:
+    """An output gradient as (rows, d)."""
+    d = layer.kind.d if isinstance(layer.kind, Bias) else g.numel() // max(1, _number(call.rows))
+    g = call.features_last(detached(g).reshape(call.shape), d)
+    return g.reshape(-1, d)
+
+
+def _number(rows: tuple[int, ...]) -> int:
+    size = 1
+    for axis in rows:
+        size *= axis
+    return size
+
+
+def _together(place: Place) -> Together:
+    return Together(place.rows, place if isinstance(place, Axes) else None)
+
+
+def _part(layer: Layer, call: Call, g: torch.Tensor, place: Place, mask: torch.Tensor | None, namespace: str) -> Part:
+    """a and g of one call, and what exists of it."""
     kind = layer.kind
-    g = detached(g)
+    g = detached(g).reshape(g.shape[0], *call.shape)
+    exists = _both(place.mask(), mask)
+    exists = None if exists is None else exists.to(g.device)
     if isinstance(kind, Conv):
-        return _conv(kind, call, g, namespace)
+        return Part(*conv_part(kind, call, g, place, namespace), exists)
     if isinstance(kind, Bias):
-        g = _channels_last(g, call.channel % len(call.shape) - len(call.shape), kind.d)
+        g = call.features_last(g, kind.d)
         if isinstance(kind, Gain) and call.normalised is not None:
-            xhat = _channels_last(detached(call.normalised()), call.channel % len(call.shape) - len(call.shape), kind.d)
-            g = g * xhat
-    draws = [_examples(x, batch, call.positions) for x in g]
-    g = draws[0][None] if len(draws) == 1 else torch.stack(draws)  # of one draw a view
+            g = g * call.features_last(detached(call.normalised()), kind.d)
+    g = _each(g.reshape(len(g), *place.rows, g.shape[-1]), place)
     if isinstance(kind, Bias):
-        a = to_core(torch.ones_like(g[0, ..., :1]), namespace)
+        a = to_core(g.new_ones((*g.shape[1:3], 1)), namespace)
     elif isinstance(kind, Embedding):
-        index = call.x if call.x.ndim else call.x[None]
-        a = Ids(to_core(_examples(index[..., None], batch, call.positions)[..., 0], namespace), kind.size)
+        index = place.put(call.x.reshape(*call.rows, 1))[..., 0]
+        padding = call.options.get("padding_idx")
+        if padding is not None:
+            exists = _both(exists, index != padding % kind.size)
+        a = Ids(to_core(index, namespace), kind.size)
     else:
-        a = _shared(kind.activations(to_core(_examples(detached(call.x), batch, call.positions), namespace)))
-    return a, to_core(g, namespace)
+        a = rows(layer, call, place, namespace)
+    return Part(a, to_core(g, namespace), exists)
 
 
-def _conv(kind: Conv, call: Call, g: torch.Tensor, namespace: str) -> tuple[Patches, Array]:
-    """The geometry is that of the call: padding of other modes has been done to the image before."""
-    x, given = detached(call.x), call.options
-    axes = len(kind.window.kernel)
-    if x.ndim == axes + 1:
-        x, g = x[None], g[:, None]
-    options = {name: given[name] for name in ("stride", "padding", "dilation") if name in given}
-    options = {name: v if isinstance(v, str | int) else tuple(v) for name, v in options.items()}
-    window = Window(kind.window.kernel, **options)
-    kind = Conv(window, kind.channels, kind.groups, kind.bias, channels_first=True)
-    return kind.activations(to_core(x, namespace)), kind.gradients(to_core(g, namespace), draws=True)
+def check_unwritten(layer: Layer, call: Call) -> None:
+    """ValueError for an input that is no longer what the layer saw."""
+    needed = isinstance(layer.kind, Gain) or not isinstance(layer.kind, Bias)
+    if needed and not call.x.is_inference() and call.x._version != call.version:
+        raise ValueError(
+            f"the input of layer {layer.name!r} was overwritten between its forward and the loss: form the loss "
+            f"first, or write to a copy"
+        )
 
 
-def _examples(x: torch.Tensor, batch: int, positions: int = 0) -> torch.Tensor:
-    """(batch, positions, d) of rows x (..., d).
-
-    The batch is the first axis, or the second, or a divisor of the first (windows folded into it); where it is nowhere
-    (what all examples share), all rows belong to one example, which is right for draws of zero mean.
-    """
-    d = x.shape[-1]
-    if positions:
-        x = x.contiguous()  # a and g in one order: neither is copied when positions are folded
-        return x.reshape(positions, -1, d).movedim(1, 0)
-    if x.ndim == 1:
-        return x.reshape(1, 1, d)
-    if x.ndim > 2 and x.shape[0] != batch == x.shape[1]:
-        return x.movedim(1, 0).reshape(batch, -1, d)
-    return x.reshape(batch if x.shape[0] % batch == 0 else 1, -1, d)
+def _put(x: torch.Tensor, place: Place) -> torch.Tensor:
+    return place.put(x.reshape(*place.rows, x.shape[-1]))
 
 
-def _channels_last(x: torch.Tensor, channel: int, d: int) -> torch.Tensor:
-    """x with its trailing or channel axes, which hold d numbers, joined at the end."""
-    axes = -channel
-    tail = 1
-    for size in x.shape[channel:]:
-        tail *= size
-    if tail == d:
-        return x.reshape(*x.shape[: x.ndim - axes], d)
-    return x.movedim(channel, -1)
+def _each(g: torch.Tensor, place: Place) -> torch.Tensor:
+    """Draws apart: of one draw a view."""
+    if len(g) == 1:
+        return place.put(g[0])[None]
+    return torch.stack([place.put(x) for x in g]) if len(g) else place.put(g)
 
 
-def _shared(a: Array) -> Array:
-    return a if a.ndim == 3 else a[:, None, :]
+def _both(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    if first is None or second is None:
+        return first if second is None else second
+    return first.to(second.device) & second
 
 
-def _joined(layer: Layer, parts: list[tuple[Any, Array]]) -> tuple[Any, Array]:
+def _joined(parts: list[Part]) -> Part:
     """Calls as more positions of the same examples."""
-    xp = aac.array_namespace(parts[0][1])
-    gs = [g for _, g in parts]
-    if len({g.shape[:-2] for g in gs}) > 1:
-        sizes = [g.shape[-3] for g in gs]
-        raise ValueError(f"layer {layer.name!r} was called with batches of {sizes} examples; need one capture a batch")
-    if isinstance(parts[0][0], Ids):
-        index = xp.concat([a.index for a, _ in parts], axis=1)
-        return Ids(index, parts[0][0].size), xp.concat(gs, axis=-2)
-    unfolded = [a.unfold() if isinstance(a, Patches) else a for a, _ in parts]
-    if unfolded[0].ndim == 4 and gs[0].ndim == 4:
-        gs = [g[:, None] for g in gs]
-    return xp.concat(unfolded, axis=-2), xp.concat(gs, axis=-2)
+    xp = aac.array_namespace(parts[0].g)
+    gs = [part.g for part in parts]
+    exists = None
+    if any(part.exists is not None for part in parts):
+        every = [
+            part.exists if part.exists is not None else torch.ones(_extent(part), dtype=torch.bool) for part in parts
+        ]
+        exists = torch.cat([x.to(every[0].device) for x in every], 1)
+    a: Any
+    if isinstance(parts[0].a, Ids):
+        a = Ids(xp.concat([part.a.index for part in parts], axis=1), parts[0].a.size)
+    else:
+        unfolded = [part.a.unfold() if isinstance(part.a, Patches) else part.a for part in parts]
+        blocks_first = max(x.ndim for x in unfolded) == 4
+        unfolded = [x[None] if blocks_first and x.ndim == 3 else x for x in unfolded]
+        gs = [g[:, None] if blocks_first and g.ndim == 4 else g for g in gs]
+        a = xp.concat(unfolded, axis=-2)
+    return Part(a, xp.concat(gs, axis=-2), exists)
+
+
+def _extent(part: Part) -> tuple[int, int]:
+    """(batch, positions)."""
+    return part.g.shape[-3], part.g.shape[-2]
+
+
+def absent(layer: Layer, n: float, like: torch.Tensor, namespace: str) -> Record:
+    """Examples that did not reach a layer: no valid row, J = 0, and their share n."""
+    block = layer.kind.block()
+    g = like.new_zeros((1, block.blocks, 1, 1, block.d_out))
+    nothing = torch.zeros((1, 1), dtype=torch.bool, device=like.device)
+    a: Any
+    if block.diagonal_in:
+        a = Ids(to_core(nothing.to(torch.int64), namespace), block.d_in)
+    else:
+        a = to_core(like.new_zeros((block.blocks, 1, 1, block.d_in)), namespace)
+    return Record(a, to_core(g, namespace), n, mask=to_core(nothing, namespace))

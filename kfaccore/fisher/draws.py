@@ -6,7 +6,8 @@ Source: Martens 2020 (1412.1193); Dangel et al. 2025 (2507.05127) for the catalo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat as aac
 
@@ -16,20 +17,16 @@ from kfaccore.xp.arrays import Array, namespace, widen
 if TYPE_CHECKING:
     import numpy as np
 
-    from kfaccore.fisher.losses import Bernoulli
 
-    Loss = SoftmaxCrossEntropy | Bernoulli | Gaussian
-
-
-def type2(
-    loss: Loss, f: Array, target: Array | None = None, mask: Array | None = None, signs: Array | None = None
-) -> Array:
+def type2(loss: Any, f: Any, target: Any = None, mask: Any = None, signs: Array | None = None) -> Any:
     """Columns of a root of the loss Hessian: sum over draws of v v^T is the Hessian of each example, exactly.
 
     f (batch, *positions, C) gives (T C, *f.shape) draws for T label positions, each zero but at one position. With
     `signs`, +-1 for each position (broadcast to f.shape[:-1]), C draws carry all positions at once: unbiased over
-    independent random signs, exact when T = 1.
+    independent random signs, exact when T = 1. Predictions by head, of a `Joint`, give draws by head.
     """
+    if isinstance(f, Mapping):
+        return loss.draws(type2, f, target, mask)
     f = widen(f, "f")
     xp = namespace(f)
     roots = loss.roots(f, target, mask)
@@ -44,28 +41,34 @@ def type2(
     return xp.reshape(roots[None, ...] * eye, (-1, *f.shape))
 
 
-def monte_carlo(loss: Loss, f: Array, noise: Array, target: Array | None = None, mask: Array | None = None) -> Array:
+def monte_carlo(loss: Any, f: Any, noise: Any, target: Any = None, mask: Any = None) -> Any:
     """Gradients at labels drawn from the model, weighted 1/sqrt(draws): (draws, *f.shape), unbiased for type2.
 
     noise   uniform [0, 1) (draws, *f.shape[:-1]) for softmax and (draws, *f.shape) for Bernoulli, standard normal
             (draws, *f.shape) for Gaussian: `draw_noise`
     target  needed when the loss has class weights or ignored labels
     """
+    if isinstance(f, Mapping):
+        return loss.draws(monte_carlo, f, target, mask, noise)
     f = widen(f, "f")
     return loss.sampled(f, namespace(f).astype(noise, f.dtype), target, mask) * noise.shape[0] ** -0.5
 
 
-def empirical(loss: Loss, f: Array, target: Array, mask: Array | None = None) -> Array:
+def empirical(loss: Any, f: Any, target: Any, mask: Any = None) -> Any:
     """Gradients at the true labels, (1, *f.shape): the gradient of the training loss, per example."""
+    if isinstance(f, Mapping):
+        return loss.draws(empirical, f, target, mask)
     return loss.gradient(widen(f, "f"), target, mask)[None, ...]
 
 
-def forward_only(f: Array) -> Array:
+def forward_only(f: Any) -> Any:
     """No draws at all, (0, *f.shape): G = I by definition."""
+    if isinstance(f, Mapping):
+        return {head: forward_only(x) for head, x in f.items()}
     return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=aac.device(f))
 
 
-def draw_noise(loss: Loss, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:
+def draw_noise(loss: Any, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:
     """Noise for `monte_carlo` on a prediction of `shape`, from a NumPy generator seeded by (seed, step)."""
     if isinstance(loss, Gaussian):
         return rng.standard_normal((draws, *shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -57,6 +58,22 @@ class Plan:
     layers: dict[str, Layer]
     uncovered: dict[str, str]
     rest: dict[str, nn.Parameter] = field(repr=False)  # uncovered parameters by name
+    made_of: tuple[tuple[str, nn.Parameter, bool], ...] = field(repr=False, default=())  # and whether each was trained
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Covered parameters, then the others."""
+        covered = (p for layer in self.layers.values() for p in layer.parameters.values())
+        return (*covered, *self.rest.values())
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the model still has the parameters that the plan was made of, trained or frozen as then."""
+        now = unwrapped(model).named_parameters(remove_duplicate=False)
+        pairs = zip_longest(self.made_of, now, fillvalue=None)
+        return all(
+            a is not None and b is not None and a[0] == b[0] and a[1] is b[1] and a[2] == b[1].requires_grad
+            for a, b in pairs
+        )
 
 
 @dataclass
@@ -110,7 +127,8 @@ def plan(model: nn.Module, skip: tuple[str, ...] = ()) -> Plan:
     order = {name: i for i, name in enumerate(names.values())}
     layers = dict(sorted(layers.items(), key=lambda item: min(order[path] for path in item[1].paths.values())))
     rest = {name: p for name, p in model.named_parameters() if name in uncovered and p.requires_grad}
-    return Plan(layers, {name: uncovered[name] for name in rest}, rest)
+    made_of = tuple((n, p, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False))
+    return Plan(layers, {name: uncovered[name] for name in rest}, rest, made_of)
 
 
 def _uses(model: nn.Module, names: dict[int, str], uncovered: dict[str, str]) -> tuple[dict, dict]:

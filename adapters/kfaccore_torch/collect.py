@@ -1,0 +1,93 @@
+"""What waits between a loss and the step: statistics, or copies of rows where the step needs rows.
+
+A loss leaves nothing until it is differentiated. Stats are sums; their shares n of the normaliser are settled at the
+step, when it is known how many losses and micro-batches there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+import kfaccore as kf
+
+Array = Any
+
+
+@dataclass
+class Shot:
+    """One captured forward.
+
+    n         its share of the normaliser, 0 where nothing in it counts
+    total     whether its loss is a sum, whose n all micro-batches share
+    found     layer -> Records or Stats, one a loss that was differentiated
+    void      why nothing in it counts
+    """
+
+    n: float = 0.0
+    total: bool = False
+    found: dict[str, list[Any]] = field(default_factory=dict)
+    void: str = ""
+    used: bool = False
+
+
+def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
+    """{layer: Records or Stats} of one update, whose shares add up to the normaliser of all that was seen.
+
+    A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
+    on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks.
+    """
+    counted = [shot for shot in shots if shot.n > 0]
+    all_n = sum(shot.n for shot in counted)
+    parts = len(counted) * world if counted and counted[0].total else 1
+    records: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(name for shot in counted for name in shot.found):
+        here = [shot for shot in counted if name in shot.found]
+        times = all_n / sum(shot.n for shot in here) / parts
+        for shot in here:
+            given = shot.found[name]
+            records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
+    return records
+
+
+def weighted(x: Any, factor: float) -> Any:
+    """A Record or Stats with its n times `factor`."""
+    if factor == 1.0:
+        return x
+    return mapped(lambda name, leaf: leaf * factor if name == "n" else leaf, x)
+
+
+def kept(stats: Any, record: kf.Record) -> Any:
+    """Stats of a record, or the record itself, that share no memory with it."""
+    arrays: list[Any] = []
+    mapped(lambda name, leaf: arrays.append(leaf) or leaf, record)
+    return mapped(lambda name, leaf: _copied(leaf) if any(_overlap(leaf, x) for x in arrays) else leaf, stats)
+
+
+def mapped(function: Callable[[str, Any], Any], x: Any, name: str = "") -> Any:
+    """function(field's name, leaf) of every leaf of dataclasses, tuples and lists."""
+    if is_dataclass(x) and not isinstance(x, type):
+        inner = [f.name for f in fields(x) if not f.metadata.get("static")]
+        return replace(x, **{field: mapped(function, getattr(x, field), field) for field in inner})
+    if isinstance(x, tuple | list):
+        return type(x)(mapped(function, child, name) for child in x)
+    return function(name, x)
+
+
+def _copied(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return x.clone()
+    return x.copy() if hasattr(x, "copy") and hasattr(x, "dtype") else x
+
+
+def _overlap(x: Any, y: Any) -> bool:
+    """Whether two arrays may lie in the same memory."""
+    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        return np.may_share_memory(x, y)
+    return hasattr(x, "dtype") and type(x) is type(y) and not isinstance(x, np.generic)

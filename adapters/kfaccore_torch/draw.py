@@ -1,0 +1,152 @@
+"""Draws of a batch at the outputs of its calls, as records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import kfaccore as kf
+from kfaccore_torch.bridge import HALF, ordered
+from kfaccore_torch.capture import Capture
+from kfaccore_torch.masks import Told
+from kfaccore_torch.observe import Observed
+from kfaccore_torch.rows import check_unwritten, record
+
+if TYPE_CHECKING:
+    from kfaccore_torch.step import Engine
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A prediction, its target, what the caller tells of its rows, and the examples' places in the dataset."""
+
+    f: Any
+    target: Any
+    told: Told
+    ids: torch.Tensor | None = None
+
+
+def drawn(
+    engine: Engine,
+    seen: Capture,
+    batch: Batch,
+    turn: int,
+    n: float,
+    exact: bool = False,
+    given: Any = None,
+    times: float = 1.0,
+) -> tuple[dict[str, kf.Record], Observed]:
+    """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
+
+    n      of the records
+    exact  rows that mix examples make one example, so that `dense` has the right mean; else they stand as their
+           shape suggests, which rules that judge a step by examples need
+    given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
+    times  factor on the draws
+    """
+    heads = _checked(engine.objective.heads(batch.f))
+    layers, fisher = engine.plan.layers, engine.settings.fisher
+    for name, calls in seen.calls.items():
+        for call in calls:
+            check_unwritten(layers[name], call)
+    probe, parameters = _probe(engine, heads, batch)
+    observed = engine.observer.look(seen, layers, heads, batch.told, probe, parameters)
+    rank = [engine.core.comm.rank] if engine.core.comm.rank else []
+    rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
+    draws = given
+    if draws is None:
+        draws = engine.objective.draws(fisher, engine.settings.draws, batch.f, batch.target, rng, observed.split)
+    draws = list(draws) if isinstance(draws, list | tuple) else [draws]
+    draws = draws if times == 1 else [v * times for v in draws]
+    if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
+        _check_own(engine, observed)
+        draws = _signed(draws, observed, rng)
+    rows = [_pulled(heads, observed, v) for v in zip(*draws, strict=True)]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
+    grads = [
+        _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
+    ]
+    observed = engine.observer.again(observed, layers, heads, grads)
+    return _recorded(engine, observed, grads, batch, n, exact), observed
+
+
+def _recorded(
+    engine: Engine, observed: Observed, grads: list[Any], batch: Batch, n: float, exact: bool
+) -> dict[str, kf.Record]:
+    by_layer: dict[str, list[tuple]] = {}
+    for (name, call), place, g in zip(observed.calls, observed.places(exact), grads, strict=True):
+        if g is not None:
+            by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
+    batch.told.check(set(by_layer))
+    found = {}
+    with ordered(engine.namespace, engine.device):
+        for name, parts in by_layer.items():
+            calls, gs, places, masks = zip(*parts, strict=True)
+            layer = engine.plan.layers[name]
+            found[name] = record(layer, calls, gs, places, n, engine.namespace, masks, batch.ids)
+    return found
+
+
+def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:
+    """The loss's own gradient as the first draw of a question, if it moves every row: what it gives the parameters
+    is then known too. Else nothing, and the question is asked with random numbers."""
+    if batch.f is None or engine.core.comm.world > 1 or heads[0].dtype in HALF:
+        return None, ()
+    try:
+        own = engine.objective.draws(kf.empirical, 1, batch.f, batch.target, None)
+    except (ValueError, TypeError, AttributeError):  # soft labels, or none
+        return None, ()
+    own = [v[0] for v in (own if isinstance(own, list) else [own])]
+    n = engine.objective.share(batch.f, batch.target)
+    if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
+        return None, ()
+    return [v / n for v in own], engine.plan.trained
+
+
+def _check_own(engine: Engine, observed: Observed) -> None:
+    if kf.own_gradients(engine.core):
+        raise ValueError(
+            f"rows of layers {sorted(observed.mixing)} mix examples or are shared by them, so per-example "
+            f"gradients, which {engine.core.network or engine.core.methods} is made of, do not exist there: give those "
+            f"layers another method, or skip them"
+        )
+
+
+def _checked(heads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """ValueError for predictions without a batch axis or without a graph."""
+    for f in heads:
+        if f.ndim < 2 or not f.requires_grad:
+            raise ValueError(
+                f"the prediction has shape {tuple(f.shape)}, requires_grad={f.requires_grad}; need (batch, ...) with a "
+                f"graph behind it"
+            )
+    return heads
+
+
+def _pulled(heads: list[torch.Tensor], observed: Observed, v: tuple) -> tuple:
+    """One draw at the outputs of all calls."""
+    edges = [call.edge for _, call in observed.calls]
+    given = [x.to(f) for x, f in zip(v, heads, strict=True)]
+    return torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
+
+
+def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """Draws of one call, (draws, *shape); None where it does not reach the prediction."""
+    if not column:
+        return torch.zeros((0, *call.shape), dtype=dtype, device=call.x.device)
+    if column[0] is None:
+        return None
+    return column[0][None] if len(column) == 1 else torch.stack(column)
+
+
+def _signed(draws: list[torch.Tensor], observed: Observed, rng: Any) -> list[torch.Tensor]:
+    """Each example of each draw with a random sign of its own: products of two examples vanish in expectation."""
+    signs = torch.from_numpy(rng.choice([-1.0, 1.0], (len(draws[0]), observed.split.examples)))
+    found = []
+    for v in draws:
+        own = signs[:, observed.split.owner(v.shape[1])].to(v)
+        found.append(v * own.reshape(*own.shape, *(1,) * (v.ndim - 2)))
+    return found

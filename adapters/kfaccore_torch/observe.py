@@ -1,0 +1,240 @@
+"""What is known of a captured batch before its draws: which calls count, and whose rows are whose.
+
+Maps are kept by the shapes of the calls and the way of the graph. Where data decide them, because something between a
+row and the prediction moves rows by an index, they are confirmed at every capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from kfaccore_torch.capture import Call, Capture
+from kfaccore_torch.graph import Behind, behind
+from kfaccore_torch.masks import Told
+from kfaccore_torch.owner import Asked, Owned, Split, confirm, factors, mixed, search, settled, splits
+from kfaccore_torch.places import Place, joined
+from kfaccore_torch.plan import Layer
+from kfaccore_torch.rows import by_rows
+
+_MOST = 256  # combinations of shapes that are remembered
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Calls that reach the prediction, by layer and in order, and where the rows of each stand."""
+
+    calls: tuple[tuple[str, Call], ...]
+    split: Split
+    owned: tuple[Owned, ...]
+    key: Any
+    expected: tuple[torch.Tensor | None, ...] = ()
+
+    @property
+    def mixing(self) -> set[str]:
+        """Layers with rows that move several examples."""
+        return {name for (name, _), owned in zip(self.calls, self.owned, strict=True) if owned.mixes}
+
+    def places(self, exact: bool) -> list[Place]:
+        """A call each; rows that mix examples all together if `exact`, else as their shape suggests."""
+        return [joined(owned.place, exact) if owned.mixes else owned.place for owned in self.owned]
+
+
+@dataclass
+class Observer:
+    """Maps found so far."""
+
+    kept: dict[Any, tuple[Split, tuple[Owned, ...]]] = field(default_factory=dict)
+
+    def look(
+        self,
+        seen: Capture,
+        layers: dict[str, Layer],
+        heads: Sequence[torch.Tensor],
+        told: Told,
+        probe: Sequence[torch.Tensor] | None = None,
+        parameters: Sequence[torch.nn.Parameter] = (),
+    ) -> Observed:
+        """The batch that `seen` captured. `probe`, a draw, is pulled back first, to `parameters` too, if anything is.
+
+        Raises ValueError for parameters that reach the prediction past all calls.
+        """
+        graph = behind(heads, seen.inputs, seen.known)
+        _check_strays(graph, seen)
+        calls = _reached(seen, graph)
+        rows = [call.rows for _, call in calls]
+        key = (graph.key, tuple((name, call.rows) for name, call in calls), tuple(f.shape for f in heads))
+        known = self.kept.get(key)
+        split = None if known is None else known[0]
+        size = min(len(f) for f in heads)
+        given = [told.place_of(name, call, split.examples if split else size) for name, call in calls]
+        fixed = [Owned(place, shaped=False) if place is not None else None for place in given]
+        if known is not None:
+            pairs = zip(calls, known[1], fixed, strict=True)
+            fixed = [f or (None if _varies(owned, call, graph) else owned) for (_, call), owned, f in pairs]
+        expected: tuple = ()
+        if any(f is None for f in fixed):
+            asked = [i for i, f in enumerate(fixed) if f is None]
+            question = _Question(heads, [calls[i] for i in asked], layers, probe)
+            expected = question.pull_first(() if known else parameters)
+            old = [known[1][i] if known else None for i in asked]
+            split, found = question.answer([split] if split else splits([rows[i] for i in asked], size), old)
+            for i, owned in zip(asked, found, strict=True):
+                fixed[i] = owned
+            if all(place is None for place in given):
+                self.kept[key] = split, tuple(owned for owned in fixed if owned is not None)
+                if len(self.kept) > _MOST:
+                    del self.kept[next(iter(self.kept))]
+        owned = tuple(owned for owned in fixed if owned is not None)
+        return Observed(tuple(calls), split or Split(size), owned, key, expected)
+
+    def again(
+        self, observed: Observed, layers: dict[str, Layer], heads: Sequence[torch.Tensor], grads: Sequence[Any]
+    ) -> Observed:
+        """The same, with maps asked for once more where draws moved rows that no draw had moved before."""
+        asked = [i for i, g in enumerate(grads) if g is not None and _wakes(observed, layers, i, g)]
+        if not asked:
+            return observed
+        question = _Question(heads, [observed.calls[i] for i in asked], layers, None)
+        question.pull_first(())
+        _, found = question.answer([observed.split], [observed.owned[i] for i in asked])
+        owned = list(observed.owned)
+        for i, new in zip(asked, found, strict=True):
+            owned[i] = new
+        if observed.key in self.kept:
+            self.kept[observed.key] = observed.split, tuple(owned)
+        return replace(observed, owned=tuple(owned))
+
+
+class _Question:
+    """Backward passes to the rows of some calls."""
+
+    def __init__(
+        self, heads: Sequence[torch.Tensor], calls: Sequence[tuple[str, Call]], layers: dict[str, Layer], probe: Any
+    ) -> None:
+        self.heads = list(heads)
+        self.calls = calls
+        self.layers = layers
+        rng = torch.Generator().manual_seed(0)
+        random = (torch.randn(f.shape, generator=rng, dtype=torch.float32) for f in heads)
+        self.v = [v.to(f) for v, f in zip(probe or random, heads, strict=True)]
+
+    def pull_first(self, parameters: Sequence[torch.nn.Parameter]) -> tuple:
+        """Pull the draw itself; gradients of `parameters` under it come back."""
+        found = self._pull(self.v, parameters)
+        self.asked = [Asked.of(rows) for rows in self._rows(found[: len(self.calls)])]
+        return tuple(found[len(self.calls) :])
+
+    def answer(self, candidates: Sequence[Split], old: Sequence[Owned | None]) -> tuple[Split, list[Owned]]:
+        """The split that explains most calls, and the map of each call."""
+        rows = [call.rows for _, call in self.calls]
+        best: tuple[int, Split, list, list, torch.Tensor] | None = None
+        for split in candidates:
+            if any(len(f) % split.examples for f in self.heads):
+                continue
+            s = factors(split.examples, self.heads[0].dtype)
+            second = self._scaled(s, split)
+            found = confirm(rows, self.asked, second, split, s, old)
+            count = sum(owned is not None for owned in found)
+            if best is None or count > best[0]:
+                best = count, split, found, second, s
+            if count == len(found):
+                break
+        assert best is not None
+        _, split, found, second, s = best
+        open_ = [i for i, owned in enumerate(found) if owned is None]
+        search_in = [i for i in open_ if _is_some_power(self.asked[i], second[i], s)]
+        passes = self._digits(split) if search_in else []
+        for i in open_:
+            one = search(rows[i], self.asked[i], [p[i] for p in passes], split) if i in search_in else None
+            found[i] = one or mixed(rows[i], self.asked[i], second[i], split, s)
+        return split, [
+            owned if owned.mixes or not owned.shaped else settled(owned, asked.alive)
+            for owned, asked in zip(found, self.asked, strict=True)
+        ]
+
+    def _digits(self, split: Split) -> list[list[torch.Tensor]]:
+        """One pass a binary digit of the examples' numbers: those that have it count twice."""
+        number = torch.arange(split.examples)
+        digits = max(1, (split.examples - 1).bit_length())
+        return [self._scaled(1.0 + ((number >> digit) & 1), split) for digit in range(digits)]
+
+    def _scaled(self, s: torch.Tensor, split: Split) -> list[torch.Tensor]:
+        """Rows of all calls under the draw with each example scaled."""
+        scaled = []
+        for v, f in zip(self.v, self.heads, strict=True):
+            factor = s[split.owner(len(f))].to(v)
+            scaled.append(v * factor.reshape(-1, *(1,) * (v.ndim - 1)))
+        return self._rows(self._pull(scaled, ()))
+
+    def _pull(self, v: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> Sequence[Any]:
+        wanted = [call.edge for _, call in self.calls] + list(parameters)
+        return torch.autograd.grad(self.heads, wanted, v, retain_graph=True, allow_unused=True)
+
+    def _rows(self, found: Sequence[Any]) -> list[torch.Tensor]:
+        pairs = zip(self.calls, found, strict=True)
+        return [
+            by_rows(self.layers[name], call, torch.zeros(call.shape) if g is None else g) for (name, call), g in pairs
+        ]
+
+
+def _is_some_power(before: Asked, second: torch.Tensor, s: torch.Tensor) -> bool:
+    """Whether every row was scaled by the number of some example."""
+    hit = ~before.alive
+    for level in s.unique():
+        hit = hit | before.scaled_by(second, level.expand(len(hit)))
+    return bool(hit.all())
+
+
+def _varies(owned: Owned, call: Call, graph: Behind) -> bool:
+    """Whether data may have changed a map since it was found."""
+    return call.node in graph.moved or (not owned.shaped and call.node in graph.mixed)
+
+
+def _wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor) -> bool:
+    owned, (name, call) = observed.owned[i], observed.calls[i]
+    if owned.undecided is None or owned.mixes or len(g) == 0:
+        return False
+    size = torch.stack([by_rows(layers[name], call, draw).abs().amax(1) for draw in g]).amax(0)
+    eps = torch.finfo(size.dtype).eps
+    return bool((size[owned.undecided.to(size.device)] > 4 * eps * size.max()).any())
+
+
+def _reached(seen: Capture, graph: Behind) -> list[tuple[str, Call]]:
+    """Calls on the way to the prediction."""
+    found = []
+    for name, calls in seen.calls.items():
+        for call in calls:
+            if call.node not in graph.nodes and call.narrow is not None:
+                call = call.narrow
+            if call.node in graph.nodes:
+                found.append((name, call))
+    if not found and not seen.empty:
+        raise ValueError(
+            "no captured call lies behind this prediction: run the model whose parameters these are inside `with "
+            "pre.capture():`, and hand over what that run returned"
+        )
+    return found
+
+
+def _check_strays(graph: Behind, seen: Capture) -> None:
+    """ValueError for a covered parameter that went into the prediction past its layer's calls."""
+    if not graph.stray:
+        return
+    found = {seen.known[p][1].paths[seen.known[p][0]]: user for p, user in graph.stray.items()}
+    names = ", ".join(f"{path!r} (into {user})" for path, user in list(found.items())[:5])
+    first = next(iter(found))
+    skip = f"{first[: first.rindex('in_proj')]}in_proj*" if "in_proj" in first else first
+    why = (
+        "attention between two sequences splits its packed projection, which then has several inputs"
+        if "in_proj" in first
+        else "a weight used by hand or under torch.func, a call outside capture(), or a derivative of the network "
+        "(create_graph=True; such a loss needs Taylor records, kfaccore_torch.taylor)"
+    )
+    raise ValueError(
+        f"these parameters reach the prediction by a road that no captured call explains: {names}: {why}. Their "
+        f"curvature would be covered by half: run all of the forward inside capture(), or pass skip=({skip!r},)"
+    )

@@ -1,0 +1,164 @@
+"""Whose row is it? Asked of autograd: which examples of the loss each row of each call moves.
+
+A draw v and the same draw with each example scaled by a power of two are pulled back to the rows. A row that one
+example owns is scaled by that example's number, exactly, in any precision; no other row is. What shapes suggest is
+confirmed so in two backward passes; where it fails, one more for each binary digit of the examples' numbers reads the
+map. Rows whose gradient is zero stay undecided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kfaccore_torch.places import Axes, Place, Together, by_shape, grouped
+
+_LEVELS = {torch.float16: 3}  # powers of two of a confirmation; float16 has no range for more
+Pull = Callable[[torch.Tensor, Sequence[int]], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the rows of a prediction make examples: `examples` of them, their rows behind each other or interleaved."""
+
+    examples: int
+    inner: bool = False
+
+    def owner(self, rows: int) -> torch.Tensor:
+        """The example of each row of a prediction."""
+        return Axes((rows,), 0, self.examples, self.inner).owner()
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What was found for one call.
+
+    place       where its rows stand
+    mixes       whether rows of it move several examples
+    shaped      whether `place` is what shapes suggest
+    undecided   rows without a gradient so far, (k,)
+    """
+
+    place: Place
+    mixes: bool = False
+    shaped: bool = True
+    undecided: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows (rows, d) of one call under the draw v, and how large they are."""
+
+    first: torch.Tensor
+    size: torch.Tensor
+    alive: torch.Tensor
+
+    @classmethod
+    def of(cls, first: torch.Tensor) -> Asked:
+        size = first.abs().amax(1)
+        largest = size.max() if len(size) else size.sum()
+        return cls(first, size, size > 4 * torch.finfo(first.dtype).eps * largest)
+
+    def scaled_by(self, second: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Whether each row is `factor` times what it was, (rows,)."""
+        eps = torch.finfo(self.first.dtype).eps
+        slack = min(eps**0.5, 0.02)
+        gap = (second - factor.to(second)[:, None] * self.first).abs().amax(1)
+        return gap <= slack * self.size + 4 * eps * factor.to(second) * self.size.max()
+
+
+def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
+    """Ways in which `size` rows of a prediction may be examples, by how many calls suggest each: those calls have an
+    axis of as many, and others beside it that the prediction has joined to it."""
+    votes: dict[Split, float] = {Split(size): sum(size in shape for shape in rows)}
+    wide = [shape for shape in rows if len(shape) > 1]
+    single = bool(wide) and all(shape[0] == 1 for shape in wide)
+    for shape in wide:
+        for axis in (0, 1):
+            b = shape[axis]
+            if b >= size or size % b or (b == 1 and not single) or (size in shape and not single):
+                continue
+            for inner in (False, True) if b > 1 else (False,):
+                split = Split(b, inner)  # rows flattened in the order of the axes, or turned first
+                votes[split] = votes.get(split, 0) + (1.0 if inner == bool(axis) else 0.5)
+    return sorted(votes, key=lambda split: -votes[split])
+
+
+def factors(examples: int, dtype: torch.dtype) -> torch.Tensor:
+    """A power of two an example: all different where there are few, else drawn."""
+    levels = _LEVELS.get(dtype, 6)
+    if examples <= levels:
+        return 2.0 ** torch.arange(examples)
+    return 2.0 ** torch.randint(levels, (examples,), generator=torch.Generator().manual_seed(examples))
+
+
+def confirm(
+    rows: Sequence[tuple[int, ...]],
+    asked: Sequence[Asked],
+    second: Sequence[torch.Tensor],
+    split: Split,
+    s: torch.Tensor,
+    kept: Sequence[Owned | None],
+) -> list[Owned | None]:
+    """The first suggestion for each call that the second pass agrees with, or None."""
+    found: list[Owned | None] = []
+    for shape, before, after, old in zip(rows, asked, second, kept, strict=True):
+        candidates = [] if old is None or old.place.examples != split.examples else [old]
+        candidates += [Owned(place) for place in by_shape(shape, split.examples)]
+        found.append(next((c for c in candidates if _agrees(c, before, after, s)), None))
+    return found
+
+
+def _agrees(candidate: Owned, before: Asked, after: torch.Tensor, s: torch.Tensor) -> bool:
+    if candidate.mixes:
+        return False
+    place = candidate.place
+    if isinstance(place, Together):
+        return False
+    owner = place.owner()
+    factor = torch.where(owner < 0, torch.zeros(()), s[owner.clamp(min=0)]).to(after.device)
+    return bool((before.scaled_by(after, factor) | ~before.alive).all())
+
+
+def search(rows: tuple[int, ...], before: Asked, passes: Sequence[torch.Tensor], split: Split) -> Owned | None:
+    """The map read from one pass a binary digit; None where a row agrees with neither digit, so mixes examples."""
+    owner = torch.zeros(len(before.size), dtype=torch.int64, device=before.size.device)
+    pure = torch.ones_like(before.alive)
+    one = torch.ones_like(before.size)
+    for digit, after in enumerate(passes):
+        high = before.scaled_by(after, 2 * one)
+        owner += high.to(torch.int64) << digit
+        pure &= high ^ before.scaled_by(after, one)
+    if bool((before.alive & ~pure).any()) or not bool(before.alive.any()) or int(owner.max()) >= split.examples:
+        return None
+    owner = torch.where(before.alive, owner, -1).cpu()
+    place = grouped(rows, _filled(owner), split.examples)
+    return Owned(place, shaped=False, undecided=torch.nonzero(owner < 0)[:, 0] if bool((owner < 0).any()) else None)
+
+
+def mixed(rows: tuple[int, ...], before: Asked, second: torch.Tensor, split: Split, s: torch.Tensor) -> Owned:
+    """Rows that move several examples; the shape is kept in mind where each still moves one of them most."""
+    like = None
+    for place in by_shape(rows, split.examples):
+        own = s[place.owner()].to(second)[:, None] * before.first
+        if float((second - own).square().sum()) < 0.25 * float(own.square().sum()):
+            like = place
+            break
+    return Owned(Together(rows, like), mixes=True)
+
+
+def settled(owned: Owned, alive: torch.Tensor) -> Owned:
+    """With the rows that had no gradient noted."""
+    dead = ~alive
+    return replace(owned, undecided=torch.nonzero(dead)[:, 0].cpu() if bool(dead.any()) else None)
+
+
+def _filled(owner: torch.Tensor) -> torch.Tensor:
+    """Undecided rows go with the row before them, the first ones with the first decided."""
+    known = owner >= 0
+    place = torch.where(known, torch.arange(len(owner)), -1)
+    place = torch.cummax(place, 0).values
+    first = int(torch.nonzero(known)[0, 0])
+    return owner[place.clamp(min=first)]

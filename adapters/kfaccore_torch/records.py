@@ -1,0 +1,75 @@
+"""Records of one batch, for analysis outside a training loop and for `kfaccore compare` and `advise`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import kfaccore as kf
+from kfaccore_torch.draw import Batch
+from kfaccore_torch.masks import Told
+from kfaccore_torch.step import Engine, Settings
+
+
+def records(
+    model: nn.Module,
+    loss: Any,
+    inputs: Any,
+    target: Any,
+    mask: torch.Tensor | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
+    examples: Any = None,
+    draws: Any = 1,
+    parts: int = 1,
+    **settings: Any,
+) -> tuple[dict[str, kf.Record], dict[str, Any]]:
+    """Records and mean gradients of the covered layers that a batch went through; `.grad` is left alone.
+
+    inputs     a tensor, a tuple of positional or a dict of keyword arguments of the model
+    mask, masks, examples   as `Preconditioner.capture` takes them
+    draws      how many of monte_carlo, or the draws themselves, (draws, *prediction's shape), a list of them a head
+    parts      in how many such batches a sum loss is split: n is 1 / parts
+    settings   fields of `Settings`
+
+    Rows that mix examples, or that they share, are positions of one example: for draws that are independent of zero
+    mean an example (the others get random signs) the mean of `dense` is right.
+    """
+    given = None if isinstance(draws, int) else draws
+    settings = {**settings, "draws": draws if isinstance(draws, int) else 1}
+    engine = Engine(model, loss, kf.Preconditioner(kf.Identity()), Settings(**settings))
+    with torch.enable_grad():
+        with engine.captured() as seen:
+            f = called(model, inputs)
+        engine.objective.heads(f)
+        value = engine.objective.value(f, target)
+        batch = Batch(f, target, Told(mask, masks or {}, examples))
+        n = engine.share(batch)
+        if n <= 0:
+            raise ValueError(f"no records: {engine.void(batch)}")
+        found, _ = engine.records(seen, batch, 0, n / parts if engine.objective.total else n, True, given=given)
+        wanted = [(name, role) for name in found for role in engine.plan.layers[name].parameters]
+        parameters = [engine.plan.layers[name].parameters[role] for name, role in wanted]
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for (name, role), p, g in zip(wanted, parameters, gradients, strict=True):
+        by_layer.setdefault(name, {})[role] = torch.zeros_like(p) if g is None else g
+    return found, {name: engine.matrix(engine.plan.layers[name], given) for name, given in by_layer.items()}
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """The model on a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def save_records(
+    path: str | os.PathLike, model: nn.Module, loss: Any, inputs: Any, target: Any, **settings: Any
+) -> None:
+    """Write `records` to a file that `kfaccore compare` and `kfaccore advise` read."""
+    found, grads = records(model, loss, inputs, target, **settings)
+    kf.save_records(path, found, grads, seed=settings.get("seed", 0))

@@ -1,0 +1,53 @@
+"""Resuming: the state as tensors by path, and parameters and state in one file of any adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import kfaccore as kf
+from kfaccore_torch.bridge import ordered
+
+
+class Resumes:
+    """What an engine with plan, core and state can be saved to and loaded from."""
+
+    core: kf.Preconditioner
+    plan: Any
+    state: Any
+    namespace: str
+    device: torch.device
+    matrix: Any
+    tensors: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as CPU tensors by path, the same on any device, namespace and rank; every rank must call it."""
+        with ordered(self.namespace, self.device):
+            arrays = kf.flatten(self.core.gather(self.state))
+        return {"kfaccore": 1, "state": {path: torch.from_numpy(np.array(x)) for path, x in arrays.items()}}
+
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Continue from `state_dict`. Raises ValueError, changing nothing, if layers, shapes or dtypes differ."""
+        if found.get("kfaccore") != 1:
+            raise ValueError(f"not a state of kfaccore: it has the keys {sorted(found)[:5]}")
+        self.state = kf.unflatten({path: x.numpy() for path, x in found["state"].items()}, self.state)
+
+    def save(self, path: Any, **meta: Any) -> None:
+        """Parameters as matrices and the state in one file that every adapter reads; every rank must call it."""
+        layers = self.plan.layers
+        with ordered(self.namespace, self.device):
+            params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
+            kf.save(path, {"params": params, "state": self.core.gather(self.state)}, **meta)
+
+    def load(self, path: Any) -> None:
+        """Continue from a file of any adapter; ValueError, changing nothing, if it is of other layers or sizes."""
+        layers = self.plan.layers
+        params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
+        found = kf.load(path, like={"params": params, "state": self.state})
+        with torch.no_grad():
+            for name, layer in layers.items():
+                for role, x in self.tensors(layer, found["params"][name]).items():
+                    layer.parameters[role].copy_(x)
+        self.state = found["state"]

@@ -1,0 +1,227 @@
+"""What both shells share: the plan, the core preconditioner and its state, draws of labels, and resuming."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import kfaccore as kf
+from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
+from kfaccore_torch.capture import Capture
+from kfaccore_torch.collect import kept
+from kfaccore_torch.compiled import eagerly
+from kfaccore_torch.distributed import Distributed
+from kfaccore_torch.draw import Batch, drawn
+from kfaccore_torch.follow import carried
+from kfaccore_torch.losses import FISHERS, objective
+from kfaccore_torch.observe import Observed, Observer
+from kfaccore_torch.plan import Layer, Plan, plan, unwrapped
+from kfaccore_torch.report import Coverage, coverage
+from kfaccore_torch.resume import Resumes
+from kfaccore_torch.rows import absent
+
+_NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How labels are drawn and where the core runs.
+
+    fisher      kfaccore's monte_carlo (default), type2, empirical or forward_only; each draw costs one backward,
+                without weight gradients, on steps that update statistics; forward_only takes none, so G = I
+    draws       of monte_carlo
+    seed        draws are a function of (seed, step, micro-batch, rank)
+    namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and CuPy for one on CUDA
+    samples     size of the dataset, for methods that remember examples
+    rows        most rows of a batch, for methods that keep rows; 0 leaves it to the method
+    skip        patterns of parameter names to leave uncovered
+    strict      ValueError when a trainable parameter is not covered
+    """
+
+    fisher: Callable = kf.monte_carlo
+    draws: int = 1
+    seed: int = 0
+    namespace: str | None = None
+    samples: int = 0
+    rows: int = 0
+    skip: tuple[str, ...] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fisher not in FISHERS:
+            raise ValueError(f"fisher is {self.fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}; need at least 1")
+
+
+class Engine(Resumes):
+    """Plan, core and state of one model."""
+
+    def __init__(self, model: nn.Module, loss: Any, core: kf.Preconditioner, settings: Settings) -> None:
+        self.model, self.core, self.settings = model, core, settings
+        self.objective = objective(loss)
+        self.observer = Observer()
+        self.mixing: set[str] = set()
+        self.new = False  # whether layers joined since the last step, which must not wait for the clocks
+        if kf.own_gradients(core) and settings.fisher is not kf.empirical:
+            method = core.network or core.methods
+            raise ValueError(f"{method} takes the loss's own gradients: pass fisher=kfaccore.empirical")
+        self.plan = self._planned()
+        first = next(iter(next(iter(self.plan.layers.values())).parameters.values()))
+        self.device = first.device
+        self.namespace = chosen(settings.namespace, self.device)
+        self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
+        self.state = self._first_state()
+        self.info: kf.Info | None = None
+
+    def _planned(self) -> Plan:
+        """The plan of the model as it is now; ValueError where settings do not allow it."""
+        found = plan(self.model, self.settings.skip)
+        if self.settings.strict and found.uncovered:
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in found.uncovered.items())
+            raise ValueError(f"strict: {len(found.uncovered)} parameters are not covered\n{reasons}")
+        if not found.layers:
+            name = type(unwrapped(self.model)).__name__
+            raise ValueError(f"no parameter of {name} is covered; see kfaccore_torch.plan")
+        return found
+
+    def _first_state(self) -> Any:
+        with ordered(self.namespace, self.device):
+            return self.core.init(self.blocks(), like=_owned(to_core(self.like, self.namespace)))
+
+    def replan(self) -> bool:
+        """Follow the model: parameters frozen, thawed or replaced since the plan was made. True if anything changed;
+        layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
+        if self.plan.holds(self.model):
+            return False
+        old, blocks = self.state, self.blocks()
+        self.plan = self._planned()
+        self.observer = Observer()
+        kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
+        self.state = carried(old, self._first_state(), kept_on)
+        self.new = self.new or bool(set(self.plan.layers) - kept_on)
+        return True
+
+    def blocks(self) -> dict[str, kf.Block]:
+        """Sizes of the layers, with the capacities of the settings."""
+        capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
+        return {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
+
+    def report(self) -> Coverage:
+        """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
+        return coverage(self.plan, self.blocks(), self.core, self.mixing)
+
+    @property
+    def now(self) -> kf.Preconditioner:
+        """The core of the step to come: one that updates and refreshes, where layers are new."""
+        if not self.new:
+            return self.core
+        urgent = copy.copy(self.core)
+        object.__setattr__(urgent, "clocks", kf.Clocks(1, 1))
+        return urgent
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step uses records."""
+        return self.now.wants_records(self.state)
+
+    def share(self, batch: Batch) -> float:
+        """n of a batch, 0 where nothing in it counts."""
+        return self.objective.share(batch.f, batch.target)
+
+    def void(self, batch: Batch) -> str:
+        """Why nothing in a batch counts."""
+        shapes = [tuple(f.shape) for f in self.objective.heads(batch.f)]
+        if any(0 in shape for shape in shapes):
+            return f"the batch is empty: the prediction has shape {shapes[0]}"
+        return "all labels of the batch are ignored (ignore_index), so no example counts and n is 0"
+
+    def records(
+        self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any
+    ) -> tuple[dict[str, kf.Record], Observed]:
+        """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
+        records, observed = drawn(self, seen, batch, turn, n, exact, **how)
+        self.mixing |= observed.mixing
+        return records, observed
+
+    def waiting(self, records: dict[str, kf.Record]) -> dict[str, Any]:
+        """What is kept until the step: Stats, or copies of rows where the step needs rows."""
+        found = {}
+        with torch.no_grad(), ordered(self.namespace, self.device):
+            for name, one in records.items():
+                stats = kf.measured(self.core, self.state, name, one)
+                found[name] = kept(one if stats is None else stats, one)
+        return found
+
+    def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:
+        """Records and gradients of one step, n its share: a layer that no example reached, such as an expert without
+        tokens, is left as it is, or counts with J = 0 where other ranks or layers wait for it."""
+        self.check_seen(records, grads)
+        missing = [name for name in grads if name not in records]
+        together = self.core.network.covers(self.blocks()) if self.core.network is not None else ()
+        found = dict(records)
+        with ordered(self.namespace, self.device):
+            for name in missing:
+                if self.core.comm.world > 1 or name in together:
+                    found[name] = absent(self.plan.layers[name], n or _NEXT_TO_NOTHING, self.like, self.namespace)
+        return found, {name: g for name, g in grads.items() if name in found}
+
+    def matrix(self, layer: Layer, tensors: dict[str, torch.Tensor]) -> Any:
+        """Tensors like a layer's parameters, by role -> its matrix in the core's namespace."""
+        return layer.matrix({role: to_core(x, self.namespace) for role, x in tensors.items()})
+
+    def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any]) -> dict[str, Any]:
+        """The core's step; state and info move on."""
+        try:
+            updates, self.state, info = self.now.step(self.state, records, grads)
+        except Exception as error:
+            self.leave_word(error)
+            raise
+        self.new = False
+        marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(grads)}
+        self.info = replace(info, layers={**info.layers, **marks})
+        return updates
+
+    def check_seen(self, records: Mapping[str, Any], grads: dict[str, Any]) -> None:
+        """ValueError for a gradient that no captured call explains: it would keep an old batch's curvature."""
+        missing = [name for name in grads if name not in records and _nonzero(grads[name])]
+        if missing:
+            error = ValueError(
+                f"layer {missing[0]!r} has a gradient but none of its calls was captured"
+                f"{f' (nor of {missing[1:]})' if missing[1:] else ''}: was the model run inside capture(), and is "
+                f"checkpointing non-reentrant (use_reentrant=False)?"
+            )
+            self.leave_word(error)
+            raise error
+
+    def leave_word(self, error: Exception) -> None:
+        """Other ranks, which may lose the connection before they know, can then say why this one stops."""
+        if isinstance(self.core.comm, Distributed):
+            self.core.comm.failed(error)
+
+    def tensors(self, layer: Layer, matrix: Any) -> dict[str, torch.Tensor]:
+        """The inverse of `matrix`."""
+        return {role: to_torch(x, layer.parameters[role]) for role, x in layer.arrays(matrix).items()}
+
+    @contextmanager
+    def captured(self) -> Iterator[Capture]:
+        """Calls inside are seen; compiled models run eagerly meanwhile, as a graph shows no calls."""
+        seen = Capture(self.plan)
+        with eagerly(self.model), seen:
+            yield seen
+
+
+def _owned(x: Any) -> Any:
+    """`like` of a state, whose NumPy view must be writable."""
+    return np.array(x) if isinstance(x, np.ndarray) else x
+
+
+def _nonzero(grad: Any) -> bool:
+    return bool((getattr(grad, "g", grad) != 0).any())

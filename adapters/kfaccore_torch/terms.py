@@ -1,0 +1,73 @@
+"""A term of the loss that no `pre.loss` explains is noticed once: it has no curvature, and one should know."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+Expected = Sequence[torch.Tensor | None]
+
+
+@dataclass
+class Terms:
+    """Whether terms without curvature were declared, and whether that was looked at."""
+
+    declared: bool = False
+    looked: bool = False
+    _fired: list[tuple[float, Expected]] = field(default_factory=list)  # losses differentiated in one backward pass
+
+    def expect(self, value: torch.Tensor, expected: Expected, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Look, at the end of the backward pass of `value`, whether the gradient is that of such losses alone.
+
+        expected   the loss's own gradient of each of `parameters`; empty where it is not known
+        """
+        if self.declared or self.looked or not value.requires_grad:
+            return
+        fresh = all(p.grad is None or not bool(p.grad.any()) for p in parameters)
+        value.register_hook(partial(self._fire, expected if fresh else (), parameters))
+
+    def _fire(self, expected: Expected, parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> None:
+        if not self._fired:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._compare, parameters))
+        self._fired.append((float(grad), expected))
+
+    def _compare(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        fired, self._fired = self._fired, []
+        if self.declared or self.looked or not all(expected for _, expected in fired):
+            return
+        self.looked = True
+        if not _parallel([p.grad for p in parameters], [_sum(fired, i) for i in range(len(parameters))]):
+            warnings.warn(
+                "the gradient is not that of pre.loss alone: a term of the loss has no curvature here. Declare it, "
+                "loss = pre.loss(f, y) + pre.extra(term), or form it by pre.loss",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a backward pass in progress has seen."""
+        return {**self.__dict__, "_fired": []}
+
+
+def _sum(fired: Sequence[tuple[float, Expected]], i: int) -> torch.Tensor | None:
+    """The gradient of one parameter that the losses explain."""
+    known = [scale * expected[i] for scale, expected in fired if expected[i] is not None]  # type: ignore[operator]
+    return sum(known[1:], known[0]) if known else None
+
+
+def _parallel(found: Sequence[torch.Tensor | None], expected: Expected) -> bool:
+    """Whether a gradient is a multiple of the one expected, to rounding; where none is expected nothing is known."""
+    known = ((g, e) for g, e in zip(found, expected, strict=True) if e is not None)
+    pairs = [(torch.zeros_like(e) if g is None else g, e) for g, e in known]
+    products = torch.zeros(3, dtype=torch.float64)
+    for g, e in pairs:
+        flat = [x.detach().double().reshape(-1).cpu() for x in (g, e)]
+        products += torch.stack([flat[0] @ flat[0], flat[0] @ flat[1], flat[1] @ flat[1]])
+    gg, ge, ee = products.tolist()
+    if not gg or not ee or gg != gg:
+        return True
+    return gg - ge * ge / ee <= 1e-4 * gg
