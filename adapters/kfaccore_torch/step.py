@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -119,18 +118,9 @@ class Engine(Resumes):
         return coverage(self.plan, self.blocks(), self.core, self.mixing)
 
     @property
-    def now(self) -> kf.Preconditioner:
-        """The core of the step to come: one that updates and refreshes, where layers are new."""
-        if not self.new:
-            return self.core
-        urgent = copy.copy(self.core)
-        object.__setattr__(urgent, "clocks", kf.Clocks(1, 1))
-        return urgent
-
-    @property
     def due(self) -> bool:
         """Whether the next step uses records."""
-        return self.now.wants_records(self.state)
+        return self.new or self.core.wants_records(self.state)
 
     def share(self, batch: Batch) -> float:
         """n of a batch, 0 where nothing in it counts."""
@@ -179,8 +169,9 @@ class Engine(Resumes):
 
     def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any]) -> dict[str, Any]:
         """The core's step; state and info move on."""
+        due = kf.Due(True, True) if self.new else self.core.due(self.state)  # new layers do not wait for the clocks
         try:
-            updates, self.state, info = self.now.step(self.state, records, grads)
+            updates, self.state, info = self.core.do(due, self.state, records, grads, self.settings.fisher)
         except Exception as error:
             self.leave_word(error)
             raise

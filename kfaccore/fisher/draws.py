@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import array_api_compat as aac
 
-from kfaccore.fisher.losses import Gaussian, SoftmaxCrossEntropy
+from kfaccore.fisher.losses import Gaussian, Loss, SoftmaxCrossEntropy
 from kfaccore.xp.arrays import Array, namespace, widen
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def forward_only(f: Any) -> Any:
     return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=aac.device(f))
 
 
-def draw_noise(loss: Any, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:
+def draw_noise(loss: Loss, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:
     """Noise for `monte_carlo` on a prediction of `shape`, from a NumPy generator seeded by (seed, step)."""
     if isinstance(loss, Gaussian):
         return rng.standard_normal((draws, *shape))

@@ -5,15 +5,18 @@ Source: Martens 2020 (1412.1193), section 9: the GGN of a sum is the sum of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kfaccore.fisher import draws as single
+from kfaccore.fisher.losses import Loss
 from kfaccore.xp.arrays import Array, namespace
 
 if TYPE_CHECKING:
     import numpy as np
+
+Heads = Mapping[str, Array]
 
 
 @dataclass(frozen=True, init=False)
@@ -31,10 +34,10 @@ class Joint:
         empirical     the gradient of the whole loss, an example
     """
 
-    losses: tuple[tuple[str, Any], ...]
+    losses: tuple[tuple[str, Loss], ...]
     weights: tuple[tuple[str, float], ...]
 
-    def __init__(self, losses: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, losses: Mapping[str, Loss], weights: Mapping[str, float] | None = None) -> None:
         given = dict(weights or {})
         unknown = sorted(set(given) - set(losses))
         if not losses or unknown:
@@ -44,7 +47,7 @@ class Joint:
         object.__setattr__(self, "losses", tuple(losses.items()))
         object.__setattr__(self, "weights", tuple((head, float(given.get(head, 1.0))) for head in losses))
 
-    def value(self, f: Mapping[str, Array], target: Mapping[str, Array], mask: Mapping | None = None) -> Array:
+    def value(self, f: Mapping[str, Array], target: Heads, mask: Heads | None = None) -> Array:
         """B times the training loss, 0-d; divide by `normaliser` for the loss itself."""
         self.check(f)
         total: Any = 0.0
@@ -53,7 +56,7 @@ class Joint:
             total = total + dict(self.weights)[head] * loss.value(*args) / loss.normaliser(*args)
         return total * self.normaliser(f, target, mask)
 
-    def normaliser(self, f: Mapping[str, Array], target: Any = None, mask: Mapping | None = None) -> float:
+    def normaliser(self, f: Mapping[str, Array], target: Heads | None = None, mask: Heads | None = None) -> float:
         """The number of examples, which all heads have."""
         self.check(f)
         return float(next(iter(f.values())).shape[0])
@@ -70,15 +73,21 @@ class Joint:
             raise ValueError(f"the heads have batches of {sizes} examples; need one batch")
 
     def draws(
-        self, fisher: Any, f: Mapping[str, Array], target: Mapping | None, mask: Mapping | None, noise: Any = None
+        self,
+        fisher: Callable,
+        f: Mapping[str, Array],
+        target: Heads | None,
+        mask: Heads | None,
+        noise: Heads | None = None,
     ) -> dict[str, Array]:
         """{head: (draws, *f.shape)}: one of `type2`, `monte_carlo` and `empirical` for all heads."""
         self.check(f)
         found = {}
         for head, loss in self.losses:
-            y, m = (target or {}).get(head), (mask or {}).get(head)
+            y: Any = (target or {}).get(head)
+            m = (mask or {}).get(head)
             if fisher is single.monte_carlo:
-                v = single.monte_carlo(loss, f[head], noise[head], y, m)
+                v = single.monte_carlo(loss, f[head], (noise or {})[head], y, m)
             else:
                 v = fisher(loss, f[head], y, m)
             scale = dict(self.weights)[head] * self.normaliser(f) / loss.normaliser(f[head], y, m)
@@ -86,7 +95,7 @@ class Joint:
             found[head] = v * (scale if fisher is single.empirical else scale**0.5)
         return self.padded(found) if fisher is single.type2 else found
 
-    def noise(self, f: Mapping[str, Any], draws: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def noise(self, f: Mapping[str, Array], draws: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Noise for `monte_carlo`, head by head from one generator."""
         return {head: single.draw_noise(loss, tuple(f[head].shape), draws, rng) for head, loss in self.losses}
 
@@ -94,7 +103,9 @@ class Joint:
     def padded(draws: Mapping[str, Array]) -> dict[str, Array]:
         """Draws of each head in turn, zero in the other heads: {head: (sum of draws, *f.shape)}."""
         counts = {head: v.shape[0] for head, v in draws.items()}
-        before, total, found = 0, sum(counts.values()), {}
+        total = sum(counts.values())
+        before = 0
+        found = {}
         for head, v in draws.items():
             xp = namespace(v)
             sides = [xp.zeros((k, *v.shape[1:]), dtype=v.dtype) for k in (before, total - before - counts[head])]

@@ -7,10 +7,35 @@ nowhere: value, normaliser, gradient and draws are zero there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import array_api_compat as aac
 
 from kfaccore.xp.arrays import Array, namespace
+
+
+class Loss(Protocol):
+    """What a Fisher is taken of: f (batch, *positions, outputs), target and mask as the loss has them."""
+
+    def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
+        """Sum of the per-example losses, 0-d."""
+        ...
+
+    def normaliser(self, f: Array, target: Array, mask: Array | None = None) -> Array | float:
+        """What the sum is divided by for the mean."""
+        ...
+
+    def gradient(self, f: Array, target: Array, mask: Array | None = None) -> Array:
+        """Of each example's loss, like f."""
+        ...
+
+    def roots(self, f: Array, target: Array | None = None, mask: Array | None = None) -> Array:
+        """Columns of S with S S^T the Hessian at each position: (columns, *f.shape)."""
+        ...
+
+    def sampled(self, f: Array, noise: Array, target: Array | None = None, mask: Array | None = None) -> Array:
+        """Gradients at labels drawn from the model: (draws, *f.shape)."""
+        ...
 
 
 @dataclass(frozen=True)
