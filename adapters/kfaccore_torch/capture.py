@@ -8,7 +8,6 @@ not see each other.
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from kfaccore.layers import Conv, Embedding, Gain, Linear
+from kfaccore_torch.attention import attention
 from kfaccore_torch.plan import Layer, Plan
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -99,7 +99,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:  # the products inside are seen like any other
-                return _ATTENTION(*args, **kwargs)
+                return attention(*args, **kwargs)
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
         if names is not None:
@@ -210,18 +210,6 @@ def _edge(output: torch.Tensor) -> GradientEdge:
     if base is not None and whole and base.is_contiguous() and output.is_contiguous():
         return get_gradient_edge(base)
     return get_gradient_edge(output)
-
-
-def _own_copy(function: Any) -> Any:
-    """The same code with globals of its own, in which nothing overrides torch functions: the function checks that
-    before it does anything, and would be handed back to the mode for ever."""
-    scope = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    twin = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return twin
-
-
-_ATTENTION = _own_copy(F.multi_head_attention_forward)
 
 
 def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[], torch.Tensor]:

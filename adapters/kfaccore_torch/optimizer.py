@@ -169,8 +169,8 @@ class Optimizer:
         pairs = zip(engine.plan.rest.values(), rest, strict=True)
         others = [torch.zeros_like(p) if g is None else g * (n / whole) for p, g in pairs]
         with ordered(engine.namespace, engine.device):
-            grads, others = comm.all_reduce([scaled, others])
-        return total[1] / whole, grads, tuple(others)
+            summed, others = comm.all_reduce((scaled, others))
+        return total[1] / whole, summed, tuple(others)
 
     def _mean(self, value: float, n: float) -> float:
         """A loss of the global batch, from this rank's and its share n."""
