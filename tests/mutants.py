@@ -137,15 +137,15 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "in-place activations: outputs instead of edges",
         "../kfaccore_torch/capture.py",
-        'x, edge = given["input"].detach(), get_gradient_edge(output)',
-        'x, edge = given["input"].detach(), output',
+        "    return get_gradient_edge(output)\n",
+        "    return output\n",
         "test_torch_capture.py",
     ),
     (
         "torch mean of squares: n without its half",
         "../kfaccore_torch/losses.py",
-        "f.numel() / 2",
-        "float(f.numel())",
+        "_squared_share, times=2.0)",
+        "_squared_share, times=1.0)",
         "test_torch_losses.py",
     ),
     (
@@ -157,9 +157,9 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "attention's positions taken for examples",
-        "../kfaccore_torch/rows.py",
-        "return x.reshape(positions, -1, d).movedim(1, 0)",
-        "return x.reshape(positions, -1, d)",
+        "../kfaccore_torch/places.py",
+        "x = x.movedim(axis + self.inner, lead)",
+        "x = x.movedim(axis + self.inner, lead + 0 * axis) if not self.axis else x.movedim(axis + self.inner, lead).flip(lead)",
         "test_torch_capture.py",
     ),
     (
@@ -221,8 +221,8 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "embedded positions taken before they meet the examples",
         "../kfaccore_torch/capture.py",
-        "calls[place] = wide",
-        "calls[place] = call",
+        'wide = {"x": index, "edge": get_gradient_edge(output), "shape": tuple(output.shape)}',
+        'wide = {"x": index}',
         "test_torch_capture.py",
     ),
     *OF_LAWS,
