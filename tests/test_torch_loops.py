@@ -448,6 +448,11 @@ def test_shells_travel(way):
     run(pre, model, (x, y))
     other_model, other = way((model, pre))
     same(run(other, other_model, (x, y)), run(pre, model, (x, y)))
+    with pre.capture():
+        f = model(x)
+    pre.loss(f, y).backward()
+    other_model, other = way((model, pre))  # in the middle of a step: what waits stays behind
+    same(run(other, other_model, (x, y)), run(pre, model, (x, y)))
     optimizer = kt.Optimizer(model, CE)
     optimizer.step(x, y)
     again_model, again = way((model, optimizer))
@@ -538,7 +543,7 @@ def test_two_losses_on_one_forward_add():
     model, whole = Split(), Heads()
     pre = pre_of(model, CE)
     mse = pre_of(whole, kf.Joint({"u": CE, "v": CE}))
-    z = (t[:, 0] > 0).long()
+    z = (t[:, 0] > 0).long().index_fill(0, torch.arange(3), -100)  # shares of 8 and of 5
     with pre.capture():
         u, v = model(x)
     (pre.loss(u, y) + pre.loss(v, z)).backward()
