@@ -198,7 +198,9 @@ def examined(make: Callable[[], Entry]) -> Found:
     try:
         torch.manual_seed(0)
         entry = make()
-    except Exception as error:  # whatever a library raises while it is imported or built
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a library raises while it is imported or built
         found.why = f"{type(error).__name__}: {error}".splitlines()[0][:90]
         return found
     try:

@@ -390,7 +390,7 @@ def test_masks_that_fit_nothing():
 
 
 def test_a_mask_is_repeated_over_heads_and_refused_where_axes_are_alike():
-    class Heads(nn.Module):
+    class Attended(nn.Module):
         def __init__(self, heads):
             super().__init__()
             self.n, self.o, self.heads = nn.LayerNorm(4), nn.Linear(4, 3), heads
@@ -399,12 +399,12 @@ def test_a_mask_is_repeated_over_heads_and_refused_where_axes_are_alike():
             return self.o(self.n(x.unflatten(-1, (self.heads, 4)).transpose(1, 2)).mean((1, 2)))
 
     mask = torch.arange(5)[None] < torch.tensor([[5], [3]])
-    found, _ = kt.records(Heads(2), CE, torch.randn(2, 5, 8), labels(2), mask=mask)
+    found, _ = kt.records(Attended(2), CE, torch.randn(2, 5, 8), labels(2), mask=mask)
     kept = found["n.weight"].mask.reshape(2, 2, 5)
     assert (kept[:, 0] == mask.numpy()).all()
     assert (kept[:, 1] == mask.numpy()).all()
     with pytest.raises(ValueError, match="several axes"):
-        kt.records(Heads(5), CE, torch.randn(2, 5, 20), labels(2), mask=mask)
+        kt.records(Attended(5), CE, torch.randn(2, 5, 20), labels(2), mask=mask)
 
 
 # Nothing is global.
@@ -447,6 +447,11 @@ def test_shells_travel(way):
     pre = pre_of(model)
     run(pre, model, (x, y))
     other_model, other = way((model, pre))
+    same(run(other, other_model, (x, y)), run(pre, model, (x, y)))
+    with pre.capture():
+        f = model(x)
+    pre.loss(f, y).backward()
+    other_model, other = way((model, pre))  # in the middle of a step: what waits stays behind
     same(run(other, other_model, (x, y)), run(pre, model, (x, y)))
     optimizer = kt.Optimizer(model, CE)
     optimizer.step(x, y)
@@ -538,7 +543,7 @@ def test_two_losses_on_one_forward_add():
     model, whole = Split(), Heads()
     pre = pre_of(model, CE)
     mse = pre_of(whole, kf.Joint({"u": CE, "v": CE}))
-    z = (t[:, 0] > 0).long()
+    z = (t[:, 0] > 0).long().index_fill(0, torch.arange(3), -100)  # shares of 8 and of 5
     with pre.capture():
         u, v = model(x)
     (pre.loss(u, y) + pre.loss(v, z)).backward()
@@ -621,6 +626,36 @@ def test_messages():
     g = model(2 * x)
     with pytest.raises(ValueError, match="outside capture"):
         pre.loss(torch.cat([f, g]), torch.cat([y, y]))
+
+
+def test_a_second_head_says_what_to_do():
+    x, y = batch()
+    model = Heads()
+    pre = pre_of(model)
+    with pre.capture():
+        f = model(x)
+    (pre.loss(f["u"], y) + pre.extra(f["v"].square().mean())).backward()
+    with pytest.raises(ValueError, match=r"layers \['v'\] .*pre\.loss too.*Joint"):
+        pre.step()
+
+
+@pytest.mark.parametrize("way", ["second", "first"])
+def test_masks_of_two_losses_on_one_forward(way):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x).transpose(1, 2), self.b(x).transpose(1, 2)
+
+    model, x, y = Two(), torch.randn(3, 5, 4), labels(3, 5)
+    pre = pre_of(model)
+    mask = torch.arange(5)[None] < torch.tensor([[5], [3], [2]])
+    with pre.capture(masks={"b" if way == "second" else "a": mask}):
+        f, g = model(x)
+    (pre.loss(f, y) + pre.loss(g, y)).backward()
+    pre.step()
 
 
 def test_cross_attention_says_what_to_do():

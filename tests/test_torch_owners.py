@@ -172,26 +172,29 @@ def test_other_precisions_find_the_same_map(name, dtype):
         assert (record.mask is None) == (found[layer].mask is None)
 
 
-def test_rows_without_a_gradient_wait_for_one():
-    """Dead units in the first batch: their rows are decided when a batch moves them."""
+def test_rows_without_a_gradient_wait_for_one(monkeypatch):
+    """Rows behind a closed gate are decided by the first batch that moves them, at two passes, and none after it."""
 
     class Gated(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.o, self.gate = nn.Linear(3, 4), nn.Linear(4, 3), torch.tensor([1.0, 1.0, 0.0, 0.0])
+            self.a, self.o, self.gate = nn.Linear(3, 4), nn.Linear(4, 3), torch.ones(4)
 
         def forward(self, x):
-            h = torch.tanh(self.a(x.flip(0))).flip(0) if self.gate[2] else torch.tanh(self.a(x))
-            return self.o(h * self.gate[:, None])
+            return self.o(torch.tanh(self.a(x)) * self.gate[:, None])
 
     model, x, y = Gated(), torch.randn(4, 3), labels(4)
     pre = kt.Preconditioner(model, CE, kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1)))
-    observer = pre.engine.observer
-    for gate, left in (([1.0, 1.0, 0.0, 0.0], 2), ([0.0, 0.0, 1.0, 1.0], None)):
+    counted, seen = passes(monkeypatch), []
+    for gate in ([1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]):
         model.gate = torch.tensor(gate)
+        before = len(counted)
         with pre.capture():
             f = model(x)
         pre.loss(f, y).backward()
         pre.step()
-        undecided = [owned.undecided for _, found in observer.kept.values() for owned in found]
-        assert left is None or any(u is not None and len(u) == left for u in undecided)
+        ((_, found),) = pre.engine.observer.kept.values()
+        seen.append(
+            (len(counted) - before, [0 if owned.undecided is None else len(owned.undecided) for owned in found])
+        )
+    assert seen == [(3, [2, 0]), (1, [2, 0]), (3, [0, 0]), (1, [0, 0])]

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from kfaccore.layers import Conv, Embedding, Gain, Linear
 from kfaccore_torch.attention import attention
+from kfaccore_torch.graph import origin
 from kfaccore_torch.plan import Layer, Plan
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -110,7 +111,7 @@ class Capture(TorchFunctionMode):
 
     def _note(self, func: Any, given: dict[str, Any], output: torch.Tensor) -> None:
         """Remember the call for the layers of its weight and bias."""
-        weight, bias = (self.known.get(id(_origin(given.get(name))), (None, None))[1] for name in ("weight", "bias"))
+        weight, bias = (self.known.get(id(origin(given.get(name))), (None, None))[1] for name in ("weight", "bias"))
         if (weight is None and bias is None) or not _recording(output):
             return
         role = _ROLES.get(func, Gain)
@@ -186,20 +187,12 @@ def _check_roles(role: Any, func: Any, weight: Layer | None, given: dict[str, An
             f"weight {weight.name!r} is known as {type(weight.kind).__name__} and was used by "
             f"{getattr(func, '__name__', func)}: two different Kronecker structures; pass skip=({path!r},)"
         )
-    if "bias" in weight.paths and role is not Gain and _origin(given.get("bias")) is not weight.parameters["bias"]:
+    if "bias" in weight.paths and role is not Gain and origin(given.get("bias")) is not weight.parameters["bias"]:
         name = weight.paths["bias"]
         raise ValueError(
             f"layer {weight.name!r} was called without its own bias {name!r}, or with a changed copy of it: pass "
             f"skip=({name!r},), and its weight is covered alone"
         )
-
-
-def _origin(x: torch.Tensor | None) -> torch.Tensor | None:
-    """The parameter that a tensor is a cast or an unchanged copy of, or the tensor itself."""
-    node = None if x is None else x.grad_fn
-    while node is not None and node.name() in ("ToCopyBackward0", "CloneBackward0", "AliasBackward0"):
-        node = node.next_functions[0][0]
-    return x if node is None else getattr(node, "variable", x)
 
 
 def _edge(output: torch.Tensor) -> GradientEdge:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 import kfaccore as kf
+from kfaccore.layers import Conv
 from kfaccore_torch.bridge import HALF, ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
+from kfaccore_torch.places import joined
 from kfaccore_torch.rows import check_unwritten, record
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def drawn(
     turn: int,
     n: float,
     exact: bool = False,
+    images: bool = False,
     given: Any = None,
     times: float = 1.0,
 ) -> tuple[dict[str, kf.Record], Observed]:
@@ -44,6 +47,8 @@ def drawn(
     n      of the records
     exact  rows that mix examples make one example, so that `dense` has the right mean; else they stand as their
            shape suggests, which rules that judge a step by examples need
+    images but for convolutions, whose images stand as they are: that is cheaper by far, and the same for every sum over
+           rows
     given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
     times  factor on the draws
     """
@@ -70,17 +75,26 @@ def drawn(
         _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
     ]
     observed = engine.observer.again(observed, layers, heads, grads)
-    return _recorded(engine, observed, grads, batch, n, exact), observed
+    return _recorded(engine, observed, grads, batch, n, (exact, images), set(seen.calls)), observed
 
 
 def _recorded(
-    engine: Engine, observed: Observed, grads: list[Any], batch: Batch, n: float, exact: bool
+    engine: Engine,
+    observed: Observed,
+    grads: list[Any],
+    batch: Batch,
+    n: float,
+    exact: tuple[bool, bool],
+    called: set[str],
 ) -> dict[str, kf.Record]:
+    """Records of the calls that the draws reached."""
     by_layer: dict[str, list[tuple]] = {}
-    for (name, call), place, g in zip(observed.calls, observed.places(exact), grads, strict=True):
+    for (name, call), owned, g in zip(observed.calls, observed.owned, grads, strict=True):
+        together = exact[0] and not (exact[1] and isinstance(engine.plan.layers[name].kind, Conv))
+        place = joined(owned.place, together) if owned.mixes else owned.place
         if g is not None:
             by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
-    batch.told.check(set(by_layer))
+    batch.told.check(set(by_layer), called)
     found = {}
     with ordered(engine.namespace, engine.device):
         for name, parts in by_layer.items():

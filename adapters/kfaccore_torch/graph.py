@@ -81,6 +81,14 @@ def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], kn
     return Behind(nodes, moved, mixed, stray, hash(tuple(marks)))
 
 
+def origin(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The parameter that a tensor is a cast or an unchanged copy of, or the tensor itself."""
+    node = None if x is None else x.grad_fn
+    while node is not None and node.name() in ("ToCopyBackward0", "CloneBackward0", "AliasBackward0"):
+        node = node.next_functions[0][0]
+    return x if node is None else getattr(node, "variable", x)
+
+
 def _mark(node: Any, name: str) -> Any:
     """What tells one operation's way of moving rows from another's."""
     saved = _SAVED.get(name)

@@ -69,9 +69,14 @@ class Told:
             return grouped(call.rows, owner.repeat_interleave(rows // len(owner)), examples)
         return None
 
-    def check(self, layers: set[str]) -> None:
-        """ValueError for whatever fitted nothing."""
-        shapes = {pattern: tuple(mask.shape) for pattern, mask in self.masks.items() if pattern not in self._fits}
+    def check(self, layers: set[str], called: set[str]) -> None:
+        """ValueError for whatever fitted nothing; layers that were called for another loss may wait for that one."""
+        waiting = called - layers
+        shapes = {
+            pattern: tuple(mask.shape)
+            for pattern, mask in self.masks.items()
+            if pattern not in self._fits and not any(fnmatchcase(name, pattern) for name in waiting)
+        }
         if shapes:
             raise ValueError(f"masks {shapes} match none of the layers called, {sorted(layers)[:8]}")
         if self.mask is not None and None not in self._fits:
@@ -82,7 +87,8 @@ class Told:
         patterns = (
             set(self.examples) if isinstance(self.examples, Mapping) else set() if self.examples is None else {"*"}
         )
-        missing = {p for p in patterns if ("examples", p) not in self._fits}
+        waits = {p for p in patterns if p != "*" and any(fnmatchcase(name, p) for name in waiting)}
+        missing = {p for p in patterns - waits if ("examples", p) not in self._fits}
         if missing:
             raise ValueError(f"examples {sorted(missing)} fit no layer called: need the example of each of its rows")
 

@@ -15,7 +15,7 @@ import torch
 from kfaccore_torch.capture import Call, Capture
 from kfaccore_torch.graph import Behind, behind
 from kfaccore_torch.masks import Told
-from kfaccore_torch.owner import Asked, Owned, Split, confirm, factors, mixed, search, settled, splits
+from kfaccore_torch.owner import Asked, Owned, Split, confirm, factors, mixed, search, settled, splits, still
 from kfaccore_torch.places import Place, joined
 from kfaccore_torch.plan import Layer
 from kfaccore_torch.rows import by_rows
@@ -103,7 +103,7 @@ class Observer:
         _, found = question.answer([observed.split], [observed.owned[i] for i in asked])
         owned = list(observed.owned)
         for i, new in zip(asked, found, strict=True):
-            owned[i] = new
+            owned[i] = still(observed.owned[i], new)
         if observed.key in self.kept:
             self.kept[observed.key] = observed.split, tuple(owned)
         return replace(observed, owned=tuple(owned))

@@ -155,6 +155,14 @@ def settled(owned: Owned, alive: torch.Tensor) -> Owned:
     return replace(owned, undecided=torch.nonzero(dead)[:, 0].cpu() if bool(dead.any()) else None)
 
 
+def still(old: Owned, new: Owned) -> Owned:
+    """The newer finding; where both are the same, rows that either decided are decided."""
+    if old.undecided is None or new.undecided is None or not (old.shaped and new.shaped and old.place == new.place):
+        return new
+    both = new.undecided[torch.isin(new.undecided, old.undecided)]
+    return replace(new, undecided=both if len(both) else None)
+
+
 def _filled(owner: torch.Tensor) -> torch.Tensor:
     """Undecided rows go with the row before them, the first ones with the first decided."""
     known = owner >= 0

@@ -112,7 +112,9 @@ class Preconditioner:
             return self._counted(value, shot, {})
         shot.n, shot.total = shot.n or n, self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
-        records, observed = self.engine.records(seen, batch, self._formed, shot.n, True, times=(shot.n / n) ** 0.5)
+        records, observed = self.engine.records(
+            seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5
+        )
         self._formed += 1
         value = self._counted(value, shot, self.engine.waiting(records))
         self._terms.expect(value, observed.expected, self.engine.plan.trained)
@@ -127,6 +129,7 @@ class Preconditioner:
     def discard(self) -> None:
         """Forget what was captured since the last step."""
         self._shots, self._open, self._formed = [], None, 0
+        self.engine.called = set()
 
     def step(self) -> None:
         """Replace gradients by directions, in place. Parameters without a gradient are left alone."""

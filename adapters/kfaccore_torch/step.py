@@ -68,6 +68,7 @@ class Engine(Resumes):
         self.objective = objective(loss)
         self.observer = Observer()
         self.mixing: set[str] = set()
+        self.called: set[str] = set()  # layers seen in a forward since the last step
         self.new = False  # whether layers joined since the last step, which must not wait for the clocks
         if kf.own_gradients(core) and settings.fisher is not kf.empirical:
             method = core.network or core.methods
@@ -175,7 +176,7 @@ class Engine(Resumes):
         except Exception as error:
             self.leave_word(error)
             raise
-        self.new = False
+        self.new, self.called = False, set()
         marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(grads)}
         self.info = replace(info, layers={**info.layers, **marks})
         return updates
@@ -183,14 +184,23 @@ class Engine(Resumes):
     def check_seen(self, records: Mapping[str, Any], grads: dict[str, Any]) -> None:
         """ValueError for a gradient that no captured call explains: it would keep an old batch's curvature."""
         missing = [name for name in grads if name not in records and _nonzero(grads[name])]
-        if missing:
-            error = ValueError(
+        aside = [name for name in missing if name in self.called]
+        if not missing:
+            return
+        text = (
+            f"layers {aside} have a gradient and were called, but do not lie behind the prediction of this loss: "
+            f"another term has a prediction of its own. Form its loss by pre.loss too, whose curvature is added, or "
+            f"give one kfaccore.Joint of both; or skip those parameters"
+        )
+        if not aside:
+            text = (
                 f"layer {missing[0]!r} has a gradient but none of its calls was captured"
                 f"{f' (nor of {missing[1:]})' if missing[1:] else ''}: was the model run inside capture(), and is "
                 f"checkpointing non-reentrant (use_reentrant=False)?"
             )
-            self.leave_word(error)
-            raise error
+        error = ValueError(text)
+        self.leave_word(error)
+        raise error
 
     def leave_word(self, error: Exception) -> None:
         """Other ranks, which may lose the connection before they know, can then say why this one stops."""
@@ -207,6 +217,7 @@ class Engine(Resumes):
         seen = Capture(self.plan)
         with eagerly(self.model), seen:
             yield seen
+        self.called |= set(seen.calls)
 
 
 def _owned(x: Any) -> Any:
