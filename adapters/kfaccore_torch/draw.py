@@ -57,8 +57,7 @@ def drawn(
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
-    probe, parameters = _probe(engine, heads, batch)
-    observed = engine.observer.look(seen, layers, heads, batch.told, probe, parameters)
+    observed = engine.observer.look(seen, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
     draws = given

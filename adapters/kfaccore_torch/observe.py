@@ -6,7 +6,7 @@ row and the prediction moves rows by an index, they are confirmed at every captu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,10 +55,10 @@ class Observer:
         layers: dict[str, Layer],
         heads: Sequence[torch.Tensor],
         told: Told,
-        probe: Sequence[torch.Tensor] | None = None,
-        parameters: Sequence[torch.nn.Parameter] = (),
+        first: Callable[[], tuple[Any, tuple]] = lambda: (None, ()),
     ) -> Observed:
-        """The batch that `seen` captured. `probe`, a draw, is pulled back first, to `parameters` too, if anything is.
+        """The batch that `seen` captured. `first()`, asked for only if anything is to be pulled back, gives the
+        draw to begin with, or None, and parameters to pull it back to as well.
 
         Raises ValueError for parameters that reach the prediction past all calls.
         """
@@ -78,6 +78,7 @@ class Observer:
         expected: tuple = ()
         if any(f is None for f in fixed):
             asked = [i for i, f in enumerate(fixed) if f is None]
+            probe, parameters = first()
             question = _Question(heads, [calls[i] for i in asked], layers, probe)
             expected = question.pull_first(() if known else parameters)
             old = [known[1][i] if known else None for i in asked]
