@@ -244,10 +244,13 @@ def test_the_preconditioner_narrows_blocks_and_not_the_users(rng):
 
 def test_a_method_of_linear_sides_keeps_its_modes():
     """By the caller's choice a wide side is low-rank; other layers of the same run are diagonal."""
-    pre = kf.Preconditioner({"head": kf.BrandKFAC(rank=kf.Rank(8, 8)), "other": kf.BrandRKFAC()})
-    state = pre.init({"head": WIDE, "other": WIDE}, np.zeros(1, np.float32))
+    pre = kf.Preconditioner(
+        {"head": kf.BrandKFAC(rank=kf.Rank(8, 8)), "other": kf.BrandRKFAC(), "third": kf.RandomizedKFAC()}
+    )
+    state = pre.init({"head": WIDE, "other": WIDE, "third": WIDE}, np.zeros(1, np.float32))
     assert state.layers["head"].G.U.shape == (1, 12000, 8)
-    assert state.layers["other"].G.shape == (1, 12000)
+    assert state.layers["other"].G.shape == state.layers["third"].modes_G.shape == (1, 12000)
+    assert state.layers["other"].omega_G.size == state.layers["third"].omega_G.size == 0
     dense = kf.Preconditioner(kf.SINGD()).init({"head": WIDE}, np.zeros(1))
     assert {x.size for x in tree.leaves(dense.layers["head"].C)} == {12000}
 
