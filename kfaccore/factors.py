@@ -64,7 +64,7 @@ def init(block: Block, like: Array) -> dict[str, Array]:
     device = aac.device(like)
     return {
         "A": side.zeros(block.blocks, block.d_in, block.diagonal_in, like),
-        "G": side.zeros(block.blocks, block.d_out, False, like),
+        "G": side.zeros(block.blocks, block.d_out, block.diagonal_out, like),
         "weight": xp.zeros((block.blocks,), dtype=like.dtype, device=device),
         "code": unrefreshed(block, like),
     }
@@ -76,11 +76,33 @@ def unrefreshed(block: Block, like: Array) -> Array:
     return xp.full((block.blocks,), int(Code.IDENTITY), dtype=xp.int32, device=aac.device(like))
 
 
-def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
-    """Stats of one record; zero draws give G = I by definition."""
+class Sides(Protocol):
+    """What has factors A and G, of which either may be diagonal."""
+
+    @property
+    def A(self) -> Array: ...
+
+    @property
+    def G(self) -> Array: ...
+
+
+def dense_only(name: str, block: Block) -> str:
+    """What a method says that needs dense factors of both sides; "" where it has them."""
+    if not (block.diagonal_in or block.diagonal_out):
+        return ""
+    what = "an embedding, or inputs" if block.diagonal_in else "outputs"
+    size = block.d_in if block.diagonal_in else block.d_out
+    return (
+        f"{name} got {what} too wide for a matrix ({size}, a diagonal side), and both its factors are dense: give this "
+        f"layer KFAC, EKFAC or TKFAC, or BrandKFAC for modes alone; a Preconditioner's `widest` says what is too wide"
+    )
+
+
+def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
+    """Stats of one record, diagonal where the factors of `like` are; zero draws give G = I by definition."""
     record = sharing(record)
-    A = gram_of_inputs(record)
-    G = gram_of_gradients(record)
+    A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
+    G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
     bad = not_finite(A, G)
     return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
 
@@ -97,18 +119,24 @@ def needs_draws(record: Record) -> None:
         raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
 
 
-def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats:
-    """Sums over rows of |g|^2 a a^T in A and |a|^2 g g^T in G, both over n; each has the trace sum |a|^2 |g|^2."""
+def partial_traces(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
+    """Sums over rows of |g|^2 a a^T in A and |a|^2 g g^T in G, both over n; each has the trace sum |a|^2 |g|^2.
+
+    Diagonal where the factors of `like` are.
+    """
     record = sharing(record)
     needs_draws(record)
     xp = namespace(record.g)
+    diagonal_in = like is not None and side.is_diagonal(like.A)
+    diagonal_out = like is not None and side.is_diagonal(like.G)
     weight = xp.sum(xp.vecdot(record.g, record.g), axis=0)
     if isinstance(record.a, Ids):
         A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), xp.reshape(record.a.index, (-1,)), record.a.size)
         A = A[:, 0][None, :]
-        G = kernels.gram(_rows(record.g))
+        G = side.gram(_rows(record.g), diagonal_out)
     else:
-        parts = [_weighted_grams(record, weight, start, a) for start, a in input_chunks(record)]
+        rows = (_weighted_rows(record, weight, start, a) for start, a in input_chunks(record))
+        parts = [(side.gram(x, diagonal_in), side.gram(y, diagonal_out)) for x, y in rows]
         A = reduce(add, (part[0] for part in parts))
         G = reduce(add, (part[1] for part in parts))
     bad = not_finite(A, G)
@@ -116,13 +144,13 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record]) -> Stats
     return Stats(A, n, G, n, bad)
 
 
-def _weighted_grams(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
-    """Sums of |g|^2 a a^T and |a|^2 g g^T over the examples from `start` on; weight |g|^2 (blocks, batch, shared)."""
+def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
+    """|g| a and |a| g of the examples from `start` on, as rows; weight |g|^2 (blocks, batch, shared)."""
     xp = namespace(a)
     span = slice(start, start + a.shape[1])
     norm = xp.sqrt(xp.vecdot(a, a))[..., None]
     scaled = xp.sqrt(weight[:, span, :])[..., None] * a
-    return kernels.gram(_rows(scaled[None, ...])), kernels.gram(_rows(record.g[:, :, span, ...] * norm))
+    return _rows(scaled[None, ...]), _rows(record.g[:, :, span, ...] * norm)
 
 
 def update(state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
@@ -181,18 +209,16 @@ def _rows(x: Array) -> Array:
     return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3, 4)) if blocks > 1 else x, (blocks, -1, x.shape[-1]))
 
 
-def gram_of_gradients(record: Record) -> Array:
-    """Sum of g g^T, (blocks, d_out, d_out); n I for zero draws."""
-    xp = namespace(record.g)
+def gram_of_gradients(record: Record, diagonal: bool = False) -> Array:
+    """Sum of g g^T, (blocks, d_out, d_out), or its diagonal (blocks, d_out); n I for zero draws."""
     if record.draws == 0:
-        shape = (record.blocks, record.d_out, record.d_out)
-        like = xp.zeros(shape, dtype=record.g.dtype, device=aac.device(record.g))
+        like = side.zeros(record.blocks, record.d_out, diagonal, record.g)
         return side.identity(like) * scalar(record.n, like)
-    return kernels.gram(_rows(record.g))
+    return side.gram(_rows(record.g), diagonal)
 
 
-def gram_of_inputs(record: Record) -> Array:
-    """Sum of a a^T over valid rows, (blocks, d_in, d_in); the diagonal (blocks, d_in) for an embedding."""
+def gram_of_inputs(record: Record, diagonal: bool = False) -> Array:
+    """Sum of a a^T over valid rows, (blocks, d_in, d_in); the diagonal (blocks, d_in) alone if asked, or for `Ids`."""
     xp = namespace(record.g)
     if isinstance(record.a, Ids):
         ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=aac.device(record.g))
@@ -200,7 +226,8 @@ def gram_of_inputs(record: Record) -> Array:
             ones = xp.where(record.mask[..., None], ones, xp.zeros_like(ones))
         index = xp.reshape(record.a.index, (-1,))
         return kernels.segment_sum(xp.reshape(ones, (-1, 1)), index, record.a.size)[:, 0][None, :]
+    if isinstance(record.a, Patches) and diagonal:
+        return record.a.gram_diagonal(record.mask)
     if isinstance(record.a, Patches) and record.mask is None:
         return record.a.gram()
-    a = record.rows()
-    return kernels.gram(xp.reshape(a, (record.blocks, -1, record.d_in)))
+    return side.gram(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), diagonal)

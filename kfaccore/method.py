@@ -57,7 +57,10 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Block:
-    """Static sizes of a layer: gradients are (blocks, d_out, d_in); rows and samples are a method's capacities."""
+    """Static sizes of a layer: gradients are (blocks, d_out, d_in); rows and samples are a method's capacities.
+
+    diagonal_in, diagonal_out   A, or G, is a diagonal (blocks, d): an embedding's inputs, a side too wide for a matrix
+    """
 
     d_out: int
     d_in: int
@@ -65,6 +68,7 @@ class Block:
     diagonal_in: bool = False
     rows: int = 0
     samples: int = 0
+    diagonal_out: bool = False
 
     def __post_init__(self) -> None:
         if min(self.d_out, self.d_in, self.blocks) < 1:
@@ -156,6 +160,12 @@ class Resting(Protocol[R]):
         ...
 
 
+class LinearSides(Protocol):
+    """Memory and work are linear in a side's width, so that no side needs to become diagonal however wide it is."""
+
+    linear_sides: bool
+
+
 class Terms(Protocol):
     """`measure` takes a tuple of `terms` records, one a term of the loss with its own n."""
 
@@ -209,6 +219,7 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     OwnGradients: "every shell; the command line",
     Unmeasured: "precondition",
     Resting: "precondition",
+    LinearSides: "precondition",
     Terms: "precondition; the command line",
     KroneckerTerms: "analysis, TwoLevel",
     Inverses: "TwoLevel",

@@ -161,7 +161,15 @@ def resting_steps_take_weighted_gradients(case, rng):
     assert (xp.get(rested.code) == kf.Code.OK).all()
 
 
+def linear_sides_grow_with_the_width(case, rng):
+    """A state of twice the width takes twice the memory, not four times."""
+    narrow, wide = (case.method.init(kf.Block(2, d, rows=16), np.zeros(1)) for d in (2000, 4000))
+    bytes_of = lambda state: sum(np.asarray(x).nbytes for x in tree.leaves(state))  # noqa: E731
+    assert bytes_of(wide) <= 2.1 * bytes_of(narrow)
+
+
 LAWS = {
+    contract.LinearSides: linear_sides_grow_with_the_width,
     contract.RowsAtSolve: rows_at_solve_are_used_there,
     contract.OwnGradients: own_gradients_of_the_batch_invert_its_own_fisher,
     contract.Unmeasured: unmeasured_states_do_not_move,

@@ -64,6 +64,23 @@ class Patches:
         """
         return self.gram_by_fft() if fft_pays(self.window, tuple(self.image.shape)) else self.gram_by_chunks()
 
+    def gram_diagonal(self, mask: Array | None = None) -> Array:
+        """The diagonal of the gram alone, (blocks, d_in), of positions where mask (batch, shared) holds: nothing is
+        unfolded, each kernel position sums the squares that all windows see there."""
+        xp = namespace(self.image)
+        outputs = self.window.outputs(self.spatial)
+        axes = tuple(range(1, self.image.ndim - 1))
+        parts = [part * part for part in offsets(self.image, self.window)]
+        if mask is not None:
+            counted = xp.reshape(mask, (1, mask.shape[0], *outputs, 1))
+            parts = [xp.where(counted, part, xp.zeros_like(part)) for part in parts]
+        sums = [xp.sum(part, axis=axes) for part in parts]
+        if self.bias:
+            ones = xp.ones_like(sums[0][:, :1])
+            many = float(self.shape[1] * self.shape[2]) if mask is None else xp.sum(xp.astype(mask, ones.dtype))
+            sums.append(ones * many)
+        return xp.concat(sums, axis=-1)
+
     def gram_by_chunks(self) -> Array:
         """The gram from unfolded patches, a chunk of examples at a time: every geometry, and the oracle."""
         xp = namespace(self.image)

@@ -1,4 +1,5 @@
-"""One side of a Kronecker block: a dense factor (blocks, d, d) or, for an embedding, a diagonal (blocks, d)."""
+"""One side of a Kronecker block: a dense factor (blocks, d, d), or a diagonal (blocks, d) of an embedding's inputs or
+of a side too wide for a matrix."""
 
 from __future__ import annotations
 
@@ -45,12 +46,19 @@ def identity(like: Array) -> Array:
     xp = namespace(like)
     if is_diagonal(like):
         return xp.ones_like(like)
-    return xp.zeros_like(like) + xp.eye(like.shape[-1], dtype=like.dtype, device=aac.device(like))
+    eye = xp.eye(like.shape[-1], dtype=like.dtype, device=aac.device(like))
+    # `eye` as it is where it will do: NumPy and torch touch no memory but the diagonal's, a sum touches all of three
+    return eye[None, ...] if like.shape[0] == 1 else xp.zeros_like(like) + eye
 
 
 def diagonal(x: Array) -> Array:
     """The diagonal (blocks, d)."""
     return x if is_diagonal(x) else namespace(x).linalg.diagonal(x)
+
+
+def gram(rows: Array, diagonal: bool) -> Array:
+    """Sum over rows of x x^T, or of its diagonal alone, for rows (blocks, many, d)."""
+    return kernels.gram_diagonal(rows) if diagonal else kernels.gram(rows)
 
 
 def top_eigenvalue(x: Array) -> Array:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kfaccore.method import Block, Hyper, Method, Resting, Unmeasured, declares
+from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, Unmeasured, declares
 from kfaccore.options import need
 from kfaccore.precondition.groups import Alone, Group, NetworkMethod
 from kfaccore.xp.arrays import is_tracer
@@ -13,10 +13,14 @@ from kfaccore.xp.arrays import is_tracer
 
 @dataclass(frozen=True)
 class Assigned:
-    """`methods`, one for all layers or a mapping from layer to method, and the network-level method if there is one."""
+    """`methods`, one for all layers or a mapping from layer to method, and the network-level method if there is one.
+
+    Methods are given blocks whose sides wider than `widest` are diagonal, except those of `LinearSides`.
+    """
 
     methods: Method | Mapping[str, Method] | None
     network: NetworkMethod | None
+    widest: int
 
     def __post_init__(self) -> None:
         if self.methods is None and self.network is None:
@@ -28,8 +32,26 @@ class Assigned:
                 need("Preconditioner", "methods", method, Method, "a method such as KFAC()")
 
     def together(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
-        """Layers of the network-level method."""
-        return {name: blocks[name] for name in self.network.covers(blocks)} if self.network is not None else {}
+        """Layers of the network-level method, as it is given them."""
+        if self.network is None:
+            return {}
+        given = {name: self._narrowed(block, self.network) for name, block in blocks.items()}
+        return {name: given[name] for name in self.network.covers(given)}
+
+    def narrowed(self, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """All layers, as their methods are given them."""
+        together = self.together(blocks)
+        found = {}
+        for name, block in blocks.items():
+            found[name] = together[name] if name in together else self._narrowed(block, self.of(name))
+        return found
+
+    def _narrowed(self, block: Block, method: object) -> Block:
+        wide_in = block.d_in > self.widest
+        wide_out = block.d_out > self.widest
+        if not (wide_in or wide_out) or declares(method, LinearSides):
+            return block
+        return replace(block, diagonal_in=block.diagonal_in or wide_in, diagonal_out=block.diagonal_out or wide_out)
 
     def of(self, name: str) -> Method:
         """The method of a layer that stands by itself; ValueError where it has none."""

@@ -16,19 +16,21 @@ import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Additive, Block, Hyper, Method, RowsAtSolve, S, declares
+from kfaccore.method import Additive, Block, Method, RowsAtSolve, S, declares
 from kfaccore.precondition.comm import Communicator, Tree
-from kfaccore.record import Record
+from kfaccore.precondition.trial import refreshed_leaves
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, from_host, namespace
 
 
 def costs(blocks: Mapping[str, Block]) -> dict[str, float]:
     """Work of a layer's refresh up to a constant: cubes of its factors' sizes, a diagonal one for nothing."""
-    return {
-        name: float(block.blocks * (block.d_out**3 + (0 if block.diagonal_in else block.d_in**3)))
-        for name, block in blocks.items()
-    }
+    found = {}
+    for name, block in blocks.items():
+        cube_in = 0 if block.diagonal_in else block.d_in**3
+        cube_out = 0 if block.diagonal_out else block.d_out**3
+        found[name] = float(block.blocks * (cube_in + cube_out))
+    return found
 
 
 def group_size(world: int, fraction: float) -> int:
@@ -81,25 +83,6 @@ def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Arr
         raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
 
 
-def refreshed_leaves(method: Method, like: Array) -> tuple[tuple[bool, ...], bool]:
-    """Which leaves of a method's state `refresh` replaces, and whether `measure` looks at them; found on a layer of
-    two by two."""
-    xp = namespace(like)
-    where = {"dtype": like.dtype, "device": aac.device(like)}
-    a = xp.asarray([[1.0, 2.0], [3.0, 5.0]], **where)
-    g = xp.asarray([[1.0, -1.0], [2.0, 1.0]], **where)
-    record = Record(a, g, 2)
-    hyper = Hyper(0, 0.9, 0.1)
-    state = method.init(Block(2, 2, rows=2, samples=2), like)
-    stats = method.measure(state, record, hyper)
-    state = method.update(state, stats, hyper)
-    after = method.refresh(state, hyper)
-    again = method.measure(after, record, hyper)
-    pairs = zip(tree.leaves(stats), tree.leaves(again), strict=True)
-    written = tuple(new is not old for old, new in zip(tree.leaves(state), tree.leaves(after), strict=True))
-    return written, any(bool(xp.any(old != new)) for old, new in pairs)
-
-
 def reduced(comm: Communicator, stats: Tree) -> Tree:
     """Stats summed over ranks."""
     if comm.world == 1:
@@ -112,13 +95,14 @@ def exchanged(
     states: dict[str, S],
     methods: Mapping[str, Method],
     work: dict[str, tuple[int, ...]],
+    blocks: Mapping[str, Block],
 ) -> dict[str, S]:
     """States after a refresh by their owners, on all ranks of `work`, or on all there are where the next `measure`
-    needs them; only what `refresh` writes travels."""
+    needs them; only what `refresh` writes travels. `blocks` as the methods were given them."""
     if comm.world == 1:
         return states
     states = dict(states)
-    seen = {name: refreshed_leaves(methods[name], tree.leaves(states[name])[0]) for name in states}
+    seen = {name: refreshed_leaves(methods[name], tree.leaves(states[name])[0], blocks[name]) for name in states}
     everyone = range(comm.world)
     to = {n: (w[0], *(r for r in everyone if r != w[0])) if seen[n][1] else w for n, w in work.items() if n in states}
     for ranks in sorted(set(to.values())):

@@ -15,6 +15,7 @@ from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, either, strikes
+from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, joined, named
 from kfaccore.precondition.groups import Grads, Group, NetworkMethod
 from kfaccore.precondition.info import Info, norms
@@ -48,6 +49,8 @@ class Preconditioner:
     step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), GridSearch(), Quadratic(),
                Fixed(lr, momentum, rescale); the default hands directions on
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
+    widest     a wider side of a layer has a diagonal factor: no matrix of its square is made. A method whose memory is
+               linear in the width keeps the side as it is: give that layer BrandKFAC() for a low-rank one
     """
 
     methods: Method | Mapping[str, Method] | None
@@ -57,6 +60,7 @@ class Preconditioner:
     rule: Rule
     comm: Communicator
     donate: bool
+    widest: int
     assigned: Assigned = field(init=False, compare=False, repr=False)  # which method has which layer
 
     def __init__(
@@ -68,12 +72,16 @@ class Preconditioner:
         step: Rule = Fixed(),  # noqa: B008 frozen
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
+        widest: int = 8192,
     ) -> None:
         agreeing(network, step, comm)
+        if widest < 1:
+            raise ValueError(f"Preconditioner got widest={widest}; need at least 1, the widest side with a full factor")
         if comm.world > 1 and step.needs_records and declares(step, Spread):
             step = step.over(comm)
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
-        numbers |= {"comm": comm, "donate": donate, "assigned": Assigned(methods, network)}
+        numbers |= {"comm": comm, "donate": donate, "widest": widest}
+        numbers["assigned"] = Assigned(methods, network, widest)
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
 
@@ -85,29 +93,28 @@ class Preconditioner:
         together = self.assigned.together(blocks)
         methods = {name: self.assigned.of(name) for name in blocks if name not in together}
         check(methods, self.comm)
+        given = self.assigned.narrowed(blocks)
         layers = {}
         for name, method in methods.items():
             with named(name):
-                layers[name] = method.init(blocks[name], like)
+                layers[name] = method.init(given[name], like)
         xp = namespace(like)
         shapes = {name: (block.blocks, block.d_out, block.d_in) for name, block in blocks.items()}
         zeros = {n: xp.zeros(shape, dtype=like.dtype, device=aac.device(like)) for n, shape in shapes.items()}
         network = self.network.init(together, like) if self.network is not None and together else ()
         return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()))
 
-    def memory(self, blocks: Mapping[str, Block], like: np.ndarray | None = None) -> dict[str, int]:
-        """Bytes of each layer's state, before a run: states are made on NumPy, one at a time, and dropped.
+    def memory(self, blocks: Mapping[str, Block], like: Array | None = None) -> dict[str, int]:
+        """Bytes of each layer's state, before a run; nothing of that size is allocated.
 
         `like` gives the dtype (default float32). Records, gradients and momentum are not counted; a network-level
         method is one entry, "network".
         """
-        like = np.zeros(1, np.float32) if like is None else like
-        together = self.assigned.together(blocks)
-        alone = [name for name in blocks if name not in together]
-        found = {name: _bytes(self.assigned.of(name).init(blocks[name], like)) for name in alone}
-        if self.network is not None and together:
-            found["network"] = _bytes(self.network.init(together, like))
-        return found
+        return {name: part.state for name, part in self.footprint(blocks, like).items()}
+
+    def footprint(self, blocks: Mapping[str, Block], like: Array | None = None) -> dict[str, Footprint]:
+        """As `memory`, in parts: bytes of averages and of inverses, and the peak of an update and a refresh."""
+        return footprints(self.assigned, blocks, like, self.donate)
 
     def due(self, state: State) -> Due:
         """What the clocks ask of the next step; flags are traced where the state's step is."""
@@ -195,8 +202,9 @@ class Preconditioner:
         hypers = {name: self._hyper(name, state, motion, damping) for name in grads}
         due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
         blocks = dict(state.blocks)
+        given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         groups = self.assigned.groups(grads, self.assigned.together(blocks) if grads else {})
-        road = Road(due, self.comm, assign(costs(blocks), self.comm.world, self.comm.fraction), self.donate)
+        road = Road(due, self.comm, assign(costs(given), self.comm.world, self.comm.fraction), self.donate, given)
         states = [state.layers[group.label] if group.alone else state.network for group in groups]
         solutions = road.run(groups, states, batches, grads, hypers)
         found = {name: x for solution in solutions for name, x in solution.direction.items()}
@@ -212,10 +220,11 @@ class Preconditioner:
     def gather(self, state: State) -> State:
         """The state with the inverses of all ranks, to be saved by any of them; every rank must call it."""
         ranks = tuple(range(self.comm.world))
-        work = assign(costs(dict(state.blocks)), self.comm.world, self.comm.fraction)
+        given = self.assigned.narrowed(dict(state.blocks))
+        work = assign(costs(given), self.comm.world, self.comm.fraction)
         everyone = {name: (w[0], *(r for r in ranks if r != w[0])) for name, w in work.items()}
         methods = {name: self.assigned.of(name) for name in state.layers}
-        return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone))
+        return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone, given))
 
     def _hyper(self, name: str, state: State, motion: Any, damping: float | Array | None) -> Hyper:
         """A layer's numbers; the curvature of the l2 penalty is l2 I: it joins the damping."""
@@ -234,7 +243,3 @@ class Preconditioner:
             else:
                 network = new
         return replace(state, step=state.step + 1, layers=layers, motion=motion, network=network)
-
-
-def _bytes(state: Any) -> int:
-    return sum(np.asarray(leaf).nbytes for leaf in tree.leaves(state))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from kfaccore.method import Hyper
+from kfaccore.method import Block, Hyper
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due, gated
 from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, working
@@ -26,12 +26,14 @@ Refused = dict[str, Array]
 
 @dataclass(frozen=True)
 class Road:
-    """What is due, the ranks, which of them solve for which layer, and whether buffers may be reused."""
+    """What is due, the ranks, which of them solve for which layer, and whether buffers may be reused; on several ranks
+    the layers' blocks too, as their methods have them."""
 
     due: Due
     comm: Communicator
     work: Mapping[str, tuple[int, ...]]
     donate: bool
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     def run(
         self,
@@ -94,7 +96,7 @@ class Road:
             return states
         methods = {group.label: group.method.method for group in groups if isinstance(group.method, Alone)}
         named = dict(zip((group.label for group in groups), states, strict=True))
-        return list(exchanged(self.comm, named, methods, dict(self.work)).values())
+        return list(exchanged(self.comm, named, methods, dict(self.work), self.blocks).values())
 
     def _solved(
         self,

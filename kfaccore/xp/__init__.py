@@ -21,7 +21,7 @@ from kfaccore.xp.chunks import at_once, spans
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.factorise import eigh, qr, spd_inverse, widest
 from kfaccore.xp.fourier import fast_length, rfftn
-from kfaccore.xp.gram import average, gram, quadratic
+from kfaccore.xp.gram import average, gram, gram_diagonal, quadratic
 from kfaccore.xp.half import to_bfloat16
 from kfaccore.xp.scatter import add_at, segment_sum
 
@@ -37,6 +37,7 @@ __all__ = [
     "fast_length",
     "from_host",
     "gram",
+    "gram_diagonal",
     "is_numpy",
     "loop",
     "namespace",

@@ -34,7 +34,7 @@ class EKFAC(Moments):
     cycles: ClassVar[int] = 1
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        return measured(state, record, factors.measure(record, self.sharing))
+        return measured(state, record, factors.measure(record, self.sharing, state))
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G = factors.means(state)

@@ -27,8 +27,8 @@ from kfaccore.xp.arrays import Array
 
 @dataclass(frozen=True)
 class State:
-    """Averages A (blocks, d_in, d_in), or (blocks, d_in) for an embedding, and G, times their `weight` (blocks,);
-    what `inverse` made of them at the last refresh; code (blocks,)."""
+    """Averages A (blocks, d_in, d_in) and G, or (blocks, d) of a diagonal side, times their `weight` (blocks,); what
+    `inverse` made of them at the last refresh; code (blocks,)."""
 
     A: Array
     G: Array
@@ -56,7 +56,7 @@ class KFAC(Product[State]):
         return State(**fields, inverse=self.inverse.init(fields["A"], fields["G"]))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
-        return factors.measure(record, self.sharing)
+        return factors.measure(record, self.sharing, state)
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G = self.product(state)

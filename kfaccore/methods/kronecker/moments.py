@@ -14,7 +14,7 @@ from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh, floored
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function
-from kfaccore.record import Factored, Ids, Record
+from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
@@ -101,9 +101,14 @@ def moments(state: State) -> Array:
 def measured(state: State, record: Record, sums: factors.Stats) -> Stats:
     """The factors' sums with the squares of the record in the state's basis."""
     factors.needs_draws(record)
-    S = squares(record, None if isinstance(record.a, Ids) else state.basis.Qa, state.basis.Qg)
+    S = squares(record, _turn(state.basis.Qa), _turn(state.basis.Qg))
     bad = sums.bad + namespace(S).astype(~all_finite(S), S.dtype)
     return Stats(replace(sums, bad=bad), S)
+
+
+def _turn(Q: Array) -> Array | None:
+    """Eigenvectors as `squares` takes them: a diagonal side's, which are the standard basis, as None."""
+    return None if side.is_diagonal(Q) else Q
 
 
 def rebased(state: State, basis: Eigenpairs, S: Array, code: Array) -> State:

@@ -45,7 +45,7 @@ class TEKFAC(Moments):
         function(self, "damping", UNITS)
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        return measured(state, record, factors.partial_traces(record, self.sharing))
+        return measured(state, record, factors.partial_traces(record, self.sharing, state))
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G = factors.means(state)

@@ -31,7 +31,7 @@ from kfaccore.xp.arrays import Array, namespace
 
 @dataclass(frozen=True)
 class State:
-    """Averages of Phi in A (blocks, d_in, d_in), or (blocks, d_in) for an embedding, and of Psi in G, times their
+    """Averages of Phi in A (blocks, d_in, d_in) and of Psi in G, or (blocks, d) of a diagonal side, times their
     `weight` (blocks,); what `inverse` made of them, and delta, at the last refresh; code (blocks,)."""
 
     A: Array
@@ -68,7 +68,7 @@ class TKFAC(Product[State]):
         return State(**fields, inverse=inverse, trace=namespace(like).zeros_like(fields["weight"]))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
-        return factors.partial_traces(record, self.sharing)
+        return factors.partial_traces(record, self.sharing, state)
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G = self.product(state)

@@ -29,7 +29,7 @@ from kfaccore.xp.arrays import Array
 
 @dataclass(frozen=True)
 class State:
-    """Modes of the averages (a diagonal for an embedding), times their `weight` (blocks,); code (blocks,)."""
+    """Modes of the averages (or a side's diagonal), times their `weight` (blocks,); code (blocks,)."""
 
     A: Factor
     G: Factor
@@ -54,6 +54,7 @@ class BrandKFAC(Grown[State]):
     outside: Outside = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
+    linear_sides: ClassVar[bool] = True
 
     def init(self, block: Block, like: Array) -> State:
         return State(**grown.init(block, self.rank, like))

@@ -64,14 +64,15 @@ class BrandRKFAC(Kept[State]):
 
     def init(self, block: Block, like: Array) -> State:
         held = self.rank.cap + block.rows
-        width = 0 if block.diagonal_in else block.d_in  # an embedding's diagonal needs no sketch
+        width_in = 0 if block.diagonal_in else block.d_in  # a diagonal side needs no sketch
+        width_out = 0 if block.diagonal_out else block.d_out
         zeros = factors.init(block, like)
         return State(
             **grown.init(block, self.rank, like),
             full_A=zeros["A"],
             full_G=zeros["G"],
-            omega_A=self.sketch.draw(block.blocks, width, held, 0, like),
-            omega_G=self.sketch.draw(block.blocks, block.d_out, held, 1, like),
+            omega_A=self.sketch.draw(block.blocks, width_in, held, 0, like),
+            omega_G=self.sketch.draw(block.blocks, width_out, held, 1, like),
         )
 
     def refresh(self, state: State, hyper: Hyper) -> State:

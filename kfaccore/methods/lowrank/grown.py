@@ -20,7 +20,7 @@ from kfaccore.methods.lowrank import brand_update as brand
 from kfaccore.methods.lowrank import lowrank, modes
 from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank
 from kfaccore.methods.lowrank.modes import Modes, Sides
-from kfaccore.record import Ids, Record
+from kfaccore.record import Record
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
 
@@ -51,8 +51,8 @@ F = TypeVar("F", bound=FullState)
 
 @dataclass(frozen=True)
 class Stats:
-    """The rows a (blocks, many, d_in), or an embedding's counts (blocks, size), of `rows` valid rows, and the rows g
-    (blocks, many, d_out) with their normaliser n."""
+    """The rows a (blocks, many, d_in) of `rows` valid rows, and the rows g (blocks, many, d_out) with their normaliser
+    n; of a diagonal side the sums of their squares, (blocks, d)."""
 
     a: Array
     rows: Array
@@ -74,16 +74,14 @@ class Grown(Modes[S]):
     """Base of methods whose modes grow from each update's rows; they add `init` and `refresh`."""
 
     def measure(self, state: S, record: Record, hyper: Hyper) -> Stats:
-        return measure(record, self.sharing)
+        return measure(record, self.sharing, state)
 
     def combine(self, first: Stats, second: Stats) -> Stats:
-        """Rows of both, counts added."""
-        xp = namespace(first.g)
-        counts = first.a.ndim == 2
+        """Rows of both, sums added."""
         return Stats(
-            a=first.a + second.a if counts else xp.concat([first.a, second.a], axis=1),
+            a=_joined(first.a, second.a),
             rows=first.rows + second.rows,
-            g=xp.concat([first.g, second.g], axis=1),
+            g=_joined(first.g, second.g),
             n=first.n + second.n,
             bad=first.bad + second.bad,
         )
@@ -110,21 +108,23 @@ def init(block: Block, rank: Rank, like: Array) -> Fields:
     held = rank.cap + block.rows
     return {
         "A": modes.empty(block.d_in, block.diagonal_in, block.blocks, held, rank, like),
-        "G": modes.empty(block.d_out, False, block.blocks, held, rank, like),
+        "G": modes.empty(block.d_out, block.diagonal_out, block.blocks, held, rank, like),
         "weight": namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like)),
         "code": factors.unrefreshed(block, like),
     }
 
 
-def measure(record: Record, sharing: Callable[[Record], Record]) -> Stats:
-    """Rows of one record; zero draws give G = I by definition."""
+def measure(record: Record, sharing: Callable[[Record], Record], like: State) -> Stats:
+    """Rows of one record, or squares of a side that is diagonal in `like`; zero draws give G = I by definition."""
     record = sharing(record)
     xp = namespace(record.g)
-    if isinstance(record.a, Ids):
-        a = factors.gram_of_inputs(record)
+    if not isinstance(like.A, LowRank):
+        a = factors.gram_of_inputs(record, diagonal=True)
     else:
         a = xp.reshape(record.rows(), (record.blocks, -1, record.d_in))
-    if record.draws == 0:
+    if not isinstance(like.G, LowRank):
+        g = factors.gram_of_gradients(record, diagonal=True)
+    elif record.draws == 0:
         identity = side.identity(side.zeros(record.blocks, record.d_out, False, record.g))
         g = identity * _root(record.n, record.g)  # so that g^T g / n = I
     else:
@@ -163,7 +163,7 @@ def moved(state: S, stats: Stats, hyper: Hyper, rank: Rank, outside: Outside) ->
 def averaged(state: FullState, stats: Stats, hyper: Hyper, donate: bool) -> dict[str, Array]:
     """full_A and full_G of `state` moved by the same Stats."""
     A = stats.a if stats.a.ndim == 2 else kernels.gram(stats.a)
-    G = kernels.gram(stats.g)
+    G = stats.g if stats.g.ndim == 2 else kernels.gram(stats.g)
     xp = namespace(G)
     ok = (stats.bad == 0) & (stats.rows > 0)
     rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
@@ -172,6 +172,11 @@ def averaged(state: FullState, stats: Stats, hyper: Hyper, donate: bool) -> dict
         "full_A": kernels.average(state.full_A, A, decay, (1 - decay) / rows, ok, donate),
         "full_G": kernels.average(state.full_G, G, decay, (1 - decay) / stats.n, ok, donate),
     }
+
+
+def _joined(x: Array, y: Array) -> Array:
+    """Rows one after the other, sums of squares added."""
+    return x + y if x.ndim == 2 else namespace(x).concat([x, y], axis=1)
 
 
 def _root(n: float | Array, like: Array) -> Array:

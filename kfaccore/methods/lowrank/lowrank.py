@@ -1,4 +1,4 @@
-"""A symmetric factor as U diag(D) U^T + outside (I - U U^T), or its diagonal (blocks, d) for an embedding.
+"""A symmetric factor as U diag(D) U^T + outside (I - U U^T), or its diagonal (blocks, d).
 
 U (blocks, d, k) has orthonormal columns. Products and damped inverses cost k d a row and no (d, d) is formed:
 (M + shift I)^-1 is of this form too, with 1 / (D + shift) and 1 / (outside + shift). A side with k = d has no outside.
@@ -29,7 +29,7 @@ class LowRank:
     rank: Array
 
 
-Factor = LowRank | Array  # an array is the diagonal (blocks, d) of an embedding's factor
+Factor = LowRank | Array  # an array is the diagonal (blocks, d) of the factor
 Outside = Callable[[LowRank], Array]
 RANKS = "kf.Rank(cap, start, ...), kf.adaptive or kf.adaptive_brand"
 

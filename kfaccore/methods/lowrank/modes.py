@@ -1,6 +1,6 @@
 """What the four methods share: rank rules and damping by modes, the damped solve, and which sides a refresh keeps.
 
-Each side of a state is a `LowRank`, or for an embedding the diagonal (blocks, size). Averages start at `start` times
+Each side of a state is a `LowRank`, or a diagonal (blocks, size). Averages start at `start` times
 the identity, which no side stores: start * (1 - weight) of it is left, and joins the damping.
 Source: Puiu 2022 (2206.15397) and 2022 (2210.08494).
 """

@@ -34,7 +34,7 @@ from kfaccore.xp.arrays import Array, namespace
 
 @dataclass(frozen=True)
 class State:
-    """K-FAC's averages times their weight, the modes of their means at the last refresh (a diagonal for an embedding),
+    """K-FAC's averages times their weight, the modes of their means at the last refresh (or a side's diagonal),
     the random matrices (blocks, d, rank + oversample), code (blocks,)."""
 
     A: Array
@@ -73,17 +73,18 @@ class RandomizedKFAC(Modes[State], Additive):
 
     def init(self, block: Block, like: Array) -> State:
         cap = self.rank.cap
-        width = 0 if block.diagonal_in else block.d_in  # an embedding's diagonal needs no sketch
+        width_in = 0 if block.diagonal_in else block.d_in  # a diagonal side needs no sketch
+        width_out = 0 if block.diagonal_out else block.d_out
         return State(
             **factors.init(block, like),
             modes_A=modes.empty(block.d_in, block.diagonal_in, block.blocks, cap, self.rank, like),
-            modes_G=modes.empty(block.d_out, False, block.blocks, cap, self.rank, like),
-            omega_A=self.sketch.draw(block.blocks, width, cap, 0, like),
-            omega_G=self.sketch.draw(block.blocks, block.d_out, cap, 1, like),
+            modes_G=modes.empty(block.d_out, block.diagonal_out, block.blocks, cap, self.rank, like),
+            omega_A=self.sketch.draw(block.blocks, width_in, cap, 0, like),
+            omega_G=self.sketch.draw(block.blocks, width_out, cap, 1, like),
         )
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
-        return factors.measure(record, self.sharing)
+        return factors.measure(record, self.sharing, state)
 
     def update(self, state: State, stats: factors.Stats, hyper: Hyper, donate: bool = False) -> State:
         return factors.update(state, stats, hyper, donate)

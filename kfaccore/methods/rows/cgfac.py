@@ -77,6 +77,7 @@ class CGFAC:
     solver: CG | InRows = field(default=CG())
     rows: int = 512
     cycles: ClassVar[int] = 1
+    linear_sides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         instance(self, "operator", Operator, "Kron(...), KronFactored(...) or Empirical(...)")

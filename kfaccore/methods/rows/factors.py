@@ -50,7 +50,7 @@ def cheaper_dense(rows: int, d: int) -> bool:
 
 @dataclass(frozen=True)
 class Factors:
-    """A and G, each a Stack (debiased by itself) or a matrix times `weight` (blocks,); A may be diagonal."""
+    """A and G, each a Stack (debiased by itself), or a matrix or a diagonal times `weight` (blocks,)."""
 
     A: Factor
     G: Factor
@@ -85,16 +85,22 @@ def init(block: Block, like: Array, capacity: int, branch: Branch) -> Factors:
         return side.zeros(block.blocks, d, diagonal, like)
 
     weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
-    return Factors(one(block.d_in, block.diagonal_in), one(block.d_out, False), weight)
+    return Factors(one(block.d_in, block.diagonal_in), one(block.d_out, block.diagonal_out), weight)
 
 
 def measure(state: Factors, record: Record) -> Stats:
     """Stats of a record to which the method's sharing was applied; ValueError for zero draws where G is a Stack."""
     xp = namespace(record.g)
-    A = Rows(inputs(record)) if isinstance(state.A, Stack) else factors.gram_of_inputs(record)
+    if isinstance(state.A, Stack):
+        A = Rows(inputs(record))
+    else:
+        A = factors.gram_of_inputs(record, side.is_diagonal(state.A))
     if isinstance(state.G, Stack) and record.draws == 0:
         raise ValueError("a record of zero draws (forward only) has G = I, which rows cannot hold: give gradients")
-    G = Rows(gradients(record)) if isinstance(state.G, Stack) else factors.gram_of_gradients(record)
+    if isinstance(state.G, Stack):
+        G = Rows(gradients(record))
+    else:
+        G = factors.gram_of_gradients(record, side.is_diagonal(state.G))
     finite = _finite(A) & _finite(G)
     bad = xp.astype(~finite, record.g.dtype)
     return Stats(A, factors.valid_rows(record), G, factors.per_block(record.n, bad), bad)

@@ -73,6 +73,7 @@ class SKFAC:
     rank: int = 0
     explicit: Branch = cheaper_dense
     cycles: ClassVar[int] = 1
+    linear_sides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         function(self, "sharing", "expand, reduce, mean_mean, sum_sum or Subsample(...)")

@@ -83,7 +83,7 @@ class SINGD(Additive):
     """Structured inverse-free natural gradient; see the module.
 
     sharing            expand | reduce
-    inputs, outputs    structures of K and C; an embedding's K is diagonal whatever is asked
+    inputs, outputs    structures of K and C; of a diagonal side, such as an embedding's, diagonal whatever is asked
     coupling           coupled (INGD) | independent, rooted (IKFAC)
     rule               Rule(momentum, rate, warm, limit, storage)
     cycles             updates on one record that `settle` makes
@@ -103,8 +103,16 @@ class SINGD(Additive):
         function(self, "coupling", "coupled, independent or rooted of kfaccore.methods.singd.recursion")
         instance(self, "rule", Rule, "Rule(...) of kfaccore.methods.singd.recursion")
 
+    @property
+    def linear_sides(self) -> bool:
+        """Unless a side is dense."""
+        return not any(isinstance(structure, Dense) for structure in (self.inputs, self.outputs))
+
     def init(self, block: Block, like: Array) -> State:
-        sides = (Diagonal() if block.diagonal_in else self.inputs, self.outputs)
+        sides = (
+            Diagonal() if block.diagonal_in else self.inputs,
+            Diagonal() if block.diagonal_out else self.outputs,
+        )
         K = sides[0].eye(block.blocks, block.d_in, like)
         C = sides[1].eye(block.blocks, block.d_out, like)
         code = factors.unrefreshed(block, like)

@@ -89,8 +89,9 @@ class PINNKFAC(Additive):
             raise ValueError(f"{self}: need terms >= 1, a split that shifts each factor and start in [0, 1]")
 
     def init(self, block: Block, like: Array) -> State:
-        if block.diagonal_in:
-            raise TypeError("PINNKFAC got an embedding; a network of coordinates has dense layers only")
+        why = factors.dense_only("PINNKFAC", block)
+        if why:
+            raise TypeError(why)
         fields = factors.init(block, like)
         A = self.start * side.identity(fields["A"])
         G = self.start * side.identity(fields["G"])

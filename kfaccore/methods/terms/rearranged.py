@@ -50,11 +50,10 @@ class Pair:
 
 
 def refuse(name: str, block: Block) -> None:
-    """ValueError for an embedding: these factors are dense in the vocabulary."""
-    if block.diagonal_in:
-        raise ValueError(
-            f"{name} got an embedding (Ids) of {block.d_in} rows: its factors are dense; use KFAC or TKFAC"
-        )
+    """ValueError for a diagonal side, such as an embedding's: these factors are dense."""
+    why = factors.dense_only(name, block)
+    if why:
+        raise ValueError(why)
 
 
 def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:

@@ -21,8 +21,9 @@ def checked(blocks: Mapping[str, Block], order: tuple[str, ...]) -> list[str]:
         _one_level(names)
     for name in names:
         block = blocks[name]
-        if block.diagonal_in or block.blocks > 1:
-            what = "an embedding" if block.diagonal_in else f"{block.blocks} blocks"
+        if block.diagonal_in or block.diagonal_out or block.blocks > 1:
+            alone = "an embedding" if block.diagonal_in else "too wide for a matrix of its outputs"
+            what = f"{block.blocks} blocks" if block.blocks > 1 else alone
             raise ValueError(
                 f"layer {name!r} is {what}; Tridiagonal takes dense layers and plain convolutions: {_hint}"
             )

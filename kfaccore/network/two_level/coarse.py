@@ -14,7 +14,7 @@ import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.linalg import side
+from kfaccore.linalg import kron, side
 from kfaccore.method import Block
 from kfaccore.network.two_level.local import Local, now
 from kfaccore.network.two_level.vectors import Outer, Vector, pair, unit
@@ -212,7 +212,7 @@ class Enriched:
     def init(self, name: str, block: Block, like: Array, local: Local) -> Eigenvectors:
         if not 1 <= self.count <= 1 + block.d_out * block.d_in:
             raise ValueError(f"count is {self.count}; layer {name!r} has {block.d_out * block.d_in} eigenvectors")
-        Qg = side.identity(side.zeros(block.blocks, block.d_out, False, like))
+        Qg = side.identity(side.zeros(block.blocks, block.d_out, block.diagonal_out, like))
         Qa = side.identity(side.zeros(block.blocks, block.d_in, block.diagonal_in, like))
         return (Nicolaides().init(name, block, like, local), Qg, Qa)
 
@@ -225,6 +225,6 @@ class Enriched:
         if self.count == 1:
             return [ones]
         xp = namespace(Qg)
-        rotated = side.times(xp.matmul(Qg.mT, now(local.grad)()), Qa)
+        rotated = kron.apply(side.transposed(Qg), now(local.grad)(), Qa)
         order = xp.argsort(xp.abs(xp.reshape(rotated, (rotated.shape[0], -1))), axis=-1, descending=True)
         return [ones, *(pair(order[:, i], Qg, Qa) for i in range(self.count - 1))]

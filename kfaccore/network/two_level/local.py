@@ -57,7 +57,7 @@ def eigenpairs(method: Method, state: State, name: str, block: Block) -> tuple[A
     system = method.eigensystem(state, _UNDAMPED) if not terms and declares(method, Eigensystem) else None
     if system is not None:
         Qa, Qg, S = system
-        return S, _full_side(Qg), Qa if block.diagonal_in else _full_side(Qa)
+        return S, Qg if block.diagonal_out else _full_side(Qg), Qa if block.diagonal_in else _full_side(Qa)
     if len(terms) != 1:
         raise ValueError(f"layer {name!r}: {type(method).__name__} knows no eigenvectors; choose another coarse space")
     A, G = terms[0]
