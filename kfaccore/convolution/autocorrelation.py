@@ -15,11 +15,10 @@ from itertools import combinations, product
 from math import prod
 from operator import add
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
 
 _SPECTRUM_BYTES = 1 << 26  # float32 spectra held at once
 _GROUP = 1 << 19  # entries of spectra and power spectra worked on at once
@@ -127,7 +126,7 @@ def _toeplitz(R: Array, kernel: tuple[int, ...]) -> Array:
             flat = flat * (2 * k - 1) + j - i + k - 1
         index.append(flat)
     flat_R = xp.reshape(R, (-1, *channels))
-    blocks = xp.take(flat_R, xp.asarray(index, device=aac.device(R)), axis=0)
+    blocks = xp.take(flat_R, xp.asarray(index, device=device_of(R)), axis=0)
     blocks = xp.reshape(blocks, (prod(kernel), prod(kernel), *channels))
     return xp.reshape(xp.permute_dims(blocks, (0, 2, 1, 3)), (*kernel, channels[0], *kernel, channels[1]))
 

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from functools import reduce
 from math import prod
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
 from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram
 from kfaccore.convolution.window import Window, offsets, unfold
-from kfaccore.xp.arrays import Array, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
 __all__ = ["Patches", "Window"]
 
@@ -117,5 +115,5 @@ class Patches:
         axes = tuple(range(2, total.ndim - 1))
         parts = [xp.sum(part, axis=axes)[0, 0, ...] for part in offsets(total, self.window)]
         sums = xp.concat(parts)[:, None]
-        count = xp.zeros((1, 1), dtype=A.dtype, device=aac.device(A)) + float(prod(self.shape[1:3]))
+        count = xp.zeros((1, 1), dtype=A.dtype, device=device_of(A)) + float(prod(self.shape[1:3]))
         return xp.concat([xp.concat([A, sums], axis=1), xp.concat([sums.mT, count], axis=1)])

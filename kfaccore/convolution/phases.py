@@ -12,11 +12,9 @@ from itertools import product
 from math import prod
 from operator import add
 
-import array_api_compat as aac
-
 from kfaccore.convolution.autocorrelation import autocorrelation, transform_sizes
 from kfaccore.convolution.window import Window, pad
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 # One core in units of the time of one BLAS flop; only their ratios matter.
 _FFT_POINT = 500  # forward transform, a complex number
@@ -114,7 +112,7 @@ def _strided(image: Array, w: Window) -> Array:
             inner = inner * s + d % s
         start = (outer * prod(w.stride) + inner) * channels
         index.extend(range(start, start + channels))
-    keep = xp.asarray(index, device=aac.device(A))
+    keep = xp.asarray(index, device=device_of(A))
     return xp.take(xp.take(A, keep, axis=0), keep, axis=1)
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import array_api_compat as aac
-
 from kfaccore.fisher.losses import Gaussian, SoftmaxCrossEntropy
-from kfaccore.xp.arrays import Array, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +38,7 @@ def type2(
         return roots * xp.astype(signs, f.dtype)[..., None]
     if positions == 1:
         return roots
-    eye = xp.reshape(xp.eye(positions, dtype=f.dtype, device=aac.device(f)), (positions, 1, 1, *f.shape[1:-1], 1))
+    eye = xp.reshape(xp.eye(positions, dtype=f.dtype, device=device_of(f)), (positions, 1, 1, *f.shape[1:-1], 1))
     return xp.reshape(roots[None, ...] * eye, (-1, *f.shape))
 
 
@@ -62,7 +60,7 @@ def empirical(loss: Loss, f: Array, target: Array, mask: Array | None = None) ->
 
 def forward_only(f: Array) -> Array:
     """No draws at all, (0, *f.shape): G = I by definition."""
-    return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=aac.device(f))
+    return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=device_of(f))
 
 
 def draw_noise(loss: Loss, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
@@ -20,7 +19,7 @@ from kfaccore.method import Additive, Block, Hyper, Method, RowsAtSolve, S, decl
 from kfaccore.precondition.comm import Communicator, Tree
 from kfaccore.record import Record
 from kfaccore.solution import Solution
-from kfaccore.xp.arrays import Array, from_host, namespace
+from kfaccore.xp.arrays import Array, device_of, from_host, namespace
 
 
 def costs(blocks: Mapping[str, Block]) -> dict[str, float]:
@@ -74,7 +73,7 @@ def check(methods: Mapping[str, Method], comm: Communicator) -> None:
 def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> None:
     """ValueError on all ranks if some have a layer in this step that others lack."""
     xp = namespace(like)
-    flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=aac.device(like))
+    flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=device_of(like))
     counts = comm.all_reduce(flags)
     differing = [name for i, name in enumerate(every) if 0 < float(counts[i]) < comm.world]
     if differing:
@@ -85,7 +84,7 @@ def refreshed_leaves(method: Method, like: Array) -> tuple[tuple[bool, ...], boo
     """Which leaves of a method's state `refresh` replaces, and whether `measure` looks at them; found on a layer of
     two by two."""
     xp = namespace(like)
-    where = {"dtype": like.dtype, "device": aac.device(like)}
+    where = {"dtype": like.dtype, "device": device_of(like)}
     a = xp.asarray([[1.0, 2.0], [3.0, 5.0]], **where)
     g = xp.asarray([[1.0, -1.0], [2.0, 1.0]], **where)
     record = Record(a, g, 2)
