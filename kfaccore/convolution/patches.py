@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
+from operator import iadd
 
 from kfaccore import xp as kernels
-from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram
+from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram, rows_held
 from kfaccore.convolution.window import Window, offsets, unfold
-from kfaccore.xp.arrays import Array, device_of, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, widen
 
 __all__ = ["Patches", "Window"]
-
-_CHUNK_BYTES = 1 << 20  # unfolded rows held at once while a gram is summed
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,16 @@ class Patches:
         FFT autocorrelation with border corrections where it pays (1-d and 2-d), else sums over cache-sized chunks of
         unfolded patches.
         """
-        return self.gram_by_fft() if fft_pays(self.window, tuple(self.image.shape)) else self.gram_by_chunks()
+        pays = fft_pays(self.window, tuple(self.image.shape), is_numpy(self.image))
+        return self.gram_by_fft() if pays else self.gram_by_chunks()
 
     def gram_by_chunks(self) -> Array:
         """The gram from unfolded patches, a chunk of examples at a time: every geometry, and the oracle."""
         xp = namespace(self.image)
-        row_bytes = prod(self.shape[2:]) * self.blocks * (4 if self.image.dtype == xp.float32 else 8)
-        parts = self.rows(kernels.at_once(row_bytes, _CHUNK_BYTES))
+        _, _, positions, d_in = self.shape
+        parts = self.rows(kernels.at_once(positions * self.blocks, rows_held(d_in)))
         return reduce(
-            lambda total, a: total + a,
+            iadd,  # the first gram is ours to add to
             (kernels.gram(xp.reshape(a, (self.blocks, -1, a.shape[-1]))) for a in parts),
         )
 
