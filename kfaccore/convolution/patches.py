@@ -66,7 +66,7 @@ class Patches:
         """The gram from unfolded patches, a chunk of examples at a time: every geometry, and the oracle."""
         xp = namespace(self.image)
         _, _, positions, d_in = self.shape
-        parts = self.rows(kernels.at_once(positions * self.blocks, rows_held(d_in)))
+        parts = self.rows(-(-rows_held(d_in) // (positions * self.blocks)))
         return reduce(
             iadd,  # the first gram is ours to add to
             (kernels.gram(xp.reshape(a, (self.blocks, -1, a.shape[-1]))) for a in parts),

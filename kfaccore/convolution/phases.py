@@ -25,7 +25,7 @@ _RUN = 2000  # and a run of entries that lie side by side: 18 ns (`7x7 stride 2,
 _CALL = 3e5  # one array operation
 _ENTRY = 280  # writing, negating and adding an entry of a gram: 2.5 ns where a BLAS flop takes .009 (`1024, 1 ch`)
 _CHUNK = 1 << 18  # numbers of unfolded rows that stay in cache
-_MOST_ROWS = 1 << 12  # from here on writing and adding a gram costs little beside its product, or takes as much memory
+_MOST_ROWS = 1 << 13  # from here on writing and adding a gram costs little beside its product, or takes as much memory
 _LINE = 60 * _CALL  # the operations of one border line
 
 
@@ -80,7 +80,7 @@ def fft_pays(w: Window, shape: tuple[int, ...], strided: bool = True) -> bool:
 
 def rows_held(d_in: int) -> int:
     """Unfolded rows multiplied at once: 1 MB of them, or more where a gram costs more to write: see `_MOST_ROWS`."""
-    return max(_CHUNK // d_in, min(max(_MOST_ROWS, d_in), 4 * d_in))
+    return max(_CHUNK // d_in, min(max(_MOST_ROWS, d_in), 8 * d_in))
 
 
 def _cost(batch: int, size: list[int], channels: int, kernel: tuple[int, ...], padding: tuple) -> float:
