@@ -7,12 +7,15 @@ for _name in ("OMP", "OPENBLAS", "MKL"):
 
 import tracemalloc
 from collections.abc import Callable
+from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import numpy as np
 from report import Claim, arguments, at_least, at_most, finish, interleaved
 
 from kfaccore import Patches, Window
+from kfaccore.convolution.phases import fft_pays
 
 IMAGES = 128
 CASES = {  # name: (groups, height, width, channels a group, window)
@@ -29,6 +32,19 @@ CASES = {  # name: (groups, height, width, channels a group, window)
     "32 ch 3x3 dilation 2": (1, 32, 32, 32, Window((3, 3), padding=2, dilation=2)),
     "4 groups of 16 ch 3x3": (4, 32, 32, 16, Window((3, 3), padding=1)),
 }
+ROADS = {  # name: (shape of the image, window): every road that there is, on NumPy and torch
+    "64x1, 128 ch": ((64, 191, 1, 128), Window((64, 1))),
+    "1x64, 16 ch": ((64, 1, 191, 16), Window((1, 64))),
+    "1-d 16, 256 ch": ((64, 128, 256), Window((16,), padding=7)),
+    "1-d 1024, 1 ch": ((16, 4096, 1), Window((1024,))),
+    "3x3, 3 ch": ((128, 32, 32, 3), Window((3, 3), padding=1)),
+    "3x3, 64 ch": ((128, 32, 32, 64), Window((3, 3), padding=1)),
+    "3x3, 256 ch": ((32, 16, 16, 256), Window((3, 3), padding=1)),
+    "5x5, 32 ch": ((128, 32, 32, 32), Window((5, 5), padding=2)),
+    "7x7 stride 2, 3 ch": ((128, 32, 32, 3), Window((7, 7), stride=2, padding=3)),
+    "3x3 dilation 2, 32 ch": ((128, 32, 32, 32), Window((3, 3), padding=2, dilation=2)),
+}
+LONG = ("64x1, 128 ch", "1-d 16, 256 ch", "1-d 1024, 1 ch")
 QUICK = ("3 ch 3x3", "32 ch 3x3", "64 ch 3x3", "3 ch 7x7 stride 2", "32 ch 3x3 stride 2")
 RIVALS = ("library", "chunks", "naive")
 
@@ -93,6 +109,40 @@ def case(name: str, repeats: int) -> tuple[list[Any], dict[str, float]]:
     return row, {**figures, "double": double, "single": single, "fastest": fastest}
 
 
+def namespaces() -> dict[str, Callable[[np.ndarray], Any]]:
+    """How an image enters each namespace of the CPU that is installed."""
+    found: dict[str, Callable[[np.ndarray], Any]] = {"NumPy": np.asarray}
+    if find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(1)
+        found["torch"] = torch.asarray
+    return found
+
+
+def road(name: str, repeats: int) -> list[Claim]:
+    """What the library picks over the best of autocorrelation, chunks, and unfolding with one product."""
+    shape, w = ROADS[name]
+    image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    claims = []
+    for space, put in namespaces().items():
+        patches = Patches(put(image), w)
+        rows = prod(patches.shape[:-1])
+
+        def unfold(patches: Patches = patches, rows: int = rows) -> Any:
+            x: Any = patches.unfold()
+            x = x.reshape(rows, -1)
+            return x.T @ x
+
+        roads = {"fft": patches.gram_by_fft, "chunks": patches.gram_by_chunks, "unfold": unfold}
+        seconds = interleaved(roads, repeats)
+        picked = "fft" if fft_pays(w, tuple(patches.image.shape), space == "NumPy") else "chunks"
+        times = ", ".join(f"{key} {value * 1e3:.3g}" for key, value in seconds.items())
+        title = f"{space}, {name}, {picked} over the best of ({times} ms)"
+        claims.append(at_most(title, seconds[picked] / min(seconds.values()), 1.1))
+    return claims
+
+
 def main() -> None:
     options = arguments(__doc__)
     names = QUICK if options.quick else tuple(CASES)
@@ -111,6 +161,10 @@ def main() -> None:
         at_least("the baseline's syrk, share of the rate of X.T @ X", share, 0.8),
         at_most("library over the fastest of the three, worst case", max(f["fastest"] for f in figures.values()), 1.15),
     ]
+    for name in ROADS:
+        # a second and more a call: one round says it, and --quick leaves it out
+        if not (options.quick and name in LONG):
+            claims += road(name, 1 if name in LONG else 3)
     columns = ["128 images", *(f"{r} ms" for r in RIVALS), "naive / library"]
     columns += [*(f"{r} MB" for r in RIVALS), "err64", "err32"]
     finish("A factor of a convolution, float32, one thread", columns, rows, claims, options.json)

@@ -12,14 +12,12 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar
 from kfaccore.xp.codes import Code
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ class Stats:
 def init(block: Block, like: Array) -> dict[str, Array]:
     """The fields every state with factors starts from: zero averages of weight zero, code IDENTITY."""
     xp = namespace(like)
-    device = aac.device(like)
+    device = device_of(like)
     return {
         "A": side.zeros(block.blocks, block.d_in, block.diagonal_in, like),
         "G": side.zeros(block.blocks, block.d_out, block.diagonal_out, like),
@@ -73,7 +71,7 @@ def init(block: Block, like: Array) -> dict[str, Array]:
 def unrefreshed(block: Block, like: Array) -> Array:
     """Code IDENTITY for every block."""
     xp = namespace(like)
-    return xp.full((block.blocks,), int(Code.IDENTITY), dtype=xp.int32, device=aac.device(like))
+    return xp.full((block.blocks,), int(Code.IDENTITY), dtype=xp.int32, device=device_of(like))
 
 
 class Sides(Protocol):
@@ -196,7 +194,7 @@ def per_block(value: float | Array, like: Array) -> Array:
 def valid_rows(record: Record) -> Array:
     """Number of rows that exist, (blocks,)."""
     xp = namespace(record.g)
-    zeros = xp.zeros((record.blocks,), dtype=record.g.dtype, device=aac.device(record.g))
+    zeros = xp.zeros((record.blocks,), dtype=record.g.dtype, device=device_of(record.g))
     if record.mask is None:
         return zeros + float(record.batch * record.shared)
     return zeros + xp.sum(xp.astype(record.mask, record.g.dtype))
@@ -221,7 +219,7 @@ def gram_of_inputs(record: Record, diagonal: bool = False) -> Array:
     """Sum of a a^T over valid rows, (blocks, d_in, d_in); the diagonal (blocks, d_in) alone if asked, or for `Ids`."""
     xp = namespace(record.g)
     if isinstance(record.a, Ids):
-        ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=aac.device(record.g))
+        ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=device_of(record.g))
         if record.mask is not None:
             ones = xp.where(record.mask[..., None], ones, xp.zeros_like(ones))
         index = xp.reshape(record.a.index, (-1,))

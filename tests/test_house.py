@@ -99,6 +99,16 @@ def test_arrows(path):
     assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & foreign
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kfaccore/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_one_place_asks_for_devices(path):
+    """`device_of` alone: what jax answers for a tracer costs as much as all that was traced before it."""
+    asked = {"device", "to_device"}
+    if path != ROOT / "kfaccore/xp/arrays.py":
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & asked
+        assert not {f"array_api_compat.{name}" for name in asked} & set(imports(path))
+
+
 METHOD_FILES = {method.__module__ for method in kf.methods.CATALOGUE.values()}
 
 

@@ -231,13 +231,23 @@ def test_bad_images():
     [
         ((1, 128, 32, 32, 64), Window((3, 3), padding=1), True),
         ((1, 128, 32, 32, 32), Window((5, 5), padding=2), True),
-        ((1, 128, 32, 32, 3), Window((7, 7), 2, 3), True),
+        ((1, 128, 32, 32, 3), Window((7, 7), 2, 3), False),
         ((1, 128, 32, 32, 32), Window((5, 5), 2, 2), True),
         ((1, 128, 32, 32, 32), Window((3, 3), 2, 1), False),
         ((1, 128, 32, 32, 32), Window((1, 1)), False),
+        ((1, 64, 191, 1, 128), Window((64, 1)), False),
+        ((1, 64, 1, 191, 16), Window((1, 64)), False),
+        ((1, 64, 128, 256), Window((16,), padding=7), True),
+        ((1, 16, 4096, 1), Window((1024,)), False),
+        ((1, 32, 16, 16, 256), Window((3, 3), padding=1), True),
+        ((1, 128, 32, 32, 32), Window((3, 3), padding=2, dilation=2), True),
         ((1, 1, 4, 4, 2), Window((3, 3), padding=1), False),
         ((1, 8, 8, 8, 8, 4), Window((3, 3, 3), padding=1), False),
     ],
 )
 def test_choice_of_algorithm(shape, window, pays):
     assert fft_pays(window, shape) is pays
+
+
+def test_short_runs_of_patches_are_dearer_where_no_strided_copy_is():
+    assert fft_pays(Window((7, 7), 2, 3), (1, 128, 32, 32, 3), strided=False)

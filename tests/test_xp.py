@@ -7,6 +7,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore import xp as kernels
+from kfaccore.xp import arrays
 
 
 def spd(rng, d, condition, blocks=1, dtype=np.float64):
@@ -143,3 +144,31 @@ def test_a_whole_step_under_jit(rng):
 
         want = step(*(np.asarray(x) for x in (a, g, grad)), 0.1)
         np.testing.assert_allclose(jax.jit(step)(a, g, grad, 0.1), want, rtol=1e-10)
+
+
+def test_tracing_asks_no_tracer_for_its_device(rng, monkeypatch):
+    """jax answers with an error message that spells out all that was traced before: cost grows with the square."""
+    jax = pytest.importorskip("jax")
+    ask = arrays.aac.device
+
+    def refuse(x):
+        assert not arrays.is_tracer(x)
+        return ask(x)
+
+    monkeypatch.setattr(arrays.aac, "device", refuse)
+    x, g = jax.numpy.asarray(rng.normal(size=(6, 4))), jax.numpy.asarray(rng.normal(size=(6, 3)))
+    image = jax.numpy.asarray(rng.normal(size=(6, 9, 9, 2)))
+    assert kernels.device_of(x) is not None
+
+    def step(x, g, image):
+        dense = kf.direction(kf.Record(x, g, 6.0), g.T @ x, kf.KFAC(), 0.1)
+        patches = kf.Patches(image, kf.Window((3, 3), stride=2, padding=1), bias=True)
+        return dense, patches.gram_by_fft(), patches.gram_by_chunks()
+
+    jax.jit(step).trace(x, g, image)
+
+
+def test_record_takes_a_constant_beside_a_tracer():
+    jax = pytest.importorskip("jax")
+    a, g = jax.numpy.ones((1, 6, 1, 4)), jax.numpy.ones((1, 1, 6, 1, 3))
+    assert jax.jit(lambda g: kf.Record(a, g, 6.0).g)(g).shape == g.shape

@@ -15,7 +15,6 @@ from itertools import combinations, product
 from math import prod
 from operator import add
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import xp as kernels
@@ -120,14 +119,12 @@ def _toeplitz(R: Array, kernel: tuple[int, ...]) -> Array:
     """A[d, c, d', c'] = R[d' - d, c, c'], (kernel..., C, kernel..., C); R has 2k-1 displacements an axis."""
     xp = namespace(R)
     channels = R.shape[-2:]
-    index = []
-    for d, other in product(product(*map(range, kernel)), repeat=2):
-        flat = 0
-        for i, j, k in zip(d, other, kernel, strict=True):
-            flat = flat * (2 * k - 1) + j - i + k - 1
-        index.append(flat)
+    places = np.indices(kernel).reshape(len(kernel), -1)
+    index = np.zeros((prod(kernel), prod(kernel)), dtype=np.int64)
+    for place, k in zip(places, kernel, strict=True):
+        index = index * (2 * k - 1) + place - place[:, None] + k - 1
     flat_R = xp.reshape(R, (-1, *channels))
-    blocks = xp.take(flat_R, xp.asarray(index, device=aac.device(R)), axis=0)
+    blocks = xp.take(flat_R, kernels.from_host(index.reshape(-1), R), axis=0)
     blocks = xp.reshape(blocks, (prod(kernel), prod(kernel), *channels))
     return xp.reshape(xp.permute_dims(blocks, (0, 2, 1, 3)), (*kernel, channels[0], *kernel, channels[1]))
 

@@ -9,17 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
-
-import array_api_compat as aac
+from operator import iadd
 
 from kfaccore import xp as kernels
-from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram
+from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram, rows_held
 from kfaccore.convolution.window import Window, offsets, unfold
-from kfaccore.xp.arrays import Array, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, widen
 
 __all__ = ["Patches", "Window"]
-
-_CHUNK_BYTES = 1 << 20  # unfolded rows held at once while a gram is summed
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,8 @@ class Patches:
         FFT autocorrelation with border corrections where it pays (1-d and 2-d), else sums over cache-sized chunks of
         unfolded patches.
         """
-        return self.gram_by_fft() if fft_pays(self.window, tuple(self.image.shape)) else self.gram_by_chunks()
+        pays = fft_pays(self.window, tuple(self.image.shape), is_numpy(self.image))
+        return self.gram_by_fft() if pays else self.gram_by_chunks()
 
     def gram_diagonal(self, mask: Array | None = None) -> Array:
         """The diagonal of the gram alone, (blocks, d_in), of positions where mask (batch, shared) holds: nothing is
@@ -84,10 +82,10 @@ class Patches:
     def gram_by_chunks(self) -> Array:
         """The gram from unfolded patches, a chunk of examples at a time: every geometry, and the oracle."""
         xp = namespace(self.image)
-        row_bytes = prod(self.shape[2:]) * self.blocks * (4 if self.image.dtype == xp.float32 else 8)
-        parts = self.rows(kernels.at_once(row_bytes, _CHUNK_BYTES))
+        _, _, positions, d_in = self.shape
+        parts = self.rows(-(-rows_held(d_in) // (positions * self.blocks)))
         return reduce(
-            lambda total, a: total + a,
+            iadd,  # the first gram is ours to add to
             (kernels.gram(xp.reshape(a, (self.blocks, -1, a.shape[-1]))) for a in parts),
         )
 
@@ -134,5 +132,5 @@ class Patches:
         axes = tuple(range(2, total.ndim - 1))
         parts = [xp.sum(part, axis=axes)[0, 0, ...] for part in offsets(total, self.window)]
         sums = xp.concat(parts)[:, None]
-        count = xp.zeros((1, 1), dtype=A.dtype, device=aac.device(A)) + float(prod(self.shape[1:3]))
+        count = xp.zeros((1, 1), dtype=A.dtype, device=device_of(A)) + float(prod(self.shape[1:3]))
         return xp.concat([xp.concat([A, sums], axis=1), xp.concat([sums.mT, count], axis=1)])

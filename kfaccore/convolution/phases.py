@@ -12,18 +12,21 @@ from itertools import product
 from math import prod
 from operator import add
 
-import array_api_compat as aac
-
 from kfaccore.convolution.autocorrelation import autocorrelation, transform_sizes
 from kfaccore.convolution.window import Window, pad
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 # One core in units of the time of one BLAS flop; only their ratios matter.
 _FFT_POINT = 500  # forward transform, a complex number
 _POWER_POINT = 150  # product and inverse transform, an entry of the power spectrum
 _PRODUCT = 9.6  # complex multiply-add in a batch of small products
-_COPY = 60  # unfolding, an entry
+_COPY = 60  # moving images and patches, an entry
+_RUN = 2000  # and a run of entries that lie side by side: 18 ns (`7x7 stride 2, 3 ch`)
 _CALL = 3e5  # one array operation
+_ENTRY = 280  # writing, negating and adding an entry of a gram: 2.5 ns where a BLAS flop takes .009 (`1024, 1 ch`)
+_CHUNK = 1 << 18  # numbers of unfolded rows that stay in cache
+_MOST_ROWS = 1 << 13  # from here on writing and adding a gram costs little beside its product, or takes as much memory
+_LINE = 60 * _CALL  # the operations of one border line
 
 
 def patch_gram(image: Array, w: Window) -> Array:
@@ -44,10 +47,12 @@ def autocorrelates(w: Window, spatial: tuple[int, ...]) -> bool:
     return all(h >= k for h, k in zip(spatial, w.kernel, strict=True))
 
 
-def fft_pays(w: Window, shape: tuple[int, ...]) -> bool:
+def fft_pays(w: Window, shape: tuple[int, ...], strided: bool = True) -> bool:
     """Whether autocorrelation is cheaper than chunks for images of `shape` (blocks, batch, *spatial, C).
 
-    A model of one core: unfolding costs kernel^2 a pixel, autocorrelation about the same for any kernel.
+    A model of one core: unfolding costs kernel^2 a pixel, autocorrelation about the same for any kernel, until the
+    grams of its border lines, twice kernel of them an axis, cost more to write than the patches to multiply.
+    `strided`: patches are one strided copy in runs of a kernel row, as on NumPy; elsewhere in runs of the channels.
     """
     blocks, batch, *size, channels = shape
     spatial = tuple(size)
@@ -55,7 +60,9 @@ def fft_pays(w: Window, shape: tuple[int, ...]) -> bool:
         return False
     outputs = w.outputs(spatial)
     d_in = prod(w.kernel) * channels
-    chunks = batch * prod(outputs) * d_in * (d_in + _COPY)
+    positions = batch * prod(outputs)
+    run = channels * w.kernel[-1] if strided and w.dilation[-1] == 1 else channels
+    chunks = positions * d_in * (d_in + _COPY + _RUN / run) + -(-positions // rows_held(d_in)) * d_in**2 * _ENTRY
     none = ((0, 0),) * len(size)
     if max(w.dilation) > 1:
         size = [-(-o // r) + k - 1 for o, r, k in zip(outputs, w.dilation, w.kernel, strict=True)]
@@ -66,7 +73,14 @@ def fft_pays(w: Window, shape: tuple[int, ...]) -> bool:
         fft = _cost(batch, size, channels * prod(w.stride), kernel, none)
     else:
         fft = _cost(batch, size, channels, w.kernel, w.padding)
+    if max(*w.dilation, *w.stride) > 1:
+        fft += batch * prod(spatial) * channels * (_COPY + _RUN / channels)  # the phases
     return blocks * fft < chunks * blocks + 10 * _CALL
+
+
+def rows_held(d_in: int) -> int:
+    """Unfolded rows multiplied at once: 1 MB of them, or more where a gram costs more to write: see `_MOST_ROWS`."""
+    return max(_CHUNK // d_in, min(max(_MOST_ROWS, d_in), 8 * d_in))
 
 
 def _cost(batch: int, size: list[int], channels: int, kernel: tuple[int, ...], padding: tuple) -> float:
@@ -74,15 +88,16 @@ def _cost(batch: int, size: list[int], channels: int, kernel: tuple[int, ...], p
     *full, last = transform_sizes(tuple(size), kernel)
     frequencies = prod(full) * (last // 2 + 1)
     inner = frequencies * channels * (batch * (_FFT_POINT + _PRODUCT * channels) + _POWER_POINT * channels)
-    border = 0.0
+    border = float(_ENTRY) * (prod(kernel) * channels) ** 2  # the Toeplitz matrix itself
     lines = 1
     for axis, (k, (low, high)) in enumerate(zip(kernel, padding, strict=True)):
         rest = prod(h for a, h in enumerate(size) if a != axis)
         widths = [*range(1, k - low), *range(1, k - high)]
         reach = prod(k for a, k in enumerate(kernel) if a != axis)
-        border += 2 * batch * rest * reach * sum((width * channels) ** 2 for width in widths)
+        entries = sum((width * channels) ** 2 for width in widths)
+        border += (2 * batch * rest * reach + _ENTRY * reach**2) * entries
         lines *= 1 + len(widths)
-    return inner + border + 10 * lines * _CALL
+    return inner + border + lines * _LINE
 
 
 def _shrunk(w: Window) -> tuple[int, ...]:
@@ -114,7 +129,7 @@ def _strided(image: Array, w: Window) -> Array:
             inner = inner * s + d % s
         start = (outer * prod(w.stride) + inner) * channels
         index.extend(range(start, start + channels))
-    keep = xp.asarray(index, device=aac.device(A))
+    keep = xp.asarray(index, device=device_of(A))
     return xp.take(xp.take(A, keep, axis=0), keep, axis=1)
 
 

@@ -8,10 +8,9 @@ from itertools import product
 from math import prod
 from typing import Any
 
-import array_api_compat as aac
 import numpy as np
 
-from kfaccore.xp.arrays import Array, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def pad(image: Array, padding: tuple[tuple[int, int], ...]) -> Array:
         sides = []
         for width in (low, high):
             shape = (*image.shape[:axis], width, *image.shape[axis + 1 :])
-            sides.append(xp.zeros(shape, dtype=image.dtype, device=aac.device(image)))
+            sides.append(xp.zeros(shape, dtype=image.dtype, device=device_of(image)))
         if low or high:
             image = xp.concat([sides[0], image, sides[1]], axis=axis)
     return image

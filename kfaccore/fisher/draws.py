@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat as aac
-
 from kfaccore.fisher.losses import Gaussian, Loss, SoftmaxCrossEntropy
-from kfaccore.xp.arrays import Array, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +35,7 @@ def type2(loss: Any, f: Any, target: Any = None, mask: Any = None, signs: Array 
         return roots * xp.astype(signs, f.dtype)[..., None]
     if positions == 1:
         return roots
-    eye = xp.reshape(xp.eye(positions, dtype=f.dtype, device=aac.device(f)), (positions, 1, 1, *f.shape[1:-1], 1))
+    eye = xp.reshape(xp.eye(positions, dtype=f.dtype, device=device_of(f)), (positions, 1, 1, *f.shape[1:-1], 1))
     return xp.reshape(roots[None, ...] * eye, (-1, *f.shape))
 
 
@@ -65,7 +63,7 @@ def forward_only(f: Any) -> Any:
     """No draws at all, (0, *f.shape): G = I by definition."""
     if isinstance(f, Mapping):
         return {head: forward_only(x) for head, x in f.items()}
-    return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=aac.device(f))
+    return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=device_of(f))
 
 
 def draw_noise(loss: Loss, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:

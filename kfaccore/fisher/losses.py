@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import array_api_compat as aac
-
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 class Loss(Protocol):
@@ -74,7 +72,7 @@ class SoftmaxCrossEntropy:
         p = _softmax(f)
         root = xp.sqrt(p)
         classes = f.shape[-1]
-        eye = xp.eye(classes, dtype=f.dtype, device=aac.device(f))
+        eye = xp.eye(classes, dtype=f.dtype, device=device_of(f))
         eye = xp.reshape(eye, (classes, *(1,) * (f.ndim - 1), classes))
         column = xp.reshape(xp.permute_dims(root, (f.ndim - 1, *range(f.ndim - 1))), (classes, *f.shape[:-1], 1))
         return column * (eye - p[None, ...]) * self._scale(f, target, mask)[None, ...]
@@ -97,7 +95,7 @@ class SoftmaxCrossEntropy:
         if self.weights is not None:
             if len(self.weights) != f.shape[-1]:
                 raise ValueError(f"weights has {len(self.weights)} classes, f has shape {tuple(f.shape)}; need equal")
-            q = q * xp.asarray(self.weights, dtype=f.dtype, device=aac.device(f))
+            q = q * xp.asarray(self.weights, dtype=f.dtype, device=device_of(f))
         return xp.where(valid[..., None], q, xp.zeros_like(q))
 
     def _scale(self, f: Array, target: Array | None, mask: Array | None) -> Array:
@@ -113,7 +111,7 @@ class SoftmaxCrossEntropy:
         xp = namespace(f, target)
         if tuple(target.shape) != tuple(f.shape[:-1]):
             raise ValueError(f"target has shape {tuple(target.shape)}; need labels of shape {tuple(f.shape[:-1])}")
-        valid = xp.ones(target.shape, dtype=xp.bool, device=aac.device(f)) if mask is None else mask
+        valid = xp.ones(target.shape, dtype=xp.bool, device=device_of(f)) if mask is None else mask
         return valid if self.ignore is None else valid & (target != self.ignore)
 
 
@@ -199,21 +197,21 @@ def _sigmoid(f: Array) -> Array:
 
 def _onehot(label: Array, like: Array) -> Array:
     xp = namespace(like)
-    classes = xp.arange(like.shape[-1], dtype=label.dtype, device=aac.device(like))
+    classes = xp.arange(like.shape[-1], dtype=label.dtype, device=device_of(like))
     return xp.astype(label[..., None] == classes, like.dtype)
 
 
 def _diagonal_roots(scale: Array) -> Array:
     xp = namespace(scale)
     d = scale.shape[-1]
-    eye = xp.eye(d, dtype=scale.dtype, device=aac.device(scale))
+    eye = xp.eye(d, dtype=scale.dtype, device=device_of(scale))
     return xp.reshape(eye, (d, *(1,) * (scale.ndim - 1), d)) * scale[None, ...]
 
 
 def _masked_ones(f: Array, mask: Array | None) -> Array:
     xp = namespace(f)
     if mask is None:
-        return xp.ones((*f.shape[:-1], 1), dtype=f.dtype, device=aac.device(f))
+        return xp.ones((*f.shape[:-1], 1), dtype=f.dtype, device=device_of(f))
     if tuple(mask.shape) != tuple(f.shape[:-1]):
         raise ValueError(f"mask has shape {tuple(mask.shape)}; need {tuple(f.shape[:-1])}, one entry a position of f")
     return xp.astype(mask, f.dtype)[..., None]

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-import array_api_compat as aac
-
 from kfaccore.convolution.patches import Patches, Window
 from kfaccore.method import Block
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 @dataclass(frozen=True)
@@ -124,4 +122,4 @@ def _padded(x: Array, axis: int, low: int, high: int, mode: str) -> Array:
     else:
         index = [abs(i) if i < size else 2 * (size - 1) - i for i in index]
     xp = namespace(x)
-    return xp.take(x, xp.asarray(list(index), device=aac.device(x)), axis=axis)
+    return xp.take(x, xp.asarray(list(index), device=device_of(x)), axis=axis)

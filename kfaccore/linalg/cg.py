@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import array_api_compat as aac
-
-from kfaccore.xp.arrays import Array, all_finite, eps, loop, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, eps, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 Map = Callable[[Array], Array]
@@ -65,7 +63,7 @@ class Progress:
         xp = namespace(phi)
         j = xp.astype(xp.floor(self.share * xp.astype(k, phi.dtype)), k.dtype)
         j = xp.where(j > self.least, j, xp.zeros_like(j) + self.least)
-        index = xp.arange(phi.shape[-1], dtype=k.dtype, device=aac.device(phi))
+        index = xp.arange(phi.shape[-1], dtype=k.dtype, device=device_of(phi))
 
         def at(i: Array) -> Array:  # a sum over one entry: an index may be a tracer
             return xp.sum(xp.where(index == i, phi, xp.zeros_like(phi)), axis=-1)
@@ -143,8 +141,8 @@ class _System:
         r = b if start is None else b - self.operator(x)
         z = self._preconditioned(r)
         rz = _dot(r, z)
-        k = xp.asarray(0, dtype=xp.int32, device=aac.device(b))
-        phi = self._noted(xp.zeros((b.shape[0], self.limit + 1), dtype=b.dtype, device=aac.device(b)), k, x, r)
+        k = xp.asarray(0, dtype=xp.int32, device=device_of(b))
+        phi = self._noted(xp.zeros((b.shape[0], self.limit + 1), dtype=b.dtype, device=device_of(b)), k, x, r)
         zero = xp.zeros_like(rz)
         live = nonzero & (rz > 0) & ~self._reached(k, x, r, zero, phi)
         return k, x, r, z, rz, live, zero > 0, xp.astype(zero, xp.int32), zero, phi
@@ -182,7 +180,7 @@ class _System:
 
     def _noted(self, phi: Array, k: Array, x: Array, r: Array) -> Array:
         xp = namespace(x)
-        index = xp.arange(self.limit + 1, dtype=xp.int32, device=aac.device(x))
+        index = xp.arange(self.limit + 1, dtype=xp.int32, device=device_of(x))
         return xp.where(index == k, -0.5 * (_dot(x, r) + _dot(x, self.b))[:, None], phi)
 
     def _preconditioned(self, r: Array) -> Array:

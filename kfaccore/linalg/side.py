@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, eps, namespace
+from kfaccore.xp.arrays import Array, device_of, eps, namespace
 from kfaccore.xp.codes import Code, choose
 
 
@@ -38,7 +36,7 @@ def is_diagonal(x: Array) -> bool:
 def zeros(blocks: int, d: int, diagonal: bool, like: Array) -> Array:
     """A zero factor in the namespace, dtype and device of `like`."""
     shape = (blocks, d) if diagonal else (blocks, d, d)
-    return namespace(like).zeros(shape, dtype=like.dtype, device=aac.device(like))
+    return namespace(like).zeros(shape, dtype=like.dtype, device=device_of(like))
 
 
 def identity(like: Array) -> Array:
@@ -46,7 +44,7 @@ def identity(like: Array) -> Array:
     xp = namespace(like)
     if is_diagonal(like):
         return xp.ones_like(like)
-    eye = xp.eye(like.shape[-1], dtype=like.dtype, device=aac.device(like))
+    eye = xp.eye(like.shape[-1], dtype=like.dtype, device=device_of(like))
     # `eye` as it is where it will do: NumPy and torch touch no memory but the diagonal's, a sum touches all of three
     return eye[None, ...] if like.shape[0] == 1 else xp.zeros_like(like) + eye
 
@@ -71,7 +69,7 @@ def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
     """(x + shift I)^-1 and a code, for shift (blocks,)."""
     xp = namespace(x)
     if not is_diagonal(x):
-        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=aac.device(x))
+        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
         return kernels.spd_inverse(x + shift[:, None, None] * eye)
     shifted = x + shift[:, None]
     floor = eps(x.dtype, xp) * xp.max(shifted, axis=-1, keepdims=True)
@@ -86,7 +84,7 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
     if not is_diagonal(x):
         return kernels.eigh(x)
     xp = namespace(x)
-    return x, xp.ones_like(x), xp.zeros(x.shape[:1], dtype=xp.int32, device=aac.device(x))
+    return x, xp.ones_like(x), xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
 
 
 def times(v: Array, x: Array) -> Array:

@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import xp as kernels
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, all_finite, namespace, select, to_host
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, select, to_host
 from kfaccore.xp.codes import Code
 
 Records = Mapping[str, Record | tuple[Record, ...]]
@@ -135,7 +134,7 @@ def scaled(records: Records, residuals: Sequence[Array]) -> Array:
 def solve(kernel: Array, r: Array, damping: float) -> tuple[Array, Array]:
     """(kernel + damping I)^-1 r and a code (1,): zero weights where nothing is finite."""
     xp = namespace(kernel)
-    eye = xp.eye(kernel.shape[-1], dtype=kernel.dtype, device=aac.device(kernel))
+    eye = xp.eye(kernel.shape[-1], dtype=kernel.dtype, device=device_of(kernel))
     inverse, code = kernels.spd_inverse((kernel + damping * eye)[None, ...])
     weights = inverse[0, ...] @ r
     # one step of iterative refinement: the inverse loses digits at small damping, its residual does not

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
@@ -20,7 +19,7 @@ from kfaccore.method import Additive, Block, Method, RowsAtSolve, S, declares
 from kfaccore.precondition.comm import Communicator, Tree
 from kfaccore.precondition.trial import refreshed_leaves
 from kfaccore.solution import Solution
-from kfaccore.xp.arrays import Array, from_host, namespace
+from kfaccore.xp.arrays import Array, device_of, from_host, namespace
 
 
 def costs(blocks: Mapping[str, Block]) -> dict[str, float]:
@@ -76,7 +75,7 @@ def check(methods: Mapping[str, Method], comm: Communicator) -> None:
 def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> None:
     """ValueError on all ranks if some have a layer in this step that others lack."""
     xp = namespace(like)
-    flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=aac.device(like))
+    flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=device_of(like))
     counts = comm.all_reduce(flags)
     differing = [name for i, name in enumerate(every) if 0 < float(counts[i]) < comm.world]
     if differing:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
@@ -24,7 +23,7 @@ from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.step import Fixed, Rule
 from kfaccore.step.rule import Spread
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Preconditioner:
                 layers[name] = method.init(given[name], like)
         xp = namespace(like)
         shapes = {name: (block.blocks, block.d_out, block.d_in) for name, block in blocks.items()}
-        zeros = {n: xp.zeros(shape, dtype=like.dtype, device=aac.device(like)) for n, shape in shapes.items()}
+        zeros = {n: xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for n, shape in shapes.items()}
         network = self.network.init(together, like) if self.network is not None and together else ()
         return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()))
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import array_api_compat as aac
-
 from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method, Terms, declares
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 _HYPER = Hyper(0, 0.9, 0.1)
 _SMALL = Block(2, 2)
@@ -30,7 +28,7 @@ class Trial:
     def of(cls, method: Method, like: Array, block: Block) -> Trial:
         """One cycle; sides are diagonal where those of `block` are."""
         xp = namespace(like)
-        where = {"dtype": like.dtype, "device": aac.device(like)}
+        where = {"dtype": like.dtype, "device": device_of(like)}
         a = xp.asarray([[1.0, 2.0], [3.0, 5.0]], **where)
         g = xp.asarray([[1.0, -1.0], [2.0, 1.0]], **where)
         record = Record(a, g, 2)

@@ -13,7 +13,7 @@ import array_api_compat as aac
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
-from kfaccore.xp.arrays import Array, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,9 @@ def _gradients(g: Array, rank: int) -> Array:
 def _check_axes(a: Any, g: Array) -> None:
     array = a.index if isinstance(a, Ids) else a.image if isinstance(a, Patches) else a
     namespace(array, g)
-    import array_api_compat as aac
-
-    if aac.device(array) != aac.device(g):
-        raise ValueError(f"a is on {aac.device(array)} and g on {aac.device(g)}; need one device")
+    places = [device_of(array), device_of(g)]
+    if None not in places and places[0] != places[1]:
+        raise ValueError(f"a is on {places[0]} and g on {places[1]}; need one device")
     if not isinstance(a, Ids) and array.dtype != g.dtype:
         raise TypeError(f"a has dtype {array.dtype} and g {g.dtype}; need one dtype")
     shape = (1, *a.index.shape) if isinstance(a, Ids) else tuple(a.shape)[:-1]

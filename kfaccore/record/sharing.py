@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore.convolution.patches import Patches
 from kfaccore.record.record import Ids, Record
-from kfaccore.xp.arrays import Array, namespace, shared_first
+from kfaccore.xp.arrays import Array, device_of, namespace, shared_first
 
 Records = TypeVar("Records", Record, tuple[Record, ...])  # one a term of the loss
 
@@ -116,7 +115,7 @@ class Subsample:
             raise TypeError("Subsample got an embedding (Ids): its A is diagonal for any number of rows; use expand")
         chosen = self.chosen(record.shared)
         xp = namespace(record.g)
-        index = xp.asarray(list(chosen), device=aac.device(record.g))
+        index = xp.asarray(list(chosen), device=device_of(record.g))
         if isinstance(record.a, Patches):
             a = xp.concat([xp.take(part, index, axis=2) for part in record.a.rows(8)], axis=1)
         else:
@@ -152,12 +151,12 @@ class ReceptiveMean:
         a = record.rows()
         rows = K + self.bias
         mean = xp.mean(xp.reshape(a[..., : K * channels], (*a.shape[:-1], K, channels)), axis=-2)
-        eye = xp.eye(K, dtype=a.dtype, device=aac.device(a))
+        eye = xp.eye(K, dtype=a.dtype, device=device_of(a))
         slots = xp.reshape(eye[:, :, None] * mean[..., None, None, :], (*a.shape[:-1], K, K * channels))
         if self.bias:
             lone = xp.zeros_like(slots[..., :1, :])
             slots = xp.concat([slots, lone], axis=-2)
-            place = xp.arange(rows, device=aac.device(a)) == K
+            place = xp.arange(rows, device=device_of(a)) == K
             column = a[..., -1:, None] * xp.astype(place, a.dtype)[:, None]
             slots = xp.concat([slots, column], axis=-1)
         a = xp.reshape(slots * rows**0.5, (a.shape[0], -1, 1, record.d_in))

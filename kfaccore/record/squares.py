@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
 from kfaccore.record.chunks import input_chunks
 from kfaccore.record.record import Ids, Record
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) -> Array:
@@ -18,7 +16,7 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
     if isinstance(record.a, Ids):
         return _squares_of_ids(record, record.g if Qg is None else record.g @ Qg[None, :, None, :, :])
     xp = namespace(record.g)
-    total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=aac.device(record.g))
+    total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=device_of(record.g))
     many = record.batch if record.shared == 1 else kernels.at_once(record.d_out * record.d_in * record.blocks)
     for start, a in input_chunks(record, many):
         a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])

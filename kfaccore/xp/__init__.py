@@ -6,6 +6,7 @@ standard. No kernel raises on data: failure comes back as a `Code`. The only hos
 
 from kfaccore.xp.arrays import (
     all_finite,
+    device_of,
     eps,
     from_host,
     is_numpy,
@@ -32,6 +33,7 @@ __all__ = [
     "at_once",
     "average",
     "choose",
+    "device_of",
     "eigh",
     "eps",
     "fast_length",

@@ -41,6 +41,16 @@ def is_numpy(x: object) -> TypeGuard[np.ndarray]:
     return isinstance(x, np.ndarray)
 
 
+def device_of(x: Array) -> Any:
+    """The device of `x`; None for a tracer, which has none.
+
+    The core asks here and nowhere else: a tracer's refusal spells out all that was traced before it.
+    """
+    if type(x) is np.ndarray:
+        return "cpu"
+    return None if is_tracer(x) else aac.device(x)
+
+
 def widen(x: Array, what: str) -> Array:
     """`x` as float32 or float64: half precision is widened at the door, anything else is refused.
 
@@ -165,5 +175,5 @@ def to_host(x: Array | float) -> np.ndarray:
 
 def from_host(x: np.ndarray, like: Array) -> Array:
     """`x` in the namespace and on the device of `like`, with the dtype of `x`; always a copy that may be kept."""
-    device = {} if aac.is_jax_array(like) else {"device": aac.device(like)}
+    device = {} if aac.is_jax_array(like) else {"device": device_of(like)}
     return namespace(like).asarray(np.array(x), **device)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-import array_api_compat as aac
-
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 class Code(IntEnum):
@@ -37,5 +35,5 @@ class Code(IntEnum):
 def choose(condition: Array, yes: Code, no: Code | Array) -> Array:
     """int32 codes: `yes` where the condition (blocks,) holds, `no` (a code, or codes) elsewhere."""
     xp = namespace(condition)
-    zero = xp.zeros(condition.shape, dtype=xp.int32, device=aac.device(condition))
+    zero = xp.zeros(condition.shape, dtype=xp.int32, device=device_of(condition))
     return xp.where(condition, zero + int(yes), zero + int(no) if isinstance(no, Code) else no)

@@ -10,7 +10,7 @@ from scipy.linalg import eigh as scipy_eigh
 from scipy.linalg import lapack
 from scipy.linalg import qr as scipy_qr
 
-from kfaccore.xp.arrays import Array, all_finite, eps, is_numpy, loop, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, eps, is_numpy, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.gram import mirror
 
@@ -26,10 +26,10 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     """
     xp = namespace(x)
     finite = all_finite(x)
-    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=aac.device(x))
+    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
     inverse, ok = _attempt(x)
     ok = ok & finite
-    zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=aac.device(x))
+    zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
     wide = widest(x)
     mean = xp.mean(xp.linalg.diagonal(x), axis=-1)
 
@@ -46,7 +46,7 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
         how = choose(attempt < 2, Code.FLOAT64, Code.JITTERED)
         return inverse, xp.where(newly, how, code), ok | newly, attempt + 1.0
 
-    first = xp.asarray(1.0, dtype=x.dtype, device=aac.device(x))
+    first = xp.asarray(1.0, dtype=x.dtype, device=device_of(x))
     inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, first), _ATTEMPTS - 1)
     failed = choose(finite, Code.INDEFINITE, Code.NONFINITE)
     return select(ok, inverse, xp.zeros_like(x) + eye), xp.where(ok, code, failed)
@@ -60,7 +60,7 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
     """
     xp = namespace(x)
     finite = all_finite(x)
-    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=aac.device(x))
+    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
     x = select(finite, (x + x.mT) / 2, xp.zeros_like(x) + eye)
     if is_numpy(x):
         pairs: list[Any] = [scipy_eigh(block, driver="evd", check_finite=False) for block in x]
@@ -125,7 +125,7 @@ def _attempt(x: Array) -> tuple[Array, Array]:
 def _standard_inverse(x: Array) -> tuple[Array, Array]:
     """With nothing but the standard, whose Cholesky may raise: the only try in the package that stands for data."""
     xp = namespace(x)
-    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=aac.device(x))
+    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
     inverses = []
     good = []
     for block in range(x.shape[0]):

@@ -7,7 +7,7 @@ from typing import Any
 import array_api_compat as aac
 import numpy as np
 
-from kfaccore.xp.arrays import Array, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
 
 
 def segment_sum(values: Array, index: Array, size: int) -> Array:
@@ -22,7 +22,7 @@ def segment_sum(values: Array, index: Array, size: int) -> Array:
         rows = len(index)
         pick = csr_array((np.ones(rows, values.dtype), (np.asarray(index), np.arange(rows))), shape=(size, rows))
         return pick @ values
-    zeros = xp.zeros((size, values.shape[1]), dtype=values.dtype, device=aac.device(values))
+    zeros = xp.zeros((size, values.shape[1]), dtype=values.dtype, device=device_of(values))
     if aac.is_torch_array(values):
         return zeros.index_add(0, index, values)
     if aac.is_jax_array(values):

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, TypedDict, TypeVar
 
-import array_api_compat as aac
-
 from kfaccore import factors, tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
@@ -22,7 +20,7 @@ from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank
 from kfaccore.methods.lowrank.modes import Modes, Sides
 from kfaccore.record import Record
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar, select
 
 
 class State(modes.State, Protocol):
@@ -109,7 +107,7 @@ def init(block: Block, rank: Rank, like: Array) -> Fields:
     return {
         "A": modes.empty(block.d_in, block.diagonal_in, block.blocks, held, rank, like),
         "G": modes.empty(block.d_out, block.diagonal_out, block.blocks, held, rank, like),
-        "weight": namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like)),
+        "weight": namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like)),
         "code": factors.unrefreshed(block, like),
     }
 
@@ -181,4 +179,4 @@ def _joined(x: Array, y: Array) -> Array:
 
 def _root(n: float | Array, like: Array) -> Array:
     xp = namespace(like)
-    return xp.sqrt(xp.asarray(scalar(n, like), dtype=like.dtype, device=aac.device(like)))
+    return xp.sqrt(xp.asarray(scalar(n, like), dtype=like.dtype, device=device_of(like)))

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import array_api_compat as aac
-
 from kfaccore.linalg import kron, side
 from kfaccore.record import Factored
-from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.arrays import Array, device_of, eps, namespace, select
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Rank:
     def first(self, blocks: int, d: int, like: Array) -> Array:
         """The count at the start, int32 (blocks,)."""
         xp = namespace(like)
-        return xp.full((blocks,), min(self.start, self.cap, d), dtype=xp.int32, device=aac.device(like))
+        return xp.full((blocks,), min(self.start, self.cap, d), dtype=xp.int32, device=device_of(like))
 
     def next(self, low: LowRank) -> Array:
         """The count for the next decomposition."""
@@ -65,7 +63,7 @@ class Rank:
         d, k = low.U.shape[-2:]
         if k == 0 or not (self.up or self.down):
             return low.rank
-        position = xp.arange(k, dtype=xp.int32, device=aac.device(low.D))[None, :]
+        position = xp.arange(k, dtype=xp.int32, device=device_of(low.D))[None, :]
         lowest = xp.sum(xp.where(position == k - low.rank[:, None], low.D, xp.zeros_like(low.D)), axis=-1)
         top = low.D[:, -1]
         moved = xp.where(lowest > self.above * top, low.rank + self.up, low.rank)
@@ -104,14 +102,14 @@ def counted(low: LowRank) -> Array:
     """Which modes count, (blocks, k): the `rank` largest."""
     xp = namespace(low.D)
     k = low.D.shape[-1]
-    return xp.arange(k, dtype=xp.int32, device=aac.device(low.D))[None, :] >= k - low.rank[:, None]
+    return xp.arange(k, dtype=xp.int32, device=device_of(low.D))[None, :] >= k - low.rank[:, None]
 
 
 def start(blocks: int, d: int, k: int, rank: Rank, like: Array) -> LowRank:
     """The last min(k, d) columns of the identity, all eigenvalues zero."""
     xp = namespace(like)
     k = min(k, d)
-    where = {"dtype": like.dtype, "device": aac.device(like)}
+    where = {"dtype": like.dtype, "device": device_of(like)}
     U = xp.zeros((blocks, d, k), **where) + xp.eye(d, k, k=k - d, **where)
     D = xp.zeros((blocks, k), **where)
     outside = xp.zeros((blocks,), **where)

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import array_api_compat as aac
-
 from kfaccore import factors, method
 from kfaccore.damping import Split, check
 from kfaccore.linalg.inverse import accepted
@@ -23,7 +21,7 @@ from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 class State(method.State, Protocol):
@@ -102,14 +100,14 @@ def normaliser(weight: Array, start: float) -> tuple[Array, Array]:
 def empty(d: int, diagonal: bool, blocks: int, held: int, rank: Rank, like: Array) -> Factor:
     """A side before any update, with room for `held` modes."""
     if diagonal:
-        return namespace(like).zeros((blocks, d), dtype=like.dtype, device=aac.device(like))
+        return namespace(like).zeros((blocks, d), dtype=like.dtype, device=device_of(like))
     return lowrank.start(blocks, d, held, rank, like)
 
 
 def well(like: Array) -> Array:
     """Code OK for each block, (blocks,), of a side that has no modes to find."""
     xp = namespace(like)
-    return xp.zeros(like.shape[:1], dtype=xp.int32, device=aac.device(like))
+    return xp.zeros(like.shape[:1], dtype=xp.int32, device=device_of(like))
 
 
 def kept(

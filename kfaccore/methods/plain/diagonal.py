@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import array_api_compat as aac
-
 from kfaccore import factors
 from kfaccore.damping import joint
 from kfaccore.linalg.inverse import floored
@@ -20,7 +18,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, namespace
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Diagonal(Additive):
 
     def init(self, block: Block, like: Array) -> State:
         xp = namespace(like)
-        device = aac.device(like)
+        device = device_of(like)
         D = xp.zeros((block.blocks, block.d_out, block.d_in), dtype=like.dtype, device=device)
         weight = xp.zeros((block.blocks,), dtype=like.dtype, device=device)
         return State(D, weight, factors.unrefreshed(block, like))

@@ -12,15 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import array_api_compat as aac
-
 from kfaccore import factors
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record, dense
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, namespace
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Exact(Additive):
                 f"stops at {self.largest}: use KFAC or EKFAC, or raise `largest`"
             )
         F = side.zeros(block.blocks, size, False, like)
-        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
+        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like))
         return State(F, weight, side.identity(F), factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import array_api_compat as aac
-
 from kfaccore import factors, tree
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Identity(Additive):
         """(I, I, 1), the bases as diagonals."""
         blocks, d_out, d_in = state.shape
         xp = namespace(state.code)
-        device = aac.device(state.code)
+        device = device_of(state.code)
         Qa = xp.ones((blocks, d_in), device=device)
         Qg = xp.ones((blocks, d_out), device=device)
         return Qa, Qg, xp.ones(state.shape, device=device)

@@ -19,8 +19,6 @@ from functools import reduce
 from operator import add
 from typing import Any, ClassVar, Protocol
 
-import array_api_compat as aac
-
 from kfaccore.factors import unrefreshed
 from kfaccore.linalg import cg
 from kfaccore.linalg.cg import CG, Result
@@ -31,7 +29,7 @@ from kfaccore.methods.rows.operators import Map, Operator, Parts
 from kfaccore.options import instance
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, namespace, select
+from kfaccore.xp.arrays import Array, device_of, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 __all__ = ["CG", "CGFAC", "Empirical", "InRows", "Kron", "KronFactored"]
@@ -85,7 +83,7 @@ class CGFAC:
 
     def init(self, block: Block, like: Array) -> State:
         shape = (block.blocks, block.d_out, block.d_in if self.solver.warm else 0)
-        start = namespace(like).zeros(shape, dtype=like.dtype, device=aac.device(like))
+        start = namespace(like).zeros(shape, dtype=like.dtype, device=device_of(like))
         return State(self.operator.init(block, like, self.rows), start, unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:

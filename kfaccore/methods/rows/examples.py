@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import factors
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows.factors import gradients
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar, select
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Stats:
 def init(block: Block, like: Array, capacity: int) -> Examples:
     """No examples; `Block.rows` wins over `capacity`."""
     xp = namespace(like)
-    device = aac.device(like)
+    device = device_of(like)
     slots = (block.blocks, block.rows or capacity)
     share = xp.zeros(slots, dtype=like.dtype, device=device)
     return Examples(
@@ -67,7 +65,7 @@ def measure(state: Examples, record: Record) -> Stats:
     if record.draws == 0:
         raise ValueError("the empirical operator got a record of zero draws (forward only): it needs gradients")
     xp = namespace(record.g)
-    device = aac.device(record.g)
+    device = device_of(record.g)
     shape = (record.blocks, record.batch, record.draws, record.shared, record.d_in)
     a = xp.broadcast_to(record.rows()[:, :, None, :, :], shape)  # each draw of an example has the example's inputs
     a = xp.reshape(a, (record.blocks, -1, record.d_in))
@@ -101,7 +99,7 @@ def update(state: Examples, stats: Stats, hyper: Hyper) -> Examples:
         raise ValueError(f"a batch has {count} rows and there is room for {capacity}: raise rows (or Block.rows)")
     ok = stats.bad == 0
     decay = scalar(hyper.decay, state.weight)
-    ones = xp.ones(stats.number.shape, dtype=state.a.dtype, device=aac.device(state.a))
+    ones = xp.ones(stats.number.shape, dtype=state.a.dtype, device=device_of(state.a))
     # Stats on their way may have been cast, whole numbers too, to the dtype of the state
     older = _older(state, capacity - count, xp.astype(stats.examples, xp.int32), decay)
 
@@ -142,6 +140,6 @@ def _whole(number: Array, share: Array, room: int) -> Array:
     """
     if not 0 < room < number.shape[1]:
         xp = namespace(number)
-        return xp.ones(number[:, :room].shape, dtype=xp.bool, device=aac.device(number))
+        return xp.ones(number[:, :room].shape, dtype=xp.bool, device=device_of(number))
     behind = slice(room, room + 1)
     return (number[:, :room] != number[:, behind]) | (share[:, behind] == 0)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
@@ -20,7 +18,7 @@ from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar
 
 Factor = Array | Stack
 Branch = Callable[[int, int], bool]
@@ -84,7 +82,7 @@ def init(block: Block, like: Array, capacity: int, branch: Branch) -> Factors:
             return stacks.empty(block.blocks, capacity, d, like)
         return side.zeros(block.blocks, d, diagonal, like)
 
-    weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
+    weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like))
     return Factors(one(block.d_in, block.diagonal_in), one(block.d_out, block.diagonal_out), weight)
 
 

@@ -6,12 +6,10 @@ Cost: a product 2 rows d_in d_out; a solve rows^2 (d_in + d_out) + rows^3.
 
 from __future__ import annotations
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
 from kfaccore.methods.rows.examples import Examples
 from kfaccore.methods.rows.stack import debiased
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 def product(state: Examples, v: Array) -> Array:
@@ -26,7 +24,7 @@ def per_example(state: Examples, values: Array) -> Array:
     xp = namespace(values)
     blocks, capacity = values.shape
     # an example's number is below the capacity, so number + block * capacity tells apart the examples of all blocks
-    start = xp.arange(blocks, dtype=state.number.dtype, device=aac.device(values))[:, None] * capacity
+    start = xp.arange(blocks, dtype=state.number.dtype, device=device_of(values))[:, None] * capacity
     slot = xp.reshape(state.number + start, (-1,))
     given = xp.where(state.share > 0, values, xp.zeros_like(values))  # empty rows have number 0 as the newest example
     total = kernels.segment_sum(xp.reshape(given, (-1, 1)), slot, blocks * capacity)
@@ -57,7 +55,7 @@ def solve(state: Examples, v: Array, shift: Array) -> tuple[Array, Array]:
     (v - sum_e y_e J_e) / shift with (K + shift / share) y = <J, v>, K the inner products of the J. No iteration.
     """
     xp = namespace(v)
-    device = aac.device(v)
+    device = device_of(v)
     index = xp.arange(state.number.shape[1], dtype=state.number.dtype, device=device)
     member = xp.astype(state.number[:, None, :] == index[:, None], v.dtype)  # [e, r]: row r is of example e
     root = member * xp.sqrt(shares(state))[:, None, :]

@@ -17,8 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import array_api_compat as aac
-
 from kfaccore import factors
 from kfaccore.convolution.patches import Patches
 from kfaccore.method import Additive, Block, Hyper
@@ -28,7 +26,7 @@ from kfaccore.methods.rows.table import Table
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.sharing import expand, whole
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, loop, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, loop, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 __all__ = ["FNGD", "mean_vector", "position", "sample", "scalar_rate"]
@@ -67,7 +65,7 @@ class FNGD(Additive, Coefficients):
 
     def init(self, block: Block, like: Array) -> State:
         size = self.share.size(block.samples, block.rows or self.slots, max(self.steps, 1))
-        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=aac.device(like))
+        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like))
         return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:

@@ -10,13 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import array_api_compat as aac
-
 from kfaccore.method import Hyper
 from kfaccore.options import function, instance
 from kfaccore.record import Record
 from kfaccore.record.sharing import whole
-from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.arrays import Array, device_of, namespace, scalar
 
 
 class Share(Protocol):
@@ -114,7 +112,7 @@ class Coefficients:
         """Entries (units,) of the units of the batch of a step, in a table of `size`; ValueError where they do not
         fit."""
         xp = namespace(like)
-        slot = xp.arange(units, dtype=xp.int64, device=aac.device(like))
+        slot = xp.arange(units, dtype=xp.int64, device=device_of(like))
         return self.share.index(slot, ids, hyper.step % self.steps, self.steps, size)
 
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
-from kfaccore.xp.arrays import Array, eps, loop, namespace, select
+from kfaccore.xp.arrays import Array, device_of, eps, loop, namespace, select
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Stack:
 def empty(blocks: int, capacity: int, d: int, like: Array) -> Stack:
     """No rows yet."""
     xp = namespace(like)
-    device = aac.device(like)
+    device = device_of(like)
     rows = xp.zeros((blocks, capacity, d), dtype=like.dtype, device=device)
     share = xp.zeros((blocks, capacity), dtype=like.dtype, device=device)
     return Stack(rows, share, xp.zeros_like(share))
@@ -48,7 +46,7 @@ def push(stack: Stack, new: Array, share: Array, decay: float | Array, ok: Array
     if new.shape[1] > recent:
         new = compressed(new, recent)
     count = new.shape[1]
-    ones = xp.ones(new.shape[:2], dtype=share.dtype, device=aac.device(share))
+    ones = xp.ones(new.shape[:2], dtype=share.dtype, device=device_of(share))
     fresh = Stack(new, ones * share[:, None], ones * ((1 - decay) / count))
     decayed = Stack(stack.rows, stack.share * decay, stack.mass * decay)
     stay = _slots(decayed, 0, recent - count)
@@ -75,7 +73,7 @@ def compressed(rows: Array, rank: int) -> Array:
         found = lengths[:, :, None] * vectors[:, :, d - kept :].mT
     if rank == kept:
         return found
-    padding = xp.zeros((blocks, rank - kept, d), dtype=rows.dtype, device=aac.device(rows))
+    padding = xp.zeros((blocks, rank - kept, d), dtype=rows.dtype, device=device_of(rows))
     return xp.concat([padding, found], axis=1)
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Table:
 
 def empty(blocks: int, size: int, like: Array) -> Table:
     """No entries."""
-    count = namespace(like).zeros((blocks, size), dtype=like.dtype, device=aac.device(like))
+    count = namespace(like).zeros((blocks, size), dtype=like.dtype, device=device_of(like))
     return Table(namespace(like).ones_like(count), count)
 
 

@@ -14,14 +14,12 @@ from dataclasses import replace
 from functools import reduce
 from operator import add
 
-import array_api_compat as aac
-
 from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 from kfaccore.xp.codes import Code, choose
 
 
@@ -90,7 +88,7 @@ def damped_inverse(
     floor = kernels.eps(K.dtype, xp) * xp.where(trace > 0, trace, xp.ones_like(trace)) / size
     lifted = shift <= floor
     shift = xp.where(lifted, floor, shift)
-    eye = xp.eye(size, dtype=K.dtype, device=aac.device(K))
+    eye = xp.eye(size, dtype=K.dtype, device=device_of(K))
     inverse, code = kernels.spd_inverse(K + (shift * n)[:, None, None] * eye)
     return inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
-from kfaccore.xp.arrays import Array, loop, namespace, select
+from kfaccore.xp.arrays import Array, device_of, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 
@@ -35,8 +33,8 @@ def identity(stack: Stack) -> LowRank:
     xp = namespace(stack.rows)
     blocks, capacity, _ = stack.rows.shape
     wide = kernels.widest(stack.rows)
-    eye = xp.eye(capacity, dtype=wide, device=aac.device(stack.rows))
-    small = xp.zeros((blocks, capacity, capacity), dtype=wide, device=aac.device(stack.rows)) + eye
+    eye = xp.eye(capacity, dtype=wide, device=device_of(stack.rows))
+    small = xp.zeros((blocks, capacity, capacity), dtype=wide, device=device_of(stack.rows)) + eye
     return LowRank(stack.rows, xp.zeros_like(stack.share), small, xp.ones_like(stack.share[:, 0]))
 
 
@@ -48,7 +46,7 @@ def inverse(stack: Stack, shift: Array) -> tuple[LowRank, Array]:
     wide = kernels.widest(stack.rows)
     rows = xp.astype(stack.rows, wide) * xp.astype(scale, wide)[:, :, None]
     small = xp.matmul(rows, rows.mT)
-    eye = xp.eye(small.shape[-1], dtype=wide, device=aac.device(small))
+    eye = xp.eye(small.shape[-1], dtype=wide, device=device_of(small))
     system = small + xp.astype(shift, wide)[:, None, None] * eye
     small, code = kernels.spd_inverse(system)
     if stack.rows.shape[1] > stack.rows.shape[2]:  # singular but for the shift: a Newton step, or Y^T S Y loses digits
@@ -87,7 +85,7 @@ def times_rows(v: Array, inverse: LowRank) -> Array:
     if count > inverse.rows.shape[1]:
         return times(v, inverse)
     own = xp.all(v == inverse.rows[:, :count, :], axis=(-2, -1)) & xp.all(inverse.scale[:, :count] > 0, axis=-1)
-    zero = xp.zeros(v.shape, dtype=inverse.small.dtype, device=aac.device(v))
+    zero = xp.zeros(v.shape, dtype=inverse.small.dtype, device=device_of(v))
     # loops of at most one turn: either way is computed only where a block needs it, also under a trace
     (x,) = loop(lambda _: xp.any(own), lambda _: (_pushed(inverse, count),), (zero,), 1)
     (x,) = loop(lambda _: ~xp.all(own), lambda x: (select(own, x[0], times(v, inverse)),), (x,), 1)
@@ -97,8 +95,8 @@ def times_rows(v: Array, inverse: LowRank) -> Array:
 def dense(inverse: LowRank) -> Array:
     """(A + c I)^-1 itself, (blocks, d, d)."""
     xp = namespace(inverse.rows)
-    eye = xp.eye(inverse.rows.shape[-1], dtype=inverse.small.dtype, device=aac.device(inverse.rows))
-    stacked = xp.zeros((inverse.rows.shape[0], 1, 1), dtype=eye.dtype, device=aac.device(eye)) + eye
+    eye = xp.eye(inverse.rows.shape[-1], dtype=inverse.small.dtype, device=device_of(inverse.rows))
+    stacked = xp.zeros((inverse.rows.shape[0], 1, 1), dtype=eye.dtype, device=device_of(eye)) + eye
     return times(stacked, inverse)
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import array_api_compat as aac
-
 from kfaccore import tree
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 Parts = dict[str, Array]
 
@@ -100,13 +98,13 @@ def per_block(value: Array | float, like: Array) -> Array | float:
 def eye(blocks: int, d: int, like: Array) -> Array:
     """Identities (blocks, d, d) of their own memory."""
     xp = namespace(like)
-    zeros = xp.zeros((blocks, d, d), dtype=like.dtype, device=aac.device(like))
-    return zeros + xp.eye(d, dtype=like.dtype, device=aac.device(like))
+    zeros = xp.zeros((blocks, d, d), dtype=like.dtype, device=device_of(like))
+    return zeros + xp.eye(d, dtype=like.dtype, device=device_of(like))
 
 
 def filled(value: float, shape: tuple[int, ...], like: Array) -> Array:
     """An array of one number."""
-    return namespace(like).full(shape, value, dtype=like.dtype, device=aac.device(like))
+    return namespace(like).full(shape, value, dtype=like.dtype, device=device_of(like))
 
 
 def diagonal(M: Array) -> Array:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
 from kfaccore.methods.singd.structured import Parts, eye, filled
-from kfaccore.xp.arrays import Array, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _counts(c: Array) -> Array:
     """Entries d - j of the j-th diagonal, (d,)."""
     xp = namespace(c)
     d = c.shape[-1]
-    return xp.astype(d - xp.arange(d, device=aac.device(c)), c.dtype)
+    return xp.astype(d - xp.arange(d, device=device_of(c)), c.dtype)
 
 
 def _shares(c: Array) -> Array:

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, eps, loop, namespace
+from kfaccore.xp.arrays import Array, device_of, eps, loop, namespace
 
 Product = Callable[[Array], Array]
 Carry = tuple[Array, Array, Array, Array, Array, Array]  # left, right, values, next right vector, residual, products
@@ -45,9 +43,9 @@ def leading(
     tolerance = max(tolerance, 100.0 * eps(right.dtype, xp))
     kept_left = xp.stack([xp.zeros_like(left)] * rank, axis=1)
     kept_right = xp.stack([xp.zeros_like(right)] * rank, axis=1)
-    values = xp.zeros((right.shape[0], rank), dtype=right.dtype, device=aac.device(right))
+    values = xp.zeros((right.shape[0], rank), dtype=right.dtype, device=device_of(right))
     residual = values[:, 0] + float("inf")
-    matvecs = xp.zeros((), dtype=xp.int32, device=aac.device(right))
+    matvecs = xp.zeros((), dtype=xp.int32, device=device_of(right))
 
     def unfinished(carry: Carry) -> Array:
         return xp.any(carry[4] > tolerance)
@@ -71,7 +69,7 @@ def _cycle(
     xp = namespace(q)
     rank = values.shape[1]
     size = rank + steps
-    eye = xp.eye(size, dtype=q.dtype, device=aac.device(q))
+    eye = xp.eye(size, dtype=q.dtype, device=device_of(q))
     P = _padded(left, size)
     Q = _padded(right, size)
     projected = eye[None, ...] * _padded(values, size)[:, :, None]
@@ -101,7 +99,7 @@ def _padded(x: Array, size: int) -> Array:
     """x with zeros after its entries on the second axis, up to `size`."""
     xp = namespace(x)
     shape = (x.shape[0], size - x.shape[1], *x.shape[2:])
-    return xp.concat([x, xp.zeros(shape, dtype=x.dtype, device=aac.device(x))], axis=1)
+    return xp.concat([x, xp.zeros(shape, dtype=x.dtype, device=device_of(x))], axis=1)
 
 
 def _orthogonalised(x: Array, rows: Array) -> tuple[Array, Array]:

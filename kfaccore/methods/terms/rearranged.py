@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Protocol
 
-import array_api_compat as aac
-
 from kfaccore import factors, tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
 from kfaccore.methods.terms.sandwich import sandwich
 from kfaccore.record import Record
 from kfaccore.record.chunks import input_chunks
-from kfaccore.xp.arrays import Array, namespace, scalar, select
+from kfaccore.xp.arrays import Array, device_of, namespace, scalar, select
 
 if TYPE_CHECKING:
     from kfaccore.method import Block, Hyper
@@ -92,7 +90,7 @@ def unit(x: Array, otherwise: Array) -> Array:
 def generic(like: Array) -> Array:
     """A fixed symmetric unit matrix without structure: cos(i j) for i, j = 1, 2, ..."""
     xp = namespace(like)
-    i = xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=aac.device(like))
+    i = xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=device_of(like))
     x = xp.zeros_like(like) + xp.cos(i[:, None] * i[None, :])
     return unit(x, x)
 
@@ -166,6 +164,6 @@ def _traced(x: Array) -> Array:
     trace = xp.sum(side.diagonal(x), axis=-1)
     usable = trace >= float(xp.finfo(x.dtype).smallest_normal)
     size = x.shape[-1]
-    eye = xp.broadcast_to(xp.eye(size, dtype=x.dtype, device=aac.device(x)), x.shape)
+    eye = xp.broadcast_to(xp.eye(size, dtype=x.dtype, device=device_of(x)), x.shape)
     scale = 1.0 / xp.where(usable, trace, xp.full_like(trace, float(size)))
     return select(usable, x, eye) * scale[:, None, None]

@@ -20,8 +20,6 @@ from itertools import pairwise
 from operator import add
 from typing import ClassVar
 
-import array_api_compat as aac
-
 from kfaccore import factors, tree
 from kfaccore.damping import Split, pi
 from kfaccore.linalg import side
@@ -34,7 +32,7 @@ from kfaccore.network.tridiagonal.state import Layer, Link, Next, Parts, State, 
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, select
 from kfaccore.xp.codes import Code, choose
 
 
@@ -62,7 +60,7 @@ class Tridiagonal:
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         xp = namespace(like)
-        where = {"dtype": like.dtype, "device": aac.device(like)}
+        where = {"dtype": like.dtype, "device": device_of(like)}
         layers = {}
         for name, following in followed(self.covers(blocks)):
             block = blocks[name]

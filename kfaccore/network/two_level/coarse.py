@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import array_api_compat as aac
 import numpy as np
 
 from kfaccore import tree
@@ -18,7 +17,7 @@ from kfaccore.linalg import kron, side
 from kfaccore.method import Block
 from kfaccore.network.two_level.local import Local, now
 from kfaccore.network.two_level.vectors import Outer, Vector, pair, unit
-from kfaccore.xp.arrays import Array, from_host, namespace
+from kfaccore.xp.arrays import Array, device_of, from_host, namespace
 
 K = TypeVar("K")
 
@@ -63,7 +62,7 @@ class Nicolaides:
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Outer:
         xp = namespace(like)
-        where = {"dtype": like.dtype, "device": aac.device(like)}
+        where = {"dtype": like.dtype, "device": device_of(like)}
         return Outer(xp.ones((block.blocks, block.d_out), **where), xp.ones((block.blocks, block.d_in), **where))
 
     def refresh(self, kept: Outer, local: Local) -> Outer:

@@ -16,13 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore import xp as kernels
 from kfaccore.network.two_level.gradients import Tree
 from kfaccore.network.two_level.level import Level
 from kfaccore.network.two_level.vectors import dense
-from kfaccore.xp.arrays import Array, all_finite, eps, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, eps, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 Solver = Callable[[Tree], Tree]
@@ -150,7 +148,7 @@ def inverted(matrix: Array) -> tuple[Array, Array]:
     # 1 for a dropped vector and for a negative entry of a matrix that is indefinite; NaN stays
     positive = xp.where(diagonal > 0, diagonal, xp.ones_like(diagonal))
     root = xp.where(diagonal > 0, xp.sqrt(positive), 1.0 + 0 * diagonal)
-    eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=aac.device(matrix))
+    eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device_of(matrix))
     scaled = matrix / root[:, None] / root[None, :] + xp.astype(empty, matrix.dtype) * eye
     inverse, code = kernels.spd_inverse(((scaled + scaled.mT) / 2)[None, ...])
     inverse = select(code < int(Code.INDEFINITE), inverse, xp.zeros_like(inverse))

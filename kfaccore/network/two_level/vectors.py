@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import array_api_compat as aac
-
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
 
 
 @dataclass(frozen=True)
@@ -100,5 +98,5 @@ def pair(index: Array, Qg: Array, Qa: Array) -> Outer:
 def _column(Q: Array, index: Array) -> Array:
     """Column index[b] of block b, (blocks, d); a diagonal side has unit vectors."""
     xp = namespace(Q)
-    hit = xp.astype(xp.arange(Q.shape[-1], device=aac.device(Q))[None, :] == index[:, None], Q.dtype)
+    hit = xp.astype(xp.arange(Q.shape[-1], device=device_of(Q))[None, :] == index[:, None], Q.dtype)
     return hit if side.is_diagonal(Q) else xp.sum(Q * hit[:, None, :], axis=-1)
