@@ -21,6 +21,7 @@ OLD = [
     "kfaccore.linalg.blocks:Dense",
     "kfaccore.linalg.lowrank:Rank",
     "kfaccore.linalg.recursion:Rule",
+    "kfaccore.linalg.recursion:Unlimited",
     "kfaccore.linalg.sketch:Symmetric",
     "kfaccore.linalg.toeplitz:UpperToeplitz",
     "kfaccore.linalg.triangular:Hierarchical",
@@ -59,7 +60,9 @@ OLD = [
     "kfaccore.schedule:Clocks",
     "kfaccore.sharing:expand",
     "kfaccore.stacked.factors:fewer_rows",
+    "kfaccore.stacked.operators:Empirical",
     "kfaccore.stacked.operators:Kron",
+    "kfaccore.stacked.operators:KronFactored",
     "kfaccore.stacked.shares:MeanVector",
 ]
 
@@ -78,7 +81,7 @@ SAVED = {
 def test_names_of_older_versions_are_found(name):
     module, attribute = name.split(":")
     found = config.decoded({"function": name})
-    assert found is getattr(importlib.import_module(MOVED[module]), attribute)
+    assert found is getattr(importlib.import_module(MOVED.get(name, MOVED.get(module))), attribute)
 
 
 def test_every_moved_room_is_tried():

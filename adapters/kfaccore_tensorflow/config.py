@@ -62,7 +62,7 @@ def _name(thing: Any) -> str:
 
 def _named(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    module = MOVED.get(module, module)
+    module = MOVED.get(name, MOVED.get(module, module))
     if module.split(".")[0] not in ("kfaccore", "kfaccore_tensorflow") or not attribute.isidentifier():
         raise ValueError(f"{name!r} is not kfaccore's own")
     return getattr(importlib.import_module(module), attribute)

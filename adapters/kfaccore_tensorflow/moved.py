@@ -1,4 +1,5 @@
-"""Where the parts of kfaccore that a saved model may name once lived, and where they live now.
+"""Where the parts of kfaccore that a saved model may name once lived, and where they live now: files, and single names
+where a file was split.
 
 Models saved today name what is public by its public name; older ones named the file of everything.
 """
@@ -7,6 +8,7 @@ MOVED = {
     "kfaccore.comm": "kfaccore.precondition.comm",
     "kfaccore.linalg.blocks": "kfaccore.methods.singd.blocks",
     "kfaccore.linalg.lowrank": "kfaccore.methods.lowrank.lowrank",
+    "kfaccore.linalg.recursion:Unlimited": "kfaccore.methods.singd.limits",
     "kfaccore.linalg.recursion": "kfaccore.methods.singd.recursion",
     "kfaccore.linalg.sketch": "kfaccore.methods.lowrank.sketch",
     "kfaccore.linalg.toeplitz": "kfaccore.methods.singd.toeplitz",
@@ -46,6 +48,8 @@ MOVED = {
     "kfaccore.schedule": "kfaccore.precondition.schedule",
     "kfaccore.sharing": "kfaccore.record.sharing",
     "kfaccore.stacked.factors": "kfaccore.methods.rows.factors",
-    "kfaccore.stacked.operators": "kfaccore.methods.rows.operators",
+    "kfaccore.stacked.operators:Empirical": "kfaccore.methods.rows.empirical",
+    "kfaccore.stacked.operators:Kron": "kfaccore.methods.rows.kron",
+    "kfaccore.stacked.operators:KronFactored": "kfaccore.methods.rows.kron",
     "kfaccore.stacked.shares": "kfaccore.methods.rows.shares",
 }
