@@ -293,6 +293,8 @@ def test_a_core_is_taken_whole():
     one = kj.kfac(plan, core=core).init(mlp_params())
     two = kj.kfac(plan, kf.EKFAC(), kf.Clocks(2, 4), kf.Schedules(damping=0.2), kf.Fixed(0.5)).init(mlp_params())
     assert jax.tree.structure(one) == jax.tree.structure(two)
+    narrow = kj.kfac(plan, core=kf.Preconditioner(kf.KFAC(), widest=3)).init(mlp_params())
+    assert all(layer.A.ndim == 2 for layer in narrow.core.layers.values())  # diagonals of sides wider than 3
     with pytest.raises(ValueError, match="both core and clocks are given"):
         kj.kfac(plan, clocks=kf.Clocks(7, 7), core=core)
     with pytest.raises(ValueError, match="neither of which runs inside jit"):

@@ -66,7 +66,8 @@ def kfac(
         step = core.rule
     if not step.traced:
         raise ValueError(f"step is {step}, which does not run inside jit; kfac() takes Fixed(...) and SelfTuning(...)")
-    rule = _Transformation(plan, methods, clocks, schedules, step)
+    widest = Preconditioner(methods).widest if core is None else core.widest
+    rule = _Transformation(plan, methods, clocks, schedules, step, widest)
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
 
 
@@ -88,6 +89,7 @@ class _Transformation:
     clocks: Clocks
     schedules: Schedules
     step: Any
+    widest: int
 
     def init(self, params: Any) -> KFACState:
         plan, leaves = self.plan, [x for x in jax.tree.leaves(params) if followed(x)]
@@ -105,7 +107,8 @@ class _Transformation:
 
     def core(self, blocks: Mapping[str, Block]) -> Preconditioner:
         """The core's, for these layers."""
-        return Preconditioner(_methods(self.methods, self.plan, blocks), self.clocks, self.schedules, step=self.step)
+        methods = _methods(self.methods, self.plan, blocks)
+        return Preconditioner(methods, self.clocks, self.schedules, step=self.step, widest=self.widest)
 
     def update(
         self,
