@@ -60,14 +60,12 @@ def kfac(
     if core is not None:
         beside = {"methods": (methods, KFAC()), "clocks": (clocks, Clocks()), "schedules": (schedules, Schedules())}
         _only(core, beside | {"step": (step, Fixed())})
-        methods = core.methods
-        clocks = core.clocks
-        schedules = core.schedules
-        step = core.rule
-    if not step.traced:
-        raise ValueError(f"step is {step}, which does not run inside jit; kfac() takes Fixed(...) and SelfTuning(...)")
-    widest = Preconditioner(methods).widest if core is None else core.widest
-    rule = _Transformation(plan, methods, clocks, schedules, step, widest)
+    core = core or Preconditioner(methods, clocks, schedules, step=step)
+    if not core.rule.traced:
+        raise ValueError(
+            f"step is {core.rule}, which does not run inside jit; kfac() takes Fixed(...) and SelfTuning(...)"
+        )
+    rule = _Transformation(plan, core)
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
 
 
@@ -82,14 +80,15 @@ def _only(core: Preconditioner, beside: Mapping[str, tuple[Any, Any]]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Transformation:
-    """The numbers of `kfac`, and its two functions."""
+    """What `kfac` was given, and its two functions."""
 
     plan: Plan
-    methods: Any
-    clocks: Clocks
-    schedules: Schedules
-    step: Any
-    widest: int
+    given: Preconditioner
+
+    @property
+    def step(self) -> Any:
+        """The rule of the step."""
+        return self.given.rule
 
     def init(self, params: Any) -> KFACState:
         plan, leaves = self.plan, [x for x in jax.tree.leaves(params) if followed(x)]
@@ -107,8 +106,9 @@ class _Transformation:
 
     def core(self, blocks: Mapping[str, Block]) -> Preconditioner:
         """The core's, for these layers."""
-        methods = _methods(self.methods, self.plan, blocks)
-        return Preconditioner(methods, self.clocks, self.schedules, step=self.step, widest=self.widest)
+        given = self.given
+        methods = _methods(given.methods, self.plan, blocks)
+        return Preconditioner(methods, given.clocks, given.schedules, step=given.rule, widest=given.widest)
 
     def update(
         self,
@@ -129,7 +129,7 @@ class _Transformation:
         given = {name: record for name, record in (records or {}).items() if name in blocks}
         if self.step.needs_records and not given:
             raise ValueError(f"update got no records, which {self.step} needs at every step")
-        if fresh is None and self.clocks.update == 1 and not given:
+        if fresh is None and self.given.clocks.update == 1 and not given:
             raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
         if self.step.judges and (damping is not None or value is None or value_fn is None or params is None):
             raise ValueError(f"{self.step} needs params, value=loss and value_fn=function of params, and no damping")
