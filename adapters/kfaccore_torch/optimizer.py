@@ -53,7 +53,8 @@ class Optimizer:
 
     def _follow_rest(self) -> None:
         """The optimizer of what is not covered, over the parameters that the plan leaves it now."""
-        plan, old = self.engine.plan, self.rest
+        plan = self.engine.plan
+        old = self.rest
         if plan.rest and self._make_rest is None:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.uncovered.items())
             raise ValueError(f"these parameters are not covered; pass rest=torch.optim.Adam for them\n{reasons}")
@@ -98,7 +99,8 @@ class Optimizer:
                 f = called(self.model, inputs)
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
-            records, observed = {} if engine.due else None, None
+            records = {} if engine.due else None
+            observed = None
             if engine.due and n > 0:
                 records, observed = engine.records(seen, batch, 0, n)
             with ordered(engine.namespace, engine.device):
@@ -127,7 +129,8 @@ class Optimizer:
         heads = engine.objective.heads(batch.f)
         if any(head.dtype == torch.float16 for head in heads):
             raise ValueError("the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner")
-        n, world = engine.share(batch), engine.core.comm.world
+        n = engine.share(batch)
+        world = engine.core.comm.world
         if n <= 0 and world == 1:
             raise ValueError(f"no step was taken: {engine.void(batch)}; skip such a batch")
         if n <= 0:
@@ -153,7 +156,8 @@ class Optimizer:
     def _summed(self, value: float, grads: dict, rest: tuple, n: float) -> tuple[float, dict, tuple]:
         """Loss and gradients of the global batch: means over ranks by their shares n of it."""
         engine = self.engine
-        comm, layers = engine.core.comm, engine.plan.layers
+        comm = engine.core.comm
+        layers = engine.plan.layers
         if comm.world == 1:
             return value, grads, rest
         present = [float(name in grads) for name in layers]  # ranks that differ must not meet in a sum
@@ -194,7 +198,8 @@ class Optimizer:
 
     def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """What to subtract from each parameter: update + alpha weight_decay parameter."""
-        engine, found = self.engine, []
+        engine = self.engine
+        found = []
         told = engine.info.step if engine.info else {}
         shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
         for name, matrix in updates.items():

@@ -110,7 +110,8 @@ class Preconditioner:
         if n <= 0:
             shot.void = self.engine.void(batch)
             return self._counted(value, shot, {})
-        shot.n, shot.total = shot.n or n, self.engine.objective.total
+        shot.n = shot.n or n
+        shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
         records, observed = self.engine.records(
             seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5
@@ -128,12 +129,15 @@ class Preconditioner:
 
     def discard(self) -> None:
         """Forget what was captured since the last step."""
-        self._shots, self._open, self._formed = [], None, 0
+        self._shots = []
+        self._open = None
+        self._formed = 0
         self.engine.called = set()
 
     def step(self) -> None:
         """Replace gradients by directions, in place. Parameters without a gradient are left alone."""
-        engine, grads = self.engine, {}
+        engine = self.engine
+        grads = {}
         if engine.replan() and self._shots:
             self.discard()
             raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")

@@ -48,7 +48,8 @@ def coverage(
 ) -> Coverage:
     """The report of a plan under a core preconditioner's methods; `mixing` are layers seen to have rows that move
     several examples."""
-    memory, rows = core.memory(blocks), []
+    memory = core.memory(blocks)
+    rows = []
     for name, layer in plan.layers.items():
         block = blocks[name]
         method = core.methods[name] if isinstance(core.methods, Mapping) else core.methods
@@ -57,7 +58,8 @@ def coverage(
         quality = QUALITY.get(type(method), f"approximate ({type(method).__name__})")
         quality += "; rows of several examples" if name in mixing else ""
         count = sum(p.numel() for p in layer.parameters.values())
-        rule, factors = type(layer.kind).__name__.lower(), f"G {block.d_out}, {a}{groups}"
+        rule = type(layer.kind).__name__.lower()
+        factors = f"G {block.d_out}, {a}{groups}"
         rows.append(Row(tuple(layer.paths.values()), rule, factors, memory[name], quality, count))
     for name, reason in plan.uncovered.items():
         rows.append(Row((name,), "-", "-", 0, f"plain gradient: {reason}", plan.rest[name].numel()))

@@ -64,7 +64,9 @@ class Engine(Resumes):
     """Plan, core and state of one model."""
 
     def __init__(self, model: nn.Module, loss: Any, core: kf.Preconditioner, settings: Settings) -> None:
-        self.model, self.core, self.settings = model, core, settings
+        self.model = model
+        self.core = core
+        self.settings = settings
         self.objective = objective(loss)
         self.observer = Observer()
         self.mixing: set[str] = set()
@@ -101,7 +103,8 @@ class Engine(Resumes):
         layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
         if self.plan.holds(self.model):
             return False
-        old, blocks = self.state, self.blocks()
+        old = self.state
+        blocks = self.blocks()
         self.plan = self._planned()
         self.observer = Observer()
         kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
@@ -176,7 +179,8 @@ class Engine(Resumes):
         except Exception as error:
             self.leave_word(error)
             raise
-        self.new, self.called = False, set()
+        self.new = False
+        self.called = set()
         marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(grads)}
         self.info = replace(info, layers={**info.layers, **marks})
         return updates
