@@ -20,10 +20,11 @@ from typing import ClassVar
 from kfaccore import factors
 from kfaccore.convolution.patches import Patches
 from kfaccore.method import Additive, Block, Hyper
-from kfaccore.methods.rows import table, units
+from kfaccore.methods.rows import fisher, table, units
 from kfaccore.methods.rows.shares import Coefficients, mean_vector, position, sample, scalar_rate
 from kfaccore.methods.rows.table import Table
 from kfaccore.record import Factored, Ids, Record
+from kfaccore.record import dense as dense_block
 from kfaccore.record.sharing import expand, whole
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, device_of, loop, namespace, scalar, select
@@ -91,7 +92,7 @@ class FNGD(Additive, Coefficients):
             return self._handed_on(state, grad, hyper)
         given, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
         own = self.own(record, given)
-        record = self.sharing(record)
+        record = units.shared(record, self.sharing)
         if own is None:
             x, c, code = self._general(record, given, hyper.damping)
         else:
@@ -184,9 +185,13 @@ class FNGD(Additive, Coefficients):
         xp = namespace(v)
         v = xp.astype(v, wide.g.dtype)
         inverse, shift, code = units.damped_inverse(units.gram(wide), wide.n, damping, self.relative)
-        y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
-        x = (v - units.combined(wide, y)) / shift[:, None, None]
-        return xp.astype(x, dtype), xp.astype(xp.sum(inverse, axis=-1), dtype), code
+        c = xp.astype(xp.sum(inverse, axis=-1), dtype)
+        if v.shape[1] * v.shape[2] <= inverse.shape[-1]:  # no direction without curvature: the difference is rounding
+            x, code = fisher.inverted(dense_block(wide), v, shift)
+        else:
+            y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
+            x = (v - units.combined(wide, y)) / shift[:, None, None]
+        return xp.astype(x, dtype), c, code
 
 
 def dense(grad: Array | Factored, like: Array) -> Array:
