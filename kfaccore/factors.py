@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import Field, dataclass, replace
 from functools import reduce
-from operator import add
+from operator import add, and_
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from kfaccore import xp as kernels
@@ -101,14 +101,16 @@ def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | N
     record = sharing(record)
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
-    bad = not_finite(A, G)
-    return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
+    rows = valid_rows(record)
+    n = share(record, rows)
+    return Stats(A, rows, G, n, not_finite((A, rows), (G, n)))
 
 
-def not_finite(A: Array, G: Array) -> Array:
-    """1 for each block with a gram that is not finite, (blocks,): a bad row shows on a gram's diagonal."""
-    finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))
-    return namespace(G).astype(~finite, G.dtype)
+def not_finite(*sums: tuple[Array, Array]) -> Array:
+    """1 for each block of which a mean, a gram over its denominator, is not finite, (blocks,): a bad row shows on a
+    gram's diagonal, and the mean is what will be stored."""
+    finite = [all_finite(side.diagonal(gram) / positive(n)[:, None]) for gram, n in sums]
+    return namespace(sums[0][0]).astype(~reduce(and_, finite), sums[0][0].dtype)
 
 
 def needs_draws(record: Record) -> None:
@@ -137,9 +139,8 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record], like: Si
         parts = [(side.gram(x, diagonal_in), side.gram(y, diagonal_out)) for x, y in rows]
         A = reduce(add, (part[0] for part in parts))
         G = reduce(add, (part[1] for part in parts))
-    bad = not_finite(A, G)
-    n = per_block(record.n, bad)
-    return Stats(A, n, G, n, bad)
+    n = share(record, A[:, 0] if A.ndim == 2 else A[:, 0, 0])
+    return Stats(A, n, G, n, not_finite((A, n), (G, n)))
 
 
 def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
@@ -156,11 +157,10 @@ def update(state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
     xp = namespace(state.weight)
     ok = (stats.bad == 0) & (stats.rows > 0)
     decay = scalar(hyper.decay, state.weight)
-    rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
     return replace(
         state,
-        A=kernels.average(state.A, stats.A, decay, (1 - decay) / rows, ok, donate),
-        G=kernels.average(state.G, stats.G, decay, (1 - decay) / stats.n, ok, donate),
+        A=kernels.average(state.A, stats.A, decay, (1 - decay) / positive(stats.rows), ok, donate),
+        G=kernels.average(state.G, stats.G, decay, (1 - decay) / positive(stats.n), ok, donate),
         weight=xp.where(ok, decay * state.weight + (1 - decay), state.weight),
     )
 
@@ -168,9 +168,11 @@ def update(state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
 def moved(
     average: Array, weight: Array, total: Array, n: Array, ok: Array, hyper: Hyper, donate: bool
 ) -> tuple[Array, Array]:
-    """(average, weight) of one quantity moved towards total / n where `ok`, for states with a single average."""
+    """(average, weight) of one quantity moved towards total / n where `ok` and something was seen, for states with a
+    single average."""
+    ok = ok & (n > 0)
     decay = scalar(hyper.decay, weight)
-    average = kernels.average(average, total, decay, (1 - decay) / n, ok, donate)
+    average = kernels.average(average, total, decay, (1 - decay) / positive(n), ok, donate)
     return average, namespace(weight).where(ok, decay * weight + (1 - decay), weight)
 
 
@@ -189,6 +191,22 @@ def means(state: Averages) -> tuple[Array, Array]:
 def per_block(value: float | Array, like: Array) -> Array:
     """A number as (blocks,) of the dtype of `like` (blocks,)."""
     return namespace(like).zeros_like(like) + scalar(value, like)
+
+
+def share(record: Record, like: Array) -> Array:
+    """The record's n as (blocks,) of the dtype of `like` (blocks,); 0, a record that adds nothing, where its mask
+    leaves no row."""
+    n = per_block(record.n, like)
+    if record.mask is None:
+        return n
+    xp = namespace(n)
+    return xp.where(xp.any(record.mask), n, xp.zeros_like(n))
+
+
+def positive(count: Array) -> Array:
+    """A denominator that can be divided by: 1 where nothing was counted."""
+    xp = namespace(count)
+    return xp.where(count > 0, count, xp.ones_like(count))
 
 
 def valid_rows(record: Record) -> Array:

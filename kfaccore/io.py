@@ -16,7 +16,7 @@ import numpy as np
 
 from kfaccore import tree as trees
 from kfaccore.tree import Tree
-from kfaccore.xp.arrays import from_host, to_host
+from kfaccore.xp.arrays import from_host, namespace, to_host
 
 SCHEMA = 1
 
@@ -130,6 +130,8 @@ def _placed(array: np.ndarray, like: Any) -> Any:
     if isinstance(like, int | float):
         return type(like)(array.item())
     placed = from_host(array, like)
+    if array.dtype == np.float32 and str(like.dtype) == "torch.bfloat16":
+        return namespace(like).astype(placed, like.dtype)  # as which it was widened to be saved
     if placed.dtype != like.dtype:
         raise ValueError(f"a leaf of dtype {array.dtype} was saved where {like.dtype} is needed")
     return placed

@@ -34,6 +34,8 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
 
 def _eigenpairs(x: Array) -> tuple[Array, Array]:
     """Of symmetric matrices (blocks, d, d), by the namespace's own routine; raises where it does not converge."""
+    if aac.is_jax_array(x):
+        return namespace(x).linalg.eigh(x, symmetrize_input=False)  # it would add before it halves
     if not is_numpy(x):
         return namespace(x).linalg.eigh(x)
     pairs: list[Any] = [scipy_eigh(block, driver="evd", check_finite=False) for block in x]

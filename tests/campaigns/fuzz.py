@@ -93,7 +93,7 @@ def made(row: Row, rng: np.random.Generator, dtype: np.dtype, shapes: int = 0) -
 
 
 def verdict(row: Row, case: Case, namespace: Namespace) -> str:
-    """"ok", "coded" or the name of the promise that was broken."""
+    """ "ok", "coded" or the name of the promise that was broken."""
     inputs = (case.a, case.g, case.v)
     before = [x.tobytes() for x in inputs]
     record = kf.Record(namespace.put(case.a), namespace.put(case.g), N)
@@ -142,7 +142,9 @@ def campaign(row: Row, namespace: Namespace, count: int, seed: int, shapes: int 
             found = verdict(row, case, namespace)
         seen[found.split()[0]] += 1
         if found not in ("ok", "coded"):
-            broken.append(f"{row.name} {namespace.name} seed {seed}, {number} {dtype} a {case.a.shape} g {case.g.shape}: {found}")
+            broken.append(
+                f"{row.name} {namespace.name} seed {seed}, {number} {dtype} a {case.a.shape} g {case.g.shape}: {found}"
+            )
     return seen, broken
 
 

@@ -70,8 +70,7 @@ class FNGD(Additive, Coefficients):
         return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        if record.draws == 0:
-            raise ValueError("FNGD got a record of zero draws (forward only): it needs the loss's own gradients")
+        _needs_gradients(record)
         xp = namespace(record.g)
         fine = xp.all(all_finite(record.g, 2), axis=0)
         if isinstance(record.a, Patches):
@@ -90,6 +89,7 @@ class FNGD(Additive, Coefficients):
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         if record is None:
             return self._handed_on(state, grad, hyper)
+        _needs_gradients(record)
         given, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
         own = self.own(record, given)
         record = units.shared(record, self.sharing)
@@ -192,6 +192,11 @@ class FNGD(Additive, Coefficients):
             y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
             x = (v - units.combined(wide, y)) / shift[:, None, None]
         return xp.astype(x, dtype), c, code
+
+
+def _needs_gradients(record: Record) -> None:
+    if record.draws == 0:
+        raise ValueError("FNGD got a record of zero draws (forward only): it needs the loss's own gradients")
 
 
 def dense(grad: Array | Factored, like: Array) -> Array:

@@ -98,7 +98,7 @@ class Lanczos(TwoTerms[State]):
         a = record.rows()
         finite = all_finite(a) & xp.all(all_finite(record.g, axes=2), axis=0)
         bad = xp.astype(~finite, a.dtype)
-        return Stats(a, record.g, factors.per_block(record.n, bad), bad)
+        return Stats(a, record.g, factors.share(record, bad), bad)
 
     def combine(self, first: Stats, second: Stats) -> Stats:
         xp = namespace(first.a)
@@ -108,7 +108,7 @@ class Lanczos(TwoTerms[State]):
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         xp = namespace(state.A)
-        ok = stats.bad == 0
+        ok = (stats.bad == 0) & (stats.n > 0)
         A, G, residual, matvecs = self._triples(state, stats)
         decay = scalar(hyper.decay, state.weight)
         return replace(
@@ -142,7 +142,7 @@ class Lanczos(TwoTerms[State]):
         # rows of about 1: fourth powers of them are taken, which leave float32 long before the rows themselves
         unit_a, size_a = _scaled(stats.a[None, ...])  # inputs have one "draw"
         unit_g, size_g = _scaled(stats.g)
-        n = stats.n[:, None]
+        n = factors.positive(stats.n)[:, None]
 
         def times(v: Array) -> Array:
             v = xp.reshape(v, (blocks, d_in, d_in))
