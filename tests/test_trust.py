@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from conftest import FEW
 from kfaccore import tree
 from kfaccore.methods.rows import cgfac
 from kfaccore.methods.rows.factors import always, never
-from kfaccore.methods.singd.recursion import bfloat16, Rule
+from kfaccore.methods.singd.recursion import Rule, bfloat16
 from kfaccore.xp import eigen, eigh, spd_inverse
-from conftest import FEW
 from rows import METHODS, arrays
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)
@@ -48,7 +48,7 @@ def test_a_mask_without_a_row_adds_nothing(row, xp, rng):
 
 
 @rows
-@pytest.mark.parametrize("dtype, size", [(np.float32, 1e25), (np.float64, 1e200)])
+@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 1e25), (np.float64, 1e200)])
 def test_one_batch_too_large_to_average_poisons_nothing(row, rng, dtype, size):
     a, g = (x.astype(dtype) for x in arrays(rng, blocks=1))
     state = kf.settle(row.method, kf.Record(a, g, 2.5), damping=0.07)
@@ -146,7 +146,7 @@ def test_a_position_of_patches_is_an_example_under_expand(xp, rng, method):
     ids=["fngd", "cgfac", "skfac"],
 )
 @pytest.mark.parametrize("xp", FEW, ids=lambda n: n.name)
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-3), (np.float64, 1e-10)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-3), (np.float64, 1e-10)])
 def test_more_rows_than_parameters(xp, rng, method, dtype, tolerance):
     """Where every direction has curvature, a difference of two vectors 1 / damping long would leave only rounding."""
     a, g = (x.astype(dtype) for x in arrays(rng, blocks=1, batch=12, shared=1, d_in=3, d_out=2, draws=1))

@@ -126,7 +126,8 @@ def solve(operator: Map, b: Array, how: CG, precondition: Map | None = None, sta
 
 @dataclass(frozen=True)
 class _System:
-    """One system while it is solved; a carry is (k, x, r, p, <r, z>, live, wrong, iterations, largest <p, q>/<p, p>, phi)."""
+    """One system while it is solved; a carry is (k, x, r, p, <r, z>, live, wrong, iterations, top, phi), top the
+    largest <p, Op p> / <p, p> so far."""
 
     operator: Map
     b: Array

@@ -85,9 +85,9 @@ def _attempt(x: Array) -> tuple[Array, Array]:
 
         lower, _ = torch.linalg.cholesky_ex(x)
         ok = _trusted(lower, x)
-        eye = torch.eye(x.shape[-1], dtype=lower.dtype, device=lower.device)
+        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
         # torch raises for a zero pivot, which is data here
-        return torch.cholesky_inverse(torch.where(ok[:, None, None], lower, eye)), ok
+        return torch.cholesky_inverse(xp.where(ok[:, None, None], lower, eye)), ok
     if aac.is_jax_array(x):
         import jax
 
