@@ -56,14 +56,15 @@ def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) 
 
 
 class named:
-    """Adds the layer's name to whatever is raised inside, once."""
+    """Adds the names of the layers at work to whatever is raised inside, once."""
 
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
+    def __init__(self, *layers: str) -> None:
+        self.layers = layers
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            error.add_note(f"in layer {self.layer!r}")
+            names = ", ".join(repr(name) for name in self.layers)
+            error.add_note(f"in layer{'s' if len(self.layers) > 1 else ''} {names}")

@@ -59,6 +59,15 @@ def mirror(x: np.ndarray, tile: int = 64) -> None:
         np.copyto(corner, corner.T.copy(), where=above[: len(corner), : len(corner)])
 
 
+def squares(x: Array) -> Array:
+    """The squared norm of each block, (blocks, ...) -> (blocks,)."""
+    xp = namespace(x)
+    flat = xp.reshape(x, (x.shape[0], -1))
+    if is_numpy(x):
+        return np.vecdot(flat, flat)
+    return xp.matmul(flat[:, None, :], flat[:, :, None])[:, 0, 0]  # one product, where `vecdot` may be two operations
+
+
 def quadratic(x: Array, v: Array) -> Array:
     """x^T V x of every row for symmetric V: (draws, blocks, rows, d), (blocks, d, d) -> (draws, blocks, rows).
 
