@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from report import Claim, arguments, at_most, finish
@@ -29,7 +28,7 @@ import kfaccore as kf
 import kfaccore_torch as kt
 
 READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.item", "aten.equal", "aten.nonzero")
-NO_WORK = ("aten.detach", "aten.alias", "aten.lift_fresh")
+NO_WORK = ("aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view")
 KINDS = {"plain": (False, False), "update": (True, False), "update and refresh": (True, True)}
 
 

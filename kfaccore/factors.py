@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, device_of, is_numpy, namespace, scalar
 from kfaccore.xp.codes import Code
 
 if TYPE_CHECKING:
@@ -54,6 +54,28 @@ class Stats:
     G: Array
     n: Array
     bad: Array
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of one record: A over `rows` rows, G with its normaliser n, numbers where they are known on the host, so that
+    a layer costs two products; what is not finite is looked for once, when it is asked for."""
+
+    SYMMETRIC: ClassVar = ("A", "G")
+    A: Array
+    rows: float | Array
+    G: Array
+    n: float | Array
+
+    @cached_property
+    def finite(self) -> Array:
+        """Whether all records of a block are finite, (blocks,)."""
+        return finite_grams(self.A, self.G)
+
+    @property
+    def bad(self) -> Array:
+        """1 for each block with a record that is not finite, (blocks,)."""
+        return namespace(self.G).astype(~self.finite, self.G.dtype)
 
 
 def init(block: Block, like: Array) -> dict[str, Array]:
@@ -98,17 +120,34 @@ def dense_only(name: str, block: Block) -> str:
 
 def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
     """Stats of one record, diagonal where the factors of `like` are; zero draws give G = I by definition."""
+    found = sums(record, sharing, like)
+    rows = found.rows + namespace(found.bad).zeros_like(found.bad)
+    return Stats(found.A, rows, found.G, per_block(found.n, found.bad), found.bad)
+
+
+def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Sums:
+    """As `measure`, without anything that can wait until layers stand side by side."""
     record = sharing(record)
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
-    bad = not_finite(A, G)
-    return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
+    rows = float(record.batch * record.shared) if record.mask is None else valid_rows(record)
+    n = record.n if isinstance(record.n, int | float) else namespace(G).reshape(scalar(record.n, G), (1,))
+    return Sums(A, rows, G, n)
 
 
 def not_finite(A: Array, G: Array) -> Array:
     """1 for each block with a gram that is not finite, (blocks,): a bad row shows on a gram's diagonal."""
-    finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))
+    finite = finite_grams(A, G)
     return namespace(G).astype(~finite, G.dtype)
+
+
+def finite_grams(A: Array, G: Array) -> Array:
+    """Whether both diagonals are finite, (blocks,)."""
+    if is_numpy(A):
+        return all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))
+    xp = namespace(A)
+    traces = xp.sum(side.diagonal(A), axis=-1) + xp.sum(side.diagonal(G), axis=-1)  # of squares: nothing cancels
+    return traces - traces == 0
 
 
 def needs_draws(record: Record) -> None:
@@ -151,12 +190,15 @@ def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple
     return _rows(scaled[None, ...]), _rows(record.g[:, :, span, ...] * norm)
 
 
-def update(state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
+def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) -> S:
     """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
     xp = namespace(state.weight)
-    ok = (stats.bad == 0) & (stats.rows > 0)
+    ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
+    rows: Any = stats.rows
+    if not isinstance(rows, int | float):
+        ok = ok & (rows > 0)
+        rows = xp.where(rows > 0, rows, xp.ones_like(rows))
     decay = scalar(hyper.decay, state.weight)
-    rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
     return replace(
         state,
         A=kernels.average(state.A, stats.A, decay, (1 - decay) / rows, ok, donate),
@@ -176,14 +218,21 @@ def moved(
 
 def mean(average: Array, weight: Array) -> Array:
     """A zero-started average divided by its weight (1 where nothing was averaged yet)."""
-    xp = namespace(average)
-    safe = xp.where(weight > 0, weight, xp.ones_like(weight))
-    return average / xp.reshape(safe, (-1, *(1,) * (average.ndim - 1)))
+    return _over(average, _divisor(weight))
 
 
 def means(state: Averages) -> tuple[Array, Array]:
     """(A, G) of a state, divided by their weight."""
-    return mean(state.A, state.weight), mean(state.G, state.weight)
+    divisor = _divisor(state.weight)
+    return _over(state.A, divisor), _over(state.G, divisor)
+
+
+def _divisor(weight: Array) -> Array:
+    return namespace(weight).where(weight > 0, weight, namespace(weight).ones_like(weight))
+
+
+def _over(average: Array, divisor: Array) -> Array:
+    return average / namespace(average).reshape(divisor, (-1, *(1,) * (average.ndim - 1)))
 
 
 def per_block(value: float | Array, like: Array) -> Array:

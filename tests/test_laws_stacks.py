@@ -8,7 +8,6 @@ import pytest
 import kfaccore as kf
 from conftest import FEW
 from kfaccore import tree
-from kfaccore.precondition.stacks import Layers
 from rows import METHODS, arrays
 
 N = 2.5

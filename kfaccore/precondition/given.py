@@ -42,9 +42,10 @@ def working(state: State) -> Array | None:
 
 def in_dtype(stats: T, like: Array | None) -> T:
     """Stats in the dtype of the state they will move."""
-    if like is None or stats.bad.dtype == like.dtype:
+    arrays = [x for x in tree.leaves(stats) if not isinstance(x, int | float)]
+    if like is None or arrays[-1].dtype == like.dtype:
         return stats
-    return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
+    return tree.map(lambda x: x if isinstance(x, int | float) else namespace(x).astype(x, like.dtype), stats)
 
 
 def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) -> Array:

@@ -86,7 +86,15 @@ def reduced(comm: Communicator, stats: Tree) -> Tree:
     """Stats summed over ranks."""
     if comm.world == 1:
         return stats
+    stats = _counted(stats)
     return _unpacked(comm.all_reduce(_packed(stats)), stats)
+
+
+def _counted(stats: Tree) -> Tree:
+    """Stats whose numbers are arrays (1,), as ranks may add."""
+    like = next(x for x in tree.leaves(stats) if not isinstance(x, int | float))
+    one = namespace(like).ones((1,), dtype=like.dtype, device=device_of(like))
+    return tree.map(lambda x: x * one if isinstance(x, int | float) else x, stats)
 
 
 def exchanged(

@@ -16,10 +16,10 @@ from kfaccore.precondition.parts import Parts, Rows
 from kfaccore.precondition.placement import reduced
 from kfaccore.precondition.side_by_side import gradients, kind_of, records_of_turn, shared
 from kfaccore.precondition.stacks import Names, mergeable, merged, part, put
-from kfaccore.record import Factored
+from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
-from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp import Code
+from kfaccore.xp.arrays import Array, filled, namespace
 from kfaccore.xp.blocks import parted, unstacked
 
 
@@ -44,6 +44,8 @@ class Stack:
             mine, refused = ours._moved(mine, merged(stats), hypers, comm, donate)
         else:  # rows of batches of different sizes: one by one
             mine, refused = ours._apart(mine, stats, hypers, comm, donate)
+        if ours.names == self.names:
+            return mine, refused
         return put(state, self.names, ours.names, mine), put(self.accepted(state), self.names, ours.names, refused)
 
     def _moved(self, state: Any, stats: Stats, hypers: Hypers, comm: Communicator, donate: bool) -> tuple[Any, Array]:
@@ -70,7 +72,8 @@ class Stack:
         stats = []
         for name, batches in given.items():
             with named(name):
-                mine = state if all(isinstance(x, Stats) for x in batches) else part(state, self.names, (name,))
+                raw = any(isinstance(x, Record | tuple) for x in batches)
+                mine = part(state, self.names, (name,)) if raw else state
                 stats.append(self._total(mine, batches, hypers[name]))
         return stats
 
@@ -78,7 +81,7 @@ class Stack:
         """Stats of the micro-batches, in the dtype of the state they will move."""
         method: Any = self.method
         like = working(state)
-        found = [x if isinstance(x, Stats) else method.measure(state, x, hyper) for x in batches]
+        found = [method.measure(state, x, hyper) if isinstance(x, Record | tuple) else x for x in batches]
         return reduce(method.combine, [in_dtype(x, like) for x in found])
 
     def accepted(self, state: State) -> Array:
@@ -152,7 +155,7 @@ class Stack:
         directions = dict(zip(self.names, cut, strict=True))
         if any(flat) and not all(flat):
             directions = {n: d[0, ...] if f else d for (n, d), f in zip(directions.items(), flat, strict=True)}
-        code = solved.code if refused is None else choose(refused, Code.NONFINITE, solved.code)
+        code = solved.code if refused is None else filled(solved.code, refused, int(Code.NONFINITE))
         infos = {name: self._info(solved.info, i) for i, name in enumerate(self.names)}
         return Parts(directions, Rows.of_blocks(self.names, code), infos, x)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 from kfaccore import tree
 from kfaccore.method import Block, Method
 from kfaccore.precondition.given import named
-from kfaccore.xp.arrays import Array, is_numpy
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
 from kfaccore.xp.blocks import together
 
 SMALL = 1 << 15  # numbers of a layer's factors and gradient under which NumPy's copies cost less than its Python
@@ -40,6 +41,9 @@ class Layers(Mapping[str, Any]):
             if name in names:
                 return part(state, names, (name,))
         raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.order
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.order)
@@ -98,17 +102,45 @@ def _numbers(block: Block) -> int:
 
 def merged(trees: Sequence[Tree]) -> Tree:
     """States or Stats of layers as one: blocks joined, along the second axis in fields that their class lists in
-    `DRAWS_FIRST`."""
+    `DRAWS_FIRST`; numbers that all share are kept."""
     if len(trees) == 1:
         return trees[0]
     axes = iter(tree.marks(trees[0], "DRAWS_FIRST"))
-    return tree.map(lambda *leaves: together(leaves, int(next(axes))), *trees)
+    like = next((x for x in tree.leaves(trees[0]) if not isinstance(x, int | float)), None)
+
+    def joined(*leaves: Any) -> Any:
+        axis = int(next(axes))
+        if any(isinstance(x, int | float) for x in leaves):
+            alike = all(isinstance(x, int | float) for x in leaves) and len(set(leaves)) == 1
+            return leaves[0] if alike else _numbers_of(leaves, like)
+        return together(leaves, axis)
+
+    return tree.map(joined, *trees)
+
+
+def _numbers_of(leaves: Sequence[Any], like: Any) -> Array:
+    """Numbers, or arrays (blocks,), one a layer, as (all blocks,), with the blocks of a layer's array `like`: nothing
+    is copied from the host."""
+    xp = namespace(like)
+    where = {"dtype": like.dtype, "device": device_of(like)}
+    pieces = []
+    for number, run in groupby(leaves, lambda x: x if isinstance(x, int | float) else None):
+        same = list(run)
+        if number is None:
+            pieces += [x + xp.zeros((like.shape[0],), **where) for x in same]
+        else:
+            pieces.append(xp.full((len(same) * like.shape[0],), number, **where))
+    return together(pieces)
 
 
 def mergeable(trees: Sequence[object]) -> bool:
-    """Whether all leaves of several trees have one shape and dtype."""
-    outlines = {tuple((tuple(x.shape), x.dtype) for x in tree.leaves(one)) for one in trees}
+    """Whether all leaves of several trees have one shape and dtype, or are numbers."""
+    outlines = {tuple(_outline(x) for x in tree.leaves(one) if not isinstance(x, int | float)) for one in trees}
     return len(outlines) == 1
+
+
+def _outline(x: Any) -> object:
+    return (tuple(x.shape), x.dtype)
 
 
 def part(state: Tree, whole: Names, names: Sequence[str]) -> Tree:
