@@ -15,6 +15,7 @@ from kfaccore.xp.arrays import (
     scalar,
     select,
     shared_first,
+    shifted,
     to_host,
     widen,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "segment_sum",
     "select",
     "shared_first",
+    "shifted",
     "spans",
     "spd_inverse",
     "to_bfloat16",

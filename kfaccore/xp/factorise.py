@@ -9,7 +9,7 @@ import numpy as np
 from scipy.linalg import lapack
 from scipy.linalg import qr as scipy_qr
 
-from kfaccore.xp.arrays import Array, all_finite, device_of, eps, is_numpy, loop, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, eps, is_numpy, is_tracer, largest, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.gram import mirror
 
@@ -24,9 +24,17 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     and NONFINITE (the returned matrix is the identity). Never an LU: Cholesky and its inverse throughout.
     """
     xp = namespace(x)
+    inverse, ok = _attempt(x)
+    if not is_tracer(x) and bool(xp.all(ok)):  # where it can be seen, the usual case costs nothing more
+        return inverse, xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
+    return _repaired(x, inverse, ok)
+
+
+def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
+    """`spd_inverse` from its first attempt on: further ones for the blocks that are not `ok`."""
+    xp = namespace(x)
     finite = all_finite(x)
     eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
-    inverse, ok = _attempt(x)
     ok = ok & finite
     zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
     wide = widest(x)
@@ -128,8 +136,8 @@ def _trusted(lower: Array, x: Array) -> Array:
     xp = namespace(x)
     diagonal = xp.linalg.diagonal(x)
     tiny = eps(x.dtype, xp)
-    miss = xp.max(xp.abs(xp.sum(lower * lower, axis=-1) - diagonal), axis=-1)
-    ok = miss <= 50 * x.shape[-1] ** 0.5 * tiny * xp.max(xp.abs(diagonal), axis=-1)
+    miss = largest(xp.sum(lower * lower, axis=-1) - diagonal)
+    ok = miss <= 50 * x.shape[-1] ** 0.5 * tiny * largest(diagonal)
     pivots = xp.linalg.diagonal(lower)
     return ok & xp.all(pivots * pivots > _PIVOT * tiny * diagonal, axis=-1)
 

@@ -50,6 +50,7 @@ class State:
 class Stats:
     """Rows a (blocks, batch, shared, d_in), g (draws, blocks, batch, shared, d_out), their n, non-finite records."""
 
+    DRAWS_FIRST: ClassVar = ("g",)
     a: Array
     g: Array
     n: Array

@@ -67,7 +67,7 @@ def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
 
 def bad(sums: Sweep, n: Array) -> Array:
     """1 for each block with a sum that is not finite over n, (blocks,)."""
-    return factors.not_finite((sums.A, n), (sums.G, n))
+    return factors.not_finite(sums.A, n, sums.G, n)
 
 
 def inner(x: Array, y: Array) -> Array:
