@@ -58,8 +58,8 @@ class Stats:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of one record: A over `rows` rows, G with its normaliser n, numbers where they are known on the host, so that
-    a layer costs two products; what is not finite is looked for once, when it is asked for."""
+    """Sums of one record: A over `rows` rows, G with its normaliser n, both numbers where they are known on the host, so
+    that a layer costs two products; what is not finite is looked for once, when it is asked for."""
 
     SYMMETRIC: ClassVar = ("A", "G")
     A: Array
