@@ -12,12 +12,14 @@ from functools import cached_property, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+import numpy as np
+
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
-from kfaccore.xp.arrays import Array, all_finite, device_of, is_numpy, namespace, scalar
+from kfaccore.xp.arrays import Array, device_of, namespace, scalar
 from kfaccore.xp.codes import Code
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Averages(Protocol):
 
 
 S = TypeVar("S", bound=Averages)
+N = TypeVar("N", bound=float | Array)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of one record: A over `rows` rows, G with its normaliser n, both numbers where they are known on the host, so
+    """Sums of one record: A over `rows` rows, G with its normaliser n, numbers where they are known on the host, so
     that a layer costs two products; what is not finite is looked for once, when it is asked for."""
 
     SYMMETRIC: ClassVar = ("A", "G")
@@ -69,8 +72,8 @@ class Sums:
 
     @cached_property
     def finite(self) -> Array:
-        """Whether all records of a block are finite, (blocks,)."""
-        return finite_grams(self.A, self.G)
+        """Whether the means of a block are finite, (blocks,)."""
+        return finite_means(self.A, self.rows, self.G, self.n)
 
     @property
     def bad(self) -> Array:
@@ -130,24 +133,25 @@ def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None
     record = sharing(record)
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
-    rows = float(record.batch * record.shared) if record.mask is None else valid_rows(record)
+    if record.mask is not None:
+        rows = valid_rows(record)
+        return Sums(A, rows, G, share(record, rows))
     n = record.n if isinstance(record.n, int | float) else namespace(G).reshape(scalar(record.n, G), (1,))
-    return Sums(A, rows, G, n)
+    return Sums(A, float(record.batch * record.shared), G, n)
 
 
-def not_finite(A: Array, G: Array) -> Array:
-    """1 for each block with a gram that is not finite, (blocks,): a bad row shows on a gram's diagonal."""
-    finite = finite_grams(A, G)
-    return namespace(G).astype(~finite, G.dtype)
+def not_finite(A: Array, rows: float | Array, G: Array, n: float | Array) -> Array:
+    """1 for each block with a mean that is not finite, (blocks,)."""
+    return namespace(G).astype(~finite_means(A, rows, G, n), G.dtype)
 
 
-def finite_grams(A: Array, G: Array) -> Array:
-    """Whether both diagonals are finite, (blocks,)."""
-    if is_numpy(A):
-        return all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))
-    xp = namespace(A)
-    traces = xp.sum(side.diagonal(A), axis=-1) + xp.sum(side.diagonal(G), axis=-1)  # of squares: nothing cancels
-    return traces - traces == 0
+def finite_means(A: Array, rows: float | Array, G: Array, n: float | Array) -> Array:
+    """Whether the means of two grams, which are what will be stored, are finite, (blocks,): a bad row shows on a gram's
+    diagonal, whose entries are squares, so that nothing cancels."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        xp = namespace(A)
+        traces = xp.sum(side.diagonal(A), axis=-1) / positive(rows) + xp.sum(side.diagonal(G), axis=-1) / positive(n)
+        return traces - traces == 0
 
 
 def needs_draws(record: Record) -> None:
@@ -176,9 +180,8 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record], like: Si
         parts = [(side.gram(x, diagonal_in), side.gram(y, diagonal_out)) for x, y in rows]
         A = reduce(add, (part[0] for part in parts))
         G = reduce(add, (part[1] for part in parts))
-    bad = not_finite(A, G)
-    n = per_block(record.n, bad)
-    return Stats(A, n, G, n, bad)
+    n = share(record, A[:, 0] if A.ndim == 2 else A[:, 0, 0])
+    return Stats(A, n, G, n, not_finite(A, n, G, n))
 
 
 def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
@@ -194,15 +197,13 @@ def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) ->
     """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
     xp = namespace(state.weight)
     ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
-    rows: Any = stats.rows
-    if not isinstance(rows, int | float):
-        ok = ok & (rows > 0)
-        rows = xp.where(rows > 0, rows, xp.ones_like(rows))
+    if not isinstance(stats.rows, int | float):
+        ok = ok & (stats.rows > 0)
     decay = scalar(hyper.decay, state.weight)
     return replace(
         state,
-        A=kernels.average(state.A, stats.A, decay, (1 - decay) / rows, ok, donate),
-        G=kernels.average(state.G, stats.G, decay, (1 - decay) / stats.n, ok, donate),
+        A=kernels.average(state.A, stats.A, decay, (1 - decay) / positive(stats.rows), ok, donate),
+        G=kernels.average(state.G, stats.G, decay, (1 - decay) / positive(stats.n), ok, donate),
         weight=xp.where(ok, decay * state.weight + (1 - decay), state.weight),
     )
 
@@ -210,25 +211,23 @@ def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) ->
 def moved(
     average: Array, weight: Array, total: Array, n: Array, ok: Array, hyper: Hyper, donate: bool
 ) -> tuple[Array, Array]:
-    """(average, weight) of one quantity moved towards total / n where `ok`, for states with a single average."""
+    """(average, weight) of one quantity moved towards total / n where `ok` and something was seen, for states with a
+    single average."""
+    ok = ok & (n > 0)
     decay = scalar(hyper.decay, weight)
-    average = kernels.average(average, total, decay, (1 - decay) / n, ok, donate)
+    average = kernels.average(average, total, decay, (1 - decay) / positive(n), ok, donate)
     return average, namespace(weight).where(ok, decay * weight + (1 - decay), weight)
 
 
 def mean(average: Array, weight: Array) -> Array:
     """A zero-started average divided by its weight (1 where nothing was averaged yet)."""
-    return _over(average, _divisor(weight))
+    return _over(average, positive(weight))
 
 
 def means(state: Averages) -> tuple[Array, Array]:
     """(A, G) of a state, divided by their weight."""
-    divisor = _divisor(state.weight)
+    divisor = positive(state.weight)
     return _over(state.A, divisor), _over(state.G, divisor)
-
-
-def _divisor(weight: Array) -> Array:
-    return namespace(weight).where(weight > 0, weight, namespace(weight).ones_like(weight))
 
 
 def _over(average: Array, divisor: Array) -> Array:
@@ -238,6 +237,24 @@ def _over(average: Array, divisor: Array) -> Array:
 def per_block(value: float | Array, like: Array) -> Array:
     """A number as (blocks,) of the dtype of `like` (blocks,)."""
     return namespace(like).zeros_like(like) + scalar(value, like)
+
+
+def share(record: Record, like: Array) -> Array:
+    """The record's n as (blocks,) of the dtype of `like` (blocks,); 0, a record that adds nothing, where its mask
+    leaves no row."""
+    n = per_block(record.n, like)
+    if record.mask is None:
+        return n
+    xp = namespace(n)
+    return xp.where(xp.any(record.mask), n, xp.zeros_like(n))
+
+
+def positive(count: N) -> N:
+    """A denominator that can be divided by: 1 where nothing was counted."""
+    if isinstance(count, int | float):
+        return count
+    xp = namespace(count)
+    return xp.where(count > 0, count, xp.ones_like(count))
 
 
 def valid_rows(record: Record) -> Array:

@@ -223,8 +223,9 @@ def to_host(x: Array | float) -> np.ndarray:
     if aac.is_cupy_array(foreign):
         return foreign.get()
     if aac.is_torch_array(foreign):
-        # a conjugate or negative view is a flag in torch, which NumPy cannot read
-        return foreign.detach().resolve_conj().resolve_neg().cpu().numpy()
+        # a conjugate or negative view is a flag in torch, which NumPy cannot read, as it cannot read bfloat16
+        foreign = foreign.detach().resolve_conj().resolve_neg().cpu()
+        return (foreign.float() if str(foreign.dtype) == "torch.bfloat16" else foreign).numpy()
     return np.asarray(foreign)
 
 

@@ -1,4 +1,4 @@
-"""Inverse and eigendecomposition of symmetric matrices that report failure instead of raising it; thin QR."""
+"""Inverse of symmetric matrices that reports failure instead of raising it; thin QR."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import array_api_compat as aac
 import numpy as np
-from scipy.linalg import eigh as scipy_eigh
 from scipy.linalg import lapack
 from scipy.linalg import qr as scipy_qr
 
@@ -60,26 +59,6 @@ def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
     return select(ok, inverse, xp.zeros_like(x) + eye), xp.where(ok, code, failed)
 
 
-def eigh(x: Array) -> tuple[Array, Array, Array]:
-    """Ascending eigenvalues (blocks, d), eigenvectors (blocks, d, d) as columns, code (blocks,) of symmetric matrices.
-
-    The input is symmetrised first (namespaces read different triangles). A non-finite matrix gives the eigenpairs
-    of the identity and NONFINITE. On NumPy the divide-and-conquer driver is used, twice as fast in float32.
-    """
-    xp = namespace(x)
-    finite = all_finite(x)
-    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
-    x = select(finite, (x + x.mT) / 2, xp.zeros_like(x) + eye)
-    if is_numpy(x):
-        pairs: list[Any] = [scipy_eigh(block, driver="evd", check_finite=False) for block in x]
-        values = np.stack([pair[0] for pair in pairs])
-        vectors = np.ascontiguousarray(np.stack([pair[1] for pair in pairs]))
-    else:
-        values, vectors = xp.linalg.eigh(x)
-    code = choose(finite, Code.OK, Code.NONFINITE)
-    return values, vectors, code
-
-
 def qr(x: Array) -> tuple[Array, Array]:
     """Thin QR of (blocks, d, k): orthonormal Q (blocks, d, min(d, k)), whatever the rank, and R.
 
@@ -113,7 +92,10 @@ def _attempt(x: Array) -> tuple[Array, Array]:
         import torch
 
         lower, _ = torch.linalg.cholesky_ex(x)
-        return torch.cholesky_inverse(lower), _trusted(lower, x)
+        ok = _trusted(lower, x)
+        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
+        # torch raises for a zero pivot, which is data here
+        return torch.cholesky_inverse(xp.where(ok[:, None, None], lower, eye)), ok
     if aac.is_jax_array(x):
         import jax
 
