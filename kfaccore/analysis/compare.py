@@ -16,7 +16,7 @@ import numpy as np
 
 from kfaccore.analysis.exact import ROWS
 from kfaccore.analysis.figures import Figures
-from kfaccore.analysis.measure import measured
+from kfaccore.analysis.measure import measured, too_large
 from kfaccore.analysis.price import price
 from kfaccore.analysis.survey import Survey
 from kfaccore.analysis.target import GIB, Limits, Target
@@ -61,8 +61,9 @@ def figures_of(
         raise ValueError(f"the record of layer {name!r} has no draws: its F is not defined")
     keys = survey.kept.keys(record, grad, methods, (survey.damping, survey.converged, survey.limits.rows))
     target: Target | None = None
+    refusal = too_large(record, survey.limits)
     for label in sorted(methods, key=lambda label: _work(methods[label], record)):
-        known = survey.kept.get(keys[label], name, label)
+        known = Figures(name, label, note=refusal) if refusal else survey.kept.get(keys[label], name, label)
         if known is None:
             survey.told(name, label)
             with np.errstate(all="ignore"):

@@ -1,7 +1,7 @@
 """What `compare` finds out about one method on one layer, and the figure that ranks them: gain.
 
-The block's damped quadratic model falls by t g.x~ - t^2 x~.(F + damping)x~ / 2 along t x~, most at the t of `length`, and
-along no direction by more than along x = (F + damping I)^-1 g at t = 1. So
+The block's damped quadratic model falls by t g.x~ - t^2 x~.(F + damping)x~ / 2 along t x~, most at the t of `length`,
+and along no direction by more than along x = (F + damping I)^-1 g at t = 1. So
 
     gain    (g.x~)^2 / (x~.(F + damping)x~  g.x)     1 for x, 0 for what does nothing; x~ may have any length
     length  g.x~ / x~.(F + damping)x~                the length it wants: 1 where its own is right; negative is uphill

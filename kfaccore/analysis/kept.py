@@ -34,22 +34,23 @@ class Kept:
     """Figures by key; `path` is where they stay, None for a run that keeps nothing."""
 
     path: Path | None = None
+    backend: str = "numpy"
     rows: dict[str, Row] = field(default_factory=dict)
     trouble: str = ""
     changed: bool = False
 
     @classmethod
-    def beside(cls, records: Path) -> Kept:
+    def beside(cls, records: Path, backend: str = "numpy") -> Kept:
         """The table of a file of records; one that cannot be read is begun anew, which `trouble` says."""
         path = records.with_name(f"{records.name}.figures.json")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             rows = found["figures"] if found["kfaccore"] == SCHEMA else {}
-            return cls(path, {str(key): row for key, row in rows.items() if isinstance(row, dict)})
+            return cls(path, backend, {str(key): row for key, row in rows.items() if isinstance(row, dict)})
         except FileNotFoundError:
-            return cls(path)
+            return cls(path, backend)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            return cls(path, trouble=f"{path} could not be read and is begun anew: {error}")
+            return cls(path, backend, trouble=f"{path} could not be read and is begun anew: {error}")
 
     def keys(
         self, record: Record, grad: Array | Factored | None, methods: Mapping[str, Method], settings: object
@@ -60,7 +61,7 @@ class Kept:
         from kfaccore import __version__
 
         content = _digest(record, grad)
-        shared = (SCHEMA, __version__, platform.node(), content, settings)
+        shared = (SCHEMA, __version__, platform.node(), self.backend, content, settings)
         return {label: _hashed(repr((*shared, label, spelt(method)))) for label, method in methods.items()}
 
     def get(self, key: str, layer: str, method: str) -> Figures | None:

@@ -13,8 +13,9 @@ from kfaccore.analysis.figures import Figures, gain
 from kfaccore.analysis.operator import LayerOperator, on_host
 from kfaccore.analysis.price import Price, price, rate
 from kfaccore.analysis.survey import Survey
-from kfaccore.analysis.target import FEWEST, Target, like
+from kfaccore.analysis.target import FEWEST, GIB, Limits, Target, like
 from kfaccore.method import Block, Hyper, Method, State
+from kfaccore.record import Record
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, to_host
 
@@ -30,13 +31,20 @@ def measured(target: Target, label: str, method: Method, survey: Survey) -> Figu
     except (ValueError, TypeError) as error:
         return replace(known, note=str(error))
     seconds = survey.pace.seconds(label, cost.work * method.cycles)
-    room = target.limits.room
-    if cost.fit / 2 > room:
+    if cost.fit / 2 > target.limits.room:
         return replace(known, note=f"{LATER}: it needs about {cost.fit / 2**31:.2g} GiB (--peak)")
     if seconds > survey.left:
         return replace(known, note=f"{LATER}: it needs about {seconds:.2g} s (--budget)")
-    own = seconds > SLOW or cost.fit > room or not target.wide
+    own = seconds > SLOW or cost.fit > target.limits.room or not target.wide
     return _measured(target, known, method, survey, cost, own)
+
+
+def too_large(record: Record, limits: Limits) -> str:
+    """Why a layer cannot be held against anything at all: its direction alone takes too much; empty if it can."""
+    needed = 8 * 8 * record.blocks * record.d_out * record.d_in
+    if needed <= limits.room:
+        return ""
+    return f"{LATER}: directions of {record.d_out} x {record.d_in} need about {needed / GIB:.2g} GiB (--peak)"
 
 
 def _known(target: Target, label: str) -> Figures:

@@ -2,8 +2,8 @@
 
 Inputs come some columns at a time in float64, whatever they are kept in, and a convolution's are never unfolded: a
 kernel position is a slice of the image. Nothing of the size of J exists.
-Cost: a product 2 K S d_in d_out for K = draws batch rows and S positions; J J^T K (K + S) d_in d_out, K^2 (d_in + d_out)
-without shared positions, for ids the sum over them of (their rows)^2 d_out.
+Cost: a product 2 K S d_in d_out for K = draws batch rows and S positions; J J^T K (K + S) d_in d_out,
+K^2 (d_in + d_out) without shared positions, for ids the sum over them of (their rows)^2 d_out.
 """
 
 from __future__ import annotations
