@@ -9,6 +9,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore.analysis import compare, fits, ranked
+from kfaccore.analysis.costs import fitted
 from kfaccore.analysis.distance import probed
 from kfaccore.analysis.figures import Figures
 from kfaccore.methods import CATALOGUE
@@ -120,6 +121,15 @@ def test_above_the_limit_of_rows_the_gain_lies_within_its_error(rng):
     known, guessed = (compare(given, FEW, damping=1e-6, repeats=1, rows=rows) for rows in (60, 59))
     for exact, iterated in zip(known, guessed, strict=True):
         assert abs(exact.gain - iterated.gain) <= max(2 * iterated.gain_error, 1e-8)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_is_the_settled_one(rng, name):
+    record = records(rng)["plain"]
+    want = kf.settle(METHODS[name], record, damping=0.1)
+    got = fitted(METHODS[name], record, 0.1)
+    for left, right in zip(kf.tree.leaves(got), kf.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-13, atol=1e-300)
 
 
 def test_probes_are_unbiased(rng):

@@ -20,6 +20,7 @@ from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, to_host
 
 SLOW = 0.5  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is
+COLUMNS = 512  # parameters up to which F~ is multiplied out where a method only multiplies by it
 LATER = "not measured"  # how the note begins where time or memory would not do
 
 
@@ -110,7 +111,7 @@ def _direction(target: Target, known: Figures, y: np.ndarray) -> Figures:
 def _with_error(target: Target, known: Figures, method: Method, state: State, survey: Survey) -> Figures:
     """And the error and the trace of F~, where the method has one and there is time."""
     exact = target.exact
-    op = LayerOperator(method, on_host(state), Block.of(exact.record))
+    op = LayerOperator(method, on_host(state), Block.of(exact.record), limit=COLUMNS)
     try:
         if exact.exact and target.wide and op.measurable and _seconds_of_distance(target) <= survey.left:
             ratio = op.trace() / exact.trace if exact.trace else float("nan")
@@ -163,4 +164,4 @@ def _told(code: Array) -> str:
 
 
 def _joined(*notes: str) -> str:
-    return "; ".join(filter(None, notes))
+    return "\n".join(filter(None, notes))

@@ -82,7 +82,7 @@ def _notes(found: Any) -> list[str]:
     """Each note once, with the methods and the layers that it is about."""
     about: dict[str, list[Any]] = {}
     for f in found.figures:
-        for note in filter(None, f.note.split("; ")):
+        for note in filter(None, f.note.split("\n")):
             # times differ from layer to layer: one note for all of them
             about.setdefault("not measured for want of time (--budget)" if "--budget" in note else note, []).append(f)
     told = [f"- {note}: {_whom(rows)}" for note, rows in about.items()]
