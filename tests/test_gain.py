@@ -140,9 +140,10 @@ def test_probes_are_unbiased(rng):
     above, below = [], []
     for z in signs:
         images, applied = z @ F.T, z @ near.T
-        error, spread = probed(list(images), list(applied))
-        above.append(((images - applied) ** 2).sum(1).mean())
-        below.append((images**2).sum(1).mean())
+        over, under = ((images - applied) ** 2).sum(1), (images**2).sum(1)
+        error, spread = probed(over, under)
+        above.append(over.mean())
+        below.append(under.mean())
         assert error == pytest.approx((above[-1] / below[-1]) ** 0.5, rel=1e-12)
         assert spread > 0
     for estimates, true in ((above, np.sum((F - near) ** 2)), (below, np.sum(F**2))):
@@ -156,7 +157,7 @@ def test_the_standard_error_is_that_of_the_estimate(rng):
     true = np.linalg.norm(F - near) / np.linalg.norm(F)
     off = []
     for z in rng.choice((-1.0, 1.0), size=(400, 64, 6)):
-        error, spread = probed(list(z @ F.T), list(z @ near.T))
+        error, spread = probed(((z @ (F - near).T) ** 2).sum(1), ((z @ F.T) ** 2).sum(1))
         off.append(abs(error - true) / spread)
     assert 0.6 < np.mean(np.array(off) < 1) < 0.76
     assert 0.92 < np.mean(np.array(off) < 2) < 0.98
@@ -168,3 +169,10 @@ def test_best_gain_first_and_a_layer_that_nothing_fits():
     assert not fits(rows)
     assert fits([*rows, Figures("x", "d", gain=0.3)])
     assert fits([Figures("x", "b")])
+    told = Figures("x", "e", gain=1.0, own=True)
+    assert not fits([*rows, told])
+    assert ranked([told, *rows])[0].method == "c"
+    assert [f.own for f in compare({"x": kf.Record(np.eye(3), np.eye(3), 3.0)}, {"f": kf.FNGD(), "k": kf.KFAC()})] == [
+        True,
+        False,
+    ]

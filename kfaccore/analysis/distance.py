@@ -23,18 +23,16 @@ def distance(exact: ExactBlock, op: LayerOperator) -> float:
     return float(np.sqrt(max(squared, 0.0))) / exact.norm
 
 
-def probed(images: Sequence[np.ndarray], applied: Sequence[np.ndarray]) -> tuple[float, float]:
-    """(estimate, standard error) of ||F - F~|| / ||F|| from F z and F~ z of random signs z: the means of
-    ||F z - F~ z||^2 and ||F z||^2 are unbiased for the squared norms."""
-    over = np.array([float(((image - z) ** 2).sum()) for image, z in zip(images, applied, strict=True)])
-    below = np.array([float((image.astype(float) ** 2).sum()) for image in images])
-    mean = below.mean()
+def probed(over: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
+    """(estimate, standard error) of ||F - F~|| / ||F|| from ||F z - F~ z||^2 and ||F z||^2 of random signs z, whose
+    means are unbiased for the squared norms."""
+    mean = float(np.mean(below))
     if not mean:
         return float("nan"), 0.0
-    ratio = over.mean() / mean
-    spread = np.std(over - ratio * below, ddof=1) / np.sqrt(len(over)) / mean
-    error = float(np.sqrt(ratio))
-    return error, float(spread / (2 * error)) if error else 0.0
+    ratio = float(np.mean(over)) / mean
+    spread = float(np.std(np.array(over) - ratio * np.array(below), ddof=1)) / len(over) ** 0.5 / mean
+    error = ratio**0.5
+    return error, spread / (2 * error) if error else 0.0
 
 
 def overlap(exact: ExactBlock, op: LayerOperator) -> float:

@@ -26,6 +26,7 @@ class Figures:
     gain, length   see the module; gain_error is how far off `gain` may be where `best` is not exact
     best           g.x, twice the best decrease of the model: what a gain is a share of
     norm, size     ||F|| (or the probes' estimate) and ||x||, which weigh layers against each other
+    own            it solves with the very batch it is judged by, so that its gain says nothing about the next one
     seconds        of one update (measure included), one refresh, one solve
     """
 
@@ -46,6 +47,7 @@ class Figures:
     best: float = float("nan")
     damping: float = float("nan")
     shared: int = 1
+    own: bool = False
     note: str = ""
 
     def per_step(self, update: int, refresh: int) -> float:
@@ -70,11 +72,11 @@ def gain(gradient: np.ndarray, direction: np.ndarray, curvature: float, best: fl
 
 
 def ranked(figures: Iterable[Figures]) -> list[Figures]:
-    """Best gain first; what has none comes last."""
-    return sorted(figures, key=lambda f: -f.gain if f.gain == f.gain else float("inf"))
+    """Best gain first, but last what has none or was given the answer."""
+    return sorted(figures, key=lambda f: -f.gain if f.gain == f.gain and not f.own else float("inf"))
 
 
 def fits(figures: Iterable[Figures]) -> bool:
     """Whether any method reaches a gain of `FITS` on this layer; True as long as none has a gain at all."""
-    known = [f.gain for f in figures if f.gain == f.gain]
+    known = [f.gain for f in figures if f.gain == f.gain and not f.own]
     return not known or max(known) >= FITS

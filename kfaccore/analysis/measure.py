@@ -14,19 +14,20 @@ from kfaccore.analysis.operator import LayerOperator, on_host
 from kfaccore.analysis.price import Price, price, rate
 from kfaccore.analysis.survey import Survey
 from kfaccore.analysis.target import FEWEST, GIB, Limits, Target, like
-from kfaccore.method import Block, Hyper, Method, State
+from kfaccore.method import Block, Hyper, Method, OwnGradients, State, declares
 from kfaccore.record import Record
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, to_host
 
-SLOW = 0.5  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is
+SLOW = 0.2  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is,
+SMALL = 4096  # on layers of more parameters than these
 COLUMNS = 512  # parameters up to which F~ is multiplied out where a method only multiplies by it
 LATER = "not measured"  # how the note begins where time or memory would not do
 
 
 def measured(target: Target, label: str, method: Method, survey: Survey) -> Figures:
     """Figures of one method, as far as it can have them."""
-    known = _known(target, label)
+    known = _known(target, label, method)
     try:
         cost = price(method, target.record)
     except (ValueError, TypeError) as error:
@@ -36,7 +37,8 @@ def measured(target: Target, label: str, method: Method, survey: Survey) -> Figu
         return replace(known, note=f"{LATER}: it needs about {cost.fit / 2**31:.2g} GiB (--peak)")
     if seconds > survey.left:
         return replace(known, note=f"{LATER}: it needs about {seconds:.2g} s (--budget)")
-    own = seconds > SLOW or cost.fit > target.limits.room or not target.wide
+    slow = seconds > SLOW and target.size > SMALL
+    own = slow or cost.fit > target.limits.room or not target.wide
     return _measured(target, known, method, survey, cost, own)
 
 
@@ -48,7 +50,7 @@ def too_large(record: Record, limits: Limits) -> str:
     return f"{LATER}: directions of {record.d_out} x {record.d_in} need about {needed / GIB:.2g} GiB (--peak)"
 
 
-def _known(target: Target, label: str) -> Figures:
+def _known(target: Target, label: str, method: Method) -> Figures:
     """What does not depend on the method, in the units of the record as it came."""
     solved = target.solved
     exact = target.exact
@@ -57,6 +59,7 @@ def _known(target: Target, label: str) -> Figures:
         label,
         damping=float(target.damping * target.unit**2),
         shared=target.record.shared,
+        own=declares(method, OwnGradients),
         size=float(np.linalg.norm(solved.x) / target.unit),
         best=solved.product,
         norm=float(exact.norm * target.unit**2) if exact.exact else float("nan"),
@@ -127,14 +130,18 @@ def _with_error(target: Target, known: Figures, method: Method, state: State, su
 def _with_probes(target: Target, known: Figures, op: LayerOperator, count: int) -> Figures:
     """From `count` random vectors."""
     exact = target.exact
-    images = list(target.images(count))
-    applied = [op.matvec(target.probe(i)) for i in range(count)]
-    error, spread = probed(images, applied)
-    norm = known.norm if exact.exact else float(np.sqrt(np.mean([np.vdot(z, z) for z in images])) * target.unit**2)
-    if op.measurable and target.wide:
-        trace = op.trace()
-    else:
-        trace = float(np.mean([np.vdot(target.probe(i), z) for i, z in enumerate(applied)]))
+    over = []
+    below = []
+    traces = []
+    for i, image in enumerate(target.images(count)):
+        z = target.probe(i)
+        applied = op.matvec(z)
+        traces.append(float(np.vdot(z, applied)))
+        over.append(float(((image - applied) ** 2).sum()))
+        below.append(float((image.astype(np.float64) ** 2).sum()))
+    error, spread = probed(over, below)
+    norm = known.norm if exact.exact else float(np.mean(below) ** 0.5 * target.unit**2)
+    trace = op.trace() if op.measurable and target.wide else float(np.mean(traces))
     ratio = trace / exact.trace if exact.trace else float("nan")
     return replace(known, error=error, standard_error=spread, norm=norm, trace_ratio=ratio)
 

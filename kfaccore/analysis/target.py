@@ -12,8 +12,8 @@ from kfaccore.convolution.patches import Patches
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp.arrays import Array, from_host, namespace, to_host
 
-PROBES = 64
-FEWEST = 8
+PROBES = 32
+FEWEST = 4
 GIB = 1 << 30
 _TAME = 100  # powers of two up to which squares of squares stay far from the ends of float64
 _TAME_NARROW = 20  # and of float32
@@ -54,6 +54,7 @@ class Target:
     ) -> None:
         limits = limits or Limits()
         size = record.blocks * record.d_out * record.d_in
+        self.size = size
         self.name = name
         self.record = record
         self.limits = limits
@@ -64,8 +65,10 @@ class Target:
         self.grad = self._gradient(grad)
         self._known: Solved | None = None
         self._images: list[np.ndarray] = []
-        # F z and F~ z of so many are held at once
-        self.probes = int(min(PROBES, max(FEWEST, limits.room / 6 / 16 / size)))
+        # F z of so many are held, in single precision where they would be few
+        held = limits.room / 4 / size
+        self.single = held / 8 < PROBES
+        self.probes = int(min(PROBES, held / 4))
 
     @property
     def solved(self) -> Solved:
@@ -98,7 +101,7 @@ class Target:
         """F z of the first probes, made once; in single precision where memory is short."""
         while len(self._images) < count:
             image = self.exact.matvec(self.probe(len(self._images)))
-            self._images.append(image if self.wide else image.astype(np.float32))
+            self._images.append(image.astype(np.float32) if self.single else image)
         return self._images[:count]
 
 

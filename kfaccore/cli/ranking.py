@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from kfaccore.cli.table import COLUMNS, LEGEND, USUAL, cell, groups, height, lines
@@ -21,7 +22,7 @@ def shown(found: Any, summary: dict[str, Any], update: int, refresh: int, full: 
     told = lines(("  method", *columns), rows)
     if len({f.layer for f in found.figures}) > 1:
         told.append(_together(summary))
-    return [*told, *LEGEND, *_notes(found)]
+    return [*told, *LEGEND, *_notes(found, full)]
 
 
 def _by_layer(found: Any) -> dict[str, list[Any]]:
@@ -46,7 +47,7 @@ def _best(figures: list[Any], many: int | None) -> list[tuple[str, list[Any]]]:
 
 
 def _typical(figures: list[Any]) -> float:
-    known = sorted(f.gain for f in figures if f.gain == f.gain)
+    known = sorted(f.gain for f in figures if f.gain == f.gain and not f.own)
     return known[len(known) // 2] if known else float("-inf")
 
 
@@ -58,7 +59,7 @@ def _verdict(figures: list[Any]) -> str:
     bad = [name for name, rows in layers.items() if not fits(rows)]
     if not bad:
         return ""
-    best = max(f.gain for name in bad for f in layers[name] if f.gain == f.gain)
+    best = max(f.gain for name in bad for f in layers[name] if f.gain == f.gain and not f.own)
     where = "" if len(bad) == len(layers) else f" {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}"
     return f" - no method fits{where}: the best gain is {best:.2f}, below {FITS}"
 
@@ -78,14 +79,23 @@ def _together(summary: dict[str, Any]) -> str:
     return "all layers together: " + (", ".join(f"{label} {known[label]:.2f}" for label in few) or "-")
 
 
-def _notes(found: Any) -> list[str]:
-    """Each note once, with the methods and the layers that it is about."""
-    about: dict[str, list[Any]] = {}
+def _notes(found: Any, full: bool) -> list[str]:
+    """Each note once, whatever sizes are in it, with the methods and the layers that it is about. Unless `full` only
+    the beginnings, and only of what kept a method from being ranked."""
+    about: dict[str, tuple[str, list[Any]]] = {}
     for f in found.figures:
         for note in filter(None, f.note.split("\n")):
+            if not full and f.gain == f.gain and not note.startswith("code"):
+                continue
             # times differ from layer to layer: one note for all of them
-            about.setdefault("not measured for want of time (--budget)" if "--budget" in note else note, []).append(f)
-    told = [f"- {note}: {_whom(rows)}" for note, rows in about.items()]
+            text = "not measured for want of time (--budget)" if "--budget" in note else note
+            text = text if full else re.split("[;:] ", text)[0]
+            about.setdefault(re.sub(r"[A-Z]\w+ |\d+", "", text), (text, []))[1].append(f)
+    told = [f"- {text}: {_whom(rows)}" for text, rows in about.values()]
+    if any(f.own for f in found.figures):
+        told.append(
+            f"- solves with the batch it is judged by: {', '.join({f.method: 0 for f in found.figures if f.own})}"
+        )
     if found.left_out():
         told.append("- run it again to go on where this stopped: what was measured is kept beside the file")
     return told + [f"- {note}" for note in found.notes]
