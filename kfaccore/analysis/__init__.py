@@ -5,6 +5,7 @@ from kfaccore.analysis.compare import compare
 from kfaccore.analysis.figures import FITS, FLOOR, Figures, fits, ranked
 from kfaccore.analysis.operator import LayerOperator
 from kfaccore.analysis.orderings import violations
+from kfaccore.analysis.report import Report, report
 from kfaccore.analysis.spectrum import Spectrum, spectrum
 from kfaccore.analysis.whole import NetworkOperator, operator
 
@@ -16,12 +17,14 @@ __all__ = [
     "LayerOperator",
     "NetworkOperator",
     "Plan",
+    "Report",
     "Spectrum",
     "advise",
     "compare",
     "fits",
     "operator",
     "ranked",
+    "report",
     "spectrum",
     "violations",
 ]

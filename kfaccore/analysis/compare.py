@@ -16,7 +16,7 @@ import numpy as np
 
 from kfaccore.analysis.exact import ROWS
 from kfaccore.analysis.figures import Figures
-from kfaccore.analysis.measure import measured, too_large
+from kfaccore.analysis.measure import LATER, measured, too_large
 from kfaccore.analysis.price import price
 from kfaccore.analysis.survey import Survey
 from kfaccore.analysis.target import GIB, Limits, Target
@@ -64,6 +64,8 @@ def figures_of(
     refusal = too_large(record, survey.limits)
     for label in sorted(methods, key=lambda label: _work(methods[label], record)):
         known = Figures(name, label, note=refusal) if refusal else survey.kept.get(keys[label], name, label)
+        if known is None and survey.left <= 0:
+            known = Figures(name, label, note=f"{LATER}: no time was left (--budget)")
         if known is None:
             survey.told(name, label)
             with np.errstate(all="ignore"):

@@ -22,6 +22,7 @@ from kfaccore.xp.arrays import Array, to_host
 
 ROWS = 4096
 ITERATIONS = 500
+_LOST = 1e5  # trace of F over the damping from which a solve is refined
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ class ExactBlock:
             shifted.flat[:: self.rows + 1] += self.record.n * damping
             lower = cho_factor(shifted, lower=True, overwrite_a=True)
             found[i] = _woodbury(part, lower, v[i], damping)
-            # once more on what is left: the division by a small damping has cost digits
-            left = v[i] - part.pulled(part.image(found[i])) / self.record.n - damping * found[i]
-            found[i] += _woodbury(part, lower, left, damping)
+            if np.trace(gram) > _LOST * self.record.n * damping:
+                # once more on what is left: dividing by so small a damping has cost digits
+                left = v[i] - part.pulled(part.image(found[i])) / self.record.n - damping * found[i]
+                found[i] += _woodbury(part, lower, left, damping)
             product += float(np.vdot(v[i], found[i]))
         return Solved(found, product)
 
