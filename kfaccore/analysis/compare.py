@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from kfaccore.analysis.exact import ROWS
-from kfaccore.analysis.figures import Figures
-from kfaccore.analysis.measure import LATER, measured, too_large
+from kfaccore.analysis.figures import LATER, Figures
+from kfaccore.analysis.measure import measured, too_large
 from kfaccore.analysis.price import price
 from kfaccore.analysis.survey import Survey
 from kfaccore.analysis.target import GIB, Limits, Target

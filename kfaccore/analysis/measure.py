@@ -9,7 +9,7 @@ import numpy as np
 
 from kfaccore.analysis.costs import costs, fitted
 from kfaccore.analysis.distance import distance, probed
-from kfaccore.analysis.figures import Figures, gain
+from kfaccore.analysis.figures import LATER, Figures, gain
 from kfaccore.analysis.operator import LayerOperator, on_host
 from kfaccore.analysis.price import Price, price, rate
 from kfaccore.analysis.survey import Survey
@@ -22,7 +22,6 @@ from kfaccore.xp.arrays import Array, to_host
 SLOW = 0.2  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is,
 SMALL = 4096  # on layers of more parameters than these
 COLUMNS = 512  # parameters up to which F~ is multiplied out where a method only multiplies by it
-LATER = "not measured"  # how the note begins where time or memory would not do
 
 
 def measured(target: Target, label: str, method: Method, survey: Survey) -> Figures:

@@ -19,7 +19,6 @@ from kfaccore.analysis.exact import ExactBlock, hosted
 from kfaccore.analysis.kept import finite
 from kfaccore.analysis.kronecker import share_of_first_term
 from kfaccore.analysis.spectrum import Spectrum, spectrum
-from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.stored import Stored
 from kfaccore.xp.arrays import Array, to_host
@@ -148,8 +147,8 @@ def _of_layer(name: str, record: Record) -> tuple[Row, dict[str, np.ndarray]]:
     of_f = [_of_rows(rows, exact) for rows in exact.grams] if exact.exact else []
     found = {"A": _spectra(A), "G": _spectra(G), "F": of_f}
     blocks = f"{record.blocks} x " if record.blocks > 1 else ""
-    inputs = np.asarray(side.diagonal(A))
-    outputs = np.asarray(side.diagonal(G))
+    inputs = A if A.ndim == 2 else np.diagonal(A, axis1=1, axis2=2)
+    outputs = np.diagonal(G, axis1=1, axis2=2)
     row = Row(
         name,
         f"{blocks}{record.d_out} x {record.d_in}",

@@ -17,6 +17,10 @@ def shown(found: Any, summary: dict[str, Any], update: int, refresh: int, full: 
     many = None if full else max(FEW, min(6, (height() - 6) // max(1, len(by_title)) - 1))
     rows: list[tuple[str, ...] | str] = []
     for title, figures in by_title.items():
+        known = [f for f in figures if f.gain == f.gain]
+        if not known and not full and any("--budget" in f.note for f in figures):
+            rows.append(f"{title} - not measured yet")
+            continue
         rows.append(title + _verdict(figures))
         rows += [_row(label, mine, columns, update, refresh) for label, mine in _best(figures, many)]
     told = lines(("  method", *columns), rows)
