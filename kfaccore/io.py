@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 
 from kfaccore import tree as trees
 from kfaccore.tree import Tree
-from kfaccore.xp.arrays import from_host, to_host
+from kfaccore.written import written
+from kfaccore.xp.arrays import from_host, namespace, to_host
 
 SCHEMA = 1
 
@@ -26,23 +26,15 @@ SCHEMA = 1
 def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     """Write the leaves of `tree` and JSON-able `meta` to `path`; the old file stays until the new one is complete.
 
-    Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path.
+    Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path, OSError as
+    the file system does.
     """
     from safetensors.numpy import save as serialise
 
     arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in flatten(tree).items()}
     data = serialise(arrays, {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)})
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written(path) as file:
+        file.write_bytes(data)
 
 
 def flatten(tree: object) -> dict[str, np.ndarray]:
@@ -65,6 +57,8 @@ def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the stat
 
     Raises ValueError, naming `source` and leaf, when the leaves are not those of `like`.
     """
+    if not isinstance(arrays, dict) or not all(isinstance(x, np.ndarray) for x in arrays.values()):
+        raise ValueError(f"{source} is no dict of arrays by path: got {type(arrays).__name__}")
     wanted = dict(trees.items(like))
     if set(wanted) != set(arrays):
         missing = sorted(set(wanted) - set(arrays))
@@ -161,6 +155,8 @@ def _placed(array: np.ndarray, like: Any) -> Any:
     if isinstance(like, int | float):
         return type(like)(array.item())
     placed = from_host(array, like)
+    if array.dtype == np.float32 and str(like.dtype) == "torch.bfloat16":
+        return namespace(like).astype(placed, like.dtype)  # as which it was widened to be saved
     if placed.dtype != like.dtype:
         raise ValueError(f"a leaf of dtype {array.dtype} was saved where {like.dtype} is needed")
     return placed

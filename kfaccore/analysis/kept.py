@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from hashlib import blake2b
@@ -23,6 +21,7 @@ from kfaccore import tree
 from kfaccore.analysis.figures import Figures
 from kfaccore.method import Method
 from kfaccore.record import Factored, Record
+from kfaccore.written import written
 from kfaccore.xp.arrays import Array, to_host
 
 SCHEMA = 1
@@ -88,14 +87,9 @@ class Kept:
         if self.path is None or not self.changed:
             return
         try:
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump({"kfaccore": SCHEMA, "figures": self.rows}, file, allow_nan=False)
-                os.replace(name, self.path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            text = json.dumps({"kfaccore": SCHEMA, "figures": self.rows}, allow_nan=False)
+            with written(self.path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
             self.changed = False
         except OSError as error:
             self.trouble = f"figures are not kept for the next time: {error}"

@@ -12,7 +12,7 @@ import numpy as np
 from kfaccore.convolution.patches import Patches
 from kfaccore.io import save
 from kfaccore.record.record import Factored, Ids, Record
-from kfaccore.record.stored import Stored
+from kfaccore.record.stored import UNPACKED, Stored
 from kfaccore.xp.arrays import Array
 
 Named = dict[str, Record]
@@ -46,11 +46,13 @@ def save_records(
     save(path, {"records": tree}, windows=windows, order=list(records), **meta)
 
 
-def load_records(*paths: str | os.PathLike) -> tuple[Named, Grads]:
+def load_records(*paths: str | os.PathLike, unpacked: int = UNPACKED) -> tuple[Named, Grads]:
     """Records by layer, several files joined as micro-batches, and the gradients stored with them (n-weighted means).
+
+    unpacked   bytes that the arrays of a compressed .npz may take; four times the file where that is more
 
     Raises ValueError, naming file and layer, for what is not a record; FileNotFoundError when there is no file.
     """
-    stored = Stored(*paths)
+    stored = Stored(*paths, unpacked=unpacked)
     grads = {name: stored.grad(name) for name in stored}
     return dict(stored), {name: grad for name, grad in grads.items() if grad is not None}

@@ -7,29 +7,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol
-from zipfile import BadZipFile, ZipFile
+from typing import Any
 
 import numpy as np
 
 from kfaccore.convolution.patches import Patches, Window
 from kfaccore.io import Opened
+from kfaccore.record.npz import Npz
 from kfaccore.record.record import Ids, Record
 from kfaccore.record.sharing import concat
 
-UNPACKED = 1 << 30  # bytes that an .npz may hold beyond four times its own size
-
-
-class Source(Protocol):
-    """A file of arrays."""
-
-    def __getitem__(self, name: str) -> np.ndarray: ...
+UNPACKED = 1 << 28  # bytes that the arrays of an .npz may take
 
 
 class Stored(Mapping[str, Record]):
     """{layer: Record} of one file or several, joined as micro-batches; nothing is read before it is asked for.
 
-    meta   of the first file; an .npz has none
+    meta       of the first file; an .npz has none
+    unpacked   bytes that the arrays of a compressed .npz may take; four times the file where that is more
 
     Raises ValueError, naming file and layer, for what is not a record; FileNotFoundError when there is no file.
     """
@@ -71,14 +66,19 @@ class _File:
     def __init__(self, path: Path, unpacked: int) -> None:
         self.path = path
         packed = path.suffix == ".npz"
-        self.source: Source = _Npz(path, unpacked) if packed else Opened(path)
-        self.meta: dict[str, Any] = {} if isinstance(self.source, _Npz) else self.source.meta
+        self.source = Npz(path, unpacked) if packed else Opened(path)
+        self.meta = {} if isinstance(self.source, Npz) else self.source.meta
         names = self.source.names
+        if packed and not names:
+            raise ValueError(f"{path} holds no arrays")
         found = _dotted(path, names) if packed else _slashed(names)
         if not found:
             raise ValueError(f"{path} holds no records: need leaves a (or index, or image), g and n for each layer")
-        order = self.meta.get("order")
-        listed = [name for name in order if isinstance(name, str)] if isinstance(order, list) else []
+        order = self.meta.get("order", [])
+        self.windows = self.meta.get("windows", {})
+        if not isinstance(order, list) or not isinstance(self.windows, dict):
+            raise ValueError(f"{path} has damaged metadata: need a list `order` and an object `windows`")
+        listed = [name for name in order if isinstance(name, str)]
         self.layers = {name: found[name] for name in dict.fromkeys([*listed, *found]) if name in found}
 
     def leaf(self, layer: str, leaf: str) -> np.ndarray:
@@ -89,54 +89,9 @@ class _File:
         wanted = [leaf for leaf in self.layers[name] if leaf != "grad"]
         try:
             leaves: dict[str, Any] = {leaf: self.leaf(name, leaf) for leaf in wanted}
-            windows = self.meta.get("windows", {})
-            return _record(leaves, windows.get(name))
+            return _record(leaves, self.windows.get(name))
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError, IndexError, MemoryError) as error:
             raise ValueError(f"{self.path}: layer {name!r}: {error}") from error
-
-
-class _Npz:
-    """An .npz whose arrays are no larger than their files say and, together, than is allowed."""
-
-    def __init__(self, path: Path, unpacked: int) -> None:
-        self.path = path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file")
-        try:
-            self._file = ZipFile(path)
-        except (OSError, BadZipFile, ValueError) as error:
-            raise ValueError(f"{path} is not a readable .npz of arrays: {error}") from error
-        entries = self._file.infolist()
-        total = sum(entry.file_size for entry in entries)
-        limit = 4 * path.stat().st_size + unpacked
-        if total > limit:
-            raise ValueError(f"{path} unpacks to {total:,} bytes, more than {limit:,}: allow more if you trust it")
-        self.names = [entry.filename.removesuffix(".npy") for entry in entries]
-        if not self.names:
-            raise ValueError(f"{path} holds no arrays")
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        try:
-            entry = self._file.getinfo(f"{name}.npy")
-            with self._file.open(entry) as file:
-                self._check(file, name, entry.file_size)
-            with self._file.open(entry) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, OSError, BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"{self.path} is not a readable .npz of arrays: {name}: {error}") from error
-
-    def _check(self, file: Any, name: str, size: int) -> None:
-        """That the header promises no more than there is, before that much is allocated."""
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds objects, which are never unpickled")
-        count = 1
-        for length in shape:
-            count *= length
-        if count * dtype.itemsize > size:
-            raise ValueError(f"{name} says it has shape {shape} of {dtype}, and has {size} bytes")
 
 
 def _dotted(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -166,7 +121,7 @@ def _record(leaves: dict[str, Any], window: dict[str, Any] | None) -> Record:
     a: Any = leaves.get("a")
     if "index" in leaves:
         a = Ids(leaves["index"], int(leaves["size"]))
-    elif "image" in leaves and window is not None:
+    elif "image" in leaves and isinstance(window, dict):
         geometry = {key: _tuples(window[key]) for key in ("kernel", "stride", "padding", "dilation")}
         a = Patches(leaves["image"], Window(**geometry), bool(window["bias"]))
     if a is None or "g" not in leaves:
