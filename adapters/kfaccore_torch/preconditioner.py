@@ -157,7 +157,7 @@ class Preconditioner:
             for name, matrix in directions.items():
                 layer = engine.plan.layers[name]
                 for role, x in engine.tensors(layer, matrix).items():
-                    layer.parameters[role].grad.copy_(x)  # type: ignore[union-attr]
+                    layer.write(role, layer.parameters[role].grad, x)  # type: ignore[arg-type]
         self.discard()
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:

@@ -49,5 +49,5 @@ class Resumes:
         with torch.no_grad():
             for name, layer in layers.items():
                 for role, x in self.tensors(layer, found["params"][name]).items():
-                    layer.parameters[role].copy_(x)
+                    layer.write(role, layer.parameters[role], x)
         self.state = found["state"]

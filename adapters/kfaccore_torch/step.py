@@ -21,10 +21,13 @@ from kfaccore_torch.draw import Batch, drawn
 from kfaccore_torch.follow import carried
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
-from kfaccore_torch.plan import Layer, Plan, plan, unwrapped
+from kfaccore_torch.plan import Plan, again, modules, unwrapped
 from kfaccore_torch.report import Coverage, coverage
+from kfaccore_torch.rest import called, filled, with_method
 from kfaccore_torch.resume import Resumes
 from kfaccore_torch.rows import absent
+from kfaccore_torch.settle import Layer
+from kfaccore_torch.sight import Sight, sighted
 
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
@@ -41,7 +44,9 @@ class Settings:
     samples     size of the dataset, for methods that remember examples
     rows        most rows of a batch, for methods that keep rows; 0 leaves it to the method
     skip        patterns of parameter names to leave uncovered
-    strict      ValueError when a trainable parameter is not covered
+    strict      ValueError when a forward shows that a trainable parameter is not covered
+    uncovered   kfaccore.Diagonal() gives parameters that are not covered a diagonal curvature from the same draws;
+                without it they keep their plain gradient
     """
 
     fisher: Callable = kf.monte_carlo
@@ -52,12 +57,15 @@ class Settings:
     rows: int = 0
     skip: tuple[str, ...] = ()
     strict: bool = False
+    uncovered: kf.Diagonal | None = None
 
     def __post_init__(self) -> None:
         if self.fisher not in FISHERS:
             raise ValueError(f"fisher is {self.fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; need at least 1")
+        if self.uncovered is not None and self.fisher is kf.forward_only:
+            raise ValueError(f"uncovered={self.uncovered} is made of draws, and fisher=forward_only takes none")
 
 
 class Engine(Resumes):
@@ -65,6 +73,7 @@ class Engine(Resumes):
 
     def __init__(self, model: nn.Module, loss: Any, core: kf.Preconditioner, settings: Settings) -> None:
         self.model = model
+        self.given = core
         self.core = core
         self.settings = settings
         self.objective = objective(loss)
@@ -75,23 +84,33 @@ class Engine(Resumes):
         if kf.own_gradients(core) and settings.fisher is not kf.empirical:
             method = core.network or core.methods
             raise ValueError(f"{method} takes the loss's own gradients: pass fisher=kfaccore.empirical")
-        self.plan = self._planned()
-        first = next(iter(next(iter(self.plan.layers.values())).parameters.values()))
+        self.plan = self._planned(modules(model, settings.skip))
+        if not self.plan.trained:
+            raise ValueError(f"no parameter of {type(unwrapped(model)).__name__} is covered: none is trained")
+        first = self.plan.trained[0]
         self.device = first.device
         self.namespace = chosen(settings.namespace, self.device)
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
         self.state = self._first_state()
         self.info: kf.Info | None = None
 
-    def _planned(self) -> Plan:
-        """The plan of the model as it is now; ValueError where settings do not allow it."""
-        found = plan(self.model, self.settings.skip)
-        if self.settings.strict and found.uncovered:
-            reasons = "\n".join(f"  {name}: {reason}" for name, reason in found.uncovered.items())
-            raise ValueError(f"strict: {len(found.uncovered)} parameters are not covered\n{reasons}")
-        if not found.layers:
+    def _planned(self, found: Plan) -> Plan:
+        """A plan as the settings want it, and the core that goes with it; ValueError where they do not allow it."""
+        lost = {name: why for name, why in found.uncovered.items() if found.seen or why.startswith("skipped")}
+        if self.settings.strict and lost:
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in lost.items())
+            raise ValueError(f"strict: {len(lost)} parameters are not covered\n{reasons}")
+        if found.seen and not found.layers and self.settings.uncovered is None:
             name = type(unwrapped(self.model)).__name__
             raise ValueError(f"no parameter of {name} is covered; see kfaccore_torch.plan")
+        if self.settings.uncovered is not None and kf.own_gradients(self.given) and found.seen and found.rest:
+            method = self.given.network or self.given.methods
+            raise ValueError(
+                f"{method} is made of each example's own gradient, and parameters {sorted(found.rest)[:5]} have no "
+                f"record of examples: pass rest=torch.optim.Adam for them"
+            )
+        found = found if self.settings.uncovered is None else filled(found)
+        self.core = with_method(self.given, found, self.settings.uncovered)
         return found
 
     def _first_state(self) -> Any:
@@ -103,14 +122,27 @@ class Engine(Resumes):
         layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
         if self.plan.holds(self.model):
             return False
+        self._adopt(again(self.plan, self.model))
+        return True
+
+    def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
+        """What lies behind a prediction; the plan follows what it shows."""
+        found = sighted(seen, heads)
+        if found.plan is not self.plan:
+            self._adopt(found.plan)
+            seen.plan = self.plan
+            self.called |= {name for name, _ in found.calls}
+        more = called(self.plan) if self.settings.uncovered is not None else []
+        return replace(found, plan=self.plan, calls=(*found.calls, *more))
+
+    def _adopt(self, found: Plan) -> None:
         old = self.state
         blocks = self.blocks()
-        self.plan = self._planned()
+        self.plan = self._planned(found)
         self.observer = Observer()
         kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
         self.state = carried(old, self._first_state(), kept_on)
         self.new = self.new or bool(set(self.plan.layers) - kept_on)
-        return True
 
     def blocks(self) -> dict[str, kf.Block]:
         """Sizes of the layers, with the capacities of the settings."""
@@ -119,7 +151,8 @@ class Engine(Resumes):
 
     def report(self) -> Coverage:
         """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
-        return coverage(self.plan, self.blocks(), self.core, self.mixing)
+        mixing = {name for name in self.mixing if name in self.plan.layers}
+        return coverage(self.plan, self.blocks(), self.core, mixing)
 
     @property
     def due(self) -> bool:
