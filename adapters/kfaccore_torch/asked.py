@@ -32,12 +32,13 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
         return found
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen = Capture(found)
-    with torch.enable_grad(), eagerly(model), _left(model, device), seen:
-        output = model(*inputs, **named)
-    heads = [x for x in _tensors(output) if x.requires_grad and x.ndim > 0]
-    if not heads:
-        raise ValueError(f"the model's output, {type(output).__name__}, has no tensor with a graph behind it")
-    return sighted(seen, heads).plan
+    with torch.enable_grad(), _left(model, device):
+        with eagerly(model), seen:
+            output = model(*inputs, **named)
+        heads = [x for x in _tensors(output) if x.requires_grad and x.ndim > 0]
+        if not heads:
+            raise ValueError(f"the model's output, {type(output).__name__}, has no tensor with a graph behind it")
+        return sighted(seen, heads).plan
 
 
 @contextmanager

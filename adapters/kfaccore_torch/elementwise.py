@@ -8,7 +8,7 @@ rows, and A is the diagonal of their counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -99,17 +99,18 @@ def _use(node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], slop
         lone = View((tuple(fine for axis in view.axes for fine in axis),), view.offset)
         kind = Bias(d) if slope is None else Gain(d)
         return Use(Mark(kind, Ref(ref.name, lone)), call)
+    return _table(node, view, ref.name, own, shape, call)
+
+
+def _table(node: Any, view: View, name: str, own: tuple[int, ...], shape: tuple[int, ...], call: Call) -> Use | str:
+    """A part with several axes: rows of the table that its last axis makes of the whole parameter."""
     last = tuple(n for n in own if n > 1)[-1]
+    feature = max(i for i, n in enumerate(view.shape) if n > 1)
     if view.axes[feature] != ((last, 1),):
-        return f"{node.name()} of several axes whose last is not the parameter's"
-    kind = Embedding(prod(own) // last, last)
+        return f"{node.name()} along several axes whose last is not the parameter's"
     index = _index(view, own, shape, feature, last)
-    whole = View.whole((prod(own) // last, last))
-    return Use(Mark(kind, Ref(ref.name, whole)), _with_index(call, index))
-
-
-def _with_index(call: Call, index: torch.Tensor) -> Call:
-    return Call(index, call.edge, call.shape, call.rows, normalised=call.normalised, arrange=call.arrange)
+    table = Ref(name, View.whole((prod(own) // last, last)))
+    return Use(Mark(Embedding(prod(own) // last, last), table), replace(call, x=index))
 
 
 @lru_cache(maxsize=64)

@@ -26,26 +26,8 @@ PRODUCTS = {
     "IndexBackward": looked_up,
     "IndexSelectBackward": looked_up,
 }
-ELEMENTWISE = tuple(
-    f"{name}Backward"
-    for name in [
-        "Add",
-        "Sub",
-        "Rsub",
-        "Mul",
-        "Div",
-        "Addcmul",
-        "Addcdiv",
-        "Lerp",
-        "Where",
-        "Maximum",
-        "Minimum",
-        "Pow",
-        "PreluKernel",
-        "Addmm",
-        "Baddbmm",
-    ]
-)
+_NAMES = "Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where Maximum Minimum Pow PreluKernel Addmm Baddbmm"
+ELEMENTWISE = tuple(f"{name}Backward" for name in _NAMES.split(" "))
 
 
 def explained(
@@ -70,10 +52,12 @@ def _explain(node: Any, refs: Mapping[int, Any], graph: Behind, parameters: Mapp
     kind = next((start for start in PRODUCTS if name.startswith(start)), None)
     if kind is not None and (set(refs) - _added(name) or kind == "ConvolutionBackward"):
         answer = PRODUCTS[kind](node, refs, _lead(node, graph))
-        told = {use.mark.bias for use in answer if isinstance(use, Use)}
-        apart = {i: ref for i, ref in refs.items() if i in _added(name) and ref.name not in {b.name for b in told if b}}
+        if isinstance(answer, str):
+            return answer
+        told = {use.mark.bias.name for use in answer if use.mark.bias is not None}
+        apart = {i: ref for i, ref in refs.items() if i in _added(name) and ref.name not in told}
         more = met(node, apart, parameters, examples) if apart else []
-        return next((x for x in (answer, more) if isinstance(x, str)), None) or [*answer, *more]
+        return more if isinstance(more, str) else [*answer, *more]
     if name.startswith(("ExpandBackward", "RepeatBackward")):
         return repeated(node, refs, parameters)
     if name.startswith(ELEMENTWISE):

@@ -18,7 +18,7 @@ from kfaccore_torch.hints import hints
 from kfaccore_torch.settle import Layer, settled
 from kfaccore_torch.views import Ref
 
-__all__ = ["Layer", "Plan", "modules", "unwrapped"]
+__all__ = ["Layer", "Plan", "again", "modules", "remade", "unwrapped"]
 UNSEEN = "no forward has shown yet what it is used for"
 UNUSED = "it did not take part in the prediction"
 
@@ -129,6 +129,11 @@ def again(old: Plan, model: nn.Module) -> Plan:
     marks = (_without(mark, names) for mark in old.marks)
     kept = tuple(dict.fromkeys(mark for mark in marks if (mark.weight or mark.bias) is not None))
     return _made(new, kept, {name: why for name, why in old.odd.items() if name in names}, old.seen)
+
+
+def remade(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) -> Plan:
+    """The plan of the same model by what was seen of it before."""
+    return _made(plan, marks, odd, seen)
 
 
 def _without(mark: Mark, names: set[str]) -> Mark:

@@ -62,10 +62,11 @@ def record(
         mask = None if bool(found.exists.all()) else exists
         return Record(a, g, n, mask=mask, ids=to_core(ids, namespace) if known else None)
     if isinstance(layer.kind, Tied):  # without draws G = I, and A is that of the output layer
-        heads = [call.x.is_floating_point() for call in calls]
-        calls, grads, places, masks = (
-            [x for x, head in zip(column, heads, strict=True) if head] for column in (calls, grads, places, masks)
-        )
+        heads = [i for i, call in enumerate(calls) if call.x.is_floating_point()]
+        calls = [calls[i] for i in heads]
+        grads = [grads[i] for i in heads]
+        places = [places[i] for i in heads]
+        masks = [masks[i] for i in heads]
     given = zip(calls, grads, places, masks, strict=True)
     parts = [_part(layer, call, g, place, mask, namespace) for call, g, place, mask in given]
     part = parts[0] if len(parts) == 1 else _joined(parts)

@@ -19,6 +19,7 @@ from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.draw import Batch, drawn
 from kfaccore_torch.follow import carried
+from kfaccore_torch.kinds import Rest
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
 from kfaccore_torch.plan import Plan, again, modules, unwrapped
@@ -122,20 +123,21 @@ class Engine(Resumes):
         layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
         if self.plan.holds(self.model):
             return False
-        self._adopt(again(self.plan, self.model))
+        self.adopt(again(self.plan, self.model))
         return True
 
     def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
         """What lies behind a prediction; the plan follows what it shows."""
         found = sighted(seen, heads)
         if found.plan is not self.plan:
-            self._adopt(found.plan)
+            self.adopt(found.plan)
             seen.plan = self.plan
             self.called |= {name for name, _ in found.calls}
         more = called(self.plan) if self.settings.uncovered is not None else []
         return replace(found, plan=self.plan, calls=(*found.calls, *more))
 
-    def _adopt(self, found: Plan) -> None:
+    def adopt(self, found: Plan) -> None:
+        """Take another plan of the same model; layers of the same name and sizes keep their state."""
         old = self.state
         blocks = self.blocks()
         self.plan = self._planned(found)
@@ -215,6 +217,9 @@ class Engine(Resumes):
         self.new = False
         self.called = set()
         marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(grads)}
+        for name in marks:
+            if isinstance(self.plan.layers[name].kind, Rest):
+                marks[name]["diagonal"] = np.asarray(True)
         self.info = replace(info, layers={**info.layers, **marks})
         return updates
 
