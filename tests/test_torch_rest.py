@@ -202,3 +202,89 @@ def test_plans_follow_what_later_forwards_show():
     assert len(pre.engine.plan.layers) == 3
     assert all(not torch.equal(a, b) for a, b in zip(plain, found, strict=True))
     assert float(pre.engine.state.layers["o"].weight[0]) > float(state.weight[0])
+
+
+# What a plan tells before anything is allocated.
+
+
+def test_memory_is_told_before_it_is_taken():
+    make, data = OBSERVED["conv1d of GPT-2"]
+    model = make()
+    core = kf.Preconditioner(kf.KFAC(), widest=3)
+    pre = kt.Preconditioner(model, CE, core)
+    told = pre.memory()
+    assert pre.engine._state is None
+    plan = kt.plan(model, data())
+    whole = plan.memory(core)
+    assert whole.keys() == plan.layers.keys() > told.keys()
+    with pre.capture():
+        f = model(data())
+    pre.loss(f, torch.tensor([0, 2, 1, 2])).backward()
+    pre.step()
+    for name, state in pre.engine.state.layers.items():
+        assert pre.memory()[name].state == sum(np.asarray(x).nbytes for x in kf.flatten(state).values())
+    report = str(plan.report(core))
+    assert "G 4 diagonal, A 5 diagonal" in report
+    assert "G 3, A 5 diagonal" in report
+    assert "diagonal" not in str(plan.report())
+    assert plan.report(core).share == pre.report().share == 1.0
+
+
+def test_a_plan_leaves_the_model_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    plan = kt.plan(model, torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
+    assert set(plan.layers) == {"0", "1.weight", "1.bias", "3"}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
+    assert "covered: 100.0%" in str(plan)
+    with pytest.raises(ValueError, match="no tensor with a graph"):
+        kt.plan(nn.Sequential(nn.Linear(4, 3), _Ended()), torch.randn(5, 4))
+
+
+class _Ended(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+def test_a_plan_on_the_meta_device():
+    with torch.device("meta"):
+        for name in ("conv1d of GPT-2", "LSTM", "cross-attention", "transposed 2d", "first positions", "bag, mean"):
+            make, data = OBSERVED[name]
+            model = make()
+            assert not kt.plan(model, data()).uncovered, name
+
+
+@pytest.mark.parametrize(
+    "name", ["LSTM, two ways, two layers", "LSTM, projected", "LSTM, packed", "GRU", "GRU, packed", "RNN"]
+)
+def test_unfused_recurrence_is_the_fused_one(name):
+    make, data = OBSERVED[name]
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        model = make().to(dtype)
+        x = data().to(dtype)
+        pre = kt.Preconditioner(model, CE)
+        with pre.capture():
+            found = model(x)
+        torch.testing.assert_close(found, model(x), rtol=tolerance, atol=tolerance)
+
+
+def test_unfused_states_and_dropout():
+    """Given and returned states, one sequence without a batch, and dropout between layers in training."""
+    lstm = nn.LSTM(3, 4, 2, dropout=0.5)
+    x, h, c = torch.randn(5, 2, 3), torch.randn(2, 2, 4), torch.randn(2, 2, 4)
+    pre = kt.Preconditioner(lstm, CE)
+    with pre.capture():
+        torch.manual_seed(0)
+        y, (h1, c1) = lstm(x, (h, c))
+        lstm.eval()
+        alone, _ = lstm(x[:, 0], (h[:, 0], c[:, 0]))
+        both, ends = lstm(x, (h, c))
+    wanted, last = lstm(x, (h, c))
+    torch.testing.assert_close(alone, wanted[:, 0])
+    torch.testing.assert_close(both, wanted)
+    torch.testing.assert_close(ends, last)
+    assert not torch.allclose(y, wanted)
+    assert h1.shape == c1.shape == h.shape

@@ -10,13 +10,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+import kfaccore as kf
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.hints import hints
 from kfaccore_torch.settle import Layer, settled
 from kfaccore_torch.views import Ref
+
+if TYPE_CHECKING:
+    from kfaccore_torch.report import Coverage
 
 __all__ = ["Layer", "Plan", "again", "modules", "remade", "unwrapped"]
 UNSEEN = "no forward has shown yet what it is used for"
@@ -54,6 +59,26 @@ class Plan:
         """Names of the parameters that are trained and not skipped, by id."""
         names = {id(p): name for name, p, trained in reversed(self.made_of) if trained}
         return {key: name for key, name in names.items() if not _skipped(name, self.skip)}
+
+    def report(self, core: kf.Preconditioner | None = None) -> Coverage:
+        """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated under a preconditioner,
+        by default KFAC(). Nothing of the state's size is allocated."""
+        from kfaccore_torch.report import coverage
+
+        return coverage(self, self.blocks, core or kf.Preconditioner(kf.KFAC()))
+
+    def memory(self, core: kf.Preconditioner | None = None) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, before anything of the size exists."""
+        core = core or kf.Preconditioner(kf.KFAC())
+        return core.footprint(self.blocks)
+
+    @property
+    def blocks(self) -> dict[str, kf.Block]:
+        """Sizes of the layers."""
+        return {name: layer.kind.block() for name, layer in self.layers.items()}
+
+    def __str__(self) -> str:
+        return str(self.report())
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the model still has the parameters that the plan was made of, trained or frozen as then."""

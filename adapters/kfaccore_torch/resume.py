@@ -70,7 +70,7 @@ class Resumes:
     @contextmanager
     def _as_saved(self, table: Table | None) -> Iterator[None]:
         """The plan that a state was saved with; the old one, and all that goes with it, if loading fails inside."""
-        names = ("plan", "core", "state", "observer", "new")
+        names = ("plan", "core", "_state", "observer", "new")
         before = {name: getattr(self, name) for name in names}
         try:
             if table is not None:

@@ -92,7 +92,7 @@ class Engine(Resumes):
         self.device = first.device
         self.namespace = chosen(settings.namespace, self.device)
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
-        self.state = self._first_state()
+        self._state: Any = None
         self.info: kf.Info | None = None
 
     def _planned(self, found: Plan) -> Plan:
@@ -113,6 +113,21 @@ class Engine(Resumes):
         found = found if self.settings.uncovered is None else filled(found)
         self.core = with_method(self.given, found, self.settings.uncovered)
         return found
+
+    @property
+    def state(self) -> Any:
+        """The core's state, made when it is first asked for."""
+        if self._state is None:
+            self._state = self._first_state()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state = state
+
+    def memory(self) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, as the plan is now; nothing is made."""
+        return self.core.footprint(self.blocks(), np.zeros(1, str(self.like.dtype).removeprefix("torch.")))
 
     def _first_state(self) -> Any:
         with ordered(self.namespace, self.device):
@@ -138,12 +153,12 @@ class Engine(Resumes):
 
     def adopt(self, found: Plan) -> None:
         """Take another plan of the same model; layers of the same name and sizes keep their state."""
-        old = self.state
+        old = self._state
         blocks = self.blocks()
         self.plan = self._planned(found)
         self.observer = Observer()
         kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
-        self.state = carried(old, self._first_state(), kept_on)
+        self._state = None if old is None else carried(old, self._first_state(), kept_on)
         self.new = self.new or bool(set(self.plan.layers) - kept_on)
 
     def blocks(self) -> dict[str, kf.Block]:
