@@ -94,7 +94,8 @@ def _use(node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], slop
         g = g[..., None] if back is None else g.movedim(back, -1)
         return g.reshape(*lead, *rows, d)
 
-    call = Call(torch.zeros(0), GradientEdge(node, 0), out, rows, normalised=slope, arrange=arrange)
+    nothing = torch.zeros(0, device=node._input_metadata[0].device)
+    call = Call(nothing, GradientEdge(node, 0), out, rows, normalised=slope, arrange=arrange)
     if len(axes) < 2:
         lone = View((tuple(fine for axis in view.axes for fine in axis),), view.offset)
         kind = Bias(d) if slope is None else Gain(d)
@@ -116,7 +117,7 @@ def _table(node: Any, view: View, name: str, own: tuple[int, ...], shape: tuple[
 @lru_cache(maxsize=64)
 def _index(view: View, own: tuple[int, ...], shape: tuple[int, ...], feature: int, last: int) -> torch.Tensor:
     """The row of the table, (prod(own) / last, last), that each row of the output is moved by."""
-    numbers = torch.arange(prod(own)).reshape(own)
+    numbers = torch.arange(prod(own), device="cpu").reshape(own)
     rows = view.take(numbers).select(feature, 0) // last
     whole = tuple(n for i, n in enumerate(shape) if i != feature) or (1,)
     return rows.expand(whole)

@@ -143,7 +143,8 @@ def convolution(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:
 def _bias_call(node: Any) -> Call:
     """A convolution of which only the bias counts."""
     shape = output_shape(node)
-    return Call(torch.zeros(0), GradientEdge(node, 0), shape, (shape[0], *shape[2:]), channel=1 - len(shape))
+    nothing = torch.zeros(0, device=node._input_metadata[0].device)
+    return Call(nothing, GradientEdge(node, 0), shape, (shape[0], *shape[2:]), channel=1 - len(shape))
 
 
 def looked_up(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:

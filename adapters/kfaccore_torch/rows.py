@@ -140,7 +140,7 @@ def _looked_up(
     g = _each(g.reshape(len(g), *place.rows, g.shape[-1]), place)
     factor = call.options.get("factor")
     if factor is None:
-        index = place.put(call.x.reshape(*call.rows, 1))[..., 0]
+        index = place.put(call.x.reshape(*call.rows, 1))[..., 0].to(g.device)
     else:
         index = place.put(call.x)
         counts = place.put(factor.to(g)).flatten(1)

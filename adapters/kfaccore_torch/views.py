@@ -275,7 +275,7 @@ _STEPS = {
 
 def overlapping(views: Iterator[View] | list[View], numel: int) -> bool:
     """Whether two of the views have an element in common."""
-    hit = torch.zeros(numel, dtype=torch.bool)
+    hit = torch.zeros(numel, dtype=torch.bool, device="cpu")
     for view in views:
         part = view.within(hit)
         if part is None or bool(part.any()):
