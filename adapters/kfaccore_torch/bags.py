@@ -9,7 +9,8 @@ from torch.autograd.graph import GradientEdge
 
 from kfaccore.layers import Embedding
 from kfaccore_torch.calls import Call, Mark, Use
-from kfaccore_torch.views import Ref, output_shape
+from kfaccore_torch.provenance import output_shape
+from kfaccore_torch.views import Ref
 
 _MODES = ("sum", "mean", "max")
 

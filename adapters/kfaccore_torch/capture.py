@@ -23,8 +23,9 @@ from kfaccore.layers import Conv, Embedding, Gain, Linear
 from kfaccore_torch.attention import attention
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.plan import Plan
+from kfaccore_torch.provenance import followed
 from kfaccore_torch.recurrent import RECURRENT, unfused
-from kfaccore_torch.views import Ref, followed
+from kfaccore_torch.views import Ref
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {

@@ -18,7 +18,8 @@ from torch.autograd.graph import GradientEdge
 
 from kfaccore.layers import Bias, Embedding, Gain
 from kfaccore_torch.calls import Call, Mark, Use
-from kfaccore_torch.views import Ref, View, output_shape
+from kfaccore_torch.provenance import output_shape
+from kfaccore_torch.views import Ref, View
 
 Refs = Mapping[int, Ref]
 

@@ -12,7 +12,7 @@ from kfaccore_torch.calls import Use
 from kfaccore_torch.elementwise import met, repeated
 from kfaccore_torch.graph import Behind, operations
 from kfaccore_torch.products import convolution, looked_up, matrix_product, stacked_product, vector_product
-from kfaccore_torch.views import output_shape
+from kfaccore_torch.provenance import output_shape
 
 PRODUCTS = {
     "MmBackward": matrix_product,

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from kfaccore_torch.views import Ref, moves_only, through
+from kfaccore_torch.provenance import moves_only, through
+from kfaccore_torch.views import Ref
 
 MOVES = re.compile(
     "Index|Gather|Scatter|Sort|Topk|Kthvalue|Select.*Masked|MaskedSelect|Take|^Put|Unique|Segment|Embedding"

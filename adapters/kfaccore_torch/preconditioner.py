@@ -159,10 +159,7 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             directions = engine.step(records, grads) if grads else {}
-            for name, matrix in directions.items():
-                layer = engine.plan.layers[name]
-                for role, x in engine.tensors(layer, matrix).items():
-                    layer.write(role, layer.parameters[role].grad, x)  # type: ignore[arg-type]
+            engine.write(directions)
         self.discard()
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:

@@ -15,7 +15,8 @@ from kfaccore.layers import Conv, Embedding, Linear
 from kfaccore_torch.bags import bag
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.kinds import Stack
-from kfaccore_torch.views import Ref, View, output_shape
+from kfaccore_torch.provenance import output_shape
+from kfaccore_torch.views import Ref, View
 
 Refs = Mapping[int, Ref]
 Found = list[Use] | str  # uses, or why there are none

@@ -18,17 +18,13 @@ from kfaccore_torch.collect import kept
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.draw import Batch, drawn
-from kfaccore_torch.follow import carried
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
-from kfaccore_torch.plan import Plan, again, modules, unwrapped
-from kfaccore_torch.report import Coverage, coverage
-from kfaccore_torch.rest import called, filled, with_method
-from kfaccore_torch.resume import Resumes
+from kfaccore_torch.plan import modules, unwrapped
+from kfaccore_torch.planning import Planning
 from kfaccore_torch.rows import absent
 from kfaccore_torch.settle import Layer
-from kfaccore_torch.sight import Sight, sighted
 
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
@@ -69,7 +65,7 @@ class Settings:
             raise ValueError(f"uncovered={self.uncovered} is made of draws, and fisher=forward_only takes none")
 
 
-class Engine(Resumes):
+class Engine(Planning):
     """Plan, core and state of one model."""
 
     def __init__(self, model: nn.Module, loss: Any, core: kf.Preconditioner, settings: Settings) -> None:
@@ -94,82 +90,6 @@ class Engine(Resumes):
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
         self._state: Any = None
         self.info: kf.Info | None = None
-
-    def _planned(self, found: Plan) -> Plan:
-        """A plan as the settings want it, and the core that goes with it; ValueError where they do not allow it."""
-        lost = {name: why for name, why in found.uncovered.items() if found.seen or why.startswith("skipped")}
-        if self.settings.strict and lost:
-            reasons = "\n".join(f"  {name}: {reason}" for name, reason in lost.items())
-            raise ValueError(f"strict: {len(lost)} parameters are not covered\n{reasons}")
-        if found.seen and not found.layers and self.settings.uncovered is None:
-            name = type(unwrapped(self.model)).__name__
-            raise ValueError(f"no parameter of {name} is covered; see kfaccore_torch.plan")
-        if self.settings.uncovered is not None and kf.own_gradients(self.given) and found.seen and found.rest:
-            method = self.given.network or self.given.methods
-            raise ValueError(
-                f"{method} is made of each example's own gradient, and parameters {sorted(found.rest)[:5]} have no "
-                f"record of examples: pass rest=torch.optim.Adam for them"
-            )
-        found = found if self.settings.uncovered is None else filled(found)
-        self.core = with_method(self.given, found, self.settings.uncovered)
-        return found
-
-    @property
-    def state(self) -> Any:
-        """The core's state, made when it is first asked for."""
-        if self._state is None:
-            self._state = self._first_state()
-        return self._state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._state = state
-
-    def memory(self) -> dict[str, kf.Footprint]:
-        """{layer: bytes of averages and inverses, and the peak of an update}, as the plan is now; nothing is made."""
-        return self.core.footprint(self.blocks(), np.zeros(1, str(self.like.dtype).removeprefix("torch.")))
-
-    def _first_state(self) -> Any:
-        with ordered(self.namespace, self.device):
-            return self.core.init(self.blocks(), like=_owned(to_core(self.like, self.namespace)))
-
-    def replan(self) -> bool:
-        """Follow the model: parameters frozen, thawed or replaced since the plan was made. True if anything changed;
-        layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
-        if self.plan.holds(self.model):
-            return False
-        self.adopt(again(self.plan, self.model))
-        return True
-
-    def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
-        """What lies behind a prediction; the plan follows what it shows."""
-        found = sighted(seen, heads)
-        if found.plan is not self.plan:
-            self.adopt(found.plan)
-            seen.plan = self.plan
-            self.called |= {name for name, _ in found.calls}
-        more = called(self.plan) if self.settings.uncovered is not None else []
-        return replace(found, plan=self.plan, calls=(*found.calls, *more))
-
-    def adopt(self, found: Plan) -> None:
-        """Take another plan of the same model; layers of the same name and sizes keep their state."""
-        old = self._state
-        blocks = self.blocks()
-        self.plan = self._planned(found)
-        self.observer = Observer()
-        kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
-        self._state = None if old is None else carried(old, self._first_state(), kept_on)
-        self.new = self.new or bool(set(self.plan.layers) - kept_on)
-
-    def blocks(self) -> dict[str, kf.Block]:
-        """Sizes of the layers, with the capacities of the settings."""
-        capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
-        return {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
-
-    def report(self) -> Coverage:
-        """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
-        mixing = {name for name in self.mixing if name in self.plan.layers}
-        return coverage(self.plan, self.blocks(), self.core, mixing)
 
     @property
     def due(self) -> bool:
@@ -268,6 +188,22 @@ class Engine(Resumes):
         """The inverse of `matrix`."""
         return {role: to_torch(x, layer.parameters[role]) for role, x in layer.arrays(matrix).items()}
 
+    def write(self, directions: Mapping[str, Any]) -> None:
+        """Directions into `.grad`: whole parameters in one operation, parts of one each by itself."""
+        into: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for name, matrix in directions.items():
+            layer = self.plan.layers[name]
+            for role, x in self.tensors(layer, matrix).items():
+                grad = layer.parameters[role].grad
+                if layer.partial(role):
+                    layer.write(role, grad, x)  # pyright: ignore[reportArgumentType]
+                else:
+                    into.append(grad)  # pyright: ignore[reportArgumentType]
+                    values.append(x)
+        if into:
+            torch._foreach_copy_(into, values)
+
     @contextmanager
     def captured(self) -> Iterator[Capture]:
         """Calls inside are seen; compiled models run eagerly meanwhile, as a graph shows no calls."""
@@ -275,11 +211,6 @@ class Engine(Resumes):
         with eagerly(self.model), seen:
             yield seen
         self.called |= set(seen.calls)
-
-
-def _owned(x: Any) -> Any:
-    """`like` of a state, whose NumPy view must be writable."""
-    return np.array(x) if isinstance(x, np.ndarray) else x
 
 
 def _nonzero(grad: Any) -> bool:
