@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.agreement import check_same
 from kfaccore_torch.bridge import ordered
+from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import gradients
 from kfaccore_torch.masks import Told
@@ -46,7 +48,9 @@ class Optimizer:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise TypeError("Optimizer sums gradients over ranks itself: give it the module without the wrapper")
         self.model = model
+        core = over_ranks(core, model)
         self.engine = Engine(model, loss, core, Settings(**settings))
+        check_same(self.engine, parameters=True)
         self._make_rest = rest
         self.rest: torch.optim.Optimizer | None = None
         self._follow_rest()
@@ -92,6 +96,7 @@ class Optimizer:
         engine = self.engine
         l2 = engine.core.schedules.l2
         if engine.replan():
+            check_same(engine)
             self._follow_rest()
         random = random_state(engine.device) if engine.core.rule.judges else ()
         with torch.enable_grad():
@@ -105,9 +110,10 @@ class Optimizer:
                 records, observed = engine.records(seen, batch, 0, n)
             with ordered(engine.namespace, engine.device):
                 grads, rest = gradients(engine, value, seen, observed, batch, l2)
+        before, share, grads = self._met(float(value.detach()), grads, n)
         if records is not None:
             records, grads = engine.completed(records, grads, n)
-        before, grads, rest = self._summed(float(value.detach()), grads, rest, n)
+        grads, rest = self._summed(grads, rest, share)
         before += self._penalty(l2)
 
         def again() -> float:
@@ -153,28 +159,36 @@ class Optimizer:
 
             _, engine.state = engine.core.judge(engine.state, before, place, again)
 
-    def _summed(self, value: float, grads: dict, rest: tuple, n: float) -> tuple[float, dict, tuple]:
-        """Loss and gradients of the global batch: means over ranks by their shares n of it."""
+    def _met(self, value: float, grads: dict[str, Any], n: float) -> tuple[float, float, dict[str, Any]]:
+        """Loss of the global batch, this rank's share of it, and its gradients, with zeros for layers that only others'
+        examples reached, such as experts without tokens here."""
         engine = self.engine
         comm = engine.core.comm
-        layers = engine.plan.layers
         if comm.world == 1:
-            return value, grads, rest
-        present = [float(name in grads) for name in layers]  # ranks that differ must not meet in a sum
-        n, value = self._weighed(n, value)
-        total = comm.all_reduce([torch.tensor([n, value, *present], dtype=torch.float64)])[0].tolist()
-        whole = 1.0 if engine.objective.total else total[0]
-        odd = [name for name, count in zip(layers, total[2:], strict=True) if 0 < count < comm.world]
-        if odd:
-            error = ValueError(f"layers {odd} take part in this step on some ranks only; need the same on all")
-            engine.leave_word(error)
-            raise error
-        scaled = {name: grads[name] * (n / whole) for name in layers if name in grads}
-        pairs = zip(engine.plan.rest.values(), rest, strict=True)
-        others = [torch.zeros_like(p) if g is None else g * (n / whole) for p, g in pairs]
+            return value, 1.0, grads
+        layers = engine.plan.layers
+        own, value = self._weighed(n, value)
+        present = [float(name in grads) for name in layers]
+        n, value, *present = comm.all_reduce([torch.tensor([own, value, *present], dtype=torch.float64)])[0].tolist()
+        whole = 1.0 if engine.objective.total else n
+        met = {name: grads.get(name) for name, count in zip(layers, present, strict=True) if count}
         with ordered(engine.namespace, engine.device):
-            summed, others = comm.all_reduce((scaled, others))
-        return total[1] / whole, summed, tuple(others)
+            for name in (name for name, g in met.items() if g is None):
+                zeros = {role: torch.zeros_like(p) for role, p in layers[name].parameters.items()}
+                met[name] = engine.matrix(layers[name], zeros)
+        return value / whole, own / whole, met
+
+    def _summed(self, grads: dict, rest: tuple, share: float) -> tuple[dict, tuple]:
+        """Gradients of the global batch from ranks' means, of which this one has a `share`."""
+        engine = self.engine
+        comm = engine.core.comm
+        if comm.world == 1:
+            return grads, rest
+        pairs = zip(engine.plan.rest.values(), rest, strict=True)
+        others = [torch.zeros_like(p) if g is None else g * share for p, g in pairs]
+        with ordered(engine.namespace, engine.device):
+            summed, others = comm.all_reduce(({name: g * share for name, g in grads.items()}, others))
+        return summed, tuple(others)
 
     def _mean(self, value: float, n: float) -> float:
         """A loss of the global batch, from this rank's and its share n."""

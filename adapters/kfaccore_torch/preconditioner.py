@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.agreement import check_same
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, gathered
+from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
 from kfaccore_torch.report import Coverage
@@ -50,11 +52,13 @@ class Preconditioner:
 
     def __init__(self, model: nn.Module, loss: Any, core: Any = None, **settings: Any) -> None:
         core = core if isinstance(core, kf.Preconditioner) else kf.Preconditioner(core or kf.KFAC(), donate=True)
+        core = over_ranks(core, model)
         if core.rule.judges or core.rule.needs_records:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
         if core.schedules.weight_decay or core.schedules.l2:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
+        check_same(self.engine)
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
@@ -85,7 +89,8 @@ class Preconditioner:
                   many, or pattern -> (rows,); it is asked of autograd otherwise
         """
         self._open = None
-        self.engine.replan()
+        if self.engine.replan():
+            check_same(self.engine)
         if not self.engine.due:
             yield
             return
