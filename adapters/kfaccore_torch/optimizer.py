@@ -10,6 +10,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
+from kfaccore_torch.batch import mean, met, summed
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
@@ -18,6 +19,7 @@ from kfaccore_torch.masks import Told
 from kfaccore_torch.records import called
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
+from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.step import Engine, Settings
 
 
@@ -30,6 +32,8 @@ class Optimizer:
 
     core       a kfaccore.Preconditioner with the step wanted; default KFAC() with SelfTuning()
     rest       parameters -> a torch optimizer, for parameters that are not covered; without it they are an error
+    scaler     a GradScaler, for float16: the loss is scaled by it; where a gradient overflows no step is taken, and the
+               scaler is told either way and updated
     settings   fields of `Settings`
 
     `.grad` of covered parameters stays None: where a batch has fewer rows than a layer is wide, autograd is asked for
@@ -42,6 +46,7 @@ class Optimizer:
         loss: Any,
         core: kf.Preconditioner | None = None,
         rest: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         **settings: Any,
     ) -> None:
         core = core or kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning(), donate=True)
@@ -51,6 +56,7 @@ class Optimizer:
         core = over_ranks(core, model)
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine, parameters=True)
+        self.scaler = Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._make_rest = rest
         self.rest: torch.optim.Optimizer | None = None
         self._follow_rest()
@@ -104,22 +110,25 @@ class Optimizer:
                 f = called(self.model, inputs)
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
-            records = {} if engine.due else None
-            observed = None
-            if engine.due and n > 0:
-                records, observed = engine.records(seen, batch, 0, n)
-            with ordered(engine.namespace, engine.device):
-                grads, rest = gradients(engine, value, seen, observed, batch, l2)
-        before, share, grads = self._met(float(value.detach()), grads, n)
+            with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
+                records = {} if engine.due else None
+                observed = None
+                if engine.due and n > 0:
+                    records, observed = engine.records(seen, batch, 0, n)
+                with ordered(engine.namespace, engine.device):
+                    grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
+        if self._overflowed():
+            return mean(engine, float(value.detach()), n) + self._penalty(l2)
+        before, share, grads = met(engine, float(value.detach()), grads, n)
         if records is not None:
             records, grads = engine.completed(records, grads, n)
-        grads, rest = self._summed(grads, rest, share)
+        grads, rest = summed(engine, grads, rest, share)
         before += self._penalty(l2)
 
         def again() -> float:
             with replayed(self.model, random, engine.device):
                 value = float(engine.objective.value(called(self.model, inputs), target))
-            return self._mean(value, n) + self._penalty(l2)
+            return mean(engine, value, n) + self._penalty(l2)
 
         self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
         if self.rest is not None:
@@ -133,8 +142,11 @@ class Optimizer:
         """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""
         engine = self.engine
         heads = engine.objective.heads(batch.f)
-        if any(head.dtype == torch.float16 for head in heads):
-            raise ValueError("the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner")
+        if self.scaler is None and any(head.dtype == torch.float16 for head in heads):
+            raise ValueError(
+                "the prediction is float16, whose gradients underflow: pass scaler=torch.amp.GradScaler(), or use "
+                "bfloat16"
+            )
         n = engine.share(batch)
         world = engine.core.comm.world
         if n <= 0 and world == 1:
@@ -159,50 +171,16 @@ class Optimizer:
 
             _, engine.state = engine.core.judge(engine.state, before, place, again)
 
-    def _met(self, value: float, grads: dict[str, Any], n: float) -> tuple[float, float, dict[str, Any]]:
-        """Loss of the global batch, this rank's share of it, and its gradients, with zeros for layers that only others'
-        examples reached, such as experts without tokens here."""
-        engine = self.engine
-        comm = engine.core.comm
-        if comm.world == 1:
-            return value, 1.0, grads
-        layers = engine.plan.layers
-        own, value = self._weighed(n, value)
-        present = [float(name in grads) for name in layers]
-        n, value, *present = comm.all_reduce([torch.tensor([own, value, *present], dtype=torch.float64)])[0].tolist()
-        whole = 1.0 if engine.objective.total else n
-        met = {name: grads.get(name) for name, count in zip(layers, present, strict=True) if count}
-        with ordered(engine.namespace, engine.device):
-            for name in (name for name, g in met.items() if g is None):
-                zeros = {role: torch.zeros_like(p) for role, p in layers[name].parameters.items()}
-                met[name] = engine.matrix(layers[name], zeros)
-        return value / whole, own / whole, met
-
-    def _summed(self, grads: dict, rest: tuple, share: float) -> tuple[dict, tuple]:
-        """Gradients of the global batch from ranks' means, of which this one has a `share`."""
-        engine = self.engine
-        comm = engine.core.comm
-        if comm.world == 1:
-            return grads, rest
-        pairs = zip(engine.plan.rest.values(), rest, strict=True)
-        others = [torch.zeros_like(p) if g is None else g * share for p, g in pairs]
-        with ordered(engine.namespace, engine.device):
-            summed, others = comm.all_reduce(({name: g * share for name, g in grads.items()}, others))
-        return summed, tuple(others)
-
-    def _mean(self, value: float, n: float) -> float:
-        """A loss of the global batch, from this rank's and its share n."""
-        if self.engine.core.comm.world == 1:
-            return value
-        found = self.engine.core.comm.all_reduce([torch.tensor(self._weighed(n, value), dtype=torch.float64)])
-        n, total = found[0].tolist()
-        return total if self.engine.objective.total else total / n
-
-    def _weighed(self, n: float, value: float) -> tuple[float, float]:
-        """What a rank's loss weighs in that of all, and the loss times it; sums are added as they are."""
-        if self.engine.objective.total:
-            return 1.0, value
-        return n, n * value if n else 0.0
+    def _overflowed(self) -> bool:
+        """Whether a gradient of the scaled loss was not finite on any rank; the scaler is told."""
+        if self.scaler is None:
+            return False
+        comm, good = self.engine.core.comm, self.scaler.good
+        if comm.world > 1:
+            good = not float(comm.all_reduce([torch.tensor(float(not good))])[0])
+        self.scaler.told(good)
+        self.engine.called = set() if not good else self.engine.called
+        return not good
 
     def _penalty(self, l2: float) -> float:
         if not l2:

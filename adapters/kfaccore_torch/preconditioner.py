@@ -19,6 +19,7 @@ from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
 from kfaccore_torch.report import Coverage
+from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
 from kfaccore_torch.terms import Terms
 
@@ -46,8 +47,8 @@ class Preconditioner:
     Several micro-batches before one step are several captures, each with its loss; several losses on one forward add
     their curvatures. Statistics are taken when a loss is formed and count once it is differentiated. A sum loss is one
     sum over micro-batches and ranks: under DistributedDataParallel, which averages, multiply it by the ranks. Clip
-    gradients before `step` to bound the gradient, after it to bound the direction. With a GradScaler call `step` after
-    `scaler.unscale_`.
+    gradients before `step` to bound the gradient, after it to bound the direction. With a GradScaler `step`
+    comes before `scaler.step`, after `scaler.unscale_` or without: what overflows is left for the scaler to see.
     """
 
     def __init__(self, model: nn.Module, loss: Any, core: Any = None, **settings: Any) -> None:
@@ -63,6 +64,7 @@ class Preconditioner:
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
         self._terms = Terms()
+        self._scale = Scale()
 
     @property
     def info(self) -> kf.Info | None:
@@ -105,6 +107,8 @@ class Preconditioner:
         """
         self.engine.objective.heads(f)
         value = self.engine.objective.value(f, target)
+        if value.requires_grad:
+            value.register_hook(self._scale.note)
         if not self.engine.due or not torch.is_grad_enabled():
             return value
         if self._open is None:
@@ -118,9 +122,10 @@ class Preconditioner:
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
-        records, observed = self.engine.records(
-            seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5
-        )
+        with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
+            records, observed = self.engine.records(
+                seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5
+            )
         self._formed += 1
         value = self._counted(value, shot, self.engine.waiting(records))
         self._terms.expect(value, observed.expected, self.engine.plan.trained)
@@ -137,6 +142,7 @@ class Preconditioner:
         self._shots = []
         self._open = None
         self._formed = 0
+        self._scale = Scale()
         self.engine.called = set()
 
     def step(self) -> None:
@@ -159,10 +165,15 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             directions = engine.step(records, grads) if grads else {}
+            scaled = self._scale.is_a_scalers(engine.core.comm.world)
             for name, matrix in directions.items():
                 layer = engine.plan.layers[name]
-                for role, x in engine.tensors(layer, matrix).items():
-                    layer.parameters[role].grad.copy_(x)  # type: ignore[union-attr]
+                found = engine.tensors(layer, matrix)
+                # a direction withheld, zero, would hide from a scaler what its factor made overflow
+                hidden = scaled and not any(bool(x.any()) for x in found.values())
+                for role, x in found.items():
+                    grad: Any = layer.parameters[role].grad
+                    grad.copy_(torch.full_like(x, torch.inf) if hidden and bool(grad.any()) else x)
         self.discard()
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
@@ -218,7 +229,7 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits for a step: it belongs to graphs, which no copy shares."""
-        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0}
+        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0, "_scale": Scale()}
 
 
 def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:
