@@ -2,6 +2,7 @@
 
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.optimizer import Optimizer
+from kfaccore_torch.own_losses import ExampleLoss, Loss
 from kfaccore_torch.plan import Plan, plan
 from kfaccore_torch.preconditioner import Preconditioner
 from kfaccore_torch.records import records, save_records
@@ -11,6 +12,8 @@ from kfaccore_torch.step import Settings
 __all__ = [
     "Coverage",
     "Distributed",
+    "ExampleLoss",
+    "Loss",
     "Optimizer",
     "Plan",
     "Preconditioner",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from kfaccore_torch.rows import check_unwritten, record
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
+
+MOST_BYTES = 8 * 2**30  # of type2 draws at the outputs of all layers
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def drawn(
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
     draws = given
+    if fisher is kf.type2 and given is None:
+        _check_room(heads, observed)
     if draws is None:
         draws = engine.objective.draws(fisher, engine.settings.draws, batch.f, batch.target, rng, observed.split)
     draws = list(draws) if isinstance(draws, list | tuple) else [draws]
@@ -131,12 +136,27 @@ def _check_own(engine: Engine, observed: Observed) -> None:
 def _checked(heads: list[torch.Tensor]) -> list[torch.Tensor]:
     """ValueError for predictions without a batch axis or without a graph."""
     for f in heads:
-        if f.ndim < 2 or not f.requires_grad:
+        if f.ndim < 1 or not f.requires_grad:
             raise ValueError(
                 f"the prediction has shape {tuple(f.shape)}, requires_grad={f.requires_grad}; need (batch, ...) with a "
                 f"graph behind it"
             )
     return heads
+
+
+def _check_room(heads: list[torch.Tensor], observed: Observed) -> None:
+    """ValueError, before anything is allocated, for type2 draws that would not fit: one for every number of an example
+    of the prediction, each as large as it and the outputs of all layers."""
+    number = sum(f.numel() // max(1, observed.split.examples) for f in heads)
+    size = max(4, heads[0].element_size())
+    found = number * size * (sum(f.numel() for f in heads) + sum(prod(call.shape) for _, call in observed.calls))
+    if found > MOST_BYTES:
+        raise ValueError(
+            f"type2 takes {number:,} draws of this prediction of shape {tuple(heads[0].shape)}, one for every number "
+            f"of an example, and as many backward passes: {found:,} bytes at the layers' outputs, and the most is "
+            f"{MOST_BYTES:,} (kfaccore_torch.draw.MOST_BYTES). Take fisher=kfaccore.monte_carlo, which is unbiased for "
+            f"it, smaller examples or batches, or hand draws of your own to kfaccore_torch.records(draws=...)"
+        )
 
 
 def _pulled(heads: list[torch.Tensor], observed: Observed, v: tuple) -> tuple:

@@ -16,6 +16,7 @@ from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import gradients
 from kfaccore_torch.masks import Told
+from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.records import called
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
@@ -34,6 +35,7 @@ class Optimizer:
     rest       parameters -> a torch optimizer, for parameters that are not covered; without it they are an error
     scaler     a GradScaler, for float16: the loss is scaled by it; where a gradient overflows no step is taken, and the
                scaler is told either way and updated
+    output     which of the model's outputs the loss is of: a name ("logits"), a place in a tuple, or a function
     settings   fields of `Settings`
 
     `.grad` of covered parameters stays None: where a batch has fewer rows than a layer is wide, autograd is asked for
@@ -47,6 +49,7 @@ class Optimizer:
         core: kf.Preconditioner | None = None,
         rest: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        output: Output = None,
         **settings: Any,
     ) -> None:
         core = core or kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning(), donate=True)
@@ -56,6 +59,7 @@ class Optimizer:
         core = over_ranks(core, model)
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine, parameters=True)
+        self.output = output
         self.scaler = Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._make_rest = rest
         self.rest: torch.optim.Optimizer | None = None
@@ -94,7 +98,7 @@ class Optimizer:
     ) -> float:
         """One update on a batch; the loss before it, penalty included.
 
-        inputs   a tensor, a tuple of positional or a dict of keyword arguments of the model
+        inputs   a tensor, a tuple of positional or a mapping of keyword arguments of the model
         mask     (batch, positions), true where a position exists
         ids      (batch,) places of the examples in the dataset, for methods that remember examples
         masks, examples   as `Preconditioner.capture` takes them
@@ -107,7 +111,7 @@ class Optimizer:
         random = random_state(engine.device) if engine.core.rule.judges else ()
         with torch.enable_grad():
             with engine.captured() as seen:
-                f = called(self.model, inputs)
+                f = self._predicted(inputs)
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
@@ -127,7 +131,7 @@ class Optimizer:
 
         def again() -> float:
             with replayed(self.model, random, engine.device):
-                value = float(engine.objective.value(called(self.model, inputs), target))
+                value = float(engine.objective.value(self._predicted(inputs), target))
             return mean(engine, value, n) + self._penalty(l2)
 
         self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
@@ -137,6 +141,9 @@ class Optimizer:
             self.rest.step()
             self.rest.zero_grad()
         return before
+
+    def _predicted(self, inputs: Any) -> Any:
+        return picked(called(self.model, inputs), self.output)
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""

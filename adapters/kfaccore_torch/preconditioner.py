@@ -18,6 +18,7 @@ from kfaccore_torch.collect import Shot, gathered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
+from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
@@ -39,9 +40,10 @@ class Preconditioner:
 
     model      its layers are found by the identity of their parameters; wrapped in DistributedDataParallel or
                torch.compile it may be
-    loss       nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss (mean or sum), a loss of kfaccore, or a
-               kfaccore.Joint of them for a dict of predictions
+    loss       nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss (mean or sum), a loss of kfaccore, one's own with
+               the methods of `Loss`, or a kfaccore.Joint of them for a dict of predictions
     core       a kfaccore.Preconditioner, or a method; default KFAC() at the default clocks
+    output     which of the model's outputs the loss is of: a name ("logits"), a place in a tuple, or a function
     settings   fields of `Settings`
 
     Several micro-batches before one step are several captures, each with its loss; several losses on one forward add
@@ -51,7 +53,7 @@ class Preconditioner:
     comes before `scaler.step`, after `scaler.unscale_` or without: what overflows is left for the scaler to see.
     """
 
-    def __init__(self, model: nn.Module, loss: Any, core: Any = None, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, loss: Any, core: Any = None, output: Output = None, **settings: Any) -> None:
         core = core if isinstance(core, kf.Preconditioner) else kf.Preconditioner(core or kf.KFAC(), donate=True)
         core = over_ranks(core, model)
         if core.rule.judges or core.rule.needs_records:
@@ -60,6 +62,7 @@ class Preconditioner:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine)
+        self.output = output
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
@@ -105,6 +108,7 @@ class Preconditioner:
 
         Raises ValueError if the forward was not captured.
         """
+        f = picked(f, self.output)
         self.engine.objective.heads(f)
         value = self.engine.objective.value(f, target)
         if value.requires_grad:
