@@ -242,6 +242,21 @@ def test_the_optimizer_scales_what_is_float16():
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_an_open_autocast_does_not_keep_old_weights():
+    """It caches its casts of weights, which the step has changed since."""
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = mlp(), labelled()
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), core(step=kf.Fixed(0.5)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = (optimizer.step(x, y) for _ in range(2))
+    assert second < first
+
+    searched = kt.Optimizer(mlp(), nn.CrossEntropyLoss(), core(damping=1e-6, step=kf.LineSearch(cap=1e4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [searched.step(x, y) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+
+
 @pytest.mark.parametrize("namespace", ["numpy", "torch"])
 def test_the_cores_own_products_are_not_under_autocast(namespace):
     torch.set_default_dtype(torch.float32)

@@ -171,10 +171,12 @@ class Optimizer:
             old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
             for p, move in moves:
                 p.sub_(move)
+            torch.clear_autocast_cache()  # which has the old weights, for as long as the caller's autocast is open
 
             def place(share: float) -> None:
                 for (p, move), kept in zip(moves, old, strict=True):
                     p.copy_(kept - share * move if share else kept)
+                torch.clear_autocast_cache()
 
             _, engine.state = engine.core.judge(engine.state, before, place, again)
 

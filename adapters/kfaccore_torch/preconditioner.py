@@ -110,7 +110,12 @@ class Preconditioner:
         """
         f = picked(f, self.output)
         self.engine.objective.heads(f)
-        value = self.engine.objective.value(f, target)
+        return self.attach(self.engine.objective.value(f, target), f, target)
+
+    def attach(self, value: torch.Tensor, f: Any, target: Any) -> torch.Tensor:
+        """As `loss`, for a loss that was formed elsewhere, by a model that is given its labels: `value`, which is the
+        loss named above at f and target up to a factor, is handed back, and counts once it is differentiated."""
+        f = picked(f, self.output)
         if value.requires_grad:
             value.register_hook(self._scale.note)
         if not self.engine.due or not torch.is_grad_enabled():
