@@ -45,26 +45,27 @@ def trainer() -> float:
 
 def weights(accumulation: int, steps: int = 6, resumed: int = 0) -> list[torch.Tensor]:
     """Parameters after some steps of the Trainer; `resumed`: it is stopped there and goes on from its checkpoint."""
-    transformers = importlib.import_module("transformers")
-    callback = importlib.import_module("kfaccore_torch.trainer").KFACCallback
-    data = None
+    torch.manual_seed(0)
+    data = example("toys").sentences()
     with tempfile.TemporaryDirectory() as folder:
-        for end in (*((resumed,) if resumed else ()), steps):
-            torch.manual_seed(0)
-            config = transformers.LlamaConfig(
-                vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-            )
-            model = transformers.LlamaForCausalLM(config).double()
-            data = data or example("toys").sentences()
-            given = {"per_device_train_batch_size": 32 // accumulation, "gradient_accumulation_steps": accumulation}
-            args = transformers.TrainingArguments(
-                folder, max_steps=end, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", use_cpu=True,
-                save_steps=resumed or steps, report_to="none", disable_tqdm=True, **given,
-            )  # fmt: skip
-            core = kf.Preconditioner(kf.KFAC(), clocks=kf.Clocks(1, 2), schedules=kf.Schedules(0.1, 0.9))
-            mine = callback(core=core, fisher=kf.type2)
-            run = transformers.Trainer(model, args, train_dataset=data, callbacks=[mine])
-            run.train(resume_from_checkpoint=bool(resumed) and end > resumed)
+        if resumed:
+            _trained(folder, data, accumulation, resumed, resumed, False)
+        return _trained(folder, data, accumulation, steps, resumed or steps, bool(resumed))
+
+
+def _trained(folder: str, data: list, accumulation: int, steps: int, save: int, go_on: bool) -> list[torch.Tensor]:
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).double()
+    given = {"per_device_train_batch_size": 32 // accumulation, "gradient_accumulation_steps": accumulation}
+    given |= {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "use_cpu": True}
+    given |= {"max_steps": steps, "save_steps": save, "report_to": "none", "disable_tqdm": True}
+    core = kf.Preconditioner(kf.KFAC(), clocks=kf.Clocks(1, 2), schedules=kf.Schedules(0.1, 0.9))
+    mine = importlib.import_module("kfaccore_torch.trainer").KFACCallback(core=core, fisher=kf.type2)
+    args = transformers.TrainingArguments(folder, **given)
+    trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[mine])
+    trainer.train(resume_from_checkpoint=go_on)
     return [p.detach() for p in model.parameters()]
 
 

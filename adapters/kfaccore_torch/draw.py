@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 import kfaccore as kf
-from kfaccore.layers import Conv
 from kfaccore_torch.bridge import HALF, ordered
 from kfaccore_torch.capture import Capture
+from kfaccore_torch.layout import stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import joined
@@ -41,17 +41,14 @@ def drawn(
     turn: int,
     n: float,
     exact: bool = False,
-    images: bool = False,
     given: Any = None,
     times: float = 1.0,
 ) -> tuple[dict[str, kf.Record], Observed]:
     """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
 
     n      of the records
-    exact  rows that mix examples make one example, so that `dense` has the right mean; else they stand as their
-           shape suggests, which rules that judge a step by examples need
-    images but for convolutions, whose images stand as they are: that is cheaper by far, and the same for every sum over
-           rows
+    exact  rows that mix examples make one example, so that `dense` has the right mean; else only where the layer's
+           method needs that (`layout.stands_together`), and elsewhere they stand as their shape suggests
     given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
     times  factor on the draws
     """
@@ -79,7 +76,7 @@ def drawn(
         _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
     ]
     observed = engine.observer.again(observed, layers, heads, grads)
-    return _recorded(engine, observed, grads, batch, n, (exact, images), set(seen.calls)), observed
+    return _recorded(engine, observed, grads, batch, n, exact, set(seen.calls)), observed
 
 
 def _recorded(
@@ -88,14 +85,16 @@ def _recorded(
     grads: list[Any],
     batch: Batch,
     n: float,
-    exact: tuple[bool, bool],
+    exact: bool,
     called: set[str],
 ) -> dict[str, kf.Record]:
     """Records of the calls that the draws reached."""
     by_layer: dict[str, list[tuple]] = {}
+    blocks = engine.blocks() if observed.mixing and not exact else {}
     for (name, call), owned, g in zip(observed.calls, observed.owned, grads, strict=True):
-        together = exact[0] and not (exact[1] and isinstance(engine.plan.layers[name].kind, Conv))
-        place = joined(owned.place, together) if owned.mixes else owned.place
+        place = owned.place
+        if owned.mixes:
+            place = joined(place, exact or stands_together(engine.core, blocks, name))
         if g is not None:
             by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
     batch.told.check(set(by_layer), called)

@@ -132,9 +132,8 @@ class Preconditioner:
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
-            records, observed = self.engine.records(
-                seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5
-            )
+            times = (shot.n / n) ** 0.5
+            records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times)
         self._formed += 1
         value = self._counted(value, shot, self.engine.waiting(records))
         self._terms.expect(value, observed.expected, self.engine.plan.trained)
