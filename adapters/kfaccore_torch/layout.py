@@ -26,8 +26,8 @@ def stands_together(core: kf.Preconditioner, blocks: dict[str, kf.Block], name: 
 def _indifferent(method: Any) -> bool:
     """Asked of the method: statistics of two examples of three rows, and of the same rows as one example of six."""
     rng = np.random.default_rng(0)
-    a = rng.standard_normal((1, 2, 3, 2))
-    g = rng.standard_normal((1, 1, 2, 3, 2))
+    a: Any = rng.standard_normal((1, 2, 3, 2))
+    g: Any = rng.standard_normal((1, 1, 2, 3, 2))
     apart = kf.Record(a, g, 2.0)
     together = kf.Record(a.reshape(1, 1, 6, 2), g.reshape(1, 1, 1, 6, 2), 2.0)
     state = method.init(kf.Block(2, 2, rows=8, samples=8), np.zeros(1))

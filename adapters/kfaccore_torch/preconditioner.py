@@ -173,16 +173,19 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             directions = engine.step(records, grads) if grads else {}
-            scaled = self._scale.is_a_scalers(engine.core.comm.world)
-            for name, matrix in directions.items():
-                layer = engine.plan.layers[name]
-                found = engine.tensors(layer, matrix)
-                # a direction withheld, zero, would hide from a scaler what its factor made overflow
-                hidden = scaled and not any(bool(x.any()) for x in found.values())
-                for role, x in found.items():
-                    grad: Any = layer.parameters[role].grad
-                    grad.copy_(torch.full_like(x, torch.inf) if hidden and bool(grad.any()) else x)
+            hidden = self._hidden(grads, directions)
+            engine.write(directions)
+            for grad in hidden:
+                grad.fill_(torch.inf)
         self.discard()
+
+    def _hidden(self, grads: dict[str, Any], directions: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Gradients whose direction was withheld, zero, which would hide from a scaler what its factor made overflow."""
+        if not self._scale.is_a_scalers(self.engine.core.comm.world):
+            return []
+        held = [n for n, x in directions.items() if not bool((x != 0).any()) and bool((grads[n] != 0).any())]
+        found = (p.grad for name in held for p in self.engine.plan.layers[name].parameters.values())
+        return [grad for grad in found if grad is not None]
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
         """The loss; once it is differentiated, what was found counts."""
