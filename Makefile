@@ -30,9 +30,10 @@ lint: $(TEST)/ready
 bench: $(TEST)/ready
 	status=0; for name in $(BENCHES); do $(TEST)/bin/python bench/$$name.py || status=1; done; exit $$status
 
-# Records and default shells on about thirty public models; --quick with ARGS takes six.
+# Records and default shells on about thirty public models, then loops of other libraries; --quick with ARGS takes six.
 zoo: $(ZOO)/ready
-	$(ZOO)/bin/python bench/torch_zoo.py $(ARGS)
+	status=0; for name in torch_zoo torch_loops; do $(ZOO)/bin/python bench/$$name.py $(ARGS) || status=1; done; \
+		exit $$status
 
 mutants: $(TEST)/ready
 	$(TEST)/bin/python tests/mutants.py
