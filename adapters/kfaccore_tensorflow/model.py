@@ -58,6 +58,21 @@ class KFACModel(keras.Model):
         self._ours = loss if isinstance(loss, OURS) else None
         super().compile(optimizer, None if self._ours is not None else loss, **options)
 
+    def get_compile_config(self) -> dict[str, Any]:
+        """As Keras's, with a loss of kfaccore by name."""
+        config = super().get_compile_config()
+        return config if self._ours is None else {**config, "loss": {"kfaccore": encoded(self._ours)}}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """The inverse of `get_compile_config`."""
+        given = dict(config)
+        loss = given.get("loss")
+        ours = decoded(loss["kfaccore"]) if isinstance(loss, dict) and "kfaccore" in loss else None
+        given = keras.saving.deserialize_keras_object({**given, **({} if ours is None else {"loss": None})})
+        self.compile(**{**given, **({} if ours is None else {"loss": ours})})
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **more: Any) -> Any:
         """Keras's loss, or that of kfaccore and the model's own."""
         if self._ours is None:

@@ -106,7 +106,7 @@ def _grouped(one: Followed) -> list[tuple[Matrix, list[tuple[Use, bool]]]]:
             groups.setdefault(key, (use.matrix, []))[1].append((use, False))
     if len(groups) > 1 and _overlap([matrix for matrix, _ in groups.values()], one.variable):
         one.reasons.append(TIED)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: group[0].offset)  # not by chance of the graph's order
 
 
 def _overlap(matrices: Sequence[Matrix], variable: Variable) -> bool:

@@ -12,7 +12,7 @@ from kfaccore import Window
 from kfaccore_tensorflow.kinds import Convolution, Elementwise, Lookup, Product
 from kfaccore_tensorflow.layout import Layout, Matrix
 from kfaccore_tensorflow.terms import Terms, einsum_terms, matmul_terms
-from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use
+from kfaccore_tensorflow.uses import ELEMENTWISE, Hot, Operation, Tensor, Unread, Use
 
 WIDE = 1024  # elements of a parameter that is used elementwise: above it, one block for each of its vectors
 
@@ -21,7 +21,10 @@ def read(op: Operation, hot: Hot) -> Use:
     """The use that `op` makes of it; Unread, with the reason, where it is none that has a record."""
     if op.type not in RULES:
         raise Unread(REASONS.get(op.type, f"it goes into {op.type}, which is no product, sum, look-up or convolution"))
-    return RULES[op.type](op, hot)
+    use = RULES[op.type](op, hot)
+    if hot.changed == ELEMENTWISE and not isinstance(use.kind, Elementwise):
+        raise Unread(f"each element of it is changed before {op.type}")
+    return use
 
 
 def _other(op: Operation, hot: Hot) -> tuple[int, Tensor]:
