@@ -30,9 +30,11 @@ CLOCKS = {"clocks": kf.Clocks(2, 4), "schedules": kf.Schedules(0.05, 0.9)}
 def double():
     """Models in float64."""
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     keras.utils.set_random_seed(3)
     yield
     keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
 
 
 class Sorted(L.Layer):

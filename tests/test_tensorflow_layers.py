@@ -24,9 +24,11 @@ WORDS = (5, 4)
 def double():
     """Models in float64."""
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     keras.utils.set_random_seed(3)
     yield
     keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
 
 
 class Own(keras.Model):

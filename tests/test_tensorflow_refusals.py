@@ -66,8 +66,8 @@ def function(x, w):
 
 def rematerialised():
     with keras.RematScope(mode="full"):
-        layer = L.Dense(3, name="it")
-    return sequential(layer)
+        layer = L.Conv1D(3, 2, name="it")
+    return sequential(layer, shape=(5, 6))
 
 
 NOTHING = "which is no product, sum, look-up or convolution"
@@ -77,7 +77,7 @@ REFUSED = {
         "it: it is multiplied with another parameter",
     ),
     "squared": (lambda: own(lambda x, w: x @ tf.square(w), (6, 3)), "it: each element of it is changed before MatMul"),
-    "both sides": (lambda: own(lambda x, w: x @ (w @ w), (6, 6)), "it: both operands of MatMul are made of it"),
+    "both sides": (lambda: own(lambda x, w: x @ (w @ w), (6, 6)), "it: it is multiplied with another parameter"),
     "softmax": (lambda: own(lambda x, w: x * tf.nn.softmax(w)), f"it: it goes into Softmax, {NOTHING}"),
     "sorted": (lambda: own(lambda x, w: x * tf.math.top_k(w, 6).values), f"it: it goes into TopKV2, {NOTHING}"),
     "normed": (lambda: own(lambda x, w: x @ tf.math.l2_normalize(w, 0), (6, 3)), "it: "),

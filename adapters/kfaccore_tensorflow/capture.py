@@ -90,14 +90,18 @@ def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
         start = graph.version
         found = call(*args, **kwargs)
         if here:
-            scopes.calls.append(Scope(layer, start, graph.version, _mask(first, kwargs, graph)))
+            end = graph.version
+            scopes.calls.append(Scope(layer, start, end, _mask(layer, first, kwargs, graph)))
         return found
 
     return wrapper
 
 
-def _mask(first: Any, kwargs: dict[str, Any], graph: Any) -> Tensor | None:
+def _mask(layer: Layer, first: Any, kwargs: dict[str, Any], graph: Any) -> Tensor | None:
+    """The mask of a call: of its input, or one that the layer makes itself, as an embedding does."""
     mask = kwargs.get("mask")
     mask = getattr(first, "_keras_mask", None) if mask is None else mask
+    if mask is None and tf.is_tensor(first) and type(layer).compute_mask is not keras.layers.Layer.compute_mask:
+        mask = layer.compute_mask(first, None)
     plain = tf.is_tensor(mask) and mask.shape.rank == 2 and getattr(mask, "graph", graph) is graph
     return mask if plain else None

@@ -1,11 +1,11 @@
-"""All uses of a model's variables in a traced forward pass: followed from each variable's reads, operation by operation.
+"""All uses of a model's variables in a traced forward pass, followed from each variable operation by operation.
 
 What reaches the prediction is followed and nothing else, so a regulariser or a metric is no use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,7 +107,6 @@ def _called(op: Operation, here: Hot) -> Use:
         return read(op, here)
     # a variable that is read inside has no value outside: its change, of which there is none, is not asked for
     return replace(use, hot=replace(here, changed=max(here.changed, use.hot.changed)), x=x, out=op.outputs[0])
-
 
 
 def _origin(tensor: Tensor) -> Tensor:

@@ -104,9 +104,14 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
         none = [name for name, one in losses.items() if one is None]
         raise ValueError(f"outputs {none} have no loss; give the model outputs that are trained")
     ordered = [name for name in names if name in losses] if set(losses) <= set(names) else list(losses)
-    scales = dict(weights) if isinstance(weights, Mapping) else dict(zip(losses, weights or [1.0] * len(losses), strict=True))
+    scales = (
+        dict(weights)
+        if isinstance(weights, Mapping)
+        else dict(zip(losses, weights or [1.0] * len(losses), strict=True))
+    )
     return Several(
-        {name: single(losses[name], fisher) for name in ordered}, {name: float(scales.get(name, 1.0)) for name in ordered}
+        {name: single(losses[name], fisher) for name in ordered},
+        {name: float(scales.get(name, 1.0)) for name in ordered},
     )
 
 

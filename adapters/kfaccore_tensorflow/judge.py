@@ -15,9 +15,7 @@ import tensorflow as tf
 from kfaccore_tensorflow.step import Engine
 
 
-def judge(
-    engine: Engine, before: Any, value: Callable[[], Any], variables: Sequence[Any], old: Sequence[Any]
-) -> None:
+def judge(engine: Engine, before: Any, value: Callable[[], Any], variables: Sequence[Any], old: Sequence[Any]) -> None:
     """Sets `variables`, just updated from `old`, to what stays; `before` is the loss without the updates.
 
     value   the loss of the batch, traced: a model that draws at random while it trains, as dropout does, is judged

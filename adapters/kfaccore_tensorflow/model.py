@@ -44,7 +44,8 @@ class KFACModel(keras.Model):
 
     def build(self, input_shape: Any) -> None:
         """Builds the inner model."""
-        if not self.inner.built:
+        own = type(self.inner).build not in (keras.Model.build, keras.layers.Layer.build)
+        if own and not self.inner.built:  # others are built by their first call
             self.inner.build(input_shape)
         self.built = True
 
@@ -73,10 +74,12 @@ class KFACModel(keras.Model):
         if self.built:
             self.optimizer.build(self.trainable_variables)
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **more: Any) -> Any:
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
         """Keras's loss, or that of kfaccore and the model's own."""
         if self._ours is None:
-            return super().compute_loss(x, y, y_pred, sample_weight, **more)
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
         value = self._objective().value(y, y_pred, sample_weight)
         return tf.add_n([value, *(tf.cast(own, value.dtype) for own in self.losses)])
 
@@ -122,7 +125,9 @@ class KFACModel(keras.Model):
     def _ready(self) -> Engine:
         """The engine; its plan is made in the first step."""
         if self.engine is None:
-            self.engine = Engine(self.loss if self._ours is None else self._ours, self.settings, names=output_names(self.inner))
+            self.engine = Engine(
+                self.loss if self._ours is None else self._ours, self.settings, names=output_names(self.inner)
+            )
         self.engine.objective = self._objective()  # compile may have changed it
         return self.engine
 

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from kfaccore_tensorflow.layout import Layout
-from kfaccore_tensorflow.uses import BY_ONE_NUMBER, ELEMENTWISE, Hot, Operation, Tensor, Unread
+from kfaccore_tensorflow.uses import AS_IT_IS, BY_ONE_NUMBER, ELEMENTWISE, Hot, Operation, Tensor, Unread
 
 SILENT = {"Shape", "Size", "Rank", "ZerosLike", "OnesLike", "StopGradient", "PreventGradient", "VariableShape"}
 SAME = {"ReadVariableOp", "Identity", "Cast", "EnsureShape", "CheckNumerics", "Snapshot"}
@@ -49,8 +49,10 @@ def _combined(op: Operation, hot: Hot) -> Hot:
     first = op.inputs[0] is hot.tensor
     changed = ELEMENTWISE
     if op.type in ("Add", "AddV2") or (op.type == "Sub" and first):
-        changed = 0
-    elif op.type == "Sub" or (other is not hot.tensor and other.shape.num_elements() == 1 and (first or "Mul" in op.type)):
+        changed = AS_IT_IS
+    elif op.type == "Sub" or (
+        other is not hot.tensor and other.shape.num_elements() == 1 and (first or "Mul" in op.type)
+    ):
         changed = BY_ONE_NUMBER
     return hot.on(op.outputs[0], hot.layout.reshaped(shape), changed)
 

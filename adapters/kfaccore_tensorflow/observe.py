@@ -42,7 +42,7 @@ class Observed:
 def observe(model: Any, graph: Any, outputs: Sequence[Tensor], scopes: Scopes) -> Observed:
     """What the forward pass that made `outputs` in `graph` did with the model's trainable variables."""
     names = named(model)
-    trained = [v for v in model.trainable_variables]
+    trained = list(model.trainable_variables)
     parts: list[Part] = []
     calls: dict[str, list[Call]] = {}
     refused: dict[str, tuple[tuple[Variable, ...], str]] = {}

@@ -65,7 +65,9 @@ def owned(first: np.ndarray, second: np.ndarray, examples: int) -> Place:
     rows = first.shape[:-1]
     s = factors(examples)
     eps = np.finfo(first.dtype).eps
-    slack = min(eps**0.5, 0.02) * np.abs(first).max(initial=0.0, axis=-1) + 4 * eps * s.max() * np.abs(first).max(initial=0.0)
+    slack = min(eps**0.5, 0.02) * np.abs(first).max(initial=0.0, axis=-1) + 4 * eps * s.max() * np.abs(first).max(
+        initial=0.0
+    )
     likeliest = None
     for place in suggested(rows, examples):
         likeliest = likeliest or place

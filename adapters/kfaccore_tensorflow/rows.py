@@ -126,17 +126,20 @@ def _piece(part: Part, shape: Shape, found: Seen, place: Place, examples: int) -
 def _exists(shape: Shape, piece: _Piece, masks: Sequence[np.ndarray], examples: int) -> np.ndarray | None:
     """Positions that count: those that a mask leaves, and any other that moves the prediction all the same.
 
-    Of look-ups that no example owns, those that move it.
+    The mask is that of the layer's call or of one around it; else any of the batch's that is of the same positions. Of
+    look-ups that no example owns, those count that move the prediction.
     """
     positions = piece.g.shape[3]
     live = np.any(piece.g != 0, axis=(0, 1, 4)) if len(piece.g) else None
     if isinstance(shape.kind, Lookup) and piece.g.shape[2] == 1 < examples:
         return live
-    for place, step in shape.masks:
+    candidates = [(*one, False) for one in shape.masks] + [(place, None, True) for place in range(len(masks))]
+    for place, step, same in candidates:
         mask = masks[place].astype(bool)
         if step is not None and positions == 1:
             mask = mask[:, step : step + 1]
-        if mask.shape[0] != piece.g.shape[2] or positions % mask.shape[1] or (step is not None and mask.shape[1] != 1):
+        whole = mask.shape[0] == piece.g.shape[2] and positions % mask.shape[1] == 0
+        if not whole or (step is not None and positions > 1) or (same and positions != mask.shape[1]):
             continue
         mask = np.repeat(mask, positions // mask.shape[1], axis=1)
         return mask if live is None else mask | live
@@ -203,5 +206,3 @@ def _joined(part: Part, pieces: list[_Piece], n: float) -> kf.Record:
         return kf.Record(kf.Ids(index, pieces[0].a.size), g, n, exists)
     a = [piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a for piece in pieces]
     return kf.Record(np.concatenate(a, axis=2), g, n, exists)
-
-

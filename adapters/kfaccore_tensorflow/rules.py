@@ -45,10 +45,14 @@ def _product(op: Operation, hot: Hot, terms: Terms, x: Tensor) -> Use:
 def _matmul(op: Operation, hot: Hot) -> Use:
     place, x = _other(op, hot)
     batched = op.type != "MatMul"
-    turned = tuple(bool(op.get_attr(name)) for name in (("adj_x", "adj_y") if batched else ("transpose_a", "transpose_b")))
+    turned = tuple(
+        bool(op.get_attr(name)) for name in (("adj_x", "adj_y") if batched else ("transpose_a", "transpose_b"))
+    )
     ranks = tuple(t.shape.rank for t in op.inputs[:2])
     terms = matmul_terms(ranks, turned, place)
-    squeezed = [i for i, (size, c) in enumerate(zip(hot.layout.shape, terms.weight, strict=True)) if size == 1 and c.isupper()]
+    squeezed = [
+        i for i, (size, c) in enumerate(zip(hot.layout.shape, terms.weight, strict=True)) if size == 1 and c.isupper()
+    ]
     if squeezed:  # leading axes of size 1 meet any size: they are none
         axes = tuple(axis for i, axis in enumerate(hot.layout.axes) if i not in squeezed)
         hot = hot.on(hot.tensor, Layout(hot.layout.offset, axes))
@@ -202,7 +206,11 @@ def _repeated(op: Operation, hot: Hot) -> Use:
 
 def _spread(x: Tensor, out: Tensor) -> Tensor:
     """As many axes as the output."""
-    return tf.reshape(x, tf.concat([[1] * (out.shape.rank - x.shape.rank), tf.shape(x)], 0)) if x.shape.rank < out.shape.rank else x
+    return (
+        tf.reshape(x, tf.concat([[1] * (out.shape.rank - x.shape.rank), tf.shape(x)], 0))
+        if x.shape.rank < out.shape.rank
+        else x
+    )
 
 
 def _all(names: Sequence[str], rule: Callable[[Operation, Hot], Use]) -> dict[str, Callable[[Operation, Hot], Use]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -153,7 +153,9 @@ class Engine:
             for role, v in part.variables.items():
                 value = np.array(to_numpy(v.value)) if id(v) not in new else new[id(v)][1]
                 placed = part.arrays(np.asarray(tree["params"][part.name]))
-                mask = part.arrays(np.ones(part.matrix({r: to_numpy(u.value) for r, u in part.variables.items()}).shape))
+                mask = part.arrays(
+                    np.ones(part.matrix({r: to_numpy(u.value) for r, u in part.variables.items()}).shape)
+                )
                 new[id(v)] = (v, np.where(mask[role] > 0, placed[role], value))
         for v, value in new.values():
             v.assign(to_tensor(value, v.dtype))

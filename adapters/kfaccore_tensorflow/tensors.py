@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import HALF, widened
-from kfaccore_tensorflow.kinds import Elementwise
 from kfaccore_tensorflow.losses import masked
 from kfaccore_tensorflow.observe import Call, Observed
 from kfaccore_tensorflow.plan import Part
@@ -55,9 +54,9 @@ def gathered(engine: Engine, parts: Sequence[Part], seen: Observed, tape: Any, h
     shapes = {part.name: _shapes(seen.calls[part.name], masks) for part in parts if not part.whole}
     calls = [call for part in parts if not part.whole for call in seen.calls[part.name]]
     outputs = [call.use.out for call in calls]
-    half = sorted({part.name for part in parts if not part.whole for c in seen.calls[part.name] if c.use.out.dtype == tf.float16})
+    half = [p.name for p in parts if any(c.use.out.dtype == tf.float16 for c in seen.calls.get(p.name, ()))]
     if half:
-        raise ValueError(f"parts {half[:5]} compute in float16, whose gradients underflow: use the policy mixed_bfloat16")
+        raise ValueError(f"parts {half[:5]} are float16, whose gradients underflow: use the policy mixed_bfloat16")
     change = [_change(tape, call) for call in calls]
     wholes = [part.variables["weight"] for part in parts if part.whole]
     count, g = _gradients(engine, tape, heads, data, outputs, wholes)

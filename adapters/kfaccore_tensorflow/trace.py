@@ -21,7 +21,7 @@ def coverage(model: Any, strict: bool = False, x: Any = None) -> Plan:
         raise ValueError(f"model {model.name!r} has no variables yet: build it, or call it on a batch, first")
     given = specs(model) if x is None else [_spec(x)]
     if not given:
-        raise ValueError(f"model {model.name!r} does not tell what it is called on: give a batch, coverage(model, x=batch)")
+        raise ValueError(f"model {model.name!r} does not tell its inputs: give a batch, coverage(model, x=batch)")
     failed: list[Exception] = []
     for spec in given:
         try:
