@@ -300,7 +300,6 @@ def test_callbacks_of_every_day(tmp_path, rng):
     told = []
     calls = [
         keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.5, patience=0, min_delta=10.0),
-        keras.callbacks.TensorBoard(tmp_path / "board"),
         keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True),
         keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: told.append(model.engine.info.metrics())),
     ]

@@ -84,7 +84,7 @@ def _inline(call: Callable) -> Callable:
 def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         here = tf.compat.v1.get_default_graph() is graph
-        first = args[0] if args else next(iter(kwargs.values()), None)
+        first: Any = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(layer, keras.layers.RNN) and tf.is_tensor(first) and first.shape[1] is not None:
             layer.unroll = True
         start = graph.version
@@ -99,7 +99,7 @@ def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
 
 def _mask(layer: Layer, first: Any, kwargs: dict[str, Any], graph: Any) -> Tensor | None:
     """The mask of a call: of its input, or one that the layer makes itself, as an embedding does."""
-    mask = kwargs.get("mask")
+    mask: Any = kwargs.get("mask")
     mask = getattr(first, "_keras_mask", None) if mask is None else mask
     if mask is None and tf.is_tensor(first) and type(layer).compute_mask is not keras.layers.Layer.compute_mask:
         mask = layer.compute_mask(first, None)

@@ -71,8 +71,8 @@ def recorded(
     change = [None if t is None else next(flat) for t in tensors.change]
     g = list(flat)
     given: dict[str, list[Seen]] = {part.name: [] for part in tensors.parts}
-    for (part, shape), *arrays in zip(_calls(tensors), x, change, g, strict=False):  # behind them are those of wholes
-        given[part.name].append(seen(part, shape, Given(*arrays)))
+    for (part, shape), operand, changed, rows in zip(_calls(tensors), x, change, g, strict=False):  # wholes come last
+        given[part.name].append(seen(part, shape, Given(operand, changed, rows)))
     if asked:
         look(engine, {name: [one.of(slice(ASK)) for one in each] for name, each in given.items()}, int(examples))
     found = {}

@@ -29,7 +29,8 @@ def spanned(plan: Plan, core: kf.Preconditioner, method: Any) -> tuple[Plan, kf.
             matrix = Matrix(0, (), ((prod(int(s) for s in v.shape), 1),))
             wholes.append(Part(name, {"weight": v}, {"weight": matrix}, (f"diagonal: {reason}",), whole=True))
     parts = (*plan.parts, *wholes)
-    methods = dict(core.methods) if isinstance(core.methods, Mapping) else {p.name: core.methods for p in plan.parts}
+    one: Any = core.methods
+    methods = dict(one) if isinstance(one, Mapping) else {part.name: one for part in plan.parts}
     methods |= {part.name: method for part in wholes if part.name not in methods}
     other = kf.Preconditioner(
         methods, core.clocks, core.schedules, step=core.rule, comm=core.comm, donate=core.donate, widest=core.widest

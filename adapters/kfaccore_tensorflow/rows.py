@@ -204,5 +204,5 @@ def _joined(part: Part, pieces: list[_Piece], n: float) -> kf.Record:
     if part.lookup:
         index = np.concatenate([piece.a.index for piece in pieces], axis=1)
         return kf.Record(kf.Ids(index, pieces[0].a.size), g, n, exists)
-    a = [piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a for piece in pieces]
+    a = [np.asarray(piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a) for piece in pieces]
     return kf.Record(np.concatenate(a, axis=2), g, n, exists)

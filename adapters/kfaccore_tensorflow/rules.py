@@ -45,11 +45,9 @@ def _product(op: Operation, hot: Hot, terms: Terms, x: Tensor) -> Use:
 def _matmul(op: Operation, hot: Hot) -> Use:
     place, x = _other(op, hot)
     batched = op.type != "MatMul"
-    turned = tuple(
-        bool(op.get_attr(name)) for name in (("adj_x", "adj_y") if batched else ("transpose_a", "transpose_b"))
-    )
-    ranks = tuple(t.shape.rank for t in op.inputs[:2])
-    terms = matmul_terms(ranks, turned, place)
+    names = ("adj_x", "adj_y") if batched else ("transpose_a", "transpose_b")
+    turned = (bool(op.get_attr(names[0])), bool(op.get_attr(names[1])))
+    terms = matmul_terms((op.inputs[0].shape.rank, op.inputs[1].shape.rank), turned, place)
     squeezed = [
         i for i, (size, c) in enumerate(zip(hot.layout.shape, terms.weight, strict=True)) if size == 1 and c.isupper()
     ]
