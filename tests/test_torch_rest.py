@@ -257,6 +257,7 @@ def test_a_plan_on_the_meta_device():
             assert not kt.plan(model, data()).uncovered, name
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     "name", ["LSTM, two ways, two layers", "LSTM, projected", "LSTM, packed", "GRU", "GRU, packed", "RNN"]
 )
