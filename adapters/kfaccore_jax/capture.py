@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import jax
@@ -12,9 +11,9 @@ import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.batch import examples
-from kfaccore_jax.drawn import Drawn
-from kfaccore_jax.layers import Layer
+from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.plan import Plan, evaluated, followed
+from kfaccore_jax.records import Drawn, pairs
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Captured:
     params: Any
     _pull: Any
     _data: dict[str, Any]
-    _shapes: dict[str, Any]
+    _shapes: dict[str, Shape]
     _n: int
 
     def gradients(self, cotangent: Any) -> Any:
@@ -43,12 +42,19 @@ class Captured:
         one_by_one   a loop over draws instead of vmap: less memory, and what JAX needs for grouped convolutions of
                      arrays that are spread over devices
         """
-        if draws.shape[0] == 0:
-            return {key: jnp.zeros((0, *y.shape), y.dtype) for key, y in self._shapes.items()}
-        if draws.shape[0] == 1:
-            return {key: g[None] for key, g in self._pull(draws[0])[1].items()}
+        return self._pulled(draws, one_by_one)[1]
+
+    def _pulled(self, draws: Any, one_by_one: bool) -> tuple[Any, dict[str, Any]]:
+        """Gradients of params and of the outputs of calls, draws first."""
+        count = jax.tree.leaves(draws)[0].shape[0]
+        if count == 0:
+            none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), self.params)
+            return none, {key: jnp.zeros((0, *y.shape), y.dtype) for key, y in self._shapes.items()}
+        if count == 1:
+            found = self._pull(jax.tree.map(lambda draw: draw[0], draws))
+            return jax.tree.map(lambda x: x[None], found)
         over = jax.lax.map if one_by_one else lambda f, xs: jax.vmap(f)(xs)
-        return over(lambda draw: self._pull(draw)[1], draws)
+        return over(self._pull, draws)
 
     def records(
         self, draws: Any, n: Any, ids: Any = None, one_by_one: bool = False, fisher: Callable | None = None
@@ -59,64 +65,33 @@ class Captured:
         fisher   kfaccore's function that made the draws, so that a step which cannot use them says so
         """
         g = self.output_gradients(draws, one_by_one)
-        found = {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
-        return Drawn(found, fisher)
+        found = pairs(self.plan, self._data, g, self._n, self._spec)
+        return Drawn({name: Record(a, g, n, ids=ids) for name, (a, g) in found.items()}, fisher)
+
+    @property
+    def _spec(self) -> Any:
+        """Axes of an explicit mesh that the examples are spread over."""
+        spec = spread(jax.tree.leaves(self.prediction)[0])
+        return spec[0] if spec else None
 
     def factored(self, cotangent: Any) -> dict[str, Factored]:
         """Gradients of <cotangent, prediction> as g^T a, not multiplied out, of the layers where that makes the
         preconditioner cheaper; under jit the pass is shared with `gradients` of the same cotangent."""
         g = {key: x[None] for key, x in self._pull(cotangent)[1].items()}
         found = {}
-        for layer in self.plan.layers:
-            block = layer.block
-            a, g_layer = self._pair(layer, g)
+        for name, (a, g_layer) in pairs(self.plan, self._data, g, self._n, self._spec).items():
+            block = self.plan.blocks[name]
             if not isinstance(a, Ids | Patches) and a.shape[1] * a.shape[2] < max(block.d_in, block.d_out):
-                found[layer.name] = Factored(a, g_layer[0], 1.0)
+                found[name] = Factored(a, g_layer[0], 1.0)
         return found
-
-    def _pair(self, layer: Layer, g: Mapping[str, Any]) -> tuple[Any, Any]:
-        """a and g of a layer, its calls joined on the shared axis."""
-        pairs = []
-        for key in layer.calls:
-            call = self.plan.calls[key]
-            x = self._data.get(key)
-            found = widened(call.gradients(g[key], x, self._n))
-            a = call.inputs(x, found, self._n, layer.lone)
-            if isinstance(a, Patches) and layer.bias is not None and layer.factor != 1.0:
-                a = a.unfold()
-            if not isinstance(a, Ids | Patches):
-                a = jnp.asarray(a, found.dtype)
-                if layer.bias is not None:
-                    a = jnp.concatenate([a, jnp.full_like(a[..., :1], layer.factor)], -1)
-            elif isinstance(a, Patches):
-                a = Patches(jnp.asarray(a.image, found.dtype), a.window, layer.bias is not None)
-            pairs.append((a, found))
-        return reduce(_joined, pairs)
-
-
-def _joined(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Two calls of one layer as more shared positions."""
-    a, g = first
-    b, h = second
-    if isinstance(a, Ids):
-        both: Any = Ids(jnp.concatenate([a.index, b.index], 1), a.size)
-    else:
-        a, b = (x.unfold() if isinstance(x, Patches) else x for x in (a, b))
-        both = jnp.concatenate([a, b], 2)
-    return both, jnp.concatenate([g, h], 3)
-
-
-def widened(x: Any) -> Any:
-    """Half precision as float32."""
-    return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 
 
 def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     """Run `plan.apply(params, *args)` once, keeping what records need; the batch size may differ from the plan's."""
     n = examples(args, plan.batched)
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(differing(params, args))  # gradients are each device's own
     live = [i for i, x in enumerate(leaves) if followed(x)]
-    shapes = _probes(plan, params, args)
+    shapes = _probes(plan, jax.tree.unflatten(structure, leaves), args)
 
     def forward(floats: list, probes: dict) -> tuple[Any, tuple]:
         full = list(leaves)
@@ -126,8 +101,8 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
         pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes)
         return pred, (aux, walk.data)
 
-    zeros = {key: jnp.zeros(y.shape, y.dtype) for key, y in shapes.items()}
-    pred, pull, (aux, data) = jax.vjp(forward, [leaves[i] for i in live], zeros, has_aux=True)
+    probes = zeros(shapes, (params, args))
+    pred, pull, (aux, data) = jax.vjp(forward, [leaves[i] for i in live], probes, has_aux=True)
 
     def both(cotangent: Any) -> tuple[Any, dict]:
         floats, g = pull(cotangent.astype(pred.dtype))
@@ -139,9 +114,9 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     return Captured(plan, pred, aux, params, both, data, shapes, n)
 
 
-def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Any]:
-    """Shapes of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
-    found: dict[str, Any] = {}
+def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:
+    """Types of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
+    found: dict[str, Shape] = {}
 
     def abstract(params: Any, args: tuple) -> None:
         walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None)[2]

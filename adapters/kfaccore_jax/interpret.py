@@ -16,8 +16,9 @@ from jax.extend.core import Literal
 
 from kfaccore_jax.calls import Call
 from kfaccore_jax.indices import folded
+from kfaccore_jax.mesh import Shape
 from kfaccore_jax.rules import RULES, lone, paired
-from kfaccore_jax.tags import JITS, REMATS, Out, Param, Tag, moved, scaled
+from kfaccore_jax.tags import JITS, PLACED, REMATS, Out, Param, Tag, moved, scaled
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Walk:
     depth: int = 0
     calls: dict[str, Call] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Shape] = field(default_factory=dict)
     leaks: dict[int, list[str]] = field(default_factory=dict)
 
     def inside(self, place: int, fresh: bool) -> Walk:
@@ -62,7 +63,7 @@ class Walk:
     def capture(self, key: str, call: Call, x: Any, y: Any) -> Any:
         """The output of a call with its probe added."""
         self.calls[key] = call
-        self.outputs[key] = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        self.outputs[key] = Shape.of(y)
         if x is not None:
             self.data[key] = x
         return y if self.probes is None else y + self.probes[key]
@@ -84,7 +85,10 @@ def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[li
         tag = None if isinstance(v, Literal) else known.get(v)
         return None if isinstance(tag, Out) and uses[v] > 1 else tag
 
-    for place, eqn in enumerate(jaxpr.eqns):
+    place = -1
+    for eqn in jaxpr.eqns:
+        # what only places an array is not counted: under shard_map and on meshes the same model has more of it
+        place += eqn.primitive.name not in PLACED
         inputs = [value(v) for v in eqn.invars]
         hot = [tag_of(v) for v in eqn.invars]
         outs, found = _equation(walk, jaxpr, place, eqn, inputs, hot)
@@ -213,7 +217,7 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
     last, (ys, data) = jax.lax.scan(body, inputs[consts : consts + carries], rows, **options)
     inner = seen[0]
     inner.calls = {key: call.within(walk.depth) for key, call in inner.calls.items()}
-    inner.outputs = {key: jax.ShapeDtypeStruct((p["length"], *y.shape), y.dtype) for key, y in inner.outputs.items()}
+    inner.outputs = {key: y.stacked(p["length"]) for key, y in inner.outputs.items()}
     walk.absorb(inner, data)
     return [*last, *ys]
 

@@ -45,7 +45,8 @@ class Out:
 Tag = Param | Out | None
 JITS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
 REMATS = {"checkpoint", "remat", "remat2"}
-SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"}
+PLACED = {"pvary", "pcast", "reshard", "mesh_cast", "sharding_constraint"}  # say where an array lies, not what it is
+SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"} | PLACED
 
 
 def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
