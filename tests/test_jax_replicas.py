@@ -15,7 +15,7 @@ from jax_models import FAST, mlp, mlp_params, normal
 from jax_needed import jax, jnp, kj
 
 HERE = Path(__file__).parent
-PAIRS = ["shard_map:kfac", "checked:tuned", "pmap:conv", "explicit:words"]
+PAIRS = ["shard_map:words", "checked:tuned", "pmap:conv", "explicit:kfac"]
 
 
 def test_four_devices_equal_one():

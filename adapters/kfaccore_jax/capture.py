@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfaccore import Factored, Ids, Patches, Record
+from kfaccore import Factored, Ids, Patches, Record, monte_carlo
 from kfaccore_jax.batch import examples
+from kfaccore_jax.layers import named
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.plan import Plan, evaluated, followed
-from kfaccore_jax.records import Drawn, pairs
+from kfaccore_jax.records import Drawn, pairs, widened
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,38 @@ class Captured:
         fisher   kfaccore's function that made the draws, so that a step which cannot use them says so
         """
         g = self.output_gradients(draws, one_by_one)
+        rest: dict[str, Record] = {}
+        if self.plan.shared:
+            floats, signed = self._pulled(self._signed(draws, fisher), one_by_one)
+            g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None}
+            rest = self._rest(floats, n)
         found = pairs(self.plan, self._data, g, self._n, self._spec)
-        return Drawn({name: Record(a, g, n, ids=ids) for name, (a, g) in found.items()}, fisher)
+        own = {layer.name: None if layer.common or layer.turned else ids for layer in self.plan.layers}
+        records = {name: Record(a, g, n, ids=own[name]) for name, (a, g) in found.items()}
+        return Drawn(records, fisher, rest=rest)
+
+    def _signed(self, draws: Any, fisher: Callable | None) -> Any:
+        """The draws with an independent sign an example and draw: the squared sum over examples of what they share is
+        then the sum of squares in expectation, as it is by itself for labels drawn from the model."""
+        if fisher is monte_carlo:
+            return draws
+        count = jax.tree.leaves(draws)[0].shape[0]
+        signs = jax.random.rademacher(jax.random.key(0), (count, self._n), jnp.int8)  # fixed: a step has no key
+
+        def one(x: Any) -> Any:
+            return x * signs.reshape(*signs.shape, *(1,) * (x.ndim - 2)).astype(x.dtype)
+
+        return jax.tree.map(one, draws)
+
+    def _rest(self, floats: Any, n: Any) -> dict[str, Record]:
+        """Records of leaves without a layer: one row for the whole batch, a = 1, g the gradient of the draw."""
+        leaves = named(floats)
+        found = {}
+        for name in self.plan.uncovered:
+            g = widened(leaves[name])
+            g = g.reshape(g.shape[0], 1, 1, 1, -1)
+            found[name] = Record(jnp.ones((1, 1, 1, 1), g.dtype), g, n)
+        return found
 
     @property
     def _spec(self) -> Any:
@@ -98,7 +129,7 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
         for i, x in zip(live, floats, strict=True):
             full[i] = x
         tree = jax.tree.unflatten(structure, full)
-        pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes)
+        pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes, plan.known)
         return pred, (aux, walk.data)
 
     probes = zeros(shapes, (params, args))
@@ -119,7 +150,7 @@ def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:
     found: dict[str, Shape] = {}
 
     def abstract(params: Any, args: tuple) -> None:
-        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None)[2]
+        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]
         found.update(walk.outputs)
 
     jax.eval_shape(abstract, params, args)

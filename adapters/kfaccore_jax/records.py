@@ -77,13 +77,42 @@ def _spec(shapes: Pair, n: int, spec: Any) -> Any:
 
 def pair(plan: Plan, layer: Layer, data: Mapping[str, Any], g: Mapping[str, Any], n: int) -> Pair:
     """a and g of a layer, its calls joined on the shared axis."""
-    found = []
-    for key in layer.calls:
+
+    def of(key: str) -> Pair:
         call = plan.calls[key]
         own = widened(call.gradients(g[key], data.get(key), n))
         a = call.inputs(data.get(key), own, n, layer.lone)
-        found.append((_with_bias(layer, a, own.dtype), own))
+        return _with_bias(layer, a, own.dtype), own
+
+    found = [of(key) for key in layer.calls]
+    if layer.turned:
+        found = [_unit(_folded(a, own)) for a, own in found]
+        found += [_unit(_folded(own, a)) for a, own in map(of, layer.turned)]
     return reduce(_joined, found)
+
+
+def _folded(first: Any, second: Any) -> Pair:
+    """Two sides of one call, of which either has draws in front (draws, blocks, batch, shared, d), with the draws in
+    the batch: an example a draw, so that F, a sum over both, is what it was."""
+    if isinstance(first, Ids):
+        first = jax.nn.one_hot(first.index, first.size, dtype=second.dtype)[None]
+    draws = max(x.shape[0] for x in (first, second) if x.ndim == 5)
+    if draws == 0:
+        raise ValueError("a tied layer needs draws: its inputs in one use are output gradients in the other")
+
+    def fold(x: Any) -> Any:
+        x = jnp.broadcast_to(x if x.ndim == 5 else x[None], (draws, *x.shape[-4:]))
+        return x.transpose(1, 0, 2, 3, 4).reshape(x.shape[1], draws * x.shape[2], *x.shape[3:])
+
+    return fold(first), fold(second)[None]
+
+
+def _unit(sides: Pair) -> Pair:
+    """Rows a of length 1, g scaled against them: J is the same, and the Kronecker product of both uses' rows, which is
+    half of (A1 + A2) x (G1 + G2) with traces of A1 and A2 alike, has the trace of their F."""
+    a, g = sides
+    length = jnp.linalg.norm(a, axis=-1, keepdims=True)
+    return a / jnp.where(length > 0, length, 1.0), g * length
 
 
 def _with_bias(layer: Layer, a: Any, dtype: Any) -> Any:
