@@ -163,7 +163,7 @@ def test_a_step_of_its_own_rate_moves_every_leaf_out_of_the_box():
     def value(p):
         return 0.5 * jnp.sum((odd(p, x) - 1) ** 2) / 6
 
-    moves, state = tx.update(
+    moves, _ = tx.update(
         captured.gradients((f - 1) / 6), tx.init(ODD), ODD, records=records, value=value(ODD), value_fn=value
     )
     assert all(np.any(m) for m in jax.tree.leaves(moves))

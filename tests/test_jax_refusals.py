@@ -83,7 +83,7 @@ def test_a_refused_leaf_leaves_the_others_covered():
 def test_misuse_is_named():
     with pytest.raises(ValueError, match=r"first axes \{(6, 5|5, 6)\}; need one batch"):
         kj.plan(lambda p, x, y: x @ p, W, X, normal((5, 4)), batched=(0, 1))
-    with pytest.raises(TypeError, match="apply gave a tuple; need one array"):
+    with pytest.raises(TypeError, match="apply gave a tuple; need one array, a dict of arrays by head"):
         kj.plan(lambda p, x: (x @ p, x), W, X)
     with pytest.raises(TypeError, match="dot_general requires contracting dimensions") as caught:
         kj.plan(lambda p, x: x @ p, W, normal((6, 3)))
@@ -104,3 +104,35 @@ def test_the_batch_axis_is_where_the_batch_is():
     records = kj.capture(major, W, x).records(jnp.ones((1, n, 4)), n)
     assert records["params"].a.shape == (1, 6, 4, 4)
     np.testing.assert_array_equal(records["params"].a[0], x)
+
+
+MOVING = {
+    "sorted": (lambda w, x: jnp.sort(x, 0) @ w, "sort"),
+    "permuted by data": (lambda w, x: jnp.tanh(x[jnp.argsort(x[:, 0])]) @ w, "gather"),
+    "reversed after": (lambda w, x: jnp.tanh(x @ w)[::-1], "rev"),
+    "there and back": (lambda w, x: jnp.tanh(x[::-1] @ w)[::-1], "rev"),
+    "rolled under jit": (lambda w, x: jax.jit(lambda x: jnp.roll(x, 1, 0) @ w)(x), "slice"),
+    "added up": (lambda w, x: jnp.cumsum(x @ w, 0), "cumsum"),
+    "halves": (lambda w, x: sum(jnp.split(x @ w, 2)).repeat(2, 0), "split"),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_examples_that_leave_their_places_are_refused(name):
+    apply, primitive = MOVING[name]
+    (row,) = kj.plan(lambda p, x: apply(p["w"], x), {"w": W}, X).table
+    assert row.reason == f"goes into: dense on examples that {primitive} moves along the batch"
+
+
+def test_what_moves_within_an_example_is_followed():
+    def apply(w, x):
+        x = jax.vmap(lambda one: one[jnp.argsort(one)])(jnp.sort(x, -1)[:, ::-1])
+        return jnp.roll(x, 1, 1) @ w
+
+    assert kj.plan(apply, W, X).table[0].covered
+
+
+def test_complex_predictions_are_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"jnp.stack\(\[f.real, f.imag\], -1\)"):
+        kj.plan(lambda p, x: (x @ p) * jnp.exp(1j * x), W, X)
+    assert kj.plan(lambda p, x: jnp.stack([x @ p, x], -1), W, X).table[0].covered

@@ -6,7 +6,7 @@ from kfaccore_jax.capture import Captured, capture
 from kfaccore_jax.keras_model import keras_apply, keras_assign, keras_stateful
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, Row, plan
-from kfaccore_jax.step import kfac
+from kfaccore_jax.step import Step, kfac, step
 from kfaccore_jax.tap import Tap
 from kfaccore_jax.transform import KFACState
 
@@ -16,6 +16,7 @@ __all__ = [
     "Layer",
     "Plan",
     "Row",
+    "Step",
     "Tap",
     "accumulate",
     "capture",
@@ -26,4 +27,5 @@ __all__ = [
     "keras_stateful",
     "kfac",
     "plan",
+    "step",
 ]

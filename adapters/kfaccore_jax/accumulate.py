@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kfaccore import Block, Ids, Record, measured
 from kfaccore_jax.records import Drawn
 from kfaccore_jax.replicas import share_of
-from kfaccore_jax.transform import KFACState, Transformation
+from kfaccore_jax.transform import KFACState, Transformation, state_of
 from kfaccore_jax.trees import register
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.Gradi
         inner = within.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         wide = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
-        stats = _empty(rule, _of_kfac(inner), jnp.zeros((), wide))
+        stats = _empty(rule, state_of(inner), jnp.zeros((), wide))
         share = jnp.zeros((), jnp.result_type(float))
         return AccumulateState(jnp.zeros((), jnp.int32), zeros, stats, share, inner)
 
@@ -125,12 +125,6 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def _of_kfac(state: Any) -> KFACState:
-    """The one state of kfac in the state of a chain."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KFACState))
-    return next(x for x in leaves if isinstance(x, KFACState))
-
-
 def _empty(rule: Transformation, state: KFACState, like: Any) -> dict[str, Any]:
     """Stats of nothing for every block that is measured; ValueError where a method needs rows at its step."""
     blocks = dict(state.core.blocks)
@@ -156,7 +150,7 @@ def _added(rule: Transformation, state: AccumulateState, records: Any, grads: An
     """The Stats with those of one micro-batch, where the step to come will use them."""
     if records is None:
         return state.stats
-    core_state = _of_kfac(state.inner).core
+    core_state = state_of(state.inner).core
     blocks = dict(core_state.blocks)
     core = rule.core(blocks)
     given = rule.given_records(records, grads, blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from kfaccore_jax.batch import examples
 from kfaccore_jax.layers import named
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.plan import Plan, evaluated, followed
+from kfaccore_jax.positions import Longer, mask_of
 from kfaccore_jax.records import Drawn, pairs, widened
 
 
@@ -32,6 +33,7 @@ class Captured:
     _data: dict[str, Any]
     _shapes: dict[str, Shape]
     _n: int
+    _args: tuple
 
     def gradients(self, cotangent: Any) -> Any:
         """The gradient, a tree like params, of <cotangent, prediction>: pass the mean loss's gradient in it."""
@@ -58,12 +60,22 @@ class Captured:
         return over(self._pull, draws)
 
     def records(
-        self, draws: Any, n: Any, ids: Any = None, one_by_one: bool = False, fisher: Callable | None = None
+        self,
+        draws: Any,
+        n: Any,
+        ids: Any = None,
+        one_by_one: bool = False,
+        fisher: Callable | None = None,
+        mask: Any = None,
     ) -> Drawn:
         """{layer: Record} for draws of per-example losses (type2, monte_carlo, empirical, forward_only).
 
-        n        the loss normaliser: the batch size for a mean over examples
+        n        the loss normaliser: the batch size for a mean over examples, the positions that count for a mean over
+                 positions
         fisher   kfaccore's function that made the draws, so that a step which cannot use them says so
+        mask     (batch, *positions), True where a position exists: padding then enters no factor. Which rows of a layer
+                 it means is seen from the model at twice the length; where that cannot be, give {layer: (batch, rows)}.
+                 The loss's own mask is the draws' matter: type2(loss, f, mask=mask)
         """
         g = self.output_gradients(draws, one_by_one)
         rest: dict[str, Record] = {}
@@ -73,8 +85,22 @@ class Captured:
             rest = self._rest(floats, n)
         found = pairs(self.plan, self._data, g, self._n, self._spec)
         own = {layer.name: None if layer.common or layer.turned else ids for layer in self.plan.layers}
-        records = {name: Record(a, g, n, ids=own[name]) for name, (a, g) in found.items()}
+        masks = self._masks(mask, jax.tree.leaves(draws)[0].shape[0])
+        records = {name: Record(a, g, n, masks.get(name), own[name]) for name, (a, g) in found.items()}
         return Drawn(records, fisher, rest=rest)
+
+    def _masks(self, mask: Any, draws: int) -> Mapping[str, Any]:
+        """{layer: (batch, rows)} of the layers whose rows have positions."""
+        if mask is None or isinstance(mask, Mapping):
+            unknown = sorted(set(mask or {}) - set(self.plan.blocks))
+            if unknown:
+                raise ValueError(f"mask has layers {unknown} that the plan has not; it has {sorted(self.plan.blocks)}")
+            return mask or {}
+        mask = jnp.asarray(mask)
+        if mask.ndim < 2 or mask.shape[0] != self._n:
+            raise ValueError(f"mask has shape {mask.shape}; need ({self._n}, *positions), True where a position exists")
+        longer = Longer.of(self.plan, self.params, self._args, self._shapes, tuple(mask.shape[1:]))
+        return {layer.name: mask_of(self.plan, layer, mask, longer, draws) for layer in self.plan.layers}
 
     def _signed(self, draws: Any, fisher: Callable | None) -> Any:
         """The draws with an independent sign an example and draw: the squared sum over examples of what they share is
@@ -136,13 +162,13 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     pred, pull, (aux, data) = jax.vjp(forward, [leaves[i] for i in live], probes, has_aux=True)
 
     def both(cotangent: Any) -> tuple[Any, dict]:
-        floats, g = pull(cotangent.astype(pred.dtype))
+        floats, g = pull(jax.tree.map(lambda c, f: jnp.asarray(c, f.dtype), cotangent, pred))
         full = [jnp.zeros_like(x) for x in leaves]
         for i, x in zip(live, floats, strict=True):
             full[i] = x
         return jax.tree.unflatten(structure, full), g
 
-    return Captured(plan, pred, aux, params, both, data, shapes, n)
+    return Captured(plan, pred, aux, params, both, data, shapes, n, args)
 
 
 def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:

@@ -15,6 +15,7 @@ from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import Walk, as_calls, run
 from kfaccore_jax.layers import Layer, gathered, named
 from kfaccore_jax.layout import Layout
+from kfaccore_jax.order import moved
 from kfaccore_jax.tags import Param, Tag
 from kfaccore_jax.tap import Tap
 
@@ -119,12 +120,16 @@ def plan(
     if walk.calls.keys() != other.calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
     minor = jaxpr is not None and joins_behind(jaxpr, second)
+    places = moved(jaxpr, second) if jaxpr is not None else {}
     calls = {}
     refused = dict(walk.leaks)
     for key, call in walk.calls.items():
         x = (data.get(key), data2.get(key))
         y = (walk.outputs[key], other.outputs[key])
         calls[key], why = settled(call, x, y, n, minor)
+        name = places.get(key.split("@")[0])
+        if name and not why and calls[key].batch is not None:
+            why = f"{call.kind} on examples that {name} moves along the batch"
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
                 refused.setdefault(leaf, []).append(why)
@@ -179,11 +184,26 @@ def evaluated(
     outs[:count] = as_calls(walk, -1, outs[:count], found[:count], "the output itself")
     out = jax.tree.unflatten(jax.tree.structure(shape), outs)
     pred, aux = out if has_aux else (out, None)
-    if not hasattr(pred, "shape"):
-        raise TypeError(
-            f"apply gave a {type(pred).__name__}; need one array, or a pair of it and aux with has_aux=True"
-        )
+    _check_prediction(pred)
     return pred, aux, walk, closed
+
+
+def _check_prediction(pred: Any) -> None:
+    """TypeError for what draws cannot be taken of."""
+    arrays = list(pred.values()) if isinstance(pred, dict) else [pred]
+    if not arrays or not all(hasattr(x, "shape") for x in arrays):
+        raise TypeError(
+            f"apply gave a {type(pred).__name__}; need one array, a dict of arrays by head, or a pair of it and aux "
+            f"with has_aux=True"
+        )
+    wrong = [str(x.dtype) for x in arrays if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if any("complex" in dtype for dtype in wrong):
+        raise TypeError(
+            f"apply gave a prediction of dtype {wrong[0]}; losses take real numbers: stack real and imaginary parts, "
+            f"jnp.stack([f.real, f.imag], -1)"
+        )
+    if wrong:
+        raise TypeError(f"apply gave a prediction of dtype {wrong[0]}; need a floating dtype")
 
 
 def followed(x: Any) -> bool:

@@ -5,24 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from kfaccore import (
     KFAC,
+    Bernoulli,
     Clocks,
+    Code,
     Diagonal,
     Fixed,
+    Gaussian,
     Identity,
+    Joint,
     Method,
     Preconditioner,
     Schedules,
+    SelfTuning,
     SharedDamping,
+    SoftmaxCrossEntropy,
     Tridiagonal,
     TwoLevel,
+    empirical,
+    monte_carlo,
 )
+from kfaccore_jax.capture import capture
 from kfaccore_jax.plan import Plan
-from kfaccore_jax.transform import Transformation
+from kfaccore_jax.transform import Transformation, counts_of
 
 if TYPE_CHECKING:
     import optax
+
+Loss = SoftmaxCrossEntropy | Bernoulli | Gaussian
 
 
 def kfac(
@@ -112,3 +125,80 @@ def _uncovered(core: Preconditioner, method: Method | None, rest: Any) -> Method
             f"{core.rule} sets one rate for every parameter: leave out rest, and give uncovered=Diagonal()"
         )
     return Diagonal() if method is None else method
+
+
+class Step:
+    """One jitted function for a whole loop, with `init`; made by `step`."""
+
+    def __init__(self, plan: Plan, loss: Loss | Joint, tx: optax.GradientTransformationExtraArgs, draws: int) -> None:
+        self.plan = plan
+        self.loss = loss
+        self.tx = tx
+        self.draws = draws
+        self._run = jax.jit(self._step, donate_argnums=(0, 1))
+
+    def init(self, params: Any) -> Any:
+        """The state of the transformation."""
+        return self.tx.init(params)
+
+    def __call__(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
+        """(params, opt_state, metrics) after one batch: (*args of apply, target). `params` and `opt_state` are given
+        away; metrics are {name: 0-d array}: loss, and code/NAME, how often each code has come up."""
+        return self._run(params, opt_state, batch, key)
+
+    def _step(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
+        import optax
+
+        *args, target = batch
+        captured = capture(self.plan, params, *args)
+        f = captured.prediction
+        n = self.loss.normaliser(f, target)
+        draws = monte_carlo(self.loss, f, self._noise(f, key), target)
+        records = captured.records(draws, n, fisher=monte_carlo)
+        value = self.loss.value(f, target) / n
+        slope = jax.tree.map(lambda v: v[0] / n, empirical(self.loss, f, target))
+
+        def value_fn(params: Any) -> Any:
+            out = self.plan.apply(params, *args)
+            return self.loss.value(out[0] if self.plan.has_aux else out, target) / n
+
+        given = {"records": records, "value": value, "value_fn": value_fn}
+        moves, opt_state = self.tx.update(captured.gradients(slope), opt_state, params, **given)
+        counts = {f"code/{code.name}": x for code, x in zip(Code, counts_of(opt_state), strict=True)}
+        return optax.apply_updates(params, moves), opt_state, {"loss": value, **counts}
+
+    def _noise(self, f: Any, key: Any) -> Any:
+        """What `monte_carlo` takes, head by head from one key."""
+        if isinstance(self.loss, Joint):
+            keys = jax.random.split(key, len(self.loss.losses))
+            heads = zip(keys, self.loss.losses, strict=True)
+            return {head: _noise(loss, f[head], key, self.draws) for key, (head, loss) in heads}
+        return _noise(self.loss, f, key, self.draws)
+
+
+def step(
+    plan: Plan,
+    loss: Loss | Joint,
+    tx: optax.GradientTransformationExtraArgs | None = None,
+    draws: int = 1,
+) -> Step:
+    """A jitted (params, opt_state, batch, key) -> (params, opt_state, metrics) of sampled labels; `.init(params)` gives
+    the state, batch is (*args of apply, target).
+
+    loss    SoftmaxCrossEntropy(), Bernoulli(), Gaussian() or a Joint of them, averaged as its `normaliser` says
+    tx      a chain with kfac(plan); the default sets its own rate, momentum and damping:
+            optax.chain(kfac(plan, step=SelfTuning()), optax.scale(-1.0))
+    draws   labels sampled an example
+    """
+    import optax
+
+    if tx is None:
+        tx = optax.chain(kfac(plan, step=SelfTuning()), optax.scale(-1.0))
+    return Step(plan, loss, optax.with_extra_args_support(tx), draws)
+
+
+def _noise(loss: Loss, f: Any, key: Any, draws: int) -> Any:
+    if isinstance(loss, Gaussian):
+        return jax.random.normal(key, (draws, *f.shape), f.dtype)
+    shape = f.shape[:-1] if isinstance(loss, SoftmaxCrossEntropy) else f.shape
+    return jax.random.uniform(key, (draws, *shape), f.dtype)
