@@ -19,6 +19,17 @@ def doubled(args: tuple, batched: tuple[int, ...]) -> tuple:
     return tuple(jax.tree.map(double, arg) if i in batched else arg for i, arg in enumerate(args))
 
 
+def strong(tree: Any) -> Any:
+    """A tree of arrays none of which has a weak type, as uint8 / 255.0 has: the equations of a model depend on it."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        return jax.lax.convert_element_type(x, x.dtype) if isinstance(x, jax.Array) and jax.typeof(x).weak_type else x
+
+    return jax.tree.map(one, tree)
+
+
 def examples(args: tuple, batched: tuple[int, ...]) -> int:
     """The batch size, the first axis of every array in the arguments `batched`."""
     sizes = {x.shape[0] if x.ndim else None for i in batched for x in jax.tree.leaves(args[i])}

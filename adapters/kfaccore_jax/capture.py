@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record, monte_carlo
-from kfaccore_jax.batch import examples
+from kfaccore_jax.batch import examples, strong
 from kfaccore_jax.layers import named
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.plan import Plan, evaluated, followed
@@ -146,6 +146,8 @@ class Captured:
 def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     """Run `plan.apply(params, *args)` once, keeping what records need; the batch size may differ from the plan's."""
     n = examples(args, plan.batched)
+    params = strong(params)
+    args = strong(args)
     leaves, structure = jax.tree.flatten(differing(params, args))  # gradients are each device's own
     live = [i for i, x in enumerate(leaves) if followed(x)]
     shapes = _probes(plan, jax.tree.unflatten(structure, leaves), args)

@@ -89,9 +89,16 @@ class Layer:
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """{dotted path: leaf} of a tree of parameters."""
+    """{dotted path: leaf} of a tree of parameters; a flax.nnx Variable and its bare array have one name."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(_text(key) for key in path) or "params": leaf for path, leaf in pairs}
+    return {".".join(_text(key) for key in _bare(path)) or "params": leaf for path, leaf in pairs}
+
+
+def _bare(path: tuple) -> tuple:
+    """A path without the `value` of a Variable at its end."""
+    last = path[-1] if path else None
+    wrapped = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value" and len(path) > 1
+    return path[:-1] if wrapped else path
 
 
 def _text(key: Any) -> str:

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block
-from kfaccore_jax.batch import doubled, examples, joins_behind, settled
+from kfaccore_jax.batch import doubled, examples, joins_behind, settled, strong
 from kfaccore_jax.calls import Call
-from kfaccore_jax.interpret import Walk, as_calls, run
+from kfaccore_jax.interpret import as_calls, run
 from kfaccore_jax.layers import Layer, gathered, named
 from kfaccore_jax.layout import Layout
 from kfaccore_jax.order import moved
 from kfaccore_jax.tags import Param, Tag
 from kfaccore_jax.tap import Tap
+from kfaccore_jax.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def plan(
     Capture the prediction, not the loss: a penalty on a parameter inside `apply` would make it uncovered.
     """
     n = examples(args, batched)
-    shape = jax.eval_shape(lambda p, a: (p, a), params, args)
+    shape = strong(jax.eval_shape(lambda p, a: (p, a), params, args))
     one = shape[1]
     if n == 1:  # an axis of one element looks like no axis
         one = doubled(one, batched)

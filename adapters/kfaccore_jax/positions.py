@@ -100,11 +100,11 @@ def _call_mask(plan: Plan, layer: Layer, key: str, mask: Any, longer: Longer) ->
     sizes = [shape[i] for i in others]
     each = shape[batch] // mask.shape[0]  # positions joined with the batch stand behind it
     rows = each * prod(sizes)
-    known = [axes[i] for i in others]
+    known: list[int | None] = [axes[i] for i in others]
     if each == 1 and not others:
         return None, rows
     if each == 1 and sizes == list(mask.shape[1:]) and None in longer.longer:
-        known = list(range(len(sizes)))
+        known = [*range(len(sizes))]
     if each == prod(mask.shape[1:]) and not others:
         return mask.reshape(mask.shape[0], -1).astype(bool), rows
     if each != 1 or not any(k is not None for k in known):

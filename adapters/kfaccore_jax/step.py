@@ -197,7 +197,7 @@ def step(
     return Step(plan, loss, optax.with_extra_args_support(tx), draws)
 
 
-def _noise(loss: Loss, f: Any, key: Any, draws: int) -> Any:
+def _noise(loss: object, f: Any, key: Any, draws: int) -> Any:
     if isinstance(loss, Gaussian):
         return jax.random.normal(key, (draws, *f.shape), f.dtype)
     shape = f.shape[:-1] if isinstance(loss, SoftmaxCrossEntropy) else f.shape
