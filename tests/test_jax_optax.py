@@ -297,8 +297,8 @@ def test_a_core_is_taken_whole():
     assert all(layer.A.ndim == 2 for layer in narrow.core.layers.values())  # diagonals of sides wider than 3
     with pytest.raises(ValueError, match="both core and clocks are given"):
         kj.kfac(plan, clocks=kf.Clocks(7, 7), core=core)
-    with pytest.raises(ValueError, match="neither of which runs inside jit"):
-        kj.kfac(plan, core=kf.Preconditioner(network=kf.TwoLevel()))
+    with pytest.raises(ValueError, match="ranks, which do not run inside jit"):
+        kj.kfac(plan, core=kf.Preconditioner(kf.KFAC(), comm=kf.Serial(0, 2)))
 
 
 def test_a_method_that_rests_cannot_be_traced():

@@ -26,24 +26,22 @@ def carried(w, x):
 REFUSED = {  # model of one leaf w (4, 4): the reason
     "cond": (lambda w, x: lax.cond(True, lambda w: x @ w, lambda w: x - w[0], w), "goes into: cond"),
     "custom_vjp": (lambda w, x: by_hand(x, w), "goes into: custom_vjp_call"),
-    "masked": (lambda w, x: x @ (w * jnp.tri(4)), "goes into: scale on data without a batch axis"),
     "squared": (lambda w, x: x @ (w * w), "goes into: mul of two leaves"),
     "normalised": (lambda w, x: x @ (w / jnp.linalg.norm(w)), "goes into: mul of two leaves"),
-    "softmax": (lambda w, x: x @ jax.nn.softmax(w), "goes into: reduce_max, bias on data without a batch axis"),
-    "concatenated": (lambda w, x: x @ jnp.concatenate([w, w], 1), "goes into: concatenate of two leaves"),
+    "softmax": (lambda w, x: x @ jax.nn.softmax(w), "goes into: reduce_max"),
+    "joined and squared": (lambda w, x: x @ jnp.concatenate([w, w], 1) ** 2, "goes into: integer_pow"),
     "exponential": (lambda w, x: x @ jnp.exp(w), "goes into: exp"),
     "penalty": (lambda w, x: x @ w + (w**2).sum(), "goes into: integer_pow"),
-    "transposed twice": (lambda w, x: jnp.tanh(x @ w) @ w.T, "goes into: dense in two arrangements"),
-    "tied": (
-        lambda w, x: jnp.tanh(w[(10 * x[:, 0]).astype(int) % 4]) @ w.T,
-        "goes into: used as dense and embedding",
+    "a half tied": (lambda w, x: jnp.tanh(x @ w) @ w[:2].T, "goes into: dense in two arrangements"),
+    "tied and added": (lambda w, x: jnp.tanh(x @ w) @ w.T + w[0], "goes into: used as bias and dense"),
+    "shared and owned": (
+        lambda w, x: x @ w + jnp.ones(4) @ w,
+        "goes into: dense on rows of examples and on rows that all of them share",
     ),
     "scan carry": (carried, "goes into: scan as its carry"),
     "product of leaves": (lambda w, x: x @ (w @ w), "goes into: dot_general of two leaves"),
-    "output": (lambda w, x: jnp.broadcast_to(w, (x.shape[0], 4, 4)), "goes into: the output itself"),
     "gathered columns": (lambda w, x: x @ w[:, jnp.array([2, 0])], "goes into: gather"),
     "sorted": (lambda w, x: x @ jnp.sort(w, 0), "goes into: sort"),
-    "batch contracted": (lambda w, x: x * (x.T @ x @ w).sum(), "goes into: dense on data without a batch axis"),
     "indexed by data": (
         lambda w, x: lax.dynamic_slice(w, (x[0, 0].astype(int), 0), (2, 4)) @ x[0] + x[:, :2],
         "goes into: dynamic_slice",
@@ -85,7 +83,7 @@ def test_a_refused_leaf_leaves_the_others_covered():
 def test_misuse_is_named():
     with pytest.raises(ValueError, match=r"first axes \{(6, 5|5, 6)\}; need one batch"):
         kj.plan(lambda p, x, y: x @ p, W, X, normal((5, 4)), batched=(0, 1))
-    with pytest.raises(TypeError, match="apply gave a tuple; need one array"):
+    with pytest.raises(TypeError, match="apply gave a tuple; need one array, a dict of arrays by head"):
         kj.plan(lambda p, x: (x @ p, x), W, X)
     with pytest.raises(TypeError, match="dot_general requires contracting dimensions") as caught:
         kj.plan(lambda p, x: x @ p, W, normal((6, 3)))
@@ -106,3 +104,35 @@ def test_the_batch_axis_is_where_the_batch_is():
     records = kj.capture(major, W, x).records(jnp.ones((1, n, 4)), n)
     assert records["params"].a.shape == (1, 6, 4, 4)
     np.testing.assert_array_equal(records["params"].a[0], x)
+
+
+MOVING = {
+    "sorted": (lambda w, x: jnp.sort(x, 0) @ w, "sort"),
+    "permuted by data": (lambda w, x: jnp.tanh(x[jnp.argsort(x[:, 0])]) @ w, "gather"),
+    "reversed after": (lambda w, x: jnp.tanh(x @ w)[::-1], "rev"),
+    "there and back": (lambda w, x: jnp.tanh(x[::-1] @ w)[::-1], "rev"),
+    "rolled under jit": (lambda w, x: jax.jit(lambda x: jnp.roll(x, 1, 0) @ w)(x), "slice"),
+    "added up": (lambda w, x: jnp.cumsum(x @ w, 0), "cumsum"),
+    "halves": (lambda w, x: sum(jnp.split(x @ w, 2)).repeat(2, 0), "split"),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_examples_that_leave_their_places_are_refused(name):
+    apply, primitive = MOVING[name]
+    (row,) = kj.plan(lambda p, x: apply(p["w"], x), {"w": W}, X).table
+    assert row.reason == f"goes into: dense on examples that {primitive} moves along the batch"
+
+
+def test_what_moves_within_an_example_is_followed():
+    def apply(w, x):
+        x = jax.vmap(lambda one: one[jnp.argsort(one)])(jnp.sort(x, -1)[:, ::-1])
+        return jnp.roll(x, 1, 1) @ w
+
+    assert kj.plan(apply, W, X).table[0].covered
+
+
+def test_complex_predictions_are_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"jnp.stack\(\[f.real, f.imag\], -1\)"):
+        kj.plan(lambda p, x: (x @ p) * jnp.exp(1j * x), W, X)
+    assert kj.plan(lambda p, x: jnp.stack([x @ p, x], -1), W, X).table[0].covered

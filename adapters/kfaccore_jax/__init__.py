@@ -1,12 +1,14 @@
 """K-FAC for JAX: follows parameters through a model's jaxpr, and preconditions as an optax transformation."""
 
+from kfaccore_jax.accumulate import accumulate
 from kfaccore_jax.bridge import exported, imported
 from kfaccore_jax.capture import Captured, capture
 from kfaccore_jax.keras_model import keras_apply, keras_assign, keras_stateful
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, Row, plan
+from kfaccore_jax.step import Step, kfac, step
 from kfaccore_jax.tap import Tap
-from kfaccore_jax.transform import KFACState, kfac
+from kfaccore_jax.transform import KFACState
 
 __all__ = [
     "Captured",
@@ -14,7 +16,9 @@ __all__ = [
     "Layer",
     "Plan",
     "Row",
+    "Step",
     "Tap",
+    "accumulate",
     "capture",
     "exported",
     "imported",
@@ -23,4 +27,5 @@ __all__ = [
     "keras_stateful",
     "kfac",
     "plan",
+    "step",
 ]

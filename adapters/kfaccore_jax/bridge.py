@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfaccore_jax.capture import widened
+from kfaccore_jax.records import widened
 from kfaccore_jax.trees import register
 
 

@@ -33,17 +33,17 @@ class View:
             return View((0, *blocks), shared, features, split)
         return View(blocks, (0, *shared), features, split)
 
-    def arranged(self, x: Any, batch: int, keep: bool = False) -> Any:
+    def arranged(self, x: Any, batch: int | None, keep: bool = False) -> Any:
         """x as (blocks, batch, other shared axes joined, features), features joined unless `keep`; `batch` is the
-        place of the batch axis within `shared`."""
+        place of the batch axis within `shared`, None for rows that all examples share: a batch of one."""
         if self.split:
             axis, groups = self.split
             x = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
         others = tuple(axis for i, axis in enumerate(self.shared) if i != batch)
-        first = self.shared[batch]
-        lead = prod(x.shape[i] for i in self.blocks), x.shape[first], prod(x.shape[i] for i in others)
+        first = () if batch is None else (self.shared[batch],)
+        lead = prod(x.shape[i] for i in self.blocks), prod(x.shape[i] for i in first), prod(x.shape[i] for i in others)
         features = tuple(x.shape[i] for i in self.features)
-        x = x.transpose(*self.blocks, first, *others, *self.features)
+        x = x.transpose(*self.blocks, *first, *others, *self.features)
         return x.reshape(*lead, *(features if keep else (prod(features),)))
 
 
@@ -67,7 +67,7 @@ class Call:
     x, y     roles of the axes of the input kept and of the output
     window   geometry of a convolution; `edges` (low, high, interior) pad and dilate its image first
     stack    depths of the scans whose axis is one of blocks; they come first
-    batch    place of the batch axis within `shared`, set by the plan
+    batch    place of the batch axis within `shared`, set by the plan; None for rows that all examples share
     """
 
     kind: str
@@ -82,7 +82,7 @@ class Call:
     edges: tuple[tuple[int, int, int], ...] = ()
     stack: tuple[int, ...] = ()
     bias: BiasOf | None = None
-    batch: int = 0
+    batch: int | None = 0
 
     def within(self, depth: int) -> Call:
         """Seen from outside the scan of that depth."""
@@ -93,13 +93,17 @@ class Call:
         """Of the matrix in the leaf, axes not joined."""
         return Layout.from_axes((*self.blocks, *self.outs, *self.ins), self.offset)
 
+    def owners(self, n: int) -> int:
+        """Examples in its record: n, or 1 where all share its rows."""
+        return 1 if self.batch is None else n
+
     def gradients(self, g: Any, x: Any, n: int) -> Any:
         """Output gradients (draws, *y.shape) -> g (draws, blocks, batch, shared, d_out)."""
 
         def one(g: Any) -> Any:
             g = g * x if self.kind == "scale" else g
             g = self.y.arranged(g, self.batch)
-            return g.reshape(g.shape[0], n, -1, g.shape[-1])
+            return g.reshape(g.shape[0], self.owners(n), -1, g.shape[-1])
 
         return jax.vmap(one)(g)
 
@@ -109,6 +113,7 @@ class Call:
         lone   for the bias of this call alone: ones
         """
         shape = like.shape[1:4]
+        n = self.owners(n)
         if self.kind == "embedding" and not lone:
             return Ids(self.x.arranged(x, self.batch).reshape(n, -1), self.ins[0][0])
         if self.kind in ("dense", "conv") and not lone:

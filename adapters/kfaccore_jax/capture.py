@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kfaccore import Factored, Ids, Patches, Record
-from kfaccore_jax.batch import examples
-from kfaccore_jax.drawn import Drawn
-from kfaccore_jax.layers import Layer
+from kfaccore import Factored, Ids, Patches, Record, monte_carlo
+from kfaccore_jax.batch import examples, strong
+from kfaccore_jax.layers import named
+from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.plan import Plan, evaluated, followed
+from kfaccore_jax.positions import Longer, mask_of
+from kfaccore_jax.records import Drawn, pairs, widened
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Captured:
     params: Any
     _pull: Any
     _data: dict[str, Any]
-    _shapes: dict[str, Any]
+    _shapes: dict[str, Shape]
     _n: int
+    _args: tuple
 
     def gradients(self, cotangent: Any) -> Any:
         """The gradient, a tree like params, of <cotangent, prediction>: pass the mean loss's gradient in it."""
@@ -43,108 +45,140 @@ class Captured:
         one_by_one   a loop over draws instead of vmap: less memory, and what JAX needs for grouped convolutions of
                      arrays that are spread over devices
         """
-        if draws.shape[0] == 0:
-            return {key: jnp.zeros((0, *y.shape), y.dtype) for key, y in self._shapes.items()}
-        if draws.shape[0] == 1:
-            return {key: g[None] for key, g in self._pull(draws[0])[1].items()}
+        return self._pulled(draws, one_by_one)[1]
+
+    def _pulled(self, draws: Any, one_by_one: bool) -> tuple[Any, dict[str, Any]]:
+        """Gradients of params and of the outputs of calls, draws first."""
+        count = jax.tree.leaves(draws)[0].shape[0]
+        if count == 0:
+            none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), self.params)
+            return none, {key: jnp.zeros((0, *y.shape), y.dtype) for key, y in self._shapes.items()}
+        if count == 1:
+            found = self._pull(jax.tree.map(lambda draw: draw[0], draws))
+            return jax.tree.map(lambda x: x[None], found)
         over = jax.lax.map if one_by_one else lambda f, xs: jax.vmap(f)(xs)
-        return over(lambda draw: self._pull(draw)[1], draws)
+        return over(self._pull, draws)
 
     def records(
-        self, draws: Any, n: Any, ids: Any = None, one_by_one: bool = False, fisher: Callable | None = None
+        self,
+        draws: Any,
+        n: Any,
+        ids: Any = None,
+        one_by_one: bool = False,
+        fisher: Callable | None = None,
+        mask: Any = None,
     ) -> Drawn:
         """{layer: Record} for draws of per-example losses (type2, monte_carlo, empirical, forward_only).
 
-        n        the loss normaliser: the batch size for a mean over examples
+        n        the loss normaliser: the batch size for a mean over examples, the positions that count for a mean over
+                 positions
         fisher   kfaccore's function that made the draws, so that a step which cannot use them says so
+        mask     (batch, *positions), True where a position exists: padding then enters no factor. Which rows of a layer
+                 it means is seen from the model at twice the length; where that cannot be, give {layer: (batch, rows)}.
+                 The loss's own mask is the draws' matter: type2(loss, f, mask=mask)
         """
         g = self.output_gradients(draws, one_by_one)
-        found = {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
-        return Drawn(found, fisher)
+        rest: dict[str, Record] = {}
+        if self.plan.shared:
+            floats, signed = self._pulled(self._signed(draws, fisher), one_by_one)
+            g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None}
+            rest = self._rest(floats, n)
+        found = pairs(self.plan, self._data, g, self._n, self._spec)
+        own = {layer.name: None if layer.common or layer.turned else ids for layer in self.plan.layers}
+        masks = self._masks(mask, jax.tree.leaves(draws)[0].shape[0])
+        records = {name: Record(a, g, n, masks.get(name), own[name]) for name, (a, g) in found.items()}
+        return Drawn(records, fisher, rest=rest)
+
+    def _masks(self, mask: Any, draws: int) -> Mapping[str, Any]:
+        """{layer: (batch, rows)} of the layers whose rows have positions."""
+        if mask is None or isinstance(mask, Mapping):
+            unknown = sorted(set(mask or {}) - set(self.plan.blocks))
+            if unknown:
+                raise ValueError(f"mask has layers {unknown} that the plan has not; it has {sorted(self.plan.blocks)}")
+            return mask or {}
+        mask = jnp.asarray(mask)
+        if mask.ndim < 2 or mask.shape[0] != self._n:
+            raise ValueError(f"mask has shape {mask.shape}; need ({self._n}, *positions), True where a position exists")
+        longer = Longer.of(self.plan, self.params, self._args, self._shapes, tuple(mask.shape[1:]))
+        return {layer.name: mask_of(self.plan, layer, mask, longer, draws) for layer in self.plan.layers}
+
+    def _signed(self, draws: Any, fisher: Callable | None) -> Any:
+        """The draws with an independent sign an example and draw: the squared sum over examples of what they share is
+        then the sum of squares in expectation, as it is by itself for labels drawn from the model."""
+        if fisher is monte_carlo:
+            return draws
+        count = jax.tree.leaves(draws)[0].shape[0]
+        signs = jax.random.rademacher(jax.random.key(0), (count, self._n), jnp.int8)  # fixed: a step has no key
+
+        def one(x: Any) -> Any:
+            return x * signs.reshape(*signs.shape, *(1,) * (x.ndim - 2)).astype(x.dtype)
+
+        return jax.tree.map(one, draws)
+
+    def _rest(self, floats: Any, n: Any) -> dict[str, Record]:
+        """Records of leaves without a layer: one row for the whole batch, a = 1, g the gradient of the draw."""
+        leaves = named(floats)
+        found = {}
+        for name in self.plan.uncovered:
+            g = widened(leaves[name])
+            g = g.reshape(g.shape[0], 1, 1, 1, -1)
+            found[name] = Record(jnp.ones((1, 1, 1, 1), g.dtype), g, n)
+        return found
+
+    @property
+    def _spec(self) -> Any:
+        """Axes of an explicit mesh that the examples are spread over."""
+        spec = spread(jax.tree.leaves(self.prediction)[0])
+        return spec[0] if spec else None
 
     def factored(self, cotangent: Any) -> dict[str, Factored]:
         """Gradients of <cotangent, prediction> as g^T a, not multiplied out, of the layers where that makes the
         preconditioner cheaper; under jit the pass is shared with `gradients` of the same cotangent."""
         g = {key: x[None] for key, x in self._pull(cotangent)[1].items()}
         found = {}
-        for layer in self.plan.layers:
-            block = layer.block
-            a, g_layer = self._pair(layer, g)
+        for name, (a, g_layer) in pairs(self.plan, self._data, g, self._n, self._spec).items():
+            block = self.plan.blocks[name]
             if not isinstance(a, Ids | Patches) and a.shape[1] * a.shape[2] < max(block.d_in, block.d_out):
-                found[layer.name] = Factored(a, g_layer[0], 1.0)
+                found[name] = Factored(a, g_layer[0], 1.0)
         return found
-
-    def _pair(self, layer: Layer, g: Mapping[str, Any]) -> tuple[Any, Any]:
-        """a and g of a layer, its calls joined on the shared axis."""
-        pairs = []
-        for key in layer.calls:
-            call = self.plan.calls[key]
-            x = self._data.get(key)
-            found = widened(call.gradients(g[key], x, self._n))
-            a = call.inputs(x, found, self._n, layer.lone)
-            if isinstance(a, Patches) and layer.bias is not None and layer.factor != 1.0:
-                a = a.unfold()
-            if not isinstance(a, Ids | Patches):
-                a = jnp.asarray(a, found.dtype)
-                if layer.bias is not None:
-                    a = jnp.concatenate([a, jnp.full_like(a[..., :1], layer.factor)], -1)
-            elif isinstance(a, Patches):
-                a = Patches(jnp.asarray(a.image, found.dtype), a.window, layer.bias is not None)
-            pairs.append((a, found))
-        return reduce(_joined, pairs)
-
-
-def _joined(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Two calls of one layer as more shared positions."""
-    a, g = first
-    b, h = second
-    if isinstance(a, Ids):
-        both: Any = Ids(jnp.concatenate([a.index, b.index], 1), a.size)
-    else:
-        a, b = (x.unfold() if isinstance(x, Patches) else x for x in (a, b))
-        both = jnp.concatenate([a, b], 2)
-    return both, jnp.concatenate([g, h], 3)
-
-
-def widened(x: Any) -> Any:
-    """Half precision as float32."""
-    return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 
 
 def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     """Run `plan.apply(params, *args)` once, keeping what records need; the batch size may differ from the plan's."""
     n = examples(args, plan.batched)
-    leaves, structure = jax.tree.flatten(params)
+    params = strong(params)
+    args = strong(args)
+    leaves, structure = jax.tree.flatten(differing(params, args))  # gradients are each device's own
     live = [i for i, x in enumerate(leaves) if followed(x)]
-    shapes = _probes(plan, params, args)
+    shapes = _probes(plan, jax.tree.unflatten(structure, leaves), args)
 
     def forward(floats: list, probes: dict) -> tuple[Any, tuple]:
         full = list(leaves)
         for i, x in zip(live, floats, strict=True):
             full[i] = x
         tree = jax.tree.unflatten(structure, full)
-        pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes)
+        pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes, plan.known)
         return pred, (aux, walk.data)
 
-    zeros = {key: jnp.zeros(y.shape, y.dtype) for key, y in shapes.items()}
-    pred, pull, (aux, data) = jax.vjp(forward, [leaves[i] for i in live], zeros, has_aux=True)
+    probes = zeros(shapes, (params, args))
+    pred, pull, (aux, data) = jax.vjp(forward, [leaves[i] for i in live], probes, has_aux=True)
 
     def both(cotangent: Any) -> tuple[Any, dict]:
-        floats, g = pull(cotangent.astype(pred.dtype))
+        floats, g = pull(jax.tree.map(lambda c, f: jnp.asarray(c, f.dtype), cotangent, pred))
         full = [jnp.zeros_like(x) for x in leaves]
         for i, x in zip(live, floats, strict=True):
             full[i] = x
         return jax.tree.unflatten(structure, full), g
 
-    return Captured(plan, pred, aux, params, both, data, shapes, n)
+    return Captured(plan, pred, aux, params, both, data, shapes, n, args)
 
 
-def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Any]:
-    """Shapes of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
-    found: dict[str, Any] = {}
+def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:
+    """Types of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
+    found: dict[str, Shape] = {}
 
     def abstract(params: Any, args: tuple) -> None:
-        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None)[2]
+        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]
         found.update(walk.outputs)
 
     jax.eval_shape(abstract, params, args)

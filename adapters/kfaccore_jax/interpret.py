@@ -7,65 +7,18 @@ jaxprs are entered only where a leaf goes in. Needs jax.core.eval_jaxpr and jax.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from kfaccore_jax.calls import Call
 from kfaccore_jax.indices import folded
-from kfaccore_jax.rules import RULES, lone, paired
-from kfaccore_jax.tags import JITS, REMATS, Out, Param, Tag, moved, scaled
-
-
-@dataclass
-class Walk:
-    """What one evaluation found, keyed by the place of the equation: calls, inputs kept, output shapes, and where
-    leaves went that no rule knows. `probes` are added to the outputs of calls."""
-
-    probes: dict[str, Any] | None = None
-    prefix: str = ""
-    depth: int = 0
-    calls: dict[str, Call] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
-    leaks: dict[int, list[str]] = field(default_factory=dict)
-
-    def inside(self, place: int, fresh: bool) -> Walk:
-        """For the jaxpr within equation `place`; a fresh one keeps its own data, to be handed out of a trace."""
-        prefix = f"{self.prefix}{place}."
-        if fresh:
-            return Walk(None, prefix, self.depth)
-        return replace(self, prefix=prefix)
-
-    def probes_of(self, place: int) -> dict[str, Any]:
-        prefix = f"{self.prefix}{place}."
-        return {key: probe for key, probe in (self.probes or {}).items() if key.startswith(prefix)}
-
-    def absorb(self, inner: Walk, data: dict[str, Any]) -> None:
-        """Take over what a fresh inner walk found."""
-        self.calls.update(inner.calls)
-        self.outputs.update(inner.outputs)
-        self.data.update(data)
-        for leaf, places in inner.leaks.items():
-            self.leaks.setdefault(leaf, []).extend(places)
-
-    def leak(self, tags: list[Tag], place: str) -> None:
-        leaves = [tag.leaf for tag in tags if isinstance(tag, Param)]
-        several = len(leaves) > 1 and place in ("mul", "add", "sub", "div", "concatenate", "dot_general", "max", "min")
-        for leaf in dict.fromkeys(leaves):
-            named = place.removesuffix("_jaxpr")  # jax 0.6: custom_vjp_call_jaxpr
-            self.leaks.setdefault(leaf, []).append(f"{named} of two leaves" if several else named)
-
-    def capture(self, key: str, call: Call, x: Any, y: Any) -> Any:
-        """The output of a call with its probe added."""
-        self.calls[key] = call
-        self.outputs[key] = jax.ShapeDtypeStruct(y.shape, y.dtype)
-        if x is not None:
-            self.data[key] = x
-        return y if self.probes is None else y + self.probes[key]
+from kfaccore_jax.joined import alike, concatenated
+from kfaccore_jax.rules import RULES, lone, paired, valued
+from kfaccore_jax.tags import JITS, PLACED, REMATS, Joined, Out, Param, Tag, moved, scaled
+from kfaccore_jax.walk import Walk
 
 
 def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[list[Any], list[Tag]]:
@@ -84,7 +37,10 @@ def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[li
         tag = None if isinstance(v, Literal) else known.get(v)
         return None if isinstance(tag, Out) and uses[v] > 1 else tag
 
-    for place, eqn in enumerate(jaxpr.eqns):
+    place = -1
+    for eqn in jaxpr.eqns:
+        # what only places an array is not counted: under shard_map and on meshes the same model has more of it
+        place += eqn.primitive.name not in PLACED
         inputs = [value(v) for v in eqn.invars]
         hot = [tag_of(v) for v in eqn.invars]
         outs, found = _equation(walk, jaxpr, place, eqn, inputs, hot)
@@ -96,7 +52,7 @@ def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[li
 def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]]:
     """Outputs and their tags."""
     name = eqn.primitive.name
-    hot = [isinstance(tag, Param) for tag in tags]
+    hot = [isinstance(tag, Param | Joined) for tag in tags]
     cold: list[Tag] = [None] * len(eqn.outvars)
     if name in JITS and any(tag is not None for tag in tags):
         return run(walk.inside(place, False), _inner(eqn), inputs, tags)
@@ -104,24 +60,73 @@ def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: 
         return _remat(walk, place, eqn, inputs, tags)
     if any(hot) and name == "scan":
         return _scan(walk, place, eqn, inputs, tags), cold
-    outs = _evaluate(jaxpr, eqn, inputs)
-    if name == "stop_gradient":
-        return outs, cold
-    first = tags[0] if tags else None
-    if first is not None and not any(hot[1:]) and (found := moved(eqn, first)) is not None:
-        return outs, found
-    if sum(hot) == 1:
-        at = hot.index(True)
-        tag = tags[at]
-        assert isinstance(tag, Param)
-        if len(eqn.invars) == 2 and (new := scaled(eqn, tag, at, inputs[1 - at])) is not None:
-            return outs, [new]
-        done = _call(walk, place, eqn, inputs, tags, at, outs[0])
+    if any(isinstance(tag, Joined) for tag in tags):
+        done = _parts(walk, place, eqn, inputs, tags)
         if done is not None:
-            return [done[0]], [done[1]]
-    if any(hot):
-        walk.leak(tags, name)
-    return outs, cold
+            return done
+    if name == "stop_gradient":
+        return _evaluate(jaxpr, eqn, inputs), cold
+    first = tags[0] if tags else None
+    if isinstance(first, Param | Out) and not any(hot[1:]) and (found := moved(eqn, first)) is not None:
+        return _evaluate(jaxpr, eqn, inputs), found
+    if (together := concatenated(eqn, inputs, tags)) is not None:
+        return _evaluate(jaxpr, eqn, inputs), [together]
+    done = _met(walk, jaxpr, place, eqn, inputs, tags)
+    if done is not None:
+        return done
+    inputs = as_calls(walk, place, inputs, tags, name)
+    return _evaluate(jaxpr, eqn, inputs), cold
+
+
+def _met(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]] | None:
+    """Outputs and tags of an equation in which one leaf meets a number or data, as a rule has it."""
+    at = [i for i, tag in enumerate(tags) if isinstance(tag, Param)]
+    if len(at) != 1 or any(isinstance(tag, Joined) for tag in tags):
+        return None
+    tag = tags[at[0]]
+    assert isinstance(tag, Param)
+    if len(eqn.invars) == 2 and (new := scaled(eqn, tag, at[0], inputs[1 - at[0]])) is not None:
+        return _evaluate(jaxpr, eqn, inputs), [new]
+    outs = _evaluate(jaxpr, eqn, inputs)
+    done = _call(walk, place, eqn, inputs, tags, at[0], outs[0])
+    return None if done is None else ([done[0]], [done[1]])
+
+
+def as_calls(walk: Walk, place: int, inputs: list, tags: list[Tag], name: str) -> list:
+    """The operands of an equation that no rule knows. A leaf is still seen where its value was repeated, one row an
+    example, or multiplied by an array: its value is then a call of its own. Any other leaf is a leak."""
+    found = list(inputs)
+    left: list[Tag] = []
+    for i, tag in enumerate(tags):
+        key = f"{walk.prefix}{place}@{i}" if not (isinstance(tag, Param) and tag.by is not None) else tag.place
+        if isinstance(tag, Param) and (tag.by is not None or _repeated(walk, tag, key)):
+            found[i] = walk.capture(key, *valued(tag, inputs[i]), inputs[i])
+        else:
+            left.append(tag)
+    walk.leak(left, name)
+    return found
+
+
+def _repeated(walk: Walk, tag: Param, key: str) -> bool:
+    """Whether a leaf's value is repeated, over the batch as the plan will tell."""
+    plain = tag.scale is None
+    return plain and (tag.layout.repeated if walk.known is None else key in walk.known)
+
+
+def _parts(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]] | None:
+    """An equation on concatenated leaves, done on each of them."""
+    at = [i for i, tag in enumerate(tags) if isinstance(tag, Joined)]
+    tag = tags[at[0]]
+    assert isinstance(tag, Joined)
+    found = alike(eqn, tag, at[0], inputs) if len(at) == 1 and not any(isinstance(t, Param) for t in tags) else None
+    if found is None:
+        return None
+    function, args, axis = found
+    closed = jax.make_jaxpr(function)(*args)
+    outs, after = run(walk.inside(place, False), closed, args, [*tag.tags, *[None] * (len(args) - len(tag.tags))])
+    whole = outs[0] if axis < 0 else jnp.concatenate(outs, axis)
+    hot = [t for t in after if isinstance(t, Param)]
+    return [whole], [Joined(axis, tuple(outs), tuple(hot)) if len(hot) == len(outs) else None]
 
 
 def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: int, y: Any) -> tuple[Any, Tag] | None:
@@ -132,6 +137,11 @@ def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: i
     assert isinstance(tag, Param)
     key = f"{walk.prefix}{place}"
     shape = tuple(y.shape)
+    if tag.by is not None:
+        if name != "mul":
+            return None
+        other = other * tag.by
+        tag = replace(tag, by=None)
     plain = tag.factor == 1.0 and tag.scale is None
     factor = tag.factor if tag.scale is None else tag.factor * tag.scale
     if name in RULES:
@@ -152,9 +162,21 @@ def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: i
             return walk.capture(key, lone("bias", eqn, tag), None, y), None
         return walk.capture(key, lone("scale", eqn, tag), jnp.full(shape, factor * sign, y.dtype), y), None
     if name == "mul":
+        if tags[at] is tag and _of_own_shape(walk, tag, key, shape):
+            by = jnp.broadcast_to(other, shape)
+            return y, replace(tag, layout=tag.layout.stretch(shape), place=key, by=by)
         x = jnp.broadcast_to(other if plain else other * factor, shape)
         return walk.capture(key, lone("scale", eqn, tag), x, y), None
     return None
+
+
+def _of_own_shape(walk: Walk, tag: Param, key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a product left a leaf's elements where they were, and nobody has asked for a call yet."""
+    if tag.stack:
+        return False
+    if walk.known is not None:
+        return key not in walk.known
+    return not tag.layout.stretch(shape).repeated
 
 
 def _evaluate(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
@@ -193,7 +215,11 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
     xs = sum(v.aval.ndim != n for v, n in zip(eqn.invars, body_in, strict=True))
     carries = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, closed.jaxpr.outvars, strict=True))
     consts = len(inputs) - xs - carries
-    walk.leak(tags[consts : consts + carries], "scan as its carry")
+    inputs = list(inputs)
+    span = slice(consts, consts + carries)
+    carried = [tag if consts <= i < consts + carries else None for i, tag in enumerate(tags)]
+    inputs[span] = as_calls(walk, place, inputs, carried, "scan as its carry")[span]
+    walk.leak([tag for tag in tags if isinstance(tag, Joined)], "scan")
     inner_tags: list[Tag] = [*(tag if isinstance(tag, Param) else None for tag in tags[:consts]), *[None] * carries]
     for tag in tags[consts + carries :]:
         inner_tags.append(_row(tag, walk.depth) if isinstance(tag, Param) else None)
@@ -213,7 +239,7 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
     last, (ys, data) = jax.lax.scan(body, inputs[consts : consts + carries], rows, **options)
     inner = seen[0]
     inner.calls = {key: call.within(walk.depth) for key, call in inner.calls.items()}
-    inner.outputs = {key: jax.ShapeDtypeStruct((p["length"], *y.shape), y.dtype) for key, y in inner.outputs.items()}
+    inner.outputs = {key: y.stacked(p["length"]) for key, y in inner.outputs.items()}
     walk.absorb(inner, data)
     return [*last, *ys]
 

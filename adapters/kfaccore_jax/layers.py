@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -44,7 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Layer:
-    """name, the calls that share its matrix (lone: only their bias is meant), its parts, weight first."""
+    """name, the calls that share its matrix (lone: only their bias is meant), its parts, weight first.
+
+    turned   calls that use the matrix transposed: a tied embedding and output layer
+    common   all examples share its rows: its record has a batch of one, whose g is the sum over examples
+    """
 
     name: str
     kind: str
@@ -54,6 +58,8 @@ class Layer:
     lone: bool
     factor: float
     diagonal: bool
+    turned: tuple[str, ...] = ()
+    common: bool = False
 
     @property
     def block(self) -> Block:
@@ -83,9 +89,16 @@ class Layer:
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """{dotted path: leaf} of a tree of parameters."""
+    """{dotted path: leaf} of a tree of parameters; a flax.nnx Variable and its bare array have one name."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(_text(key) for key in path) or "params": leaf for path, leaf in pairs}
+    return {".".join(_text(key) for key in _bare(path)) or "params": leaf for path, leaf in pairs}
+
+
+def _bare(path: tuple) -> tuple:
+    """A path without the `value` of a Variable at its end."""
+    last = path[-1] if path else None
+    wrapped = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value" and len(path) > 1
+    return path[:-1] if wrapped else path
 
 
 def _text(key: Any) -> str:
@@ -104,10 +117,15 @@ def gathered(params: Any, calls: dict[str, Call], refused: dict[int, list[str]])
     by_leaf: dict[str, list[tuple]] = {name: [] for name in names}
     for key in groups:
         by_leaf[key[1]].append(key)
+    turned = {}
     for name, keys in by_leaf.items():
+        pair = _turned(keys, groups) if name not in bad else None
+        if pair:
+            turned[pair[0]] = groups.pop(pair[1])
+            keys.remove(pair[1])
         if name not in bad and (why := _overlap(keys, groups, leaves[name])):
             bad[name] = [why]
-    layers = tuple(_layers(groups, calls, bad))
+    layers = tuple(_layers(groups, calls, bad, turned))
     owners: dict[str, dict[str, Layer]] = {}
     for layer in layers:
         for part in layer.parts:
@@ -126,12 +144,25 @@ def _groups(calls: dict[str, Call], names: list[str]) -> Groups:
     for key, call in calls.items():
         family = "embedding" if call.kind in ("bias", "scale") and call.ins else call.kind
         part = Part(names[call.leaf], call.blocks, call.outs, call.ins, call.offset)
-        groups.setdefault((family, *part.key, part.shape), []).append((key, part, 1.0))
+        common = call.batch is None
+        groups.setdefault((family, *part.key, part.shape, common), []).append((key, part, 1.0))
         if call.bias:
             b = call.bias
             part = Part(names[b.leaf], b.blocks, b.outs, (), b.offset)
-            groups.setdefault(("bias", *part.key, part.shape), []).append((key, part, b.factor))
+            groups.setdefault(("bias", *part.key, part.shape, common), []).append((key, part, b.factor))
     return groups
+
+
+def _turned(keys: list[tuple], groups: Groups) -> tuple[tuple, tuple] | None:
+    """Two groups, the first of which uses the whole leaf as the other uses its transpose; an embedding comes first."""
+    if len(keys) != 2 or {key[0] for key in keys} - {"dense", "embedding"}:
+        return None
+    first, second = sorted(keys, key=lambda key: key[0] != "embedding")
+    one = groups[first][0][1]
+    other = groups[second][0][1]
+    swapped = (merged(one.outs), merged(one.ins)) == (merged(other.ins), merged(other.outs))
+    plain = one.shape[0] == other.shape[0] == 1 and one.offset == other.offset and not (first[-1] or second[-1])
+    return (first, second) if swapped and plain and second[0] == "dense" else None
 
 
 def _overlap(keys: list[tuple], groups: Groups, leaf: Any) -> str:
@@ -146,25 +177,28 @@ def _overlap(keys: list[tuple], groups: Groups, leaf: Any) -> str:
             box = hit.reshape(found[0])[found[1]]
             if box.any():
                 kinds = sorted({k[0] for k in keys})
+                if len({k[-1] for k in keys}) > 1:
+                    return f"{' and '.join(kinds)} on rows of examples and on rows that all of them share"
                 return f"used as {' and '.join(kinds)}" if len(kinds) > 1 else f"{kinds[0]} in two arrangements"
             box[...] = True
     return ""
 
 
-def _layers(groups: Groups, calls: dict[str, Call], bad: dict):
+def _layers(groups: Groups, calls: dict[str, Call], bad: dict, turned: dict):
     """Weights first, with the bias that goes with all their calls and with no other; then biases left over."""
     found = []
     taken = set()
     for key, uses in groups.items():
         if key[1] in bad or (key[0] == "bias" and any(calls[k].kind != "bias" for k, _, _ in uses)):
             continue
-        partner = _partner(uses, groups, calls, bad)
+        partner = None if key in turned else _partner(uses, groups, calls, bad)
         taken |= {key, partner}
         found.append((key, uses, groups[partner][0] if partner else None, False))
     left = [(key, uses, None, True) for key, uses in groups.items() if key not in taken and key[1] not in bad]
     several = Counter(key[1] for key, *_ in found + left)
     for key, uses, bias, lone in found + left:
-        yield _layer(key, uses, bias, several[key[1]] > 1, calls, lone)
+        layer = _layer(key, uses, bias, several[key[1]] > 1, calls, lone)
+        yield replace(layer, turned=tuple(k for k, _, _ in turned.get(key, ())), common=bool(key[-1]))
 
 
 def _partner(uses: list, groups: Groups, calls: dict[str, Call], bad: dict) -> tuple | None:
@@ -204,11 +238,13 @@ def _row(name: str, leaf: Any, layers: list[Layer], why: list[str] | None) -> tu
         return name, shape, "", kind, kind
     kinds = ", ".join(dict.fromkeys("bias" if _own(layer, name) else layer.kind for layer in layers))
     seen = sum(prod(part.shape) for layer in layers for part in layer.parts if part.leaf == name)
-    count = sum(len(layer.calls) for layer in layers)
+    count = sum(len(layer.calls) + len(layer.turned) for layer in layers)
     notes = [f"{count} call{'s' if count > 1 else ''}"]
     with_bias = [layer for layer in layers if layer.weight.leaf == name and layer.bias]
     notes += [f"with bias {with_bias[0].bias.leaf}"] if with_bias and with_bias[0].bias else []
     notes += [f"of {next(layer.weight.leaf for layer in layers)}"] if all(_own(layer, name) for layer in layers) else []
+    notes += ["tied, used transposed too"] if any(layer.turned for layer in layers) else []
+    notes += ["rows that all examples share"] if any(layer.common for layer in layers) else []
     notes += [f"{layers[0].block.blocks} blocks"] if layers[0].block.blocks > 1 else []
     notes += [f"{seen} of {prod(shape)} elements, the rest never used"] if seen < prod(shape) else []
     return name, shape, kinds, "", ", ".join(notes)

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block
-from kfaccore_jax.batch import doubled, examples, joins_behind, settled
+from kfaccore_jax.batch import doubled, examples, joins_behind, settled, strong
 from kfaccore_jax.calls import Call
-from kfaccore_jax.interpret import Walk, run
+from kfaccore_jax.interpret import as_calls, run
 from kfaccore_jax.layers import Layer, gathered, named
 from kfaccore_jax.layout import Layout
+from kfaccore_jax.order import moved
 from kfaccore_jax.tags import Param, Tag
 from kfaccore_jax.tap import Tap
+from kfaccore_jax.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,21 @@ class Plan:
     def blocks(self) -> dict[str, Block]:
         """Sizes of the layers, as Preconditioner.init takes them."""
         return {layer.name: layer.block for layer in self.layers}
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """Leaves that can carry a gradient and have no layer."""
+        return tuple(row.leaf for row in self.table if row.reason and not row.reason.startswith("dtype "))
+
+    @property
+    def shared(self) -> bool:
+        """Whether something is measured by one row for the whole batch."""
+        return bool(self.uncovered) or any(call.batch is None for call in self.calls.values())
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Keys of the calls."""
+        return frozenset(self.calls)
 
     def matrices(self, tree: Any) -> dict[str, Any]:
         """{layer: (blocks, d_out, d_in)} of a tree like params, the bias a last column."""
@@ -90,22 +107,30 @@ def plan(
     Capture the prediction, not the loss: a penalty on a parameter inside `apply` would make it uncovered.
     """
     n = examples(args, batched)
-    shape = jax.eval_shape(lambda p, a: (p, a), params, args)
+    shape = strong(jax.eval_shape(lambda p, a: (p, a), params, args))
+    one = shape[1]
+    if n == 1:  # an axis of one element looks like no axis
+        one = doubled(one, batched)
+        n = 2
     try:
-        pairs = [traced(apply, shape[0], given, has_aux, explicit) for given in (shape[1], doubled(shape[1], batched))]
+        pairs = [traced(apply, shape[0], given, has_aux, explicit) for given in (one, doubled(one, batched))]
     except (TypeError, ValueError) as error:
         error.add_note(f"plan traces apply at {n} and {2 * n} examples on the first axis of arguments {batched}")
         raise
-    (walk, data, one), (other, data2, two) = pairs
+    (walk, data, jaxpr), (other, data2, second) = pairs
     if walk.calls.keys() != other.calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
-    minor = one is not None and joins_behind(one, two)
+    minor = jaxpr is not None and joins_behind(jaxpr, second)
+    places = moved(jaxpr, second) if jaxpr is not None else {}
     calls = {}
     refused = dict(walk.leaks)
     for key, call in walk.calls.items():
         x = (data.get(key), data2.get(key))
         y = (walk.outputs[key], other.outputs[key])
         calls[key], why = settled(call, x, y, n, minor)
+        name = places.get(key.split("@")[0])
+        if name and not why and calls[key].batch is not None:
+            why = f"{call.kind} on examples that {name} moves along the batch"
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
                 refused.setdefault(leaf, []).append(why)
@@ -131,12 +156,18 @@ def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: b
 
 
 def evaluated(
-    apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool, probes: dict | None
+    apply: Callable,
+    params: Any,
+    args: tuple,
+    has_aux: bool,
+    explicit: bool,
+    probes: dict | None,
+    known: frozenset[str] | None = None,
 ) -> tuple[Any, Any, Walk, Any]:
     """(prediction, aux, walk, jaxpr) of `apply` with probes added to the outputs of its calls."""
     leaves, structure = jax.tree.flatten((params, args))
     count = len(jax.tree.leaves(params))
-    walk = Walk(probes)
+    walk = Walk(probes, known)
     if explicit:
         out = apply(params, *args, Tap(walk, leaves[:count]))
         pred, aux = out if has_aux else (out, None)
@@ -150,14 +181,30 @@ def evaluated(
     tags: list[Tag] = [Param(i, Layout.of(x.shape)) if followed(x) else None for i, x in enumerate(leaves[:count])]
     tags += [None] * (len(leaves) - count)
     outs, found = run(walk, closed, leaves, tags)
-    walk.leak(found[: 1 if has_aux else None], "the output itself")
+    count = jax.tree.structure(shape[0] if has_aux else shape).num_leaves
+    outs[:count] = as_calls(walk, -1, outs[:count], found[:count], "the output itself")
     out = jax.tree.unflatten(jax.tree.structure(shape), outs)
     pred, aux = out if has_aux else (out, None)
-    if not hasattr(pred, "shape"):
-        raise TypeError(
-            f"apply gave a {type(pred).__name__}; need one array, or a pair of it and aux with has_aux=True"
-        )
+    _check_prediction(pred)
     return pred, aux, walk, closed
+
+
+def _check_prediction(pred: Any) -> None:
+    """TypeError for what draws cannot be taken of."""
+    arrays = list(pred.values()) if isinstance(pred, dict) else [pred]
+    if not arrays or not all(hasattr(x, "shape") for x in arrays):
+        raise TypeError(
+            f"apply gave a {type(pred).__name__}; need one array, a dict of arrays by head, or a pair of it and aux "
+            f"with has_aux=True"
+        )
+    wrong = [str(x.dtype) for x in arrays if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if any("complex" in dtype for dtype in wrong):
+        raise TypeError(
+            f"apply gave a prediction of dtype {wrong[0]}; losses take real numbers: stack real and imaginary parts, "
+            f"jnp.stack([f.real, f.imag], -1)"
+        )
+    if wrong:
+        raise TypeError(f"apply gave a prediction of dtype {wrong[0]}; need a floating dtype")
 
 
 def followed(x: Any) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import jax.numpy as jnp
+
 from kfaccore import Window
 from kfaccore_jax.calls import BiasOf, Call, View
 from kfaccore_jax.tags import Out, Param
@@ -111,7 +113,11 @@ def embedding(eqn: Any, tag: Param, place: int) -> Call | None:
 
 def lone(kind: str, eqn: Any, tag: Param) -> Call:
     """A leaf added to or multiplied with data: a vector of d_out, or a table whose rows the other axes pick."""
-    shape = tuple(eqn.outvars[0].aval.shape)
+    return _spread(kind, tag, tuple(eqn.outvars[0].aval.shape))
+
+
+def _spread(kind: str, tag: Param, shape: tuple[int, ...]) -> Call:
+    """A leaf whose elements lie in an array of `shape`."""
     w = tag.layout.stretch(shape)
     mine = tuple(i for i, s in enumerate(w.strides) if s > 0)
     repeated = tuple(i for i in range(len(shape)) if i not in mine)
@@ -127,6 +133,17 @@ def lone(kind: str, eqn: Any, tag: Param) -> Call:
         View((), (*repeated, *ins), outs),
         stack=tag.depths,
     )
+
+
+def valued(tag: Param, y: Any) -> tuple[Call, Any]:
+    """The call that a leaf's own value y is, and what it was multiplied by."""
+    shape = tuple(y.shape)
+    factor = tag.factor if tag.scale is None else tag.factor * tag.scale
+    if tag.by is not None:
+        return _spread("scale", tag, shape), jnp.broadcast_to(tag.by * factor, shape)
+    if tag.factor == 1.0 and tag.scale is None:
+        return _spread("bias", tag, shape), None
+    return _spread("scale", tag, shape), jnp.full(shape, factor, y.dtype)
 
 
 def paired(call: Call, shape: tuple[int, ...], out: Out, tag: Param, factor: float) -> BiasOf | None:

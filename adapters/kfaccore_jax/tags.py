@@ -13,13 +13,19 @@ from kfaccore_jax.layout import Axis, Layout
 @dataclass(frozen=True)
 class Param:
     """A value that is `factor * scale` times elements of a leaf; `stack` are the axes that scans went over,
-    (depth, size, stride); scale is a traced number."""
+    (depth, size, stride); scale is a traced number.
+
+    place, by   where the value was multiplied by an array `by` of its own shape, as a mask or the inverse deviation of
+                BatchNorm is: a product to come may take it along, what else comes sees a call of that place
+    """
 
     leaf: int
     layout: Layout
     stack: tuple[tuple[int, int, int], ...] = ()
     factor: float = 1.0
     scale: Any = None
+    place: str = ""
+    by: Any = None
 
     def times(self, factor: float = 1.0, scale: Any = None) -> Param:
         scale = scale if self.scale is None else self.scale if scale is None else self.scale * scale
@@ -42,16 +48,32 @@ class Out:
     layout: Layout
 
 
-Tag = Param | Out | None
+@dataclass(frozen=True)
+class Joined:
+    """Values of several leaves, one behind the other along `axis`; each with its tag."""
+
+    axis: int
+    values: tuple[Any, ...]
+    tags: tuple[Param, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [int(x.shape[self.axis]) for x in self.values]
+
+
+Tag = Param | Out | Joined | None
 JITS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
 REMATS = {"checkpoint", "remat", "remat2"}
-SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"}
+PLACED = {"pvary", "pcast", "reshard", "mesh_cast", "sharding_constraint"}  # say where an array lies, not what it is
+SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"} | PLACED
 
 
 def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
     """Tags of the outputs of an equation that only moves or selects elements, else None."""
     name = eqn.primitive.name
     p = eqn.params
+    if isinstance(tag, Param) and tag.by is not None and name not in SAME:
+        return None
     layout = tag.layout
     shape = tuple(eqn.outvars[0].aval.shape)
     if name in SAME and len(eqn.outvars) == 1:
@@ -66,6 +88,8 @@ def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
         new = layout.broadcast(shape, tuple(p["broadcast_dimensions"]))
     elif isinstance(tag, Out):
         return None
+    elif name == "tile":
+        new = _tiled(layout, shape)
     elif name == "slice":
         new = layout.slice(p["start_indices"], p["limit_indices"], p["strides"])
     elif name == "dynamic_slice" and all(isinstance(v, Literal) for v in eqn.invars[1:]):
@@ -81,6 +105,12 @@ def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
     return None if new is None else [replace(tag, layout=new)]
 
 
+def _tiled(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
+    """Axes of one element repeated; None where longer ones are."""
+    before = (1,) * (len(shape) - len(layout.shape)) + layout.shape
+    return layout.stretch(shape) if all(n in (1, m) for n, m in zip(before, shape, strict=True)) else None
+
+
 def _split(tag: Param, axis: int, sizes: list[int]):
     start = 0
     for n in sizes:
@@ -94,7 +124,7 @@ def scaled(eqn: Any, tag: Param, place: int, other: Any) -> Param | None:
     """The tag of a leaf times, over or plus one number that is no leaf, else None."""
     name = eqn.primitive.name
     number = eqn.invars[1 - place]
-    if number.aval.ndim or tuple(eqn.outvars[0].aval.shape) != tag.layout.shape:
+    if tag.by is not None or number.aval.ndim or tuple(eqn.outvars[0].aval.shape) != tag.layout.shape:
         return None
     if name in ("add", "add_any") or (name == "sub" and place == 0):
         return tag

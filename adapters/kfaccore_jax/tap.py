@@ -13,7 +13,7 @@ from kfaccore_jax.calls import BiasOf, Call, View
 from kfaccore_jax.layout import Layout
 
 if TYPE_CHECKING:
-    from kfaccore_jax.interpret import Walk
+    from kfaccore_jax.walk import Walk
 
 
 class Tap:

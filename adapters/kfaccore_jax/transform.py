@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,81 +10,62 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfaccore import KFAC, Block, Clocks, Code, Due, Factored, Fixed, Identity, Preconditioner, Record, Schedules
-from kfaccore_jax.drawn import Drawn
+from kfaccore import (
+    Block,
+    Code,
+    Due,
+    Factored,
+    Method,
+    Preconditioner,
+    Record,
+    Serial,
+)
+from kfaccore_jax.judge import arrays, judged, losses_of, started
 from kfaccore_jax.layers import named
+from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
 from kfaccore_jax.plan import Plan, followed
+from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
+from kfaccore_jax.records import Drawn
+from kfaccore_jax.replicas import Axes, check_axes, share_of
 from kfaccore_jax.trees import register
 
 if TYPE_CHECKING:
-    import optax
+    pass
 
 
 class KFACState(NamedTuple):
-    """The Preconditioner's state, the code of each block after the last step, and how often each code came up."""
+    """The Preconditioner's state, the code of each block after the last step, how often each code came up, and the
+    state of `rest`."""
 
     core: Any
     codes: dict[str, Any]
     counts: Any
+    rest: Any = ()
 
 
-def kfac(
-    plan: Plan,
-    methods: Any = KFAC(),  # noqa: B008 frozen
-    clocks: Clocks = Clocks(),  # noqa: B008 frozen
-    schedules: Schedules = Schedules(),  # noqa: B008 frozen
-    step: Any = Fixed(),  # noqa: B008 frozen
-    core: Preconditioner | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
-
-    `update(grads, state, params, *, records, fresh=None, damping=None, factored=None, value=None, value_fn=None)`:
-
-    records    {layer: Record} of this batch, or None to leave the statistics alone
-    fresh      True or False: whether inverses are refreshed, decided outside jit (a static argument: two compiled
-               variants); None: decided inside by `clocks` and the step count, with lax.cond
-    damping    a number in place of the scheduled one
-    factored   {layer: Factored} in place of those layers' gradients
-    value, value_fn   for a step that judges: the batch's loss, and the function of `params` it is of
-
-    SelfTuning() sets its own rate, momentum and damping: only optax.scale(-1.0) comes after it. It needs records at
-    every step, though statistics move on the clock, and value_fn is called once, at params minus the update. A step
-    taken back is a zero update; `state.core.motion` has alpha and mu, and tells why. Its restart flag lives on the
-    device and decides inside jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that
-    flag alone. All leaves must have a layer.
-
-    methods, clocks, schedules and step as in kfaccore.Preconditioner, or all of them at once as `core`; a schedule sees
-    a traced step, as optax's do. Leaves without a layer keep their gradient. Layers of masked leaves are left out.
-    """
-    import optax
-
-    if core is not None:
-        beside = {"methods": (methods, KFAC()), "clocks": (clocks, Clocks()), "schedules": (schedules, Schedules())}
-        _only(core, beside | {"step": (step, Fixed())})
-    core = core or Preconditioner(methods, clocks, schedules, step=step)
-    if not core.rule.traced:
-        raise ValueError(
-            f"step is {core.rule}, which does not run inside jit; kfac() takes Fixed(...) and SelfTuning(...)"
-        )
-    rule = _Transformation(plan, core)
-    return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
+def state_of(state: Any) -> KFACState:
+    """The state of kfac in that of a chain."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KFACState))
+    found = [x for x in leaves if isinstance(x, KFACState)]
+    if len(found) != 1:
+        raise ValueError(f"the state of one kfac(plan) is needed; this has {len(found)}")
+    return found[0]
 
 
-def _only(core: Preconditioner, beside: Mapping[str, tuple[Any, Any]]) -> None:
-    """ValueError where something is given beside `core`, or core holds what does not run inside jit."""
-    for name, (value, default) in beside.items():
-        if value != default:
-            raise ValueError(f"both core and {name} are given; give {name} to the Preconditioner")
-    if core.network is not None or core.comm.world > 1:
-        raise ValueError("core has a network-level method or ranks, neither of which runs inside jit")
+def counts_of(state: Any) -> Any:
+    """How often each code has come up, from the state of a chain with kfac."""
+    return state_of(state).counts
 
 
 @dataclass(frozen=True, eq=False)
-class _Transformation:
+class Transformation:
     """What `kfac` was given, and its two functions."""
 
     plan: Plan
     given: Preconditioner
+    axes: tuple[str, ...] | None
+    uncovered: Method
+    rest: Any
 
     @property
     def step(self) -> Any:
@@ -91,25 +73,49 @@ class _Transformation:
         return self.given.rule
 
     def init(self, params: Any) -> KFACState:
-        plan, leaves = self.plan, [x for x in jax.tree.leaves(params) if followed(x)]
-        blocks = _blocks(plan, params)
-        alone = sorted(set(blocks) - set(plan.blocks)) if self.step.needs_records else []
-        if alone:
-            raise ValueError(
-                f"{self.step} finds no rate for leaves without a layer, {alone}; give them to optax.partition"
-            )
+        _not_within_multisteps()
+        check_leaves(self.plan, params)
+        blocks = self.blocks(params)
+        leaves = [x for x in jax.tree.leaves(params) if followed(x)]
         like = jnp.zeros((), jnp.promote_types(jnp.result_type(*leaves), jnp.float32))
+        if self.axes:
+            self.check_sums(blocks, like)
         core = register(self.core(blocks).init(blocks, like))
         codes = {name: jnp.full((b.blocks,), int(Code.IDENTITY), jnp.int32) for name, b in blocks.items()}
-        core = replace(core, step=jnp.asarray(0), motion=_arrays(core.motion))
-        return KFACState(core, codes, jnp.zeros(len(Code), jnp.int32))
+        core = replace(core, step=jnp.asarray(0), motion=arrays(core.motion))
+        rest = () if self.rest is None else started(self.rest, self.leaves_left(params))
+        return placed_like(KFACState(core, codes, jnp.zeros(len(Code), jnp.int32), rest), params)
 
-    def core(self, blocks: Mapping[str, Block]) -> Preconditioner:
+    def check_sums(self, blocks: Mapping[str, Block], like: Any) -> None:
+        """ValueError naming the method whose Stats do not add up over devices or micro-batches."""
+        summed = self.core(blocks, Axes(("one", "other"), world=2))
+        jax.eval_shape(lambda: summed.init(blocks, like).step)
+
+    def blocks(self, params: Any) -> dict[str, Block]:
+        """Of what the core preconditions: layers, and leaves without one unless `rest` has them."""
+        blocks = blocks_of(self.plan, params)
+        if self.rest is None:
+            return blocks
+        layers = {item.layer.name for item in held(self.plan, named(params))}
+        return {name: block for name, block in blocks.items() if name in layers}
+
+    def leaves_left(self, tree: Any) -> dict[str, Any]:
+        """{leaf: array} of what `rest` has."""
+        leaves = named(tree)
+        owned = {part.leaf for item in held(self.plan, leaves) for part in item.layer.parts}
+        return {name: x for name, x in leaves.items() if name not in owned and followed(x)}
+
+    def core(self, blocks: Mapping[str, Block], comm: Any = None) -> Preconditioner:
         """The core's, for these layers."""
         given = self.given
-        methods = _methods(given.methods, self.plan, blocks)
+        methods = _methods(given.methods, self.plan, blocks, self.uncovered)
+        rule = given.rule
+        if comm is None and self.axes:
+            comm = Axes(self.axes)
+            whole = Axes(self.axes, world=comm.devices) if _in_force(self.axes) else comm
+            rule = Preconditioner(methods, step=rule, comm=whole).rule  # the rule's sums go over the same axes
         shape = {"widest": given.widest, "stacked": given.stacked}
-        return Preconditioner(methods, given.clocks, given.schedules, step=given.rule, **shape)
+        return Preconditioner(methods, given.clocks, given.schedules, given.network, rule, comm or Serial(), **shape)
 
     def update(
         self,
@@ -125,28 +131,65 @@ class _Transformation:
         value_fn: Callable[[Any], Any] | None = None,
         **extra: Any,
     ) -> tuple[Any, KFACState]:
-        plan = self.plan
+        check_axes(self.axes)
         blocks = dict(state.core.blocks)
-        given = {name: record for name, record in (records or {}).items() if name in blocks}
+        given = self.given_records(records, grads, blocks)
+        self._wanting(given, fresh, damping, value, value_fn, params)
+        axes = Axes(self.axes) if self.axes else None
+        share = share_of(records)
+        if axes is not None and factored:
+            raise ValueError("factored gradients are each device's own, and axis_name averages gradients: pass grads")
+        grads = grads if axes is None else axes.mean(grads, share)
+        core = self.core(blocks)
+        fisher = records.fisher if isinstance(records, Drawn) else None
+
+        def stepped(grads: Any, before: Any, given: Any, factored: Any, damping: Any) -> tuple[Any, Any, dict]:
+            found = matrices(self.plan, grads, blocks) | factored
+            due = self.due(core, before, given, fresh)
+            directions, after, info = core.do(due, before, given, found, fisher, damping)
+            return tree_of(self.plan, grads, directions), register(after), dict(info.codes)
+
+        products = {name: x for name, x in (factored or {}).items() if name in blocks}
+        specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
+        moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping)
+        rest = state.rest
+        if self.rest is not None:
+            moves, rest = self._rest_moved(moves, grads, state.rest, params)
+        seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in codes.values()])
+        counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
+        if value_fn is not None and self.step.judges:
+            losses = losses_of(moves, value, value_fn, params)
+            losses = losses if axes is None else axes.mean(losses, share)
+            moves, motion = judged(self.step, state.core.motion, after.motion, moves, losses)
+            after = replace(after, motion=motion)
+        return moves, KFACState(after, codes, counts, rest)
+
+    def given_records(self, records: Mapping[str, Any] | None, grads: Any, blocks: Mapping[str, Block]) -> dict:
+        """{block: what was measured} of the layers and leaves at hand."""
+        found = dict(records or {})
+        here = {item.layer.name: item for item in held(self.plan, named(grads))}
+        given = {name: item.record(found[item.full]) for name, item in here.items() if item.full in found}
+        beside = records.rest if isinstance(records, Drawn) else {}
+        given |= {name: record for name, record in beside.items() if name in blocks and name not in here}
+        return {name: record for name, record in given.items() if name in blocks}
+
+    def _wanting(
+        self, given: Mapping[str, Any], fresh: bool | None, damping: Any, value: Any, value_fn: Any, params: Any
+    ) -> None:
+        """ValueError where something is not there."""
         if self.step.needs_records and not given:
             raise ValueError(f"update got no records, which {self.step} needs at every step")
         if fresh is None and self.given.clocks.update == 1 and not given:
             raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
         if self.step.judges and (damping is not None or value is None or value_fn is None or params is None):
             raise ValueError(f"{self.step} needs params, value=loss and value_fn=function of params, and no damping")
-        core = self.core(blocks)
-        due = self.due(core, state.core, given, fresh)
-        matrices = _matrices(plan, grads, blocks)
-        matrices |= {name: x for name, x in (factored or {}).items() if name in blocks}
-        fisher = records.fisher if isinstance(records, Drawn) else None
-        directions, after, info = core.do(due, state.core, given, matrices, fisher, damping)
-        seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in info.codes.values()])
-        counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
-        moves = _tree(plan, grads, directions)
-        motion = after.motion
-        if value_fn is not None and self.step.judges:
-            moves, motion = _judged(self.step, state.core.motion, motion, moves, value, value_fn, params)
-        return moves, KFACState(replace(after, motion=motion), dict(info.codes), counts)
+
+    def _rest_moved(self, moves: Any, grads: Any, before: Any, params: Any) -> tuple[Any, Any]:
+        """The tree with what `rest` makes of the leaves it has, and its state."""
+        known = None if params is None else self.leaves_left(params)
+        found, after = self.rest.update(self.leaves_left(grads), before, known)
+        leaves = named(moves) | found
+        return jax.tree.unflatten(jax.tree.structure(moves), list(leaves.values())), after
 
     def due(self, core: Preconditioner, state: Any, records: Mapping[str, Record], fresh: bool | None) -> Due:
         """What the clocks say, traced; decided outside jit for `fresh` steps, but that a rule's own statistics stay on
@@ -157,58 +200,39 @@ class _Transformation:
         return Due(update, clocks.refresh if fresh is None else fresh)
 
 
-def _judged(
-    rule: Any, before: Any, motion: Any, moves: Any, value: Any, value_fn: Callable, params: Any
-) -> tuple[Any, Any]:
-    """The update, or zeros where the loss of its own batch speaks against it, and the motion that follows."""
-    import optax
-
-    after = value_fn(optax.apply_updates(params, jax.tree.map(jnp.negative, moves)))
-    share, motion = rule.judge(motion, 1.0, jnp.asarray(value), jnp.asarray(after))
-    motion = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), register(motion), before)
-    return jax.tree.map(lambda x: jnp.where(share > 0, x, jnp.zeros_like(x)), moves), motion
-
-
-def _arrays(motion: Any) -> Any:
-    """A rule's numbers as arrays, floats in the widest dtype."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(type(x))) if isinstance(x, int | float) else x, motion)
-
-
-def _present(plan: Plan, leaves: Mapping[str, Any]) -> list:
-    """Layers all of whose leaves are there."""
-    return [layer for layer in plan.layers if all(part.leaf in leaves for part in layer.parts)]
-
-
-def _blocks(plan: Plan, params: Any) -> dict[str, Block]:
-    """Of the layers whose leaves are in `params`, and of leaves without a layer, one column each."""
-    leaves = named(params)
-    blocks = {layer.name: layer.block for layer in _present(plan, leaves)}
-    owned = {part.leaf for layer in _present(plan, leaves) for part in layer.parts}
-    rest = {k: x for k, x in leaves.items() if k not in owned and followed(x)}
-    return blocks | {name: Block(x.size, 1) for name, x in rest.items()}
-
-
-def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block]) -> dict[str, Any]:
-    """One a block; Identity for leaves without a layer."""
-    layers = plan.blocks
-    missing = sorted(set(blocks) & set(layers) - set(methods)) if isinstance(methods, Mapping) else []
+def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block], uncovered: Method) -> Mapping[str, Method] | None:
+    """One a block; `uncovered` for leaves without a layer. None where a network-level method has all of them."""
+    if methods is None and set(blocks) <= set(plan.blocks):
+        return None
+    owners = {layer.name: layer.name for layer in plan.layers}
+    owners |= {layer.bias.leaf: layer.name for layer in plan.layers if layer.bias and layer.bias.leaf in blocks}
+    several = isinstance(methods, Mapping)
+    missing = sorted({owners[name] for name in blocks if name in owners} - set(methods)) if several else []
     if missing:
         raise ValueError(f"methods has no entry for layers {missing}; give them one, Identity() to leave them alone")
-    found = methods if isinstance(methods, Mapping) else dict.fromkeys(layers, methods)
-    return {name: found[name] if name in layers else Identity() for name in blocks}
+    found = {}
+    for name in blocks:
+        if name not in owners:
+            found[name] = uncovered
+        elif methods is not None:
+            found[name] = methods[owners[name]] if several else methods
+    return found
 
 
-def _matrices(plan: Plan, grads: Any, blocks: Mapping[str, Block]) -> dict[str, Any]:
-    leaves = named(grads)
-    found = {layer.name: layer.matrix(leaves) for layer in _present(plan, leaves)}
-    return found | {name: leaves[name].reshape(1, -1, 1) for name in blocks if name not in found}
+def _in_force(names: tuple[str, ...]) -> bool:
+    return set(names) <= set(named_axes())
 
 
-def _tree(plan: Plan, grads: Any, directions: Mapping[str, Any]) -> Any:
-    leaves = named(grads)
-    names = list(leaves)
-    for layer in _present(plan, leaves):
-        leaves = layer.scatter(leaves, directions[layer.name])
-    for name in set(directions) - set(plan.blocks):
-        leaves[name] = directions[name].reshape(leaves[name].shape).astype(leaves[name].dtype)
-    return jax.tree.unflatten(jax.tree.structure(grads), [leaves[name] for name in names])
+def _not_within_multisteps() -> None:
+    """ValueError where optax.MultiSteps asks: between its steps it drops the inner state, so that of all micro-batches
+    only the last one's records would ever be measured."""
+    import optax
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
+            raise ValueError(
+                "optax.MultiSteps hands kfac() the records of the last micro-batch alone, so that the curvature of the "
+                "others is lost: take kfaccore_jax.accumulate(kfac(plan), k), around the whole chain"
+            )
+        frame = frame.f_back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax
 from kfaccore import Factored, Ids, Patches, Record
 
 _known: set[type] = set()
+_written: set[type] = set()
 
 
 def register(tree: Any) -> Any:
-    """`tree`, after every dataclass type in it has become a JAX tree node."""
+    """`tree`, after every dataclass type in it has become a JAX tree node, and flax can write it if it is there."""
     if is_dataclass(tree) and not isinstance(tree, type):
         _register(type(tree))
         for name in _names(type(tree))[0]:
@@ -36,6 +38,7 @@ def _names(kind: type) -> tuple[list[str], list[str]]:
 
 def _register(kind: type) -> None:
     """Rebuilding skips __init__: JAX puts placeholders where arrays were."""
+    _for_flax(kind)
     if kind in _known:
         return
     _known.add(kind)
@@ -52,6 +55,25 @@ def _register(kind: type) -> None:
         return x
 
     jax.tree_util.register_pytree_with_keys(kind, flatten, unflatten)
+
+
+def _for_flax(kind: type) -> None:
+    """Lets flax.serialization write a type's arrays by name; nothing where flax is not in use."""
+    flax = sys.modules.get("flax.serialization")
+    if flax is None or kind in _written:
+        return
+    _written.add(kind)
+    children = _names(kind)[0]
+
+    def to_dict(x: Any) -> dict[str, Any]:
+        return {name: flax.to_state_dict(getattr(x, name)) for name in children}
+
+    def from_dict(x: Any, state: dict[str, Any]) -> Any:
+        found = {name: flax.from_state_dict(getattr(x, name), state[name]) for name in children}
+        leaves = [found[name] for name in children]
+        return jax.tree.unflatten(jax.tree.structure(x), jax.tree.leaves(leaves))
+
+    flax.register_serialization_state(kind, to_dict, from_dict)
 
 
 _STATIC = {Ids: ("size",), Patches: ("window", "bias")}

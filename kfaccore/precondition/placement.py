@@ -16,7 +16,7 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.method import Additive, Block, Method, RowsAtSolve, S, declares
-from kfaccore.precondition.comm import Communicator, Tree
+from kfaccore.precondition.comm import Communicator, Serial, Tree
 from kfaccore.precondition.trial import refreshed_leaves
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, device_of, from_host, namespace
@@ -88,8 +88,8 @@ def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Arr
 
 
 def reduced(comm: Communicator, stats: Tree) -> Tree:
-    """Stats summed over ranks."""
-    if comm.world == 1:
+    """Stats summed over ranks; a communicator of one rank that does all the work may still have sums to make."""
+    if isinstance(comm, Serial):
         return stats
     stats = _counted(stats)
     return _unpacked(comm.all_reduce(_packed(stats)), stats)

@@ -42,13 +42,16 @@ def is_numpy(x: object) -> TypeGuard[np.ndarray]:
 
 
 def device_of(x: Array) -> Any:
-    """The device of `x`; None for a tracer, which has none.
+    """The device of `x`; None for a tracer, which has none, and for a JAX array that lies on several.
 
     The core asks here and nowhere else: a tracer's refusal spells out all that was traced before it.
     """
     if type(x) is np.ndarray:
         return "cpu"
-    return None if is_tracer(x) else aac.device(x)
+    if aac.is_jax_array(x):
+        known: Any = x
+        return None if is_tracer(x) or len(known.sharding.device_set) > 1 else aac.device(x)
+    return aac.device(x)
 
 
 def widen(x: Array, what: str) -> Array:

@@ -1,0 +1,45 @@
+"""What a rule of the step says once its update is known, and other transformations beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfaccore_jax.trees import register
+
+
+def losses_of(moves: Any, value: Any, value_fn: Callable, params: Any) -> Any:
+    """The batch's loss before and after the update."""
+    import optax
+
+    after = value_fn(optax.apply_updates(params, jax.tree.map(jnp.negative, moves)))
+    return jnp.stack([jnp.asarray(value), jnp.asarray(after)])
+
+
+def judged(rule: Any, before: Any, motion: Any, moves: Any, losses: Any) -> tuple[Any, Any]:
+    """The update, or zeros where the loss of its own batch speaks against it, and the motion that follows."""
+    share, motion = rule.judge(motion, 1.0, losses[0], losses[1])
+    motion = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), register(motion), before)
+    return jax.tree.map(lambda x: jnp.where(share > 0, x, jnp.zeros_like(x)), moves), motion
+
+
+def arrays(motion: Any) -> Any:
+    """A rule's numbers as arrays, floats in the widest dtype."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(type(x))) if isinstance(x, int | float) else x, motion)
+
+
+def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
+    """The state of `rest`; ValueError where it turns the gradient round."""
+    with jax.ensure_compile_time_eval():
+        zero = {"x": jnp.zeros((1,))}
+        one = {"x": jnp.ones((1,))}
+        turned = float(rest.update(one, rest.init(zero), zero)[0]["x"][0])
+    if turned < 0:
+        raise ValueError(
+            "rest turns gradients round, as a whole optimizer does; kfac() gives directions of the gradient's sign, so "
+            "take the part before the rate, such as optax.scale_by_adam() of optax.adam"
+        )
+    return rest.init(leaves)

@@ -1,0 +1,130 @@
+"""Whether rows of an array belong to the examples in whose places they stand: equations that move examples along the
+batch (sorted, gathered, reversed, shifted), followed forwards and backwards through a jaxpr at two batch sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from kfaccore_jax.tags import PLACED
+
+_ALONG = {"sort": "dimension", "cumsum": "axis", "cumprod": "axis", "cummax": "axis", "cumlogsumexp": "axis"}
+_SCATTERS = {"scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul"}
+Names = list[str]  # what moved each value, "" where nothing did
+
+
+def grown(p: Any, q: Any) -> list[int]:
+    """Axes that grow with the batch, from one value at two batch sizes."""
+    pair = zip(p.aval.shape, q.aval.shape, strict=True)
+    return [i for i, (a, b) in enumerate(pair) if a != b]
+
+
+def moved(one: Any, two: Any) -> dict[str, str]:
+    """{place of an equation: primitive} of the equations, inner ones included, whose operands or results such a
+    primitive moves, before or after them."""
+    found: dict[str, str] = {}
+    one = getattr(one, "jaxpr", one)
+    two = getattr(two, "jaxpr", two)
+    _forwards(found, one, two, "", [""] * len(one.invars))
+    _backwards(found, one, two, "", [""] * len(one.outvars))
+    return found
+
+
+def _places(one: Any, two: Any, prefix: str) -> list[tuple[Any, Any, str]]:
+    """Equations at both sizes with the place that the interpreter gives them."""
+    found = []
+    place = -1
+    for p, q in zip(one.eqns, two.eqns, strict=True):
+        place += p.primitive.name not in PLACED
+        found.append((p, q, f"{prefix}{place}"))
+    return found
+
+
+def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Names) -> Names:
+    """Marks what stands behind a move; names for the outputs."""
+    why: dict[Any, str] = dict(zip(one.invars, given, strict=True))
+    for p, q, key in _places(one, two, prefix):
+        before = _known(why, p.invars)
+        name = next((w for w in before if w), "")
+        if name:
+            found.setdefault(key, name)
+        inner = _inner(p, q)
+        if inner is not None:
+            after = _forwards(found, *inner, f"{key}.", before)
+        else:
+            name = _moves(p, q) or name
+            after = [name if grown(v, w) else "" for v, w in zip(p.outvars, q.outvars, strict=True)]
+        why.update(zip(p.outvars, after, strict=True))
+    return _known(why, one.outvars)
+
+
+def _backwards(found: dict[str, str], one: Any, two: Any, prefix: str, wanted: Names) -> Names:
+    """Marks what a move comes after; names for the inputs."""
+    why: dict[Any, str] = {}
+    _mark(why, one.outvars, wanted)
+    for p, q, key in reversed(_places(one, two, prefix)):
+        after = _known(why, p.outvars)
+        name = next((w for w in after if w), "")
+        if name:
+            found.setdefault(key, name)
+        inner = _inner(p, q)
+        if inner is not None:
+            _mark(why, p.invars, _backwards(found, *inner, f"{key}.", after))
+            continue
+        name = _moves(p, q) or name
+        _mark(why, p.invars, [name if _carries(v) else "" for v in p.invars])
+    return _known(why, one.invars)
+
+
+def _known(why: dict[Any, str], atoms: Any) -> Names:
+    return [why.get(v, "") if not isinstance(v, Literal) else "" for v in atoms]
+
+
+def _mark(why: dict[Any, str], atoms: Any, names: Names) -> None:
+    for v, name in zip(atoms, names, strict=True):
+        if name and not isinstance(v, Literal):
+            why.setdefault(v, name)
+
+
+def _carries(v: Any) -> bool:
+    """Whether a gradient goes through a value."""
+    return bool(jnp.issubdtype(v.aval.dtype, jnp.inexact))
+
+
+def _inner(p: Any, q: Any) -> tuple[Any, Any] | None:
+    """The jaxpr within an equation, at both sizes, whose operands and results are the equation's."""
+    for name in ("jaxpr", "call_jaxpr"):
+        if name in p.params and hasattr(p.params[name], "eqns"):
+            one, two = (getattr(x.params[name], "jaxpr", x.params[name]) for x in (p, q))
+            if len(one.invars) == len(p.invars) and len(one.outvars) == len(p.outvars):
+                return one, two
+    return None
+
+
+def _moves(p: Any, q: Any) -> str:
+    """The primitive's name where it puts examples into other places, else ""."""
+    name = p.primitive.name
+    if not p.invars or isinstance(p.invars[0], Literal):
+        return ""
+    axes = grown(p.invars[0], q.invars[0])
+    if name in _ALONG:
+        return name if p.params[_ALONG[name]] in axes else ""
+    if name == "rev":
+        return name if set(p.params["dimensions"]) & set(axes) else ""
+    numbers = p.params.get("dimension_numbers")
+    if name == "gather":
+        return name if set(numbers.start_index_map) & set(axes) else ""
+    if name in _SCATTERS:
+        return name if set(numbers.scatter_dims_to_operand_dims) & set(axes) else ""
+    if name == "split":
+        return name if p.params["axis"] in axes else ""
+    if name == "concatenate":
+        return name if p.params["dimension"] in axes else ""
+    if name == "pad":
+        return name if any(p.params["padding_config"][axis] != (0, 0, 0) for axis in axes) else ""
+    if name in ("slice", "dynamic_slice"):
+        out = q.outvars[0].aval.shape
+        return name if any(q.invars[0].aval.shape[axis] != out[axis] for axis in axes) else ""
+    return ""

@@ -1,0 +1,61 @@
+"""What one evaluation of a model finds: its calls, their inputs and outputs, and where leaves went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kfaccore_jax.calls import Call
+from kfaccore_jax.mesh import Shape
+from kfaccore_jax.tags import Joined, Param, Tag
+
+
+@dataclass
+class Walk:
+    """What one evaluation found, keyed by the place of the equation: calls, inputs kept, output shapes, and where
+    leaves went that no rule knows. `probes` are added to the outputs of calls. `known` are the calls of the plan, None
+    while it is made: an array of one example cannot tell by its shape that a leaf was repeated over the batch."""
+
+    probes: dict[str, Any] | None = None
+    known: frozenset[str] | None = None
+    prefix: str = ""
+    depth: int = 0
+    calls: dict[str, Call] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Shape] = field(default_factory=dict)
+    leaks: dict[int, list[str]] = field(default_factory=dict)
+
+    def inside(self, place: int, fresh: bool) -> Walk:
+        """For the jaxpr within equation `place`; a fresh one keeps its own data, to be handed out of a trace."""
+        prefix = f"{self.prefix}{place}."
+        if fresh:
+            return Walk(None, self.known, prefix, self.depth)
+        return replace(self, prefix=prefix)
+
+    def probes_of(self, place: int) -> dict[str, Any]:
+        prefix = f"{self.prefix}{place}."
+        return {key: probe for key, probe in (self.probes or {}).items() if key.startswith(prefix)}
+
+    def absorb(self, inner: Walk, data: dict[str, Any]) -> None:
+        """Take over what a fresh inner walk found."""
+        self.calls.update(inner.calls)
+        self.outputs.update(inner.outputs)
+        self.data.update(data)
+        for leaf, places in inner.leaks.items():
+            self.leaks.setdefault(leaf, []).extend(places)
+
+    def leak(self, tags: list[Tag], place: str) -> None:
+        leaves = [tag.leaf for tag in tags if isinstance(tag, Param)]
+        leaves += [one.leaf for tag in tags if isinstance(tag, Joined) for one in tag.tags]
+        several = len(leaves) > 1 and place in ("mul", "add", "sub", "div", "concatenate", "dot_general", "max", "min")
+        for leaf in dict.fromkeys(leaves):
+            named = place.removesuffix("_jaxpr")  # jax 0.6: custom_vjp_call_jaxpr
+            self.leaks.setdefault(leaf, []).append(f"{named} of two leaves" if several else named)
+
+    def capture(self, key: str, call: Call, x: Any, y: Any) -> Any:
+        """The output of a call with its probe added."""
+        self.calls[key] = call
+        self.outputs[key] = Shape.of(y)
+        if x is not None:
+            self.data[key] = x
+        return y if self.probes is None else y + self.probes[key]

@@ -1,0 +1,128 @@
+"""Micro-batches and parameters under masks: accumulate, optax.MultiSteps, optax.masked and partition."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from jax_models import FAST, mlp, mlp_params, normal
+from jax_needed import jax, jnp, kj, optax
+
+X, Y = normal((12, 5), seed=2), normal((12, 3), seed=3)
+NOISE = normal((2, 12, 3), seed=4)
+LOSS = kf.Gaussian()
+PLAN = kj.plan(mlp, mlp_params(), X)
+
+
+def same(got, want, tolerance=1e-10):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def trained(tx, cuts, steps=3, measured=lambda i: True):
+    """Parameters after some steps, each on all of X in the batches that `cuts` makes of it."""
+
+    @partial(jax.jit, compiler_options=FAST, static_argnames="records")
+    def call(params, state, x, y, noise, records):
+        captured = kj.capture(PLAN, params, x)
+        f = captured.prediction
+        draws = kf.monte_carlo(LOSS, f, noise)
+        grads = captured.gradients((f - y) / len(x))
+        given = captured.records(draws, len(x), fisher=kf.monte_carlo) if records else None
+        moves, state = tx.update(grads, state, params, records=given, fresh=None if records else False)
+        return optax.apply_updates(params, moves), state
+
+    params = mlp_params()
+    state = tx.init(params)
+    for i in range(steps):
+        before = params
+        for low, high in zip([0, *cuts], [*cuts, 12], strict=True):
+            if low:
+                same(params, before, 0)
+            part = slice(low, high)
+            params, state = call(params, state, X[part], Y[part], NOISE[:, part], records=measured(i))
+    return params, state
+
+
+def chain(method, clocks=None):
+    clocks = clocks or kf.Clocks(1, 2)
+    return optax.chain(kj.kfac(PLAN, method, clocks, kf.Schedules(0.1, 0.9)), optax.sgd(0.3, 0.9))
+
+
+def test_micro_batches_equal_the_whole_batch():
+    method = kf.KFAC()
+    whole, state = trained(chain(method), ())
+    parts, pieces = trained(kj.accumulate(chain(method), 3), (2, 4))  # of 2, 2 and 8 examples
+    same(parts, whole)
+    same(pieces.inner[0].codes, state[0].codes)
+    assert int(pieces.inner[0].core.step) == 3
+    assert all(not np.any(x) for x in jax.tree.leaves((pieces.stats, pieces.grads)))
+
+
+def test_the_clock_of_statistics_counts_steps():
+    method = kf.Diagonal()
+    whole, _ = trained(chain(method, kf.Clocks(2, 2)), ())
+    parts, _ = trained(kj.accumulate(chain(method, kf.Clocks(2, 2)), 2), (6,))
+    same(parts, whole)
+    plain, _ = trained(chain(method), (), measured=lambda i: i != 1)
+    same(trained(kj.accumulate(chain(method), 2), (6,), measured=lambda i: i != 1)[0], plain)
+
+
+def test_what_cannot_be_added_up_is_refused():
+    with pytest.raises(ValueError, match=r"with one kfac\(plan\) in it; this one has 0"):
+        kj.accumulate(optax.sgd(0.1), 2)
+    with pytest.raises(ValueError, match=r"SelfTuning.* needs the rows of the whole batch"):
+        kj.accumulate(kj.kfac(PLAN, step=kf.SelfTuning()), 2)
+    with pytest.raises(ValueError, match=r"SKFAC.* keeps rows of one process"):
+        kj.accumulate(kj.kfac(PLAN, kf.SKFAC()), 2).init(mlp_params())
+    for wrapped in (kj.kfac(PLAN), optax.chain(kj.kfac(PLAN), optax.sgd(0.1))):
+        with pytest.raises(ValueError, match=r"take kfaccore_jax.accumulate\(kfac\(plan\), k\)"):
+            optax.MultiSteps(wrapped, 2).init(mlp_params())
+    tx = kj.accumulate(kj.kfac(PLAN), 2)
+    captured = kj.capture(PLAN, mlp_params(), X)
+    records = dict(captured.records(jnp.ones((1, 12, 3)), 12))
+    del records["1.0"]
+    with pytest.raises(ValueError, match=r"no records of \['1.0'\]"):
+        tx.update(mlp_params(), tx.init(mlp_params()), records=records)
+
+
+@pytest.mark.parametrize("hidden", ["weight", "bias"])
+@pytest.mark.parametrize("outer", ["masked", "partition"])
+def test_half_a_layer_is_preconditioned_by_itself(hidden, outer):
+    """What a mask leaves of a layer has the block of that part alone: the oracle is a plan without the other leaf."""
+    (w, b), second = mlp_params()
+    keep = [(hidden == "bias", hidden == "weight"), (True, True)]
+    tx = kj.kfac(PLAN, kf.KFAC(), schedules=kf.Schedules(0.1, 0.9))
+
+    apart = {"leaf": b if hidden == "weight" else w, "second": second}
+    alone = kj.plan(
+        lambda p, x: mlp([(w, p["leaf"]) if hidden == "weight" else (p["leaf"], b), p["second"]], x), apart, X
+    )
+
+    def step(tx, plan, params):
+        captured = kj.capture(plan, params, X)
+        records = captured.records(kf.type2(LOSS, captured.prediction), 12)
+        grads = captured.gradients(captured.prediction / 12)
+        return tx.update(grads, tx.init(params), params, records=records)[0]
+
+    if outer == "masked":
+        wrapped = optax.masked(tx, keep)
+    else:
+        labels = jax.tree.map(lambda on: "kfac" if on else "rest", keep)
+        wrapped = optax.partition({"kfac": tx, "rest": optax.set_to_zero()}, labels)
+    moves = step(wrapped, PLAN, mlp_params())
+    want = step(kj.kfac(alone, kf.KFAC(), schedules=kf.Schedules(0.1, 0.9)), alone, apart)
+    same(moves[0][1 if hidden == "weight" else 0], want["leaf"], 1e-12)
+    same(moves[1], want["second"], 1e-12)
+
+
+def test_leaves_that_the_plan_does_not_know_are_named_at_init():
+    tx = kj.kfac(PLAN)
+    with pytest.raises(ValueError, match=r"init got leaves \['net.0.0', .* that the plan has not"):
+        tx.init({"net": mlp_params()})
+    (w, b), second = mlp_params()
+    with pytest.raises(ValueError, match=r"0.0 \(4, 5\), planned as \(5, 4\)"):
+        tx.init([(w.T, b), second])
