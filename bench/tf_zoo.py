@@ -166,8 +166,8 @@ def error(model: Any, x: np.ndarray, y: np.ndarray) -> float:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     records = kt.records(model, x, y, loss, fisher=kf.type2)
     rng = np.random.default_rng(1)
-    x = tf.constant(x)
-    p = tf.nn.softmax(model(x, training=False)).numpy()
+    given = tf.constant(x)
+    p = tf.nn.softmax(model(given, training=False)).numpy()
     pairs = []
     for part in kt.coverage(model).parts:
         record = records[part.name]
@@ -182,10 +182,13 @@ def error(model: Any, x: np.ndarray, y: np.ndarray) -> float:
             along = {role: tf.constant(a) for role, a in part.arrays(only).items()}
             variables = [u.value for u in part.variables.values()]
             with tf.autodiff.ForwardAccumulator(variables, [along[role] for role in part.variables]) as forward:
-                f = model(x, training=False)
+                f = model(given, training=False)
             u = forward.jvp(f).numpy()
             want += float(np.sum(p * u * u) - np.sum(np.sum(p * u, -1) ** 2)) / len(p)
-            got += float(np.sum(np.einsum("dboi,oi->db", record.examples()[:, block], matrix[block]) ** 2)) / record.n
+            got += (
+                float(np.sum(np.einsum("dboi,oi->db", np.asarray(record.examples())[:, block], matrix[block]) ** 2))
+                / record.n
+            )
         pairs.append((got, want))
     largest = max(want for _, want in pairs)
     return max(abs(got - want) / max(want, 1e-9 * largest) for got, want in pairs)
