@@ -3,7 +3,11 @@
 import keras
 
 if keras.backend.backend() != "tensorflow":
-    there = "; on 'jax' use kfaccore_jax.keras_apply(model)" if keras.backend.backend() == "jax" else ""
+    others = {
+        "jax": "; on 'jax' use kfaccore_jax.keras_apply(model)",
+        "torch": "; on 'torch' no shell reads Keras layers: set KERAS_BACKEND=tensorflow, or jax with kfaccore_jax",
+    }
+    there = others.get(keras.backend.backend(), "; set KERAS_BACKEND=tensorflow before keras is imported")
     raise ImportError(f"Keras runs on {keras.backend.backend()!r} here; kfaccore_tensorflow needs 'tensorflow'{there}")
 
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor

@@ -103,5 +103,6 @@ def _mask(layer: Layer, first: Any, kwargs: dict[str, Any], graph: Any) -> Tenso
     mask = getattr(first, "_keras_mask", None) if mask is None else mask
     if mask is None and tf.is_tensor(first) and type(layer).compute_mask is not keras.layers.Layer.compute_mask:
         mask = layer.compute_mask(first, None)
-    plain = tf.is_tensor(mask) and mask.shape.rank == 2 and getattr(mask, "graph", graph) is graph
-    return mask if plain else None
+    if mask is None or not tf.is_tensor(mask):
+        return None
+    return mask if mask.shape.rank == 2 and getattr(mask, "graph", graph) is graph else None

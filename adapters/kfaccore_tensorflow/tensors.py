@@ -57,19 +57,20 @@ def gathered(engine: Engine, parts: Sequence[Part], seen: Observed, tape: Any, h
     half = [p.name for p in parts if any(c.use.out.dtype == tf.float16 for c in seen.calls.get(p.name, ()))]
     if half:
         raise ValueError(f"parts {half[:5]} are float16, whose gradients underflow: use the policy mixed_bfloat16")
-    change = [_change(tape, call) for call in calls]
+    change = [_change(call) for call in calls]
     wholes = [part.variables["weight"] for part in parts if part.whole]
     count, g = _gradients(engine, tape, heads, data, outputs, wholes)
     x = [None if call.use.x is None else widened(call.use.x) for call in calls]
     return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, change, g)
 
 
-def _change(tape: Any, call: Call) -> Tensor | None:
+def _change(call: Call) -> Tensor | None:
     """d tensor / d variable of a weight that was changed on its way, each element by itself."""
     hot = call.use.hot
     if not hot.changed:
         return None
-    found = tape.gradient(hot.tensor, hot.read, output_gradients=tf.ones_like(hot.tensor))
+    # of the graph, not of the tape: that would go back through all that the factors on the way are made of
+    (found,) = tf.gradients(hot.tensor, [hot.read], [tf.ones_like(hot.tensor)])
     return widened(tf.zeros_like(hot.read) if found is None else found)
 
 

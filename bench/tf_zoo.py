@@ -1,0 +1,241 @@
+"""Are records right, and does `fit` train, on Keras models that nobody here wrote?
+
+Small inputs, random weights. How much of a model has records of its own; on a small form of it, for each part and one
+random direction v, v^T F v of type-2 records against brute force, (J v)^T H (J v) of the loss by TensorFlow's own
+forward-mode derivative, which knows nothing of records; and 20 steps of `fit` with SelfTuning() on one batch, three
+seeds. The small forms run without training, where BatchNormalization does not mix examples.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from report import Claim, at_least, at_most, claim, finish, parser
+
+import kfaccore as kf
+import kfaccore_tensorflow as kt
+
+L = keras.layers
+APPS = keras.applications
+QUICK = ("ViT", "masked text")
+IMAGE = (32, 32, 3)
+CLASSES = 5
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model as it is used, a small form of it, and inputs of so many examples."""
+
+    whole: Callable[[], Any]
+    small: Callable[[], Any]
+    inputs: Callable[[np.random.Generator, int], np.ndarray]
+
+
+def vit(width: int = 48, depth: int = 4) -> Any:
+    """Patches of 8 x 8, embedded places, `depth` blocks."""
+    image = keras.Input(IMAGE)
+    x = L.Reshape((16, width))(L.Conv2D(width, 8, strides=8)(image))
+    x = Places(16, width)(x)
+    for _ in range(depth):
+        y = L.LayerNormalization()(x)
+        x = x + L.MultiHeadAttention(3, width // 3)(y, y)
+        y = L.Dense(2 * width, "gelu")(L.LayerNormalization()(x))
+        x = x + L.Dense(width)(y)
+    return keras.Model(image, L.Dense(CLASSES)(L.GlobalAveragePooling1D()(L.LayerNormalization()(x))))
+
+
+class Places(L.Layer):
+    """Adds embedded places."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.count = count
+        self.table = L.Embedding(count, width)
+
+    def call(self, x: Any) -> Any:
+        return x + self.table(keras.ops.arange(self.count))
+
+
+def text(width: int = 32, units: int = 0) -> Any:
+    """Padded words, their mask, and one attention block, or an LSTM of so many units."""
+    ids = keras.Input((12,), dtype="int32")
+    x = L.Embedding(50, width, mask_zero=True)(ids)
+    if units:
+        x = L.LSTM(units)(L.Bidirectional(L.LSTM(units, return_sequences=True))(x))
+    else:
+        x = L.LayerNormalization()(x)
+        x = L.GlobalAveragePooling1D()(L.Dense(width, "tanh")(L.MultiHeadAttention(2, width // 2)(x, x)))
+    return keras.Model(ids, L.Dense(CLASSES)(x))
+
+
+def residual() -> Any:
+    """A block of ResNet50V2: normalisation first, strided, with a projection."""
+    image = keras.Input((8, 8, 3))
+    x = L.Conv2D(6, 3, strides=2, padding="same")(image)
+    y = L.ReLU()(L.BatchNormalization()(x))
+    y = L.Conv2D(4, 3, padding="same", use_bias=False)(y)
+    y = L.Conv2D(6, 1)(L.ReLU()(L.BatchNormalization()(y)))
+    return keras.Model(image, L.Dense(CLASSES)(L.GlobalAveragePooling2D()(x + y)))
+
+
+def inverted() -> Any:
+    """A block of EfficientNet: expanded, depthwise, squeezed and excited."""
+    image = keras.Input((8, 8, 3))
+    x = L.Activation("swish")(L.BatchNormalization()(L.Conv2D(8, 1, use_bias=False)(image)))
+    x = L.Activation("swish")(L.BatchNormalization()(L.DepthwiseConv2D(3, padding="same", use_bias=False)(x)))
+    s = L.Conv2D(8, 1, activation="sigmoid")(
+        L.Conv2D(2, 1, activation="swish")(L.GlobalAveragePooling2D(keepdims=True)(x))
+    )
+    return keras.Model(image, L.Dense(CLASSES)(L.GlobalAveragePooling2D()(L.Conv2D(4, 1)(x * s))))
+
+
+def next_block() -> Any:
+    """A block of ConvNeXt: depthwise, normalised, widened, scaled."""
+    image = keras.Input((8, 8, 3))
+    x = L.Conv2D(6, 2, strides=2)(image)
+    y = L.LayerNormalization(epsilon=1e-6)(L.DepthwiseConv2D(3, padding="same")(x))
+    y = Gain()(L.Dense(6)(L.Dense(24, "gelu")(y)))
+    return keras.Model(image, L.Dense(CLASSES)(L.GlobalAveragePooling2D()(x + y)))
+
+
+class Gain(L.Layer):
+    """ConvNeXt's gain of each channel."""
+
+    def build(self, shape: Any) -> None:
+        self.gain = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return x * self.gain
+
+
+def application(name: str) -> Callable[[], Any]:
+    """One of keras.applications with random weights, on small images, without a softmax."""
+    options = {"weights": None, "classes": CLASSES, "classifier_activation": None, "input_shape": IMAGE}
+    return lambda: getattr(APPS, name)(**options)
+
+
+def pictures(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.normal(size=(count, *IMAGE))
+
+
+def little(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.normal(size=(count, 8, 8, 3))
+
+
+def padded(rng: np.random.Generator, count: int) -> np.ndarray:
+    ids = rng.integers(1, 50, (count, 12))
+    ids[::2, 7:] = 0
+    return ids
+
+
+ZOO = {
+    "ResNet50V2": (Entry(application("ResNet50V2"), residual, pictures), little),
+    "EfficientNetB0": (Entry(application("EfficientNetB0"), inverted, pictures), little),
+    "ConvNeXtTiny": (Entry(application("ConvNeXtTiny"), next_block, pictures), little),
+    "ViT": (Entry(vit, lambda: vit(6, 1), pictures), pictures),
+    "masked text": (Entry(text, lambda: text(6), padded), padded),
+    "LSTM": (Entry(lambda: text(32, 24), lambda: text(4, 3), padded), padded),
+}
+
+
+def share(model: Any) -> tuple[float, int]:
+    """Elements with records of their own over all, and the parts that have them."""
+    plan = kt.coverage(model)
+    covered = {id(v): v for part in plan.parts for v in part.variables.values()}
+    every = sum(math.prod(v.shape) for v in model.trainable_variables)
+    return sum(math.prod(v.shape) for v in covered.values()) / every, len(plan.parts)
+
+
+def error(model: Any, x: np.ndarray, y: np.ndarray) -> float:
+    """Largest relative error of v^T F v over the parts, against the loss's own second derivative."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    records = kt.records(model, x, y, loss, fisher=kf.type2)
+    rng = np.random.default_rng(1)
+    given = tf.constant(x)
+    p = tf.nn.softmax(model(given, training=False)).numpy()
+    pairs = []
+    for part in kt.coverage(model).parts:
+        record = records[part.name]
+        if record.batch != len(p):  # rows that examples share: right in the mean over draws only
+            continue
+        v = {role: rng.normal(size=u.shape) for role, u in part.variables.items()}
+        got = want = 0.0
+        matrix = part.matrix(v)
+        for block in range(record.blocks):  # F of the layer is block-diagonal over these
+            only = np.zeros_like(matrix)
+            only[block] = matrix[block]
+            along = {role: tf.constant(a) for role, a in part.arrays(only).items()}
+            variables = [u.value for u in part.variables.values()]
+            with tf.autodiff.ForwardAccumulator(variables, [along[role] for role in part.variables]) as forward:
+                f = model(given, training=False)
+            u = forward.jvp(f).numpy()
+            want += float(np.sum(p * u * u) - np.sum(np.sum(p * u, -1) ** 2)) / len(p)
+            got += (
+                float(np.sum(np.einsum("dboi,oi->db", np.asarray(record.examples())[:, block], matrix[block]) ** 2))
+                / record.n
+            )
+        pairs.append((got, want))
+    largest = max(want for _, want in pairs)
+    return max(abs(got - want) / max(want, 1e-9 * largest) for got, want in pairs)
+
+
+def falls(make: Callable[[], Any], x: np.ndarray, y: np.ndarray, seed: int) -> bool:
+    """Whether 20 steps of `fit` on one batch are finite and end below the first loss."""
+    keras.utils.set_random_seed(seed)
+    model = kt.KFACModel(make(), step=kf.SelfTuning(), seed=seed)
+    model.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = model.fit(x, y, batch_size=len(x), epochs=STEPS, shuffle=False, verbose=0).history["loss"]
+    return all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def main() -> None:
+    asked = parser(__doc__)
+    asked.add_argument("--only", help="models whose name has this in it")
+    asked.add_argument("--seeds", type=int, default=3)
+    given = asked.parse_args()
+    begun = time.perf_counter()
+    rows: list[list[Any]] = []
+    claims: list[Claim] = []
+    for name, (entry, little_inputs) in ZOO.items():
+        if (given.quick and name not in QUICK) or (given.only and given.only not in name):
+            continue
+        rng = np.random.default_rng(0)
+        covered, parts = share(entry.whole())
+        keras.config.set_dtype_policy("float64")
+        keras.config.set_floatx("float64")
+        found = error(entry.small(), little_inputs(rng, 3), rng.integers(0, CLASSES, 3))
+        keras.config.set_dtype_policy("float32")
+        keras.config.set_floatx("float32")
+        x = entry.inputs(rng, 8)
+        x = x.astype(np.float32) if x.dtype.kind == "f" else x
+        y = rng.integers(0, CLASSES, 8)
+        good = [falls(entry.whole, x, y, seed) for seed in range(1 if given.quick else given.seeds)]
+        rows.append([name, parts, f"{100 * covered:.2f} %", f"{found:.1g}", f"{sum(good)} of {len(good)}"])
+        claims.append(at_least(f"{name}: share of elements with records of their own", covered, 0.99))
+        claims.append(at_most(f"{name}: error of type-2 records on a small form", found, 1e-8))
+        claims.append(claim(f"{name}: seeds on which fit brings the loss down", f"{sum(good)}", "all", all(good)))
+        if not given.json:
+            print(*rows[-1], f"{time.perf_counter() - begun:.0f} s", flush=True)
+    claims.append(at_most("minutes in all", (time.perf_counter() - begun) / 60, 30))
+    finish(
+        "Keras models nobody here wrote", ("model", "parts", "covered", "error", "20 steps"), rows, claims, given.json
+    )
+
+
+if __name__ == "__main__":
+    main()
