@@ -152,7 +152,7 @@ class Stack:
     def parts(self, solved: Solution, refused: Array | None, grads: Grads) -> Parts:
         x = solved.direction
         each = x.shape[0] // len(self.names)
-        flat = [getattr(grads[name], "ndim", 3) == 2 for name in self.names]
+        flat = [_flat(grads[name]) for name in self.names]
         cut = unstacked(x) if all(flat) else parted(x, each)
         directions = dict(zip(self.names, cut, strict=True))
         if any(flat) and not all(flat):
@@ -181,3 +181,8 @@ class Stack:
 def _real(state: State) -> Array:
     """A leaf that tells in what a state computes."""
     return next((x for x in tree.leaves(state) if "float" in str(x.dtype)), state.code)
+
+
+def _flat(grad: Array | Factored) -> bool:
+    """Whether a gradient came without a blocks axis, as its direction shall go."""
+    return not isinstance(grad, Factored) and grad.ndim == 2

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
+import array_api_compat as aac
+
 from kfaccore import tree
 from kfaccore.method import Block, Method, State
 from kfaccore.precondition.given import named
@@ -53,7 +55,7 @@ class Layers(Mapping[str, State]):
 
     def rebuilt(self, new: Mapping[str, State]) -> Mapping[str, State]:
         """The same stacks of other states; a dict where what came has no blocks to stack."""
-        blocked = all(getattr(leaf, "ndim", 0) for leaf in tree.leaves(new))
+        blocked = all(aac.is_array_api_obj(leaf) and leaf.ndim for leaf in tree.leaves(new))
         return restacked(new, self.stacks) if blocked else dict(new)
 
 
