@@ -117,9 +117,9 @@ def test_layers_may_bring_unequal_batches(rng):
     """One layer two micro-batches of other sizes than the rest, and one with a mask."""
     numpy = FEW[0]
     records, grads = batch(numpy, rng)
-    given: dict = dict(records)
-    given["b"] = [kf.Record(records["b"].a[:, :2], records["b"].g[:, :, :2], 1.0), records["b"]]
+    b = [kf.Record(records["b"].a[:, :2], records["b"].g[:, :, :2], 1.0), records["b"]]
     mask = np.arange(records["c"].batch) < 3
-    given["c"] = kf.Record(records["c"].a, records["c"].g, N, np.repeat(mask[:, None], records["c"].shared, 1))
+    c = kf.Record(records["c"].a, records["c"].g, N, np.repeat(mask[:, None], records["c"].shared, 1))
+    turns = [(kf.Due(True, True), {**records, **given}, grads) for given in ({"b": b}, {"b": b, "c": c})]
     for method in (kf.KFAC(), kf.EKFAC(), kf.Lanczos(), kf.SKFAC()):
-        walk(numpy, both(method), [(kf.Due(True, True), given, grads)])
+        walk(numpy, both(method), turns)
