@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from kfaccore import xp as kernels
-from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
+from kfaccore.linalg.grams import gram_of_gradients, gram_of_inputs, rows_of, valid_rows
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
 from kfaccore.xp.arrays import Array, device_of, namespace, scalar
@@ -109,18 +109,6 @@ class Sides(Protocol):
     def G(self) -> Array: ...
 
 
-def dense_only(name: str, block: Block) -> str:
-    """What a method says that needs dense factors of both sides; "" where it has them."""
-    if not (block.diagonal_in or block.diagonal_out):
-        return ""
-    what = "an embedding, or inputs" if block.diagonal_in else "outputs"
-    size = block.d_in if block.diagonal_in else block.d_out
-    return (
-        f"{name} got {what} too wide for a matrix ({size}, a diagonal side), and both its factors are dense: give this "
-        f"layer KFAC, EKFAC or TKFAC, or BrandKFAC for modes alone; a Preconditioner's `widest` says what is too wide"
-    )
-
-
 def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
     """Stats of one record, diagonal where the factors of `like` are; zero draws give G = I by definition."""
     found = sums(record, sharing, like)
@@ -174,7 +162,7 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record], like: Si
     if isinstance(record.a, Ids):
         A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), xp.reshape(record.a.index, (-1,)), record.a.size)
         A = A[:, 0][None, :]
-        G = side.gram(_rows(record.g), diagonal_out)
+        G = side.gram(rows_of(record.g), diagonal_out)
     else:
         rows = (_weighted_rows(record, weight, start, a) for start, a in input_chunks(record))
         parts = [(side.gram(x, diagonal_in), side.gram(y, diagonal_out)) for x, y in rows]
@@ -190,7 +178,7 @@ def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple
     span = slice(start, start + a.shape[1])
     norm = xp.sqrt(xp.vecdot(a, a))[..., None]
     scaled = xp.sqrt(weight[:, span, :])[..., None] * a
-    return _rows(scaled[None, ...]), _rows(record.g[:, :, span, ...] * norm)
+    return rows_of(scaled[None, ...]), rows_of(record.g[:, :, span, ...] * norm)
 
 
 def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) -> S:
@@ -255,43 +243,3 @@ def positive(count: N) -> N:
         return count
     xp = namespace(count)
     return xp.where(count > 0, count, xp.ones_like(count))
-
-
-def valid_rows(record: Record) -> Array:
-    """Number of rows that exist, (blocks,)."""
-    xp = namespace(record.g)
-    zeros = xp.zeros((record.blocks,), dtype=record.g.dtype, device=device_of(record.g))
-    if record.mask is None:
-        return zeros + float(record.batch * record.shared)
-    return zeros + xp.sum(xp.astype(record.mask, record.g.dtype))
-
-
-def _rows(x: Array) -> Array:
-    """(draws, blocks, batch, shared, d) as (blocks, rows, d)."""
-    xp = namespace(x)
-    blocks = x.shape[1]
-    return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3, 4)) if blocks > 1 else x, (blocks, -1, x.shape[-1]))
-
-
-def gram_of_gradients(record: Record, diagonal: bool = False) -> Array:
-    """Sum of g g^T, (blocks, d_out, d_out), or its diagonal (blocks, d_out); n I for zero draws."""
-    if record.draws == 0:
-        like = side.zeros(record.blocks, record.d_out, diagonal, record.g)
-        return side.identity(like) * scalar(record.n, like)
-    return side.gram(_rows(record.g), diagonal)
-
-
-def gram_of_inputs(record: Record, diagonal: bool = False) -> Array:
-    """Sum of a a^T over valid rows, (blocks, d_in, d_in); the diagonal (blocks, d_in) alone if asked, or for `Ids`."""
-    xp = namespace(record.g)
-    if isinstance(record.a, Ids):
-        ones = xp.ones((*record.a.index.shape, 1), dtype=record.g.dtype, device=device_of(record.g))
-        if record.mask is not None:
-            ones = xp.where(record.mask[..., None], ones, xp.zeros_like(ones))
-        index = xp.reshape(record.a.index, (-1,))
-        return kernels.segment_sum(xp.reshape(ones, (-1, 1)), index, record.a.size)[:, 0][None, :]
-    if isinstance(record.a, Patches) and diagonal:
-        return record.a.gram_diagonal(record.mask)
-    if isinstance(record.a, Patches) and record.mask is None:
-        return record.a.gram()
-    return side.gram(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), diagonal)

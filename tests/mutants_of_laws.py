@@ -18,7 +18,31 @@ _DECLARED = "test_laws_capabilities.py::test_what_a_method_declares_it_does"
 _SIGNATURES = "test_laws_capabilities.py::test_declared_signatures_are_the_protocols"
 _UNDECLARED = "test_laws_capabilities.py::test_undeclared_a_solve_does_not_see_the_record"
 
+_STACKED = "test_laws_stacks.py::test_stacked_is_looped"
+_UNEQUAL = "test_laws_stacks.py::test_layers_may_bring_unequal_batches"
+
 OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
+    (
+        "a stack's first damping for all",
+        "precondition/side_by_side.py",
+        "if len({_number(x) for x in dampings}) == 1:",
+        "if True:",
+        _STACKED,
+    ),
+    (
+        "a layer of a stack given another's blocks",
+        "precondition/stacks.py",
+        "_cut(fresh, at[name], len(names)) if name in at",
+        "_cut(fresh, 0, len(names)) if name in at",
+        _STACKED,
+    ),
+    (
+        "the first layer's rows counted for all of a stack",
+        "precondition/stacks.py",
+        "return leaves[0] if alike else _numbers_of(leaves, like)",
+        "return leaves[0]",
+        _UNEQUAL,
+    ),
     ("padding counted by expand", "record/sharing.py", "xp.reshape(record.mask, (rows, 1))", "None", _MASK),
     (
         "mean over padding as well",

@@ -75,3 +75,51 @@ def test_stacked_is_looped(row, xp, rng):
     factored = turns[2][1]["c"]
     turns[2][2]["c"] = kf.Factored(factored.a, factored.g[0, ...], N)
     walk(xp, both(row.method), turns)
+
+
+def test_what_is_stacked_is_decided_by_cost(rng):
+    """On NumPy small layers that have an equal; elsewhere all that have one; methods and sizes apart are never one."""
+    blocks = {
+        "a": kf.Block(3, 4),
+        "b": kf.Block(3, 4),
+        "c": kf.Block(4, 3),
+        "d": kf.Block(400, 4),
+        "e": kf.Block(400, 4),
+    }
+    methods = dict.fromkeys(blocks, kf.KFAC())
+    for stacked, want in ((None, (("a", "b"), ("c",), ("d",), ("e",))), (True, (("a", "b"), ("c",), ("d", "e")))):
+        assert kf.Preconditioner(methods, stacked=stacked).init(blocks, np.zeros(1)).layers.stacks == want
+    apart = kf.Preconditioner({**methods, "b": kf.EKFAC()}, stacked=True).init(blocks, np.zeros(1)).layers
+    assert apart.stacks == (("a",), ("b",), ("c",), ("d", "e"))
+    assert list(apart) == list(blocks)
+
+
+def test_files_are_by_layer(rng, tmp_path):
+    """What is saved does not know of stacks: either kind of run continues the other's."""
+    numpy = FEW[0]
+    pres = both(kf.EKFAC())
+    records, grads = batch(numpy, rng)
+    states = [pre.step(pre.init(dict.fromkeys(NAMES, kf.Block(3, 4)), grads["a"]), records, grads)[1] for pre in pres]
+    paths = [[path for path, _ in tree.items(state)] for state in states]
+    assert paths[0] == paths[1]
+    assert {"layers/a/A", "layers/d/basis/Qg"} <= set(paths[0])
+    kf.save(tmp_path / "stacked", states[0])
+    kf.save(tmp_path / "apart", states[1])
+    crossed = [kf.load(tmp_path / name, like=state) for name, state in zip(("apart", "stacked"), states, strict=True)]
+    crossed.append(kf.load(tmp_path / "apart", like=states[1]))
+    records, grads = batch(numpy, rng)
+    found = [pre.step(state, records, grads)[0] for pre, state in zip((*pres, pres[0]), crossed, strict=True)]
+    for one in found[1:]:
+        same(numpy, one, found[0])
+
+
+def test_layers_may_bring_unequal_batches(rng):
+    """One layer two micro-batches of other sizes than the rest, and one with a mask."""
+    numpy = FEW[0]
+    records, grads = batch(numpy, rng)
+    b = [kf.Record(records["b"].a[:, :2], records["b"].g[:, :, :2], 1.0), records["b"]]
+    mask = np.arange(records["c"].batch) < 3
+    c = kf.Record(records["c"].a, records["c"].g, N, np.repeat(mask[:, None], records["c"].shared, 1))
+    turns = [(kf.Due(True, True), {**records, **given}, grads) for given in ({"b": b}, {"b": b, "c": c})]
+    for method in (kf.KFAC(), kf.EKFAC(), kf.Lanczos(), kf.SKFAC()):
+        walk(numpy, both(method), turns)

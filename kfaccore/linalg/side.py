@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, device_of, eps, namespace
 from kfaccore.xp.codes import Code, choose
+
+if TYPE_CHECKING:
+    from kfaccore.method import Block
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,15 @@ def times(v: Array, x: Array) -> Array:
 def transposed(x: Array) -> Array:
     """x^T."""
     return x if is_diagonal(x) else x.mT
+
+
+def dense_only(name: str, block: Block) -> str:
+    """What a method says that needs dense factors of both sides; "" where it has them."""
+    if not (block.diagonal_in or block.diagonal_out):
+        return ""
+    what = "an embedding, or inputs" if block.diagonal_in else "outputs"
+    size = block.d_in if block.diagonal_in else block.d_out
+    return (
+        f"{name} got {what} too wide for a matrix ({size}, a diagonal side), and both its factors are dense: give this "
+        f"layer KFAC, EKFAC or TKFAC, or BrandKFAC for modes alone; a Preconditioner's `widest` says what is too wide"
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from kfaccore.method import Block, Hyper, T
+from kfaccore.method import Block, Hyper, State, T
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, working
 from kfaccore.precondition.parts import Parts
@@ -20,8 +20,16 @@ from kfaccore.xp.arrays import Array, namespace
 Hypers = Mapping[str, Hyper]
 Grads = Mapping[str, Array | Factored]
 Batches = Mapping[str, Sequence[Given]]
+K = TypeVar("K")  # a tree of where each layer's statistics were refused
 N = TypeVar("N")  # a network-level method's state
 X = TypeVar("X")
+
+
+class Layered(Protocol):
+    """A network-level method's state."""
+
+    @property
+    def layers(self) -> Mapping[str, State]: ...
 
 
 class NetworkMethod(Protocol[N, T]):
@@ -61,7 +69,7 @@ class NetworkMethod(Protocol[N, T]):
         ...
 
 
-class Group(Protocol):
+class Group(Protocol[N, K]):
     """Layers that are measured, refreshed and solved in one call; its states are trees of arrays, and `direction` and
     `code` of its Solutions are trees that ranks may send."""
 
@@ -73,27 +81,27 @@ class Group(Protocol):
         """What its information is kept under."""
         ...
 
-    def updated(self, state: Any, given: Batches, hypers: Hypers, comm: Communicator, donate: bool) -> tuple[Any, Any]:
+    def updated(self, state: N, given: Batches, hypers: Hypers, comm: Communicator, donate: bool) -> tuple[N, K]:
         """The state with the batches of some of its layers in it; where (blocks,) they were refused, a tree."""
         ...
 
-    def accepted(self, state: Any) -> Any:
+    def accepted(self, state: N) -> K:
         """The tree of an update that refused nothing."""
         ...
 
-    def refresh(self, state: Any, hypers: Hypers) -> Any:
+    def refresh(self, state: N, hypers: Hypers) -> N:
         """Inverses from averages."""
         ...
 
-    def solve(self, state: Any, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
+    def solve(self, state: N, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         """Directions of its layers, in their gradients' dtype."""
         ...
 
-    def unsolved(self, state: Any, grads: Grads) -> Solution:
+    def unsolved(self, state: N, grads: Grads) -> Solution:
         """Zeros shaped like the directions, on a rank that another sends them to."""
         ...
 
-    def parts(self, solved: Solution, refused: Any, grads: Grads) -> Parts:
+    def parts(self, solved: Solution, refused: K | None, grads: Grads) -> Parts:
         """Directions, codes and information by layer; `refused` as `updated` gave it, or None."""
         ...
 
@@ -115,15 +123,15 @@ class Together:
         return "network"
 
     def updated(
-        self, state: Any, given: Batches, hypers: Hypers, comm: Communicator, donate: bool
-    ) -> tuple[Any, dict[str, Array]]:
+        self, state: Layered, given: Batches, hypers: Hypers, comm: Communicator, donate: bool
+    ) -> tuple[Layered, dict[str, Array]]:
         turns = zip(*given.values(), strict=True)
         stats = [self._measured(state, dict(zip(given, turn, strict=True)), hypers) for turn in turns]
         total = reduced(comm, reduce(self.method.combine, stats))
         refused = {name: found.bad > 0 for name, found in total.items()}
         return self.method.update(state, total, of(self.names, hypers), donate), refused | self._fine(state, refused)
 
-    def _measured(self, state: Any, batch: dict[str, Any], hypers: Hypers) -> dict[str, Any]:
+    def _measured(self, state: Layered, batch: dict[str, Any], hypers: Hypers) -> dict[str, Any]:
         """Stats of one micro-batch, in the dtype of the states they will move."""
         records: Any = {name: given for name, given in batch.items() if isinstance(given, Record | tuple)}
         found = {name: given for name, given in batch.items() if name not in records}
@@ -131,17 +139,17 @@ class Together:
             found |= self.method.measure(state, records, of(self.names, hypers))
         return {name: in_dtype(stats, working(state.layers[name])) for name, stats in found.items()}
 
-    def _fine(self, state: Any, but: Mapping[str, object]) -> dict[str, Array]:
+    def _fine(self, state: Layered, but: Mapping[str, object]) -> dict[str, Array]:
         codes = {name: layer.code for name, layer in state.layers.items() if name not in but}
         return {name: namespace(code).zeros_like(code) > 0 for name, code in codes.items()}
 
-    def accepted(self, state: Any) -> dict[str, Array]:
+    def accepted(self, state: Layered) -> dict[str, Array]:
         return self._fine(state, {})
 
-    def refresh(self, state: Any, hypers: Hypers) -> Any:
+    def refresh(self, state: Layered, hypers: Hypers) -> Layered:
         return self.method.refresh(state, of(self.names, hypers))
 
-    def solve(self, state: Any, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
+    def solve(self, state: Layered, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         given = of(self.names, batches) if self.method.needs_records else {}
         whole = {name: joined(records) for name, records in given.items() if records}
         ours = of(self.names, grads)
@@ -151,7 +159,7 @@ class Together:
             directions[name] = like_gradient(x, ours[name], working(state.layers[name]))
         return Solution(directions, found.code, found.state, found.info)
 
-    def unsolved(self, state: Any, grads: Grads) -> Solution:
+    def unsolved(self, state: Layered, grads: Grads) -> Solution:
         ours: dict[str, Any] = of(self.names, grads)
         zeros: dict[str, Any] = {name: namespace(x).zeros_like(x) for name, x in ours.items()}
         return Solution(zeros, {name: state.layers[name].code for name in zeros}, state, {})

@@ -28,7 +28,7 @@ class Lineup:
         names: Mapping[str, object],
         together: Mapping[str, Block],
         layers: Layers,
-        network: Any,
+        network: object,
     ) -> Lineup:
         """Of the layers `names`; `together` are those of the network-level method, whose state is `network`."""
         groups: list[Group] = []
@@ -43,7 +43,7 @@ class Lineup:
                 states.append(part(state, stack, ours))
         return cls(layers, tuple(groups), tuple(states))
 
-    def after(self, states: Sequence[Any], network: Any) -> tuple[Layers, Any]:
+    def after(self, states: Sequence[object], network: object) -> tuple[Layers, object]:
         """Layers and the network-level method's state once the groups have these states."""
         found = list(self.layers.states)
         place = {name: i for i, stack in enumerate(self.layers.stacks) for name in stack}

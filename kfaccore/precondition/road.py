@@ -32,7 +32,7 @@ class Road:
 
     def run(
         self, groups: Sequence[Group], states: Sequence[object], batches: Batches, grads: Grads, hypers: Hypers
-    ) -> tuple[list[Parts], list[Any]]:
+    ) -> tuple[list[Parts], list[object]]:
         """What came out of each group, and the states that follow.
 
         batches   {layer: Records of its micro-batches, or Stats made of them}

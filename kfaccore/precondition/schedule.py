@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from kfaccore.method import Hyper
 from kfaccore.xp.arrays import Array
@@ -81,6 +81,19 @@ class Schedules:
     def hyper(self, name: str, step: int | Array) -> Hyper:
         """The numbers of layer `name` at `step`."""
         return Hyper(step, at(self.decay, step), at(self.of(name), step))
+
+    def hypers(self, names: Iterable[str], step: int | Array, changed: Callable[[Hyper], Hyper]) -> dict[str, Hyper]:
+        """The numbers of layers once `changed`, made once for all of one schedule; the curvature of the l2 penalty is
+        l2 I: it joins the damping."""
+        known: dict[int, Hyper] = {}
+        found = {}
+        for name in names:
+            key = id(self.of(name))
+            if key not in known:
+                hyper = changed(self.hyper(name, step))
+                known[key] = replace(hyper, damping=hyper.damping + self.l2) if self.l2 else hyper
+            found[name] = known[key]
+        return found
 
     def of(self, name: str) -> float | Schedule:
         """The damping of layer `name`, as it was given; ValueError where there is none."""

@@ -35,8 +35,8 @@ class Stack:
         return self.names[0]
 
     def updated(
-        self, state: Any, given: Batches, hypers: Hypers, comm: Communicator, donate: bool
-    ) -> tuple[Any, Array]:
+        self, state: State, given: Batches, hypers: Hypers, comm: Communicator, donate: bool
+    ) -> tuple[State, Array]:
         ours = Stack(tuple(given), self.method)
         mine = part(state, self.names, ours.names)
         stats = ours._stats(mine, given, hypers)
@@ -48,21 +48,23 @@ class Stack:
             return mine, refused
         return put(state, self.names, ours.names, mine), put(self.accepted(state), self.names, ours.names, refused)
 
-    def _moved(self, state: Any, stats: Stats, hypers: Hypers, comm: Communicator, donate: bool) -> tuple[Any, Array]:
+    def _moved(
+        self, state: State, stats: Stats, hypers: Hypers, comm: Communicator, donate: bool
+    ) -> tuple[State, Array]:
         total = reduced(comm, stats)
         with self._named():
             return self.method.update(state, total, self._hyper(hypers, state), donate), total.bad > 0
 
     def _apart(
-        self, state: Any, stats: Sequence[Stats], hypers: Hypers, comm: Communicator, donate: bool
-    ) -> tuple[Any, Array]:
+        self, state: State, stats: Sequence[Stats], hypers: Hypers, comm: Communicator, donate: bool
+    ) -> tuple[State, Array]:
         found = []
         for name, one in zip(self.names, stats, strict=True):
             alone = Stack((name,), self.method)
             found.append(alone._moved(part(state, self.names, (name,)), one, hypers, comm, donate))
         return merged([new for new, _ in found]), merged([refused for _, refused in found])
 
-    def _stats(self, state: Any, given: Batches, hypers: Hypers) -> list[Stats]:
+    def _stats(self, state: State, given: Batches, hypers: Hypers) -> list[Stats]:
         """Of all layers as one where their records can stand side by side, else of each."""
         turns = records_of_turn(list(given.values()))
         if turns:
@@ -77,7 +79,7 @@ class Stack:
                 stats.append(self._total(mine, batches, hypers[name]))
         return stats
 
-    def _total(self, state: Any, batches: Sequence[Given], hyper: Hyper) -> Stats:
+    def _total(self, state: State, batches: Sequence[Given], hyper: Hyper) -> Stats:
         """Stats of the micro-batches, in the dtype of the state they will move."""
         method: Any = self.method
         like = working(state)
@@ -87,11 +89,11 @@ class Stack:
     def accepted(self, state: State) -> Array:
         return namespace(state.code).zeros_like(state.code) > 0
 
-    def refresh(self, state: Any, hypers: Hypers) -> Any:
+    def refresh(self, state: State, hypers: Hypers) -> State:
         with self._named():
             return self.method.refresh(state, self._hyper(hypers, state))
 
-    def solve(self, state: Any, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
+    def solve(self, state: State, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         kinds: dict[object, list[str]] = {}
         for name in self.names:
             kinds.setdefault(kind_of(grads[name]), []).append(name)
@@ -112,7 +114,7 @@ class Stack:
             whole[field] = part(merged([getattr(piece, field) for piece in pieces.values()]), order, self.names)
         return Solution(**whole)
 
-    def _alike(self, state: Any, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
+    def _alike(self, state: State, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         """Directions for gradients of one kind: arrays, or rows of one shape."""
         ours = [grads[name] for name in self.names]
         rows = self._rows(batches) if declares(self.method, RowsAtSolve) else None
@@ -135,14 +137,14 @@ class Stack:
                 return [joined(turns)]
         return [joined(given[name]) if given.get(name) else None for name in self.names]
 
-    def _one_by_one(self, state: Any, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
+    def _one_by_one(self, state: State, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         pieces = {}
         for name in self.names:
             alone = Stack((name,), self.method)
             pieces[alone.names] = alone._alike(part(state, self.names, alone.names), grads, hypers, batches)
         return self._assembled(pieces)
 
-    def unsolved(self, state: Any, grads: Grads) -> Solution:
+    def unsolved(self, state: State, grads: Grads) -> Solution:
         like = gradients([grads[name] for name in self.names])
         like = like.dense() if isinstance(like, Factored) else like
         return Solution(namespace(like).zeros_like(like), state.code, state, {})
@@ -150,7 +152,7 @@ class Stack:
     def parts(self, solved: Solution, refused: Array | None, grads: Grads) -> Parts:
         x = solved.direction
         each = x.shape[0] // len(self.names)
-        flat = [getattr(grads[name], "ndim", 3) == 2 for name in self.names]
+        flat = [_flat(grads[name]) for name in self.names]
         cut = unstacked(x) if all(flat) else parted(x, each)
         directions = dict(zip(self.names, cut, strict=True))
         if any(flat) and not all(flat):
@@ -179,3 +181,8 @@ class Stack:
 def _real(state: State) -> Array:
     """A leaf that tells in what a state computes."""
     return next((x for x in tree.leaves(state) if "float" in str(x.dtype)), state.code)
+
+
+def _flat(grad: Array | Factored) -> bool:
+    """Whether a gradient came without a blocks axis, as its direction shall go."""
+    return not isinstance(grad, Factored) and grad.ndim == 2

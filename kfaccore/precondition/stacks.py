@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
+import array_api_compat as aac
+
 from kfaccore import tree
-from kfaccore.method import Block, Method
+from kfaccore.method import Block, Method, State
 from kfaccore.precondition.given import named
 from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
 from kfaccore.xp.blocks import together
@@ -25,7 +27,7 @@ Stacks = tuple[Names, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Layers(Mapping[str, Any]):
+class Layers(Mapping[str, State]):
     """{layer: state} whose states are kept by stack; one that is asked for is cut out of its stack.
 
     stacks   the layers of each state, in the order of its blocks
@@ -36,7 +38,7 @@ class Layers(Mapping[str, Any]):
     stacks: tuple[tuple[str, ...], ...] = tree.static(default=())
     order: tuple[str, ...] = tree.static(default=())
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> State:
         for names, state in zip(self.stacks, self.states, strict=True):
             if name in names:
                 return part(state, names, (name,))
@@ -51,13 +53,13 @@ class Layers(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def rebuilt(self, new: Mapping[str, Any]) -> Mapping[str, Any]:
+    def rebuilt(self, new: Mapping[str, State]) -> Mapping[str, State]:
         """The same stacks of other states; a dict where what came has no blocks to stack."""
-        blocked = all(getattr(leaf, "ndim", 0) for leaf in tree.leaves(new))
+        blocked = all(aac.is_array_api_obj(leaf) and leaf.ndim for leaf in tree.leaves(new))
         return restacked(new, self.stacks) if blocked else dict(new)
 
 
-def restacked(layers: Mapping[str, Any], stacks: Stacks) -> Layers:
+def restacked(layers: Mapping[str, State], stacks: Stacks) -> Layers:
     """States one a layer, as stacks; those that are stacked so already are handed on."""
     if isinstance(layers, Layers) and layers.stacks == stacks:
         return layers

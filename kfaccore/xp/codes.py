@@ -36,5 +36,6 @@ def choose(condition: Array, yes: Code, no: Code | Array) -> Array:
     """int32 codes: `yes` where the condition (blocks,) holds, `no` (a code, or codes) elsewhere."""
     xp = namespace(condition)
     if isinstance(no, Code):
-        no = xp.full(condition.shape, int(no), dtype=xp.int32, device=device_of(condition))
+        others = xp.full(condition.shape, int(no), dtype=xp.int32, device=device_of(condition))
+        return filled(others, condition, int(yes))
     return filled(no, condition, int(yes))

@@ -100,9 +100,9 @@ def average(
     keep = _per_block(keep, old)
     add = _per_block(add, old)
     if not (is_numpy(old) and is_numpy(total)):
-        return namespace(old).where(_per_block(ok, old), _sum(keep * old, add, total), old)
+        return namespace(old).where(_per_block(ok, old), _moved(old, keep, add, total), old)
     out = old if donate and old.flags.writeable else np.empty(old.shape, old.dtype)
-    if old[0].size <= _SMALL and np.all(ok):
+    if old[0].size <= _SMALL and all(ok[block] for block in range(len(old))):
         np.multiply(old, np.asarray(keep, old.dtype), out=out)
         out += total * np.asarray(add, old.dtype)
         return out
@@ -114,12 +114,12 @@ def average(
     return out
 
 
-def _sum(x: Array, c: float | Array, y: Array) -> Array:
-    """x + c y, one operation where a namespace has it."""
+def _moved(x: Array, keep: float | Array, add: float | Array, y: Array) -> Array:
+    """keep x + add y, two operations where a namespace has the second as one."""
     foreign: Any = x
-    if aac.is_torch_array(foreign) and isinstance(c, int | float):
-        return foreign.add(y, alpha=c)
-    return x + c * y
+    if aac.is_torch_array(foreign) and isinstance(add, int | float):
+        return (foreign * keep).add(y, alpha=add)
+    return keep * x + add * y
 
 
 def _axpby(x: np.ndarray, y: np.ndarray, a: float, b: float, out: np.ndarray) -> None:

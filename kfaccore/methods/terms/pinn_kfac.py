@@ -89,7 +89,7 @@ class PINNKFAC(Additive):
             raise ValueError(f"{self}: need terms >= 1, a split that shifts each factor and start in [0, 1]")
 
     def init(self, block: Block, like: Array) -> State:
-        why = factors.dense_only("PINNKFAC", block)
+        why = side.dense_only("PINNKFAC", block)
         if why:
             raise TypeError(why)
         fields = factors.init(block, like)

@@ -49,7 +49,7 @@ class Pair:
 
 def refuse(name: str, block: Block) -> None:
     """ValueError for a diagonal side, such as an embedding's: these factors are dense."""
-    why = factors.dense_only(name, block)
+    why = side.dense_only(name, block)
     if why:
         raise ValueError(why)
 
