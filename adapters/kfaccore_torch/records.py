@@ -12,6 +12,8 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
+from kfaccore_torch.plan import plan
+from kfaccore_torch.resume import of_model
 from kfaccore_torch.step import Engine, Settings
 
 
@@ -72,4 +74,5 @@ def save_records(
 ) -> None:
     """Write `records` to a file that `kfaccore compare` and `kfaccore advise` read."""
     found, grads = records(model, loss, inputs, target, **settings)
-    kf.save_records(path, found, grads, seed=settings.get("seed", 0))
+    told = of_model(model, plan(model, settings.get("skip", ())))
+    kf.save_records(path, found, grads, seed=settings.get("seed", 0), **told)

@@ -9,11 +9,20 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.bridge import ordered
+from kfaccore_torch.plan import unwrapped
+
+
+def of_model(model: torch.nn.Module, plan: Any) -> dict[str, Any]:
+    """The model's name, how many numbers of it are trained, and which have no factors, with the reasons."""
+    trained = {id(p): p.numel() for p in plan.trained}
+    left = {name: [plan.rest[name].numel(), reason] for name, reason in plan.uncovered.items()}
+    return {"model": type(unwrapped(model)).__name__, "parameters": sum(trained.values()), "uncovered": left}
 
 
 class Resumes:
     """What an engine with plan, core and state can be saved to and loaded from."""
 
+    model: torch.nn.Module
     core: kf.Preconditioner
     plan: Any
     state: Any
@@ -39,7 +48,13 @@ class Resumes:
         layers = self.plan.layers
         with ordered(self.namespace, self.device):
             params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
-            kf.save(path, {"params": params, "state": self.core.gather(self.state)}, **meta)
+            state = self.core.gather(self.state)
+            kf.save(path, {"params": params, "state": state}, **{**self.described(), **meta})
+
+    def described(self) -> dict[str, Any]:
+        """What the file says of the model and of the run."""
+        told = kf.describe(self.core, self.state)
+        return {**told, **of_model(self.model, self.plan)}
 
     def load(self, path: Any) -> None:
         """Continue from a file of any adapter; ValueError, changing nothing, if it is of other layers or sizes."""

@@ -28,19 +28,20 @@ def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def spectra(found: dict[str, Any], path: Path) -> None:
-    """Eigenvalues of every factor, largest first."""
+def spectra(found: Any, path: Path) -> None:
+    """Eigenvalues of every factor, and of the block where they are known, largest first: {layer: {"A": values}}."""
     plt = _pyplot(path)
     if plt is None:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, factor in zip(panels, ("A", "G"), strict=True):
-        for layer, pair in found.items():
-            for spectrum in pair[factor]:
-                panel.plot(range(1, len(spectrum.values) + 1), spectrum.values[::-1], label=layer, linewidth=1.2)
-        panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {factor}")
+    kinds = [kind for kind in ("A", "G", "F") if any(len(of.get(kind, ())) for of in found.values())]
+    figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), layout="constrained", squeeze=False)
+    for panel, kind in zip(panels[0], kinds, strict=True):
+        for layer, of in found.items():
+            values = [x for x in of.get(kind, ())[::-1] if x > 0]
+            panel.plot(range(1, len(values) + 1), values, label=layer, linewidth=1.2)
+        panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {kind}")
         panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False, fontsize="small")
+    panels[0][0].legend(frameon=False, fontsize="small")
     _saved(figure, path)
     plt.close(figure)
 
