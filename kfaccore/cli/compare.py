@@ -56,7 +56,7 @@ def compare(
     if plot is not None:
         from kfaccore.cli.plot import gains
 
-        gains(found.figures, summary, plot)
+        gains(summary, plot)
         typer.echo(f"plot: {plot}", err=not plain)
     for line in broken:
         typer.echo(f"violated: {line}", err=not plain)
