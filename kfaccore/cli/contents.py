@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -99,7 +98,7 @@ class Contents:
         return f"{layer} {terms[place] if place < len(terms) else term}"
 
 
-def told(meta: Mapping[str, Any], covered: int) -> Iterator[str]:
+def told(meta: Mapping[str, object], covered: int) -> Iterator[str]:
     """Lines about the model and the run: what the file knows, then what it does not."""
     total = meta.get("parameters")
     if isinstance(total, int) and total > 0:
@@ -109,7 +108,7 @@ def told(meta: Mapping[str, Any], covered: int) -> Iterator[str]:
     clocks = meta.get("clocks", {})
     if isinstance(clocks, Mapping) and clocks:
         yield "clocks: " + ", ".join(f"{name} every {steps} steps" for name, steps in clocks.items())
-    uncovered = meta.get("uncovered", {})
+    uncovered = meta.get("uncovered")
     for name, why in uncovered.items() if isinstance(uncovered, Mapping) else ():
         count, reason = why if isinstance(why, list) and len(why) == 2 else ("?", why)
         yield f"not covered: {name} ({count}): {reason}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 
 from kfaccore.cli.fail import fail
@@ -28,7 +30,7 @@ def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def spectra(found: Any, path: Path) -> None:
+def spectra(found: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
     """Eigenvalues of every factor, and of the block where they are known, largest first: {layer: {"A": values}}."""
     plt = _pyplot(path)
     if plt is None:
@@ -74,8 +76,6 @@ def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: s
     plt = _pyplot(path)
     if plt is None:
         return
-    import numpy as np
-
     box = pinn.problem.box
     axes = [np.linspace(low, high, 81) for low, high in box[:2]]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
