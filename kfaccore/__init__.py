@@ -59,6 +59,7 @@ from kfaccore.oneshot import direction
 from kfaccore.precondition.comm import Serial
 from kfaccore.precondition.described import describe
 from kfaccore.precondition.due import Due
+from kfaccore.precondition.footprint import Footprint
 from kfaccore.precondition.info import Info
 from kfaccore.precondition.preconditioner import Preconditioner
 from kfaccore.precondition.schedule import Clocks, Schedules
@@ -101,6 +102,7 @@ __all__ = [
     "Exact",
     "Factored",
     "Fixed",
+    "Footprint",
     "GaussNewton",
     "Gaussian",
     "GlobalFNGD",
