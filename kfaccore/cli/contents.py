@@ -35,8 +35,6 @@ class Contents:
 
     def factors(self, title: str) -> dict[str, np.ndarray]:
         """{"A": mean, "G": mean}, (blocks, d, d) or diagonal (blocks, d)."""
-        from kfaccore.factors import mean
-
         _, folder = self._folders[title]
         weight = self.file[f"{folder}/weight"].astype(np.float64)
         found = {}
@@ -48,7 +46,7 @@ class Contents:
                     f"{self.path}: factor {name} of {title!r} has shape {x.shape} and its weight {weight.shape}; need "
                     f"(blocks, d, d) or (blocks, d), and (blocks,)"
                 )
-            found[name] = np.asarray(mean(x, weight))
+            found[name] = x / np.where(weight > 0, weight, 1.0).reshape(-1, *(1,) * (x.ndim - 1))
         return found
 
     def damping(self, layer: str) -> float | None:

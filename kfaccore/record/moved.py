@@ -6,14 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from kfaccore.convolution.patches import Patches
 from kfaccore.record.record import Ids, Record
 from kfaccore.xp.arrays import Array
 
 
-def moved(record: Record, asarray: Callable[[np.ndarray], Array]) -> Record:
+def moved(record: Record, asarray: Callable[[Array], Array]) -> Record:
     """The same record with arrays made by `asarray`."""
     a: Any = record.a
     if isinstance(a, Ids):
