@@ -57,6 +57,7 @@ from kfaccore.methods.terms.two_terms import absolute, first_term
 from kfaccore.network import GaussNewton, GlobalFNGD, SharedDamping, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
 from kfaccore.precondition.comm import Serial
+from kfaccore.precondition.described import describe
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.footprint import Footprint
 from kfaccore.precondition.info import Info
@@ -145,6 +146,7 @@ __all__ = [
     "cholesky",
     "concat",
     "dense",
+    "describe",
     "direction",
     "draw_noise",
     "eigh",

@@ -16,6 +16,7 @@ def records(rng):
     return {
         "fc": kf.Record(*arrays(rng), 5.0),
         "conv": kf.Record(image, rng.normal(size=(2, 7, 9, 3)), 7.0),
+        "plain": kf.Record(rng.normal(size=(9, 4)), rng.normal(size=(2, 9, 3)), 9.0),
         "table": kf.Record(kf.Ids(rng.integers(0, 6, (7, 2)), 6), rng.normal(size=(2, 7, 2, 2)), 7.0),
     }
 
@@ -25,7 +26,7 @@ def rearranged(F, d_out, d_in):
     return F.reshape(d_out, d_in, d_out, d_in).transpose(0, 2, 1, 3).reshape(d_out**2, d_in**2)
 
 
-@pytest.mark.parametrize("layer", ["fc", "conv", "table"])
+@pytest.mark.parametrize("layer", ["fc", "conv", "plain", "table"])
 def test_rows_are_the_dense_ones(rng, layer):
     record = records(rng)[layer]
     (row,) = kf.analysis.report({layer: record}).rows
@@ -87,9 +88,9 @@ def test_it_can_be_shown(rng):
     found = kf.analysis.report(given)
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["layers"][-1]["kronecker"] is None
     page = found._repr_html_()
-    assert page.count("<tr>") == 5
+    assert page.count("<tr>") == 6
     assert "&lt;zero&gt;" in page
-    assert str(found).count("\n") == 4
+    assert str(found).count("\n") == 5
     assert len(found.plot().axes) == 3
 
 

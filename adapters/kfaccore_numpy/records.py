@@ -32,4 +32,9 @@ def save_records(
     grads = network.gradients(tape, g, n, factored=False)
     drawn = fisher(network, params, tape, Batch(f, data[1], loss), g, np.random.default_rng(seed))
     records = network.records(tape, drawn, n)
-    kfaccore.save_records(path, {name: records[name] for name in network.blocks()}, grads, seed=seed)
+    told = {
+        "model": type(network).__name__,
+        "parameters": sum(int(np.prod(matrix.shape)) for matrix in params.values()),
+        "uncovered": {},
+    }
+    kfaccore.save_records(path, {name: records[name] for name in network.blocks()}, grads, seed=seed, **told)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
@@ -62,10 +62,10 @@ class Optimizer:
         The Keras optimizer's slots and variables that are not covered are Keras's to save.
         """
         engine = self.engine
-        schedules = self.engine.settings.schedules
-        blocks = {name: asdict(block) for name, block in engine.plan.blocks().items()}
-        damping = {name: schedules.hyper(name, engine.state.step).damping for name in blocks}
-        told = {"method": type(engine.settings.method).__name__, "damping": damping, "blocks": blocks}
+        size = sum(int(np.prod(v.shape)) for v in self.model.trainable_variables)
+        refused = engine.plan.refused.items()
+        left = {name: (sum(int(np.prod(v.shape)) for v in variables), why) for name, (variables, why) in refused}
+        told = kf.describe(engine.preconditioner, engine.state, type(self.model).__name__, size, left)
         kf.save(path, engine.tree(), **{**told, **meta})
 
     def load(self, path: str | PathLike) -> None:

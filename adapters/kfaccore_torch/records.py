@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.asked import plan
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
+from kfaccore_torch.resume import of_model
 from kfaccore_torch.step import Engine, Settings
 
 
@@ -75,4 +77,7 @@ def save_records(
 ) -> None:
     """Write `records` to a file that `kfaccore compare` and `kfaccore advise` read."""
     found, grads = records(model, loss, inputs, target, **settings)
-    kf.save_records(path, found, grads, seed=settings.get("seed", 0))
+    named = inputs if isinstance(inputs, Mapping) else {}
+    placed = inputs if isinstance(inputs, tuple) else () if named else (inputs,)
+    told = of_model(model, plan(model, *placed, skip=settings.get("skip", ()), **named))
+    kf.save_records(path, found, grads, seed=settings.get("seed", 0), **told)

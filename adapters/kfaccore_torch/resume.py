@@ -11,13 +11,21 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.bridge import ordered
-from kfaccore_torch.plan import Plan
+from kfaccore_torch.plan import Plan, unwrapped
 from kfaccore_torch.table import Table, read, written
+
+
+def of_model(model: torch.nn.Module, plan: Plan) -> dict[str, Any]:
+    """The model's name, how many numbers of it are trained, and which have no factors, with the reasons."""
+    trained = {id(p): p.numel() for p in plan.trained}
+    left = {name: [plan.rest[name].numel(), reason] for name, reason in plan.uncovered.items()}
+    return {"model": type(unwrapped(model)).__name__, "parameters": sum(trained.values()), "uncovered": left}
 
 
 class Resumes:
     """What an engine with plan, core and state can be saved to and loaded from."""
 
+    model: torch.nn.Module
     core: kf.Preconditioner
     plan: Plan
     state: Any
@@ -53,7 +61,12 @@ class Resumes:
         with ordered(self.namespace, self.device):
             params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
             tree = {"params": params, "state": self.core.gather(self.state)}
-            kf.save(path, tree, **{"torch_layers": written(self.plan), **meta})
+            kf.save(path, tree, **{"torch_layers": written(self.plan), **self.described(), **meta})
+
+    def described(self) -> dict[str, Any]:
+        """What the file says of the model and of the run."""
+        told = kf.describe(self.core, self.state)
+        return {**told, **of_model(self.model, self.plan)}
 
     def load(self, path: Any) -> None:
         """Continue from a file of any adapter; ValueError, changing nothing, if it is of other layers or sizes."""

@@ -57,10 +57,10 @@ class Kept:
         """The key of each method on this layer; digests are made only where figures are kept."""
         if self.path is None:
             return dict.fromkeys(methods, "")
-        from kfaccore import __version__
+        import kfaccore
 
         content = _digest(record, grad)
-        shared = (SCHEMA, __version__, platform.node(), self.backend, content, settings)
+        shared = (SCHEMA, kfaccore.__version__, platform.node(), self.backend, content, settings)
         return {label: _hashed(repr((*shared, label, spelt(method)))) for label, method in methods.items()}
 
     def get(self, key: str, layer: str, method: str) -> Figures | None:

@@ -72,6 +72,7 @@ class Row:
     dead_inputs: int
     dead_outputs: int
     duplicated: int
+    parameters: int
     noise: float = float("nan")
 
 
@@ -81,6 +82,10 @@ class Report:
 
     rows: tuple[Row, ...]
     spectra: Mapping[str, Mapping[str, np.ndarray]]
+
+    def cell(self, row: Row, name: str) -> str:
+        """A field of a row for people; blank where nothing is known."""
+        return _text(getattr(row, name))
 
     def to_dict(self) -> dict[str, object]:
         """For JSON: NaN and infinity are None."""
@@ -160,6 +165,7 @@ def _of_layer(name: str, record: Record) -> tuple[Row, dict[str, np.ndarray]]:
         kronecker=share_of_first_term(exact),
         dead_inputs=int((inputs == 0).sum()),
         dead_outputs=int((outputs == 0).sum()),
+        parameters=record.blocks * record.d_out * record.d_in,
         duplicated=0 if isinstance(record.a, Ids) else sum(_duplicates(block) for block in A),
     )
     return row, {kind: np.sort(np.concatenate([s.values for s in of])) for kind, of in found.items() if of}

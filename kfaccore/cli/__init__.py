@@ -5,6 +5,10 @@ Exit codes: 0 ok, 1 a claim failed, 2 bad input, 3 did not finish, 130 Ctrl-C.
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,6 +17,7 @@ from kfaccore import __version__
 from kfaccore.cli.advise import advise
 from kfaccore.cli.compare import compare
 from kfaccore.cli.doctor import doctor
+from kfaccore.cli.fail import BAD_INPUT, FAILED, INTERRUPTED
 from kfaccore.cli.inspect import inspect
 from kfaccore.cli.methods import methods
 from kfaccore.cli.train import train
@@ -31,10 +36,50 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def kfaccore(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an unexpected error came from.")] = False,
 ) -> None:
     """K-FAC on the Array API: train, inspect a run, compare methods, choose them, check this machine."""
 
 
 def main() -> None:
-    """Entry point of the `kfaccore` script."""
-    app()
+    """Entry point of the `kfaccore` script: whatever happens ends with a line and an exit code, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # terminals that lack a character
+    code = FAILED
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except OSError as error:  # a full disk, a closed pipe
+        code = BAD_INPUT
+        _close()
+        if not isinstance(error, BrokenPipeError):
+            _say(f"kfaccore: {error}")
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        kind = type(error).__name__
+        _say(f"kfaccore: unexpected {kind}: {' '.join(str(error).split())[:300]}; kfaccore --debug ... shows where")
+    sys.exit(code)
+
+
+def _run() -> int:
+    """The exit code of the command."""
+    try:
+        app(standalone_mode=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else FAILED if end.code else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _close() -> None:
+    """Standard output cannot be written to: nothing more shall be tried when Python ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr)

@@ -7,14 +7,16 @@ import io
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from kfaccore.analysis.figures import Figures
 from kfaccore.cli import options
 from kfaccore.cli.fail import fail
 from kfaccore.cli.options import chosen, survey
-from kfaccore.cli.survey import BUDGET
+from kfaccore.cli.ranking import Summary, shown
+from kfaccore.cli.survey import BUDGET, Found
 
 
 def compare(
@@ -50,13 +52,11 @@ def compare(
     elif as_csv:
         typer.echo(_as_csv(found, update, refresh), nl=False)
     else:
-        from kfaccore.cli.ranking import shown
-
         typer.echo("\n".join(shown(found, summary, update, refresh, full)))
     if plot is not None:
         from kfaccore.cli.plot import gains
 
-        gains(found.figures, summary, plot)
+        gains(summary, plot)
         typer.echo(f"plot: {plot}", err=not plain)
     for line in broken:
         typer.echo(f"violated: {line}", err=not plain)
@@ -67,7 +67,7 @@ def compare(
         raise typer.Exit(1)
 
 
-def _as_json(found: Any, summary: dict[str, Any], broken: list[str], update: int, refresh: int) -> str:
+def _as_json(found: Found, summary: Summary, broken: list[str], update: int, refresh: int) -> str:
     """All figures; NaN and infinity are null."""
     from kfaccore.analysis import fits
     from kfaccore.analysis.kept import finite
@@ -79,7 +79,7 @@ def _as_json(found: Any, summary: dict[str, Any], broken: list[str], update: int
     return json.dumps({**told, "interrupted": found.interrupted}, indent=2, allow_nan=False)
 
 
-def _as_csv(found: Any, update: int, refresh: int) -> str:
+def _as_csv(found: Found, update: int, refresh: int) -> str:
     """A header and a line a figure; empty where there is none."""
     text = io.StringIO()
     writer: csv.DictWriter[str] | None = None
@@ -95,7 +95,7 @@ def _as_csv(found: Any, update: int, refresh: int) -> str:
     return text.getvalue()
 
 
-def total(figures: list[Any], update: int, refresh: int) -> dict[str, dict[str, float]]:
+def total(figures: list[Figures], update: int, refresh: int) -> dict[str, dict[str, float]]:
     """Per method over all layers: joint gain and errors (root of weighted sums of squares), seconds, bytes; NaN where
     it was not measured on one of them."""
     layers = dict.fromkeys(f.layer for f in figures)

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import typer
 
+FAILED = 1
 BAD_INPUT = 2
 UNFINISHED = 3
 INTERRUPTED = 130

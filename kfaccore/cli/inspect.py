@@ -1,72 +1,134 @@
-"""`kfaccore inspect`: what the curvature of a saved run looks like, layer by layer."""
+"""`kfaccore inspect`: what the curvature of a saved run, or of records, looks like, layer by layer."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kfaccore.cli.contents import Contents, told
 from kfaccore.cli.fail import fail
+from kfaccore.cli.table import lines
+
+WIDEST = 2560  # of a dense factor that is decomposed without being asked
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="run.safetensors of a preconditioned run")],
+    file: Annotated[Path, typer.Argument(help="run.safetensors of a preconditioned run, or a file of records")],
     plot: Annotated[bool, typer.Option("--plot", help="Write the spectra beside FILE.")] = False,
+    full: Annotated[bool, typer.Option("--full", help=f"Decompose factors wider than {WIDEST}, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Shapes, condition numbers, effective ranks, traces and damping against the spectrum, for each layer."""
-    from kfaccore import load, metadata
-
+    """Condition numbers, effective ranks, traces and damping against the spectrum, for each layer; nothing that the
+    file does not know."""
     try:
-        tree = load(file)
-        meta = metadata(file)
-    except (ValueError, FileNotFoundError) as error:
+        if file.suffix == ".npz" or _of_records(file):
+            _records(file, plot, as_json)
+        else:
+            _state(Contents(file), plot, full, as_json)
+    except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
         fail(str(error))
-    state = tree.get("state", {})
-    layers = {**state.get("layers", {}), **state.get("network", {}).get("layers", {})}
-    pairs = {name: _pairs(name, layers.get(name, {}), meta) for name in meta.get("blocks", layers)}
-    spectra = {title: _spectra(pair) for found in pairs.values() for title, pair in found.items()}
-    if not spectra:
-        fail(f"{file} holds no Kronecker factors (method {meta.get('method')}): nothing to inspect")
-    rows = [_row(title, name, spectra[title], meta) for name, found in pairs.items() for title in found]
-    sizes = {name: matrix.size for name, matrix in tree.get("params", {}).items()}
-    covered = sum(sizes.get(name, 0) for name, found in pairs.items() if found) / max(1, sum(sizes.values()))
+
+
+def _of_records(file: Path) -> bool:
+    from kfaccore.io import Opened
+
+    return any(name.startswith("records/") for name in Opened(file).names)
+
+
+def _records(file: Path, plot: bool, as_json: bool) -> None:
+    """The report of `kf.analysis`."""
+    from kfaccore.analysis import report
+    from kfaccore.record.stored import Stored
+
+    stored = Stored(file)
+    found = report(file)
     if as_json:
-        typer.echo(json.dumps({"meta": meta, "layers": rows, "covered": covered}, indent=2))
+        layers = found.to_dict()["layers"]
+        typer.echo(json.dumps({"meta": _plain(stored.meta), "layers": layers}, indent=2, allow_nan=False))
     else:
-        _show(file, rows, covered, meta)
+        sizes = [row.parameters for row in found.rows]
+        typer.echo("\n".join([f"records of {_title(file, stored.meta)}", *_report_lines(found)]))
+        typer.echo("\n".join(told(stored.meta, sum(sizes))))
     if plot:
-        from kfaccore.cli.plot import spectra as draw
-
-        target = file.with_name(file.stem + "-spectra.png")
-        draw(spectra, target)
-        typer.echo(f"spectra: {target}", err=as_json)
+        _drawn(file, found.spectra, as_json)
 
 
-def _pairs(name: str, state: dict[str, Any], meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What holds a pair of factors in a layer's state by title: the layer, or each of its loss terms."""
-    found = {name: state}
-    if "terms" in state:
-        terms = meta.get("terms", sorted(state["terms"], key=int))
-        found = {f"{name} {term}": state["terms"][str(i)] for i, term in enumerate(terms)}
-    return {title: pair for title, pair in found.items() if {"A", "G", "weight"} <= set(pair)}
+def _report_lines(found: Any) -> list[str]:
+    from kfaccore.analysis.report import HEADS
+
+    wanted = [name for name in HEADS if any(found.cell(row, name) for row in found.rows)]
+    head = tuple(HEADS[name] for name in wanted)
+    return lines(head, [tuple(found.cell(row, name) for name in wanted) for row in found.rows])
 
 
-def _spectra(state: dict[str, Any]) -> dict[str, list]:
+def _state(held: Contents, plot: bool, full: bool, as_json: bool) -> None:
+    """Factors of a saved run, read one pair at a time."""
+    pairs = held.pairs()
+    if not pairs:
+        method = held.meta.get("method")
+        fail(f"{held.path} holds no Kronecker factors (method {method}): nothing to inspect")
+    rows = []
+    spectra = {}
+    for title, layer in pairs:
+        found = {name: _spectra(x, full) for name, x in held.factors(title).items()}
+        rows.append(_row(title, found, held.damping(layer), "terms" in held.meta))
+        spectra[title] = {name: [s.values for s in of] for name, of in found.items()}
+    covered = held.covered()
+    if as_json:
+        total = held.meta.get("parameters")
+        share = covered / total if isinstance(total, int) and total > 0 else None
+        whole = {"meta": held.meta, "layers": rows, "covered": share, "held": held.held()}
+        typer.echo(json.dumps(_plain(whole), indent=2, allow_nan=False))
+    else:
+        typer.echo("\n".join([_title(held.path, held.meta), *_table(rows), *told(held.meta, covered)]))
+    if plot:
+        import numpy as np
+
+        flat = {title: {k: np.sort(np.concatenate(v)) for k, v in of.items()} for title, of in spectra.items()}
+        _drawn(held.path, flat, as_json)
+
+
+def _plain(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    from kfaccore.analysis.kept import finite
+
+    return finite(tree)
+
+
+def _drawn(file: Path, spectra: Any, as_json: bool) -> None:
+    from kfaccore.cli.plot import spectra as draw
+
+    target = file.with_name(file.stem + "-spectra.png")
+    draw(spectra, target)
+    typer.echo(f"spectra: {target}", err=as_json)
+
+
+def _title(file: Path, meta: Mapping[str, Any]) -> str:
+    """File, and of method, model and task what is known."""
+    words = [
+        f"{word} {meta[key]}" for key, word in (("method", "by"), ("model", "of"), ("task", "on")) if meta.get(key)
+    ]
+    return " ".join([f"{file.name}:" if words else file.name, *words])
+
+
+def _spectra(factor: Any, full: bool) -> list[Any]:
+    """One a block; of a factor too wide to decompose only its trace, spread evenly, is known: none."""
     from kfaccore.analysis import spectrum
-    from kfaccore.factors import mean
 
-    return {factor: spectrum(mean(state[factor], state["weight"])) for factor in ("A", "G")}
+    return spectrum(factor) if full or factor.ndim == 2 or factor.shape[-1] <= WIDEST else []
 
 
-def _row(title: str, name: str, pair: dict[str, list], meta: dict[str, Any]) -> dict[str, Any]:
+def _row(title: str, pair: dict[str, list], damping: float | None, terms: bool) -> dict[str, Any]:
     """Figures of the worst block of each factor; damping over the block's mean and top eigenvalue, or over those of
     the factor where it is added to each of them (loss terms)."""
-    damping = meta.get("damping", {}).get(name)
-    figures: dict[str, Any] = {"layer": title, "blocks": len(pair["A"])}
+    figures: dict[str, Any] = {"layer": title, "blocks": max(len(pair["A"]), len(pair["G"]), 1)}
     for factor, found in pair.items():
+        if not found:
+            figures[factor] = {"size": None, "condition": None, "effective_rank": None, "trace": None}
+            continue
         worst = max(found, key=lambda s: s.condition)
         figures[factor] = {
             "size": len(worst.values),
@@ -74,39 +136,39 @@ def _row(title: str, name: str, pair: dict[str, list], meta: dict[str, Any]) -> 
             "effective_rank": worst.effective_rank,
             "trace": worst.trace,
         }
-        if "terms" in meta:
+        if terms:
             figures[factor] |= _ratios(damping, [(s.trace / len(s.values), s.values[-1]) for s in found])
-    both = zip(pair["A"], pair["G"], strict=True)
+    both = zip(pair["A"], pair["G"], strict=True) if pair["A"] and pair["G"] else ()
     of_blocks = [(a.trace / len(a.values) * g.trace / len(g.values), a.values[-1] * g.values[-1]) for a, g in both]
-    return {**figures, "damping": damping, **_ratios(None if "terms" in meta else damping, of_blocks)}
+    return {**figures, "damping": damping, **_ratios(None if terms else damping, of_blocks)}
 
 
 def _ratios(damping: float | None, sizes: list[tuple[float, float]]) -> dict[str, float | None]:
     """Damping over the largest of (mean, top) eigenvalues of the blocks."""
-    mean, top = (max(column) for column in zip(*sizes, strict=True))
-    if damping is None or not top > 0:
+    if damping is None or not sizes or not max(top for _, top in sizes) > 0:
         return {"damping_over_mean": None, "damping_over_top": None}
+    mean, top = (max(column) for column in zip(*sizes, strict=True))
     return {"damping_over_mean": damping / mean, "damping_over_top": damping / top}
 
 
-def _show(file: Path, rows: list[dict[str, Any]], covered: float, meta: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    heads = ("layer", "factor", "size", "condition", "eff. rank", "trace", "λ / mean", "λ / top")
-    table = Table(title=f"{file.name}: {meta.get('method')} on {meta.get('task')}")
-    for head in heads:
-        table.add_column(head, no_wrap=head == "layer")
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a factor; damping only where the file has it."""
+    ratios = ("damping_over_mean", "damping_over_top") if any(row["damping"] is not None for row in rows) else ()
+    heads = ("layer", "factor", "size", "condition", "eff. rank", "trace")
+    body: list[tuple[str, ...] | str] = []
     for row in rows:
         for factor in ("A", "G"):
             found = row[factor]
-            condition = "singular" if found["condition"] is None else f"{found['condition']:.1e}"
-            cells = (str(found["size"]), condition, f"{found['effective_rank']:.1f}", f"{found['trace']:.3g}")
-            first = factor == "A"
-            of = found if "damping_over_mean" in found else row if first else {}
-            ratios = (f"{of[key]:.1e}" if of.get(key) else "" for key in ("damping_over_mean", "damping_over_top"))
-            table.add_row(row["layer"] if first else "", factor, *cells, *ratios)
-    each = ", added to each factor" if "terms" in meta else ""
-    console = Console()
-    console.print(table)
-    console.print(f"{covered:.0%} of the parameters are covered by Kronecker factors; λ is the damping{each}.")
+            cells = [row["layer"] if factor == "A" else "", factor, *_figures(found)]
+            of = found if "damping_over_mean" in found else row if factor == "A" else {}
+            cells += [f"{of[key]:.1e}" if of.get(key) else "" for key in ratios]
+            body.append(tuple(cells))
+    named = {"damping_over_mean": "damping/mean", "damping_over_top": "damping/top"}
+    return lines((*heads, *(named[key] for key in ratios)), body)
+
+
+def _figures(found: dict[str, Any]) -> tuple[str, ...]:
+    if found["size"] is None:
+        return "wide", "--full", "", ""
+    condition = "singular" if found["condition"] is None else f"{found['condition']:.1e}"
+    return str(found["size"]), condition, f"{found['effective_rank']:.1f}", f"{found['trace']:.3g}"

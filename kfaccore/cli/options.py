@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from kfaccore.cli.fail import fail
 from kfaccore.cli.progress import Progress
-from kfaccore.cli.survey import BUDGET, chosen, layers_of, measured, number_of_bytes, opened
+from kfaccore.cli.survey import BUDGET, Found, Moved, chosen, layers_of, measured, number_of_bytes, opened
+from kfaccore.method import Method
 
 Records = Annotated[list[Path], typer.Argument(help="Files of save_records, or .npz of layer.a and layer.g")]
 Methods = Annotated[str, typer.Option(help="kfac,ekfac,... (default all)")]
@@ -26,7 +26,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")
 
 def survey(
     records: list[Path],
-    methods: dict[str, Any],
+    methods: dict[str, Method],
     layers: str,
     damping: float | None,
     peak: str,
@@ -34,7 +34,7 @@ def survey(
     backend: str,
     converged: bool = False,
     quiet: bool = False,
-) -> Any:
+) -> Found:
     """What is `Found` on these files under these options; exit 2 for options that make no sense."""
     from kfaccore.analysis.kept import Kept
     from kfaccore.analysis.survey import Survey
@@ -54,7 +54,7 @@ def survey(
     return measured(stored, wanted, methods, made, told, moved)
 
 
-def _placed(backend: str) -> Callable[[Any], Any]:
+def _placed(backend: str) -> Moved:
     """How a record gets to where methods shall run."""
     from kfaccore.cli.train import _backend
 
@@ -63,7 +63,7 @@ def _placed(backend: str) -> Callable[[Any], Any]:
     xp = _backend(backend)
     from kfaccore.record.moved import moved
 
-    return lambda record: moved(record, xp)
+    return lambda record: moved(record, xp.asarray)
 
 
 __all__ = ["BUDGET", "Records", "chosen", "survey"]

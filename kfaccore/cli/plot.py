@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 
 from kfaccore.cli.fail import fail
@@ -28,29 +30,30 @@ def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def spectra(found: dict[str, Any], path: Path) -> None:
-    """Eigenvalues of every factor, largest first."""
+def spectra(found: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
+    """Eigenvalues of every factor, and of the block where they are known, largest first: {layer: {"A": values}}."""
     plt = _pyplot(path)
     if plt is None:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, factor in zip(panels, ("A", "G"), strict=True):
-        for layer, pair in found.items():
-            for spectrum in pair[factor]:
-                panel.plot(range(1, len(spectrum.values) + 1), spectrum.values[::-1], label=layer, linewidth=1.2)
-        panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {factor}")
+    kinds = [kind for kind in ("A", "G", "F") if any(len(of.get(kind, ())) for of in found.values())]
+    figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), layout="constrained", squeeze=False)
+    for panel, kind in zip(panels[0], kinds, strict=True):
+        for layer, of in found.items():
+            values = [x for x in of.get(kind, ())[::-1] if x > 0]
+            panel.plot(range(1, len(values) + 1), values, label=layer, linewidth=1.2)
+        panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {kind}")
         panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False, fontsize="small")
+    panels[0][0].legend(frameon=False, fontsize="small")
     _saved(figure, path)
     plt.close(figure)
 
 
-def gains(figures: list[Any], summary: dict[str, dict[str, float]], path: Path) -> None:
-    """Gain against bytes and against seconds a step: a large point a method over all layers, small ones a layer."""
+def gains(summary: dict[str, dict[str, float]], path: Path) -> None:
+    """Gain against bytes and against seconds a step, a point a method that was measured on all layers."""
     plt = _pyplot(path)
     if plt is None:
         return
-    known = {name: row for name, row in summary.items() if any(f.method == name and f.gain == f.gain for f in figures)}
+    known = {name: row for name, row in summary.items() if row["gain"] == row["gain"]}
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     keys = {"bytes": "bytes of all states", "seconds": "seconds a step, all layers"}
     for panel, (key, title) in zip(panels, keys.items(), strict=True):
@@ -73,8 +76,6 @@ def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: s
     plt = _pyplot(path)
     if plt is None:
         return
-    import numpy as np
-
     box = pinn.problem.box
     axes = [np.linspace(low, high, 81) for low, high in box[:2]]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+
+from kfaccore.analysis.figures import Figures
 
 EVERY = 2.0  # seconds between lines where they stay
 
@@ -27,7 +28,7 @@ class Progress:
         if self.live:
             self._over(f"{self.where}: {method} ... {self.newest}")
 
-    def row(self, f: Any) -> None:
+    def row(self, f: Figures) -> None:
         """Called with figures; the first are always shown."""
         shown = f"gain {f.gain:.2f}" if f.gain == f.gain else "-"
         self.newest = f"{f.method} {shown}"

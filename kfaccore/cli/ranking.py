@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
+from kfaccore.analysis.figures import Figures
+from kfaccore.cli.survey import Found
 from kfaccore.cli.table import COLUMNS, LEGEND, USUAL, cell, groups, height, lines
 
+Summary = dict[str, dict[str, float]]  # figures of a method over all layers
 FEW = 3  # rows a group where five groups share a screen of 24 lines
 
 
-def shown(found: Any, summary: dict[str, Any], update: int, refresh: int, full: bool) -> list[str]:
+def shown(found: Found, summary: Summary, update: int, refresh: int, full: bool) -> list[str]:
     """All lines: groups, the layers together, notes."""
     by_title = groups(found.figures, found.shapes) if not full else _by_layer(found)
     columns = tuple(COLUMNS) if full else USUAL
@@ -29,16 +31,16 @@ def shown(found: Any, summary: dict[str, Any], update: int, refresh: int, full: 
     return [*told, *LEGEND, *_notes(found, full)]
 
 
-def _by_layer(found: Any) -> dict[str, list[Any]]:
+def _by_layer(found: Found) -> dict[str, list[Figures]]:
     layers = dict.fromkeys(f.layer for f in found.figures)
     return {f"{name}: {found.shapes[name]}": [f for f in found.figures if f.layer == name] for name in layers}
 
 
-def _best(figures: list[Any], many: int | None) -> list[tuple[str, list[Any]]]:
+def _best(figures: list[Figures], many: int | None) -> list[tuple[str, list[Figures]]]:
     """Methods by gain, the best first; of `many` the last is the better of what costs next to nothing."""
     from kfaccore.analysis import FLOOR
 
-    by_method: dict[str, list[Any]] = {}
+    by_method: dict[str, list[Figures]] = {}
     for f in figures:
         by_method.setdefault(f.method, []).append(f)
     order = sorted(by_method, key=lambda label: -_typical(by_method[label]))
@@ -50,12 +52,12 @@ def _best(figures: list[Any], many: int | None) -> list[tuple[str, list[Any]]]:
     return [(label, by_method[label]) for label in order]
 
 
-def _typical(figures: list[Any]) -> float:
+def _typical(figures: list[Figures]) -> float:
     known = sorted(f.gain for f in figures if f.gain == f.gain and not f.own)
     return known[len(known) // 2] if known else float("-inf")
 
 
-def _verdict(figures: list[Any]) -> str:
+def _verdict(figures: list[Figures]) -> str:
     """Which layers of a group no method fits."""
     from kfaccore.analysis import FITS, fits
 
@@ -68,7 +70,7 @@ def _verdict(figures: list[Any]) -> str:
     return f" - no method fits{where}: the best gain is {best:.2f}, below {FITS}"
 
 
-def _row(label: str, figures: list[Any], columns: tuple[str, ...], update: int, refresh: int) -> tuple[str, ...]:
+def _row(label: str, figures: list[Figures], columns: tuple[str, ...], update: int, refresh: int) -> tuple[str, ...]:
     cells = []
     for name in columns:
         spread = {"F error": figures[0].standard_error, "gain": figures[0].gain_error}.get(name, 0.0)
@@ -76,17 +78,17 @@ def _row(label: str, figures: list[Any], columns: tuple[str, ...], update: int, 
     return f"  {label}", *cells
 
 
-def _together(summary: dict[str, Any]) -> str:
+def _together(summary: Summary) -> str:
     known = {label: row["gain"] for label, row in summary.items() if row["gain"] == row["gain"]}
     order = sorted(known, key=lambda label: -known[label])
     few = [*order[:4], *[label for label in order[4:] if label in ("identity", "diagonal")]]
     return "all layers together: " + (", ".join(f"{label} {known[label]:.2f}" for label in few) or "-")
 
 
-def _notes(found: Any, full: bool) -> list[str]:
+def _notes(found: Found, full: bool) -> list[str]:
     """Each note once, whatever sizes are in it, with the methods and the layers that it is about. Unless `full` only
     the beginnings, and only of what kept a method from being ranked."""
-    about: dict[str, tuple[str, list[Any]]] = {}
+    about: dict[str, tuple[str, list[Figures]]] = {}
     for f in found.figures:
         for note in filter(None, f.note.split("\n")):
             if not full and f.gain == f.gain and not note.startswith("code"):
@@ -105,7 +107,7 @@ def _notes(found: Any, full: bool) -> list[str]:
     return told + [f"- {note}" for note in found.notes]
 
 
-def _whom(rows: list[Any]) -> str:
+def _whom(rows: list[Figures]) -> str:
     methods = list(dict.fromkeys(f.method for f in rows))
     layers = list(dict.fromkeys(f.layer for f in rows))
     where = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")

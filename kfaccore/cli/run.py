@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kfaccore import Preconditioner, __version__, load, metadata, save
+from kfaccore import Preconditioner, __version__, describe, load, metadata, save
 from kfaccore.cli.pause import Pause
 
 EVALUATIONS = 40  # points of a curve
@@ -120,11 +119,8 @@ class Run:
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(optimiser, Preconditioner):
             tree["state"] = state
-            rule = optimiser.rule
-            schedules = optimiser.schedules
-            hypers = {name: rule.hyper(state.motion, schedules.hyper(name, state.step)) for name in state.layers}
-            meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
-            meta["blocks"] = {name: asdict(block) for name, block in state.blocks}
+            size = sum(int(np.prod(matrix.shape)) for matrix in params.values())
+            meta = describe(optimiser, state, type(self.task.network).__name__, size, {}) | meta
         save(path, tree, **meta)
 
     def _resumed(self, path: Path, name: str, optimiser: Any, params: Any) -> tuple[Any, Any, int]:

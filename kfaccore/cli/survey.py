@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 
+from kfaccore.analysis.figures import Figures
+from kfaccore.analysis.survey import Survey
 from kfaccore.cli.fail import INTERRUPTED, fail
+from kfaccore.cli.progress import Progress
+from kfaccore.method import Method
+from kfaccore.record import Record
+from kfaccore.record.stored import Stored
 
 BUDGET = 15.0  # seconds
+Methods = dict[str, Method]
+Moved = Callable[[Record], Record]  # to where methods run
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -21,13 +29,13 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mi
 class Found:
     """Figures, the layers they are of, and what the user has to be told once."""
 
-    figures: list[Any] = field(default_factory=list)
+    figures: list[Figures] = field(default_factory=list)
     shapes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     bad: str = ""
     interrupted: bool = False
 
-    def put(self, row: Any) -> None:
+    def put(self, row: Figures) -> None:
         """Keep a row; one of an earlier pass makes room for it."""
         self.figures = [f for f in self.figures if (f.layer, f.method) != (row.layer, row.method)]
         self.figures.append(row)
@@ -45,17 +53,15 @@ class Found:
             fail(self.bad)
 
 
-def opened(paths: list[Path], peak: int) -> Any:
+def opened(paths: list[Path], peak: int) -> Stored:
     """The records of the files, or exit 2."""
-    from kfaccore.record.stored import Stored
-
     try:
         return Stored(*paths, unpacked=peak)
     except (ValueError, TypeError, FileNotFoundError) as error:
         return fail(str(error))
 
 
-def chosen(names: str, own: bool = True) -> dict[str, Any]:
+def chosen(names: str, own: bool = True) -> Methods:
     """The methods of the catalogue called `names`, each as constructed; for an empty string all that take one loss
     term, and unless `own` none that solves with the very batch it is judged by."""
     from kfaccore.method import OwnGradients, Terms, declares
@@ -72,7 +78,7 @@ def chosen(names: str, own: bool = True) -> dict[str, Any]:
     return {name: CATALOGUE[name]() for name in wanted}
 
 
-def layers_of(stored: Mapping[str, Any], patterns: str) -> list[str]:
+def layers_of(stored: Stored, patterns: str) -> list[str]:
     """The layers called so, or that a pattern matches, in the order of the file; exit 2 for what matches none."""
     if not patterns:
         return list(stored)
@@ -108,14 +114,16 @@ def _no_quantity(option: str, text: str, units: Mapping[str, float]) -> NoReturn
     fail(f"{option} is {text!r}; need a number with one of {', '.join(filter(None, units))}")
 
 
-def measured(stored: Any, layers: list[str], methods: dict[str, Any], survey: Any, told: Any, xp: Any) -> Found:
+def measured(
+    stored: Stored, layers: list[str], methods: Methods, survey: Survey, told: Progress, moved: Moved
+) -> Found:
     """Every method on every layer; a second pass for what the first had no time for. Ctrl-C ends it with what is
     there."""
     found = Found()
     try:
-        _pass(found, stored, dict.fromkeys(layers, methods), survey, told, xp)
+        _pass(found, stored, dict.fromkeys(layers, methods), survey, told, moved)
         again = found.left_out()
-        _pass(found, stored, {n: {m: methods[m] for m in ms} for n, ms in again.items()}, survey, told, xp)
+        _pass(found, stored, {n: {m: methods[m] for m in ms} for n, ms in again.items()}, survey, told, moved)
     except KeyboardInterrupt:
         found.interrupted = True
         found.notes.append("stopped: what was measured until then is shown and kept")
@@ -129,7 +137,9 @@ def measured(stored: Any, layers: list[str], methods: dict[str, Any], survey: An
     return found
 
 
-def _pass(found: Found, stored: Any, wanted: dict[str, dict[str, Any]], survey: Any, told: Any, xp: Any) -> None:
+def _pass(
+    found: Found, stored: Stored, wanted: dict[str, Methods], survey: Survey, told: Progress, moved: Moved
+) -> None:
     """Layer by layer, each with its share of the time that is left."""
     from kfaccore.analysis.compare import figures_of
 
@@ -140,7 +150,7 @@ def _pass(found: Found, stored: Any, wanted: dict[str, dict[str, Any]], survey: 
         try:
             record = stored[name]
             found.shapes[name] = _shape(record)
-            for row in figures_of(name, xp(record), methods, stored.grad(name), survey):
+            for row in figures_of(name, moved(record), methods, stored.grad(name), survey):
                 found.put(row)
                 told.row(row)
         except ValueError as error:
@@ -152,7 +162,7 @@ def _pass(found: Found, stored: Any, wanted: dict[str, dict[str, Any]], survey: 
             written = time.perf_counter()
 
 
-def _shape(record: Any) -> str:
+def _shape(record: Record) -> str:
     """What layers have in common that are shown together."""
     blocks = f"{record.blocks} x " if record.blocks > 1 else ""
     shared = f", {record.shared} positions" if record.shared > 1 else ""

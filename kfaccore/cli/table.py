@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable
 from statistics import median
-from typing import Any
+
+from kfaccore.analysis.figures import Figures
 
 LEGEND = (
     "against the exact block: gain is the share of the best decrease, at the length",
     "wanted; x error is of the direction, F error of the block; times a step",
 )
-COLUMNS: dict[str, Callable[[Any, int, int], float]] = {
+COLUMNS: dict[str, Callable[[Figures, int, int], float]] = {
     "gain": lambda f, u, r: f.gain,
     "length": lambda f, u, r: f.length,
     "cosine": lambda f, u, r: f.cosine,
@@ -25,18 +26,10 @@ COLUMNS: dict[str, Callable[[Any, int, int], float]] = {
     "solve": lambda f, u, r: f.seconds.get("solve", float("nan")),
 }
 USUAL = ("gain", "length", "cosine", "x error", "F error", "state", "step")
-KEPT_LONGEST = (
-    "gain",
-    "step",
-    "state",
-    "length",
-    "F error",
-    "cosine",
-    "x error",
-    "trace",
-    "update",
-    "refresh",
-    "solve",
+KEPT_LONGEST = (  # the last of these are the first to go
+    *("gain", "step", "state", "length", "F error", "cosine", "x error", "trace", "update", "refresh", "solve"),
+    *("shape", "Kronecker", "cond F", "eff. rank F", "cond A", "cond G", "dead in", "dead out", "duplicated"),
+    *("eff. rank A", "eff. rank G", "trace F", "examples", "noise"),
 )
 
 
@@ -102,9 +95,9 @@ def cell(name: str, values: list[float], spread: float = 0.0) -> str:
     return text + (f" +- {spread:.1g}" if spread else "")
 
 
-def groups(figures: list[Any], shapes: dict[str, str]) -> dict[str, list[Any]]:
+def groups(figures: list[Figures], shapes: dict[str, str]) -> dict[str, list[Figures]]:
     """Figures of layers of one shape, by a title that names them."""
-    by_shape: dict[str, list[Any]] = {}
+    by_shape: dict[str, list[Figures]] = {}
     for f in figures:
         by_shape.setdefault(shapes[f.layer], []).append(f)
     found = {}

@@ -18,7 +18,7 @@ def train(
     method: Annotated[str, typer.Option(help="kfac, ekfac, diagonal, ... (`kfaccore methods`)")] = "kfac",
     against: Annotated[str, typer.Option(help="Baselines at their tuned rates: adam,sgd")] = "",
     steps: Annotated[int, typer.Option(help="Updates; 0 for the task's own number.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, batches and label draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initialisation, batches and label draws.")] = 0,
     backend: Annotated[str, typer.Option(help="numpy or cupy")] = "numpy",
     step: Annotated[
         str,

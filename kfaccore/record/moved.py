@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from kfaccore.convolution.patches import Patches
 from kfaccore.record.record import Ids, Record
+from kfaccore.xp.arrays import Array
 
 
-def moved(record: Record, xp: Any) -> Record:
-    """The same record with arrays of `xp`."""
+def moved(record: Record, asarray: Callable[[Array], Array]) -> Record:
+    """The same record with arrays made by `asarray`."""
     a: Any = record.a
     if isinstance(a, Ids):
-        a = Ids(xp.asarray(a.index), a.size)
+        a = Ids(asarray(a.index), a.size)
     elif isinstance(a, Patches):
-        a = replace(a, image=xp.asarray(a.image))
+        a = replace(a, image=asarray(a.image))
     else:
-        a = xp.asarray(a)
+        a = asarray(a)
     others = {name: getattr(record, name) for name in ("mask", "ids")}
-    there = {name: None if x is None else xp.asarray(x) for name, x in others.items()}
-    return Record(a, xp.asarray(record.g), record.n, **there)
+    there = {name: None if x is None else asarray(x) for name, x in others.items()}
+    return Record(a, asarray(record.g), record.n, **there)
