@@ -146,6 +146,8 @@ class Preconditioner:
         if engine.replan() and self._shots:
             self.discard()
             raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
+        if engine.due:
+            engine.agree()
         with torch.no_grad(), ordered(engine.namespace, engine.device):
             for name, layer in engine.plan.layers.items():
                 found = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
