@@ -87,6 +87,9 @@ def language(name: str, labels: str = "shifted", skip: tuple[str, ...] = (), **m
         if labels == "shifted":
             target = ids[:, 1:].reshape(-1)
             picked = Picked(model, lambda out: out.logits[:, :-1].reshape(-1, out.logits.shape[-1]))
+        elif labels == "classes second":
+            target = ids[:, 1:]
+            picked = Picked(model, lambda out: out.logits[:, :-1].transpose(1, 2))
         elif labels == "tokens":
             target = ids.reshape(-1)
             picked = Picked(model, lambda out: out.logits.reshape(-1, out.logits.shape[-1]))

@@ -180,6 +180,103 @@ def test_a_non_finite_gradient_gives_zero_and_a_code():
     assert set(pre.info.counts()) == {kf.Code.NONFINITE}
 
 
+def scaled_loop(unscale, steps=4):
+    """Losses that overflow at the scaler's first scale: scales after each step, and whether the weights moved."""
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = mlp(), labelled()
+    x *= 50
+    model[1] = nn.Identity()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(update=2, refresh=2), fisher=kf.type2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-16)
+    found = []
+    for _ in range(steps):
+        before = model[0].weight.detach().clone()
+        with pre.capture():
+            f = model(x)
+        scaler.scale(pre.loss(f, y)).backward()
+        if unscale:
+            scaler.unscale_(sgd)
+        pre.step()
+        scaler.step(sgd)
+        scaler.update()
+        sgd.zero_grad()
+        found.append((scaler.get_scale(), not torch.equal(before, model[0].weight)))
+    return found
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+def test_an_overflow_reaches_the_scaler(unscale):
+    found = scaled_loop(unscale, 8)
+    scales = [scale for scale, _ in found]
+    assert scales[0] == 2.0**111
+    assert not found[0][1]
+    assert scales[-1] == scales[-2]
+    assert found[-1][1]
+    assert all(moved == (scale == last) for (scale, moved), last in zip(found[1:], scales, strict=False))
+
+
+def test_the_optimizer_scales_what_is_float16():
+    """Steps under a scaler are those without; where gradients overflow nothing moves and the scale falls."""
+    torch.set_default_dtype(torch.float32)
+    x, y = labelled(64)
+    wanted, model = mlp(), mlp()
+    model.load_state_dict(wanted.state_dict())
+    plain = kt.Optimizer(wanted, nn.CrossEntropyLoss(), core(step=kf.Fixed(0.3)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaled = kt.Optimizer(model, nn.CrossEntropyLoss(), core(step=kf.Fixed(0.3)), scaler=scaler)
+    assert [scaled.step(x, y) for _ in range(3)] == [plain.step(x, y) for _ in range(3)]
+
+    model, losses, moved = mlp(), [], []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), scaler=scaler)
+    for _ in range(40):
+        before = model[0].weight.detach().clone()
+        with torch.autocast("cpu", dtype=torch.float16):
+            losses.append(optimizer.step(x, y))
+        moved.append(not torch.equal(before, model[0].weight))
+    assert not moved[0]
+    assert all(moved[-3:])
+    assert scaler.get_scale() < 2.0**40
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_an_open_autocast_does_not_keep_old_weights():
+    """It caches its casts of weights, which the step has changed since."""
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = mlp(), labelled()
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), core(step=kf.Fixed(0.5)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = (optimizer.step(x, y) for _ in range(2))
+    assert second < first
+
+    searched = kt.Optimizer(mlp(), nn.CrossEntropyLoss(), core(damping=1e-6, step=kf.LineSearch(cap=1e4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [searched.step(x, y) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("namespace", ["numpy", "torch"])
+def test_the_cores_own_products_are_not_under_autocast(namespace):
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = mlp(), labelled()
+    found = []
+    for inside in (True, False):
+        pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(), fisher=kf.type2, namespace=namespace)
+        model.zero_grad()
+        with pre.capture():
+            f = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            loss = pre.loss(f, y)
+        loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            pre.step()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision(dtype):
     """bfloat16 weights: factors in float32, directions back in bfloat16, close to those of float32."""

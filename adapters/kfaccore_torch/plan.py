@@ -16,6 +16,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.calls import Call, Mark, Use
+from kfaccore_torch.distributed import check_whole
 from kfaccore_torch.hints import hints
 from kfaccore_torch.settle import Layer, settled
 from kfaccore_torch.views import Ref
@@ -117,8 +118,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module under torch.compile and DistributedDataParallel; TypeError for wrappers that hide parameters."""
     while True:
         kind = type(model).__name__
-        if isinstance(model, nn.DataParallel) or kind in ("FullyShardedDataParallel", "FSDPModule"):
-            raise TypeError(f"{kind} splits a batch or its parameters out of sight: use DistributedDataParallel")
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(f"{kind} splits a batch out of sight: use DistributedDataParallel")
         if kind == "OptimizedModule":
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
@@ -133,6 +134,7 @@ def modules(model: nn.Module, skip: tuple[str, ...] = ()) -> Plan:
     Raises ValueError for lazy modules that have not seen a batch, and for a pattern that matches nothing.
     """
     model = unwrapped(model)
+    check_whole(model)
     names = [name for name, _ in model.named_parameters()]
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
