@@ -186,14 +186,29 @@ class Experts(nn.Module):
             z = z.index_add(0, rows, expert(x[rows]))
         return z
 
-net = Experts()
-damped = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(0.1, 0.9), comm=comm(), step=kf.Fixed(0.3))
-optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), damped, fisher=kf.type2)
-for step, to in enumerate(([0] * 6 + [1] * 6, [1] * 6 + [0, 1] * 3)):  # on one rank an expert sees no token
-    x, y = batch(step, 12)
-    net.of = mine(torch.tensor(to))
-    optimizer.step(mine(x), mine(y))
-found["experts"] = [p.detach() for p in net.parameters()]
+class Fused(nn.Module):  # experts in one parameter: what each rank sees of it is another part
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(2, 3, 12))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        z = torch.zeros(len(x), 3)
+        for i in range(2):
+            rows = (self.of == i).nonzero()[:, 0]
+            z = z.index_add(0, rows, nn.functional.linear(x[rows], self.w[i])) if len(rows) else z
+        return z
+
+for kind in (Experts, Fused):
+    net = kind()
+    damped = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(0.1, 0.9), comm=comm(), step=kf.Fixed(0.3))
+    optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), damped, fisher=kf.type2)
+    for step, to in enumerate(([0] * 6 + [1] * 6, [1] * 6 + [0, 1] * 3)):  # on one rank an expert sees no token
+        x, y = batch(step, 12)
+        net.of = mine(torch.tensor(to))
+        optimizer.step(mine(x), mine(y))
+    found[kind.__name__] = [p.detach() for p in net.parameters()]
 
 class Branching(nn.Module):
     def __init__(self):

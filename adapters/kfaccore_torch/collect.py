@@ -54,6 +54,29 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
     return records
 
 
+def complain(shots: list[Shot], formed: int, captured: bool, world: int) -> None:
+    """ValueError that says why a step has no statistics: `formed` losses, whether a forward was `captured`."""
+    void = [shot.void for shot in shots if shot.void]
+    if void and world > 1:
+        return
+    if void:
+        raise ValueError(f"this step has no statistics to update from: {void[0]}; skip such a batch")
+    if formed:
+        raise ValueError(
+            "this step updates statistics but got no records: pre.loss was formed and never differentiated; call "
+            "backward on what it returned, or on a sum it is part of"
+        )
+    if captured:
+        raise ValueError(
+            "this step updates statistics but got no records: the forward was captured, but pre.loss was not "
+            "called; form the loss by pre.loss(prediction, target)"
+        )
+    raise ValueError(
+        "this step updates statistics but got no records: run the forward inside `with pre.capture():` and form "
+        "the loss by pre.loss"
+    )
+
+
 def weighted(x: Any, factor: float) -> Any:
     """A Record or Stats with its n times `factor`."""
     if factor == 1.0:

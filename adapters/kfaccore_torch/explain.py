@@ -34,7 +34,7 @@ def explained(
     graph: Behind, known: dict[int, str], parameters: Mapping[str, torch.nn.Parameter], examples: int
 ) -> tuple[list[Use], dict[str, str]]:
     """Uses of parameters that were met past all calls, and the names of those that cannot be explained, with why."""
-    found, odd = operations(graph, known)
+    found, odd = operations(graph, known, lambda name: name.startswith((*PRODUCTS, *ELEMENTWISE)))
     uses: list[Use] = []
     for node, refs in found.items():
         answer = _explain(node, refs, graph, parameters, examples)

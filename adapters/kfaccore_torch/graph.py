@@ -8,7 +8,7 @@ what it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,17 +88,19 @@ def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], kn
     return Behind(nodes, moved, mixed, tuple(met), above, frozenset(inputs), hash(tuple(marks)))
 
 
-def operations(graph: Behind, known: dict[int, str]) -> tuple[dict[Any, dict[int, Ref]], dict[str, str]]:
+def operations(
+    graph: Behind, known: dict[int, str], explains: Callable[[str], bool]
+) -> tuple[dict[Any, dict[int, Ref]], dict[str, str]]:
     """Operations that parameters went into, each with the parts of parameters by argument; and names of parameters
-    with why what they went into cannot be one."""
+    with why what they went into cannot be one. `explains` says of an operation's name whether it may be a layer's."""
     found: dict[Any, dict[int, Ref]] = {}
     odd: dict[str, str] = {}
     passed: set[Any] = set()  # expansions that a product takes in
     for leaf in graph.met:
         name = known[id(leaf.variable)]
-        waiting = [leaf]
+        waiting = [(leaf, None)]
         while waiting:
-            node = waiting.pop()
+            node, same = waiting.pop()
             users = graph.above.get(node, [])
             if not users:
                 odd[name] = "it is the prediction itself"
@@ -106,7 +108,9 @@ def operations(graph: Behind, known: dict[int, str]) -> tuple[dict[Any, dict[int
                 if user in graph.called:
                     odd[name] = "it goes into the input of a layer's call"
                 elif moves_only(user):
-                    waiting.append(user)
+                    waiting.append((user, user if user.name().startswith("ExpandBackward") else same))
+                elif same is not None and not explains(user.name()):
+                    found[same] = _refs(same, known)  # an expansion to one example, which a larger batch would show
                 else:
                     found[user] = _refs(user, known)
                     if name not in {ref.name for ref in found[user].values()}:

@@ -127,6 +127,8 @@ class Optimizer:
                 observed = None
                 if engine.due and n > 0:
                     records, observed = engine.records(seen, batch, 0, n)
+                if engine.due:
+                    engine.agree()
                     self._follow_rest()
                 with ordered(engine.namespace, engine.device):
                     grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)

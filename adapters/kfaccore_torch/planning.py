@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,15 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Capture
+from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.follow import carried
 from kfaccore_torch.observe import Observer
-from kfaccore_torch.plan import Plan, again, unwrapped
+from kfaccore_torch.plan import Plan, again, remade, unwrapped
 from kfaccore_torch.report import Coverage, coverage
 from kfaccore_torch.rest import called, filled, with_method
 from kfaccore_torch.resume import Resumes
 from kfaccore_torch.sight import Sight, sighted
+from kfaccore_torch.table import read, written
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Settings
@@ -92,6 +96,21 @@ class Planning(Resumes):
             self.called |= {name for name, _ in found.calls}
         more = called(self.plan) if self.settings.uncovered is not None else []
         return replace(found, plan=self.plan, calls=(*found.calls, *more))
+
+    def agree(self) -> None:
+        """One plan on all ranks: what any of them has seen, experts that only some of them used, all of them know."""
+        comm = self.core.comm
+        if comm.world == 1 or not isinstance(comm, Distributed):
+            return
+        number = zlib.crc32(json.dumps(written(self.plan)).encode()) % 2**20
+        total, squares = comm.all_reduce([np.array([number, number**2], np.float64)])[0].tolist()
+        if squares * comm.world == total**2:  # no variance: equal everywhere
+            return
+        tables: list[Any] = [None] * comm.world
+        torch.distributed.all_gather_object(tables, written(self.plan), group=comm.group)
+        marks = dict.fromkeys(mark for table in tables for mark in read(table, self.plan).marks)
+        odd = {name: why for table in reversed(tables) for name, why in table["odd"].items()}
+        self.adopt(remade(self.plan, tuple(marks), odd, any(table["seen"] for table in tables)))
 
     def adopt(self, found: Plan) -> None:
         """Take another plan of the same model; layers of the same name and sizes keep their state."""

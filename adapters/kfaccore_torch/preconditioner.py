@@ -14,7 +14,7 @@ import kfaccore as kf
 from kfaccore_torch.agreement import check_same
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import Shot, gathered
+from kfaccore_torch.collect import Shot, complain, gathered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
@@ -165,6 +165,8 @@ class Preconditioner:
         if engine.replan() and self._shots:
             self.discard()
             raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
+        if engine.due:
+            engine.agree()
         with torch.no_grad(), ordered(engine.namespace, engine.device):
             for name, layer in engine.plan.layers.items():
                 found = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
@@ -203,29 +205,8 @@ class Preconditioner:
         found = gathered(self._shots, self.engine.core.comm.world)
         records = {name: pieces for name, pieces in found.items() if name in grads}
         if not records:
-            self._complain()
+            complain(self._shots, self._formed, self._open is not None, self.engine.core.comm.world)
         return self.engine.completed(records, grads, sum(shot.n for shot in self._shots))
-
-    def _complain(self) -> None:
-        void = [shot.void for shot in self._shots if shot.void]
-        if void and self.engine.core.comm.world > 1:
-            return
-        if void:
-            raise ValueError(f"this step has no statistics to update from: {void[0]}; skip such a batch")
-        if self._formed:
-            raise ValueError(
-                "this step updates statistics but got no records: pre.loss was formed and never differentiated; call "
-                "backward on what it returned, or on a sum it is part of"
-            )
-        if self._open is not None:
-            raise ValueError(
-                "this step updates statistics but got no records: the forward was captured, but pre.loss was not "
-                "called; form the loss by pre.loss(prediction, target)"
-            )
-        raise ValueError(
-            "this step updates statistics but got no records: run the forward inside `with pre.capture():` and form "
-            "the loss by pre.loss"
-        )
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state in one file that every adapter of kfaccore reads."""

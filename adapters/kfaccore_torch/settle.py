@@ -93,7 +93,7 @@ def settled(marks: Iterable[Mark], odd: Mapping[str, str], parameters: Parameter
     places: dict[Ref, str] = {}
     for ref, kind in whole.items():
         bias = joint.get(ref)
-        layer = _layer(ref, kind, bias, parameters, owners, len([r for r in whole if r.name == ref.name]) > 1)
+        layer = _layer(ref, kind, bias, parameters, owners)
         if layer.name in layers or (layer.name in parameters and layer.name != ref.name):
             layer = replace(layer, name=f"{ref.name}*" if ref.name in layers else ref.name)
         layers[layer.name] = layer
@@ -166,16 +166,15 @@ def unified(kinds: set[Any]) -> Any:
     return f"used as {used}: two different Kronecker structures"
 
 
-def _layer(
-    ref: Ref, kind: Any, bias: Ref | None, parameters: Parameters, owners: Mapping[str, str], several: bool
-) -> Layer:
+def _layer(ref: Ref, kind: Any, bias: Ref | None, parameters: Parameters, owners: Mapping[str, str]) -> Layer:
     roles = {"gain" if isinstance(kind, Gain) else "bias" if isinstance(kind, Bias) else "weight": ref}
     if isinstance(kind, Linear | Conv):
         kind = replace(kind, bias=bias is not None)
         roles |= {} if bias is None else {"bias": bias}
     own = not isinstance(kind, Bias) and ref.name in owners
     name = owners[ref.name] if own else ref.name
-    name = f"{ref.name}{span(ref, tuple(parameters[ref.name].shape))}" if several else name
+    if prod(ref.view.shape) < parameters[ref.name].numel():
+        name = f"{ref.name}{span(ref, tuple(parameters[ref.name].shape))}"
     given = {role: parameters[r.name] for role, r in roles.items()}
     views = {role: r.view for role, r in roles.items() if r.view != View.whole(tuple(given[role].shape))}
     if isinstance(kind, Bias):  # of any shape: a vector of the same elements in the same order needs no view
