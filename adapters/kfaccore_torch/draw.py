@@ -53,11 +53,13 @@ def drawn(
     times  factor on the draws
     """
     heads = _checked(engine.objective.heads(batch.f))
-    layers, fisher = engine.plan.layers, engine.settings.fisher
+    sight = engine.sight(seen, heads)
+    layers = engine.plan.layers
+    fisher = engine.settings.fisher
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
-    observed = engine.observer.look(seen, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
+    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
     draws = given

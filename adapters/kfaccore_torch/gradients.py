@@ -9,7 +9,8 @@ import torch
 import kfaccore as kf
 from kfaccore.layers import Linear
 from kfaccore_torch.bridge import detached, to_core
-from kfaccore_torch.capture import Call, Capture
+from kfaccore_torch.calls import Call
+from kfaccore_torch.capture import Capture
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Place, Together
@@ -29,12 +30,13 @@ def gradients(
 ) -> tuple[dict[str, Any], tuple]:
     """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest; of a `scaler`'s
     loss, and back."""
-    layers = engine.plan.layers
     whole = bool(l2) or engine.core.comm.world > 1
     resting = kf.own_gradients(engine.core) and not engine.due  # every weight gradient is then made of given rows
     if resting:
         heads = engine.objective.heads(batch.f)
-        observed = engine.observer.look(seen, layers, heads, batch.told)
+        sight = engine.sight(seen, heads)
+        observed = engine.observer.look(sight, engine.plan.layers, heads, batch.told)
+    layers = engine.plan.layers
     calls = _placed(seen, observed)
     edges = {n: c[0] for n, c in calls.items() if resting or (not whole and _factors(layers[n].kind, c))}
     odd = [n for n in edges if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]

@@ -32,7 +32,8 @@ class Optimizer:
             loss = optimizer.step(x, y)
 
     core       a kfaccore.Preconditioner with the step wanted; default KFAC() with SelfTuning()
-    rest       parameters -> a torch optimizer, for parameters that are not covered; without it they are an error
+    rest       parameters -> a torch optimizer, for parameters that are not covered; without it they have a diagonal
+               curvature, `uncovered=kfaccore.Diagonal()`
     scaler     a GradScaler, for float16: the loss is scaled by it; where a gradient overflows no step is taken, and the
                scaler is told either way and updated
     output     which of the model's outputs the loss is of: a name ("logits"), a place in a tuple, or a function
@@ -56,6 +57,8 @@ class Optimizer:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise TypeError("Optimizer sums gradients over ranks itself: give it the module without the wrapper")
         self.model = model
+        if rest is None and settings.get("fisher") is not kf.forward_only and not kf.own_gradients(core):
+            settings = {"uncovered": kf.Diagonal(), **settings}
         core = over_ranks(core, model)
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine, parameters=True)
@@ -69,7 +72,7 @@ class Optimizer:
         """The optimizer of what is not covered, over the parameters that the plan leaves it now."""
         plan = self.engine.plan
         old = self.rest
-        if plan.rest and self._make_rest is None:
+        if plan.rest and self._make_rest is None and plan.seen:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.uncovered.items())
             raise ValueError(f"these parameters are not covered; pass rest=torch.optim.Adam for them\n{reasons}")
         if old is not None and {id(p) for g in old.param_groups for p in g["params"]} == {*map(id, plan.rest.values())}:
@@ -86,6 +89,11 @@ class Optimizer:
     def report(self) -> Coverage:
         """Which parameters are covered, how, at what size; print it."""
         return self.engine.report()
+
+    def memory(self) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, before the first step allocates them; of
+        what no forward has shown yet, `kfaccore_torch.plan(model, *inputs).memory(core)` knows."""
+        return self.engine.memory()
 
     def step(
         self,
@@ -119,6 +127,7 @@ class Optimizer:
                 observed = None
                 if engine.due and n > 0:
                     records, observed = engine.records(seen, batch, 0, n)
+                    self._follow_rest()
                 with ordered(engine.namespace, engine.device):
                     grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
         if self._overflowed():
@@ -135,12 +144,17 @@ class Optimizer:
             return mean(engine, value, n) + self._penalty(l2)
 
         self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
-        if self.rest is not None:
-            for p, g in zip(engine.plan.rest.values(), rest, strict=True):
-                p.grad = g
-            self.rest.step()
-            self.rest.zero_grad()
+        self._step_rest(rest)
         return before
+
+    def _step_rest(self, grads: tuple) -> None:
+        """The step of what is not covered."""
+        if self.rest is None:
+            return
+        for p, g in zip(self.engine.plan.rest.values(), grads, strict=True):
+            p.grad = g
+        self.rest.step()
+        self.rest.zero_grad()
 
     def _predicted(self, inputs: Any) -> Any:
         return picked(called(self.model, inputs), self.output)
@@ -194,21 +208,23 @@ class Optimizer:
     def _penalty(self, l2: float) -> float:
         if not l2:
             return 0.0
-        covered = (p for layer in self.engine.plan.layers.values() for p in layer.parameters.values())
-        return 0.5 * l2 * sum(float((p.detach() ** 2).sum()) for p in covered)
+        layers = self.engine.plan.layers.values()
+        covered = {id(p): p for layer in layers for p in layer.parameters.values()}
+        return 0.5 * l2 * sum(float((p.detach() ** 2).sum()) for p in covered.values())
 
     def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """What to subtract from each parameter: update + alpha weight_decay parameter."""
         engine = self.engine
-        found = []
+        found: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
         told = engine.info.step if engine.info else {}
         shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
         for name, matrix in updates.items():
             layer = engine.plan.layers[name]
             for role, x in engine.tensors(layer, matrix).items():
                 p = layer.parameters[role]
-                found.append((p, x + shrink * p.detach() if shrink else x))
-        return found
+                x = x + shrink * layer.own(role, p.detach()) if shrink else x
+                found[id(p)] = p, found[id(p)][1] + x if id(p) in found else x  # parts of one parameter
+        return list(found.values())
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state, without that of `rest`, in one file that every adapter of kfaccore reads."""
@@ -225,8 +241,11 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; ValueError, and no change, if it is another model's."""
-        if (self.rest is not None) != ("rest" in state):
+        if (self._make_rest is not None) < ("rest" in state):
             raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
         self.engine.load_state_dict(state)
+        self._follow_rest()
+        if (self.rest is not None) != ("rest" in state):
+            raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
         if self.rest is not None:
             self.rest.load_state_dict(state["rest"])

@@ -78,6 +78,11 @@ class Preconditioner:
         """Which parameters are covered, how, at what size; print it."""
         return self.engine.report()
 
+    def memory(self) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, before the first step allocates them; of
+        what no forward has shown yet, `kfaccore_torch.plan(model, *inputs).memory(core)` knows."""
+        return self.engine.memory()
+
     @contextmanager
     def capture(
         self,
