@@ -143,9 +143,9 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "torch mean of squares: n without its half",
-        "../kfaccore_torch/losses.py",
-        "_squared_share, times=2.0)",
-        "_squared_share, times=1.0)",
+        "../kfaccore_torch/known_losses.py",
+        "_numbers, times=2.0)",
+        "_numbers, times=1.0)",
         "test_torch_losses.py",
     ),
     (

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 import kfaccore_torch as kt  # noqa: E402
-from torch_models import MIXING, OWNED, Graphs, Routed, Tokens, labels  # noqa: E402
+from torch_models import MIXING, OWNED, Frames, Graphs, Routed, Tokens, labels  # noqa: E402
 from torch_oracle import close, empirical, ggn  # noqa: E402
 
 CE = nn.CrossEntropyLoss()
@@ -198,3 +198,25 @@ def test_rows_without_a_gradient_wait_for_one(monkeypatch):
             (len(counted) - before, [0 if owned.undecided is None else len(owned.undecided) for owned in found])
         )
     assert seen == [(3, [2, 0]), (1, [2, 0]), (3, [0, 0]), (1, [0, 0])]
+
+
+def test_examples_of_frames_of_graphs_and_beside_shared_positions():
+    """As many examples as the loss has, with their own rows, whatever the sizes suggest; the mask of tokens is used."""
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.d = nn.Embedding(5, 4), nn.Dropout(0.0)
+            self.f, self.o = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.o(torch.tanh(self.f(x + self.d(self.p(torch.arange(5)[None])))).mean(1))
+
+    for examples in (4, 5):
+        mask = torch.ones(examples, 5, dtype=torch.bool)
+        found, _ = kt.records(Words(), CE, torch.randn(examples, 5, 4), labels(examples), mask=mask)
+        assert (found["f"].batch, found["f"].shared, found["f"].mask.shape) == (examples, 5, (examples, 5))
+    frames, _ = kt.records(Frames(), CE, torch.randn(8, 3, 2, 4, 4), labels(8))
+    assert {record.batch for record in frames.values()} == {8}
+    graphs, _ = kt.records(Graphs(), CE, torch.randn(9, 3), labels(3))  # of 3, 2 and 4 nodes
+    assert np.asarray(graphs["a"].mask).sum(1).tolist() == [3, 2, 4]

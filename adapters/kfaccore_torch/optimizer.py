@@ -146,12 +146,17 @@ class Optimizer:
             return mean(engine, value, n) + self._penalty(l2)
 
         self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
-        if self.rest is not None:
-            for p, g in zip(engine.plan.rest.values(), rest, strict=True):
-                p.grad = g
-            self.rest.step()
-            self.rest.zero_grad()
+        self._step_rest(rest)
         return before
+
+    def _step_rest(self, grads: tuple) -> None:
+        """The step of what is not covered."""
+        if self.rest is None:
+            return
+        for p, g in zip(self.engine.plan.rest.values(), grads, strict=True):
+            p.grad = g
+        self.rest.step()
+        self.rest.zero_grad()
 
     def _predicted(self, inputs: Any) -> Any:
         return picked(called(self.model, inputs), self.output)

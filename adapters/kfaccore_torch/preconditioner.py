@@ -180,19 +180,12 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             directions = engine.step(records, grads) if grads else {}
-            hidden = self._hidden(grads, directions)
+            covered = [p.grad for name in directions for p in engine.plan.layers[name].parameters.values()]
+            overflow = self._scale.overflow(covered, engine.core.comm.world)
             engine.write(directions)
-            for grad in hidden:
-                grad.fill_(torch.inf)
+            if overflow is not None:
+                covered[0].add_(overflow)
         self.discard()
-
-    def _hidden(self, grads: dict[str, Any], directions: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Gradients whose direction was withheld, zero, which would hide from a scaler that its factor overflowed."""
-        if not self._scale.is_a_scalers(self.engine.core.comm.world):
-            return []
-        held = [n for n, x in directions.items() if not bool((x != 0).any()) and bool((grads[n] != 0).any())]
-        found = (p.grad for name in held for p in self.engine.plan.layers[name].parameters.values())
-        return [grad for grad in found if grad is not None]
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
         """The loss; once it is differentiated, what was found counts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,12 +22,16 @@ class Scale:
         """The gradient that arrives at a loss; a hook of it."""
         self.seen = grad.detach()
 
-    def is_a_scalers(self, world: int) -> bool:
-        """Whether losses were made larger, beyond the number of ranks that a sum is multiplied by."""
-        if self.seen is None:
-            return False
-        most = math.inf if self.seen.dtype in HALF else torch.finfo(self.seen.dtype).max  # a scale may overflow itself
-        return world < float(self.seen) <= most
+    def overflow(self, grads: Sequence[Any], world: int) -> torch.Tensor | None:
+        """Infinite where a gradient, or its square, is not finite and its loss was made larger, beyond the number of
+        ranks that a sum is multiplied by; else 0. Added to any gradient, it shows the scaler what a direction of zero
+        would hide. Nothing is read on the host."""
+        if self.seen is None or not grads:
+            return None
+        # the scale may overflow too in half precision; an infinite one elsewhere is no scaler's
+        scaled = self.seen > world if self.seen.dtype in HALF else (self.seen > world) & (self.seen < math.inf)
+        norm = torch.stack(torch._foreach_norm(grads)).sum()
+        return torch.where(scaled.to(norm.device) & ~norm.isfinite(), math.inf, 0.0)
 
 
 class Scaler:
