@@ -114,9 +114,8 @@ class Transformation:
             comm = Axes(self.axes)
             whole = Axes(self.axes, world=comm.devices) if _in_force(self.axes) else comm
             rule = Preconditioner(methods, step=rule, comm=whole).rule  # the rule's sums go over the same axes
-        return Preconditioner(
-            methods, given.clocks, given.schedules, given.network, rule, comm or Serial(), widest=given.widest
-        )
+        numbers = {"widest": given.widest, "stacked": given.stacked}
+        return Preconditioner(methods, given.clocks, given.schedules, given.network, rule, comm or Serial(), **numbers)
 
     def update(
         self,
