@@ -96,9 +96,9 @@ def named(tree: Any) -> dict[str, Any]:
 
 def _bare(path: tuple) -> tuple:
     """A path without the `value` of a Variable at its end."""
-    last = path[-1] if path else None
-    wrapped = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value" and len(path) > 1
-    return path[:-1] if wrapped else path
+    if len(path) > 1 and str(path[-1]) == ".value":
+        return path[:-1]
+    return path
 
 
 def _text(key: Any) -> str:
