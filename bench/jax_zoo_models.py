@@ -24,7 +24,7 @@ def filled(shapes, seed=5):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return jnp.zeros(x.shape, x.dtype)
         scale = np.sqrt(max(np.prod(x.shape[:-1], dtype=int), 1)) if len(x.shape) > 1 else 4.0
-        return jnp.asarray(rng.normal(size=x.shape) / scale + (len(x.shape) < 2), x.dtype)
+        return jnp.asarray(rng.normal(size=x.shape) / scale + (len(x.shape) < 2), jnp.float64)
 
     return jax.tree.map(fill, shapes)
 
@@ -133,7 +133,7 @@ class GPT(nn.Module):
 class LSTM(nn.Module):
     @nn.compact
     def __call__(self, ids):
-        return nn.Dense(96)(nn.RNN(nn.OptimizedLSTMCell(32))(nn.Embed(96, 32)(ids)))
+        return nn.Dense(96)(nn.RNN(nn.OptimizedLSTMCell(32, param_dtype=jnp.float64))(nn.Embed(96, 32)(ids)))
 
 
 class Policy(nn.Module):
