@@ -121,7 +121,7 @@ def plan(
     walk = pairs[0][0]
     if walk.calls.keys() != pairs[1][0].calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
-    calls, refused = _placed(*pairs, n)
+    calls, refused = _placed(pairs[0], pairs[1], n)
     layers, table = gathered(params, calls, refused)
     rows = tuple(Row(*row) for row in table)
     missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
