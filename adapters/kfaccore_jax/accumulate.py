@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -57,15 +58,28 @@ def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.Gradi
         )
     within = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> AccumulateState:
-        inner = within.init(params)
+    whole = _Accumulation(rule, within, k)
+    return optax.GradientTransformationExtraArgs(whole.init, whole.update)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, eq=False)
+class _Accumulation:
+    """The rule within, the chain it stands in, and how many micro-batches make a step."""
+
+    rule: Transformation
+    within: optax.GradientTransformationExtraArgs
+    k: int
+
+    def init(self, params: Any) -> AccumulateState:
+        inner = self.within.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         wide = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
-        stats = _empty(rule, state_of(inner), jnp.zeros((), wide))
+        stats = _empty(self.rule, state_of(inner), jnp.zeros((), wide))
         share = jnp.zeros((), jnp.result_type(float))
         return AccumulateState(jnp.zeros((), jnp.int32), zeros, stats, share, inner)
 
     def update(
+        self,
         grads: Any,
         state: AccumulateState,
         params: Any = None,
@@ -76,19 +90,19 @@ def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.Gradi
     ) -> tuple[Any, AccumulateState]:
         n = jnp.asarray(share_of(records), state.share.dtype)
         sums = jax.tree.map(lambda total, g: total + jnp.asarray(n, g.dtype) * g, state.grads, grads)
-        stats = _added(rule, state, records, grads, fresh)
+        stats = _added(self.rule, state, records, grads, fresh)
         share = state.share + n
 
         def stepped() -> tuple[Any, Any]:
             mean = jax.tree.map(lambda total: total / jnp.asarray(share, total.dtype), sums)
             fisher = records.fisher if isinstance(records, Drawn) else None
             given = None if records is None else Drawn(stats, fisher, share)
-            return within.update(mean, state.inner, params, records=given, fresh=fresh, **extra)
+            return self.within.update(mean, state.inner, params, records=given, fresh=fresh, **extra)
 
         def waited() -> tuple[Any, Any]:
             return jax.tree.map(jnp.zeros_like, grads), state.inner
 
-        last = state.seen + 1 == k
+        last = state.seen + 1 == self.k
         moves, inner = jax.lax.cond(last, stepped, waited)
 
         def emptied(tree: Any) -> Any:
@@ -96,8 +110,6 @@ def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.Gradi
 
         seen = jnp.where(last, 0, state.seen + 1)
         return moves, AccumulateState(seen, emptied(sums), emptied(stats), emptied(share), inner)
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _found(part: Any, seen: set[int]) -> Iterator[Transformation]:

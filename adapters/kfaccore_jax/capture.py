@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record, monte_carlo
 from kfaccore_jax.batch import examples, strong
-from kfaccore_jax.layers import named
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
+from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, evaluated, followed
 from kfaccore_jax.positions import Longer, mask_of
 from kfaccore_jax.records import Drawn, pairs, widened

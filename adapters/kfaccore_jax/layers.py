@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kfaccore import Block
 from kfaccore_jax.calls import Call
 from kfaccore_jax.layout import Axis, Layout, merged, put, take
+from kfaccore_jax.names import named
 
 
 @dataclass(frozen=True)
@@ -86,26 +86,6 @@ class Layer:
         if self.bias is not None:
             found[self.bias.leaf] = put(found[self.bias.leaf], self.bias.layout, matrix[..., d_in:])
         return found
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """{dotted path: leaf} of a tree of parameters; a flax.nnx Variable and its bare array have one name."""
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(_text(key) for key in _bare(path)) or "params": leaf for path, leaf in pairs}
-
-
-def _bare(path: tuple) -> tuple:
-    """A path without the `value` of a Variable at its end."""
-    last = path[-1] if path else None
-    wrapped = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value" and len(path) > 1
-    return path[:-1] if wrapped else path
-
-
-def _text(key: Any) -> str:
-    for field in ("key", "name", "idx"):
-        if hasattr(key, field):
-            return str(getattr(key, field))
-    return str(key)
 
 
 def gathered(params: Any, calls: dict[str, Call], refused: dict[int, list[str]]) -> tuple[tuple[Layer, ...], list]:

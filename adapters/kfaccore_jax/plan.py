@@ -13,8 +13,9 @@ from kfaccore import Block
 from kfaccore_jax.batch import doubled, examples, joins_behind, settled, strong
 from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import as_calls, run
-from kfaccore_jax.layers import Layer, gathered, named
+from kfaccore_jax.layers import Layer, gathered
 from kfaccore_jax.layout import Layout
+from kfaccore_jax.names import named
 from kfaccore_jax.order import moved
 from kfaccore_jax.tags import Param, Tag
 from kfaccore_jax.tap import Tap
@@ -117,9 +118,22 @@ def plan(
     except (TypeError, ValueError) as error:
         error.add_note(f"plan traces apply at {n} and {2 * n} examples on the first axis of arguments {batched}")
         raise
-    (walk, data, jaxpr), (other, data2, second) = pairs
-    if walk.calls.keys() != other.calls.keys():
+    walk = pairs[0][0]
+    if walk.calls.keys() != pairs[1][0].calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
+    calls, refused = _placed(pairs[0], pairs[1], n)
+    layers, table = gathered(params, calls, refused)
+    rows = tuple(Row(*row) for row in table)
+    missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
+    if strict and missing:
+        raise ValueError("leaves that are not covered:\n" + "\n".join(missing))
+    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit)
+
+
+def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]]]:
+    """The calls with their batch axes, and why leaves cannot be captured; one, two: of `traced` at both sizes."""
+    walk, data, jaxpr = one
+    other, data2, second = two
     minor = jaxpr is not None and joins_behind(jaxpr, second)
     places = moved(jaxpr, second) if jaxpr is not None else {}
     calls = {}
@@ -134,12 +148,7 @@ def plan(
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
                 refused.setdefault(leaf, []).append(why)
-    layers, table = gathered(params, calls, refused)
-    rows = tuple(Row(*row) for row in table)
-    missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
-    if strict and missing:
-        raise ValueError("leaves that are not covered:\n" + "\n".join(missing))
-    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit)
+    return calls, refused
 
 
 def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any]:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block, Ids, Patches, Record
-from kfaccore_jax.layers import Layer, named
+from kfaccore_jax.layers import Layer
+from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, followed
 
 

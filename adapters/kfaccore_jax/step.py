@@ -1,4 +1,20 @@
-"""The two faces of a step: an optax transformation, and one jitted function for a whole loop."""
+"""The two faces of a step: an optax transformation, and one jitted function for a whole loop.
+
+`update(grads, state, params, *, records, fresh=None, damping=None, factored=None, value=None, value_fn=None)`:
+
+records    {layer: Record} of this batch, or None to leave the statistics alone
+fresh      True or False: whether inverses are refreshed, decided outside jit (a static argument: two compiled
+           variants); None: decided inside by `clocks` and the step count, with lax.cond
+damping    a number in place of the scheduled one
+factored   {layer: Factored} in place of those layers' gradients
+value, value_fn   for a step that judges: the batch's loss, and the function of `params` it is of
+
+SelfTuning() sets its own rate, momentum and damping: only optax.scale(-1.0) comes after it. It needs records at
+every step, though statistics move on the clock, and value_fn is called once, at params minus the update. A step
+taken back is a zero update; `state.core.motion` has alpha and mu, and tells why. Its restart flag lives on the
+device and decides inside jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that
+flag alone.
+"""
 
 from __future__ import annotations
 
@@ -54,20 +70,7 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
 
-    `update(grads, state, params, *, records, fresh=None, damping=None, factored=None, value=None, value_fn=None)`:
-
-    records    {layer: Record} of this batch, or None to leave the statistics alone
-    fresh      True or False: whether inverses are refreshed, decided outside jit (a static argument: two compiled
-               variants); None: decided inside by `clocks` and the step count, with lax.cond
-    damping    a number in place of the scheduled one
-    factored   {layer: Factored} in place of those layers' gradients
-    value, value_fn   for a step that judges: the batch's loss, and the function of `params` it is of
-
-    SelfTuning() sets its own rate, momentum and damping: only optax.scale(-1.0) comes after it. It needs records at
-    every step, though statistics move on the clock, and value_fn is called once, at params minus the update. A step
-    taken back is a zero update; `state.core.motion` has alpha and mu, and tells why. Its restart flag lives on the
-    device and decides inside jit, with lax.cond, over `clocks` and `fresh`: fresh=False leaves the refresh to that
-    flag alone.
+    `update` takes the batch's records and more: see the page of this module.
 
     methods, clocks, schedules, step, network and widest as in kfaccore.Preconditioner, or all of them at once as
     `core`; a schedule sees a traced step, as optax's do. The default method is KFAC().

@@ -21,8 +21,8 @@ from kfaccore import (
     Serial,
 )
 from kfaccore_jax.judge import arrays, judged, losses_of, started
-from kfaccore_jax.layers import named
 from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
+from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn
@@ -114,8 +114,8 @@ class Transformation:
             comm = Axes(self.axes)
             whole = Axes(self.axes, world=comm.devices) if _in_force(self.axes) else comm
             rule = Preconditioner(methods, step=rule, comm=whole).rule  # the rule's sums go over the same axes
-        shape = {"widest": given.widest, "stacked": given.stacked}
-        return Preconditioner(methods, given.clocks, given.schedules, given.network, rule, comm or Serial(), **shape)
+        numbers = {"widest": given.widest, "stacked": given.stacked}
+        return Preconditioner(methods, given.clocks, given.schedules, given.network, rule, comm or Serial(), **numbers)
 
     def update(
         self,

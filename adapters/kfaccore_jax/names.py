@@ -1,0 +1,27 @@
+"""Names of the leaves of a tree of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """{dotted path: leaf} of a tree of parameters; a flax.nnx Variable and its bare array have one name."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(_text(key) for key in _bare(path)) or "params": leaf for path, leaf in pairs}
+
+
+def _bare(path: tuple) -> tuple:
+    """A path without the `value` of a Variable at its end."""
+    if len(path) > 1 and str(path[-1]) == ".value":
+        return path[:-1]
+    return path
+
+
+def _text(key: Any) -> str:
+    for field in ("key", "name", "idx"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    return str(key)
