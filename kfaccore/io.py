@@ -64,6 +64,9 @@ def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the stat
     Raises ValueError, naming `source` and leaf, when the leaves are not those of `like`.
     """
     wanted = dict(trees.items(like))
+    later = trees.later(like)
+    if not later & set(arrays):  # a file of before
+        arrays = {**arrays, **{name: np.zeros_like(to_host(wanted[name])) for name in later}}
     if set(wanted) != set(arrays):
         missing = sorted(set(wanted) - set(arrays))
         extra = sorted(set(arrays) - set(wanted))

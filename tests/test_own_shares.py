@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore.linalg.shares import critical_batch, shares
-from kfaccore.step.own import Own, solve_of
+from kfaccore.linalg.shares import shares
+from kfaccore.step.own import solve_of
 from rows import METHODS
 
 HYPER = kf.Hyper(0, 0.9, 0.03)

@@ -13,6 +13,7 @@ from kfaccore_torch.bridge import ordered
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import gradients
 from kfaccore_torch.masks import Told
+from kfaccore_torch.own import own_draw, parted
 from kfaccore_torch.records import called
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
@@ -101,7 +102,12 @@ class Optimizer:
             value, n = self._loss(batch)
             records = {} if engine.due else None
             observed = None
-            if engine.due and n > 0:
+            own: dict[str, kf.Record] = {}
+            if engine.due and n > 0 and engine.core.rule.wants_own:
+                more = own_draw(engine, value, batch)
+                found, observed = engine.records(seen, batch, 0, n, more=more)
+                records, own = parted(found, engine.mixing)
+            elif engine.due and n > 0:
                 records, observed = engine.records(seen, batch, 0, n)
             with ordered(engine.namespace, engine.device):
                 grads, rest = gradients(engine, value, seen, observed, batch, l2)
@@ -115,7 +121,8 @@ class Optimizer:
                 value = float(engine.objective.value(called(self.model, inputs), target))
             return self._mean(value, n) + self._penalty(l2)
 
-        self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
+        batches = {name: [r] for name, r in records.items()} if records else None
+        self._applied(batches, grads, before, again, own)
         if self.rest is not None:
             for p, g in zip(engine.plan.rest.values(), rest, strict=True):
                 p.grad = g
@@ -138,11 +145,13 @@ class Optimizer:
         # a sum is one sum over all ranks
         return engine.objective.value(batch.f, batch.target), n / world if engine.objective.total else n
 
-    def _applied(self, records: Any, grads: dict[str, Any], before: float, again: Callable[[], float]) -> None:
+    def _applied(
+        self, records: Any, grads: dict[str, Any], before: float, again: Callable[[], float], own: dict[str, kf.Record]
+    ) -> None:
         """Take the core's step, and back what its rule judges too long by the loss `again`."""
         engine = self.engine
         with torch.no_grad(), ordered(engine.namespace, engine.device):
-            moves = self._moves(engine.step(records, grads))
+            moves = self._moves(engine.step(records, grads, before, own))
             old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
             for p, move in moves:
                 p.sub_(move)

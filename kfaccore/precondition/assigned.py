@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, Unmeasured, declares
+from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, RowsAtSolve, Unmeasured, declares
 from kfaccore.options import need
 from kfaccore.precondition.groups import Alone, Group, NetworkMethod
 from kfaccore.xp.arrays import is_tracer
@@ -84,6 +84,12 @@ class Assigned:
                 f"outside jit, or take a method that never rests"
             )
         return {name for name, flag in rests.items() if flag}
+
+    def by_rows(self, name: str, alone: Mapping[str, object]) -> bool:
+        """Whether a layer is solved with the rows of the batch, whose gradient it must then be."""
+        method = self.whose(name, alone)
+        together = self.network is not None and method is self.network and self.network.needs_records
+        return together or declares(method, RowsAtSolve)
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""

@@ -15,15 +15,19 @@ from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, either, strikes
 from kfaccore.precondition.footprint import Footprint, footprints
-from kfaccore.precondition.given import Given, joined, named
+from kfaccore.precondition.given import Given, alike, joined, named
 from kfaccore.precondition.groups import Grads, Group, NetworkMethod
 from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.placement import agree, assign, check, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
+from kfaccore.record import Record
 from kfaccore.step import Fixed, Rule
+from kfaccore.step.known import Known
+from kfaccore.step.own import Own
 from kfaccore.step.rule import Spread
 from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.numbers import number
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,10 @@ class Preconditioner:
         records: Mapping[str, Given | Sequence[Given]] | None,
         grads: Grads,
         fisher: Fisher | None = None,
+        *,
+        loss: float | Array | None = None,
+        own: Mapping[str, Record | Sequence[Record]] | None = None,
+        lengths: Mapping[str, float | Array] | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
         """Updates to subtract, shaped like `grads`, the new state, and what happened.
 
@@ -170,11 +178,16 @@ class Preconditioner:
         fisher    what filled the records' g: kfaccore's type2, monte_carlo, empirical or forward_only. Without it the
                   caller is believed: a rule that models the loss takes samples of the model, a method of
                   `own_gradients` the gradients of the loss itself
+        loss      of this batch before the step, penalty included: for rules that bound what they promise
+        own       {layer: Record, or micro-batches}: the rows of `records` with the loss's own gradients in g, one draw,
+                  for rules that leave examples out of the model of their own direction (`rule.wants_own`). A layer left
+                  out of it, because its rows mix examples, is judged as it is
+        lengths   {layer: norm}, for rescale=Graft()
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, missing records, or draws that a rule or method cannot use.
         """
-        return self.do(self.due(state), state, records, grads, fisher)
+        return self.do(self.due(state), state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
 
     def do(
         self,
@@ -184,6 +197,10 @@ class Preconditioner:
         grads: Grads,
         fisher: Fisher | None = None,
         damping: float | Array | None = None,
+        *,
+        loss: float | Array | None = None,
+        own: Mapping[str, Record | Sequence[Record]] | None = None,
+        lengths: Mapping[str, float | Array] | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
         """`step` with what is `due` decided by the caller, for steps that are traced once and run many times.
 
@@ -197,20 +214,27 @@ class Preconditioner:
         if self.comm.world > 1:
             agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.layers)[0])
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
+        ours = alike(own or {}, seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
+        free = {name: grad for name, grad in grads.items() if not self.assigned.by_rows(name, state.layers)}
+        averaged, motion = self.rule.gradients(motion, free)
         hypers = {name: self._hyper(name, state, motion, damping) for name in grads}
         due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         groups = self.assigned.groups(grads, self.assigned.together(blocks) if grads else {})
-        road = Road(due, self.comm, assign(costs(given), self.comm.world, self.comm.fraction), self.donate, given)
+        fraction = 1.0 if ours else self.comm.fraction  # own shares need every inverse on every rank
+        road = Road(due, self.comm, assign(costs(given), self.comm.world, fraction), self.donate, given)
         states = [state.layers[group.label] if group.alone else state.network for group in groups]
-        solutions = road.run(groups, states, batches, grads, hypers)
+        solutions = road.run(groups, states, batches, {**grads, **averaged}, hypers)
         found = {name: x for solution in solutions for name, x in solution.direction.items()}
         codes = {name: code for solution in solutions for name, code in solution.code.items()}
+        alone = [(group.label, s.state) for group, s in zip(groups, solutions, strict=True) if group.alone]
+        solving = {name: (self.assigned.of(name), s, hypers[name]) for name, s in alone if name in ours}
+        known = Known(None if loss is None else number(loss), Own(ours, solving), lengths)
         with np.errstate(all="ignore"):
             directions = {name: found[name] for name in grads}
-            updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
+            updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2, known)
         infos = {group.label: solution.info for group, solution in zip(groups, solutions, strict=True)}
         dampings = {name: hyper.damping for name, hyper in hypers.items()}
         info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates))

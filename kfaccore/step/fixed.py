@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records
 from kfaccore.step.rescale import Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace
@@ -22,6 +23,7 @@ class Fixed:
     rescale: Rescale = field(default=Unchanged())
 
     needs_records: ClassVar[bool] = False
+    wants_own: ClassVar[bool] = False
     judges: ClassVar[bool] = False
     traced: ClassVar[bool] = True
     terms: ClassVar[bool] = True
@@ -48,6 +50,12 @@ class Fixed:
         """Every step stays."""
         return share, motion
 
+    def gradients(
+        self, motion: dict[str, Array], grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], dict[str, Array]]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: dict[str, Array],
@@ -55,6 +63,7 @@ class Fixed:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, float | Array]]:
         """(updates to subtract, motion, info) for the layers in `directions`; others keep their buffer."""
         if not directions:

@@ -17,6 +17,7 @@ import numpy as np
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code
@@ -42,6 +43,7 @@ class GridSearch:
     scaled: bool = False
 
     needs_records: ClassVar[bool] = False
+    wants_own: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
@@ -65,6 +67,12 @@ class GridSearch:
         """Nothing to learn from records."""
         return motion
 
+    def gradients(
+        self, motion: Trail, grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], Trail]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: Trail,
@@ -72,6 +80,7 @@ class GridSearch:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Trail, dict[str, float | Array]]:
         """(updates at the rate of the step before, motion, info); layers left out keep their buffer."""
         old = motion.buffers

@@ -14,6 +14,7 @@ import numpy as np
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.codes import Code
@@ -44,6 +45,7 @@ class LineSearch:
     least: float = 1e-4
 
     needs_records: ClassVar[bool] = False
+    wants_own: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
@@ -63,6 +65,12 @@ class LineSearch:
         """Nothing to learn from records."""
         return motion
 
+    def gradients(
+        self, motion: Search, grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], Search]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: Search,
@@ -70,6 +78,7 @@ class LineSearch:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Search, dict[str, float | Array]]:
         """(updates to try first, motion, info)."""
         told: dict[str, float | Array] = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}

@@ -1,7 +1,7 @@
 """Every example's own share of a direction, over the layers: what a batch flatters itself by.
 
-A direction x = P grad holds P h_b / n of every example b that judges it, so that <grad, x> and x^T F x along it are both
-too large. `Own` gathers those shares from the records, for the methods that say how they solve (`Inverses`,
+A direction x = P grad holds P h_b / n of every example b that judges it, so that <grad, x> and x^T F x along it are
+both too large. `Own` gathers those shares from the records, for the methods that say how they solve (`Inverses`,
 `Eigensystem`). Where a layer's method does not, where its rows are not one example's each, and where the shell gave no
 gradients of the loss itself, nothing is left out for that layer; `layers` tells how many.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 from kfaccore.linalg.inverse import floored
@@ -20,11 +22,13 @@ from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number, number, numbers
 
 
-class Shares(NamedTuple):
-    """s (draws, batch) = J_vb P h_b and q = sum_b h_b . P h_b, added over layers; both still to be divided by n."""
+class Left(NamedTuple):
+    """What a model leaves out: s (draws, batch) = J_vb P h_b and q = sum_b h_b . P h_b, times their weight in the
+    direction and added over layers, both still to be divided by n; factor on what remains."""
 
     s: Array
     q: Number
+    factor: Number = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,37 +36,44 @@ class Own:
     """What a step was given beside records and gradients, and how the layers solve.
 
     records  {layer: Record} whose g are the loss's own gradients, one draw, for the rows of the layer's record
-    solves   {layer: its P}; a layer that is missing in either is not left out
+    solving  {layer: method, state and numbers of its P}; a layer that is missing in either is not left out
     """
 
     records: Mapping[str, Record] = field(default_factory=dict)
-    solves: Mapping[str, Solve] = field(default_factory=dict)
+    solving: Mapping[str, tuple[Method, State, Hyper]] = field(default_factory=dict)
 
     def layers(self, drawn: Mapping[str, Record]) -> list[str]:
         """The layers whose own shares are known: one row an example of the batch, and a P in closed form."""
-        batch = max((record.batch for record in drawn.values()), default=0)
-        return [name for name in drawn if name in self.records and name in self.solves and drawn[name].batch == batch]
+        known = [name for name in drawn if name in self.records and solvable(self.solving.get(name))]
+        return [name for name in known if drawn[name].batch == most_examples(drawn).batch]
 
-    def shares(self, drawn: Mapping[str, Record], weights: Mapping[str, Number]) -> Shares | None:
-        """The shares of all layers, each times its weight: the part of this batch in the layer's direction."""
-        s: Array | float = 0.0
-        q: Number = 0.0
-        names = self.layers(drawn)
-        for name in names:
-            found, own = shares(drawn[name], self.records[name], self.solves[name])
-            s = s + weights[name] * numbers(found)
-            q = q + weights[name] * number(own)
-        return Shares(s, q) if names else None
+    def shares(self, drawn: Mapping[str, Record], weights: Mapping[str, Number]) -> Left:
+        """The shares of the layers of `weights`, each times its weight: the part of this batch in its direction."""
+        found = [
+            (w, *shares(drawn[name], self.records[name], solve_of(*self.solving[name]))) for name, w in weights.items()
+        ]
+        s = reduce(add, (w * numbers(x) for w, x, _ in found))
+        return Left(s, reduce(add, (w * number(q) for w, _, q in found)))
 
 
-def solve_of(method: Method, state: State, hyper: Hyper) -> Solve | None:
-    """How a method solves with this state, in closed form; None where it does not say."""
+def most_examples(records: Mapping[str, Record]) -> Record:
+    """A record whose rows are the examples of the batch: those of the others are shared by them."""
+    return max(records.values(), key=lambda record: record.batch)
+
+
+def solvable(solving: tuple[Method, State, Hyper] | None) -> bool:
+    """Whether a method says how it solves."""
+    return solving is not None and (declares(solving[0], Inverses) or declares(solving[0], Eigensystem))
+
+
+def solve_of(method: Method, state: State, hyper: Hyper) -> Solve:
+    """How a method that says so solves with this state, in closed form."""
     pair = method.inverses(state, hyper) if declares(method, Inverses) else None
     if pair is not None:
         return Inverted(*pair)
     system = method.eigensystem(state, hyper) if declares(method, Eigensystem) else None
     if system is None:
-        return None
+        raise TypeError(f"{method} declares how it solves and says nothing; see Inverses and Eigensystem")
     Qa, Qg, values = system
     below, _ = floored(values, state.code)
     return Rotated(Qa, Qg, below)

@@ -19,6 +19,7 @@ from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.jacobian import products
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records, inner
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code
@@ -51,6 +52,7 @@ class Quadratic:
     points: int = 16
 
     needs_records: ClassVar[bool] = True
+    wants_own: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
@@ -86,6 +88,12 @@ class Quadratic:
         code = Code.UNCONVERGED if np.isfinite(before) else Code.NONFINITE
         return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(code))
 
+    def gradients(
+        self, motion: Memory, grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], Memory]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: Memory,
@@ -93,6 +101,7 @@ class Quadratic:
         grads: Mapping[str, Array | Factored],
         records: Records,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Memory, dict[str, float | Array]]:
         """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
         told: dict[str, float | Array] = {"code": Code(motion.code), "rejected": motion.rejected}
