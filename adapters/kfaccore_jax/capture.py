@@ -51,16 +51,28 @@ class Captured:
         return over(lambda draw: self._pull(draw)[1], draws)
 
     def records(
-        self, draws: Any, n: Any, ids: Any = None, one_by_one: bool = False, fisher: Callable | None = None
+        self,
+        draws: Any,
+        n: Any,
+        ids: Any = None,
+        one_by_one: bool = False,
+        fisher: Callable | None = None,
+        cotangent: Any = None,
     ) -> Drawn:
         """{layer: Record} for draws of per-example losses (type2, monte_carlo, empirical, forward_only).
 
         n        the loss normaliser: the batch size for a mean over examples
         fisher   kfaccore's function that made the draws, so that a step which cannot use them says so
+        cotangent   of the mean loss, as `gradients` takes it: SelfTuning() then leaves each example out of the model of
+                    the direction it helped to make; under jit the pass is shared with `gradients`
         """
         g = self.output_gradients(draws, one_by_one)
         found = {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
-        return Drawn(found, fisher)
+        if cotangent is None:
+            return Drawn(found, fisher)
+        g = {key: x[None] * n for key, x in self._pull(cotangent)[1].items()}
+        own = {layer.name: Record(*self._pair(layer, g), n, ids=ids) for layer in self.plan.layers}
+        return Drawn(found, fisher, own)
 
     def factored(self, cotangent: Any) -> dict[str, Factored]:
         """Gradients of <cotangent, prediction> as g^T a, not multiplied out, of the layers where that makes the

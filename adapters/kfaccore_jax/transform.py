@@ -44,7 +44,8 @@ def kfac(
                variants); None: decided inside by `clocks` and the step count, with lax.cond
     damping    a number in place of the scheduled one
     factored   {layer: Factored} in place of those layers' gradients
-    value, value_fn   for a step that judges: the batch's loss, and the function of `params` it is of
+    value, value_fn   for a step that judges: the batch's loss, and the function of `params` it is of; its records
+               should be made with `cotangent=`, so that it knows the noise of its batch
 
     SelfTuning() sets its own rate, momentum and damping: only optax.scale(-1.0) comes after it. It needs records at
     every step, though statistics move on the clock, and value_fn is called once, at params minus the update. A step
@@ -138,7 +139,11 @@ class _Transformation:
         matrices = _matrices(plan, grads, blocks)
         matrices |= {name: x for name, x in (factored or {}).items() if name in blocks}
         fisher = records.fisher if isinstance(records, Drawn) else None
-        directions, after, info = core.do(due, state.core, given, matrices, fisher, damping)
+        own = records.own if isinstance(records, Drawn) else {}
+        own = {name: record for name, record in own.items() if name in given}
+        directions, after, info = core.do(
+            due, state.core, given, matrices, fisher, damping, loss=value if self.step.judges else None, own=own
+        )
         seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in info.codes.values()])
         counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         moves = _tree(plan, grads, directions)
