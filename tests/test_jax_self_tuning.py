@@ -191,7 +191,8 @@ def test_true_labels_are_refused_where_they_are_told_and_never_guessed():
     for one in (eager, step):
         with pytest.raises(ValueError, match=r"empirical.*monte_carlo or type2, or use LineSearch"):
             one(*started("cheap"), *given(0), 1.0, draws="told")
-    pair = started("cheap")
+    pair = started("penalised")
+    step = compiled("penalised")[1]
     for i in range(2):
         pair = step(*pair, *given(i), 1.0, draws="true")
     motion = pair[1][0].core.motion
