@@ -100,19 +100,13 @@ class Optimizer:
                 f = called(self.model, inputs)
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
-            records = {} if engine.due else None
-            observed = None
-            own: dict[str, kf.Record] = {}
-            if engine.due and n > 0 and engine.core.rule.wants_own:
-                more = own_draw(engine, value, batch)
-                found, observed = engine.records(seen, batch, 0, n, more=more)
-                records, own = parted(found, engine.mixing)
-            elif engine.due and n > 0:
-                records, observed = engine.records(seen, batch, 0, n)
+            records, own, observed = self._recorded(seen, batch, value, n)
             with ordered(engine.namespace, engine.device):
                 grads, rest = gradients(engine, value, seen, observed, batch, l2)
         if records is not None:
+            missing = {*grads} - {*records}
             records, grads = engine.completed(records, grads, n)
+            own |= {name: records[name] for name in missing & {*records} - engine.mixing}  # J = 0: no share either
         before, grads, rest = self._summed(float(value.detach()), grads, rest, n)
         before += self._penalty(l2)
 
@@ -129,6 +123,20 @@ class Optimizer:
             self.rest.step()
             self.rest.zero_grad()
         return before
+
+    def _recorded(
+        self, seen: Any, batch: Batch, value: torch.Tensor, n: float
+    ) -> tuple[dict[str, kf.Record] | None, dict[str, kf.Record], Any]:
+        """Records where the step needs them, the same rows with the loss's own gradients where its rule wants them, and
+        what was observed of the calls."""
+        engine = self.engine
+        if not engine.due or n <= 0:
+            return {} if engine.due else None, {}, None
+        if not engine.core.rule.wants_own:
+            records, observed = engine.records(seen, batch, 0, n)
+            return records, {}, observed
+        records, observed = engine.records(seen, batch, 0, n, more=own_draw(engine, value, batch))
+        return *parted(records, engine.mixing), observed
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, RowsAtSolve, Unmeasured, declares
 from kfaccore.options import need
 from kfaccore.precondition.groups import Alone, Group, NetworkMethod
+from kfaccore.record import Record
+from kfaccore.solution import Solution
+from kfaccore.step.own import Own
 from kfaccore.xp.arrays import is_tracer
 
 
@@ -99,3 +102,14 @@ class Assigned:
         """Layers of one call as they are solved: the network-level method's first, then one by one."""
         found = [Group("network", tuple(together), self.network)] if self.network is not None and together else []
         return found + [Group(name, (name,), Alone(name, self.of(name))) for name in names if name not in together]
+
+    def owned(
+        self,
+        groups: Sequence[Group],
+        solutions: Sequence[Solution],
+        hypers: Mapping[str, Hyper],
+        own: Mapping[str, Record],
+    ) -> Own:
+        """The loss's own gradients, and how each layer that stands alone was solved."""
+        alone = [(group.label, found.state) for group, found in zip(groups, solutions, strict=True) if group.alone]
+        return Own(own, {name: (self.of(name), state, hypers[name]) for name, state in alone if name in own})

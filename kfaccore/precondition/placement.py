@@ -74,12 +74,23 @@ def check(methods: Mapping[str, Method], comm: Communicator) -> None:
 
 def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> None:
     """ValueError on all ranks if some have a layer in this step that others lack."""
+    counts = _having(comm, names, every, like)
+    differing = [name for name, count in counts.items() if 0 < count < comm.world]
+    if differing:
+        raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
+
+
+def common(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> set[str]:
+    """The layers of `names` that all ranks have."""
+    return {name for name, count in _having(comm, names, every, like).items() if count == comm.world}
+
+
+def _having(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> dict[str, float]:
+    """How many ranks have each layer."""
     xp = namespace(like)
     flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=device_of(like))
     counts = comm.all_reduce(flags)
-    differing = [name for i, name in enumerate(every) if 0 < float(counts[i]) < comm.world]
-    if differing:
-        raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
+    return {name: float(counts[i]) for i, name in enumerate(every)}
 
 
 def reduced(comm: Communicator, stats: Tree) -> Tree:

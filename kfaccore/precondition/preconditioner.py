@@ -18,13 +18,12 @@ from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined, named
 from kfaccore.precondition.groups import Grads, Group, NetworkMethod
 from kfaccore.precondition.info import Info, norms
-from kfaccore.precondition.placement import agree, assign, check, costs, exchanged
+from kfaccore.precondition.placement import agree, assign, check, common, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.record import Record
 from kfaccore.step import Fixed, Rule
 from kfaccore.step.known import Known
-from kfaccore.step.own import Own
 from kfaccore.step.rule import Spread
 from kfaccore.xp.arrays import Array, device_of, namespace
 from kfaccore.xp.numbers import number
@@ -214,7 +213,7 @@ class Preconditioner:
         if self.comm.world > 1:
             agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.layers)[0])
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
-        ours = alike(own or {}, seen) if self.rule.wants_own else {}
+        ours = self._common(alike(own or {}, seen), state) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
         free = {name: grad for name, grad in grads.items() if not self.assigned.by_rows(name, state.layers)}
         averaged, motion = self.rule.gradients(motion, free)
@@ -229,14 +228,13 @@ class Preconditioner:
         solutions = road.run(groups, states, batches, {**grads, **averaged}, hypers)
         found = {name: x for solution in solutions for name, x in solution.direction.items()}
         codes = {name: code for solution in solutions for name, code in solution.code.items()}
-        alone = [(group.label, s.state) for group, s in zip(groups, solutions, strict=True) if group.alone]
-        solving = {name: (self.assigned.of(name), s, hypers[name]) for name, s in alone if name in ours}
-        known = Known(None if loss is None else number(loss), Own(ours, solving), lengths)
+        left = self.assigned.owned(groups, solutions, hypers, ours)
+        dampings = {name: hyper.damping for name, hyper in hypers.items()}
+        known = Known(None if loss is None else number(loss), left, lengths, dampings)
         with np.errstate(all="ignore"):
             directions = {name: found[name] for name in grads}
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2, known)
         infos = {group.label: solution.info for group, solution in zip(groups, solutions, strict=True)}
-        dampings = {name: hyper.damping for name, hyper in hypers.items()}
         info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates))
         return updates, self._moved(state, groups, [s.state for s in solutions], motion), info
 
@@ -255,6 +253,13 @@ class Preconditioner:
         hyper = self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
         l2 = self.schedules.l2
         return replace(hyper, damping=hyper.damping + l2) if l2 else hyper
+
+    def _common(self, own: dict[str, Record], state: State) -> dict[str, Record]:
+        """The part of `own` that all ranks have."""
+        if self.comm.world == 1:
+            return own
+        everywhere = common(self.comm, set(own), tuple(state.layers), tree.leaves(state.layers)[0])
+        return {name: record for name, record in own.items() if name in everywhere}
 
     def _moved(self, state: State, groups: Sequence[Group], states: Sequence[Any], motion: Any) -> State:
         """The state of the next step."""

@@ -14,9 +14,10 @@ class Known:
     """loss     of the batch before the step, penalty included; None where the caller did not say
     own      the gradients of the loss itself, by example, and how the layers solve
     lengths  {layer: norm} of the updates that another rule would take, for Graft
-    damping  in force, where it is one number
+    damping  in force, a layer
     """
 
     loss: Number | None = None
     own: Own = field(default_factory=Own)
     lengths: Mapping[str, Number] | None = None
+    damping: Mapping[str, Number] = field(default_factory=dict)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfaccore.linalg.shares import critical_batch
+from kfaccore.record import Factored, Record
+from kfaccore.step.known import Known
+from kfaccore.step.model import counts, expansion, inner
 from kfaccore.xp.arrays import Array
-from kfaccore.xp.numbers import Number, finite, number, pick, root
+from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
 
 _SAME = 1e-5  # relative: a loss this close to the one after the last step is of the same batch
 _CLEAR = 0.9  # rho from which own shares are next to nothing
@@ -36,6 +40,44 @@ class Noise:
         if self.every < 1:
             raise ValueError(f"Noise.every is {self.every}; need at least 1, the steps between two measurements")
 
+    def __call__(self, directions: Mapping[str, Array], grads: Mapping[str, Array | Factored], lr: float) -> float:
+        return 1.0  # as rescale= of Fixed, see modelled
+
+    def modelled(
+        self,
+        directions: Mapping[str, Array],
+        grads: Mapping[str, Array | Factored],
+        records: Mapping[str, Record],
+        known: Known,
+        l2: float,
+        first: Number,
+    ) -> dict[str, Number]:
+        """The length of a step along this batch's own direction x: `scale` = slope / (x^T F x + damping |x|^2) with
+        own shares left out, no longer than the reach and the loss allow, at most 1.
+
+        For an optimizer that comes after, whose momentum is the average.
+        """
+        names = known.own.layers(records) if self.own else []
+        examples = counts(records)[1]
+        left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
+        if left is not None:
+            alone = examples > 1
+            left = left._replace(factor=pick(alone, examples / pick(alone, examples - 1.0, 1.0), 1.0))
+        x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
+        found = expansion(records, grads, (x, x), left=left)
+        norms = sum((known.damping[name] + l2) * inner({name: d}, {name: d}) for name, d in x.items())
+        F = found.F[:1, :1]
+        down = found.down[:1]
+        below = number(F[0, 0]) + norms
+        good = finite(below) & finite(number(down[0])) & (below > 0)
+        alpha = pick(good, number(down[0]) / pick(good, below, 1.0), 0.0)
+        step = stack([pick(alpha < 1.0, alpha, 1.0)])
+        step = self.shortened(step, F if found.batch is None else found.batch[:1, :1], first)
+        step = promised(step, F, down, known.loss)
+        slope = number(down[0]) if found.slope is None else found.slope
+        seen = Seen(slope - found.own, found.own)
+        return {"scale": number(step[0]), **seen.told(examples), "with_own": len(records) - len(names)}
+
     def shortened(self, step: Array, F: Array, first: Number) -> Array:
         """`step` times min(1, sqrt(reach first / step^T F step)); as it is where the first loss is not known, 0."""
         change = number(step @ F @ step)
@@ -59,6 +101,13 @@ def promised(step: Array, F: Array, down: Array, loss: Number | None) -> Array:
     inside = pick(beyond, p * p - 2 * c * end, 1.0)
     inside = pick(inside > 0, inside, 0.0)
     return step * pick(beyond, 2 * end / pick(beyond, p + root(inside), 1.0), 1.0)
+
+
+def first_loss(first: Number, loss: Number | None) -> Number:
+    """The loss before the first step, 0 where none is known."""
+    if loss is None:
+        return first
+    return pick(first > 0, first, pick(finite(loss), loss, 0.0))
 
 
 def again(loss: Number | None, last: Number) -> bool | Array:

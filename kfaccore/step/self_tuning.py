@@ -24,7 +24,7 @@ from kfaccore.step.known import Known
 from kfaccore.step.leaving import leaving
 from kfaccore.step.model import Expansion, counts, expansion, inner, trace
 from kfaccore.step.motion import Average, Motion
-from kfaccore.step.noise import Noise, promised
+from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, minimum
 from kfaccore.step.sharpness import sharpness
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
@@ -140,7 +140,7 @@ class SelfTuning:
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         step = stack([*capped(alpha, mu, self.cap)])
-        first = _first(motion.first, known.loss)
+        first = first_loss(motion.first, known.loss)
         step = self.noise.shortened(step, F if found.batch is None else found.batch, first)
         step = promised(step, F, found.down, known.loss)
         alpha = number(step[0])
@@ -198,13 +198,6 @@ def _rounding(previous: Mapping[str, Array]) -> float:
     """Relative error of a loss of arrays like these."""
     x = next(iter(previous.values()))
     return eps(x.dtype, namespace(x))
-
-
-def _first(first: Number, loss: Number | None) -> Number:
-    """The loss before the first step, 0 where none is known."""
-    if loss is None:
-        return first
-    return pick(first > 0, first, pick(finite(loss), loss, 0.0))
 
 
 def _predicted(step: Array, F: Array, down: Array) -> Number:
