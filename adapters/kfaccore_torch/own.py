@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,3 +29,20 @@ def parted(records: Mapping[str, kf.Record], mixing: set[str]) -> tuple[dict[str
     drawn = {name: replace(record, g=record.g[:-1, ...]) for name, record in records.items()}
     own = {name: replace(record, g=record.g[-1:, ...]) for name, record in records.items() if name not in mixing}
     return drawn, own
+
+
+def own_apart(
+    records: Mapping[str, Sequence[kf.Record]] | None, mixing: set[str]
+) -> tuple[dict[str, list[kf.Record]] | None, dict[str, list[kf.Record]]]:
+    """As `parted`, of micro-batches."""
+    if records is None:
+        return None, {}
+    pairs = {name: [parted({name: record}, mixing) for record in given] for name, given in records.items()}
+    drawn = {name: [drawn[name] for drawn, _ in found] for name, found in pairs.items()}
+    return drawn, {name: [own[name] for _, own in found] for name, found in pairs.items() if name not in mixing}
+
+
+def mean_loss(values: Sequence[tuple[float, float]]) -> float | None:
+    """The loss of a batch from (n, value) of its micro-batches; None of none."""
+    total = sum(n for n, _ in values)
+    return sum(n * value for n, value in values) / total if total else None

@@ -15,7 +15,9 @@ from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, gathered
 from kfaccore_torch.draw import Batch
+from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
+from kfaccore_torch.own import mean_loss, own_apart, own_draw
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.step import Engine, Settings
 from kfaccore_torch.terms import Terms
@@ -50,7 +52,7 @@ class Preconditioner:
 
     def __init__(self, model: nn.Module, loss: Any, core: Any = None, **settings: Any) -> None:
         core = core if isinstance(core, kf.Preconditioner) else kf.Preconditioner(core or kf.KFAC(), donate=True)
-        if core.rule.judges or core.rule.needs_records:
+        if core.rule.judges:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
         if core.schedules.weight_decay or core.schedules.l2:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
@@ -58,6 +60,7 @@ class Preconditioner:
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
+        self._values: list[tuple[float, float]] = []  # n and value of each, for rules that ask
         self._terms = Terms()
 
     @property
@@ -113,8 +116,12 @@ class Preconditioner:
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
+        more = None
+        if self.engine.core.rule.wants_own:  # the loss's own gradients wait as a last draw
+            more = [v * (shot.n / n) for v in own_draw(self.engine, value, batch)]
+            self._values.append((n, float(value.detach())))
         records, observed = self.engine.records(
-            seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5
+            seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5, more=more
         )
         self._formed += 1
         value = self._counted(value, shot, self.engine.waiting(records))
@@ -132,10 +139,14 @@ class Preconditioner:
         self._shots = []
         self._open = None
         self._formed = 0
+        self._values = []
         self.engine.called = set()
 
-    def step(self) -> None:
-        """Replace gradients by directions, in place. Parameters without a gradient are left alone."""
+    def step(self, lengths: Mapping[str, float] | None = None) -> None:
+        """Replace gradients by directions, in place. Parameters without a gradient are left alone.
+
+        lengths   {layer: norm} of the directions, for rescale=Graft(); `graft` fills it from an optimizer
+        """
         engine = self.engine
         grads = {}
         if engine.replan() and self._shots:
@@ -153,12 +164,25 @@ class Preconditioner:
             records = None
             if engine.due and grads:
                 records, grads = self._gathered(grads)
-            directions = engine.step(records, grads) if grads else {}
+            records, own = (records, {}) if not engine.core.rule.wants_own else own_apart(records, engine.mixing)
+            directions = engine.step(records, grads, mean_loss(self._values), own, lengths) if grads else {}
             for name, matrix in directions.items():
                 layer = engine.plan.layers[name]
                 for role, x in engine.tensors(layer, matrix).items():
                     layer.parameters[role].grad.copy_(x)  # type: ignore[union-attr]
         self.discard()
+
+    def graft(self, optimizer: torch.optim.Optimizer) -> None:
+        """The whole step of `optimizer`, with K-FAC's direction in the place of its own in every covered layer, which
+        stays as long as it would have been; the core's step is Fixed(rescale=Graft()).
+
+        In place of `step` and `optimizer.step`: it is run on the plain gradients, so that its state is its own.
+        """
+        old, lengths = stepped(optimizer, self.engine.plan.layers)
+        self.step(lengths)
+        with torch.no_grad():
+            for p in old:
+                p.sub_(p.grad)
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
         """The loss; once it is differentiated, what was found counts."""
@@ -213,7 +237,7 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits for a step: it belongs to graphs, which no copy shares."""
-        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0}
+        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0, "_values": []}
 
 
 def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:

@@ -176,13 +176,14 @@ class Engine(Resumes):
         records: dict[str, list[Any]] | None,
         grads: dict[str, Any],
         loss: float | None = None,
-        own: dict[str, kf.Record] | None = None,
+        own: Mapping[str, Any] | None = None,
+        lengths: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """The core's step; state and info move on. loss, own: as `Preconditioner.step` of the core takes them."""
+        """The core's step; state and info move on. loss, own, lengths: as the core's `step` has them."""
         due = kf.Due(True, True) if self.new else self.core.due(self.state)  # new layers do not wait for the clocks
         try:
             updates, self.state, info = self.core.do(
-                due, self.state, records, grads, self.settings.fisher, loss=loss, own=own
+                due, self.state, records, grads, self.settings.fisher, loss=loss, own=own, lengths=lengths
             )
         except Exception as error:
             self.leave_word(error)

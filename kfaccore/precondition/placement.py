@@ -18,6 +18,7 @@ from kfaccore import tree
 from kfaccore.method import Additive, Block, Method, RowsAtSolve, S, declares
 from kfaccore.precondition.comm import Communicator, Tree
 from kfaccore.precondition.trial import refreshed_leaves
+from kfaccore.record import Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, device_of, from_host, namespace
 
@@ -80,9 +81,14 @@ def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Arr
         raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
 
 
-def common(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> set[str]:
-    """The layers of `names` that all ranks have."""
-    return {name for name, count in _having(comm, names, every, like).items() if count == comm.world}
+def common(
+    comm: Communicator, own: dict[str, Record], every: tuple[str, ...], seen: Mapping[str, Record]
+) -> dict[str, Record]:
+    """The layers of `own` that all ranks have."""
+    if comm.world == 1 or not seen:
+        return own
+    counts = _having(comm, set(own), every, next(iter(seen.values())).g)
+    return {name: record for name, record in own.items() if counts[name] == comm.world}
 
 
 def _having(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> dict[str, float]:

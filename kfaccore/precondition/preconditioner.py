@@ -16,29 +16,18 @@ from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, either, strikes
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined, named
-from kfaccore.precondition.groups import Grads, Group, NetworkMethod
+from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.placement import agree, assign, check, common, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
+from kfaccore.precondition.state import State
 from kfaccore.record import Record
 from kfaccore.step import Fixed, Rule
 from kfaccore.step.known import Known
 from kfaccore.step.rule import Spread
 from kfaccore.xp.arrays import Array, device_of, namespace
 from kfaccore.xp.numbers import number
-
-
-@dataclass(frozen=True)
-class State:
-    """Steps taken, one method state a layer, the step's own buffers, that of a network-level method; `blocks` is
-    structure."""
-
-    step: int
-    layers: dict[str, Any]
-    motion: Any
-    network: Any = ()
-    blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
 
 
 @dataclass(frozen=True, init=False)
@@ -213,7 +202,8 @@ class Preconditioner:
         if self.comm.world > 1:
             agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.layers)[0])
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
-        ours = self._common(alike(own or {}, seen), state) if self.rule.wants_own else {}
+        ours = alike(own or {}, seen) if self.rule.wants_own else {}
+        ours = common(self.comm, ours, tuple(state.layers), seen)
         motion = self.rule.begin(state.motion, seen)
         free = {name: grad for name, grad in grads.items() if not self.assigned.by_rows(name, state.layers)}
         averaged, motion = self.rule.gradients(motion, free)
@@ -236,7 +226,7 @@ class Preconditioner:
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2, known)
         infos = {group.label: solution.info for group, solution in zip(groups, solutions, strict=True)}
         info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates))
-        return updates, self._moved(state, groups, [s.state for s in solutions], motion), info
+        return updates, state.moved(groups, [s.state for s in solutions], motion), info
 
     def gather(self, state: State) -> State:
         """The state with the inverses of all ranks, to be saved by any of them; every rank must call it."""
@@ -253,21 +243,3 @@ class Preconditioner:
         hyper = self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
         l2 = self.schedules.l2
         return replace(hyper, damping=hyper.damping + l2) if l2 else hyper
-
-    def _common(self, own: dict[str, Record], state: State) -> dict[str, Record]:
-        """The part of `own` that all ranks have."""
-        if self.comm.world == 1:
-            return own
-        everywhere = common(self.comm, set(own), tuple(state.layers), tree.leaves(state.layers)[0])
-        return {name: record for name, record in own.items() if name in everywhere}
-
-    def _moved(self, state: State, groups: Sequence[Group], states: Sequence[Any], motion: Any) -> State:
-        """The state of the next step."""
-        layers = dict(state.layers)
-        network = state.network
-        for group, new in zip(groups, states, strict=True):
-            if group.alone:
-                layers[group.label] = new
-            else:
-                network = new
-        return replace(state, step=state.step + 1, layers=layers, motion=motion, network=network)

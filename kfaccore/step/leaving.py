@@ -10,7 +10,7 @@ from kfaccore.step.known import Known
 from kfaccore.step.model import Expansion
 from kfaccore.step.motion import Motion
 from kfaccore.step.noise import Noise, Seen, again
-from kfaccore.step.own import Left, most_examples
+from kfaccore.step.own import Left, most_examples, remaining
 from kfaccore.xp.arrays import Array, is_tracer, namespace
 from kfaccore.xp.numbers import Number, number, numbers, pick, when
 
@@ -52,8 +52,7 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
     skipped = motion.seen.clear(examples) & (motion.steps % noise.every != 0)
     idle = again(known.loss, motion.last) | skipped
     left = when(idle, lambda: _nothing(records), lambda: known.own.shares(records, weights))
-    alone = (weight > _ALL) & (examples > 1)  # the direction is this batch's: what remains is a mean of one fewer
-    factor = pick(alone, examples / pick(alone, examples - 1.0, 1.0), 1.0)
+    factor = remaining(weight > _ALL, examples)
     if is_tracer(idle):
         return Leaving(left._replace(factor=pick(idle, 1.0, factor)), namespace(idle).logical_not(idle), weight, whole)
     return Leaving(None if idle else left._replace(factor=factor), not idle, weight, whole)

@@ -68,7 +68,7 @@ def expansion(
     zero = 0.0 * n[0]
     turn = stack([left.factor, zero, -left.factor / n[0], zero, 1.0 + zero, zero])
     T = namespace(turn).reshape(turn, (2, 3))
-    own = q[0] / (n[0] * n[0])
+    own = number(q[0] / (n[0] * n[0]))
     slope = number(down[0])
     kept = left.factor * (slope - own)
     down = stack([pick(kept > 0, kept, 0.0 * kept), number(down[1])])

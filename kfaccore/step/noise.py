@@ -9,6 +9,7 @@ from kfaccore.linalg.shares import critical_batch
 from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
 from kfaccore.step.model import counts, expansion, inner
+from kfaccore.step.own import remaining
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
 
@@ -61,8 +62,7 @@ class Noise:
         examples = counts(records)[1]
         left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
         if left is not None:
-            alone = examples > 1
-            left = left._replace(factor=pick(alone, examples / pick(alone, examples - 1.0, 1.0), 1.0))
+            left = left._replace(factor=remaining(True, examples))
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
         found = expansion(records, grads, (x, x), left=left)
         norms = sum((known.damping[name] + l2) * inner({name: d}, {name: d}) for name, d in x.items())

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
 from typing import NamedTuple
 
 from kfaccore.linalg.inverse import floored
@@ -19,7 +17,7 @@ from kfaccore.linalg.shares import Inverted, Rotated, Solve, shares
 from kfaccore.method import Eigensystem, Hyper, Inverses, Method, State, declares
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array
-from kfaccore.xp.numbers import Number, number, numbers
+from kfaccore.xp.numbers import Number, number, numbers, pick
 
 
 class Left(NamedTuple):
@@ -49,11 +47,19 @@ class Own:
 
     def shares(self, drawn: Mapping[str, Record], weights: Mapping[str, Number]) -> Left:
         """The shares of the layers of `weights`, each times its weight: the part of this batch in its direction."""
-        found = [
-            (w, *shares(drawn[name], self.records[name], solve_of(*self.solving[name]))) for name, w in weights.items()
-        ]
-        s = reduce(add, (w * numbers(x) for w, x, _ in found))
-        return Left(s, reduce(add, (w * number(q) for w, _, q in found)))
+        total: list[Array] = []
+        q: Number = 0.0
+        for name, weight in weights.items():
+            s, own = shares(drawn[name], self.records[name], solve_of(*self.solving[name]))
+            total = [weight * numbers(s) + sum(total)]
+            q = q + weight * number(own)
+        return Left(total[0], q)
+
+
+def remaining(whole: bool | Array, examples: Number) -> Number:
+    """The factor on what remains: where the direction is all of this batch, a mean of one example fewer."""
+    alone = whole & (examples > 1)
+    return pick(alone, examples / pick(alone, examples - 1.0, 1.0), 1.0)
 
 
 def most_examples(records: Mapping[str, Record]) -> Record:

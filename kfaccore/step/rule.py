@@ -25,8 +25,12 @@ class Rule(Protocol[M]):
     terms           whether records may be tuples, one a loss term
     """
 
-    needs_records: ClassVar[bool]
-    wants_own: ClassVar[bool]
+    @property
+    def needs_records(self) -> bool: ...
+
+    @property
+    def wants_own(self) -> bool: ...
+
     judges: ClassVar[bool]
     traced: ClassVar[bool]
     terms: ClassVar[bool]
