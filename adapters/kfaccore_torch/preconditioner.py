@@ -166,10 +166,7 @@ class Preconditioner:
                 records, grads = self._gathered(grads)
             records, own = (records, {}) if not engine.core.rule.wants_own else own_apart(records, engine.mixing)
             directions = engine.step(records, grads, mean_loss(self._values), own, lengths) if grads else {}
-            for name, matrix in directions.items():
-                layer = engine.plan.layers[name]
-                for role, x in engine.tensors(layer, matrix).items():
-                    layer.parameters[role].grad.copy_(x)  # type: ignore[union-attr]
+            engine.write(directions)
         self.discard()
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, RowsAtSolve, Unmeasured, declares
 from kfaccore.options import need
-from kfaccore.precondition.groups import Alone, Group, NetworkMethod
-from kfaccore.record import Record
-from kfaccore.solution import Solution
-from kfaccore.step.own import Own
+from kfaccore.precondition.groups import NetworkMethod
 from kfaccore.xp.arrays import is_tracer
+
+Grad = TypeVar("Grad")
 
 
 @dataclass(frozen=True)
@@ -88,28 +88,16 @@ class Assigned:
             )
         return {name for name, flag in rests.items() if flag}
 
-    def by_rows(self, name: str, alone: Mapping[str, object]) -> bool:
-        """Whether a layer is solved with the rows of the batch, whose gradient it must then be."""
-        method = self.whose(name, alone)
-        together = self.network is not None and method is self.network and self.network.needs_records
-        return together or declares(method, RowsAtSolve)
+    def free(self, grads: Mapping[str, Grad], alone: Mapping[str, object]) -> dict[str, Grad]:
+        """The gradients of layers that are not solved with the rows of the batch: theirs must be the batch's own."""
+        found = {}
+        for name, grad in grads.items():
+            method = self.whose(name, alone)
+            together = self.network is not None and method is self.network and self.network.needs_records
+            if not together and not declares(method, RowsAtSolve):
+                found[name] = grad
+        return found
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""
         return {name for name in names if declares(self.whose(name, alone), Unmeasured)}
-
-    def groups(self, names: Mapping[str, object], together: Mapping[str, Block]) -> list[Group]:
-        """Layers of one call as they are solved: the network-level method's first, then one by one."""
-        found = [Group("network", tuple(together), self.network)] if self.network is not None and together else []
-        return found + [Group(name, (name,), Alone(name, self.of(name))) for name in names if name not in together]
-
-    def owned(
-        self,
-        groups: Sequence[Group],
-        solutions: Sequence[Solution],
-        hypers: Mapping[str, Hyper],
-        own: Mapping[str, Record],
-    ) -> Own:
-        """The loss's own gradients, and how each layer that stands alone was solved."""
-        alone = [(group.label, found.state) for group, found in zip(groups, solutions, strict=True) if group.alone]
-        return Own(own, {name: (self.of(name), state, hypers[name]) for name, state in alone if name in own})

@@ -15,19 +15,21 @@ from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, either, strikes
 from kfaccore.precondition.footprint import Footprint, footprints
-from kfaccore.precondition.given import Given, alike, joined, named
+from kfaccore.precondition.given import Given, alike, joined
 from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.precondition.info import Info, norms
+from kfaccore.precondition.knowing import knowing
+from kfaccore.precondition.lineup import Lineup
+from kfaccore.precondition.parts import Several
 from kfaccore.precondition.placement import agree, assign, check, common, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
+from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
 from kfaccore.precondition.state import State
 from kfaccore.record import Record
 from kfaccore.step import Fixed, Rule
-from kfaccore.step.known import Known
 from kfaccore.step.rule import Spread
 from kfaccore.xp.arrays import Array, device_of, namespace
-from kfaccore.xp.numbers import number
 
 
 @dataclass(frozen=True, init=False)
@@ -42,6 +44,7 @@ class Preconditioner:
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     widest     a wider side of a layer has a diagonal factor: no matrix of its square is made. A method whose memory is
                linear in the width keeps the side as it is: give that layer BrandKFAC() for a low-rank one
+    stacked    whether layers of equal method and sizes are one call: None decides by cost, True takes all, False none
     """
 
     methods: Method | Mapping[str, Method] | None
@@ -52,6 +55,7 @@ class Preconditioner:
     comm: Communicator
     donate: bool
     widest: int
+    stacked: bool | None
     assigned: Assigned = field(init=False, compare=False, repr=False)  # which method has which layer
 
     def __init__(
@@ -64,6 +68,7 @@ class Preconditioner:
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
         widest: int = 8192,
+        stacked: bool | None = None,
     ) -> None:
         agreeing(network, step, comm)
         if widest < 1:
@@ -71,7 +76,7 @@ class Preconditioner:
         if comm.world > 1 and step.needs_records and declares(step, Spread):
             step = step.over(comm)
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
-        numbers |= {"comm": comm, "donate": donate, "widest": widest}
+        numbers |= {"comm": comm, "donate": donate, "widest": widest, "stacked": stacked}
         numbers["assigned"] = Assigned(methods, network, widest)
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
@@ -85,10 +90,7 @@ class Preconditioner:
         methods = {name: self.assigned.of(name) for name in blocks if name not in together}
         check(methods, self.comm)
         given = self.assigned.narrowed(blocks)
-        layers = {}
-        for name, method in methods.items():
-            with named(name):
-                layers[name] = method.init(given[name], like)
+        layers = started(methods, given, self._stacks(methods, given, like), like)
         xp = namespace(like)
         shapes = {name: (block.blocks, block.d_out, block.d_in) for name, block in blocks.items()}
         zeros = {n: xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for n, shape in shapes.items()}
@@ -200,39 +202,35 @@ class Preconditioner:
         if batches:
             fitting(self, fisher)
         if self.comm.world > 1:
-            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.layers)[0])
+            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(self._stacked(state).states)[0])
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
-        ours = alike(own or {}, seen) if self.rule.wants_own else {}
-        ours = common(self.comm, ours, tuple(state.layers), seen)
+        ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
-        free = {name: grad for name, grad in grads.items() if not self.assigned.by_rows(name, state.layers)}
-        averaged, motion = self.rule.gradients(motion, free)
+        averaged, motion = self.rule.gradients(motion, self.assigned.free(grads, state.layers))
         hypers = {name: self._hyper(name, state, motion, damping) for name in grads}
         due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
-        groups = self.assigned.groups(grads, self.assigned.together(blocks) if grads else {})
-        fraction = 1.0 if ours else self.comm.fraction  # own shares need every inverse on every rank
-        road = Road(due, self.comm, assign(costs(given), self.comm.world, fraction), self.donate, given)
-        states = [state.layers[group.label] if group.alone else state.network for group in groups]
-        solutions = road.run(groups, states, batches, {**grads, **averaged}, hypers)
-        found = {name: x for solution in solutions for name, x in solution.direction.items()}
-        codes = {name: code for solution in solutions for name, code in solution.code.items()}
-        left = self.assigned.owned(groups, solutions, hypers, ours)
-        dampings = {name: hyper.damping for name, hyper in hypers.items()}
-        known = Known(None if loss is None else number(loss), left, lengths, dampings)
+        together = self.assigned.together(blocks) if grads else {}
+        lineup = Lineup.of(self.assigned, grads, together, self._stacked(state), state.network)
+        road = Road(due, self.comm, self._work(given), self.donate, given)
+        groups, states = road.run(lineup.groups, lineup.states, batches, {**grads, **averaged}, hypers)
+        layers, network = lineup.after(states, state.network)
+        found = {name: x for group in groups for name, x in group.directions.items()}
+        known = knowing(self.assigned, ours, layers, hypers, loss, lengths)
         with np.errstate(all="ignore"):
             directions = {name: found[name] for name in grads}
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2, known)
-        infos = {group.label: solution.info for group, solution in zip(groups, solutions, strict=True)}
-        info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates))
-        return updates, state.moved(groups, [s.state for s in solutions], motion), info
+        codes = Several(tuple(grads), tuple(group.codes for group in groups))
+        infos = {label: info for group in groups for label, info in group.infos.items()}
+        info = Info(due.update, due.refresh, codes, infos, told, dict(known.damping), norms(updates, groups))
+        return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def gather(self, state: State) -> State:
         """The state with the inverses of all ranks, to be saved by any of them; every rank must call it."""
         ranks = tuple(range(self.comm.world))
         given = self.assigned.narrowed(dict(state.blocks))
-        work = assign(costs(given), self.comm.world, self.comm.fraction)
+        work = self._work(given)
         everyone = {name: (w[0], *(r for r in ranks if r != w[0])) for name, w in work.items()}
         methods = {name: self.assigned.of(name) for name in state.layers}
         return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone, given))
@@ -243,3 +241,19 @@ class Preconditioner:
         hyper = self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
         l2 = self.schedules.l2
         return replace(hyper, damping=hyper.damping + l2) if l2 else hyper
+
+    def _work(self, given: Mapping[str, Block]) -> dict[str, tuple[int, ...]]:
+        """The ranks of each layer, whose blocks are as its method has them; all where own shares are asked for."""
+        return assign(costs(given), self.comm.world, 1.0 if self.rule.wants_own else self.comm.fraction)
+
+    def _stacked(self, state: State) -> Layers:
+        """The states by stack, also where someone put others in the place of some layers."""
+        if isinstance(state.layers, Layers):
+            return state.layers
+        given = self.assigned.narrowed(dict(state.blocks))
+        methods = {name: self.assigned.of(name) for name in state.layers}
+        leaves = tree.leaves(state.layers)
+        return restacked(state.layers, self._stacks(methods, given, leaves[0]) if leaves else ())
+
+    def _stacks(self, methods: Mapping[str, Method], given: Mapping[str, Block], like: Array) -> Stacks:
+        return stacks_of(methods, given, self._work(given), like, self.stacked)
