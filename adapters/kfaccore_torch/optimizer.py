@@ -159,7 +159,7 @@ class Optimizer:
         """Take the core's step, and back what its rule judges too long by the loss `again`."""
         engine = self.engine
         with torch.no_grad(), ordered(engine.namespace, engine.device):
-            moves = self._moves(engine.step(records, grads, before, own))
+            moves = self._moves(engine.step(records, grads, loss=before, own=own))
             old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
             for p, move in moves:
                 p.sub_(move)

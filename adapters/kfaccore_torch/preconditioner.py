@@ -165,7 +165,8 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             records, own = (records, {}) if not engine.core.rule.wants_own else own_apart(records, engine.mixing)
-            directions = engine.step(records, grads, mean_loss(self._values), own, lengths) if grads else {}
+            beside = {"loss": mean_loss(self._values), "own": own, "lengths": lengths}
+            directions = engine.step(records, grads, **beside) if grads else {}
             engine.write(directions)
         self.discard()
 

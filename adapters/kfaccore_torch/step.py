@@ -171,20 +171,11 @@ class Engine(Resumes):
         """Tensors like a layer's parameters, by role -> its matrix in the core's namespace."""
         return layer.matrix({role: to_core(x, self.namespace) for role, x in tensors.items()})
 
-    def step(
-        self,
-        records: dict[str, list[Any]] | None,
-        grads: dict[str, Any],
-        loss: float | None = None,
-        own: Mapping[str, Any] | None = None,
-        lengths: Mapping[str, float] | None = None,
-    ) -> dict[str, Any]:
-        """The core's step; state and info move on. loss, own, lengths: as the core's `step` has them."""
+    def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any], **beside: Any) -> dict[str, Any]:
+        """The core's step, with its loss, own and lengths; state and info move on."""
         due = kf.Due(True, True) if self.new else self.core.due(self.state)  # new layers do not wait for the clocks
         try:
-            updates, self.state, info = self.core.do(
-                due, self.state, records, grads, self.settings.fisher, loss=loss, own=own, lengths=lengths
-            )
+            updates, self.state, info = self.core.do(due, self.state, records, grads, self.settings.fisher, **beside)
         except Exception as error:
             self.leave_word(error)
             raise

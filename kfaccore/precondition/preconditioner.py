@@ -28,7 +28,7 @@ from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, s
 from kfaccore.precondition.state import State
 from kfaccore.record import Record
 from kfaccore.step import Fixed, Rule
-from kfaccore.step.rule import Spread
+from kfaccore.step.rule import Spread, judged
 from kfaccore.xp.arrays import Array, device_of, namespace
 
 
@@ -138,16 +138,8 @@ class Preconditioner:
 
         Needed after each step of a rule that `judges`; for the others it returns 1 and calls nothing.
         """
-        share = 0.0
-        wanted = 1.0
-        motion = state.motion
-        while self.rule.judges and wanted not in (0, share):
-            share = wanted
-            answer, motion = self.rule.judge(motion, share, before, loss())
-            wanted = float(answer)
-            if wanted != share:
-                place(wanted)
-        return wanted, replace(state, motion=motion)
+        share, motion = judged(self.rule, state.motion, before, place, loss)
+        return share, replace(state, motion=motion)
 
     def step(
         self,
@@ -170,8 +162,7 @@ class Preconditioner:
                   `own_gradients` the gradients of the loss itself
         loss      of this batch before the step, penalty included: for rules that bound what they promise
         own       {layer: Record, or micro-batches}: the rows of `records` with the loss's own gradients in g, one draw,
-                  for rules that leave examples out of the model of their own direction (`rule.wants_own`). A layer left
-                  out of it, because its rows mix examples, is judged as it is
+                  where `rule.wants_own`. A layer that is not in it, as its rows mix examples, is judged as it is
         lengths   {layer: norm}, for rescale=Graft()
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, TypeVar
 
 from kfaccore.method import Hyper
@@ -83,3 +83,18 @@ class Spread(Protocol):
     def over(self, comm: Communicator) -> Rule:
         """The rule for ranks whose records add up to the batch."""
         ...
+
+
+def judged(
+    rule: Rule[M], motion: M, before: float, place: Callable[[float], object], loss: Callable[[], float]
+) -> tuple[float, M]:
+    """The share of updates that stays, which is then in force, and the motion that follows; `Preconditioner.judge`."""
+    share = 0.0
+    wanted = 1.0
+    while rule.judges and wanted not in (0, share):
+        share = wanted
+        answer, motion = rule.judge(motion, share, before, loss())
+        wanted = float(answer)
+        if wanted != share:
+            place(wanted)
+    return wanted, motion
