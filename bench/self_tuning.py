@@ -108,8 +108,7 @@ def best_rate(kind: str, name: str, batch: int, steps: int, rows: list, key: Cal
 
 
 def autoencoder(rows: list, claims: list[Claim], quick: bool) -> None:
-    steps = {512: 400, 256: 400, 128: 400}
-    found = {batch: trials(AE, kfac, batch, n) for batch, n in steps.items()}
+    found = {batch: trials(AE, kfac, batch, 400) for batch in LIMITS}
     rows += [row(AE, batch, "kfac", t) for batch, t in found.items()]
     for batch, limit in LIMITS.items():
         claims.append(
