@@ -44,7 +44,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "precondition": FLOOR | {"fisher", "method", "options", "solution", "step"},
     "step": FLOOR | {"linalg", "method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
-    "analysis": FLOOR | {"method", "settle", "factors", "linalg"},
+    "analysis": FLOOR | {"method", "settle", "factors", "linalg", "written"},
 }
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import kfaccore as kf
 
 if TYPE_CHECKING:
+    from kfaccore_torch.capture import Capture
     from kfaccore_torch.draw import Batch
+    from kfaccore_torch.observe import Observed
     from kfaccore_torch.step import Engine
 
 
-def own_draw(engine: Engine, value: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+def own_draw(engine: Engine, value: torch.Tensor, batch: Batch, times: float = 1.0) -> list[torch.Tensor] | None:
     """Gradients of the per-example loss at the prediction's heads, (1, *f.shape) each, from the training loss itself:
-    whatever its labels are, the gradient is the sum of theirs over n."""
+    whatever its labels are, the gradient is the sum of theirs over n. None where the rule has no use for them."""
+    if not engine.core.rule.wants_own:
+        return None
     heads = engine.objective.heads(batch.f)
-    share = engine.share(batch)
+    share = engine.share(batch) * times
     found = torch.autograd.grad(value, heads, retain_graph=True, allow_unused=True)
     return [(torch.zeros_like(f) if g is None else g.detach() * share)[None] for g, f in zip(found, heads, strict=True)]
 
@@ -31,12 +35,25 @@ def parted(records: Mapping[str, kf.Record], mixing: set[str]) -> tuple[dict[str
     return drawn, own
 
 
+def recorded(
+    engine: Engine, seen: Capture, batch: Batch, value: torch.Tensor, n: float
+) -> tuple[dict[str, kf.Record] | None, dict[str, kf.Record], Observed | None]:
+    """Records where the step needs them, the same rows with the loss's own gradients where its rule wants them, and
+    what was observed of the calls."""
+    if not engine.due or n <= 0:
+        return {} if engine.due else None, {}, None
+    more = own_draw(engine, value, batch)
+    records, observed = engine.records(seen, batch, 0, n, more=more)
+    return *(parted(records, engine.mixing) if more else (records, {})), observed
+
+
 def own_apart(
-    records: Mapping[str, Sequence[kf.Record]] | None, mixing: set[str]
-) -> tuple[dict[str, list[kf.Record]] | None, dict[str, list[kf.Record]]]:
-    """As `parted`, of micro-batches."""
-    if records is None:
-        return None, {}
+    engine: Engine, records: dict[str, Any] | None
+) -> tuple[dict[str, Any] | None, dict[str, list[kf.Record]]]:
+    """As `parted`, of what waited for a step."""
+    if records is None or not engine.core.rule.wants_own:
+        return records, {}
+    mixing = engine.mixing
     pairs = {name: [parted({name: record}, mixing) for record in given] for name, given in records.items()}
     drawn = {name: [drawn[name] for drawn, _ in found] for name, found in pairs.items()}
     return drawn, {name: [own[name] for _, own in found] for name, found in pairs.items() if name not in mixing}

@@ -80,9 +80,12 @@ class Schedules:
 
     def hyper(self, name: str, step: int | Array) -> Hyper:
         """The numbers of layer `name` at `step`."""
-        damping = self.damping
-        if isinstance(damping, Mapping):
-            if name not in damping:
-                raise ValueError(f"Schedules.damping has no entry for layer {name!r}; it has {sorted(damping)}")
-            damping = damping[name]
-        return Hyper(step, at(self.decay, step), at(damping, step))
+        return Hyper(step, at(self.decay, step), at(self.of(name), step))
+
+    def of(self, name: str) -> float | Schedule:
+        """The damping of layer `name`, as it was given; ValueError where there is none."""
+        if not isinstance(self.damping, Mapping):
+            return self.damping
+        if name not in self.damping:
+            raise ValueError(f"Schedules.damping has no entry for layer {name!r}; it has {sorted(self.damping)}")
+        return self.damping[name]

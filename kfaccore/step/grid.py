@@ -19,6 +19,7 @@ from kfaccore.method import Hyper
 from kfaccore.record import Factored
 from kfaccore.step.known import Known
 from kfaccore.step.model import Records
+from kfaccore.step.rule import ByLoss
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code
 
@@ -35,15 +36,13 @@ class Trail:
 
 
 @dataclass(frozen=True)
-class GridSearch:
+class GridSearch(ByLoss):
     """momentum, how many powers of two the grid has, and whether the buffer keeps the update itself."""
 
     momentum: float = 0.5
     points: int = 31
     scaled: bool = False
 
-    needs_records: ClassVar[bool] = False
-    wants_own: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True

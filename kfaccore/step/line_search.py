@@ -16,6 +16,7 @@ from kfaccore.method import Hyper
 from kfaccore.record import Factored
 from kfaccore.step.known import Known
 from kfaccore.step.model import Records
+from kfaccore.step.rule import ByLoss
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.codes import Code
 
@@ -30,7 +31,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class LineSearch:
+class LineSearch(ByLoss):
     """No records, no momentum, no quadratic model: works with empirical draws, and never keeps a non-finite loss.
 
     cap     largest rate, and the first one tried
@@ -44,8 +45,6 @@ class LineSearch:
     shrink: float = 0.5
     least: float = 1e-4
 
-    needs_records: ClassVar[bool] = False
-    wants_own: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True

@@ -21,6 +21,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.record.jacobian import products
 from kfaccore.step.known import Known
 from kfaccore.step.model import Records, inner
+from kfaccore.step.rule import ByModel
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code
 
@@ -36,7 +37,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Quadratic:
+class Quadratic(ByModel):
     """damping of model and factors alike, and when a step is too long to keep.
 
     damping     tiny: nothing but it bounds the step of a model that is only local
@@ -51,8 +52,6 @@ class Quadratic:
     tolerance: float = 0.5
     points: int = 16
 
-    needs_records: ClassVar[bool] = True
-    wants_own: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
@@ -60,6 +59,11 @@ class Quadratic:
     def __post_init__(self) -> None:
         if not 0 < self.damping < np.inf:
             raise ValueError(f"Quadratic.damping is {self.damping}; need a finite positive number")
+
+    @property
+    def wants_own(self) -> bool:
+        """Its model is that of the whole problem."""
+        return False
 
     def init(self, zeros: dict[str, Array]) -> Memory:
         return Memory(zeros)

@@ -77,6 +77,26 @@ class Rule(Protocol[M]):
         ...
 
 
+class ByLoss:
+    """Base of rules that look at losses and directions alone."""
+
+    @property
+    def needs_records(self) -> bool:
+        return False
+
+    @property
+    def wants_own(self) -> bool:
+        return False
+
+
+class ByModel:
+    """Base of rules that model the loss of every batch from its records."""
+
+    @property
+    def needs_records(self) -> bool:
+        return True
+
+
 class Spread(Protocol):
     """What a rule that needs records may offer: itself over several ranks."""
 

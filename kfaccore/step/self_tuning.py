@@ -26,6 +26,7 @@ from kfaccore.step.model import Expansion, counts, expansion, inner, trace
 from kfaccore.step.motion import Average, Motion
 from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, minimum
+from kfaccore.step.rule import ByModel
 from kfaccore.step.sharpness import sharpness
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
@@ -36,7 +37,7 @@ _MOST = 1e8
 
 
 @dataclass(frozen=True)
-class SelfTuning:
+class SelfTuning(ByModel):
     """Numbers of the rule; none of them usually needs setting.
 
     first       first damping over the mean eigenvalue of the Fisher blocks
@@ -69,8 +70,6 @@ class SelfTuning:
     model: Callable[..., Expansion] = expansion
     comm: Communicator = Serial()  # noqa: RUF009 frozen
 
-    needs_records: ClassVar[bool] = True
-    wants_own: ClassVar[bool] = True
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = True
     terms: ClassVar[bool] = False
@@ -78,6 +77,11 @@ class SelfTuning:
     def over(self, comm: Communicator) -> SelfTuning:
         """The rule for ranks whose records add up to the batch, all of which call it with the same directions."""
         return replace(self, comm=comm, model=partial(self.model, comm=comm))
+
+    @property
+    def wants_own(self) -> bool:
+        """Unless its numbers say otherwise."""
+        return self.noise.own
 
     def init(self, zeros: dict[str, Array]) -> Motion:
         return Motion(zeros, average=Average.of(zeros))
