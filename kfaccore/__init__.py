@@ -27,6 +27,7 @@ from kfaccore.fisher import (
 )
 from kfaccore.io import flatten, load, metadata, save, unflatten
 from kfaccore.linalg.inverse import cholesky, eigh
+from kfaccore.linalg.shares import critical_batch
 from kfaccore.method import Block, Hyper, Method
 from kfaccore.methods import (
     CGFAC,
@@ -71,7 +72,8 @@ from kfaccore.record.sharing import ReceptiveMean, Subsample, concat, expand, me
 from kfaccore.settle import settle
 from kfaccore.solution import Solution
 from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
-from kfaccore.step.rescale import KLClip, NormConstraint
+from kfaccore.step.noise import Noise
+from kfaccore.step.rescale import Graft, KLClip, NormConstraint
 from kfaccore.xp import Code
 
 __version__ = "0.1.0"
@@ -106,6 +108,7 @@ __all__ = [
     "GaussNewton",
     "Gaussian",
     "GlobalFNGD",
+    "Graft",
     "GridSearch",
     "Hyper",
     "Identity",
@@ -118,6 +121,7 @@ __all__ = [
     "Lanczos",
     "LineSearch",
     "Method",
+    "Noise",
     "NormConstraint",
     "Patches",
     "Preconditioner",
@@ -145,6 +149,7 @@ __all__ = [
     "as_given",
     "cholesky",
     "concat",
+    "critical_batch",
     "dense",
     "describe",
     "direction",

@@ -17,6 +17,21 @@ def static(**kwargs: Any) -> Any:
     return field(metadata={"static": True}, **kwargs)
 
 
+def added(**kwargs: Any) -> Any:
+    """A dataclass field that files of before do not have: its leaves are then zero."""
+    return field(metadata={"added": True}, **kwargs)
+
+
+def later(tree: object, path: str = "", marked: bool = False) -> set[str]:
+    """The paths of leaves under fields made with `added()`."""
+    inner = children(tree)
+    if inner is None:
+        return {path} if marked else set()
+    of = {f.name for f in fields(tree) if f.metadata.get("added")} if is_dataclass(tree) else set()
+    parts = [later(child, f"{path}/{name}" if path else name, marked or name in of) for name, child in inner]
+    return set().union(*parts)
+
+
 def marks(tree: object, variable: str, marked: bool = False) -> list[bool]:
     """Whether each leaf, in the order of `leaves`, is of a field that its dataclass lists in a class variable:
     `SYMMETRIC` in its last two axes, `DRAWS_FIRST` before the blocks."""

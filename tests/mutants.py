@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from mutants_of_laws import OF_LAWS
+from mutants_of_noise import OF_NOISE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -226,6 +227,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "test_torch_capture.py",
     ),
     *OF_LAWS,
+    *OF_NOISE,
 ]
 
 

@@ -42,7 +42,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "methods": FAMILY,
     "network": FAMILY | {"methods"},
     "precondition": FLOOR | {"fisher", "method", "options", "solution", "step"},
-    "step": FLOOR | {"method", "precondition.comm"},
+    "step": FLOOR | {"linalg", "method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
     "analysis": FLOOR | {"method", "settle", "factors", "linalg", "written"},
 }

@@ -80,7 +80,7 @@ def stepping(tx, plan, traces, l2=0.0):
         extra = {"factored": captured.factored(slope)} if draws == "factored" else {}
         extra |= {"value": factor * loss(params, x, y), "value_fn": lambda p: loss(p, x, y)}
         fisher = {"told": kf.empirical, "true": None}.get(draws, kf.type2)
-        records = captured.records(found, float(n), fisher=fisher)
+        records = captured.records(found, float(n), fisher=fisher, cotangent=slope)
         moves, state = tx.update(grads, state, params, records=records, fresh=fresh, **extra)
         return optax.apply_updates(params, moves), state
 
@@ -126,7 +126,7 @@ def test_jit_equals_the_numpy_shell(name):
         same(pair[0], params)
         same(pair[1][0].core.motion, state.motion, 1e-6)
         rejected = state.motion.rejected
-    assert (rejected, len(traces)) == ({"penalised": 0, "damped badly": 6, "cheap": 0}[name], 1)
+    assert (rejected, len(traces)) == ({"penalised": 0, "damped badly": 4, "cheap": 0}[name], 1)
 
 
 def test_one_file_for_numpy_and_jax(tmp_path):
@@ -179,9 +179,10 @@ def test_a_step_taken_back_leaves_the_old_bits(factor, code):
     after, (state, _) = step(*pair, x if code == kf.Code.OK else x.at[0, 0].set(jnp.nan), y, factor)
     same(after, params, 0.0, 0.0)
     now = state.core.motion
+    bad = np.isnan(factor) or code == kf.Code.NONFINITE  # then the batch says nothing about the damping
     assert (now.rejected, now.code, now.restart, now.steps) == (1, code, True, 2)
-    assert now.damping == 4 * motion.damping
-    assert not any(x.any() for x in now.previous.values())
+    assert now.damping == motion.damping * (1 if bad else 4)
+    assert code == kf.Code.NONFINITE or not any(x.any() for x in now.previous.values())
 
 
 def test_true_labels_are_refused_where_they_are_told_and_never_guessed():
@@ -190,11 +191,14 @@ def test_true_labels_are_refused_where_they_are_told_and_never_guessed():
     for one in (eager, step):
         with pytest.raises(ValueError, match=r"empirical.*monte_carlo or type2, or use LineSearch"):
             one(*started("cheap"), *given(0), 1.0, draws="told")
-    params, state = step(*started("cheap"), *given(0), 1.0, draws="true")
-    motion = state[0].core.motion
-    assert (motion.code, motion.steps, motion.rejected) == (kf.Code.OK, 1, 0)
+    pair = started("penalised")
+    step = compiled("penalised")[1]
+    for i in range(2):
+        pair = step(*pair, *given(i), 1.0, draws="true")
+    motion = pair[1][0].core.motion
+    assert (motion.code, motion.steps) == (kf.Code.OK, 2)
     assert motion.damping > 0
-    assert (params["dense0"] != START["dense0"]).any()
+    assert (pair[0]["dense0"] != START["dense0"]).any()
 
 
 def test_factored_gradients_give_the_same_step():

@@ -12,7 +12,7 @@ import kfaccore as kf
 import kfaccore_numpy as kn
 from kfaccore import tree
 from kfaccore.step.model import Expansion, expansion
-from kfaccore.step.self_tuning import Motion
+from kfaccore.step.noise import Noise
 
 
 def batch(rng, masked=False):
@@ -93,7 +93,7 @@ def test_a_model_flatter_than_its_running_mean_is_raised_to_it_or_by_three_error
 
     x, record = {"a": np.ones((1, 1, 1))}, {"a": kf.Record(np.ones((batch, 1)), np.ones((batch, 1)), batch)}
     rule = kf.SelfTuning(model=model, cap=10.0)
-    motion, steps = Motion({"a": np.zeros((1, 1, 1))}, damping=1e-30), []
+    motion, steps = dataclasses.replace(rule.init({"a": np.zeros((1, 1, 1))}), damping=1e-30), []
     for _ in range(2):
         _, motion, info = rule(motion, x, x, record)
         steps.append(info["alpha"])
@@ -250,7 +250,7 @@ def test_penalty_enters_curvature_and_prediction(rng):
     """l2 joins the damping of every block, and the model: on a quadratic the ratio stays 1."""
     net, x, y = kn.Sequential((5,), (kn.Dense(3),)), rng.normal(size=(40, 5)), rng.normal(size=(40, 3))
     params, loss, l2 = net.init(rng, np.asarray), kf.Gaussian(), 0.7
-    pre = kf.Preconditioner(kf.KFAC(), schedules=kf.Schedules(l2=l2), step=kf.SelfTuning())
+    pre = kf.Preconditioner(kf.KFAC(), schedules=kf.Schedules(l2=l2), step=kf.SelfTuning(noise=Noise(own=False)))
     state, W = kn.initial_state(net, params, pre), params["dense0"]
 
     def value():

@@ -89,8 +89,13 @@ for fraction in FRACTIONS:
         optimizer = kt.Optimizer(net, nn.CrossEntropyLoss(), core(method, comm(fraction), step=rule), fisher=kf.type2)
         losses = []
         for step in range(5):
-            x, y = batch(step)
+            x, y = batch(step, 41 - step % 2)  # shares of the ranks uneven, then even
             losses.append(optimizer.step(mine(x), mine(y)))
+            ours = torch.cat([p.detach().flatten() for p in net.parameters()])
+            if world > 1:
+                first = ours.clone()
+                dist.broadcast(first, 0)
+                assert torch.equal(ours, first), f"{name}: the ranks have parted in step {step}"
         state = optimizer.state_dict()
         if rank == 0:
             torch.save([list(net.parameters()), losses, state], f"{folder}/{name}-{fraction}.pt")

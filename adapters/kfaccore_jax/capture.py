@@ -67,6 +67,7 @@ class Captured:
         one_by_one: bool = False,
         fisher: Callable | None = None,
         mask: Any = None,
+        cotangent: Any = None,
     ) -> Drawn:
         """{layer: Record} for draws of per-example losses (type2, monte_carlo, empirical, forward_only).
 
@@ -76,6 +77,8 @@ class Captured:
         mask     (batch, *positions), True where a position exists: padding then enters no factor. Which rows of a layer
                  it means is seen from the model at twice the length; where that cannot be, give {layer: (batch, rows)}.
                  The loss's own mask is the draws' matter: type2(loss, f, mask=mask)
+        cotangent   of the mean loss, as `gradients` takes it: SelfTuning() then leaves each example out of the model of
+                 the direction it helped to make; under jit the pass is shared with `gradients`
         """
         g = self.output_gradients(draws, one_by_one)
         rest: dict[str, Record] = {}
@@ -84,10 +87,19 @@ class Captured:
             g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None}
             rest = self._rest(floats, n)
         found = pairs(self.plan, self._data, g, self._n, self._spec)
-        own = {layer.name: None if layer.common or layer.turned else ids for layer in self.plan.layers}
+        apart = {layer.name for layer in self.plan.layers if not (layer.common or layer.turned)}
         masks = self._masks(mask, jax.tree.leaves(draws)[0].shape[0])
-        records = {name: Record(a, g, n, masks.get(name), own[name]) for name, (a, g) in found.items()}
-        return Drawn(records, fisher, rest=rest)
+        records = {
+            name: Record(a, g, n, masks.get(name), ids if name in apart else None) for name, (a, g) in found.items()
+        }
+        own = {} if cotangent is None else self._own(cotangent, n, masks, apart)
+        return Drawn(records, fisher, rest=rest, own=own)
+
+    def _own(self, cotangent: Any, n: Any, masks: Mapping[str, Any], apart: set[str]) -> dict[str, Record]:
+        """The rows of layers whose examples have rows of their own, with the loss's own gradients."""
+        g = {key: x[None] * n for key, x in self._pull(cotangent)[1].items()}
+        found = pairs(self.plan, self._data, g, self._n, self._spec)
+        return {name: Record(*pair, n, masks.get(name)) for name, pair in found.items() if name in apart}
 
     def _masks(self, mask: Any, draws: int) -> Mapping[str, Any]:
         """{layer: (batch, rows)} of the layers whose rows have positions."""

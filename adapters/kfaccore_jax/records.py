@@ -27,6 +27,7 @@ class Drawn(dict):
     fisher   kfaccore's function that made the draws, or None
     share    n of the batch where the values are Stats, which do not tell it; None where they are Records
     rest     {leaf: Record} of leaves without a layer
+    own      the same rows with the loss's own gradients, where they were asked for
     """
 
     def __init__(
@@ -35,20 +36,22 @@ class Drawn(dict):
         fisher: Callable | None = None,
         share: Any = None,
         rest: Mapping[str, Any] | None = None,
+        own: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(records)
         self.fisher = fisher
         self.share = share
         self.rest = dict(rest or {})
+        self.own = dict(own or {})
 
     def tree_flatten(self) -> tuple[tuple, tuple]:
-        return (*self.values(), self.share, self.rest), (tuple(self), self.fisher)
+        return (*self.values(), self.share, self.rest, self.own), (tuple(self), self.fisher)
 
     @classmethod
     def tree_unflatten(cls, structure: tuple, values: tuple) -> Drawn:
         names, fisher = structure
-        *records, share, rest = values
-        return cls(dict(zip(names, records, strict=True)), fisher, share, rest)
+        *records, share, rest, own = values
+        return cls(dict(zip(names, records, strict=True)), fisher, share, rest, own)
 
 
 def pairs(plan: Plan, data: Mapping[str, Any], g: Mapping[str, Any], n: int, spec: Any = None) -> dict[str, Pair]:

@@ -143,15 +143,19 @@ class Transformation:
         core = self.core(blocks)
         fisher = records.fisher if isinstance(records, Drawn) else None
 
-        def stepped(grads: Any, before: Any, given: Any, factored: Any, damping: Any) -> tuple[Any, Any, dict]:
+        def stepped(
+            grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any
+        ) -> tuple[Any, Any, dict]:
             found = matrices(self.plan, grads, blocks) | factored
             due = self.due(core, before, given, fresh)
-            directions, after, info = core.do(due, before, given, found, fisher, damping)
+            loss, own = told
+            directions, after, info = core.do(due, before, given, found, fisher, damping, loss=loss, own=own)
             return tree_of(self.plan, grads, directions), register(after), dict(info.codes)
 
         products = {name: x for name, x in (factored or {}).items() if name in blocks}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
-        moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping)
+        told = self._told(records, given, value, axes, share)
+        moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told)
         rest = state.rest
         if self.rest is not None:
             moves, rest = self._rest_moved(moves, grads, state.rest, params)
@@ -172,6 +176,16 @@ class Transformation:
         beside = records.rest if isinstance(records, Drawn) else {}
         given |= {name: record for name, record in beside.items() if name in blocks and name not in here}
         return {name: record for name, record in given.items() if name in blocks}
+
+    def _told(self, records: Any, given: Mapping[str, Any], value: Any, axes: Any, share: Any) -> tuple[Any, dict]:
+        """What a rule that judges is told of the loss: its value, and records of its own gradients, which are one
+        device's and so left out where several sum."""
+        if not self.step.judges:
+            return None, {}
+        if axes is not None:
+            return axes.mean(value, share), {}
+        own = records.own if isinstance(records, Drawn) else {}
+        return value, {name: record for name, record in own.items() if name in given}
 
     def _wanting(
         self, given: Mapping[str, Any], fresh: bool | None, damping: Any, value: Any, value_fn: Any, params: Any

@@ -91,11 +91,13 @@ def step(
     if not preconditioned:
         optimiser.step(params, grads, state, index)
         return value, state, None
-    records = None
+    records = own = None
     fisher = fisher or (true_labels if own_gradients(optimiser) else sampled)
     if optimiser.wants_records(state):
         records = network.records(tape, fisher(network, params, tape, Batch(f, data[1], loss), g, rng), n, ids)
-    updates, state, info = optimiser.step(state, records, grads, DRAWN.get(fisher))
+    if optimiser.rule.wants_own:
+        own = network.records(tape, g, n, ids)
+    updates, state, info = optimiser.step(state, records, grads, DRAWN.get(fisher), loss=value, own=own)
     place = _placing(params, updates, float(info.step["alpha"]) * optimiser.schedules.weight_decay)
 
     def batch_loss() -> float:

@@ -43,6 +43,7 @@ def drawn(
     exact: bool = False,
     given: Any = None,
     times: float = 1.0,
+    more: list[torch.Tensor] | None = None,
 ) -> tuple[dict[str, kf.Record], Observed]:
     """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
 
@@ -51,6 +52,7 @@ def drawn(
            method needs that (`layout.stands_together`), and elsewhere they stand as their shape suggests
     given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
     times  factor on the draws
+    more   a last draw a head, (1, *f.shape), taken as it is
     """
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
@@ -72,6 +74,8 @@ def drawn(
     if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
         _check_own(engine, observed)
         draws = _signed(draws, observed, rng)
+    if more is not None:
+        draws = [torch.cat([v, last.to(v)]) for v, last in zip(draws, more, strict=True)]
     rows = [_pulled(heads, observed, v) for v in zip(*draws, strict=True)]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
     grads = [

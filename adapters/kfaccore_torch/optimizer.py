@@ -17,6 +17,7 @@ from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import gradients
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
+from kfaccore_torch.own import recorded
 from kfaccore_torch.records import called
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
@@ -123,12 +124,10 @@ class Optimizer:
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
-                records = {} if engine.due else None
-                observed = None
-                if engine.due and n > 0:
-                    records, observed = engine.records(seen, batch, 0, n)
+                records, own, observed = recorded(engine, seen, batch, value, n)
                 if engine.due:
                     engine.agree()
+                if observed is not None:
                     self._follow_rest()
                 with ordered(engine.namespace, engine.device):
                     grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
@@ -136,7 +135,9 @@ class Optimizer:
             return mean(engine, float(value.detach()), n) + self._penalty(l2)
         before, share, grads = met(engine, float(value.detach()), grads, n)
         if records is not None:
+            missing = {*grads} - {*records}
             records, grads = engine.completed(records, grads, n)
+            own |= {name: records[name] for name in missing & {*records} - engine.mixing}  # J = 0: no share either
         grads, rest = summed(engine, grads, rest, share)
         before += self._penalty(l2)
 
@@ -145,7 +146,8 @@ class Optimizer:
                 value = float(engine.objective.value(self._predicted(inputs), target))
             return mean(engine, value, n) + self._penalty(l2)
 
-        self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
+        batches = {name: [r] for name, r in records.items()} if records else None
+        self._applied(batches, grads, before, again, own)
         self._step_rest(rest)
         return before
 
@@ -179,11 +181,13 @@ class Optimizer:
         # a sum is one sum over all ranks
         return engine.objective.value(batch.f, batch.target), n / world if engine.objective.total else n
 
-    def _applied(self, records: Any, grads: dict[str, Any], before: float, again: Callable[[], float]) -> None:
+    def _applied(
+        self, records: Any, grads: dict[str, Any], before: float, again: Callable[[], float], own: dict[str, kf.Record]
+    ) -> None:
         """Take the core's step, and back what its rule judges too long by the loss `again`."""
         engine = self.engine
         with torch.no_grad(), ordered(engine.namespace, engine.device):
-            moves = self._moves(engine.step(records, grads))
+            moves = self._moves(engine.step(records, grads, loss=before, own=own))
             old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
             for p, move in moves:
                 p.sub_(move)

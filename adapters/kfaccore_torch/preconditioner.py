@@ -17,8 +17,10 @@ from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, gathered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
+from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
+from kfaccore_torch.own import mean_loss, own_apart, own_draw
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
@@ -56,7 +58,7 @@ class Preconditioner:
     def __init__(self, model: nn.Module, loss: Any, core: Any = None, output: Output = None, **settings: Any) -> None:
         core = core if isinstance(core, kf.Preconditioner) else kf.Preconditioner(core or kf.KFAC(), donate=True)
         core = over_ranks(core, model)
-        if core.rule.judges or core.rule.needs_records:
+        if core.rule.judges:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
         if core.schedules.weight_decay or core.schedules.l2:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
@@ -66,6 +68,7 @@ class Preconditioner:
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
+        self._values: list[tuple[float, float]] = []  # n and value of each, for rules that ask
         self._terms = Terms()
         self._scale = Scale()
 
@@ -136,9 +139,12 @@ class Preconditioner:
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
+        more = own_draw(self.engine, value, batch, shot.n / n)  # waits as a last draw
+        if more is not None:
+            self._values.append((n, float(value.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             times = (shot.n / n) ** 0.5
-            records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times)
+            records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
         self._formed += 1
         value = self._counted(value, shot, self.engine.waiting(records))
         self._terms.expect(value, observed.expected, self.engine.plan.trained)
@@ -155,11 +161,15 @@ class Preconditioner:
         self._shots = []
         self._open = None
         self._formed = 0
+        self._values = []
         self._scale = Scale()
         self.engine.called = set()
 
-    def step(self) -> None:
-        """Replace gradients by directions, in place. Parameters without a gradient are left alone."""
+    def step(self, lengths: Mapping[str, float] | None = None) -> None:
+        """Replace gradients by directions, in place. Parameters without a gradient are left alone.
+
+        lengths   {layer: norm} of the directions, for rescale=Graft(); `graft` fills it from an optimizer
+        """
         engine = self.engine
         grads = {}
         if engine.replan() and self._shots:
@@ -179,13 +189,27 @@ class Preconditioner:
             records = None
             if engine.due and grads:
                 records, grads = self._gathered(grads)
-            directions = engine.step(records, grads) if grads else {}
+            records, own = own_apart(engine, records)
+            beside = {"loss": mean_loss(self._values), "own": own, "lengths": lengths}
+            directions = engine.step(records, grads, **beside) if grads else {}
             covered = [p.grad for name in directions for p in engine.plan.layers[name].parameters.values()]
             overflow = self._scale.overflow(covered, engine.core.comm.world)
             engine.write(directions)
             if overflow is not None:
                 covered[0].add_(overflow)
         self.discard()
+
+    def graft(self, optimizer: torch.optim.Optimizer) -> None:
+        """The whole step of `optimizer`, with K-FAC's direction in the place of its own in every covered layer, which
+        stays as long as it would have been; the core's step is Fixed(rescale=Graft()).
+
+        In place of `step` and `optimizer.step`: it is run on the plain gradients, so that its state is its own.
+        """
+        old, lengths = stepped(optimizer, self.engine.plan.layers)
+        self.step(lengths)
+        with torch.no_grad():
+            for p in old:
+                p.sub_(p.grad)
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
         """The loss; once it is differentiated, what was found counts."""
@@ -219,7 +243,7 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits for a step: it belongs to graphs, which no copy shares."""
-        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0, "_scale": Scale()}
+        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0, "_values": [], "_scale": Scale()}
 
 
 def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:

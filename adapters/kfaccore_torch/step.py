@@ -141,11 +141,11 @@ class Engine(Planning):
         """Tensors like a layer's parameters, by role -> its matrix in the core's namespace."""
         return layer.matrix({role: to_core(x, self.namespace) for role, x in tensors.items()})
 
-    def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any]) -> dict[str, Any]:
-        """The core's step; state and info move on."""
+    def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any], **beside: Any) -> dict[str, Any]:
+        """The core's step, with its loss, own and lengths; state and info move on."""
         due = kf.Due(True, True) if self.new else self.core.due(self.state)  # new layers do not wait for the clocks
         try:
-            updates, self.state, info = self.core.do(due, self.state, records, grads, self.settings.fisher)
+            updates, self.state, info = self.core.do(due, self.state, records, grads, self.settings.fisher, **beside)
         except Exception as error:
             self.leave_word(error)
             raise

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, Unmeasured, declares
+from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, RowsAtSolve, Unmeasured, declares
 from kfaccore.options import need
 from kfaccore.precondition.groups import NetworkMethod
 from kfaccore.xp.arrays import is_tracer
+
+Grad = TypeVar("Grad")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,16 @@ class Assigned:
                 f"outside jit, or take a method that never rests"
             )
         return {name for name, flag in rests.items() if flag}
+
+    def free(self, grads: Mapping[str, Grad], alone: Mapping[str, object]) -> dict[str, Grad]:
+        """The gradients of layers that are not solved with the rows of the batch: theirs must be the batch's own."""
+        found = {}
+        for name, grad in grads.items():
+            method = self.whose(name, alone)
+            together = self.network is not None and method is self.network and self.network.needs_records
+            if not together and not declares(method, RowsAtSolve):
+                found[name] = grad
+        return found
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""

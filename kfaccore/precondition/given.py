@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -29,6 +29,21 @@ def joined(batches: Sequence[Given]) -> Record:
     """Micro-batches as one Record, or as one tuple of them; they must not be Stats."""
     records: Any = batches
     return reduce(concat, records)
+
+
+def alike(own: Mapping[str, Record | Sequence[Record]], drawn: Mapping[str, Record]) -> dict[str, Record]:
+    """Micro-batches of the loss's own gradients as one Record a layer; ValueError where its rows are not those of the
+    draws."""
+    found = {}
+    for name in own.keys() & drawn.keys():
+        given = own[name]
+        record = given if isinstance(given, Record) else joined(given)
+        have = tuple(record.g.shape)
+        need = (1, *drawn[name].g.shape[1:])
+        if have != need:
+            raise ValueError(f"own of layer {name!r} has g of shape {have}; need {need}, one draw of the record's rows")
+        found[name] = record
+    return {name: found[name] for name in drawn if name in found}
 
 
 def working(state: State) -> Array | None:

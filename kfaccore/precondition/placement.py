@@ -18,6 +18,7 @@ from kfaccore import tree
 from kfaccore.method import Additive, Block, Method, RowsAtSolve, S, declares
 from kfaccore.precondition.comm import Communicator, Serial, Tree
 from kfaccore.precondition.trial import refreshed_leaves
+from kfaccore.record import Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, device_of, from_host, namespace
 
@@ -85,6 +86,24 @@ def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Arr
             f"layers {list(differing)} take part in this step on some ranks only; need the same on all: ranks "
             f"{sorted({r for ranks in differing.values() for r in ranks})} lack them"
         )
+
+
+def common(
+    comm: Communicator, own: dict[str, Record], every: tuple[str, ...], seen: Mapping[str, Record]
+) -> dict[str, Record]:
+    """The layers of `own` that all ranks have."""
+    if comm.world == 1 or not seen:
+        return own
+    counts = _having(comm, set(own), every, next(iter(seen.values())).g)
+    return {name: record for name, record in own.items() if counts[name] == comm.world}
+
+
+def _having(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> dict[str, float]:
+    """How many ranks have each layer."""
+    xp = namespace(like)
+    flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=device_of(like))
+    counts = comm.all_reduce(flags)
+    return {name: float(counts[i]) for i, name in enumerate(every)}
 
 
 def reduced(comm: Communicator, stats: Tree) -> Tree:

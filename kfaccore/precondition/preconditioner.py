@@ -4,41 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Block, Method, declares
+from kfaccore.method import Block, Hyper, Method, declares
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, either, strikes
 from kfaccore.precondition.footprint import Footprint, footprints
-from kfaccore.precondition.given import Given, joined
+from kfaccore.precondition.given import Given, alike, joined
 from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.precondition.info import Info, norms
+from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
 from kfaccore.precondition.parts import Several
-from kfaccore.precondition.placement import agree, assign, check, costs, exchanged
+from kfaccore.precondition.placement import agree, assign, check, common, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
+from kfaccore.precondition.state import State
+from kfaccore.record import Record
 from kfaccore.step import Fixed, Rule
-from kfaccore.step.rule import Spread
+from kfaccore.step.rule import Spread, judged
 from kfaccore.xp.arrays import Array, device_of, namespace
-
-
-@dataclass(frozen=True)
-class State:
-    """Steps taken, one method state a layer, the step's own buffers, that of a network-level method; `blocks` is
-    structure."""
-
-    step: int
-    layers: Mapping[str, Any]
-    motion: Any
-    network: Any = ()
-    blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
 
 
 @dataclass(frozen=True, init=False)
@@ -147,16 +137,8 @@ class Preconditioner:
 
         Needed after each step of a rule that `judges`; for the others it returns 1 and calls nothing.
         """
-        share = 0.0
-        wanted = 1.0
-        motion = state.motion
-        while self.rule.judges and wanted not in (0, share):
-            share = wanted
-            answer, motion = self.rule.judge(motion, share, before, loss())
-            wanted = float(answer)
-            if wanted != share:
-                place(wanted)
-        return wanted, replace(state, motion=motion)
+        share, motion = judged(self.rule, state.motion, before, place, loss)
+        return share, replace(state, motion=motion)
 
     def step(
         self,
@@ -164,6 +146,10 @@ class Preconditioner:
         records: Mapping[str, Given | Sequence[Given]] | None,
         grads: Grads,
         fisher: Fisher | None = None,
+        *,
+        loss: float | Array | None = None,
+        own: Mapping[str, Record | Sequence[Record]] | None = None,
+        lengths: Mapping[str, float | Array] | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
         """Updates to subtract, shaped like `grads`, the new state, and what happened.
 
@@ -173,11 +159,15 @@ class Preconditioner:
         fisher    what filled the records' g: kfaccore's type2, monte_carlo, empirical or forward_only. Without it the
                   caller is believed: a rule that models the loss takes samples of the model, a method of
                   `own_gradients` the gradients of the loss itself
+        loss      of this batch before the step, penalty included: for rules that bound what they promise
+        own       {layer: Record, or micro-batches}: the rows of `records` with the loss's own gradients in g, one draw,
+                  where `rule.wants_own`. A layer that is not in it, as its rows mix examples, is judged as it is
+        lengths   {layer: norm}, for rescale=Graft()
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, missing records, or draws that a rule or method cannot use.
         """
-        return self.do(self.due(state), state, records, grads, fisher)
+        return self.do(self.due(state), state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
 
     def do(
         self,
@@ -187,6 +177,10 @@ class Preconditioner:
         grads: Grads,
         fisher: Fisher | None = None,
         damping: float | Array | None = None,
+        *,
+        loss: float | Array | None = None,
+        own: Mapping[str, Record | Sequence[Record]] | None = None,
+        lengths: Mapping[str, float | Array] | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
         """`step` with what is `due` decided by the caller, for steps that are traced once and run many times.
 
@@ -200,26 +194,30 @@ class Preconditioner:
         if self.comm.world > 1:
             agree(self.comm, set(grads), tuple(state.layers), tree.leaves(self._stacked(state).states)[0])
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
+        ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
-        own = lambda hyper: hyper if damping is None else replace(hyper, damping=damping)  # noqa: E731
-        scheduled = lambda hyper: self.rule.hyper(motion, own(hyper))  # noqa: E731
-        hypers = self.schedules.hypers(grads, state.step, scheduled)
+        averaged, motion = self.rule.gradients(motion, self.assigned.free(grads, state.layers))
+
+        def told_by_rule(hyper: Hyper) -> Hyper:
+            return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
+
+        hypers = self.schedules.hypers(grads, state.step, told_by_rule)
         due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         together = self.assigned.together(blocks) if grads else {}
         lineup = Lineup.of(self.assigned, grads, together, self._stacked(state), state.network)
         road = Road(due, self.comm, self._work(given), self.donate, given)
-        groups, states = road.run(lineup.groups, lineup.states, batches, grads, hypers)
+        groups, states = road.run(lineup.groups, lineup.states, batches, {**grads, **averaged}, hypers)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
+        known = knowing(self.assigned, ours, layers, hypers, loss, lengths)
         with np.errstate(all="ignore"):
             directions = {name: found[name] for name in grads}
-            updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
+            updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
-        dampings = {name: hyper.damping for name, hyper in hypers.items()}
-        info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates, groups))
+        info = Info(due.update, due.refresh, codes, infos, told, dict(known.damping), norms(updates, groups))
         return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def gather(self, state: State) -> State:
@@ -232,8 +230,8 @@ class Preconditioner:
         return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone, given))
 
     def _work(self, given: Mapping[str, Block]) -> dict[str, tuple[int, ...]]:
-        """The ranks of each layer, whose blocks are as its method has them."""
-        return assign(costs(given), self.comm.world, self.comm.fraction)
+        """The ranks of each layer, whose blocks are as its method has them; all where own shares are asked for."""
+        return assign(costs(given), self.comm.world, 1.0 if self.rule.wants_own else self.comm.fraction)
 
     def _stacked(self, state: State) -> Layers:
         """The states by stack, also where someone put others in the place of some layers."""

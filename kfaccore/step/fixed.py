@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from kfaccore.method import Hyper
+from kfaccore.method import Hyper, declares
 from kfaccore.record import Factored
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records
-from kfaccore.step.rescale import Rescale, Unchanged
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.step.noise import first_loss
+from kfaccore.step.rescale import ByLayer, Modelled, Rescale, Unchanged
+from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.numbers import Number, number
+
+_FIRST = "first loss"  # beside the buffers
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,28 @@ class Fixed:
     momentum: float = 0.0
     rescale: Rescale = field(default=Unchanged())
 
-    needs_records: ClassVar[bool] = False
     judges: ClassVar[bool] = False
     traced: ClassVar[bool] = True
     terms: ClassVar[bool] = True
 
+    @property
+    def needs_records(self) -> bool:
+        """Where the length is that of a model of the loss."""
+        return declares(self.rescale, Modelled)
+
+    @property
+    def wants_own(self) -> bool:
+        """As `needs_records`."""
+        return self.needs_records
+
     def init(self, zeros: dict[str, Array]) -> dict[str, Array]:
-        """State: one buffer a layer, none without momentum."""
-        return zeros if self.momentum else {}
+        """State: one buffer a layer, none without momentum; the loss before the first step where a model has a use for
+        it."""
+        motion = dict(zeros) if self.momentum else {}
+        if self.needs_records and zeros:
+            x = next(iter(zeros.values()))
+            motion[_FIRST] = namespace(x).sum(x)  # 0, where the arrays are
+        return motion
 
     def restart(self, motion: dict[str, Array]) -> bool:
         """Never off the clock."""
@@ -48,6 +67,12 @@ class Fixed:
         """Every step stays."""
         return share, motion
 
+    def gradients(
+        self, motion: dict[str, Array], grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], dict[str, Array]]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: dict[str, Array],
@@ -55,18 +80,45 @@ class Fixed:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, float | Array]]:
         """(updates to subtract, motion, info) for the layers in `directions`; others keep their buffer."""
         if not directions:
             return directions, motion, {"scale": 1.0, "alpha": self.lr}
-        scale = self.rescale(directions, grads, self.lr)
-        moved = {name: _scaled(d, scale) for name, d in directions.items()}
+        factors, motion, told = self._factors(motion, directions, grads, records, l2, known)
+        moved = {name: _scaled(d, factors[name]) for name, d in directions.items()}
         if self.momentum:
             moved = {name: self.momentum * namespace(d).reshape(motion[name], d.shape) + d for name, d in moved.items()}
             motion = {**motion, **{name: namespace(m).reshape(m, motion[name].shape) for name, m in moved.items()}}
-        told: dict[str, float | Array] = {"scale": scale, "alpha": self.lr * scale}
-        return {name: _scaled(m, self.lr) for name, m in moved.items()}, motion, told
+        return (
+            {name: _scaled(m, self.lr) for name, m in moved.items()},
+            motion,
+            {**told, "alpha": self.lr * told["scale"]},
+        )
+
+    def _factors(
+        self,
+        motion: dict[str, Array],
+        directions: dict[str, Array],
+        grads: Mapping[str, Array | Factored],
+        records: Records | None,
+        l2: float,
+        known: Known,
+    ) -> tuple[Mapping[str, Number], dict[str, Array], dict[str, Number]]:
+        """A factor a layer, the motion, and what is told; `scale` is 1 where layers differ."""
+        if declares(self.rescale, ByLayer):
+            return self.rescale.by_layer(directions, known), motion, {"scale": 1.0}
+        if not declares(self.rescale, Modelled):
+            scale = self.rescale(directions, grads, self.lr)
+            return dict.fromkeys(directions, scale), motion, {"scale": scale}
+        seen: Any = records  # no terms: a rule that needs records of them says so
+        first = first_loss(number(motion[_FIRST]), known.loss)
+        told = self.rescale.modelled(directions, grads, seen, known, l2, first)
+        like = motion[_FIRST]
+        kept = namespace(like).zeros_like(like) + scalar(first, like)
+        scales = {name: scalar(told["scale"], d) for name, d in directions.items()}
+        return scales, {**motion, _FIRST: kept}, told
 
 
-def _scaled(x: Array, factor: Array | float) -> Array:
+def _scaled(x: Array, factor: Number) -> Array:
     return x if isinstance(factor, float) and factor == 1.0 else x * factor

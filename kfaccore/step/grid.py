@@ -17,7 +17,9 @@ import numpy as np
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records
+from kfaccore.step.rule import ByLoss
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code
 
@@ -34,14 +36,13 @@ class Trail:
 
 
 @dataclass(frozen=True)
-class GridSearch:
+class GridSearch(ByLoss):
     """momentum, how many powers of two the grid has, and whether the buffer keeps the update itself."""
 
     momentum: float = 0.5
     points: int = 31
     scaled: bool = False
 
-    needs_records: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
@@ -65,6 +66,12 @@ class GridSearch:
         """Nothing to learn from records."""
         return motion
 
+    def gradients(
+        self, motion: Trail, grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], Trail]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: Trail,
@@ -72,6 +79,7 @@ class GridSearch:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Trail, dict[str, float | Array]]:
         """(updates at the rate of the step before, motion, info); layers left out keep their buffer."""
         old = motion.buffers

@@ -14,7 +14,9 @@ import numpy as np
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records
+from kfaccore.step.rule import ByLoss
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.codes import Code
 
@@ -29,7 +31,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class LineSearch:
+class LineSearch(ByLoss):
     """No records, no momentum, no quadratic model: works with empirical draws, and never keeps a non-finite loss.
 
     cap     largest rate, and the first one tried
@@ -43,7 +45,6 @@ class LineSearch:
     shrink: float = 0.5
     least: float = 1e-4
 
-    needs_records: ClassVar[bool] = False
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
@@ -63,6 +64,12 @@ class LineSearch:
         """Nothing to learn from records."""
         return motion
 
+    def gradients(
+        self, motion: Search, grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], Search]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: Search,
@@ -70,6 +77,7 @@ class LineSearch:
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Search, dict[str, float | Array]]:
         """(updates to try first, motion, info)."""
         told: dict[str, float | Array] = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}

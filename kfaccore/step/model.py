@@ -13,8 +13,9 @@ from operator import add
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import contracted, outputs
+from kfaccore.step.own import Left
 from kfaccore.xp.arrays import Array, is_tracer, namespace
-from kfaccore.xp.numbers import Number, number, numbers, stack
+from kfaccore.xp.numbers import Number, number, numbers, pick, stack
 
 Records = Mapping[str, Record | tuple[Record, ...]]  # a tuple: one a term of the loss
 
@@ -22,10 +23,17 @@ Records = Mapping[str, Record | tuple[Record, ...]]  # a tuple: one a term of th
 @dataclass(frozen=True)
 class Expansion:
     """Along directions v_i: F[i, j] = v_i^T F v_j and down[i] = <gradient, v_i>, float64 on the host; under tracing
-    arrays of the widest dtype JAX has."""
+    arrays of the widest dtype JAX has.
+
+    Where own shares were left out of the first direction: `batch` and `slope` are F and down[0] with them, `own` their
+    part of the slope.
+    """
 
     F: Array
     down: Array
+    batch: Array | None = None
+    slope: Number | None = None
+    own: Number = 0.0
 
 
 def expansion(
@@ -33,12 +41,16 @@ def expansion(
     grads: Mapping[str, Array | Factored],
     directions: tuple[dict[str, Array], ...],
     comm: Communicator = Serial(),  # noqa: B008 frozen
+    left: Left | None = None,
 ) -> Expansion:
     """The quadratic model over all layers; a Factored gradient of the record's own rows shares their products.
 
     Over several ranks records are each rank's own, gradients and directions those of the whole batch. What a layer
     does once for all examples, such as embedding their positions, has one row of J for them all: its products with
     layers of one row an example are left out of F.
+
+    left   own shares of the first of two directions: J_b x becomes factor (J_b x - s_b / n), and <gradient, x> the
+           like; F stays positive semidefinite
     """
     down = stack([0.0] * len(directions))
     rows: dict[tuple[int, ...], Array] = {}  # J v of the layers by its shape: only equal batches may be added
@@ -48,10 +60,49 @@ def expansion(
         u = namespace(Jv).reshape(Jv, (len(directions), -1))
         rows[u.shape] = rows[u.shape] + u if u.shape in rows else u
         down = down + slopes
-    F = reduce(add, (u @ u.mT for u in rows.values()))
     n = stack([number(next(iter(records.values())).n)])
-    F, n = comm.all_reduce([F, n])
-    return Expansion(F / n, down)
+    if left is None:
+        F, n = comm.all_reduce([reduce(add, (u @ u.mT for u in rows.values())), n])
+        return Expansion(F / n, down)
+    Q, n, q = comm.all_reduce([reduce(add, (_gram_with(u, left.s) for u in rows.values())), n, stack([left.q])])
+    zero = 0.0 * n[0]
+    turn = stack([left.factor, zero, -left.factor / n[0], zero, 1.0 + zero, zero])
+    T = namespace(turn).reshape(turn, (2, 3))
+    own = number(q[0] / (n[0] * n[0]))
+    slope = number(down[0])
+    kept = left.factor * (slope - own)
+    down = stack([pick(kept > 0, kept, 0.0 * kept), number(down[1])])
+    return Expansion(T @ Q @ T.mT / n, down, Q[:2, :2] / n, slope, own)
+
+
+def _gram_with(u: Array, s: Array) -> Array:
+    """u u^T (3, 3) with the shares s as a third row; zeros for rows that are not an example's each."""
+    xp = namespace(u)
+    third = xp.reshape(s, (1, -1))
+    third = third if third.shape[1] == u.shape[1] else xp.zeros_like(u[:1, :])
+    full = xp.concat([u, third])
+    return full @ full.mT
+
+
+def counts(records: Mapping[str, Record], comm: Communicator = Serial()) -> tuple[Number, Number]:  # noqa: B008 frozen
+    """(draws x examples, examples) of the whole batch: how many numbers sample its curvature, and its noise."""
+    found = [_examples(record) for record in records.values()]
+    most = found[0]
+    for other in found[1:]:
+        most = pick(other > most, other, most)
+    draws = max(record.draws for record in records.values())
+    if comm.world == 1:
+        return draws * most, most
+    total = comm.all_reduce([stack([number(most)])])[0]
+    return draws * number(total[0]), number(total[0])
+
+
+def _examples(record: Record) -> Number:
+    """Examples with a valid position."""
+    if record.mask is None:
+        return record.batch
+    xp = namespace(record.g)
+    return number(xp.sum(xp.astype(xp.any(record.mask, axis=1), record.g.dtype)))
 
 
 def _along(name: str, record: Record, grad: Array | Factored, vs: list[Array]) -> tuple[Array, Array]:

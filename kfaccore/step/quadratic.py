@@ -19,7 +19,9 @@ from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.jacobian import products
+from kfaccore.step.known import Known
 from kfaccore.step.model import Records, inner
+from kfaccore.step.rule import ByModel
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code
 
@@ -35,7 +37,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Quadratic:
+class Quadratic(ByModel):
     """damping of model and factors alike, and when a step is too long to keep.
 
     damping     tiny: nothing but it bounds the step of a model that is only local
@@ -50,7 +52,6 @@ class Quadratic:
     tolerance: float = 0.5
     points: int = 16
 
-    needs_records: ClassVar[bool] = True
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
@@ -58,6 +59,11 @@ class Quadratic:
     def __post_init__(self) -> None:
         if not 0 < self.damping < np.inf:
             raise ValueError(f"Quadratic.damping is {self.damping}; need a finite positive number")
+
+    @property
+    def wants_own(self) -> bool:
+        """Its model is that of the whole problem."""
+        return False
 
     def init(self, zeros: dict[str, Array]) -> Memory:
         return Memory(zeros)
@@ -86,6 +92,12 @@ class Quadratic:
         code = Code.UNCONVERGED if np.isfinite(before) else Code.NONFINITE
         return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(code))
 
+    def gradients(
+        self, motion: Memory, grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], Memory]:
+        """Those of the batch."""
+        return grads, motion
+
     def __call__(
         self,
         motion: Memory,
@@ -93,6 +105,7 @@ class Quadratic:
         grads: Mapping[str, Array | Factored],
         records: Records,
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Memory, dict[str, float | Array]]:
         """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
         told: dict[str, float | Array] = {"code": Code(motion.code), "rejected": motion.rejected}

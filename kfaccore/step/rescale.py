@@ -1,4 +1,4 @@
-"""One factor for all directions of a step, from inner products summed over layers."""
+"""Factors for the directions of a step: one for all of them from sums over layers, or one a layer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,76 @@ from functools import reduce
 from operator import add
 from typing import Protocol
 
-from kfaccore.record import Factored
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.record import Factored, Record
+from kfaccore.step.known import Known
+from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.numbers import Number
 
 Directions = Mapping[str, Array]
 Gradients = Mapping[str, Array | Factored]
 
 
 class Rescale(Protocol):
-    """A rule that shortens directions."""
+    """A rule that sets the length of directions."""
 
     def __call__(self, directions: Directions, grads: Gradients, lr: float) -> Array | float:
         """The factor, 0-d, that multiplies every direction."""
         ...
+
+
+class ByLayer(Protocol):
+    """A rescale that has a factor a layer."""
+
+    def by_layer(self, directions: Directions, known: Known) -> dict[str, Array]:
+        """{layer: factor}, 0-d each."""
+        ...
+
+
+class Modelled(Protocol):
+    """A rescale that models the loss, and so needs records at every step."""
+
+    def modelled(
+        self,
+        directions: Directions,
+        grads: Gradients,
+        records: Mapping[str, Record],
+        known: Known,
+        l2: float,
+        first: Number,
+    ) -> dict[str, Number]:
+        """`scale` for all directions, and more to tell; `first` is the loss before the first step, 0 if not known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Graft:
+    """The direction of the method, in each layer as long as another rule's update: lengths= of a step.
+
+    factor = length / |direction|, 0 where there is no direction. Source: Agarwal et al. 2020 (2002.11803), as Shampoo
+    and SOAP users know it.
+    """
+
+    def __call__(self, directions: Directions, grads: Gradients, lr: float) -> float:
+        return 1.0  # see by_layer
+
+    def by_layer(self, directions: Directions, known: Known) -> dict[str, Array]:
+        """ValueError without a length of every layer."""
+        given = known.lengths or {}
+        missing = sorted(set(directions) - set(given))
+        if missing:
+            raise ValueError(
+                f"Graft got no lengths for layers {missing}: pass pre.step(..., lengths={{layer: norm}}), the norms of "
+                f"the updates that the other rule would take"
+            )
+        return {name: _length(d, given[name]) for name, d in directions.items()}
+
+
+def _length(d: Array, wanted: Number) -> Array:
+    """wanted / |d|, 0 where d is."""
+    xp = namespace(d)
+    size = xp.sqrt(xp.sum(d * d))
+    some = size > 0
+    return xp.where(some, scalar(wanted, d) / xp.where(some, size, xp.ones_like(size)), xp.zeros_like(size))
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, TypeVar
 
 from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
+from kfaccore.step.known import Known
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number
 
@@ -17,12 +19,18 @@ class Rule(Protocol[M]):
     """Frozen numbers; `motion` is the rule's own state.
 
     needs_records   whether every step needs records of the batch, drawn from the model
+    wants_own       whether the loss's own gradients by example are of use, `own` of a step
     judges          whether `judge` must be asked after the updates were applied
     traced          whether all of it runs under jit, one judgement being final
     terms           whether records may be tuples, one a loss term
     """
 
-    needs_records: ClassVar[bool]
+    @property
+    def needs_records(self) -> bool: ...
+
+    @property
+    def wants_own(self) -> bool: ...
+
     judges: ClassVar[bool]
     traced: ClassVar[bool]
     terms: ClassVar[bool]
@@ -43,6 +51,11 @@ class Rule(Protocol[M]):
         """Whether inverses are refreshed off the clock."""
         ...
 
+    def gradients(self, motion: M, grads: Mapping[str, Array | Factored]) -> tuple[Mapping[str, Array | Factored], M]:
+        """What the layers are solved for, such as a mean over steps; methods that solve with the rows of the batch are
+        given the batch's own gradient instead."""
+        ...
+
     def __call__(
         self,
         motion: M,
@@ -50,8 +63,10 @@ class Rule(Protocol[M]):
         grads: dict[str, Array | Factored],
         records: dict[str, Record],
         l2: float,
+        known: Known,
     ) -> tuple[dict[str, Array], M, dict[str, Number]]:
-        """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions."""
+        """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions. `known` has the
+        loss before the step and more, as far as the caller told it."""
         ...
 
     def judge(self, motion: M, share: float, before: float, after: float) -> tuple[Number, M]:
@@ -62,9 +77,44 @@ class Rule(Protocol[M]):
         ...
 
 
+class ByLoss:
+    """Base of rules that look at losses and directions alone."""
+
+    @property
+    def needs_records(self) -> bool:
+        return False
+
+    @property
+    def wants_own(self) -> bool:
+        return False
+
+
+class ByModel:
+    """Base of rules that model the loss of every batch from its records."""
+
+    @property
+    def needs_records(self) -> bool:
+        return True
+
+
 class Spread(Protocol):
     """What a rule that needs records may offer: itself over several ranks."""
 
     def over(self, comm: Communicator) -> Rule:
         """The rule for ranks whose records add up to the batch."""
         ...
+
+
+def judged(
+    rule: Rule[M], motion: M, before: float, place: Callable[[float], object], loss: Callable[[], float]
+) -> tuple[float, M]:
+    """The share of updates that stays, which is then in force, and the motion that follows; `Preconditioner.judge`."""
+    share = 0.0
+    wanted = 1.0
+    while rule.judges and wanted not in (0, share):
+        share = wanted
+        answer, motion = rule.judge(motion, share, before, loss())
+        wanted = float(answer)
+        if wanted != share:
+            place(wanted)
+    return wanted, motion

@@ -20,10 +20,15 @@ from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
-from kfaccore.step.model import Expansion, expansion, inner, trace
+from kfaccore.step.known import Known
+from kfaccore.step.leaving import leaving
+from kfaccore.step.model import Expansion, counts, expansion, inner, trace
+from kfaccore.step.motion import Average, Motion
+from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, minimum
+from kfaccore.step.rule import ByModel
 from kfaccore.step.sharpness import sharpness
-from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
 
@@ -32,31 +37,7 @@ _MOST = 1e8
 
 
 @dataclass(frozen=True)
-class Motion:
-    """The previous update, the damping in force, what was predicted and found, and counters.
-
-    alpha, mu   factors of the last step, whether it stayed or not
-    sharp       running mean of x^T F x / x^T gradient, x the direction; 0 before the first step
-    ratio       change of the loss over the predicted one at the last look
-    restart     whether inverses are refreshed off the clock
-    code        of the last step
-    """
-
-    previous: dict[str, Array]
-    damping: Number = 0.0
-    alpha: Number = 0.0
-    mu: Number = 0.0
-    sharp: Number = 0.0
-    predicted: Number = 0.0
-    ratio: Number = 1.0
-    steps: int | Array = 0
-    rejected: int | Array = 0
-    restart: bool | Array = True
-    code: int | Array = int(Code.OK)
-
-
-@dataclass(frozen=True)
-class SelfTuning:
+class SelfTuning(ByModel):
     """Numbers of the rule; none of them usually needs setting.
 
     first       first damping over the mean eigenvalue of the Fisher blocks
@@ -71,7 +52,9 @@ class SelfTuning:
     memory      share of the running mean of x^T F x / x^T gradient that stays in a step. F is raised to that mean, by
                 no more than it may be off: from few rows it is noisy, and a minimum is where it errs to the flat side;
                 0 is off
-    model       (records, gradients, directions) -> Expansion; over several ranks it is also given comm=
+    noise       average and reach, and whether own shares are left out; see its class
+    model       (records, gradients, directions) -> Expansion; over several ranks it is also given comm=, and left=
+                where own shares are left out
     comm        ranks whose records add up to the batch; set by `over`
     """
 
@@ -83,10 +66,10 @@ class SelfTuning:
     tolerance: float = 0.25
     floor: float = 0.0
     memory: float = 0.9
+    noise: Noise = Noise()  # noqa: RUF009 frozen
     model: Callable[..., Expansion] = expansion
     comm: Communicator = Serial()  # noqa: RUF009 frozen
 
-    needs_records: ClassVar[bool] = True
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = True
     terms: ClassVar[bool] = False
@@ -95,8 +78,13 @@ class SelfTuning:
         """The rule for ranks whose records add up to the batch, all of which call it with the same directions."""
         return replace(self, comm=comm, model=partial(self.model, comm=comm))
 
+    @property
+    def wants_own(self) -> bool:
+        """Unless its numbers say otherwise."""
+        return self.noise.own
+
     def init(self, zeros: dict[str, Array]) -> Motion:
-        return Motion(zeros)
+        return Motion(zeros, average=Average.of(zeros))
 
     def restart(self, motion: Motion) -> bool | Array:
         """In the first steps, and after one was taken back."""
@@ -120,6 +108,15 @@ class SelfTuning:
 
         return replace(motion, damping=when(motion.damping > 0, lambda: motion.damping, first))
 
+    def gradients(
+        self, motion: Motion, grads: Mapping[str, Array | Factored]
+    ) -> tuple[Mapping[str, Array | Factored], Motion]:
+        """Their running mean: one batch's direction is mostly its own noise."""
+        if not self.noise.average:
+            return grads, motion
+        average, means = motion.average.moved(grads, self.noise.average)
+        return means, replace(motion, average=average)
+
     def __call__(
         self,
         motion: Motion,
@@ -127,8 +124,10 @@ class SelfTuning:
         grads: Mapping[str, Array | Factored],
         records: Mapping[str, Record],
         l2: float = 0.0,
+        known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Motion, dict[str, float | Array]]:
-        """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code.
+        """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code; and
+        of noise rho, critical_batch and how many layers' own shares are left in (`with_own`).
 
         l2   the penalty l2/2 |theta|^2 is part of the loss and of `grads`, so its curvature joins the model.
         """
@@ -136,54 +135,77 @@ class SelfTuning:
             return directions, motion, {"alpha": 0.0, "code": Code.OK}
         previous = {name: motion.previous[name] for name in directions}
         pair = ({name: _like(v, previous[name]) for name, v in directions.items()}, previous)
-        found = self.model(records, grads, pair)
+        rows, examples = counts(records, self.comm)
+        own = leaving(self.noise, motion, {name: records[name] for name in directions}, known, examples)
+        left = {} if own.left is None else {"left": own.left}
+        found = self.model(records, grads, pair, **left)
         norms = _gram(*pair)
         F = found.F + l2 * norms
-        rows = self.comm.world * max(record.draws * record.batch for record in records.values())
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
-        alpha, mu = capped(alpha, mu, self.cap)
-        predicted = _predicted(alpha, mu, F, found.down)
+        step = stack([*capped(alpha, mu, self.cap)])
+        first = first_loss(motion.first, known.loss)
+        step = self.noise.shortened(step, F if found.batch is None else found.batch, first)
+        step = promised(step, F, found.down, known.loss)
+        alpha = number(step[0])
+        mu = number(step[1])
         updates = {name: _combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
         low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
+        sound = code != Code.NONFINITE
         after = replace(
             motion,
-            previous={**motion.previous, **updates},
+            previous=tree.map(partial(pick, sound), {**motion.previous, **updates}, motion.previous),
             damping=pick(low, motion.damping / 0.8, motion.damping),
             alpha=alpha,
             mu=mu,
             sharp=sharp,
-            predicted=predicted,
+            predicted=_predicted(step, F, found.down),
             steps=motion.steps + 1,
             code=int(code) if isinstance(code, Code) else code,
+            first=first,
+            seen=own.seen(motion.seen, found, examples),
         )
-        return {name: _like(v, directions[name]) for name, v in updates.items()}, after, _told(motion, after, code)
+        told = _told(motion, after, code) | after.seen.told(examples) | {"with_own": own.whole}
+        return {name: _like(v, directions[name]) for name, v in updates.items()}, after, told
 
     def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:
-        """All of the update or none of it, given the batch loss before and after it, and the damping that follows."""
+        """All of the update or none of it, given the batch loss before and after it, and the damping that follows.
+
+        A batch whose own loss is not finite says nothing about the step, nor does a change that was predicted below the
+        rounding of the loss: both leave damping alone.
+        """
         before = number(before)
         after = number(after)
-        good = finite(after) & (after <= (1.0 + self.tolerance) * before)
+        told = finite(before)
+        good = told & finite(after) & (after <= (1.0 + self.tolerance) * before)
         falls = motion.predicted < 0
         ratio = pick(falls, (after - before) / pick(falls, motion.predicted, -1.0), 0.0)
         factor = pick(ratio > 0.75, self.drop, pick(ratio < 0.25, 1 / self.drop, 1.0))
         moved = motion.steps > 0
-        look = good & moved & (motion.steps % self.every == 0)
+        seen = abs(motion.predicted) > _rounding(motion.previous) * abs(before)
+        look = good & moved & seen & (motion.steps % self.every == 0)
         kept = pick(moved, _bounded(motion.damping * pick(look, factor, 1.0)), motion.damping)
+        grown = pick(told, _least(motion.damping * self.grow, _MOST), motion.damping)
         return pick(good, share, 0.0), replace(
             motion,
-            previous=_kept(good, motion.previous),
-            damping=pick(good, kept, _least(motion.damping * self.grow, _MOST)),
+            previous=_kept(good | (motion.code == int(Code.NONFINITE)), motion.previous),
+            damping=pick(good, kept, grown),
             ratio=pick(look, ratio, motion.ratio),
             rejected=motion.rejected + pick(good, 0, 1),
-            restart=pick(good, motion.steps < 3, True),
+            restart=pick(good, motion.steps < 3, pick(told, True, motion.restart)),
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
+            last=pick(good, after, pick(told, before, motion.last)),
         )
 
 
-def _predicted(alpha: Number, mu: Number, F: Array, down: Array) -> Number:
+def _rounding(previous: Mapping[str, Array]) -> float:
+    """Relative error of a loss of arrays like these."""
+    x = next(iter(previous.values()))
+    return eps(x.dtype, namespace(x))
+
+
+def _predicted(step: Array, F: Array, down: Array) -> Number:
     """What the undamped model says the loss changes by; 0 where that is not finite."""
-    step = stack([alpha, mu])
     change = number(-step @ down + 0.5 * step @ F @ step)
     return pick(finite(change), change, 0.0)
 

@@ -12,7 +12,7 @@ from kfaccore.xp.numbers import Number, finite, number, pick
 _ERRORS = 3.0  # standard errors that a model of few rows is taken to be off by
 
 
-def sharpness(mean: Number, F: Array, down: Array, rows: int, memory: float) -> tuple[Number, Number]:
+def sharpness(mean: Number, F: Array, down: Array, rows: Number, memory: float) -> tuple[Number, Number]:
     """The running mean of x^T F x / x^T gradient after this step, and the factor >= 1 on F.
 
     mean, memory   the mean so far, 0 before the first step, and the share of it that stays

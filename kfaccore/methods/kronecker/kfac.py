@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore.damping import Split, pi
-from kfaccore.linalg.inverse import Eigenpairs, Inverse, Inverses, Parts, accepted, cholesky
+from kfaccore.linalg.inverse import Inverse, Parts, accepted, cholesky
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.kronecker.product import Product
 from kfaccore.record import Record
@@ -63,15 +63,3 @@ class KFAC(Product[State]):
         new, code = self.inverse.refresh(A, G, self.split, hyper.damping)
         inverse, code = accepted(new, code, state.inverse, state.code, state.weight)
         return replace(state, inverse=inverse, code=code)
-
-    def inverses(self, state: State, hyper: Hyper) -> tuple[Array, Array] | None:
-        """((A + d_a I)^-1, (G + d_g I)^-1) with Cholesky."""
-        parts = state.inverse
-        return (parts.A, parts.G) if isinstance(parts, Inverses) else None
-
-    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array] | None:
-        """(Qa, Qg, values) of the last refresh with eigh."""
-        parts = state.inverse
-        if not isinstance(parts, Eigenpairs):
-            return None
-        return parts.Qa, parts.Qg, self.split.denominators(parts.a, parts.g, hyper.damping)

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from kfaccore import factors, method
 from kfaccore.damping import Split, check
 from kfaccore.linalg import kron
-from kfaccore.linalg.inverse import INVERSES, Inverse, Parts
+from kfaccore.linalg.inverse import INVERSES, Eigenpairs, Inverse, Inverses, Parts
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
@@ -61,3 +61,15 @@ class Product(Additive, Generic[S]):
     def kronecker_terms(self, state: S, block: Block) -> tuple[tuple[Array, Array], ...]:
         """((A, G),) of F~ = G (x) A."""
         return (self.product(state),)
+
+    def inverses(self, state: S, hyper: Hyper) -> tuple[Array, Array] | None:
+        """((A + d_a I)^-1, (G + d_g I)^-1) with Cholesky."""
+        parts = state.inverse
+        return (parts.A, parts.G) if isinstance(parts, Inverses) else None
+
+    def eigensystem(self, state: S, hyper: Hyper) -> tuple[Array, Array, Array] | None:
+        """(Qa, Qg, values) of the last refresh with eigh."""
+        parts = state.inverse
+        if not isinstance(parts, Eigenpairs):
+            return None
+        return parts.Qa, parts.Qg, self.split.denominators(parts.a, parts.g, hyper.damping)

@@ -82,6 +82,11 @@ class TKFAC(Product[State]):
         damping = self._damping(state, state.trace, hyper.damping)
         return super().solve(state, grad, replace(hyper, damping=damping), record)
 
+    def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array] | None:
+        """(Qa, Qg, values) of the last refresh with eigh, at the damping in the method's own units."""
+        damping = self._damping(state, state.trace, hyper.damping)
+        return super().eigensystem(state, replace(hyper, damping=damping))
+
     def unit(self, state: State) -> float | Array:
         """What damping 1 adds to the eigenvalues of the inverse in use, a number or (blocks,)."""
         return self._damping(state, state.trace, 1.0)

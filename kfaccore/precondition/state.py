@@ -1,0 +1,22 @@
+"""What a Preconditioner keeps from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kfaccore import tree
+from kfaccore.method import Block
+
+
+@dataclass(frozen=True)
+class State:
+    """Steps taken, one method state a layer, the step's own buffers, that of a network-level method; `blocks` is
+    structure."""
+
+    step: int
+    layers: Mapping[str, Any]
+    motion: Any
+    network: Any = ()
+    blocks: tuple[tuple[str, Block], ...] = tree.static(default=())

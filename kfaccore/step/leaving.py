@@ -1,0 +1,65 @@
+"""Which own shares a step leaves out of its model, and what it learns of the noise from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from kfaccore.record import Record
+from kfaccore.step.known import Known
+from kfaccore.step.model import Expansion
+from kfaccore.step.motion import Motion
+from kfaccore.step.noise import Noise, Seen, again
+from kfaccore.step.own import Left, most_examples, remaining
+from kfaccore.xp.arrays import Array, is_tracer, namespace
+from kfaccore.xp.numbers import Number, number, numbers, pick, when
+
+
+class Leaving(NamedTuple):
+    """What the model leaves out, if anything; whether it was `gathered` in this step; the largest `weight` of the batch
+    in a layer's direction; `whole`, how many layers are judged with their own shares."""
+
+    left: Left | None
+    gathered: bool | Array
+    weight: Number
+    whole: int
+
+    def seen(self, before: Seen, found: Expansion, examples: Number) -> Seen:
+        """The running slope and noise after a step with this model."""
+        if found.slope is None:
+            return before
+        part = 1 - self.weight / examples
+        true = (found.slope - found.own) / pick(part > 0, part, 1.0)
+        after = before.moved(_MEMORY, true, found.own / self.weight)
+        return Seen(pick(self.gathered, after.slope, before.slope), pick(self.gathered, after.own, before.own))
+
+
+_MEMORY = 0.8  # of the running means of slope and noise
+_ALL = 1 - 1e-6  # a weight of 1 but for rounding
+
+
+def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: Known, examples: Number) -> Leaving:
+    """Nothing for the batch of the step before, which holds no noise that the step could follow, and little needs to be
+    gathered where rho stays above .9."""
+    names = known.own.layers(records) if noise.own else []
+    whole = len(records) - len(names)
+    if not names:
+        return Leaving(None, False, 1.0, whole)
+    weights = {name: motion.average.part(name, noise.average) for name in names}
+    weight = weights[names[0]]
+    for other in weights.values():
+        weight = pick(other > weight, other, weight)
+    skipped = motion.seen.clear(examples) & (motion.steps % noise.every != 0)
+    idle = again(known.loss, motion.last) | skipped
+    left = when(idle, lambda: _nothing(records), lambda: known.own.shares(records, weights))
+    factor = remaining(weight > _ALL, examples)
+    if is_tracer(idle):
+        return Leaving(left._replace(factor=pick(idle, 1.0, factor)), namespace(idle).logical_not(idle), weight, whole)
+    return Leaving(None if idle else left._replace(factor=factor), not idle, weight, whole)
+
+
+def _nothing(records: Mapping[str, Record]) -> Left:
+    """No shares, of the shape and dtype that `Own.shares` has."""
+    record = most_examples(records)
+    s = numbers(namespace(record.g).zeros_like(record.g[:, 0, :, 0, 0]))
+    return Left(s, number(namespace(s).sum(s)))

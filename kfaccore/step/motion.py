@@ -1,0 +1,91 @@
+"""What the self-tuning step keeps from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kfaccore.record import Factored
+from kfaccore.step.noise import Seen
+from kfaccore.tree import added
+from kfaccore.xp.arrays import Array, all_finite, is_tracer, namespace, scalar
+from kfaccore.xp.codes import Code
+from kfaccore.xp.numbers import Number, number, pick
+
+
+@dataclass(frozen=True)
+class Average:
+    """A running mean of gradients: sums that start at zero, and the `weight` of each layer's, for layers that were
+    frozen meanwhile. Directions of older inverses are not worth averaging: their steps to a target are half as many
+    again."""
+
+    sums: dict[str, Array] = field(default_factory=dict)
+    weight: dict[str, Number] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, zeros: Mapping[str, Array]) -> Average:
+        """Before the first step."""
+        return cls({name: namespace(x).zeros_like(x) for name, x in zeros.items()}, dict.fromkeys(zeros, 0.0))
+
+    def moved(self, grads: Mapping[str, Array | Factored], keep: float) -> tuple[Average, dict[str, Array]]:
+        """keep times the old sums and 1 - keep times the gradients; and the means, shaped like these. One that is not
+        finite is left out, and is its own mean."""
+        sums = dict(self.sums)
+        weight = dict(self.weight)
+        means = {}
+        for name, grad in grads.items():
+            v = grad.dense() if isinstance(grad, Factored) else grad
+            old = _typed(namespace(v).reshape(sums[name], v.shape), v)
+            good = _finite(v)
+            total = pick(good, keep * old + (1 - keep) * v, old)
+            weight[name] = pick(good, keep * self.weight[name] + (1 - keep), self.weight[name])
+            sums[name] = namespace(v).reshape(total, sums[name].shape)
+            means[name] = pick(good, total * scalar(1 / pick(good, weight[name], 1.0), v), v)
+        return Average(sums, weight), means
+
+    def part(self, name: str, keep: float) -> Number:
+        """How much of the mean is the newest gradient: 1 for layers that are not averaged, and in the first step."""
+        weight = number(self.weight[name])
+        return pick(weight > 0, (1 - keep) / pick(weight > 0, weight, 1.0), 1.0)
+
+
+def _finite(v: Array) -> bool | Array:
+    """Whether all of an array is finite; a bool where it can be read."""
+    good = all_finite(v[None, ...])[0]
+    return good if is_tracer(v) else bool(good)
+
+
+def _typed(x: Array, like: Array) -> Array:
+    """x in the dtype of `like`."""
+    return x if x.dtype == like.dtype else namespace(x).astype(x, like.dtype)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """The previous update, the damping in force, what was predicted and found, and counters.
+
+    alpha, mu   factors of the last step, whether it stayed or not
+    sharp       running mean of x^T F x / x^T gradient, x the direction; 0 before the first step
+    ratio       change of the loss over the predicted one at the last look
+    restart     whether inverses are refreshed off the clock
+    code        of the last step
+    average     of the gradients
+    first, last the loss before the first step and after the last one, 0 where not known
+    seen        slope and noise, averaged over steps
+    """
+
+    previous: dict[str, Array]
+    damping: Number = 0.0
+    alpha: Number = 0.0
+    mu: Number = 0.0
+    sharp: Number = 0.0
+    predicted: Number = 0.0
+    ratio: Number = 1.0
+    steps: int | Array = 0
+    rejected: int | Array = 0
+    restart: bool | Array = True
+    code: int | Array = int(Code.OK)
+    average: Average = added(default_factory=Average)  # noqa: RUF009 a field
+    first: Number = added(default=0.0)  # noqa: RUF009 a field
+    last: Number = added(default=0.0)  # noqa: RUF009 a field
+    seen: Seen = added(default_factory=Seen)  # noqa: RUF009 a field

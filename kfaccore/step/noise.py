@@ -1,0 +1,153 @@
+"""What the noise of a batch does to a step: how much of its slope is real, and how far it may go on the word of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kfaccore.linalg.shares import critical_batch
+from kfaccore.record import Factored, Record
+from kfaccore.step.known import Known
+from kfaccore.step.model import counts, expansion, inner
+from kfaccore.step.own import remaining
+from kfaccore.xp.arrays import Array
+from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
+
+_SAME = 1e-5  # relative: a loss this close to the one after the last step is of the same batch
+_CLEAR = 0.9  # rho from which own shares are next to nothing
+_CUT = 1 - 1e-6  # of the loss, so that rounding promises no more than there is
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Numbers of a length that knows the noise of its batch; the same for all tasks.
+
+    average   share of the mean of directions that stays in a step; 0 takes each batch's own
+    reach     most that a step may change the model's predictions, x^T F x, over the loss of the first step
+    every     where rho stays above .9, own shares are gathered at every so manieth step only
+    own       whether examples are left out of the model that judges their own direction
+    """
+
+    average: float = 0.8
+    reach: float = 0.02
+    every: int = 10
+    own: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.average < 1:
+            raise ValueError(f"Noise.average is {self.average}; need a share in [0, 1): it stays in a step")
+        if not self.reach > 0:
+            raise ValueError(f"Noise.reach is {self.reach}; need a positive number, math.inf for no bound")
+        if self.every < 1:
+            raise ValueError(f"Noise.every is {self.every}; need at least 1, the steps between two measurements")
+
+    def __call__(self, directions: Mapping[str, Array], grads: Mapping[str, Array | Factored], lr: float) -> float:
+        return 1.0  # as rescale= of Fixed, see modelled
+
+    def modelled(
+        self,
+        directions: Mapping[str, Array],
+        grads: Mapping[str, Array | Factored],
+        records: Mapping[str, Record],
+        known: Known,
+        l2: float,
+        first: Number,
+    ) -> dict[str, Number]:
+        """The length of a step along this batch's own direction x: `scale` = slope / (x^T F x + damping |x|^2) with
+        own shares left out, no longer than the reach and the loss allow, at most 1.
+
+        For an optimizer that comes after, whose momentum is the average.
+        """
+        names = known.own.layers(records) if self.own else []
+        examples = counts(records)[1]
+        left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
+        if left is not None:
+            left = left._replace(factor=remaining(True, examples))
+        x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
+        found = expansion(records, grads, (x, x), left=left)
+        norms = sum((known.damping[name] + l2) * inner({name: d}, {name: d}) for name, d in x.items())
+        F = found.F[:1, :1]
+        down = found.down[:1]
+        below = number(F[0, 0]) + norms
+        good = finite(below) & finite(number(down[0])) & (below > 0)
+        alpha = pick(good, number(down[0]) / pick(good, below, 1.0), 0.0)
+        step = stack([pick(alpha < 1.0, alpha, 1.0)])
+        step = self.shortened(step, F if found.batch is None else found.batch[:1, :1], first)
+        step = promised(step, F, down, known.loss)
+        slope = number(down[0]) if found.slope is None else found.slope
+        seen = Seen(slope - found.own, found.own)
+        return {"scale": number(step[0]), **seen.told(examples), "with_own": len(records) - len(names)}
+
+    def shortened(self, step: Array, F: Array, first: Number) -> Array:
+        """`step` times min(1, sqrt(reach first / step^T F step)); as it is where the first loss is not known, 0."""
+        change = number(step @ F @ step)
+        most = self.reach * first
+        long = (most > 0) & (change > most)
+        return step * pick(long, root(pick(long, most, 1.0) / pick(long, change, 1.0)), 1.0)
+
+
+def promised(step: Array, F: Array, down: Array, loss: Number | None) -> Array:
+    """`step`, or the part of it that promises no more than `loss`, which cannot be negative.
+
+    Along t step the model falls by t p - t^2 c / 2, p = down . step, c = step^T F step: the smallest t at which that is
+    the loss. A loss that is negative already has no such end.
+    """
+    if loss is None:
+        return step
+    p = number(step @ down)
+    c = number(step @ F @ step)
+    end = _CUT * loss
+    beyond = (loss > 0) & (p - 0.5 * c > end)
+    inside = pick(beyond, p * p - 2 * c * end, 1.0)
+    inside = pick(inside > 0, inside, 0.0)
+    return step * pick(beyond, 2 * end / pick(beyond, p + root(inside), 1.0), 1.0)
+
+
+def first_loss(first: Number, loss: Number | None) -> Number:
+    """The loss before the first step, 0 where none is known."""
+    if loss is None:
+        return first
+    return pick(first > 0, first, pick(finite(loss), loss, 0.0))
+
+
+def again(loss: Number | None, last: Number) -> bool | Array:
+    """Whether a batch is that of the last step: its loss is what that step left, `last`, 0 before any."""
+    if loss is None:
+        return False
+    return (last > 0) & (abs(loss - last) <= _SAME * abs(last))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Running sums of one batch's slope without noise and of its examples' own part, with common weights; 0 at first.
+
+    Their ratio is all that counts.
+    """
+
+    slope: Number = 0.0
+    own: Number = 0.0
+
+    def moved(self, memory: float, slope: Number, own: Number) -> Seen:
+        """After a step whose gradient has <G, P G> = slope, unbiased, and sum_b h_b . P h_b / n^2 = own."""
+        good = finite(slope) & finite(own) & (own > 0)
+        return Seen(
+            pick(good, memory * self.slope + (1 - memory) * slope, self.slope),
+            pick(good, memory * self.own + (1 - memory) * own, self.own),
+        )
+
+    def critical(self, examples: Number) -> Number:
+        """See `critical_batch`; 0 before anything was seen."""
+        slope = self.slope * (1 - 1 / examples) + self.own
+        return pick(self.own > 0, critical_batch(slope, self.own, examples), 0.0)
+
+    def rho(self, examples: Number) -> Number:
+        """The true slope along a batch's direction over that of the batch: 1 without noise, 0 where all is noise."""
+        return 1 / (1 + self.critical(examples) / examples)
+
+    def told(self, examples: Number) -> dict[str, Number]:
+        """For the info of a step."""
+        return {"rho": self.rho(examples), "critical_batch": self.critical(examples)}
+
+    def clear(self, examples: Number) -> bool | Array:
+        """Whether noise is next to nothing."""
+        return (self.own > 0) & (self.rho(examples) > _CLEAR)

@@ -1,0 +1,85 @@
+"""Every example's own share of a direction, over the layers: what a batch flatters itself by.
+
+A direction x = P grad holds P h_b / n of every example b that judges it, so that <grad, x> and x^T F x along it are
+both too large. `Own` gathers those shares from the records, for the methods that say how they solve (`Inverses`,
+`Eigensystem`). Where a layer's method does not, where its rows are not one example's each, and where the shell gave no
+gradients of the loss itself, nothing is left out for that layer; `layers` tells how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kfaccore.linalg.inverse import floored
+from kfaccore.linalg.shares import Inverted, Rotated, Solve, shares
+from kfaccore.method import Eigensystem, Hyper, Inverses, Method, State, declares
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array
+from kfaccore.xp.numbers import Number, number, numbers, pick
+
+
+class Left(NamedTuple):
+    """What a model leaves out: s (draws, batch) = J_vb P h_b and q = sum_b h_b . P h_b, times their weight in the
+    direction and added over layers, both still to be divided by n; factor on what remains."""
+
+    s: Array
+    q: Number
+    factor: Number = 1.0
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a step was given beside records and gradients, and how the layers solve.
+
+    records  {layer: Record} whose g are the loss's own gradients, one draw, for the rows of the layer's record
+    solving  {layer: method, state and numbers of its P}; a layer that is missing in either is not left out
+    """
+
+    records: Mapping[str, Record] = field(default_factory=dict)
+    solving: Mapping[str, tuple[Method, State, Hyper]] = field(default_factory=dict)
+
+    def layers(self, drawn: Mapping[str, Record]) -> list[str]:
+        """The layers whose own shares are known: one row an example of the batch, and a P in closed form."""
+        known = [name for name in drawn if name in self.records and solvable(self.solving.get(name))]
+        return [name for name in known if drawn[name].batch == most_examples(drawn).batch]
+
+    def shares(self, drawn: Mapping[str, Record], weights: Mapping[str, Number]) -> Left:
+        """The shares of the layers of `weights`, each times its weight: the part of this batch in its direction."""
+        total: list[Array] = []
+        q: Number = 0.0
+        for name, weight in weights.items():
+            s, own = shares(drawn[name], self.records[name], solve_of(*self.solving[name]))
+            total = [weight * numbers(s) + sum(total)]
+            q = q + weight * number(own)
+        return Left(total[0], q)
+
+
+def remaining(whole: bool | Array, examples: Number) -> Number:
+    """The factor on what remains: where the direction is all of this batch, a mean of one example fewer."""
+    alone = whole & (examples > 1)
+    return pick(alone, examples / pick(alone, examples - 1.0, 1.0), 1.0)
+
+
+def most_examples(records: Mapping[str, Record]) -> Record:
+    """A record whose rows are the examples of the batch: those of the others are shared by them."""
+    return max(records.values(), key=lambda record: record.batch)
+
+
+def solvable(solving: tuple[Method, State, Hyper] | None) -> bool:
+    """Whether a method says how it solves."""
+    return solving is not None and (declares(solving[0], Inverses) or declares(solving[0], Eigensystem))
+
+
+def solve_of(method: Method, state: State, hyper: Hyper) -> Solve:
+    """How a method that says so solves with this state, in closed form."""
+    pair = method.inverses(state, hyper) if declares(method, Inverses) else None
+    if pair is not None:
+        return Inverted(*pair)
+    system = method.eigensystem(state, hyper) if declares(method, Eigensystem) else None
+    if system is None:
+        raise TypeError(f"{method} declares how it solves and says nothing; see Inverses and Eigensystem")
+    Qa, Qg, values = system
+    below, _ = floored(values, state.code)
+    return Rotated(Qa, Qg, below)

@@ -1,0 +1,80 @@
+"""Every example's own share of a direction against brute force, one example at a time, for all that offer it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from kfaccore.linalg.shares import shares
+from kfaccore.step.own import solve_of
+from rows import METHODS
+
+HYPER = kf.Hyper(0, 0.9, 0.03)
+B = 5
+
+
+def patches(rng, groups=1):
+    shape = (B, 4, 4, 2) if groups == 1 else (groups, B, 4, 4, 2)
+    return kf.Patches(rng.normal(size=shape), kf.Window((2, 2)), bias=True)
+
+
+KINDS = {  # a, blocks, positions, d_out, mask
+    "dense": lambda rng: (rng.normal(size=(B, 4)), 1, 1, 3, None),
+    "dense, stacked": lambda rng: (rng.normal(size=(2, B, 1, 4)), 2, 1, 3, None),
+    "positions": lambda rng: (rng.normal(size=(B, 3, 4)), 1, 3, 6, None),
+    "many positions": lambda rng: (rng.normal(size=(B, 9, 2)), 1, 9, 3, None),  # also a tied layer: more positions
+    "masked": lambda rng: (rng.normal(size=(B, 3, 4)), 1, 3, 3, rng.random((B, 3)) < 0.6),
+    "convolution": lambda rng: (patches(rng), 1, 9, 3, None),
+    "convolution, groups": lambda rng: (patches(rng, 2), 2, 9, 3, None),
+    "embedding": lambda rng: (kf.Ids(rng.integers(0, 4, (B, 6)), 4), 1, 6, 3, None),
+    "one id": lambda rng: (kf.Ids(rng.integers(0, 4, (B, 1)), 4), 1, 1, 3, None),
+    "gain": lambda rng: (np.ones((B, 5, 1)), 1, 5, 3, None),
+    "norm's bias": lambda rng: (np.ones((B, 1, 1)), 1, 1, 3, None),
+}
+EXTRA = {
+    "kfac, eigh": kf.KFAC(inverse=kf.eigh, split=kf.exact),
+    "kfac, reduce": kf.KFAC(kf.reduce),
+    "kfac, eigh, relative": kf.KFAC(inverse=kf.eigh, split=kf.Relative(kf.exact)),
+    "tkfac, eigh, its own units": kf.TKFAC(inverse=kf.eigh, damping=kf.Adaptive()),
+    "ekfac, reduce": kf.EKFAC(kf.reduce),
+}
+ALL = {row.name: row.method for row in METHODS if not row.no_matrix} | EXTRA
+OFFERED = {
+    name: method for name, method in ALL.items() if hasattr(method, "inverses") or hasattr(method, "eigensystem")
+}
+
+
+def layer(kind, method, rng, draws=2):
+    """(drawn record, own record, settled state); SkipTest where the method refuses the layer."""
+    a, blocks, positions, d_out, mask = KINDS[kind](rng)
+    shape = (blocks, B, positions, d_out)
+    drawn, own = (kf.Record(a, rng.normal(size=(v, *shape)), 7.0, mask) for v in (draws, 1))
+    try:
+        return drawn, own, kf.settle(method, drawn, damping=HYPER.damping)
+    except TypeError:
+        pytest.skip("refused by this method")
+
+
+def brute(method, state, drawn, own):
+    """(s, q) with one solve an example."""
+    J, H = drawn.examples(), own.examples()[0]
+    x = [method.solve(state, H[:, b], HYPER).direction for b in range(B)]
+    s = np.array([[np.sum(J[v, :, b] * x[b]) for b in range(B)] for v in range(drawn.draws)])
+    return s, sum(np.sum(H[:, b] * x[b]) for b in range(B))
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_shares_are_one_solve_an_example(name, rng):
+    method, tried = OFFERED[name], 0
+    for kind in KINDS:
+        try:
+            drawn, own, state = layer(kind, method, rng)
+        except pytest.skip.Exception:
+            continue
+        tried += 1
+        s, q = shares(drawn, own, solve_of(method, state, HYPER))
+        want, total = brute(method, state, drawn, own)
+        np.testing.assert_allclose(s, want, rtol=1e-12, atol=1e-12 * np.abs(want).max(), err_msg=kind)
+        assert q == pytest.approx(total, rel=1e-12), kind
+    assert tried >= len(KINDS) - 2  # only an embedding may be refused

@@ -1,0 +1,140 @@
+"""The loss's own gradients by example in torch, and the plain loop's two lengths: by noise and by another optimizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from kfaccore.record.jacobian import adjoint
+
+torch = pytest.importorskip("torch")
+kt = pytest.importorskip("kfaccore_torch")
+nn = torch.nn
+
+
+class Tied(nn.Module):
+    """An embedding, an attention layer, a norm, and one linear layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Embedding(7, 8)
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.twice = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = self.token(ids)
+        x = self.norm(x + self.mix(x, x, x, need_weights=False)[0])
+        return self.head(self.twice(torch.tanh(self.twice(x))).mean(1))
+
+
+def images(norm):
+    inner = (nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten())
+    return nn.Sequential(*inner, nn.Linear(36, 3))
+
+
+CASES = {
+    "tied": lambda rng: (Tied(), torch.randint(7, (6, 5), generator=rng)),
+    "images": lambda rng: (images(nn.GroupNorm(2, 4)), torch.randn(6, 1, 5, 5, generator=rng)),
+    "mixed by BatchNorm": lambda rng: (images(nn.BatchNorm2d(4)), torch.randn(6, 1, 5, 5, generator=rng)),
+}
+
+
+class Keeping(kf.SelfTuning):
+    """Remembers what the last step was given."""
+
+    def __call__(self, motion, directions, grads, records, l2, known):
+        SEEN.update(grads=grads, known=known, records=records)
+        return super().__call__(motion, directions, grads, records, l2, known)
+
+
+SEEN: dict = {}
+
+
+@pytest.mark.parametrize("target", ["hard", "soft"])
+@pytest.mark.parametrize("name", CASES)
+def test_own_gradients_add_up_to_the_gradient(name, target):
+    """Of every layer kind, whatever the labels are; layers whose rows mix examples have none."""
+    rng = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net, x = CASES[name](rng)
+    net, x = net.double(), x if x.dtype == torch.int64 else x.double()
+    y = (
+        torch.randint(3, (6,), generator=rng)
+        if target == "hard"
+        else torch.rand(6, 3, generator=rng).softmax(1).double()
+    )
+    optimizer = kt.Optimizer(
+        net, nn.CrossEntropyLoss(label_smoothing=0.1), kf.Preconditioner(kf.KFAC(), step=Keeping())
+    )
+    optimizer.step(x, y)
+    own, grads = SEEN["known"].own, SEEN["grads"]
+    for layer, record in own.records.items():
+        grad = grads[layer].dense() if isinstance(grads[layer], kf.Factored) else grads[layer]
+        found = adjoint(record, np.ones((1, record.batch))) / record.n
+        np.testing.assert_allclose(found, grad.reshape(found.shape), rtol=1e-9, atol=1e-12)
+    mixed = name == "mixed by BatchNorm"
+    assert (len(own.records) < len(grads)) == mixed
+    assert optimizer.info.step["with_own"] == len(grads) - len(own.layers(SEEN["records"]))
+    assert (optimizer.info.step["with_own"] > 0) == mixed
+
+
+def plain(core, optimizer, graft=False, parts=1):
+    """Six steps of the plain loop on a small classifier: (losses, preconditioner, model)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(24, 5, generator=rng).double()
+    y = x[:, :3].argmax(1)
+    pre = kt.Preconditioner(net, nn.CrossEntropyLoss(), core, fisher=kf.type2)
+    other = optimizer(net.parameters())
+    losses = []
+    for _ in range(6):
+        other.zero_grad()
+        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            with pre.capture():
+                f = net(a)
+            (pre.loss(f, b) / parts).backward()
+        losses.append(float(nn.functional.cross_entropy(net(x), y).detach()))
+        if graft:
+            pre.graft(other)
+        else:
+            pre.step()
+            other.step()
+    return losses, pre, net
+
+
+def noisy():
+    return kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(0.01), step=kf.Fixed(rescale=kf.Noise()))
+
+
+def test_the_plain_loop_with_lengths_by_noise():
+    """Micro-batches are one batch, and the loss falls at rate 1 without one being chosen."""
+    losses, pre, net = plain(noisy(), lambda p: torch.optim.SGD(p, 1.0))
+    assert losses[-1] < 0.8 * losses[0]
+    assert pre.info.step["with_own"] == 0
+    _, _, other = plain(noisy(), lambda p: torch.optim.SGD(p, 1.0), parts=2)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_grafting_goes_where_kfac_points_and_as_far_as_the_optimizer():
+    core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(0.1), step=kf.Fixed(rescale=kf.Graft()))
+    losses, pre, net = plain(core, lambda p: torch.optim.Adam(p, 0.01), graft=True)
+    assert losses[-1] < losses[0]
+    before = [p.detach().clone() for p in net.parameters()]
+    adam = torch.optim.Adam(net.parameters(), 0.01)
+    x = torch.randn(8, 5).double()
+    with pre.capture():
+        f = net(x)
+    net.zero_grad()
+    pre.loss(f, torch.zeros(8, dtype=torch.int64)).backward()
+    pre.graft(adam)
+    moved = [q - p.detach() for p, q in zip(net.parameters(), before, strict=True)]
+    sizes = [float(sum(m.square().sum() for m in pair)) ** 0.5 for pair in (moved[:2], moved[2:])]
+    counts = [sum(m.numel() for m in pair) for pair in (moved[:2], moved[2:])]
+    np.testing.assert_allclose(sizes, 0.01 * np.sqrt(counts), rtol=1e-4)  # Adam's first step: the rate in every entry
+    with pytest.raises(ValueError, match="Graft got no lengths for layers"):
+        plain(core, lambda p: torch.optim.SGD(p, 1.0))
