@@ -123,13 +123,7 @@ class Optimizer:
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
-                records = {} if engine.due else None
-                observed = None
-                if engine.due and n > 0:
-                    records, observed = engine.records(seen, batch, 0, n)
-                if engine.due:
-                    engine.agree()
-                    self._follow_rest()
+                records, observed = self._recorded(seen, batch, n) if engine.due else (None, None)
                 with ordered(engine.namespace, engine.device):
                     grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
         if self._overflowed():
@@ -155,6 +149,13 @@ class Optimizer:
 
     def _predicted(self, inputs: Any) -> Any:
         return picked(called(self.model, inputs), self.output)
+
+    def _recorded(self, seen: Any, batch: Batch, n: float) -> tuple[dict[str, Any], Any]:
+        """Records of a batch and what was observed, none where nothing counts; the plan then is that of all ranks."""
+        found = self.engine.records(seen, batch, 0, n) if n > 0 else ({}, None)
+        self.engine.agree()
+        self._follow_rest()
+        return found
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""
