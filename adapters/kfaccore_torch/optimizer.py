@@ -124,11 +124,7 @@ class Optimizer:
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
-                records, own, observed = recorded(engine, seen, batch, value, n)
-                if engine.due:
-                    engine.agree()
-                if observed is not None:
-                    self._follow_rest()
+                records, own, observed = self._recorded(seen, batch, value, n)
                 with ordered(engine.namespace, engine.device):
                     grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
         if self._overflowed():
@@ -162,6 +158,14 @@ class Optimizer:
 
     def _predicted(self, inputs: Any) -> Any:
         return picked(called(self.model, inputs), self.output)
+
+    def _recorded(self, seen: Any, batch: Batch, value: torch.Tensor, n: float) -> tuple:
+        """As `recorded`; the plan then is that of all ranks."""
+        found = recorded(self.engine, seen, batch, value, n)
+        if self.engine.due:
+            self.engine.agree()
+            self._follow_rest()
+        return found
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""
