@@ -166,7 +166,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "decoupled decay forgotten",
         "../kfaccore_torch/optimizer.py",
-        "x + shrink * p.detach() if shrink else x",
+        "x + shrink * layer.own(role, p.detach()) if shrink else x",
         "x",
         "test_torch_shells.py",
     ),

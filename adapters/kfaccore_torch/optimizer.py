@@ -113,7 +113,6 @@ class Optimizer:
         masks, examples   as `Preconditioner.capture` takes them
         """
         engine = self.engine
-        l2 = engine.core.schedules.l2
         if engine.replan():
             check_same(engine)
             self._follow_rest()
@@ -126,21 +125,21 @@ class Optimizer:
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
                 records, own, observed = self._recorded(seen, batch, value, n)
                 with ordered(engine.namespace, engine.device):
-                    grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
+                    grads, rest = gradients(engine, value, seen, observed, batch, self._l2, self.scaler)
         if self._overflowed():
-            return mean(engine, float(value.detach()), n) + self._penalty(l2)
+            return mean(engine, float(value.detach()), n) + self._penalty()
         before, share, grads = met(engine, float(value.detach()), grads, n)
         if records is not None:
             missing = {*grads} - {*records}
             records, grads = engine.completed(records, grads, n)
             own |= {name: records[name] for name in missing & {*records} - engine.mixing}  # J = 0: no share either
         grads, rest = summed(engine, grads, rest, share)
-        before += self._penalty(l2)
+        before += self._penalty()
 
         def again() -> float:
             with replayed(self.model, random, engine.device):
                 value = float(engine.objective.value(self._predicted(inputs), target))
-            return mean(engine, value, n) + self._penalty(l2)
+            return mean(engine, value, n) + self._penalty()
 
         batches = {name: [r] for name, r in records.items()} if records else None
         self._applied(batches, grads, before, again, own)
@@ -148,13 +147,11 @@ class Optimizer:
         return before
 
     def _step_rest(self, grads: tuple) -> None:
-        """The step of what is not covered."""
-        if self.rest is None:
-            return
-        for p, g in zip(self.engine.plan.rest.values(), grads, strict=True):
-            p.grad = g
-        self.rest.step()
-        self.rest.zero_grad()
+        if self.rest is not None:
+            for p, g in zip(self.engine.plan.rest.values(), grads, strict=True):
+                p.grad = g
+            self.rest.step()
+            self.rest.zero_grad()
 
     def _predicted(self, inputs: Any) -> Any:
         return picked(called(self.model, inputs), self.output)
@@ -215,12 +212,15 @@ class Optimizer:
         self.engine.called = set() if not good else self.engine.called
         return not good
 
-    def _penalty(self, l2: float) -> float:
-        if not l2:
+    @property
+    def _l2(self) -> float:
+        return self.engine.core.schedules.l2
+
+    def _penalty(self) -> float:
+        if not self._l2:
             return 0.0
-        layers = self.engine.plan.layers.values()
-        covered = {id(p): p for layer in layers for p in layer.parameters.values()}
-        return 0.5 * l2 * sum(float((p.detach() ** 2).sum()) for p in covered.values())
+        covered = {id(p): p for layer in self.engine.plan.layers.values() for p in layer.parameters.values()}
+        return 0.5 * self._l2 * sum(float((p.detach() ** 2).sum()) for p in covered.values())
 
     def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """What to subtract from each parameter: update + alpha weight_decay parameter."""
