@@ -10,11 +10,20 @@ from dataclasses import field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 Tree = TypeVar("Tree")  # a tree, and what has its structure
+Kind = TypeVar("Kind", bound=type)
+
+KEPT: dict[str, type] = {}  # dataclasses that a file can name, so that it is read back as what it was
 
 
 def static(**kwargs: Any) -> Any:
     """A dataclass field that belongs to the tree's structure."""
     return field(metadata={"static": True}, **kwargs)
+
+
+def kept(kind: Kind) -> Kind:
+    """Class decorator: files name this dataclass, and `io.load` without `like` gives it back."""
+    KEPT[kind.__name__] = kind
+    return kind
 
 
 def symmetries(tree: object, marked: bool = False) -> list[bool]:

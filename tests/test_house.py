@@ -43,7 +43,9 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "precondition": FLOOR | {"fisher", "method", "options", "solution", "step"},
     "step": FLOOR | {"method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
-    "analysis": FLOOR | {"method", "settle", "factors", "linalg"},
+    "posterior": FLOOR | {"method", "factors", "linalg"},
+    "analysis": FLOOR | {"method", "settle", "factors", "linalg", "posterior"},
+    "saved": FLOOR | {"io", "method", "methods", "posterior", "precondition"},
 }
 
 
@@ -153,7 +155,8 @@ def test_public_surface():
         "Record Ids Patches Window Factored dense concat expand reduce Block Hyper Code Solution settle KFAC EKFAC "
         "Diagonal Identity Exact direction SoftmaxCrossEntropy Bernoulli Gaussian type2 monte_carlo empirical "
         "Preconditioner Clocks Schedules Fixed Serial save load SelfTuning LineSearch CGFAC SKFAC FNGD SINGD "
-        "RandomizedKFAC BrandKFAC KPSVD Deflation Lanczos KFACCorrected TKFAC TEKFAC TwoLevel Tridiagonal PINNKFAC"
+        "RandomizedKFAC BrandKFAC KPSVD Deflation Lanczos KFACCorrected TKFAC TEKFAC TwoLevel Tridiagonal PINNKFAC "
+        "fit Basis Curvature Posterior evidence tuned scores merge"
     )
     assert set(promised.split(" ")) <= set(kf.__all__)
     for name in kf.__all__:

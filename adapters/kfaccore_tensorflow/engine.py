@@ -97,11 +97,12 @@ class Engine:
 
     def penalty(self) -> Any:
         """l2/2 |theta|^2 over covered variables, part of the loss; 0 without l2."""
-        half = 0.5 * self.settings.schedules.l2
-        if not half:
+        l2 = self.settings.schedules.penalties([part.name for part in self.plan.parts], self.state.step)
+        if not l2:
             return 0.0
-        every = [v for part in self.plan.parts for v in part.variables.values()]
-        return half * tf.add_n([tf.reduce_sum(tf.square(tf.cast(v, every[0].dtype))) for v in every])
+        every = [(l2[part.name], v) for part in self.plan.parts for v in part.variables.values()]
+        dtype = every[0][1].dtype
+        return tf.add_n([0.5 * weight * tf.reduce_sum(tf.square(tf.cast(v, dtype))) for weight, v in every])
 
     def saved(self) -> bytes:
         """The state as one safetensors file."""

@@ -18,7 +18,7 @@ from kfaccore_torch.step import Engine
 
 
 def gradients(
-    engine: Engine, value: torch.Tensor, seen: Capture, observed: Observed | None, batch: Batch, l2: float
+    engine: Engine, value: torch.Tensor, seen: Capture, observed: Observed | None, batch: Batch, l2: dict[str, float]
 ) -> tuple[dict[str, Any], tuple]:
     """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
     layers = engine.plan.layers
@@ -49,7 +49,7 @@ def gradients(
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for (name, role, p), g in zip(dense, found[: len(dense)], strict=True):
         if g is not None:
-            tensors.setdefault(name, {})[role] = g + l2 * p.detach() if l2 else g
+            tensors.setdefault(name, {})[role] = g + l2[name] * p.detach() if l2 else g
     for name, given in tensors.items():
         if len(given) == len(layers[name].parameters):
             grads[name] = engine.matrix(layers[name], given)

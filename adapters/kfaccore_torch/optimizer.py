@@ -90,9 +90,9 @@ class Optimizer:
         masks, examples   as `Preconditioner.capture` takes them
         """
         engine = self.engine
-        l2 = engine.core.schedules.l2
         if engine.replan():
             self._follow_rest()
+        l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
         random = random_state(engine.device) if engine.core.rule.judges else ()
         with torch.enable_grad():
             with engine.captured() as seen:
@@ -190,11 +190,10 @@ class Optimizer:
             return 1.0, value
         return n, n * value if n else 0.0
 
-    def _penalty(self, l2: float) -> float:
-        if not l2:
-            return 0.0
-        covered = (p for layer in self.engine.plan.layers.values() for p in layer.parameters.values())
-        return 0.5 * l2 * sum(float((p.detach() ** 2).sum()) for p in covered)
+    def _penalty(self, l2: dict[str, float]) -> float:
+        layers = self.engine.plan.layers
+        pairs = [(weight, p) for name, weight in l2.items() for p in layers[name].parameters.values()]
+        return 0.5 * sum(weight * float((p.detach() ** 2).sum()) for weight, p in pairs)
 
     def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """What to subtract from each parameter: update + alpha weight_decay parameter."""

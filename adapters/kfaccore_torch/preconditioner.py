@@ -52,7 +52,7 @@ class Preconditioner:
         core = core if isinstance(core, kf.Preconditioner) else kf.Preconditioner(core or kf.KFAC(), donate=True)
         if core.rule.judges or core.rule.needs_records:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
-        if core.schedules.weight_decay or core.schedules.l2:
+        if core.schedules.weight_decay or core.schedules.penalised:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
         self._open: tuple[Capture, Told, Shot] | None = None

@@ -21,7 +21,8 @@ from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.placement import agree, assign, check, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
-from kfaccore.step import Fixed, Rule
+from kfaccore.step import Rule
+from kfaccore.step.fixed import PLAIN
 from kfaccore.step.rule import Spread
 from kfaccore.xp.arrays import Array, device_of, namespace
 
@@ -68,11 +69,13 @@ class Preconditioner:
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
         network: NetworkMethod | None = None,
-        step: Rule = Fixed(),  # noqa: B008 frozen
+        step: Rule = PLAIN,
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
         widest: int = 8192,
+        rule: Rule | None = None,  # as `dataclasses.replace` hands on what `step` became
     ) -> None:
+        step = rule if rule is not None and step is PLAIN else step
         agreeing(network, step, comm)
         if widest < 1:
             raise ValueError(f"Preconditioner got widest={widest}; need at least 1, the widest side with a full factor")
@@ -210,7 +213,8 @@ class Preconditioner:
         codes = {name: code for solution in solutions for name, code in solution.code.items()}
         with np.errstate(all="ignore"):
             directions = {name: found[name] for name in grads}
-            updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2)
+            penalty = self.schedules.joint(grads, state.step)
+            updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty)
         infos = {group.label: solution.info for group, solution in zip(groups, solutions, strict=True)}
         dampings = {name: hyper.damping for name, hyper in hypers.items()}
         info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates))
@@ -229,8 +233,8 @@ class Preconditioner:
         """A layer's numbers; the curvature of the l2 penalty is l2 I: it joins the damping."""
         hyper = self.schedules.hyper(name, state.step)
         hyper = self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
-        l2 = self.schedules.l2
-        return replace(hyper, damping=hyper.damping + l2) if l2 else hyper
+        l2 = self.schedules.penalties([name], state.step)
+        return replace(hyper, damping=hyper.damping + l2[name]) if l2 else hyper
 
     def _moved(self, state: State, groups: Sequence[Group], states: Sequence[Any], motion: Any) -> State:
         """The state of the next step."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
-from kfaccore.step.model import Records
+from kfaccore.step.model import Penalty, Records
 from kfaccore.step.rescale import Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace
 
@@ -54,7 +54,7 @@ class Fixed:
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, float | Array]]:
         """(updates to subtract, motion, info) for the layers in `directions`; others keep their buffer."""
         if not directions:
@@ -70,3 +70,6 @@ class Fixed:
 
 def _scaled(x: Array, factor: Array | float) -> Array:
     return x if isinstance(factor, float) and factor == 1.0 else x * factor
+
+
+PLAIN = Fixed()  # what no step at all is: directions are handed on

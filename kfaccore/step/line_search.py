@@ -14,7 +14,7 @@ import numpy as np
 
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
-from kfaccore.step.model import Records
+from kfaccore.step.model import Penalty, Records
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.codes import Code
 
@@ -69,7 +69,7 @@ class LineSearch:
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
     ) -> tuple[dict[str, Array], Search, dict[str, float | Array]]:
         """(updates to try first, motion, info)."""
         told: dict[str, float | Array] = {"alpha": motion.rate, "code": Code(motion.code), "rejected": motion.rejected}

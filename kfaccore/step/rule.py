@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol, TypeVar
 from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
+from kfaccore.step.model import Penalty
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number
 
@@ -49,7 +50,7 @@ class Rule(Protocol[M]):
         directions: dict[str, Array],
         grads: dict[str, Array | Factored],
         records: dict[str, Record],
-        l2: float,
+        l2: Penalty,
     ) -> tuple[dict[str, Array], M, dict[str, Number]]:
         """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions."""
         ...

@@ -20,7 +20,7 @@ from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
-from kfaccore.step.model import Expansion, expansion, inner, trace
+from kfaccore.step.model import Expansion, Penalty, expansion, inner, trace, weighed
 from kfaccore.step.plane import capped, minimum
 from kfaccore.step.sharpness import sharpness
 from kfaccore.xp.arrays import Array, namespace, scalar
@@ -126,7 +126,7 @@ class SelfTuning:
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Mapping[str, Record],
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
     ) -> tuple[dict[str, Array], Motion, dict[str, float | Array]]:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code.
 
@@ -138,7 +138,7 @@ class SelfTuning:
         pair = ({name: _like(v, previous[name]) for name, v in directions.items()}, previous)
         found = self.model(records, grads, pair)
         norms = _gram(*pair)
-        F = found.F + l2 * norms
+        F = found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms)
         rows = self.comm.world * max(record.draws * record.batch for record in records.values())
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
@@ -194,10 +194,12 @@ def _told(before: Motion, after: Motion, code: Number) -> dict[str, float | Arra
     return {**found, "ratio": before.ratio, "rejected": before.rejected, "code": code}
 
 
-def _gram(x: dict[str, Array], previous: dict[str, Array]) -> Array:
-    """Inner products of the two directions over all layers, (2, 2)."""
-    cross = inner(x, previous)
-    flat = stack([inner(x, x), cross, cross, inner(previous, previous)])
+def _gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, float] | None = None) -> Array:
+    """Inner products of the two directions over all layers, (2, 2), times each layer's l2 where it is given."""
+    heavy = x if l2 is None else weighed(l2, x)
+    heavy_previous = previous if l2 is None else weighed(l2, previous)
+    cross = inner(heavy, previous)
+    flat = stack([inner(heavy, x), cross, cross, inner(heavy_previous, previous)])
     return namespace(flat).reshape(flat, (2, 2))
 
 
