@@ -56,6 +56,7 @@ from kfaccore.methods.lowrank.sketch import Singular, Symmetric
 from kfaccore.methods.terms.two_terms import absolute, first_term
 from kfaccore.network import GaussNewton, GlobalFNGD, SharedDamping, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
+from kfaccore.posterior import Basis, Curvature, Posterior, evidence, fit, merge, scores, tuned
 from kfaccore.precondition.comm import Serial
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.info import Info
@@ -66,6 +67,7 @@ from kfaccore.precondition.weighting import own_gradients, weighted
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.record.files import load_records, save_records
 from kfaccore.record.sharing import ReceptiveMean, Subsample, concat, expand, mean_mean, reduce, sum_sum
+from kfaccore.saved import Saved, saved
 from kfaccore.settle import settle
 from kfaccore.solution import Solution
 from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
@@ -87,6 +89,7 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "Adaptive",
+    "Basis",
     "Bernoulli",
     "Block",
     "BrandCKFAC",
@@ -94,6 +97,7 @@ __all__ = [
     "BrandRKFAC",
     "Clocks",
     "Code",
+    "Curvature",
     "Deflation",
     "Diagonal",
     "Due",
@@ -117,6 +121,7 @@ __all__ = [
     "Method",
     "NormConstraint",
     "Patches",
+    "Posterior",
     "Preconditioner",
     "Quadratic",
     "RandomizedKFAC",
@@ -124,6 +129,7 @@ __all__ = [
     "ReceptiveMean",
     "Record",
     "Relative",
+    "Saved",
     "Schedules",
     "SelfTuning",
     "Serial",
@@ -149,9 +155,11 @@ __all__ = [
     "empirical",
     "equal",
     "even",
+    "evidence",
     "exact",
     "expand",
     "first_term",
+    "fit",
     "flatten",
     "forward_only",
     "load",
@@ -160,6 +168,7 @@ __all__ = [
     "mean_eigenvalue",
     "mean_mean",
     "measured",
+    "merge",
     "metadata",
     "monte_carlo",
     "nothing",
@@ -169,10 +178,13 @@ __all__ = [
     "reduce",
     "save",
     "save_records",
+    "saved",
+    "scores",
     "settle",
     "sum_sum",
     "top",
     "top_eigenvalue",
+    "tuned",
     "type2",
     "unflatten",
     "weighted",

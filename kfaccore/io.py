@@ -1,7 +1,8 @@
 """Trees on disk: one safetensors file, written atomically, readable by every framework.
 
 Leaves are stored under their tree paths ("layers/fc1/A"); the header carries a schema number and the caller's meta as
-JSON. Nothing is ever unpickled.
+JSON. A tree with a dataclass of `tree.kept` in it also has its structure there, so that it is read back as what it was.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kfaccore import tree as trees
+from kfaccore.outline import filled, outline
 from kfaccore.tree import Tree
 from kfaccore.xp.arrays import from_host, to_host
 
@@ -29,7 +31,11 @@ def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     from safetensors.numpy import save as serialise
 
     arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in flatten(tree).items()}
-    data = serialise(arrays, {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)})
+    header = {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)}
+    structure = outline(tree)
+    if structure is not None:
+        header["structure"] = json.dumps(structure)
+    data = serialise(arrays, header)
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
@@ -76,13 +82,16 @@ def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the stat
 
 
 def load(path: str | os.PathLike, like: Any = None) -> Any:
-    """The tree in `path`: shaped, typed and placed like `like`, or nested dicts of NumPy arrays without it.
+    """The tree in `path`: shaped, typed and placed like `like`; without it as it was saved where its classes are
+    `tree.kept` (Posterior, Curvature, Basis), on NumPy, or nested dicts of NumPy arrays.
 
     Raises ValueError, naming file and leaf, when the file is damaged or its leaves are not those of `like`;
     FileNotFoundError when there is none.
     """
-    arrays, _ = _read(path)
-    return _nested(arrays) if like is None else unflatten(arrays, like, str(path))
+    arrays, _, structure = _read(path)
+    if like is not None:
+        return unflatten(arrays, like, str(path))
+    return _nested(arrays) if structure is None else filled(structure, arrays, str(path))
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
     return _read(path)[1]
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -109,7 +118,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any
         raise ValueError(f"{path} has damaged metadata: {error}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} has damaged metadata: need an object, got {type(meta).__name__}")
-    return arrays, meta
+    return arrays, meta, json.loads(header["structure"]) if "structure" in header else None
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.analysis.exact import ROWS, ExactBlock, distance, probed
-from kfaccore.analysis.operator import LayerOperator, on_host
+from kfaccore.analysis.fitted import on_host
+from kfaccore.analysis.operator import LayerOperator
 from kfaccore.method import Block, Hyper, Method, State
 from kfaccore.record import Record
 from kfaccore.record.jacobian import adjoint
@@ -173,11 +174,11 @@ def _block_error(target: _Target, method: Method, state: State) -> tuple[float, 
     exact = target.exact
     op = LayerOperator(method, on_host(state), Block.of(exact.record))
     if exact.exact and op.measurable:
-        ratio = op.trace() / exact.trace if exact.trace else float("nan")
+        ratio = float(op.trace()) / exact.trace if exact.trace else float("nan")
         return distance(exact, op), 0.0, exact.norm, ratio
     error, spread = probed(exact, op, target.probes, target.images)
     norm = exact.norm if exact.exact else float(np.sqrt(np.mean([(z**2).sum() for z in target.images])))
-    trace = op.trace() if op.measurable else float(np.mean([(z * op.matvec(z)).sum() for z in target.probes]))
+    trace = float(op.trace()) if op.measurable else float(np.mean([(z * op.matvec(z)).sum() for z in target.probes]))
     return error, spread, norm, trace / exact.trace
 
 

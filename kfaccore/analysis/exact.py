@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from kfaccore.analysis.operator import LayerOperator, eigenpairs, exported
+from kfaccore.analysis.fitted import eigenpairs
+from kfaccore.analysis.operator import LayerOperator, exported
 from kfaccore.convolution.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.record.jacobian import adjoint, products
@@ -78,10 +79,13 @@ class ExactBlock:
     def overlap(self, op: LayerOperator) -> float:
         """<F, F~> for the undamped matrix of `op`; in an eigenbasis it is a sum over squared per-example gradients."""
         if op.diagonal is not None:
-            return self._in_basis(op.system.values, op.system.left, op.system.right)
+            basis = op.diagonal
+            right = None if isinstance(basis.Qa, tuple) else to_host(basis.Qa)
+            return self._in_basis(to_host(basis.values), to_host(basis.Qg), right)
         if op.terms:
-            return sum(self._with_term(A, G) for A, G in op.terms)
-        chunks = ((J, op.undamped[i]) for i, part in enumerate(self.parts) for J in _chunks(part))
+            return sum(self._with_term(to_host(A), to_host(G)) for A, G in op.terms)
+        matrix = to_host(op.undamped)
+        chunks = ((J, matrix[i]) for i, part in enumerate(self.parts) for J in _chunks(part))
         return sum(float(((J @ F) * J).sum()) for J, F in chunks) / self.record.n
 
     def _with_term(self, A: np.ndarray, G: np.ndarray) -> float:
@@ -99,7 +103,7 @@ class ExactBlock:
 
 def distance(exact: ExactBlock, op: LayerOperator) -> float:
     """||F - F~|| / ||F|| with nothing estimated."""
-    squared = exact.norm**2 - 2 * exact.overlap(op) + op.square()
+    squared = exact.norm**2 - 2 * exact.overlap(op) + float(op.square())
     return float(np.sqrt(max(squared, 0.0))) / exact.norm
 
 

@@ -100,7 +100,7 @@ def right(V: Array, Q: Array) -> Array:
 
 def alike(function: Callable[[Array], Array], v: Array, shape: tuple[int, int, int]) -> Array:
     """function(v) with v as (..., *shape), in the shape of v: a plain layer's matrix may come without its blocks."""
-    if v.ndim >= 3:
+    if v.ndim >= 3 and v.shape[-3:] == shape:
         return function(v)
     xp = namespace(v)
     return xp.reshape(function(xp.reshape(v, shape)), v.shape)

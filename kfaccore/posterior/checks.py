@@ -7,7 +7,7 @@ from math import isfinite, prod
 
 from kfaccore.linalg.basis import Basis
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, is_tracer, namespace
+from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
 
 
 def check_layers(what: str, first: Mapping[str, object], second: Mapping[str, object]) -> None:
@@ -31,11 +31,11 @@ def check_positive(name: str, basis: Basis, precision: float | Array, scale: flo
     if any(is_tracer(x) for x in (basis.values, precision, scale)):
         return
     values = basis.cleaned(signed=True)
-    shift = float(precision)
-    times = float(scale)
+    shift = float(to_host(precision))
+    times = float(to_host(scale))
     if not (isfinite(shift) and shift >= 0 and isfinite(times) and times > 0):
         raise ValueError(f"layer {name!r} has precision {shift} and scale {times}; need finite numbers, >= 0 and > 0")
-    smallest = times * float(namespace(values).min(values))
+    smallest = times * float(to_host(namespace(values).min(values)))
     if not smallest + shift > 0:
         need = "any precision > 0" if smallest >= 0 else f"a precision above {-smallest:.6g}"
         kind = "singular" if smallest == 0 else "indefinite"

@@ -43,7 +43,8 @@ def fit(method: Methods, batches: Batches) -> Curvature:
 
 
 def _passes(method: Method) -> int:
-    return method.cycles + 1 if method.cycles > 1 or declares(method, MovesWithBasis) else 1
+    cycles = method.cycles
+    return cycles + 1 if cycles > 1 or declares(method, MovesWithBasis) else 1
 
 
 def _first(batches: Batches) -> Mapping[str, Record]:

@@ -50,7 +50,7 @@ def quantise(W: Array, A: Array, grid: Grid, order: Array | None = None, block: 
 def _factor(A: Array) -> Array:
     """The upper Cholesky factor of A^-1: row j, over its diagonal, is how columns from j on answer to column j."""
     inverse, code = kernels.spd_inverse(A)
-    if bool((code >= int(Code.INDEFINITE)).any()):
+    if bool(namespace(code).any(code >= int(Code.INDEFINITE))):
         raise ValueError("A has no inverse: add damping to its diagonal, such as 1e-2 of the mean eigenvalue")
     return namespace(A).linalg.cholesky((inverse + inverse.mT) / 2).mT
 
