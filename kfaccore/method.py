@@ -41,14 +41,6 @@ class Stats(Protocol):
     def bad(self) -> Array: ...
 
 
-@runtime_checkable
-class Averaging(Protocol):
-    """A State of moving averages: `weight` (blocks,) is their share of data, in the dtype they are kept in."""
-
-    @property
-    def weight(self) -> Array: ...
-
-
 S = TypeVar("S", bound=State)
 T = TypeVar("T", bound=Stats)
 R = TypeVar("R", bound=State, contravariant=True)  # a state that is only read

@@ -109,10 +109,10 @@ def test_batches_that_cannot_be_fitted(rng):
     records = batch(rng)
     cases = [
         (iter([records]), "an iterator, which one pass spends"),
-        ([], "batches is empty"),
+        ([], r"batches gave nothing; need at least one \{layer: Record\}"),
         (records, "batches is one mapping"),
         ([records, {"a": records["a"]}], r"they differ in \['b'\]"),
-        ([{}], "has no layers"),
+        ([{}], r"batch 0 has layers \[\], the first one \[\]"),
     ]
     for given, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -123,10 +123,18 @@ def test_batches_that_cannot_be_fitted(rng):
 
         def __iter__(self):
             self.asked += 1
-            return iter([records] if self.asked < 3 else [])
+            return iter([records] if self.asked < 2 else [])
 
     with pytest.raises(ValueError, match="gave nothing when they were asked for again"):
         kf.fit(kf.EKFAC(), Once())
+
+
+def test_one_pass_takes_an_iterator(rng):
+    records = batch(rng)
+    mixed = {"a": kf.KFAC(), "b": kf.Diagonal()}
+    got = matrices(kf.fit(mixed, iter([records])))
+    np.testing.assert_array_equal(got["a"], matrices(kf.fit(kf.KFAC(), [records]))["a"])
+    np.testing.assert_array_equal(got["b"], matrices(kf.fit(kf.Diagonal(), [records]))["b"])
 
 
 def test_scores_over_batches_and_memory(rng):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kfaccore import tree
 from kfaccore.linalg.basis import Basis
@@ -24,22 +25,41 @@ def fit(method: Methods, batches: Batches) -> Curvature:
 
     Shares n of the batches add up. KFAC, Diagonal, Exact and TKFAC pass once; EKFAC and TEKFAC, whose eigenvalues are
     measured in the eigenvectors of all data, twice; others `cycles` + 1 times. On a list of one mapping it is `settle`
-    of each layer. ValueError for no batches, for layers that differ between batches, and for an iterator that the first
-    pass has spent. Cost: passes times `measure`, then the eigenvectors of each factor.
+    of each layer. ValueError for no batches, for layers that differ between batches, and for an iterator where one pass
+    is not enough. Cost: passes times `measure`, then the eigenvectors of each factor.
     """
-    first = _first(batches)
-    methods = {name: method[name] if isinstance(method, Mapping) else method for name in first}
-    blocks = {name: Block.of(record) for name, record in first.items()}
-    states = {name: methods[name].init(blocks[name], record.g) for name, record in first.items()}
-    passes = {name: _passes(one) for name, one in methods.items()}
-    for turn in range(max(passes.values())):
-        live = {name for name, count in passes.items() if turn < count}
-        for name, stats in _measured(methods, states, batches, live).items():
-            states[name] = methods[name].update(states[name], stats, _ALL)
-            if turn + 1 < passes[name]:
-                states[name] = methods[name].refresh(states[name], _ALL)
-    found = Curvature.of(methods, states, blocks)
-    return replace(found, layers={name: _typed(basis, first[name].g) for name, basis in found.layers.items()})
+    every = list(method.values()) if isinstance(method, Mapping) else [method]
+    passes = max(map(_passes, every), default=1)
+    _check(batches, passes)
+    layers: dict[str, _Layer] = {}
+    for turn in range(passes):
+        found = _measured(method, layers, batches, turn)
+        for name, stats in found.items():
+            layers[name] = layers[name].moved(stats, last=turn + 1 == _passes(layers[name].method))
+    methods = {name: layer.method for name, layer in layers.items()}
+    states = {name: layer.state for name, layer in layers.items()}
+    curvature = Curvature.of(methods, states, {name: layer.block for name, layer in layers.items()})
+    return replace(curvature, layers={name: _typed(x, layers[name].like) for name, x in curvature.layers.items()})
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer between two passes; `like` has the records' dtype and place."""
+
+    method: Method
+    block: Block
+    state: Any
+    like: Array
+
+    @classmethod
+    def first(cls, method: Method, record: Record) -> _Layer:
+        block = Block.of(record)
+        return cls(method, block, method.init(block, record.g), record.g)
+
+    def moved(self, stats: Any, last: bool) -> _Layer:
+        """After one pass; what is measured next needs a refresh, what is read at the end none."""
+        state = self.method.update(self.state, stats, _ALL)
+        return replace(self, state=state if last else self.method.refresh(state, _ALL))
 
 
 def _passes(method: Method) -> int:
@@ -47,38 +67,36 @@ def _passes(method: Method) -> int:
     return cycles + 1 if cycles > 1 or declares(method, MovesWithBasis) else 1
 
 
-def _first(batches: Batches) -> Mapping[str, Record]:
-    """The first batch; ValueError where there is none or where asking again would not give it."""
+def _check(batches: Batches, passes: int) -> None:
     if isinstance(batches, Mapping):
         raise ValueError("batches is one mapping; need an iterable of them: put it into a list")
-    if isinstance(batches, Iterator):
+    if passes > 1 and isinstance(batches, Iterator):
         raise ValueError(
-            "batches is an iterator, which one pass spends: give a list, or an object whose __iter__ starts anew"
+            f"batches is an iterator, which one pass spends, and {passes} are needed: give a list, or an object whose "
+            f"__iter__ starts anew"
         )
-    for batch in batches:
-        if not batch:
-            raise ValueError("the first batch has no layers; need {layer: Record}")
-        return batch
-    raise ValueError("batches is empty; need at least one {layer: Record}")
 
 
-def _measured(methods: Mapping[str, Method], states: dict, batches: Batches, live: set[str]) -> dict[str, object]:
-    """Stats of one pass of the layers in `live`."""
-    found: dict[str, object] = {}
+def _measured(method: Methods, layers: dict[str, _Layer], batches: Batches, turn: int) -> dict[str, Any]:
+    """Stats of one pass, of the layers that need it; the very first batch makes `layers`."""
+    found: dict[str, Any] = {}
     number = -1
     for number, batch in enumerate(batches):
-        if set(batch) != set(methods):
+        if not layers:
+            own = {name: method[name] if isinstance(method, Mapping) else method for name in batch}
+            layers |= {name: _Layer.first(own[name], record) for name, record in batch.items()}
+        if set(batch) != set(layers) or not batch:
             raise ValueError(
-                f"batch {number} has layers {sorted(set(batch))}, the first one {sorted(methods)}; they differ in "
-                f"{sorted(set(batch) ^ set(methods))}: give every layer in every batch, or leave it out of all"
+                f"batch {number} has layers {sorted(batch)}, the first one {sorted(layers)}; they differ in "
+                f"{sorted(set(batch) ^ set(layers))}: give every layer, and at least one, in every batch"
             )
-        for name in live:
-            stats = methods[name].measure(states[name], batch[name], _ALL)
-            found[name] = methods[name].combine(found[name], stats) if name in found else stats
+        for name, layer in layers.items():
+            if turn < _passes(layer.method):
+                stats = layer.method.measure(layer.state, batch[name], _ALL)
+                found[name] = layer.method.combine(found[name], stats) if name in found else stats
     if number < 0:
-        raise ValueError(
-            "batches gave nothing when they were asked for again: give a list, or an object whose __iter__ starts anew"
-        )
+        again = " when they were asked for again: give a list, or an object whose __iter__ starts anew" if turn else ""
+        raise ValueError(f"batches gave nothing{again or '; need at least one {layer: Record}'}")
     return found
 
 
