@@ -5,6 +5,7 @@ from kfaccore_jax.capture import Captured, capture
 from kfaccore_jax.keras_model import keras_apply, keras_assign, keras_stateful
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, Row, plan
+from kfaccore_jax.stream import Stream, measured, outputs, stream
 from kfaccore_jax.tap import Tap
 from kfaccore_jax.transform import KFACState, kfac
 
@@ -14,6 +15,7 @@ __all__ = [
     "Layer",
     "Plan",
     "Row",
+    "Stream",
     "Tap",
     "capture",
     "exported",
@@ -22,5 +24,8 @@ __all__ = [
     "keras_assign",
     "keras_stateful",
     "kfac",
+    "measured",
+    "outputs",
     "plan",
+    "stream",
 ]

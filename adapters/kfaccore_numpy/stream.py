@@ -49,6 +49,7 @@ class Stream:
             g = self.network.backward(self.params, tape, self._drawn(f, y, number))
             if self.fisher is forward_only:
                 g = {name: x[:0, ...] for name, x in g.items()}
+            g = {name: g[name] for name in self.network.blocks()}
             yield self.network.records(tape, g, float(self.loss.normaliser(f, y)))
 
     def _drawn(self, f: Array, y: Array, number: int) -> Array:
@@ -77,6 +78,7 @@ class Pulled:
         for x, y in self.batches:
             f, tape = self.network.forward(self.params, x)
             g = self.network.backward(self.params, tape, self.pull(f, y))
+            g = {name: g[name] for name in self.network.blocks()}
             yield self.network.records(tape, g, float(f.shape[0]))
 
 

@@ -10,7 +10,7 @@ import typer
 
 def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     """Loss against steps and against training seconds."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
@@ -28,7 +28,7 @@ def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
 
 def spectra(found: dict[str, Any], path: Path) -> None:
     """Eigenvalues of every factor, largest first."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -45,7 +45,7 @@ def spectra(found: dict[str, Any], path: Path) -> None:
 
 def costs(found: dict[str, dict[str, float]], path: Path) -> None:
     """Errors of the block and of the damped direction against seconds a step, a point a method."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharex=True, layout="constrained")
@@ -70,7 +70,7 @@ def costs(found: dict[str, dict[str, float]], path: Path) -> None:
 
 def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     """The network and its error over the first two coordinates (others in mid-domain), and relative L2 errors."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     import numpy as np
@@ -97,7 +97,8 @@ def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: s
     plt.close(figure)
 
 
-def _pyplot(path: Path) -> Any:
+def pyplot(path: Path) -> Any:
+    """matplotlib.pyplot drawing to files; None, after a word, where it is not installed."""
     try:
         import matplotlib
     except ImportError:

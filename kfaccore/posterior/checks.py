@@ -30,12 +30,12 @@ def check_positive(name: str, basis: Basis, precision: float | Array, scale: flo
     """ValueError unless scale F~ + precision I is positive definite; tracers are believed."""
     if any(is_tracer(x) for x in (basis.values, precision, scale)):
         return
-    values = basis.cleaned(signed=True)
+    values = Basis(to_host(basis.values), basis.Qg, basis.Qa).cleaned(signed=True)
     shift = float(to_host(precision))
     times = float(to_host(scale))
     if not (isfinite(shift) and shift >= 0 and isfinite(times) and times > 0):
         raise ValueError(f"layer {name!r} has precision {shift} and scale {times}; need finite numbers, >= 0 and > 0")
-    smallest = times * float(to_host(namespace(values).min(values)))
+    smallest = times * float(namespace(values).min(values))
     if not smallest + shift > 0:
         need = "any precision > 0" if smallest >= 0 else f"a precision above {-smallest:.6g}"
         kind = "singular" if smallest == 0 else "indefinite"

@@ -43,7 +43,7 @@ class Posterior:
 
     mean: dict[str, Array]
     curvature: Curvature
-    precision: float | Array | dict[str, float | Array]
+    precision: float | Array | Mapping[str, float | Array]
     scale: float | Array = 1.0
 
     def __post_init__(self) -> None:
