@@ -124,10 +124,11 @@ def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("kept", *found["accuracy"], title=f"accuracy on {found['task']} ({found['method']}), not retrained")
+    table = Table("kept", *found["accuracy"], title="accuracy, not retrained")
     for number, kept in enumerate(found["kept"]):
         table.add_row(f"{kept:.0%}", *(f"{row[number]:.3f}" for row in found["accuracy"].values()))
     console = Console()
+    console.print(f"{found['task']}, curvature by {found['method']}")
     console.print(table)
     if found["unconverged"]:
         console.print(f"{found['unconverged']} compensations stopped at their limit (UNCONVERGED)")
