@@ -5,6 +5,7 @@ Source: Martens & Grosse 2015 (1503.05671), section 6.3 for pi; exact Kronecker 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -75,7 +76,7 @@ class Pi(Separable):
         usable = (a.mean > 0) & (g.mean > 0)
         one = xp.ones_like(a.mean)
         pi = xp.sqrt(xp.where(usable, a.mean, one)) / xp.sqrt(xp.where(usable, g.mean, one))
-        root = _root(damping, a.mean)
+        root = math.sqrt(damping) if isinstance(damping, int | float) else _root(damping, a.mean)
         return pi * root, root / pi
 
 

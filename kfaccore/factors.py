@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar
+from kfaccore.xp.arrays import Array, device_of, namespace, scalar
 from kfaccore.xp.codes import Code
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Averages(Protocol):
 
 
 S = TypeVar("S", bound=Averages)
+N = TypeVar("N", bound=float | Array)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,28 @@ class Stats:
     G: Array
     n: Array
     bad: Array
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of one record: A over `rows` rows, G with its normaliser n, numbers where they are known on the host, so
+    that a layer costs two products; what is not finite is looked for once, when it is asked for."""
+
+    SYMMETRIC: ClassVar = ("A", "G")
+    A: Array
+    rows: float | Array
+    G: Array
+    n: float | Array
+
+    @cached_property
+    def finite(self) -> Array:
+        """Whether the means of a block are finite, (blocks,)."""
+        return finite_means(self.A, self.rows, self.G, self.n)
+
+    @property
+    def bad(self) -> Array:
+        """1 for each block with a record that is not finite, (blocks,)."""
+        return namespace(self.G).astype(~self.finite, self.G.dtype)
 
 
 def init(block: Block, like: Array) -> dict[str, Array]:
@@ -98,17 +123,35 @@ def dense_only(name: str, block: Block) -> str:
 
 def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
     """Stats of one record, diagonal where the factors of `like` are; zero draws give G = I by definition."""
+    found = sums(record, sharing, like)
+    rows = found.rows + namespace(found.bad).zeros_like(found.bad)
+    return Stats(found.A, rows, found.G, per_block(found.n, found.bad), found.bad)
+
+
+def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Sums:
+    """As `measure`, without anything that can wait until layers stand side by side."""
     record = sharing(record)
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
-    bad = not_finite(A, G)
-    return Stats(A, valid_rows(record), G, per_block(record.n, bad), bad)
+    if record.mask is not None:
+        rows = valid_rows(record)
+        return Sums(A, rows, G, share(record, rows))
+    n = record.n if isinstance(record.n, int | float) else namespace(G).reshape(scalar(record.n, G), (1,))
+    return Sums(A, float(record.batch * record.shared), G, n)
 
 
-def not_finite(A: Array, G: Array) -> Array:
-    """1 for each block with a gram that is not finite, (blocks,): a bad row shows on a gram's diagonal."""
-    finite = all_finite(side.diagonal(A)) & all_finite(side.diagonal(G))
-    return namespace(G).astype(~finite, G.dtype)
+def not_finite(A: Array, rows: float | Array, G: Array, n: float | Array) -> Array:
+    """1 for each block with a mean that is not finite, (blocks,)."""
+    return namespace(G).astype(~finite_means(A, rows, G, n), G.dtype)
+
+
+def finite_means(A: Array, rows: float | Array, G: Array, n: float | Array) -> Array:
+    """Whether the means of two grams, which are what will be stored, are finite, (blocks,): a bad row shows on a gram's
+    diagonal, whose entries are squares, so that nothing cancels."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        xp = namespace(A)
+        traces = xp.sum(side.diagonal(A), axis=-1) / positive(rows) + xp.sum(side.diagonal(G), axis=-1) / positive(n)
+        return traces - traces == 0
 
 
 def needs_draws(record: Record) -> None:
@@ -137,9 +180,8 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record], like: Si
         parts = [(side.gram(x, diagonal_in), side.gram(y, diagonal_out)) for x, y in rows]
         A = reduce(add, (part[0] for part in parts))
         G = reduce(add, (part[1] for part in parts))
-    bad = not_finite(A, G)
-    n = per_block(record.n, bad)
-    return Stats(A, n, G, n, bad)
+    n = share(record, A[:, 0] if A.ndim == 2 else A[:, 0, 0])
+    return Stats(A, n, G, n, not_finite(A, n, G, n))
 
 
 def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
@@ -151,16 +193,17 @@ def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple
     return _rows(scaled[None, ...]), _rows(record.g[:, :, span, ...] * norm)
 
 
-def update(state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
+def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) -> S:
     """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
     xp = namespace(state.weight)
-    ok = (stats.bad == 0) & (stats.rows > 0)
+    ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
+    if not isinstance(stats.rows, int | float):
+        ok = ok & (stats.rows > 0)
     decay = scalar(hyper.decay, state.weight)
-    rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
     return replace(
         state,
-        A=kernels.average(state.A, stats.A, decay, (1 - decay) / rows, ok, donate),
-        G=kernels.average(state.G, stats.G, decay, (1 - decay) / stats.n, ok, donate),
+        A=kernels.average(state.A, stats.A, decay, (1 - decay) / positive(stats.rows), ok, donate),
+        G=kernels.average(state.G, stats.G, decay, (1 - decay) / positive(stats.n), ok, donate),
         weight=xp.where(ok, decay * state.weight + (1 - decay), state.weight),
     )
 
@@ -168,27 +211,50 @@ def update(state: S, stats: Stats, hyper: Hyper, donate: bool = False) -> S:
 def moved(
     average: Array, weight: Array, total: Array, n: Array, ok: Array, hyper: Hyper, donate: bool
 ) -> tuple[Array, Array]:
-    """(average, weight) of one quantity moved towards total / n where `ok`, for states with a single average."""
+    """(average, weight) of one quantity moved towards total / n where `ok` and something was seen, for states with a
+    single average."""
+    ok = ok & (n > 0)
     decay = scalar(hyper.decay, weight)
-    average = kernels.average(average, total, decay, (1 - decay) / n, ok, donate)
+    average = kernels.average(average, total, decay, (1 - decay) / positive(n), ok, donate)
     return average, namespace(weight).where(ok, decay * weight + (1 - decay), weight)
 
 
 def mean(average: Array, weight: Array) -> Array:
     """A zero-started average divided by its weight (1 where nothing was averaged yet)."""
-    xp = namespace(average)
-    safe = xp.where(weight > 0, weight, xp.ones_like(weight))
-    return average / xp.reshape(safe, (-1, *(1,) * (average.ndim - 1)))
+    return _over(average, positive(weight))
 
 
 def means(state: Averages) -> tuple[Array, Array]:
     """(A, G) of a state, divided by their weight."""
-    return mean(state.A, state.weight), mean(state.G, state.weight)
+    divisor = positive(state.weight)
+    return _over(state.A, divisor), _over(state.G, divisor)
+
+
+def _over(average: Array, divisor: Array) -> Array:
+    return average / namespace(average).reshape(divisor, (-1, *(1,) * (average.ndim - 1)))
 
 
 def per_block(value: float | Array, like: Array) -> Array:
     """A number as (blocks,) of the dtype of `like` (blocks,)."""
     return namespace(like).zeros_like(like) + scalar(value, like)
+
+
+def share(record: Record, like: Array) -> Array:
+    """The record's n as (blocks,) of the dtype of `like` (blocks,); 0, a record that adds nothing, where its mask
+    leaves no row."""
+    n = per_block(record.n, like)
+    if record.mask is None:
+        return n
+    xp = namespace(n)
+    return xp.where(xp.any(record.mask), n, xp.zeros_like(n))
+
+
+def positive(count: N) -> N:
+    """A denominator that can be divided by: 1 where nothing was counted."""
+    if isinstance(count, int | float):
+        return count
+    xp = namespace(count)
+    return xp.where(count > 0, count, xp.ones_like(count))
 
 
 def valid_rows(record: Record) -> Array:

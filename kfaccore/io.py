@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 from kfaccore import tree as trees
 from kfaccore.outline import filled, outline
 from kfaccore.tree import Tree
-from kfaccore.xp.arrays import from_host, to_host
+from kfaccore.written import written
+from kfaccore.xp.arrays import from_host, namespace, to_host
 
 SCHEMA = 1
 
@@ -26,7 +26,8 @@ SCHEMA = 1
 def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     """Write the leaves of `tree` and JSON-able `meta` to `path`; the old file stays until the new one is complete.
 
-    Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path.
+    Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path, OSError as
+    the file system does.
     """
     from safetensors.numpy import save as serialise
 
@@ -36,17 +37,8 @@ def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     if structure is not None:
         header["structure"] = json.dumps(structure)
     data = serialise(arrays, header)
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written(path) as file:
+        file.write_bytes(data)
 
 
 def flatten(tree: object) -> dict[str, np.ndarray]:
@@ -69,6 +61,8 @@ def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the stat
 
     Raises ValueError, naming `source` and leaf, when the leaves are not those of `like`.
     """
+    if not isinstance(arrays, dict) or not all(isinstance(x, np.ndarray) for x in arrays.values()):
+        raise ValueError(f"{source} is no dict of arrays by path: got {type(arrays).__name__}")
     wanted = dict(trees.items(like))
     if set(wanted) != set(arrays):
         missing = sorted(set(wanted) - set(arrays))
@@ -108,13 +102,13 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # dtypes NumPy lacks
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if header.get("kfaccore") != str(SCHEMA):
         raise ValueError(f"{path} has kfaccore schema {header.get('kfaccore')}; this version reads {SCHEMA}")
     try:
         meta = json.loads(header.get("meta", ""))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # brackets within brackets, thousands deep
         raise ValueError(f"{path} has damaged metadata: {error}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} has damaged metadata: need an object, got {type(meta).__name__}")
@@ -139,6 +133,8 @@ def _placed(array: np.ndarray, like: Any) -> Any:
     if isinstance(like, int | float):
         return type(like)(array.item())
     placed = from_host(array, like)
+    if array.dtype == np.float32 and str(like.dtype) == "torch.bfloat16":
+        return namespace(like).astype(placed, like.dtype)  # as which it was widened to be saved
     if placed.dtype != like.dtype:
         raise ValueError(f"a leaf of dtype {array.dtype} was saved where {like.dtype} is needed")
     return placed

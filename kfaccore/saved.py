@@ -42,5 +42,5 @@ def saved(path: str | os.PathLike) -> Saved:
     like = Preconditioner(CATALOGUE[name]()).init(blocks, next(iter(params.values())))
     prefix = "state/layers/"
     leaves = {key.removeprefix(prefix): x for key, x in io.flatten(tree).items() if key.startswith(prefix)}
-    states = io.unflatten(leaves, like.layers, f"{path} at {prefix}")
+    states = io.unflatten(leaves, dict(like.layers), f"{path} at {prefix}")
     return Saved(Curvature.of(CATALOGUE[name](), states, blocks), params, meta)

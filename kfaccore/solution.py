@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from kfaccore.record import Factored
-from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, blanked, is_numpy, widen
+from kfaccore.xp import Code
+from kfaccore.xp.arrays import Array, any_bad, filled, is_numpy, real, widen
 
 D = TypeVar("D")  # an array, or a dict of one a layer
 
@@ -27,23 +27,29 @@ class Solution(Generic[D]):
 
 def gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> tuple[Any, bool]:
     """`grad` with its blocks axis, and whether that axis was added; ValueError when it does not fit the state."""
+    check_gradient(grad, block_shape)
+    if isinstance(grad, Factored):
+        return grad, False
+    grad = widen(grad, "grad")
+    added = grad.ndim == 2
+    return grad[None, ...] if added else grad, added
+
+
+def check_gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> None:
+    """ValueError for a gradient that does not fit the state, TypeError for one that is not real."""
     if isinstance(grad, Factored):
         shape = (grad.a.shape[0], grad.g.shape[-1], grad.a.shape[-1])
-        added = False
     else:
-        grad = widen(grad, "grad")
-        added = grad.ndim == 2
-        grad = grad[None, ...] if added else grad
-        shape = tuple(grad.shape)
+        real(grad, "grad")
+        shape = (1, *grad.shape) if grad.ndim == 2 else tuple(grad.shape)
     if shape != block_shape:
         raise ValueError(f"grad has shape {shape}; the state was made for (blocks, d_out, d_in) = {block_shape}")
-    return grad, added
 
 
 def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: Array) -> Solution:
     """A Solution whose non-finite blocks are zero with code NONFINITE."""
-    ok = all_finite(direction)
-    if not (is_numpy(ok) and ok.all()):  # where it can be seen, the usual case costs nothing more
-        direction = blanked(ok, direction)
-        code = choose(~ok, Code.NONFINITE, code)
+    bad = any_bad(direction)
+    if not is_numpy(bad) or bad.any():  # where it can be seen, the usual case costs nothing more
+        direction = filled(direction, bad, 0.0)
+        code = filled(code, bad, int(Code.NONFINITE))
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)

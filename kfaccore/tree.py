@@ -1,11 +1,11 @@
 """Trees: dataclasses, dicts, tuples and lists whose leaves are arrays or numbers.
 
-A dataclass field made with `static()` is structure, not a leaf.
+A Mapping that is no dict rebuilds itself (`rebuilt`). A dataclass field made with `static()` is structure, not a leaf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -26,22 +26,22 @@ def kept(kind: Kind) -> Kind:
     return kind
 
 
-def symmetries(tree: object, marked: bool = False) -> list[bool]:
-    """Whether each leaf is symmetric in its last two axes, in the order of `leaves`: fields that a dataclass lists in
-    its class variable `SYMMETRIC`."""
+def marks(tree: object, variable: str, marked: bool = False) -> list[bool]:
+    """Whether each leaf, in the order of `leaves`, is of a field that its dataclass lists in a class variable:
+    `SYMMETRIC` in its last two axes, `DRAWS_FIRST` before the blocks."""
     inner = children(tree)
     if inner is None:
         return [marked]
-    names = getattr(type(tree), "SYMMETRIC", ())
-    return [mark for name, child in inner for mark in symmetries(child, name in names)]
+    names = getattr(type(tree), variable, ())
+    return [mark for name, child in inner for mark in marks(child, variable, name in names)]
 
 
 def children(tree: object) -> list[tuple[str, object]] | None:
     """(name, child) of each child in a fixed order, or None for a leaf."""
+    if isinstance(tree, Mapping):
+        return [(str(key), tree[key]) for key in tree]
     if is_dataclass(tree) and not isinstance(tree, type):
         return [(f.name, getattr(tree, f.name)) for f in fields(tree) if not f.metadata.get("static")]
-    if isinstance(tree, dict):
-        return [(str(key), tree[key]) for key in tree]
     if isinstance(tree, tuple | list):
         return [(str(i), child) for i, child in enumerate(tree)]
     return None
@@ -53,11 +53,13 @@ def rebuild(tree: Tree, new: Sequence[object]) -> Tree:
 
 
 def _rebuilt(tree: Any, new: Sequence[object]) -> object:
+    if isinstance(tree, Mapping):
+        named = dict(zip(tree, new, strict=True))
+        other: Any = tree
+        return named if isinstance(tree, dict) else other.rebuilt(named)
     if is_dataclass(tree) and not isinstance(tree, type):
         names = [name for name, _ in children(tree) or []]
         return replace(tree, **dict(zip(names, new, strict=True)))
-    if isinstance(tree, dict):
-        return dict(zip(tree, new, strict=True))
     if hasattr(tree, "_fields"):
         return type(tree)(*new)
     return list(new) if isinstance(tree, list) else tuple(new)

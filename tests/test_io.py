@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -118,3 +122,67 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         kf.save(path, {"a": np.zeros(3)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def _tree(number):
+    return {"x": np.full(3, float(number))}
+
+
+def test_save_honours_the_umask_and_keeps_permissions(tmp_path):
+    old = os.umask(0o027)
+    try:
+        kf.save(tmp_path / "new.safetensors", _tree(1))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "new.safetensors").chmod(0o604)
+    kf.save(tmp_path / "new.safetensors", _tree(2))
+    assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == 0o604
+
+
+def test_save_follows_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "there" / "file.safetensors")
+    kf.save(tmp_path / "link.safetensors", _tree(1))
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert kf.load(tmp_path / "there" / "file.safetensors")["x"][0] == 1.0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, monkeypatch, number, where):
+    path = tmp_path / "state.safetensors"
+    kf.save(path, _tree(1))
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, where, refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        kf.save(path, _tree(2))
+    monkeypatch.undo()
+    assert kf.load(path)["x"][0] == 1.0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="need the name of a file"):
+        kf.save(tmp_path, _tree(1))
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ours = f".state.{platform.node()}-{gone.pid}-1.writing.safetensors"
+    alive = f".state.{platform.node()}-{os.getppid()}-1.writing.safetensors"
+    other = f".other.{platform.node()}-{gone.pid}-1.writing.safetensors"
+    for name in (ours, alive, other):
+        (tmp_path / name).write_bytes(b"half")
+    kf.save(tmp_path / "state.safetensors", _tree(1))
+    assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", alive, other}
+
+
+@pytest.mark.parametrize("found", [None, [1, 2], {"x": "text"}, {"x": [1.0, 2.0, 3.0]}])
+def test_malformed_states_are_refused(found):
+    with pytest.raises(ValueError, match="the state"):
+        kf.unflatten(found, _tree(1))

@@ -8,7 +8,7 @@ import pytest
 import kfaccore as kf
 from kfaccore import tree
 from kfaccore.precondition.due import either, strikes
-from kfaccore.precondition.groups import Alone, Group
+from kfaccore.precondition.groups import Together
 from kfaccore.precondition.road import Road
 
 
@@ -79,7 +79,7 @@ def test_stats_may_stand_for_records_in_a_network_too(rng):
     pre = kf.Preconditioner(network=kf.TwoLevel(kf.KFAC()))
     state = pre.init(blocks, grads["a"])
     hyper = kf.Hyper(0, 0.95, 0.1)
-    group = Group("network", ("a", "b"), pre.network)
+    group = Together(("a", "b"), pre.network)
     road = Road(kf.Due(True, True), pre.comm, {"a": (0,), "b": (0,)}, False)
     stats = {n: kf.KFAC().measure(state.network.layers[n], r, hyper) for n, r in records.items()}
     hypers = dict.fromkeys("ab", hyper)
@@ -98,9 +98,6 @@ def test_errors_name_the_layer_once(rng):
     with pytest.raises(ValueError, match="zero draws") as caught:
         pre.step(state, records, grads)
     assert caught.value.__notes__ == ["in layer 'b'"]
-    group = Alone("b", kf.EKFAC())
-    assert not group.needs_records
-    assert Alone("b", kf.FNGD()).needs_records
 
 
 @pytest.mark.parametrize("fisher", [kf.empirical, kf.forward_only])

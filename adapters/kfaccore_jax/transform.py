@@ -108,7 +108,8 @@ class _Transformation:
         """The core's, for these layers."""
         given = self.given
         methods = _methods(given.methods, self.plan, blocks)
-        return Preconditioner(methods, given.clocks, given.schedules, step=given.rule, widest=given.widest)
+        shape = {"widest": given.widest, "stacked": given.stacked}
+        return Preconditioner(methods, given.clocks, given.schedules, step=given.rule, **shape)
 
     def update(
         self,

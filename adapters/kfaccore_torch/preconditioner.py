@@ -154,10 +154,7 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             directions = engine.step(records, grads) if grads else {}
-            for name, matrix in directions.items():
-                layer = engine.plan.layers[name]
-                for role, x in engine.tensors(layer, matrix).items():
-                    layer.parameters[role].grad.copy_(x)  # type: ignore[union-attr]
+            engine.write(directions)
         self.discard()
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:

@@ -215,6 +215,18 @@ class Engine(Resumes):
         """The inverse of `matrix`."""
         return {role: to_torch(x, layer.parameters[role]) for role, x in layer.arrays(matrix).items()}
 
+    def write(self, directions: Mapping[str, Any]) -> None:
+        """Directions into `.grad`, all in one operation."""
+        into: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for name, matrix in directions.items():
+            layer = self.plan.layers[name]
+            for role, x in self.tensors(layer, matrix).items():
+                into.append(layer.parameters[role].grad)  # pyright: ignore[reportArgumentType]
+                values.append(x)
+        if into:
+            torch._foreach_copy_(into, values)
+
     @contextmanager
     def captured(self) -> Iterator[Capture]:
         """Calls inside are seen; compiled models run eagerly meanwhile, as a graph shows no calls."""

@@ -112,7 +112,7 @@ def solve(operator: Map, b: Array, how: CG, precondition: Map | None = None, sta
     xp = namespace(b)
     finite = all_finite(b)
     b = select(finite, b, xp.zeros_like(b))
-    norm = xp.sqrt(_dot(b, b))
+    norm = _norm(b)
     safe = xp.where(norm > 0, norm, xp.ones_like(norm))[:, None, None]
     b = b / safe
     system = _System(operator, b, how.stop, precondition, how.limit)
@@ -126,7 +126,8 @@ def solve(operator: Map, b: Array, how: CG, precondition: Map | None = None, sta
 
 @dataclass(frozen=True)
 class _System:
-    """One system while it is solved; a carry is (k, x, r, p, <r, z>, live, wrong, iterations, largest |q|/|p|, phi)."""
+    """One system while it is solved; a carry is (k, x, r, p, <r, z>, live, wrong, iterations, top, phi), top the
+    largest <p, Op p> / <p, p> so far."""
 
     operator: Map
     b: Array
@@ -156,7 +157,7 @@ class _System:
         zero = xp.zeros_like(rz)
         ones = xp.ones_like(rz)
         good = live & (pq > 0) & xp.isfinite(pq)
-        gain = xp.sqrt(_dot(q, q) / xp.where(pp > 0, pp, ones))
+        gain = pq / xp.where(pp > 0, pp, ones)  # no square of q, which may not be a number of its dtype
         top = xp.where(good & (gain > top), gain, top)
         alpha = (xp.where(good, rz, zero) / xp.where(good, pq, ones))[:, None, None]
         k = k + 1
@@ -175,7 +176,7 @@ class _System:
 
     def _reached(self, k: Array, x: Array, r: Array, top: Array, phi: Array) -> Array:
         xp = namespace(x)
-        floor = eps(x.dtype, xp) * (1 + top * xp.sqrt(_dot(x, x)))
+        floor = eps(x.dtype, xp) * (1 + top * _norm(x))
         return self.stop.reached(k, xp.sqrt(_dot(r, r)), floor, phi)
 
     def _noted(self, phi: Array, k: Array, x: Array, r: Array) -> Array:
@@ -185,6 +186,15 @@ class _System:
 
     def _preconditioned(self, r: Array) -> Array:
         return r if self.precondition is None else self.precondition(r)
+
+
+def _norm(x: Array) -> Array:
+    """|x| of each block, (blocks,); its square may be too large or too small for the dtype."""
+    xp = namespace(x)
+    top = xp.max(xp.abs(xp.reshape(x, (x.shape[0], -1))), axis=-1)
+    safe = xp.where((top > 0) & xp.isfinite(top), top, xp.ones_like(top))
+    unit = x / safe[:, None, None]
+    return safe * xp.sqrt(_dot(unit, unit))
 
 
 def _dot(x: Array, y: Array) -> Array:

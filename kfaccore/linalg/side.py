@@ -69,8 +69,7 @@ def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
     """(x + shift I)^-1 and a code, for shift (blocks,)."""
     xp = namespace(x)
     if not is_diagonal(x):
-        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
-        return kernels.spd_inverse(x + shift[:, None, None] * eye)
+        return kernels.spd_inverse(kernels.shifted(x, shift))
     shifted = x + shift[:, None]
     floor = eps(x.dtype, xp) * xp.max(shifted, axis=-1, keepdims=True)
     jittered = xp.any(shifted <= floor, axis=-1)

@@ -82,7 +82,7 @@ class GlobalFNGD(Each, Coefficients):
         for name, grad in grads.items():
             record = records[name]
             given[name], squeeze[name] = gradient(grad, (record.blocks, record.d_out, record.d_in))
-        seen = {name: self.sharing(records[name]) for name in grads}
+        seen = {name: units.shared(records[name], self.sharing) for name in grads}
         found = self._own(records, given, seen, hypers) or self._general(seen, given, hypers)
         directions, coefficients, code = found
         solutions = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, Unmeasured, declares
 from kfaccore.options import need
-from kfaccore.precondition.groups import Alone, Group, NetworkMethod
+from kfaccore.precondition.groups import NetworkMethod
 from kfaccore.xp.arrays import is_tracer
 
 
@@ -23,6 +23,10 @@ class Assigned:
     widest: int
 
     def __post_init__(self) -> None:
+        if self.widest < 1:
+            raise ValueError(
+                f"Preconditioner got widest={self.widest}; need at least 1, the widest side with a full factor"
+            )
         if self.methods is None and self.network is None:
             raise ValueError("a Preconditioner needs methods, such as KFAC(), or a network-level method as network")
         if self.network is not None:
@@ -88,8 +92,3 @@ class Assigned:
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""
         return {name for name in names if declares(self.whose(name, alone), Unmeasured)}
-
-    def groups(self, names: Mapping[str, object], together: Mapping[str, Block]) -> list[Group]:
-        """Layers of one call as they are solved: the network-level method's first, then one by one."""
-        found = [Group("network", tuple(together), self.network)] if self.network is not None and together else []
-        return found + [Group(name, (name,), Alone(name, self.of(name))) for name in names if name not in together]

@@ -7,14 +7,13 @@ from types import FunctionType
 from typing import TYPE_CHECKING
 
 from kfaccore.fisher import empirical, forward_only
-from kfaccore.method import Block, OwnGradients, Stats, Terms, declares
+from kfaccore.method import Block, OwnGradients, Terms, declares
 from kfaccore.options import need
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.given import Given, named, records_of
 from kfaccore.precondition.groups import Grads, NetworkMethod
-from kfaccore.record import Record
-from kfaccore.solution import gradient
+from kfaccore.solution import check_gradient
 from kfaccore.step.rule import Rule, Spread
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def checked(
     _known(blocks, grads=grads, records=records)
     for name, grad in grads.items():
         with named(name):
-            gradient(grad, (blocks[name].blocks, blocks[name].d_out, blocks[name].d_in))
+            check_gradient(grad, (blocks[name].blocks, blocks[name].d_out, blocks[name].d_in))
     together = set(pre.assigned.together(blocks)) if grads else set()
     if together - set(grads):
         raise ValueError(f"layers {sorted(together - set(grads))} have no gradients; {pre.network} needs them all")
@@ -120,7 +119,7 @@ def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], to
     terms = isinstance(given, tuple) and not together and declares(pre.assigned.of(name), Terms)
     if terms and pre.rule.needs_records and not pre.rule.terms:
         raise ValueError(f"{pre.rule} cannot model several loss terms; use Quadratic() or GridSearch()")
-    if terms or isinstance(given, Record | Stats):
+    if terms or not isinstance(given, list | tuple):  # a Protocol is not asked: that would look at what Stats hold
         return [given]  # pyright: ignore[reportReturnType]
     return list(given)
 

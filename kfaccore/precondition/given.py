@@ -51,9 +51,10 @@ def working(state: State) -> Array | None:
 
 def in_dtype(stats: T, like: Array | None) -> T:
     """Stats in the dtype of the state they will move."""
-    if like is None or stats.bad.dtype == like.dtype:
+    arrays = [x for x in tree.leaves(stats) if not isinstance(x, int | float)]
+    if like is None or arrays[-1].dtype == like.dtype:
         return stats
-    return tree.map(lambda x: namespace(x).astype(x, like.dtype), stats)
+    return tree.map(lambda x: x if isinstance(x, int | float) else namespace(x).astype(x, like.dtype), stats)
 
 
 def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) -> Array:
@@ -65,14 +66,15 @@ def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) 
 
 
 class named:
-    """Adds the layer's name to whatever is raised inside, once."""
+    """Adds the names of the layers at work to whatever is raised inside, once."""
 
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
+    def __init__(self, *layers: str) -> None:
+        self.layers = layers
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            error.add_note(f"in layer {self.layer!r}")
+            names = ", ".join(repr(name) for name in self.layers)
+            error.add_note(f"in layer{'s' if len(self.layers) > 1 else ''} {names}")

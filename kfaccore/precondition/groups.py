@@ -1,19 +1,25 @@
-"""What one step treats alike: a network-level method with its layers, or one layer under the same names."""
+"""What one step treats alike: a network-level method with all its layers, or a stack of equal ones (`stack`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from functools import reduce
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from kfaccore.method import Block, Hyper, Method, RowsAtSolve, S, State, T, declares
-from kfaccore.precondition.given import named
+from kfaccore.method import Block, Hyper, T
+from kfaccore.precondition.comm import Communicator
+from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, working
+from kfaccore.precondition.parts import Parts
+from kfaccore.precondition.placement import reduced
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
-from kfaccore.xp.arrays import Array
+from kfaccore.xp import Code, choose
+from kfaccore.xp.arrays import Array, namespace
 
 Hypers = Mapping[str, Hyper]
 Grads = Mapping[str, Array | Factored]
+Batches = Mapping[str, Sequence[Given]]
 N = TypeVar("N")  # a network-level method's state
 X = TypeVar("X")
 
@@ -55,58 +61,104 @@ class NetworkMethod(Protocol[N, T]):
         ...
 
 
-@dataclass(frozen=True)
-class Alone(Generic[S, T]):
-    """The method of one layer under the names of a network-level one; errors are told the layer's name."""
-
-    name: str
-    method: Method[S, T]
+class Group(Protocol):
+    """Layers that are measured, refreshed and solved in one call; its states are trees of arrays, and `direction` and
+    `code` of its Solutions are trees that ranks may send."""
 
     @property
-    def needs_records(self) -> bool:
-        return declares(self.method, RowsAtSolve)
+    def names(self) -> tuple[str, ...]: ...
 
-    def measure(self, state: S, records: Mapping[str, Record], hypers: Hypers) -> dict[str, T]:
-        with named(self.name):
-            return {self.name: self.method.measure(state, records[self.name], hypers[self.name])}
+    @property
+    def label(self) -> str:
+        """What its information is kept under."""
+        ...
 
-    def combine(self, first: dict[str, T], second: dict[str, T]) -> dict[str, T]:
-        with named(self.name):
-            return {self.name: self.method.combine(first[self.name], second[self.name])}
+    def updated(self, state: Any, given: Batches, hypers: Hypers, comm: Communicator, donate: bool) -> tuple[Any, Any]:
+        """The state with the batches of some of its layers in it; where (blocks,) they were refused, a tree."""
+        ...
 
-    def update(self, state: S, stats: Mapping[str, T], hypers: Hypers, donate: bool = False) -> S:
-        with named(self.name):
-            return self.method.update(state, stats[self.name], hypers[self.name], donate)
+    def accepted(self, state: Any) -> Any:
+        """The tree of an update that refused nothing."""
+        ...
 
-    def refresh(self, state: S, hypers: Hypers) -> S:
-        with named(self.name):
-            return self.method.refresh(state, hypers[self.name])
+    def refresh(self, state: Any, hypers: Hypers) -> Any:
+        """Inverses from averages."""
+        ...
 
-    def solve(self, state: S, grads: Grads, hypers: Hypers, records: Mapping[str, Record] | None = None) -> Solution:
-        record = records[self.name] if records else None
-        with named(self.name):
-            found = self.method.solve(state, grads[self.name], hypers[self.name], record)
-        return Solution({self.name: found.direction}, {self.name: found.code}, found.state, found.info)
+    def solve(self, state: Any, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
+        """Directions of its layers, in their gradients' dtype."""
+        ...
+
+    def unsolved(self, state: Any, grads: Grads) -> Solution:
+        """Zeros shaped like the directions, on a rank that another sends them to."""
+        ...
+
+    def parts(self, solved: Solution, refused: Any, grads: Grads) -> Parts:
+        """Directions, codes and information by layer; `refused` as `updated` gave it, or None."""
+        ...
+
+
+def of(names: Sequence[str], given: Mapping[str, X]) -> dict[str, X]:
+    """The part of a dict that is about these layers."""
+    return {name: given[name] for name in names if name in given}
 
 
 @dataclass(frozen=True)
-class Group:
-    """Layers that are measured, refreshed and solved in one call; `label` is what its information is kept under."""
+class Together:
+    """A network-level method and its layers; what it gives are dicts of one array a layer."""
 
-    label: str
     names: tuple[str, ...]
-    method: NetworkMethod | Alone
+    method: NetworkMethod
 
     @property
-    def alone(self) -> bool:
-        """Whether it is one layer by itself."""
-        return isinstance(self.method, Alone)
+    def label(self) -> str:
+        return "network"
 
-    def of(self, given: Mapping[str, X]) -> dict[str, X]:
-        """The part of a dict that is about these layers."""
-        return {name: given[name] for name in self.names if name in given}
+    def updated(
+        self, state: Any, given: Batches, hypers: Hypers, comm: Communicator, donate: bool
+    ) -> tuple[Any, dict[str, Array]]:
+        turns = zip(*given.values(), strict=True)
+        stats = [self._measured(state, dict(zip(given, turn, strict=True)), hypers) for turn in turns]
+        total = reduced(comm, reduce(self.method.combine, stats))
+        refused = {name: found.bad > 0 for name, found in total.items()}
+        return self.method.update(state, total, of(self.names, hypers), donate), refused | self._fine(state, refused)
 
-    def layers(self, state: object) -> dict[str, State]:
-        """The states of its layers."""
-        known: Any = state
-        return {self.names[0]: known} if self.alone else known.layers
+    def _measured(self, state: Any, batch: dict[str, Any], hypers: Hypers) -> dict[str, Any]:
+        """Stats of one micro-batch, in the dtype of the states they will move."""
+        records: Any = {name: given for name, given in batch.items() if isinstance(given, Record | tuple)}
+        found = {name: given for name, given in batch.items() if name not in records}
+        if records:
+            found |= self.method.measure(state, records, of(self.names, hypers))
+        return {name: in_dtype(stats, working(state.layers[name])) for name, stats in found.items()}
+
+    def _fine(self, state: Any, but: Mapping[str, object]) -> dict[str, Array]:
+        codes = {name: layer.code for name, layer in state.layers.items() if name not in but}
+        return {name: namespace(code).zeros_like(code) > 0 for name, code in codes.items()}
+
+    def accepted(self, state: Any) -> dict[str, Array]:
+        return self._fine(state, {})
+
+    def refresh(self, state: Any, hypers: Hypers) -> Any:
+        return self.method.refresh(state, of(self.names, hypers))
+
+    def solve(self, state: Any, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
+        given = of(self.names, batches) if self.method.needs_records else {}
+        whole = {name: joined(records) for name, records in given.items() if records}
+        ours = of(self.names, grads)
+        found = self.method.solve(state, ours, of(self.names, hypers), whole or None)
+        directions = {}
+        for name, x in found.direction.items():
+            directions[name] = like_gradient(x, ours[name], working(state.layers[name]))
+        return Solution(directions, found.code, found.state, found.info)
+
+    def unsolved(self, state: Any, grads: Grads) -> Solution:
+        ours: dict[str, Any] = of(self.names, grads)
+        zeros: dict[str, Any] = {name: namespace(x).zeros_like(x) for name, x in ours.items()}
+        return Solution(zeros, {name: state.layers[name].code for name in zeros}, state, {})
+
+    def parts(self, solved: Solution, refused: dict[str, Array] | None, grads: Grads) -> Parts:
+        codes = dict(solved.code)
+        for name, flag in (refused or {}).items():
+            if name in codes:
+                codes[name] = choose(flag, Code.NONFINITE, codes[name])
+        return Parts(solved.direction, codes, {self.label: solved.info})

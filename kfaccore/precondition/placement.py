@@ -86,16 +86,24 @@ def reduced(comm: Communicator, stats: Tree) -> Tree:
     """Stats summed over ranks."""
     if comm.world == 1:
         return stats
+    stats = _counted(stats)
     return _unpacked(comm.all_reduce(_packed(stats)), stats)
+
+
+def _counted(stats: Tree) -> Tree:
+    """Stats whose numbers are arrays (1,), as ranks may add."""
+    like = next(x for x in tree.leaves(stats) if not isinstance(x, int | float))
+    one = namespace(like).ones((1,), dtype=like.dtype, device=device_of(like))
+    return tree.map(lambda x: x * one if isinstance(x, int | float) else x, stats)
 
 
 def exchanged(
     comm: Communicator,
-    states: dict[str, S],
+    states: Mapping[str, S],
     methods: Mapping[str, Method],
     work: dict[str, tuple[int, ...]],
     blocks: Mapping[str, Block],
-) -> dict[str, S]:
+) -> Mapping[str, S]:
     """States after a refresh by their owners, on all ranks of `work`, or on all there are where the next `measure`
     needs them; only what `refresh` writes travels. `blocks` as the methods were given them."""
     if comm.world == 1:
@@ -120,7 +128,7 @@ def exchanged(
 def _packed(found: Any) -> list[Array]:
     """The leaves, of symmetric ones (blocks, d, d) the upper triangle alone."""
     leaves = []
-    for x, symmetric in zip(tree.leaves(found), tree.symmetries(found), strict=True):
+    for x, symmetric in zip(tree.leaves(found), tree.marks(found, "SYMMETRIC"), strict=True):
         if symmetric and x.ndim == 3:
             flat = namespace(x).reshape(x, (x.shape[0], -1))
             x = namespace(x).take(flat, _indices(x.shape[-1], x)[0], axis=1)
@@ -131,7 +139,7 @@ def _packed(found: Any) -> list[Array]:
 def _unpacked(leaves: list[Array], like: Any) -> Any:
     """The inverse of `_packed`."""
     found = []
-    for x, old, symmetric in zip(leaves, tree.leaves(like), tree.symmetries(like), strict=True):
+    for x, old, symmetric in zip(leaves, tree.leaves(like), tree.marks(like, "SYMMETRIC"), strict=True):
         if symmetric and old.ndim == 3:
             x = namespace(x).reshape(namespace(x).take(x, _indices(old.shape[-1], x)[1], axis=1), old.shape)
         found.append(x)
@@ -147,10 +155,10 @@ def _indices(d: int, like: Array) -> tuple[Array, Array]:
     return from_host(rows * d + columns, like), from_host(back.reshape(-1), like)
 
 
-def sent(comm: Communicator, solution: Solution, ranks: tuple[int, ...]) -> Solution:
-    """A solution on every rank: direction and code travel from the owner where some ranks did not solve."""
+def sent(comm: Communicator, solved: Solution, ranks: tuple[int, ...]) -> Solution:
+    """What was solved, on every rank: direction and code travel from the owner where some ranks did not solve."""
     if len(ranks) == comm.world:
-        return solution
+        return solved
     everyone = (ranks[0], *(r for r in range(comm.world) if r != ranks[0]))
-    directions, codes = comm.broadcast([solution.direction, solution.code], everyone)
-    return replace(solution, direction=directions, code=codes)
+    directions, codes = comm.broadcast([solved.direction, solved.code], everyone)
+    return replace(solved, direction=directions, code=codes)

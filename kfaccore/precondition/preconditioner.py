@@ -9,21 +9,22 @@ from typing import Any
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Block, Hyper, Method, declares
+from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, either, strikes
 from kfaccore.precondition.footprint import Footprint, footprints
-from kfaccore.precondition.given import Given, joined, named
-from kfaccore.precondition.groups import Grads, Group, NetworkMethod
+from kfaccore.precondition.given import Given, joined
+from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.precondition.info import Info, norms
+from kfaccore.precondition.lineup import Lineup
+from kfaccore.precondition.parts import Several
 from kfaccore.precondition.placement import agree, assign, check, costs, exchanged
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
-from kfaccore.step import Rule
-from kfaccore.step.fixed import PLAIN
-from kfaccore.step.rule import Spread
+from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
+from kfaccore.step import PLAIN, Rule, spread
 from kfaccore.xp.arrays import Array, device_of, namespace
 
 
@@ -33,7 +34,7 @@ class State:
     structure."""
 
     step: int
-    layers: dict[str, Any]
+    layers: Mapping[str, Any]
     motion: Any
     network: Any = ()
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
@@ -51,6 +52,7 @@ class Preconditioner:
     donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
     widest     a wider side of a layer has a diagonal factor: no matrix of its square is made. A method whose memory is
                linear in the width keeps the side as it is: give that layer BrandKFAC() for a low-rank one
+    stacked    whether layers of equal method and sizes are one call: None decides by cost, True takes all, False none
     """
 
     methods: Method | Mapping[str, Method] | None
@@ -61,6 +63,7 @@ class Preconditioner:
     comm: Communicator
     donate: bool
     widest: int
+    stacked: bool | None
     assigned: Assigned = field(init=False, compare=False, repr=False)  # which method has which layer
 
     def __init__(
@@ -73,16 +76,13 @@ class Preconditioner:
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
         widest: int = 8192,
+        stacked: bool | None = None,
         rule: Rule | None = None,  # as `dataclasses.replace` hands on what `step` became
     ) -> None:
-        step = rule if rule is not None and step is PLAIN else step
+        step = spread(rule if rule is not None and step is PLAIN else step, comm)
         agreeing(network, step, comm)
-        if widest < 1:
-            raise ValueError(f"Preconditioner got widest={widest}; need at least 1, the widest side with a full factor")
-        if comm.world > 1 and step.needs_records and declares(step, Spread):
-            step = step.over(comm)
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
-        numbers |= {"comm": comm, "donate": donate, "widest": widest}
+        numbers |= {"comm": comm, "donate": donate, "widest": widest, "stacked": stacked}
         numbers["assigned"] = Assigned(methods, network, widest)
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
@@ -96,10 +96,7 @@ class Preconditioner:
         methods = {name: self.assigned.of(name) for name in blocks if name not in together}
         check(methods, self.comm)
         given = self.assigned.narrowed(blocks)
-        layers = {}
-        for name, method in methods.items():
-            with named(name):
-                layers[name] = method.init(given[name], like)
+        layers = started(methods, given, self._stacks(methods, given, like), like)
         xp = namespace(like)
         shapes = {name: (block.blocks, block.d_out, block.d_in) for name, block in blocks.items()}
         zeros = {n: xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for n, shape in shapes.items()}
@@ -198,33 +195,34 @@ class Preconditioner:
         if batches:
             fitting(self, fisher)
         if self.comm.world > 1:
-            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(state.layers)[0])
+            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(self._stacked(state).states)[0])
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
         motion = self.rule.begin(state.motion, seen)
         hypers = {name: self._hyper(name, state, motion, damping) for name in grads}
         due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
-        groups = self.assigned.groups(grads, self.assigned.together(blocks) if grads else {})
-        road = Road(due, self.comm, assign(costs(given), self.comm.world, self.comm.fraction), self.donate, given)
-        states = [state.layers[group.label] if group.alone else state.network for group in groups]
-        solutions = road.run(groups, states, batches, grads, hypers)
-        found = {name: x for solution in solutions for name, x in solution.direction.items()}
-        codes = {name: code for solution in solutions for name, code in solution.code.items()}
+        together = self.assigned.together(blocks) if grads else {}
+        lineup = Lineup.of(self.assigned, grads, together, self._stacked(state), state.network)
+        road = Road(due, self.comm, self._work(given), self.donate, given)
+        groups, states = road.run(lineup.groups, lineup.states, batches, grads, hypers)
+        layers, network = lineup.after(states, state.network)
+        found = {name: x for group in groups for name, x in group.directions.items()}
         with np.errstate(all="ignore"):
             directions = {name: found[name] for name in grads}
             penalty = self.schedules.joint(grads, state.step)
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty)
-        infos = {group.label: solution.info for group, solution in zip(groups, solutions, strict=True)}
+        codes = Several(tuple(grads), tuple(group.codes for group in groups))
+        infos = {label: info for group in groups for label, info in group.infos.items()}
         dampings = {name: hyper.damping for name, hyper in hypers.items()}
-        info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates))
-        return updates, self._moved(state, groups, [s.state for s in solutions], motion), info
+        info = Info(due.update, due.refresh, codes, infos, told, dampings, norms(updates, groups))
+        return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def gather(self, state: State) -> State:
         """The state with the inverses of all ranks, to be saved by any of them; every rank must call it."""
         ranks = tuple(range(self.comm.world))
         given = self.assigned.narrowed(dict(state.blocks))
-        work = assign(costs(given), self.comm.world, self.comm.fraction)
+        work = self._work(given)
         everyone = {name: (w[0], *(r for r in ranks if r != w[0])) for name, w in work.items()}
         methods = {name: self.assigned.of(name) for name in state.layers}
         return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone, given))
@@ -233,16 +231,20 @@ class Preconditioner:
         """A layer's numbers; the curvature of the l2 penalty is l2 I: it joins the damping."""
         hyper = self.schedules.hyper(name, state.step)
         hyper = self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
-        l2 = self.schedules.penalties([name], state.step)
-        return replace(hyper, damping=hyper.damping + l2[name]) if l2 else hyper
+        return self.schedules.penalised_hyper(hyper, name, state.step)
 
-    def _moved(self, state: State, groups: Sequence[Group], states: Sequence[Any], motion: Any) -> State:
-        """The state of the next step."""
-        layers = dict(state.layers)
-        network = state.network
-        for group, new in zip(groups, states, strict=True):
-            if group.alone:
-                layers[group.label] = new
-            else:
-                network = new
-        return replace(state, step=state.step + 1, layers=layers, motion=motion, network=network)
+    def _work(self, given: Mapping[str, Block]) -> dict[str, tuple[int, ...]]:
+        """The ranks of each layer, whose blocks are as its method has them."""
+        return assign(costs(given), self.comm.world, self.comm.fraction)
+
+    def _stacked(self, state: State) -> Layers:
+        """The states by stack, also where someone put others in the place of some layers."""
+        if isinstance(state.layers, Layers):
+            return state.layers
+        given = self.assigned.narrowed(dict(state.blocks))
+        methods = {name: self.assigned.of(name) for name in state.layers}
+        leaves = tree.leaves(state.layers)
+        return restacked(state.layers, self._stacks(methods, given, leaves[0]) if leaves else ())
+
+    def _stacks(self, methods: Mapping[str, Method], given: Mapping[str, Block], like: Array) -> Stacks:
+        return stacks_of(methods, given, self._work(given), like, self.stacked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kfaccore.method import Hyper
 from kfaccore.xp.arrays import Array
@@ -89,6 +89,11 @@ class Schedules:
     def penalty(self, name: str, step: int | Array) -> float:
         """The l2 of layer `name` at `step`."""
         return at(_of_layer("l2", self.l2, name), step)
+
+    def penalised_hyper(self, hyper: Hyper, name: str, step: int | Array) -> Hyper:
+        """Its numbers with the curvature of the penalty, l2 I, in the damping."""
+        l2 = self.penalties([name], step)
+        return replace(hyper, damping=hyper.damping + l2[name]) if l2 else hyper
 
     def joint(self, names: Iterable[str], step: int | Array) -> float | dict[str, float]:
         """The l2 of all layers: one number where they share it, else {layer: l2}."""

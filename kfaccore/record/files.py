@@ -8,18 +8,19 @@ from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from kfaccore.convolution.patches import Patches, Window
 from kfaccore.io import load, metadata, save
+from kfaccore.record import npz
 from kfaccore.record.record import Factored, Ids, Record
 from kfaccore.record.sharing import concat
 from kfaccore.xp.arrays import Array
 
 Named = dict[str, Record]
 Grads = dict[str, np.ndarray]
+_UNPACKED = 1 << 28
 
 
 def save_records(
@@ -49,12 +50,14 @@ def save_records(
     save(path, {"records": tree}, windows=windows, order=list(records), **meta)
 
 
-def load_records(*paths: str | os.PathLike) -> tuple[Named, Grads]:
+def load_records(*paths: str | os.PathLike, unpacked: int = _UNPACKED) -> tuple[Named, Grads]:
     """Records by layer, several files joined as micro-batches, and the gradients stored with them (n-weighted means).
+
+    unpacked   bytes that the arrays of a compressed .npz may take; four times the file where that is more
 
     Raises ValueError, naming file and layer, for what is not a record; FileNotFoundError when there is no file.
     """
-    found = [_npz(Path(path)) if Path(path).suffix == ".npz" else _safetensors(path) for path in paths]
+    found = [_npz(Path(path), unpacked) if Path(path).suffix == ".npz" else _safetensors(path) for path in paths]
     first = found[0][0]
     for path, (records, _) in zip(paths, found, strict=True):
         if set(records) != set(first):
@@ -74,8 +77,11 @@ def _safetensors(path: str | os.PathLike) -> tuple[Named, Grads]:
     layers = _layers(tree.get("records", tree))
     if not layers:
         raise ValueError(f"{path} holds no records: need leaves a (or index, or image), g and n for each layer")
-    order = [name for name in meta.get("order", ()) if name in layers] or list(layers)
+    order = meta.get("order", [])
     windows = meta.get("windows", {})
+    if not isinstance(order, list) or not isinstance(windows, dict):
+        raise ValueError(f"{path} has damaged metadata: need a list `order` and an object `windows`")
+    order = [name for name in order if isinstance(name, str) and name in layers] or list(layers)
     records = {name: _record(path, name, layers[name], windows.get(name)) for name in order}
     return records, {name: layers[name]["grad"] for name in order if "grad" in layers[name]}
 
@@ -91,14 +97,8 @@ def _layers(node: Mapping[str, Any], path: str = "") -> dict[str, dict[str, Any]
     return found
 
 
-def _npz(path: Path) -> tuple[Named, Grads]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable .npz of arrays: {error}") from error
+def _npz(path: Path, unpacked: int) -> tuple[Named, Grads]:
+    arrays = npz.read(path, unpacked)
     layers: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         layer, _, leaf = name.rpartition(".")
@@ -116,14 +116,14 @@ def _record(path: Any, name: str, leaves: dict[str, Any], window: dict[str, Any]
     try:
         if "index" in leaves:
             a = Ids(leaves["index"], int(leaves["size"]))
-        elif "image" in leaves and window is not None:
+        elif "image" in leaves and isinstance(window, dict):
             geometry = {key: _tuples(window[key]) for key in ("kernel", "stride", "padding", "dilation")}
             a = Patches(leaves["image"], Window(**geometry), window["bias"])
         if a is None or "g" not in leaves:
             raise ValueError(f"found {sorted(leaves)}; need a (or index and size, or image and its window) and g")
         record = Record(a, leaves["g"], 1.0, leaves.get("mask"), leaves.get("ids"))
         return replace(record, n=float(leaves.get("n", record.batch)))
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: layer {name!r}: {error}") from error
 
 

@@ -13,12 +13,15 @@ import array_api_compat as aac
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
-from kfaccore.xp.arrays import Array, device_of, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, widen
 
 
 @dataclass(frozen=True)
 class Ids:
-    """Inputs of an embedding: `index` (batch, shared) or (batch,) integers below `size`, never one-hot rows."""
+    """Inputs of an embedding: `index` (batch, shared) or (batch,) integers below `size`, never one-hot rows.
+
+    A record of an index outside 0 .. size-1 is not finite, unless its mask says that the position does not exist.
+    """
 
     index: Array
     size: int
@@ -67,10 +70,25 @@ class Record:
             raise TypeError(f"n is {self.n!r}; need a number or a 0-d array")
         if isinstance(self.n, int | float) and not 0 < self.n < float("inf"):
             raise ValueError(f"n is {self.n}; need the positive share of the loss normaliser (B for a mean over B)")
+        if isinstance(a, Ids):
+            self._mark_strangers(a)
         if self.mask is not None:
             self._mask_out(self.mask)
         if self.ids is not None and tuple(self.ids.shape) != (self.batch,):
             raise ValueError(f"ids has shape {tuple(self.ids.shape)}; need (batch,) = ({self.batch},)")
+
+    def _mark_strangers(self, ids: Ids) -> None:
+        """NaN for the gradients of ids that do not exist (NONFINITE later), which index row 0: never another's row."""
+        xp = namespace(self.g)
+        inside = (ids.index >= 0) & (ids.index < ids.size)
+        if is_numpy(inside) and inside.all():
+            return
+        put = object.__setattr__
+        put(self, "a", Ids(xp.where(inside, ids.index, xp.zeros_like(ids.index)), ids.size))
+        if self.draws:
+            put(self, "g", xp.where(inside[..., None], self.g, xp.zeros_like(self.g) + float("nan")))
+        else:  # no gradients to mark: n is what is left
+            put(self, "n", xp.where(xp.all(inside), 1.0, float("nan")) * self.n)
 
     def _mask_out(self, mask: Array) -> None:
         """Zero the positions that do not exist, NaN padding included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol, TypeVar
 
-from kfaccore.method import Hyper
+from kfaccore.method import Hyper, declares
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
 from kfaccore.step.model import Penalty
@@ -69,3 +69,8 @@ class Spread(Protocol):
     def over(self, comm: Communicator) -> Rule:
         """The rule for ranks whose records add up to the batch."""
         ...
+
+
+def spread(rule: Rule[M], comm: Communicator) -> Rule[M]:
+    """The rule, over the ranks of `comm` where there are several and it needs their records."""
+    return rule.over(comm) if comm.world > 1 and rule.needs_records and declares(rule, Spread) else rule

@@ -15,12 +15,14 @@ from kfaccore.xp.arrays import (
     scalar,
     select,
     shared_first,
+    shifted,
     to_host,
     widen,
 )
 from kfaccore.xp.chunks import at_once, spans
 from kfaccore.xp.codes import Code, choose
-from kfaccore.xp.factorise import eigh, qr, spd_inverse, widest
+from kfaccore.xp.eigen import eigh
+from kfaccore.xp.factorise import qr, spd_inverse, widest
 from kfaccore.xp.fourier import fast_length, rfftn
 from kfaccore.xp.gram import average, gram, gram_diagonal, quadratic
 from kfaccore.xp.half import to_bfloat16
@@ -50,6 +52,7 @@ __all__ = [
     "segment_sum",
     "select",
     "shared_first",
+    "shifted",
     "spans",
     "spd_inverse",
     "to_bfloat16",

@@ -56,11 +56,16 @@ def widen(x: Array, what: str) -> Array:
 
     Raises TypeError for integers, booleans and complex numbers, naming the argument `what`.
     """
+    return namespace(x).astype(x, namespace(x).float32) if real(x, what) else x
+
+
+def real(x: Array, what: str) -> bool:
+    """Whether the real numbers x are of half precision; TypeError as `widen`."""
     xp = namespace(x)
     if x.dtype in (xp.float32, xp.float64):
-        return x
+        return False
     if str(x.dtype).rsplit(".", 1)[-1] in ("float16", "bfloat16"):
-        return xp.astype(x, xp.float32)
+        return True
     raise TypeError(f"{what} has dtype {x.dtype}, shape {tuple(x.shape)}; need a real floating dtype: cast it first")
 
 
@@ -101,7 +106,48 @@ def all_finite(x: Array, axes: int = 1) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(np.vdot(flat, flat)):
                 return np.ones(lead, dtype=bool)
-    return xp.all(xp.isfinite(flat), axis=-1)
+        return xp.all(xp.isfinite(flat), axis=-1)
+    summary = _summary(flat, xp)
+    return summary - summary == 0
+
+
+def any_bad(x: Array) -> Array:
+    """Whether any entry of a block is not finite, (blocks, ...) -> (blocks,)."""
+    if is_numpy(x):
+        return ~all_finite(x)
+    xp = namespace(x)
+    summary = _summary(xp.reshape(x, (x.shape[0], -1)), xp)
+    return summary - summary != 0
+
+
+def _summary(x: Array, xp: Any) -> Array:
+    """A number a row (..., many) that is finite where the row is: one reduction, no array of flags."""
+    if aac.is_torch_array(x):
+        return largest(x)
+    if aac.is_cupy_array(x):
+        return xp.sum(x, axis=-1)  # of numbers near the largest it may overflow; `cupy.all` is 10-50 times slower
+    return xp.sum(x * 0.0, axis=-1)
+
+
+def largest(x: Array) -> Array:
+    """The largest absolute entry over the last axis, NaN where there is one."""
+    foreign: Any = x
+    if aac.is_torch_array(foreign):
+        import torch
+
+        return torch.linalg.vector_norm(foreign, float("inf"), dim=-1)
+    return namespace(x).max(abs(x), axis=-1)
+
+
+def shifted(x: Array, shift: Array) -> Array:
+    """x + shift I for matrices (blocks, d, d) and shift (blocks,)."""
+    foreign: Any = x
+    if aac.is_torch_array(foreign):
+        found = foreign.clone()
+        found.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+        return found
+    eye = namespace(x).eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
+    return x + shift[:, None, None] * eye
 
 
 def select(condition: Array, yes: Array, no: Array) -> Array:
@@ -120,6 +166,15 @@ def blanked(condition: Array, x: Array) -> Array:
     if is_numpy(condition) and condition.all():
         return x
     return select(condition, x, namespace(x).zeros_like(x))
+
+
+def filled(x: Array, condition: Array, value: float) -> Array:
+    """`value` where the per-block `condition` (leading axes) holds, `x` elsewhere, in the dtype of x."""
+    foreign: Any = x
+    condition = namespace(x).reshape(condition, (*condition.shape, *(1,) * (x.ndim - condition.ndim)))
+    if aac.is_torch_array(foreign):
+        return foreign.masked_fill(condition, value)
+    return namespace(x).where(condition, namespace(x).full_like(x, value), x)
 
 
 def plus(own: Array, c: float | Array, x: Array) -> Array:
@@ -170,8 +225,9 @@ def to_host(x: Array | float) -> np.ndarray:
     if aac.is_cupy_array(foreign):
         return foreign.get()
     if aac.is_torch_array(foreign):
-        # a conjugate or negative view is a flag in torch, which NumPy cannot read
-        return foreign.detach().resolve_conj().resolve_neg().cpu().numpy()
+        # a conjugate or negative view is a flag in torch, which NumPy cannot read, as it cannot read bfloat16
+        foreign = foreign.detach().resolve_conj().resolve_neg().cpu()
+        return (foreign.float() if str(foreign.dtype) == "torch.bfloat16" else foreign).numpy()
     return np.asarray(foreign)
 
 

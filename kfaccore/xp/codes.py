@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.arrays import Array, device_of, filled, namespace
 
 
 class Code(IntEnum):
@@ -35,5 +35,6 @@ class Code(IntEnum):
 def choose(condition: Array, yes: Code, no: Code | Array) -> Array:
     """int32 codes: `yes` where the condition (blocks,) holds, `no` (a code, or codes) elsewhere."""
     xp = namespace(condition)
-    zero = xp.zeros(condition.shape, dtype=xp.int32, device=device_of(condition))
-    return xp.where(condition, zero + int(yes), zero + int(no) if isinstance(no, Code) else no)
+    if isinstance(no, Code):
+        no = xp.full(condition.shape, int(no), dtype=xp.int32, device=device_of(condition))
+    return filled(no, condition, int(yes))

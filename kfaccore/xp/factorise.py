@@ -1,4 +1,4 @@
-"""Inverse and eigendecomposition of symmetric matrices that report failure instead of raising it; thin QR."""
+"""Inverse of symmetric matrices that reports failure instead of raising it; thin QR."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 import array_api_compat as aac
 import numpy as np
-from scipy.linalg import eigh as scipy_eigh
 from scipy.linalg import lapack
 from scipy.linalg import qr as scipy_qr
 
-from kfaccore.xp.arrays import Array, all_finite, device_of, eps, is_numpy, loop, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, eps, is_numpy, is_tracer, largest, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.gram import mirror
 
@@ -25,9 +24,17 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     and NONFINITE (the returned matrix is the identity). Never an LU: Cholesky and its inverse throughout.
     """
     xp = namespace(x)
+    inverse, ok = _attempt(x)
+    if not is_tracer(x) and bool(xp.all(ok)):  # where it can be seen, the usual case costs nothing more
+        return inverse, xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
+    return _repaired(x, inverse, ok)
+
+
+def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
+    """`spd_inverse` from its first attempt on: further ones for the blocks that are not `ok`."""
+    xp = namespace(x)
     finite = all_finite(x)
     eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
-    inverse, ok = _attempt(x)
     ok = ok & finite
     zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
     wide = widest(x)
@@ -50,26 +57,6 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, first), _ATTEMPTS - 1)
     failed = choose(finite, Code.INDEFINITE, Code.NONFINITE)
     return select(ok, inverse, xp.zeros_like(x) + eye), xp.where(ok, code, failed)
-
-
-def eigh(x: Array) -> tuple[Array, Array, Array]:
-    """Ascending eigenvalues (blocks, d), eigenvectors (blocks, d, d) as columns, code (blocks,) of symmetric matrices.
-
-    The input is symmetrised first (namespaces read different triangles). A non-finite matrix gives the eigenpairs
-    of the identity and NONFINITE. On NumPy the divide-and-conquer driver is used, twice as fast in float32.
-    """
-    xp = namespace(x)
-    finite = all_finite(x)
-    eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
-    x = select(finite, (x + x.mT) / 2, xp.zeros_like(x) + eye)
-    if is_numpy(x):
-        pairs: list[Any] = [scipy_eigh(block, driver="evd", check_finite=False) for block in x]
-        values = np.stack([pair[0] for pair in pairs])
-        vectors = np.ascontiguousarray(np.stack([pair[1] for pair in pairs]))
-    else:
-        values, vectors = xp.linalg.eigh(x)
-    code = choose(finite, Code.OK, Code.NONFINITE)
-    return values, vectors, code
 
 
 def qr(x: Array) -> tuple[Array, Array]:
@@ -105,7 +92,10 @@ def _attempt(x: Array) -> tuple[Array, Array]:
         import torch
 
         lower, _ = torch.linalg.cholesky_ex(x)
-        return torch.cholesky_inverse(lower), _trusted(lower, x)
+        ok = _trusted(lower, x)
+        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
+        # torch raises for a zero pivot, which is data here
+        return torch.cholesky_inverse(xp.where(ok[:, None, None], lower, eye)), ok
     if aac.is_jax_array(x):
         import jax
 
@@ -146,8 +136,8 @@ def _trusted(lower: Array, x: Array) -> Array:
     xp = namespace(x)
     diagonal = xp.linalg.diagonal(x)
     tiny = eps(x.dtype, xp)
-    miss = xp.max(xp.abs(xp.sum(lower * lower, axis=-1) - diagonal), axis=-1)
-    ok = miss <= 50 * x.shape[-1] ** 0.5 * tiny * xp.max(xp.abs(diagonal), axis=-1)
+    miss = largest(xp.sum(lower * lower, axis=-1) - diagonal)
+    ok = miss <= 50 * x.shape[-1] ** 0.5 * tiny * largest(diagonal)
     pivots = xp.linalg.diagonal(lower)
     return ok & xp.all(pivots * pivots > _PIVOT * tiny * diagonal, axis=-1)
 

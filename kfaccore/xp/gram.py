@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import array_api_compat as aac
 import numpy as np
 from scipy.linalg import blas
 
@@ -59,6 +60,15 @@ def mirror(x: np.ndarray, tile: int = 64) -> None:
         np.copyto(corner, corner.T.copy(), where=above[: len(corner), : len(corner)])
 
 
+def squares(x: Array) -> Array:
+    """The squared norm of each block, (blocks, ...) -> (blocks,)."""
+    xp = namespace(x)
+    flat = xp.reshape(x, (x.shape[0], -1))
+    if is_numpy(x):
+        return np.vecdot(flat, flat)
+    return xp.matmul(flat[:, None, :], flat[:, :, None])[:, 0, 0]  # one product, where `vecdot` may be two operations
+
+
 def quadratic(x: Array, v: Array) -> Array:
     """x^T V x of every row for symmetric V: (draws, blocks, rows, d), (blocks, d, d) -> (draws, blocks, rows).
 
@@ -88,7 +98,7 @@ def average(
     keep = _per_block(keep, old)
     add = _per_block(add, old)
     if not (is_numpy(old) and is_numpy(total)):
-        return namespace(old).where(_per_block(ok, old), keep * old + add * total, old)
+        return namespace(old).where(_per_block(ok, old), _sum(keep * old, add, total), old)
     out = old if donate and old.flags.writeable else np.empty(old.shape, old.dtype)
     for block in range(old.shape[0]):
         if ok[block]:
@@ -96,6 +106,14 @@ def average(
         elif out is not old:
             out[block] = old[block]
     return out
+
+
+def _sum(x: Array, c: float | Array, y: Array) -> Array:
+    """x + c y, one operation where a namespace has it."""
+    foreign: Any = x
+    if aac.is_torch_array(foreign) and isinstance(c, int | float):
+        return foreign.add(y, alpha=c)
+    return x + c * y
 
 
 def _axpby(x: np.ndarray, y: np.ndarray, a: float, b: float, out: np.ndarray) -> None:

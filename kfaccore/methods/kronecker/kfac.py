@@ -55,8 +55,8 @@ class KFAC(Product[State]):
         fields = factors.init(block, like)
         return State(**fields, inverse=self.inverse.init(fields["A"], fields["G"]))
 
-    def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
-        return factors.measure(record, self.sharing, state)
+    def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Sums:
+        return factors.sums(record, self.sharing, state)
 
     def refresh(self, state: State, hyper: Hyper) -> State:
         A, G = self.product(state)

@@ -72,7 +72,7 @@ class Moments(Additive):
         state = factors.update(state, stats.factors, hyper, donate)
         return replace(
             state,
-            S=kernels.average(state.S, stats.S, keep, (1 - decay) / stats.factors.n, ok, donate),
+            S=kernels.average(state.S, stats.S, keep, (1 - decay) / factors.positive(stats.factors.n), ok, donate),
             S_weight=xp.where(ok, decay * state.S_weight + (1 - decay), state.S_weight),
         )
 
@@ -104,7 +104,7 @@ def measured(state: State, record: Record, sums: factors.Stats) -> Stats:
     """The factors' sums with the squares of the record in the state's basis."""
     factors.needs_draws(record)
     S = squares(record, _turn(state.basis.Qa), _turn(state.basis.Qg))
-    bad = sums.bad + namespace(S).astype(~all_finite(S), S.dtype)
+    bad = sums.bad + namespace(S).astype(~all_finite(S / factors.positive(sums.n)[:, None, None]), S.dtype)
     return Stats(replace(sums, bad=bad), S)
 
 

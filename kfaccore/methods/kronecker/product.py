@@ -46,7 +46,7 @@ class Product(Additive, Generic[S]):
         """(A, G) of F~ = G (x) A."""
         return factors.means(state)
 
-    def update(self, state: S, stats: factors.Stats, hyper: Hyper, donate: bool = False) -> S:
+    def update(self, state: S, stats: factors.Stats | factors.Sums, hyper: Hyper, donate: bool = False) -> S:
         return factors.update(state, stats, hyper, donate)
 
     def solve(self, state: S, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:

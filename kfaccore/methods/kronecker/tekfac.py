@@ -13,7 +13,7 @@ Cost: TKFAC's update plus rows d_in d_out (shared 1); refresh two eigendecomposi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kfaccore import factors
@@ -51,7 +51,8 @@ class TEKFAC(Moments):
         A, G = factors.means(state)
         new, code = eigh.refresh(A, G)
         trace = namespace(A).sum(side.diagonal(A), axis=-1)
-        return rebased(state, new, factors.mean(new.products(), trace), code)
+        # divided first: the product of both traces may be too large for the dtype where their quotient is not
+        return rebased(state, new, replace(new, g=factors.mean(new.g, trace)).products(), code)
 
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
         """(Qa, Qg, S + the damping that `damping` makes of it)."""

@@ -128,8 +128,20 @@ def measure(record: Record, sharing: Callable[[Record], Record], like: State) ->
     else:
         g = xp.reshape(xp.permute_dims(record.g, (1, 2, 0, 3, 4)), (record.blocks, -1, record.d_out))
     rows = factors.valid_rows(record)
-    bad = xp.astype(~(all_finite(a) & all_finite(g)), rows.dtype)
-    return Stats(a, rows, g, factors.per_block(record.n, bad), bad)
+    n = factors.share(record, rows)
+    # of rows, what will be stored are the means of their squares
+    fine = all_finite(a) & all_finite(g) & xp.isfinite(_total(a) / factors.positive(rows))
+    fine = fine & xp.isfinite(_total(g) / factors.positive(n))
+    return Stats(a, rows, g, n, xp.astype(~fine, rows.dtype))
+
+
+def _total(x: Array) -> Array:
+    """Sum of squares of rows, or of what is squares already, (blocks,)."""
+    xp = namespace(x)
+    if x.ndim == 2:
+        return xp.sum(x, axis=-1)
+    flat = xp.reshape(x, (x.shape[0], -1))
+    return xp.vecdot(flat, flat)
 
 
 def moved(state: S, stats: Stats, hyper: Hyper, rank: Rank, outside: Outside) -> S:
@@ -138,7 +150,6 @@ def moved(state: S, stats: Stats, hyper: Hyper, rank: Rank, outside: Outside) ->
     usable = (stats.bad == 0) & (stats.rows > 0)
     one = xp.ones_like(state.weight)
     keep = scalar(hyper.decay, one) * one
-    many = xp.where(stats.rows > 0, stats.rows, one)
 
     def side_moved(old: Factor, rows: Array, add: Array) -> tuple[Factor, Array]:
         if not isinstance(old, LowRank):
@@ -146,8 +157,8 @@ def moved(state: S, stats: Stats, hyper: Hyper, rank: Rank, outside: Outside) ->
         new = brand.moved(old, select(usable, rows, xp.zeros_like(rows)), keep, add, rank, outside)
         return new, usable & all_finite(new.U) & all_finite(new.D) & all_finite(new.trace[:, None])
 
-    A, ok_a = side_moved(state.A, stats.a, (1 - keep) / many)
-    G, ok_g = side_moved(state.G, stats.g, (1 - keep) / stats.n)
+    A, ok_a = side_moved(state.A, stats.a, (1 - keep) / factors.positive(stats.rows))
+    G, ok_g = side_moved(state.G, stats.g, (1 - keep) / factors.positive(stats.n))
     ok = ok_a & ok_g
     return replace(
         state,
@@ -162,13 +173,11 @@ def averaged(state: FullState, stats: Stats, hyper: Hyper, donate: bool) -> dict
     """full_A and full_G of `state` moved by the same Stats."""
     A = stats.a if stats.a.ndim == 2 else kernels.gram(stats.a)
     G = stats.g if stats.g.ndim == 2 else kernels.gram(stats.g)
-    xp = namespace(G)
     ok = (stats.bad == 0) & (stats.rows > 0)
-    rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
     decay = scalar(hyper.decay, state.weight)
     return {
-        "full_A": kernels.average(state.full_A, A, decay, (1 - decay) / rows, ok, donate),
-        "full_G": kernels.average(state.full_G, G, decay, (1 - decay) / stats.n, ok, donate),
+        "full_A": kernels.average(state.full_A, A, decay, (1 - decay) / factors.positive(stats.rows), ok, donate),
+        "full_G": kernels.average(state.full_G, G, decay, (1 - decay) / factors.positive(stats.n), ok, donate),
     }
 
 

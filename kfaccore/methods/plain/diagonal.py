@@ -55,8 +55,9 @@ class Diagonal(Additive):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         factors.needs_draws(record)
         D = squares(record)
-        bad = namespace(D).astype(~all_finite(D), D.dtype)
-        return Stats(D, factors.per_block(record.n, bad), bad)
+        n = factors.share(record, D[:, 0, 0])
+        bad = namespace(D).astype(~all_finite(D / factors.positive(n)[:, None, None]), D.dtype)
+        return Stats(D, n, bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         D, weight = factors.moved(state.D, state.weight, stats.D, stats.n, stats.bad == 0, hyper, donate)

@@ -61,7 +61,7 @@ class Exact(Additive):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         F = dense(record)
         bad = namespace(F).astype(~all_finite(F), F.dtype)
-        n = factors.per_block(record.n, bad)
+        n = factors.share(record, bad)
         return Stats(F * n[:, None, None], n, bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from kfaccore.factors import per_block
 from kfaccore.method import Block, Hyper
-from kfaccore.methods.rows import examples, fisher
+from kfaccore.methods.rows import examples, fisher, units
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.examples import Examples
 from kfaccore.methods.rows.operators import Map, Sharing, damping_of, widened
@@ -37,7 +37,7 @@ class Empirical:
         return examples.init(block, like, rows)
 
     def measure(self, parts: Examples, record: Record) -> examples.Stats:
-        return examples.measure(parts, self.sharing(record))
+        return examples.measure(parts, units.shared(record, self.sharing))
 
     def combine(self, first: examples.Stats, second: examples.Stats) -> examples.Stats:
         return examples.combine(first, second)

@@ -73,8 +73,10 @@ def measure(state: Examples, record: Record) -> Stats:
     examples = record.batch * record.draws
     number = xp.repeat(xp.arange(examples, dtype=xp.int32, device=device), record.shared)
     zero = xp.zeros((record.blocks, 1), dtype=xp.int32, device=device)
-    bad = xp.astype(~(all_finite(a) & all_finite(g)), g.dtype)
-    return Stats(a, g, zero + number[None, :], zero[:, 0] + examples, factors.per_block(record.n, bad), bad)
+    fine = all_finite(a) & all_finite(g)
+    n = factors.share(record, xp.astype(fine, g.dtype))
+    bad = xp.astype(~(fine & xp.isfinite(1 / factors.positive(n))), g.dtype)
+    return Stats(a, g, zero + number[None, :], zero[:, 0] + examples, n, bad)
 
 
 def combine(first: Stats, second: Stats) -> Stats:
@@ -97,7 +99,7 @@ def update(state: Examples, stats: Stats, hyper: Hyper) -> Examples:
     capacity = state.a.shape[1]
     if count > capacity:
         raise ValueError(f"a batch has {count} rows and there is room for {capacity}: raise rows (or Block.rows)")
-    ok = stats.bad == 0
+    ok = (stats.bad == 0) & (stats.n > 0)
     decay = scalar(hyper.decay, state.weight)
     ones = xp.ones(stats.number.shape, dtype=state.a.dtype, device=device_of(state.a))
     # Stats on their way may have been cast, whole numbers too, to the dtype of the state
@@ -109,7 +111,7 @@ def update(state: Examples, stats: Stats, hyper: Hyper) -> Examples:
     return Examples(
         a=joined(stats.a, older.a, state.a),
         g=joined(stats.g, older.g, state.g),
-        share=joined(ones * ((1 - decay) / stats.n)[:, None], older.share, state.share),
+        share=joined(ones * ((1 - decay) / factors.positive(stats.n))[:, None], older.share, state.share),
         mass=joined(ones * ((1 - decay) / count), older.mass, state.mass),
         number=joined(xp.astype(stats.number, xp.int32), older.number, state.number),
         weight=xp.where(ok, decay * state.weight + (1 - decay), state.weight),

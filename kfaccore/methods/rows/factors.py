@@ -99,9 +99,10 @@ def measure(state: Factors, record: Record) -> Stats:
         G = Rows(gradients(record))
     else:
         G = factors.gram_of_gradients(record, side.is_diagonal(state.G))
-    finite = _finite(A) & _finite(G)
-    bad = xp.astype(~finite, record.g.dtype)
-    return Stats(A, factors.valid_rows(record), G, factors.per_block(record.n, bad), bad)
+    rows = factors.valid_rows(record)
+    n = factors.share(record, rows)
+    finite = _finite(A, rows) & _finite(G, n)
+    return Stats(A, rows, G, n, xp.astype(~finite, record.g.dtype))
 
 
 def combine(first: Stats, second: Stats) -> Stats:
@@ -120,7 +121,6 @@ def update(state: Factors, stats: Stats, hyper: Hyper, rank: int = 0, donate: bo
     xp = namespace(state.weight)
     ok = (stats.bad == 0) & (stats.rows > 0)
     decay = scalar(hyper.decay, state.weight)
-    rows = xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows))
 
     def moved(old: Factor, new: Array | Rows, count: Array) -> Factor:
         if isinstance(old, Stack) and isinstance(new, Rows):
@@ -130,7 +130,11 @@ def update(state: Factors, stats: Stats, hyper: Hyper, rank: int = 0, donate: bo
         return kernels.average(old, new, decay, (1 - decay) / count, ok, donate)
 
     weight = xp.where(ok, decay * state.weight + (1 - decay), state.weight)
-    return Factors(moved(state.A, stats.A, rows), moved(state.G, stats.G, stats.n), weight)
+    return Factors(
+        moved(state.A, stats.A, factors.positive(stats.rows)),
+        moved(state.G, stats.G, factors.positive(stats.n)),
+        weight,
+    )
 
 
 def debiased(state: Factors) -> tuple[Factor, Factor]:
@@ -193,9 +197,12 @@ def _mean(factor: Factor, weight: Array) -> Factor:
     return factor if isinstance(factor, Stack) else factors.mean(factor, weight)
 
 
-def _finite(x: Array | Rows) -> Array:
-    """Whether a side's Stats are finite; a bad row shows on a gram's diagonal."""
-    return all_finite(x.values if isinstance(x, Rows) else side.diagonal(x))
+def _finite(x: Array | Rows, count: Array) -> Array:
+    """Whether a side's mean over `count` is finite; a bad row shows on a gram's diagonal."""
+    per = 1 / factors.positive(count)
+    if isinstance(x, Rows):
+        return all_finite(x.values) & namespace(per).isfinite(per)
+    return all_finite(side.diagonal(x) * per[:, None])
 
 
 def _join(x: Array | Rows, y: Array | Rows) -> Array | Rows:

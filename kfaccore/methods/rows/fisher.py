@@ -52,19 +52,32 @@ def mean_eigenvalue(state: Examples) -> Array:
 def solve(state: Examples, v: Array, shift: Array) -> tuple[Array, Array]:
     """(F + shift I)^-1 v for any v and shift (blocks,), by a system of the size of the rows; and a code.
 
-    (v - sum_e y_e J_e) / shift with (K + shift / share) y = <J, v>, K the inner products of the J. No iteration.
+    (v - sum_e y_e J_e) / shift with (K + shift / share) y = <J, v>, K the inner products of the J. No iteration. With
+    no more parameters than rows, where that difference would leave nothing but rounding, F itself is inverted.
     """
     xp = namespace(v)
     device = device_of(v)
     index = xp.arange(state.number.shape[1], dtype=state.number.dtype, device=device)
     member = xp.astype(state.number[:, None, :] == index[:, None], v.dtype)  # [e, r]: row r is of example e
     root = member * xp.sqrt(shares(state))[:, None, :]
+    if v.shape[1] * v.shape[2] <= root.shape[1]:
+        rows = state.g[:, :, :, None] * state.a[:, :, None, :]
+        J = xp.matmul(root, xp.reshape(rows, (*rows.shape[:2], -1)))
+        return inverted(kernels.gram(J), v, shift)
     K = xp.matmul(state.a, state.a.mT) * xp.matmul(state.g, state.g.mT)  # <g_r a_r^T, g_s a_s^T> of pairs of rows
     eye = xp.eye(K.shape[-1], dtype=v.dtype, device=device)
     system = xp.matmul(xp.matmul(root, K), root.mT) + shift[:, None, None] * eye
     inverse, code = kernels.spd_inverse(system)
     y = xp.matmul(root.mT, xp.matmul(inverse, xp.matmul(root, _inner(state, v)[:, :, None])))
     return (v - xp.matmul((state.g * y).mT, state.a)) / shift[:, None, None], code
+
+
+def inverted(F: Array, v: Array, shift: Array) -> tuple[Array, Array]:
+    """(F + shift I)^-1 v for a dense block F (blocks, D, D), and a code."""
+    xp = namespace(v)
+    eye = xp.eye(F.shape[-1], dtype=F.dtype, device=device_of(F))
+    inverse, code = kernels.spd_inverse(F + shift[:, None, None] * eye)
+    return xp.reshape(xp.matmul(inverse, xp.reshape(v, (v.shape[0], -1, 1))), v.shape), code
 
 
 def _inner(state: Examples, v: Array) -> Array:

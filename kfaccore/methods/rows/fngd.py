@@ -20,10 +20,11 @@ from typing import ClassVar
 from kfaccore import factors
 from kfaccore.convolution.patches import Patches
 from kfaccore.method import Additive, Block, Hyper
-from kfaccore.methods.rows import table, units
+from kfaccore.methods.rows import fisher, table, units
 from kfaccore.methods.rows.shares import Coefficients, mean_vector, position, sample, scalar_rate
 from kfaccore.methods.rows.table import Table
 from kfaccore.record import Factored, Ids, Record
+from kfaccore.record import dense as dense_block
 from kfaccore.record.sharing import expand, whole
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, device_of, loop, namespace, scalar, select
@@ -69,8 +70,7 @@ class FNGD(Additive, Coefficients):
         return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        if record.draws == 0:
-            raise ValueError("FNGD got a record of zero draws (forward only): it needs the loss's own gradients")
+        _needs_gradients(record)
         xp = namespace(record.g)
         fine = xp.all(all_finite(record.g, 2), axis=0)
         if isinstance(record.a, Patches):
@@ -89,9 +89,10 @@ class FNGD(Additive, Coefficients):
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         if record is None:
             return self._handed_on(state, grad, hyper)
+        _needs_gradients(record)
         given, squeeze = gradient(grad, (record.blocks, record.d_out, record.d_in))
         own = self.own(record, given)
-        record = self.sharing(record)
+        record = units.shared(record, self.sharing)
         if own is None:
             x, c, code = self._general(record, given, hyper.damping)
         else:
@@ -184,9 +185,18 @@ class FNGD(Additive, Coefficients):
         xp = namespace(v)
         v = xp.astype(v, wide.g.dtype)
         inverse, shift, code = units.damped_inverse(units.gram(wide), wide.n, damping, self.relative)
-        y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
-        x = (v - units.combined(wide, y)) / shift[:, None, None]
-        return xp.astype(x, dtype), xp.astype(xp.sum(inverse, axis=-1), dtype), code
+        c = xp.astype(xp.sum(inverse, axis=-1), dtype)
+        if v.shape[1] * v.shape[2] <= inverse.shape[-1]:  # no direction without curvature: the difference is rounding
+            x, code = fisher.inverted(dense_block(wide), v, shift)
+        else:
+            y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
+            x = (v - units.combined(wide, y)) / shift[:, None, None]
+        return xp.astype(x, dtype), c, code
+
+
+def _needs_gradients(record: Record) -> None:
+    if record.draws == 0:
+        raise ValueError("FNGD got a record of zero draws (forward only): it needs the loss's own gradients")
 
 
 def dense(grad: Array | Factored, like: Array) -> Array:

@@ -9,7 +9,7 @@ Cost: K units^2 shared^2 (d_in + d_out), or units^2 d_in d_out; the others one w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -19,6 +19,7 @@ from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
+from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array, device_of, namespace
 from kfaccore.xp.codes import Code, choose
 
@@ -31,6 +32,14 @@ def gram(record: Record, pairs: bool | None = None) -> Array:
     if pairs or isinstance(record.a, Ids):
         return _by_pairs(record)
     return _by_slices(record)
+
+
+def shared(record: Record, sharing: Callable[[Record], Record]) -> Record:
+    """The record as `sharing` has it, of rows where `expand` leaves Patches folded: here a unit is a position."""
+    record = sharing(record)
+    if sharing is not expand or not isinstance(record.a, Patches):
+        return record
+    return expand(replace(record, a=record.rows()))
 
 
 def inner(record: Record, v: Array) -> Array:

@@ -54,8 +54,8 @@ class Unlimited:
 
 
 def _norm(side: Structure, m: Parts) -> Array:
-    square = side.square(m)
-    return namespace(square).sqrt(square)
+    unit, size = _scaled(m)
+    return size * side.square(unit) ** 0.5
 
 
 def _entry(side: Structure, m: Parts) -> Array:
@@ -64,9 +64,18 @@ def _entry(side: Structure, m: Parts) -> Array:
 
 def _radius(side: Structure, m: Parts) -> Array:
     """|m^4|_F^(1/4), at least the spectral radius and at most d^(1/8) of it for a symmetric m."""
-    square = side.product(m, m)
+    unit, size = _scaled(m)
+    square = side.product(unit, unit)
     fourth = side.product(square, square)
-    return side.square(fourth) ** 0.125  # |m^4|_F^2 to the power 1/8
+    return size * side.square(fourth) ** 0.125  # |m^4|_F^2 to the power 1/8
+
+
+def _scaled(m: Parts) -> tuple[Parts, Array]:
+    """m over its largest entry, whose eighth power is no number of float32 from 1e5 on, and that entry (blocks,)."""
+    size = structured.largest(m)
+    xp = namespace(size)
+    size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))
+    return structured.scaled(1 / size, m), size
 
 
 by_radius = AtMost(_radius)

@@ -140,16 +140,18 @@ class SINGD(Additive):
         else:
             H_C = self._summed(outputs, state.C, _output_rows(record))
         rows = factors.valid_rows(record)
-        finite = all_finite(inputs.trace(H_K)) & all_finite(outputs.trace(H_C))
-        bad = namespace(rows).astype(~finite, rows.dtype)
-        return Stats(H_K, rows, H_C, factors.per_block(record.n, bad), bad)
+        n = factors.share(record, rows)
+        xp = namespace(rows)
+        finite = xp.isfinite(inputs.trace(H_K) / factors.positive(rows))
+        finite = finite & xp.isfinite(outputs.trace(H_C) / factors.positive(n))
+        return Stats(H_K, rows, H_C, n, xp.astype(~finite, rows.dtype))
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         xp = namespace(stats.bad)
         ok = (stats.bad == 0) & (stats.rows > 0)
         inputs, outputs = state.sides
-        H_K = structured.scaled(1 / xp.where(stats.rows > 0, stats.rows, xp.ones_like(stats.rows)), stats.H_K)
-        H_C = structured.scaled(1 / stats.n, stats.H_C)
+        H_K = structured.scaled(1 / factors.positive(stats.rows), stats.H_K)
+        H_C = structured.scaled(1 / factors.positive(stats.n), stats.H_C)
         from_C = self._scales(outputs, state.C, H_C, hyper.damping)
         from_K = self._scales(inputs, state.K, H_K, hyper.damping)
         K, m_K = self.rule.moved(inputs, state.K, state.m_K, H_K, from_C, state.moves)

@@ -74,11 +74,11 @@ class Deflation(TwoTerms[State], Additive):
         first = rearranged.sweep(record, U, V, positive=True)
         U, V = rearranged.ahead(state.pair)
         second = rearranged.sweep(record, U, V)
-        bad = rearranged.bad(first) + rearranged.bad(second)
-        return Stats(first, second, factors.per_block(record.n, bad), bad)
+        n = factors.share(record, first.A[:, 0, 0])
+        return Stats(first, second, n, rearranged.bad(first, n) + rearranged.bad(second, n))
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = stats.bad == 0
+        ok = (stats.bad == 0) & (stats.n > 0)
         state = replace(state, **rearranged.averaged(state, stats.first, stats.n, ok, hyper, donate))
         first = rearranged.balanced(state)  # the second pair fits what the first leaves now
         return replace(state, pair=rearranged.moved(state.pair, stats.second, stats.n, first, ok, hyper))

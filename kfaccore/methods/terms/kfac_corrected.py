@@ -80,7 +80,7 @@ class KFACCorrected(TwoTerms[State], Additive):
         U, V = rearranged.ahead(state.pair)
         sums = rearranged.sweep(record, U, V)
         plain = factors.measure(record, self.sharing)
-        return Stats(replace(plain, bad=plain.bad + rearranged.bad(sums)), sums)
+        return Stats(replace(plain, bad=plain.bad + rearranged.bad(sums, plain.n)), sums)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         ok = (stats.bad == 0) & (stats.factors.rows > 0)

@@ -71,11 +71,11 @@ class KPSVD(Additive):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         U, V = rearranged.positive(state.A, state.G)
         sums = rearranged.sweep(record, U, V, positive=True)
-        bad = rearranged.bad(sums)
-        return Stats(sums, factors.per_block(record.n, bad), bad)
+        n = factors.share(record, sums.A[:, 0, 0])
+        return Stats(sums, n, rearranged.bad(sums, n))
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        first = rearranged.averaged(state, stats.sweep, stats.n, stats.bad == 0, hyper, donate)
+        first = rearranged.averaged(state, stats.sweep, stats.n, (stats.bad == 0) & (stats.n > 0), hyper, donate)
         return replace(state, **first)
 
     def refresh(self, state: State, hyper: Hyper) -> State:

@@ -50,6 +50,7 @@ class State:
 class Stats:
     """Rows a (blocks, batch, shared, d_in), g (draws, blocks, batch, shared, d_out), their n, non-finite records."""
 
+    DRAWS_FIRST: ClassVar = ("g",)
     a: Array
     g: Array
     n: Array
@@ -98,7 +99,7 @@ class Lanczos(TwoTerms[State]):
         a = record.rows()
         finite = all_finite(a) & xp.all(all_finite(record.g, axes=2), axis=0)
         bad = xp.astype(~finite, a.dtype)
-        return Stats(a, record.g, factors.per_block(record.n, bad), bad)
+        return Stats(a, record.g, factors.share(record, bad), bad)
 
     def combine(self, first: Stats, second: Stats) -> Stats:
         xp = namespace(first.a)
@@ -108,7 +109,7 @@ class Lanczos(TwoTerms[State]):
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         xp = namespace(state.A)
-        ok = stats.bad == 0
+        ok = (stats.bad == 0) & (stats.n > 0)
         A, G, residual, matvecs = self._triples(state, stats)
         decay = scalar(hyper.decay, state.weight)
         return replace(
@@ -139,16 +140,18 @@ class Lanczos(TwoTerms[State]):
         blocks = state.A.shape[0]
         d_in = state.A.shape[-1]
         d_out = state.G.shape[-1]
-        a = stats.a[None, ...]  # inputs have one "draw"
-        n = stats.n[:, None]
+        # rows of about 1: fourth powers of them are taken, which leave float32 long before the rows themselves
+        unit_a, size_a = _scaled(stats.a[None, ...])  # inputs have one "draw"
+        unit_g, size_g = _scaled(stats.g)
+        n = factors.positive(stats.n)[:, None]
 
         def times(v: Array) -> Array:
             v = xp.reshape(v, (blocks, d_in, d_in))
-            return xp.reshape(sandwich(a, stats.g, v), (blocks, -1)) / n
+            return xp.reshape(sandwich(unit_a, unit_g, v), (blocks, -1)) / n
 
         def transposed(u: Array) -> Array:
             u = xp.reshape(u, (blocks, d_out, d_out))
-            return xp.reshape(sandwich(stats.g, a, u), (blocks, -1)) / n
+            return xp.reshape(sandwich(unit_g, unit_a, u), (blocks, -1)) / n
 
         A = state.A[:, 0, ...]
         right = side.identity(A) / float(d_in) ** 0.5 + rearranged.generic(A)
@@ -157,6 +160,7 @@ class Lanczos(TwoTerms[State]):
         start = xp.reshape(state.G[:, 0, ...], (blocks, -1)), xp.reshape(right, (blocks, -1))
         found = leading(times, transposed, start, 2, self.krylov, self.tolerance, self.restarts)
         root = xp.sqrt(found.values)[:, :, None]
+        root = root * (size_a * size_g)[:, None, None]
         A = xp.reshape(found.right * root, (blocks, 2, d_in, d_in))
         G = xp.reshape(found.left * root, (blocks, 2, d_out, d_out))
         agree = rearranged.inner(A, state.A) + rearranged.inner(G, state.G)
@@ -167,3 +171,11 @@ class Lanczos(TwoTerms[State]):
 
     def _tolerance(self, like: Array) -> float:
         return max(self.tolerance, 100.0 * eps(like.dtype, namespace(like)))
+
+
+def _scaled(rows: Array) -> tuple[Array, Array]:
+    """Rows (draws, blocks, batch, shared, d) over a power of two near their largest entry, and that power (blocks,)."""
+    xp = namespace(rows)
+    top = xp.max(xp.abs(rows), axis=(0, 2, 3, 4))
+    size = 2.0 ** xp.floor(xp.log2(xp.where((top > 0) & xp.isfinite(top), top, xp.ones_like(top))))
+    return rows / size[:, None, None, None], size

@@ -65,9 +65,9 @@ def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
     return reduce(tree.add, parts)
 
 
-def bad(sums: Sweep) -> Array:
-    """1 for each block with a sum that is not finite, (blocks,)."""
-    return factors.not_finite(sums.A, sums.G)
+def bad(sums: Sweep, n: Array) -> Array:
+    """1 for each block with a sum that is not finite over n, (blocks,)."""
+    return factors.not_finite(sums.A, n, sums.G, n)
 
 
 def inner(x: Array, y: Array) -> Array:
@@ -104,7 +104,7 @@ def averaged(state: FirstTerm, sums: Sweep, n: Array, ok: Array, hyper: Hyper, d
     """A, G, core and weight of a first term one sweep on; core averages <U, Z vec(V)> = <V, Z^T vec(U)>."""
     core = inner(_traced(state.G), sums.G)
     decay = scalar(hyper.decay, core)
-    core = namespace(core).where(ok, decay * state.core + (1 - decay) * core / n, state.core)
+    core = namespace(core).where(ok, decay * state.core + (1 - decay) * core / factors.positive(n), state.core)
     A, weight = factors.moved(state.A, state.weight, sums.A, n, ok, hyper, donate)
     G, _ = factors.moved(state.G, state.weight, sums.G, n, ok, hyper, donate)
     return {"A": A, "G": G, "core": core, "weight": weight}
@@ -141,7 +141,7 @@ def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Arr
     """The pair one sweep on: its averages move towards the sums over n less the first term (A, G)."""
     A, G = first
     U, V = ahead(pair)
-    n = n[:, None, None]
+    n = factors.positive(n)[:, None, None]
     rest_g = sums.G / n - G * inner(A, V)[:, None, None]
     rest_a = sums.A / n - A * inner(G, U)[:, None, None]
     decay = scalar(hyper.decay, G)

@@ -1,0 +1,65 @@
+"""What comes out of a step by layer, cut out of stacks when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from kfaccore.xp.arrays import Array, namespace
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Rows(Mapping[str, Array]):
+    """{layer: its row of `table`}, an array (layers, ...); nothing is cut before it is asked for."""
+
+    names: tuple[str, ...]
+    table: Array
+
+    @classmethod
+    def of_blocks(cls, names: tuple[str, ...], x: Array) -> Rows:
+        """Of an array (all blocks, ...) of a stack."""
+        return cls(names, namespace(x).reshape(x, (len(names), -1, *x.shape[1:])))
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.table[self.names.index(name), ...]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Several(Mapping[str, V], Generic[V]):
+    """Mappings of different layers as one, in the order of `names`."""
+
+    names: tuple[str, ...]
+    mappings: tuple[Mapping[str, V], ...]
+
+    def __getitem__(self, name: str) -> V:
+        for mapping in self.mappings:
+            if name in mapping:
+                return mapping[name]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A group's directions, codes (blocks,) and information by layer; `whole` has all directions of a stack."""
+
+    directions: Mapping[str, Array]
+    codes: Mapping[str, Array]
+    infos: dict[str, dict[str, Array]]
+    whole: Array | None = None

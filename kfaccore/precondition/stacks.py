@@ -1,0 +1,173 @@
+"""Stacks: layers of equal method and sizes as the blocks of one state, and the dict of layers that hides them.
+
+What is stacked is decided once, at `init`. Where operations are launched or traced, every layer that has an equal; on
+NumPy the small ones, whose Python costs more than the copy of a gradient into the stack. Layers that different ranks
+solve for are never of one stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeVar
+
+from kfaccore import tree
+from kfaccore.method import Block, Method
+from kfaccore.precondition.given import named
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
+from kfaccore.xp.blocks import together
+
+SMALL = 1 << 15  # numbers of a layer's factors and gradient under which NumPy's copies cost less than its Python
+Tree = TypeVar("Tree")
+Names = tuple[str, ...]
+Stacks = tuple[Names, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layers(Mapping[str, Any]):
+    """{layer: state} whose states are kept by stack; one that is asked for is cut out of its stack.
+
+    stacks   the layers of each state, in the order of its blocks
+    order    all of them, as `init` was told
+    """
+
+    states: tuple[Any, ...]
+    stacks: tuple[tuple[str, ...], ...] = tree.static(default=())
+    order: tuple[str, ...] = tree.static(default=())
+
+    def __getitem__(self, name: str) -> Any:
+        for names, state in zip(self.stacks, self.states, strict=True):
+            if name in names:
+                return part(state, names, (name,))
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.order
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def rebuilt(self, new: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same stacks of other states; a dict where what came has no blocks to stack."""
+        blocked = all(getattr(leaf, "ndim", 0) for leaf in tree.leaves(new))
+        return restacked(new, self.stacks) if blocked else dict(new)
+
+
+def restacked(layers: Mapping[str, Any], stacks: Stacks) -> Layers:
+    """States one a layer, as stacks; those that are stacked so already are handed on."""
+    if isinstance(layers, Layers) and layers.stacks == stacks:
+        return layers
+    states = tuple(merged([layers[name] for name in names]) for names in stacks)
+    return Layers(states, stacks, tuple(layers))
+
+
+def stacks_of(
+    methods: Mapping[str, Method],
+    blocks: Mapping[str, Block],
+    work: Mapping[str, tuple[int, ...]],
+    like: Array,
+    wanted: bool | None,
+) -> Stacks:
+    """Which layers share a state. blocks and work (the ranks of each layer) as in `placement`; `wanted` None: by cost,
+    True: all that can, False: none."""
+    groups: dict[Any, list[str]] = {}
+    for name, method in methods.items():
+        block = blocks[name]
+        joins = wanted or (wanted is None and (not is_numpy(like) or _numbers(block) <= SMALL))
+        groups.setdefault((method, block, work[name]) if joins else name, []).append(name)
+    return tuple(tuple(names) for names in groups.values())
+
+
+def started(methods: Mapping[str, Method], blocks: Mapping[str, Block], stacks: Sequence[Names], like: Array) -> Layers:
+    """The state of each stack: that of one layer, as often as there are layers, so that all start as one alone does."""
+    states = []
+    for names in stacks:
+        first = names[0]
+        with named(first):
+            one = methods[first].init(blocks[first], like)
+        states.append(merged([one] * len(names)))
+    return Layers(tuple(states), tuple(stacks), tuple(methods))
+
+
+def _numbers(block: Block) -> int:
+    """Of a layer's factors and gradient."""
+    side_in = block.d_in if block.diagonal_in else block.d_in**2
+    side_out = block.d_out if block.diagonal_out else block.d_out**2
+    return block.blocks * (side_in + side_out + block.d_in * block.d_out)
+
+
+def merged(trees: Sequence[Tree]) -> Tree:
+    """States or Stats of layers as one: blocks joined, along the second axis in fields that their class lists in
+    `DRAWS_FIRST`; numbers that all share are kept."""
+    if len(trees) == 1:
+        return trees[0]
+    axes = iter(tree.marks(trees[0], "DRAWS_FIRST"))
+    like = next((x for x in tree.leaves(trees[0]) if not isinstance(x, int | float)), None)
+
+    def joined(*leaves: Any) -> Any:
+        axis = int(next(axes))
+        if any(isinstance(x, int | float) for x in leaves):
+            alike = all(isinstance(x, int | float) for x in leaves) and len(set(leaves)) == 1
+            return leaves[0] if alike else _numbers_of(leaves, like)
+        return together(leaves, axis)
+
+    return tree.map(joined, *trees)
+
+
+def _numbers_of(leaves: Sequence[Any], like: Any) -> Array:
+    """Numbers, or arrays (blocks,), one a layer, as (all blocks,), with the blocks of a layer's array `like`: nothing
+    is copied from the host."""
+    xp = namespace(like)
+    where = {"dtype": like.dtype, "device": device_of(like)}
+    pieces = []
+    for number, run in groupby(leaves, lambda x: x if isinstance(x, int | float) else None):
+        same = list(run)
+        if number is None:
+            pieces += [x + xp.zeros((like.shape[0],), **where) for x in same]
+        else:
+            pieces.append(xp.full((len(same) * like.shape[0],), number, **where))
+    return together(pieces)
+
+
+def mergeable(trees: Sequence[object]) -> bool:
+    """Whether all leaves of several trees have one shape and dtype, or are numbers."""
+    outlines = {tuple(_outline(x) for x in tree.leaves(one) if not isinstance(x, int | float)) for one in trees}
+    return len(outlines) == 1
+
+
+def _outline(x: Any) -> object:
+    return (tuple(x.shape), x.dtype)
+
+
+def part(state: Tree, whole: Names, names: Sequence[str]) -> Tree:
+    """The blocks of some layers of a stack, in the order of `names`."""
+    if tuple(names) == whole:
+        return state
+    places = [whole.index(name) for name in names]
+    return tree.map(lambda x: together([_cut(x, i, len(whole)) for i in places]), state)
+
+
+def put(state: Tree, whole: Names, names: Sequence[str], new: Tree) -> Tree:
+    """`state` with the blocks of the layers `names` replaced by those of `new`."""
+    if tuple(names) == whole:
+        return new
+    at = {name: i for i, name in enumerate(names)}
+
+    def mixed(old: Array, fresh: Array) -> Array:
+        cuts = [
+            _cut(fresh, at[name], len(names)) if name in at else _cut(old, i, len(whole))
+            for i, name in enumerate(whole)
+        ]
+        return together(cuts)
+
+    return tree.map(mixed, state, new)
+
+
+def _cut(x: Array, place: int, count: int) -> Array:
+    """The blocks of one of `count` layers."""
+    each = x.shape[0] // count
+    return x[place * each : (place + 1) * each, ...]
