@@ -35,7 +35,7 @@ def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     header = {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)}
     structure = outline(tree)
     if structure is not None:
-        header["structure"] = json.dumps(structure)
+        header["structure"] = structure
     data = serialise(arrays, header)
     with written(path) as file:
         file.write_bytes(data)
@@ -112,7 +112,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any
         raise ValueError(f"{path} has damaged metadata: {error}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{path} has damaged metadata: need an object, got {type(meta).__name__}")
-    return arrays, meta, json.loads(header["structure"]) if "structure" in header else None
+    return arrays, meta, header.get("structure")
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The structure of a tree as JSON, for files that name their classes: {"kind": ..., "children": {name: structure}}."""
+"""The structure of a tree as JSON text, for files that name their classes: kind, and children by name."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -13,9 +14,15 @@ from kfaccore import tree
 _NUMBERS = {"int": int, "float": float}
 
 
-def outline(x: object) -> dict[str, Any] | None:
+def outline(x: object) -> str | None:
     """The structure of `x`; None for a tree without a class of `tree.kept`, which is read as nested dicts."""
-    return _structure(x) if _named(x) else None
+    return json.dumps(_structure(x)) if _named(x) else None
+
+
+def filled(structure: str, arrays: Mapping[str, np.ndarray], source: str) -> object:
+    """The tree of a structure with its leaves from `arrays`. ValueError, naming `source`, for leaves or classes that
+    are not there."""
+    return _filled(json.loads(structure), arrays, source, "")
 
 
 def _named(x: object) -> bool:
@@ -34,16 +41,14 @@ def _structure(x: object) -> dict[str, Any]:
     return {"kind": "dict" if isinstance(x, dict) else "list" if isinstance(x, list) else "tuple", "children": children}
 
 
-def filled(structure: Mapping[str, Any], arrays: Mapping[str, np.ndarray], source: str, path: str = "") -> Any:
-    """The tree of a structure with its leaves from `arrays`. ValueError, naming `source`, for leaves or classes that
-    are not there."""
+def _filled(structure: Mapping[str, Any], arrays: Mapping[str, np.ndarray], source: str, path: str) -> Any:
     kind = structure["kind"]
     if "children" not in structure:
         if path not in arrays:
             raise ValueError(f"{source} lacks the leaf {path!r}")
         return _NUMBERS[kind](arrays[path].item()) if kind in _NUMBERS else arrays[path]
     children = {
-        name: filled(child, arrays, source, f"{path}/{name}" if path else name)
+        name: _filled(child, arrays, source, f"{path}/{name}" if path else name)
         for name, child in structure["children"].items()
     }
     if kind == "class":

@@ -13,7 +13,7 @@ import pytest
 import kfaccore as kf
 from house_code import *  # noqa: F403 what is counted of the code
 from house_contract import *  # noqa: F403 the declared contract
-from kfaccore import layers
+from kfaccore import layers, posterior
 from rows import FRAMEWORKS
 from snippets import runs_as_printed, snippets
 
@@ -90,6 +90,7 @@ def test_arrows(path):
     ours = {name for name in imports(path) if name.split(".")[0] == "kfaccore" and name != "kfaccore"}
     if parts[0] == "adapters":
         public = {f"kfaccore.{name}" for name in kf.__all__} | {f"kfaccore.layers.{name}" for name in layers.__all__}
+        public |= {f"kfaccore.posterior.{name}" for name in posterior.__all__}
         assert ours <= public
         others = {name.split(".")[0] for name in imports(path) if name.startswith("kfaccore_")}
         assert others <= {parts[1]}

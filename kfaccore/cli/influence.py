@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from kfaccore.cli.fail import fail
-from kfaccore.cli.trained import Trained, examples, interrupted, read
+from kfaccore.cli.trained import Trained, examples, interrupted, mean_eigenvalues, read
 
 
 def influence(
@@ -61,8 +61,7 @@ def _scores(
 
     method, damping, memory = how
     curvature = chosen.curvature(data, method)
-    mean = {name: float(basis.values.mean()) for name, basis in curvature.layers.items()}
-    dampings = {name: damping or 0.1 * value for name, value in mean.items()}
+    dampings = {name: damping or 0.1 * value for name, value in mean_eigenvalues(curvature).items()}
     try:
         P = Posterior(chosen.params, curvature, dampings)
     except ValueError as error:

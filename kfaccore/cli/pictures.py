@@ -13,7 +13,7 @@ from kfaccore.cli.plot import pyplot
 QUERIES, SIDE = 6, 5  # rows, and examples on either side
 
 
-def influence(rows: list[dict[str, Any]], asked: np.ndarray, data: np.ndarray, path: Path) -> None:
+def influence(rows: list[dict], asked: np.ndarray, data: np.ndarray, path: Path) -> None:
     """Each query image beside its most helpful and most harmful training images."""
     plt = pyplot(path)
     if plt is None:
@@ -62,7 +62,7 @@ def reliability(curves: dict[str, dict[str, list[float]]], title: str, path: Pat
     plt.close(figure)
 
 
-def pruning(found: dict[str, Any], path: Path) -> None:
+def pruning(found: dict, path: Path) -> None:
     """Accuracy against the share kept."""
     plt = pyplot(path)
     if plt is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import typer
@@ -97,7 +98,7 @@ def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: s
     plt.close(figure)
 
 
-def pyplot(path: Path) -> Any:
+def pyplot(path: Path) -> ModuleType | None:
     """matplotlib.pyplot drawing to files; None, after a word, where it is not installed."""
     try:
         import matplotlib

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from kfaccore.cli.fail import fail
-from kfaccore.cli.trained import Trained, accuracy, interrupted, needs_classes, read
+from kfaccore.cli.trained import Trained, accuracy, interrupted, mean_eigenvalues, needs_classes, read
 
 POINTS = 6
 Params = dict[str, Any]
@@ -57,8 +57,7 @@ def _found(chosen: Trained, share: float, precision: float, method: str) -> dict
 
     train, held = chosen.task.load()
     curvature = chosen.curvature(train, method)
-    mean = {name: float(basis.values.mean()) for name, basis in curvature.layers.items()}
-    prior = {name: precision or 1e-3 * value for name, value in mean.items()}
+    prior = {name: precision or 1e-3 * value for name, value in mean_eigenvalues(curvature).items()}
     try:
         P = Posterior(chosen.params, curvature, prior)
     except ValueError as error:

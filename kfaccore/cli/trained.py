@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from kfaccore.cli.fail import INTERRUPTED, fail
+
+if TYPE_CHECKING:
+    from kfaccore.posterior import Curvature
+    from kfaccore.record import Record
+    from kfaccore.xp.arrays import Array
 
 BATCH = 256
 
@@ -31,18 +36,18 @@ class Trained:
 
         return isinstance(self.task.loss, SoftmaxCrossEntropy)
 
-    def logits(self, x: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
+    def logits(self, x: np.ndarray, params: Mapping[str, Array] | None = None) -> np.ndarray:
         """The prediction (batch, outputs)."""
         chosen = self.params if params is None else params
         return np.concatenate([self.task.network.forward(chosen, part)[0] for part, _ in batches(x, x)])
 
-    def stream(self, data: tuple[np.ndarray, np.ndarray], fisher: Callable) -> list[dict[str, Any]] | Any:
+    def stream(self, data: tuple[np.ndarray, np.ndarray], fisher: Callable) -> Iterable[Mapping[str, Record]]:
         """Records of the run's loss on `data`."""
         from kfaccore_numpy import Stream
 
         return Stream(self.task.network, self.params, self.task.loss, Bar("records", batches(*data)), fisher)
 
-    def curvature(self, data: tuple[np.ndarray, np.ndarray], method: str) -> Any:
+    def curvature(self, data: tuple[np.ndarray, np.ndarray], method: str) -> Curvature:
         """The curvature of the mean loss on `data`, exact in the labels (type2)."""
         from kfaccore import fit, type2
         from kfaccore.methods import CATALOGUE
@@ -107,6 +112,13 @@ def examples(option: str, file: Path, run: Trained) -> tuple[np.ndarray, np.ndar
 def batches(x: np.ndarray, y: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """`BATCH` examples at a time."""
     return [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, len(x), BATCH)]
+
+
+def mean_eigenvalues(curvature: Curvature) -> dict[str, float]:
+    """Of each layer."""
+    from kfaccore.xp.arrays import to_host
+
+    return {name: float(to_host(basis.values).mean()) for name, basis in curvature.layers.items()}
 
 
 def accuracy(logits: np.ndarray, y: np.ndarray) -> float:
