@@ -11,7 +11,7 @@ ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
 	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn
 
-.PHONY: demo test lint bench zoo mutants test-jax-matrix clean
+.PHONY: demo test lint bench zoo mutants campaigns test-jax-matrix clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore train digits-autoencoder --method kfac --against adam,sgd --out runs/demo
@@ -30,12 +30,22 @@ lint: $(TEST)/ready
 bench: $(TEST)/ready
 	status=0; for name in $(BENCHES); do $(TEST)/bin/python bench/$$name.py || status=1; done; exit $$status
 
-# Records and default shells on about thirty public models; --quick with ARGS takes six.
+# Records and default shells on about thirty public models, then loops of other libraries; --quick with ARGS takes six.
 zoo: $(ZOO)/ready
-	$(ZOO)/bin/python bench/torch_zoo.py $(ARGS)
+	status=0; for name in torch_zoo torch_loops; do $(ZOO)/bin/python bench/$$name.py $(ARGS) || status=1; done; \
+		exit $$status
 
 mutants: $(TEST)/ready
 	$(TEST)/bin/python tests/mutants.py
+
+# The long forms of tests/campaigns; the short ones run in `make test`.
+campaigns: $(TEST)/ready
+	$(TEST)/bin/python tests/campaigns/fuzz.py --count 10000
+	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace torch
+	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace strict
+	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace jax --shapes 5
+	$(TEST)/bin/python tests/campaigns/hostile.py --count 1000
+	$(TEST)/bin/python tests/campaigns/kill.py --count 100
 
 $(DEMO)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)

@@ -1,8 +1,8 @@
 """How many operations is a step? Of `pre.step`, the shell included, and of the statistics while a draw runs back.
 
-On an accelerator every operation is a launch, so that they are what a step of many layers costs there; none is needed to
-count them. Views and aliases of torch are left out, except where a claim says so; what autograd itself runs is the
-model's. Host reads are what waits for the device.
+On an accelerator every operation is a launch, so that they are what a step of many layers costs there; no accelerator
+is needed to count them. Views and aliases of torch are left out, except where a claim says so; what autograd itself
+runs is the model's. Host reads are what waits for the device.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _of_engine() -> bool:
         path = frame.f_code.co_filename
         if "/torch/" not in path and "array_api_compat" not in path:
             return False
-        if path.endswith("autograd/graph.py") or path.endswith("autograd/__init__.py"):
+        if path.endswith(("autograd/graph.py", "autograd/__init__.py")):
             return True
         frame = frame.f_back
     return False

@@ -39,9 +39,15 @@ class Entry:
     skip: tuple[str, ...] = ()
 
     def predict(self) -> torch.Tensor:
+        given, named = self.arguments
+        return self.model(*given, **named)
+
+    @property
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        """What the model is called with."""
         if isinstance(self.inputs, dict):
-            return self.model(**self.inputs)
-        return self.model(*self.inputs) if isinstance(self.inputs, tuple) else self.model(self.inputs)
+            return (), self.inputs
+        return (self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)), {}
 
     def value(self, f: torch.Tensor) -> torch.Tensor:
         return self.loss(f, self.target)
@@ -81,6 +87,9 @@ def language(name: str, labels: str = "shifted", skip: tuple[str, ...] = (), **m
         if labels == "shifted":
             target = ids[:, 1:].reshape(-1)
             picked = Picked(model, lambda out: out.logits[:, :-1].reshape(-1, out.logits.shape[-1]))
+        elif labels == "classes second":
+            target = ids[:, 1:]
+            picked = Picked(model, lambda out: out.logits[:, :-1].transpose(1, 2))
         elif labels == "tokens":
             target = ids.reshape(-1)
             picked = Picked(model, lambda out: out.logits.reshape(-1, out.logits.shape[-1]))
@@ -119,7 +128,7 @@ def swin(version: int) -> Callable[[], Entry]:
             [2, 2], 8, [2, 2], [2, 2], [2, 2], stochastic_depth_prob=0.0, num_classes=CLASSES, **more
         )
         nn.init.normal_(model.head.weight, std=0.3)
-        return images(model, skip=("*.qkv.bias",) if version == 2 else ())
+        return images(model)
 
     return make
 
@@ -201,6 +210,42 @@ def graphs(layer: str, **more: Any) -> Callable[[], Entry]:
     return make
 
 
+def text() -> Entry:
+    """An LSTM that classifies sequences of tokens."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.o = nn.Embedding(VOCABULARY, 8), nn.Linear(12, CLASSES)
+            self.r = nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.o(self.r(self.e(ids))[0].mean(1))
+
+    ids = torch.randint(0, VOCABULARY, (3, 6))
+    return Entry(Net().double(), ids, torch.randint(0, CLASSES, (3,)), nn.CrossEntropyLoss(), 3)
+
+
+def recommender() -> Entry:
+    """Bags of categories beside numbers, and their products, as recommenders have them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bags = nn.ModuleList(nn.EmbeddingBag(VOCABULARY, 4, mode="sum") for _ in range(3))
+            self.bottom = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
+            self.top = nn.Sequential(nn.Linear(4 + 6, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+        def forward(self, numbers: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
+            z = self.bottom(numbers)
+            rows = torch.stack([z, *(bag(categories[:, i]) for i, bag in enumerate(self.bags))], 1)
+            products = (rows @ rows.mT)[:, *torch.tril_indices(4, 4, -1)]
+            return self.top(torch.cat([z, products], 1))
+
+    inputs = torch.randn(4, 5), torch.randint(0, VOCABULARY, (4, 3, 2))
+    return Entry(Net().double(), inputs, torch.randint(0, CLASSES, (4,)), nn.CrossEntropyLoss(), 4)
+
+
 def lora() -> Entry:
     peft = importlib.import_module("peft")
     entry = language("LlamaConfig LlamaForCausalLM", **LLAMA)()
@@ -243,6 +288,24 @@ def accelerated() -> Entry:
     return entry
 
 
+def gpt2_whole() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """GPT-2 of 124 million numbers, on the meta device."""
+    with torch.device("meta"):
+        model = of("transformers:GPT2LMHeadModel")(of("transformers:GPT2Config")())
+        return model, {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
+
+
+def llama_whole() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A Llama of 1.2 billion numbers, on the meta device."""
+    sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        model = of("transformers:LlamaForCausalLM")(of("transformers:LlamaConfig")(**sizes, **heads))
+        return model, {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
+
+
+WHOLE = {"GPT-2 124M": gpt2_whole, "Llama 1B": llama_whole}  # planned, never run
+
 ZOO: dict[str, Callable[[], Entry]] = {
     "torchvision ViT": vit,
     "torchvision Swin": swin(1),
@@ -269,7 +332,11 @@ ZOO: dict[str, Callable[[], Entry]] = {
         num_labels=CLASSES,
     ),
     "GPT-2": language("GPT2Config GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=2, n_positions=8),
+    "GPT-2, own head": language(
+        "GPT2Config GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=2, n_positions=8, tie_word_embeddings=False
+    ),
     "Llama, shifted": language("LlamaConfig LlamaForCausalLM", **LLAMA),
+    "Llama, tied": language("LlamaConfig LlamaForCausalLM", **LLAMA, tie_word_embeddings=True),
     "Mistral": language("MistralConfig MistralForCausalLM", **LLAMA),
     "Qwen2": language("Qwen2Config Qwen2ForCausalLM", **LLAMA),
     "Mixtral": language(
@@ -300,9 +367,12 @@ ZOO: dict[str, Callable[[], Entry]] = {
     ),
     "Llama with LoRA": lora,
     "GCN on graphs": graphs("GCNConv"),
+    "SAGE on graphs": graphs("SAGEConv"),
     "GIN on graphs": graphs("GINConv"),
     "GAT on graphs": graphs("GATConv", heads=2, concat=False),
     "diffusers UNet": unet,
+    "LSTM on text": text,
+    "DLRM-like": recommender,
     "Lightning module": lightning,
     "Accelerate, prepared": accelerated,
 }

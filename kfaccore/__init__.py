@@ -59,6 +59,7 @@ from kfaccore.oneshot import direction
 from kfaccore.posterior import Basis, Curvature, Posterior, evidence, fit, merge, scores, tuned
 from kfaccore.precondition.comm import Serial
 from kfaccore.precondition.due import Due
+from kfaccore.precondition.footprint import Footprint
 from kfaccore.precondition.info import Info
 from kfaccore.precondition.preconditioner import Preconditioner
 from kfaccore.precondition.schedule import Clocks, Schedules
@@ -104,6 +105,7 @@ __all__ = [
     "Exact",
     "Factored",
     "Fixed",
+    "Footprint",
     "GaussNewton",
     "Gaussian",
     "GlobalFNGD",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,29 +92,59 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:
     """The meta given to `save`."""
-    return _read(path)[1]
+    return Opened(path).meta
+
+
+class Opened:
+    """A file of `save` whose leaves are read when they are asked for: `names`, `file[name]`, and its `meta`.
+
+    Raises FileNotFoundError, and ValueError naming the file, for what is no such file or cannot be read as arrays.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = path
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        with self._readable():
+            from safetensors import safe_open
+
+            self._file = safe_open(path, framework="numpy")
+            header = self._file.metadata() or {}
+            self.names = list(self._file.keys())
+        self.structure = header.get("structure")
+        if header.get("kfaccore") != str(SCHEMA):
+            raise ValueError(f"{path} has kfaccore schema {header.get('kfaccore')}; this version reads {SCHEMA}")
+        try:
+            self.meta: dict[str, Any] = json.loads(header.get("meta", ""))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} has damaged metadata: {error}") from error
+        if not isinstance(self.meta, dict):
+            raise ValueError(f"{path} has damaged metadata: need an object, got {type(self.meta).__name__}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with self._readable():
+            return self._file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the leaf."""
+        with self._readable():
+            return tuple(self._file.get_slice(name).get_shape())
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        from safetensors import SafetensorError
+
+        # dtypes that NumPy does not have end as TypeError, AttributeError or KeyError
+        kinds = (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError)
+        try:
+            yield
+        except kinds as error:
+            raise ValueError(f"{self.path} is not a readable safetensors file: {error}") from error
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # dtypes NumPy lacks
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if header.get("kfaccore") != str(SCHEMA):
-        raise ValueError(f"{path} has kfaccore schema {header.get('kfaccore')}; this version reads {SCHEMA}")
-    try:
-        meta = json.loads(header.get("meta", ""))
-    except (json.JSONDecodeError, RecursionError) as error:  # brackets within brackets, thousands deep
-        raise ValueError(f"{path} has damaged metadata: {error}") from error
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path} has damaged metadata: need an object, got {type(meta).__name__}")
-    return arrays, meta, header.get("structure")
+    file = Opened(path)
+    return {name: file[name] for name in file.names}, file.meta, file.structure
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import kfaccore as kf
 from kfaccore.analysis import Figures, advise, compare, violations
+from kfaccore.analysis.advise import BY
 from kfaccore.cli import app
 from kfaccore.linalg import kron
 from kfaccore.methods import CATALOGUE
@@ -167,8 +168,8 @@ def _figures(rng, layers, methods=3):
         size = float(rng.uniform(0.5, 2.0))
         for method in range(methods):
             cost = {"update": float(rng.uniform()), "refresh": 0.0, "solve": 0.0}
-            error, count = float(rng.uniform()), int(rng.integers(1, 50))
-            found.append(Figures(f"l{layer}", f"m{method}", inverse_error=error, size=size, bytes=count, seconds=cost))
+            gain, count = float(rng.uniform()), int(rng.integers(1, 50))
+            found.append(Figures(f"l{layer}", f"m{method}", gain=gain, best=size, bytes=count, seconds=cost))
     return found
 
 
@@ -180,7 +181,7 @@ def test_a_plan_is_the_brute_force_one(rng, layers):
         plans = []
         for names in itertools.product(("m0", "m1", "m2"), repeat=layers):
             chosen = [rows[f"l{i}", name] for i, name in enumerate(names)]
-            lost = sum((f.inverse_error * f.size) ** 2 for f in chosen)
+            lost = sum((1 - f.gain) * f.best for f in chosen)
             plans.append((sum(f.bytes for f in chosen), lost, names))
         least = min(plan[0] for plan in plans)
         for budget in (least, least + 10, least + 40, 1e9):
@@ -188,11 +189,36 @@ def test_a_plan_is_the_brute_force_one(rng, layers):
             found = advise(figures, lambda f: float(f.bytes), budget).best
             assert tuple(found.methods.values()) == best[2]
             assert found.cost == best[0]
-            whole = sum(rows[f"l{i}", "m0"].size ** 2 for i in range(layers))
-            assert found.error == pytest.approx((best[1] / whole) ** 0.5, rel=1e-12)
+            whole = sum(rows[f"l{i}", "m0"].best for i in range(layers))
+            assert found.gain == pytest.approx(1 - best[1] / whole, rel=1e-12)
         impossible = advise(figures, lambda f: float(f.bytes), least - 1)
         assert impossible.best is None
         assert impossible.cheapest.cost == least
+
+
+def test_a_recommendation_beats_the_floor():
+    """Identity and Diagonal cost next to nothing: what gains no more is not taken, however large the budget."""
+
+    def choice(**gains):
+        rows = [Figures("x", name, gain=gain, best=1.0, bytes=i) for i, (name, gain) in enumerate(gains.items())]
+        return advise(rows, lambda f: float(f.bytes), 100).best.methods["x"]
+
+    assert choice(identity=0.5, diagonal=0.6, kfac=0.605) == "diagonal"
+    assert choice(identity=0.6, diagonal=0.5, kfac=0.605) == "identity"
+    assert choice(identity=0.5, diagonal=0.6, kfac=0.62) == "kfac"
+    assert choice(kfac=0.605, identity=0.5, diagonal=0.6) == "kfac"  # which costs less here
+    nothing = [Figures("x", name, best=0.0, bytes=i) for i, name in enumerate(("identity", "kfac"))]
+    assert advise(nothing, lambda f: float(f.bytes), 100).best.methods == {"x": "identity"}
+
+
+def test_the_ranking_is_by_gain_not_by_error(rng):
+    """A direction that is right but for its length, against one near zero."""
+    rows = [
+        Figures("x", "short", gain=0.01, best=1.0, inverse_error=0.9998, size=1.0, bytes=1),
+        Figures("x", "long", gain=0.9, best=1.0, inverse_error=2.26, size=1.0, bytes=1),
+    ]
+    assert advise(rows, lambda f: float(f.bytes), 9).best.methods == {"x": "long"}
+    assert advise(rows, lambda f: float(f.bytes), 9, BY["direction"]).best.methods == {"x": "short"}
 
 
 def test_predicted_bytes_are_those_of_the_preconditioner(rng):

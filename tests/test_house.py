@@ -46,7 +46,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "step": FLOOR | {"method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
     "posterior": FLOOR | {"method", "factors", "linalg"},
-    "analysis": FLOOR | {"method", "settle", "factors", "linalg", "posterior"},
+    "analysis": FLOOR | {"method", "settle", "factors", "linalg", "posterior", "written"},
     "saved": FLOOR | {"io", "method", "methods", "posterior", "precondition"},
 }
 

@@ -13,7 +13,7 @@ from kfaccore.methods import CATALOGUE
 pytest.importorskip("tensorflow")
 pytest.importorskip("keras")
 config = importlib.import_module("kfaccore_tensorflow.config")
-Settings = importlib.import_module("kfaccore_tensorflow.engine").Settings
+Settings = importlib.import_module("kfaccore_tensorflow.step").Settings
 MOVED = importlib.import_module("kfaccore_tensorflow.moved").MOVED
 
 OLD = [
@@ -64,6 +64,7 @@ OLD = [
     "kfaccore.stacked.operators:Kron",
     "kfaccore.stacked.operators:KronFactored",
     "kfaccore.stacked.shares:MeanVector",
+    "kfaccore_tensorflow.engine:Settings",
 ]
 
 # as the version before the rooms were rearranged wrote it

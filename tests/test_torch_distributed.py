@@ -194,6 +194,47 @@ for step, to in enumerate(([0] * 6 + [1] * 6, [1] * 6 + [0, 1] * 3)):  # on one 
     net.of = mine(torch.tensor(to))
     optimizer.step(mine(x), mine(y))
 found["experts"] = [p.detach() for p in net.parameters()]
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.aside, self.scale = nn.Linear(12, 3), nn.Linear(12, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        f = self.first(x.flatten(1))
+        z = torch.zeros(len(x), 3)
+        if self.of.any():  # an expert without tokens is not called at all
+            rows = self.of.nonzero()[:, 0]
+            z = z.index_add(0, rows, self.aside(x.flatten(1)[rows]) * self.scale)
+        return f + z
+
+clock = kf.Clocks(1, 1)
+net = Branching()
+plain = kf.Preconditioner(kf.KFAC(), clock, kf.Schedules(0.1, 0.9), step=kf.Fixed(0.3))
+ours = kt.Optimizer(net, nn.CrossEntropyLoss(), plain, rest=lambda p: torch.optim.SGD(p, 0.1), fisher=kf.type2)
+for step, of in enumerate(([0, 1] * 6, [1, 0] * 6, [0, 0, 1, 1] * 3)):
+    x, y = batch(step, 12)
+    net.of = mine(torch.tensor(of))
+    ours.step(mine(x), mine(y))
+found["unused"] = [p.detach() for p in net.parameters()]
+
+net = Branching()
+wrapped = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True) if world > 1 else net
+pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), kf.Preconditioner(kf.KFAC(), clock, kf.Schedules(0.1, 0.9)),
+                        fisher=kf.type2)
+assert pre.engine.core.comm.world == world
+sgd = torch.optim.SGD(net.parameters(), 0.1)
+for step, of in enumerate(([0, 1] * 6, [1, 0] * 6)):
+    x, y = batch(step, 12)
+    net.of = mine(torch.tensor(of))
+    sgd.zero_grad()
+    with pre.capture():
+        f = wrapped(mine(x))
+    pre.loss(f, mine(y)).backward()
+    pre.step()
+    sgd.step()
+found["unused, told nothing of ranks"] = [p.detach() for p in net.parameters()]
 if rank == 0:
     torch.save(found, f"{folder}/found.pt")
 """
@@ -277,35 +318,12 @@ def test_ranks_that_disagree_all_stop(tmp_path):
     pre.step()
     """
     for result in launch(body, tmp_path, 2, check=False):
-        assert result.returncode == 1
+        assert result.returncode != 0  # 1, or what gloo's threads make of the exit
         assert "layers ['3'] take part in this step on some ranks only" in result.stderr
+        assert "ranks [1] lack them" in result.stderr
 
 
-def test_the_optimizer_stops_before_sums_that_differ(tmp_path):
-    """A layer that only one rank's batch reaches, beside a parameter of the rest that only the other's does."""
-    body = """
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.aside, self.scale = nn.Linear(12, 3), nn.Linear(12, 3), nn.Parameter(torch.ones(3))
-
-        def forward(self, x):
-            f = self.first(x.flatten(1)) * (self.scale if use else 1.0)
-            return f + self.aside(x.flatten(1)) if rank == 1 and branch else f
-
-    for use, branch in ((rank == 0, False), (False, True)):
-        torch.manual_seed(0)
-        ours = kt.Optimizer(Branching(), nn.CrossEntropyLoss(), core(comm=comm(), step=kf.Fixed(0.1)),
-                            rest=lambda p: torch.optim.SGD(p, 0.1), fisher=kf.type2)
-        x, y = batch(0)
-        ours.step(mine(x), mine(y))
-    """
-    for result in launch(body, tmp_path, 2, check=False):
-        assert result.returncode == 1
-        assert "layers ['aside'] take part in this step on some ranks only" in result.stderr
-
-
-def test_what_ranks_cannot_do(tmp_path):
+def test_what_ranks_cannot_do_and_who_is_not_like_the_others(tmp_path):
     body = """
     import pytest
     with pytest.raises(ValueError, match="needs the records of all ranks"):
@@ -313,6 +331,29 @@ def test_what_ranks_cannot_do(tmp_path):
     with pytest.raises(TypeError, match="without the wrapper"):
         kt.Optimizer(nn.parallel.DistributedDataParallel(model()), nn.CrossEntropyLoss(),
                      core(comm=comm(), step=kf.Fixed(0.1)))
+
+    loss = nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match=r"ranks \\[1\\] disagree with the others: parameter '0.weight'"):
+        kt.Optimizer(model(rank), loss)
+    with pytest.raises(ValueError, match=r"ranks \\[1\\] disagree.*layer '3' of 1 x 7 x 17.*layer '3' of 1 x 8 x 17"):
+        net = model()
+        net[3], net[5] = nn.Linear(16, 8 - rank), nn.Linear(8 - rank, 3)
+        kt.Preconditioner(net, loss)
+    with pytest.raises(ValueError, match=r"ranks \\[1\\] disagree.*'seed': 1"):
+        kt.Preconditioner(model(), loss, seed=rank)
+    with pytest.warns(UserWarning, match="this process's own"):
+        assert kt.Preconditioner(model(rank), loss, core(comm=kf.Serial())).engine.core.comm.world == 1
+    with pytest.raises(ValueError, match="trains one model"):
+        kt.Preconditioner(nn.parallel.DistributedDataParallel(model()), loss, core(comm=kf.Serial()))
+    assert kt.Optimizer(model(), loss).engine.core.rule.comm.world == 2
+
+    from torch.distributed.fsdp import fully_shard
+    sharded = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    from torch.distributed.device_mesh import init_device_mesh
+    fully_shard(sharded[0], mesh=init_device_mesh("cpu", (2,)))
+    for shell in (kt.Preconditioner, kt.Optimizer):
+        with pytest.raises(TypeError, match="module '0' is under fully_shard.*DistributedDataParallel"):
+            shell(sharded, loss)
     """
     launch(body, tmp_path, 2)
     import kfaccore_torch as kt

@@ -12,7 +12,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-from kfaccore_torch.examples import char_transformer, mixed_precision, plain_loop, residual_cnn  # noqa: E402
+from kfaccore_torch.examples import (  # noqa: E402
+    accumulation,
+    char_transformer,
+    convolutions,
+    digits,
+    freezing,
+    gradient_scaler,
+    mixed_precision,
+    plain_loop,
+    residual_cnn,
+)
 
 RANKS = """
 import os
@@ -33,6 +43,36 @@ def test_plain_loop():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision(dtype):
     assert mixed_precision.main(12, dtype) > 0.85
+
+
+def test_accumulation_clipping_and_a_schedule():
+    assert accumulation.main(12) > 0.85
+
+
+def test_a_scaler_without_unscale():
+    share, scale = gradient_scaler.main(16)
+    assert share > 0.85
+    assert scale < 2.0**60
+    assert gradient_scaler.whole(8) > 0.6
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_convolutions_average_and_evaluation_inside(compiled):
+    ours, average = convolutions.main(14, compiled)
+    assert ours > 0.7
+    assert average > 0.6
+
+
+def test_freezing_and_going_on():
+    """Stopped and gone on from a file that `weights_only` reads: the same bits; the frozen layer waits for its thaw."""
+    whole, _ = freezing.run(8, 3)
+    again, _ = freezing.run(8, 3, freezing.run(5, 3)[1])
+    frozen, _ = freezing.run(3, 3)
+    assert torch.equal(frozen[0].weight, digits.mlp()[0].weight)
+    assert not torch.equal(whole[0].weight, frozen[0].weight)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert freezing.main() > 0.85
 
 
 def test_residual_cnn():

@@ -13,21 +13,6 @@ F = torch.nn.functional
 import kfaccore_torch as kt  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    """Rounding grows to per cents in forty steps of single precision; the two losses sum in different orders."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-def turned(z, turn):
-    """Pairs of features as complex numbers, turned by their position."""
-    pairs = torch.view_as_complex(z.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2)
-
-
 class Block(nn.Module):
     """Causal attention with rotary positions and a gated MLP."""
 
@@ -81,10 +66,12 @@ def trained(flat, seed, steps=40):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_flattened_logits_train_like_the_others(seed):
+def test_flattened_logits_train_like_the_others_to_the_bit(seed):
+    """Forty steps in single precision, where rounding grows to per cents: the same noise, rows, products and sums in
+    one order."""
     plain, flat = trained(False, seed), trained(True, seed)
-    assert flat[-1] == pytest.approx(plain[-1], rel=0.02)
-    assert plain[-1] < plain[0]
+    assert flat == plain
+    assert plain[-1] < 0.6 * plain[0]
 
 
 def test_their_records_are_the_same():
@@ -95,5 +82,5 @@ def test_their_records_are_the_same():
     ]
     for name, record in found[0].items():
         assert (record.batch, record.n) == (4, 20)
-        torch.testing.assert_close(torch.tensor(found[1][name].g), torch.tensor(record.g), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(found[1][name].g), torch.tensor(record.g), rtol=0, atol=0)
     assert kf.concat(*(f["head"] for f in found)).batch == 8

@@ -16,6 +16,7 @@ WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 LABELS = torch.tensor([0, 2, 1, 2])
 TOKENS = torch.tensor([[0, 2], [1, -100], [2, 2], [1, 0]])
 PROBABILITIES = torch.softmax(torch.arange(12.0, dtype=torch.float64).reshape(4, 3) % 5, 1)
+SOFT = PROBABILITIES * torch.tensor([[0.0], [0.5], [1.0], [2.5]], dtype=torch.float64)
 CASES = {
     "labels": (nn.CrossEntropyLoss(), (4, 3), LABELS),
     "sum": (nn.CrossEntropyLoss(reduction="sum"), (4, 3), LABELS),
@@ -30,6 +31,14 @@ CASES = {
     "squares of images": (nn.MSELoss(), (4, 2, 3), None),
     "logits": (nn.BCEWithLogitsLoss(), (4, 3), None),
     "sum of logits": (nn.BCEWithLogitsLoss(reduction="sum"), (4, 3), None),
+    "logits, weighted": (nn.BCEWithLogitsLoss(WEIGHTS[:, None].expand(3, 3)[:1], pos_weight=1 + WEIGHTS), (4, 3), None),
+    "sum of logits, weighted": (nn.BCEWithLogitsLoss(pos_weight=WEIGHTS, reduction="sum"), (4, 3), None),
+    "one logit": (nn.BCEWithLogitsLoss(pos_weight=WEIGHTS[:1]), (4,), None),
+    "one number": (nn.MSELoss(), (4,), None),
+    "soft labels": (nn.CrossEntropyLoss(), (4, 3), PROBABILITIES),
+    "soft labels, of any sum": (nn.CrossEntropyLoss(label_smoothing=0.1), (4, 3), SOFT),
+    "soft labels, weights": (nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.1, reduction="sum"), (4, 3), SOFT),
+    "soft labels of tokens": (nn.CrossEntropyLoss(WEIGHTS), (4, 3, 2), torch.stack([SOFT, PROBABILITIES], 2)),
     "core softmax": (kf.SoftmaxCrossEntropy(), (4, 3), LABELS),
     "core tokens": (kf.SoftmaxCrossEntropy(ignore=-100), (4, 2, 3), TOKENS),
     "core gaussian": (kf.Gaussian(), (4, 3), None),
@@ -77,26 +86,11 @@ def test_sampled_draws_are_unbiased(case):
         assert (rows.T @ rows - roots.T @ roots).abs().max() < 0.03 * (1 + (roots.T @ roots).abs().max())
 
 
-def test_probabilities_as_targets():
-    found, f, _ = prepared(CASES["labels"])
-    value = found.value(f, PROBABILITIES)
-    H = torch.autograd.functional.hessian(lambda f: found.value(f, PROBABILITIES), f.detach())
-    draws = found.draws(kf.type2, 1, f, PROBABILITIES, np.random.default_rng(0))
-    torch.testing.assert_close(draws[:, 1].T @ draws[:, 1] / found.share(f, PROBABILITIES), H[1, :, 1])
-    assert value > 0
-    with pytest.raises(ValueError, match="hard labels"):
-        found.draws(kf.empirical, 1, f, PROBABILITIES, np.random.default_rng(0))
-    weighted, _, _ = prepared(CASES["weights"])
-    with pytest.raises(ValueError, match="class indices"):
-        weighted.share(f, PROBABILITIES)
-
-
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
         (nn.CrossEntropyLoss(reduction="none"), "reduction 'none'"),
         (nn.MSELoss(reduction="none"), "reduction 'none'"),
-        (nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), "pos_weight"),
         (nn.NLLLoss(), "use CrossEntropyLoss"),
         (nn.BCELoss(), "logits"),
         (nn.HuberLoss(), "no Fisher here"),

@@ -3,12 +3,14 @@ something else with code OK."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import kfaccore as kf
+import kfaccore_numpy as kn
 from conftest import FEW
 from kfaccore import tree
 from kfaccore.methods.rows import cgfac
@@ -225,3 +227,24 @@ def test_zero_draws_are_refused_by_name_at_every_call(rng, method):
     if isinstance(method, kf.FNGD):
         with pytest.raises(ValueError, match="zero draws"):
             method.solve(state, np.ones((1, 3, 4)), HYPER, none)
+
+
+def trained(seed: int) -> list[np.ndarray]:
+    """A small network after twenty self-tuning steps."""
+    net = kn.Sequential((6,), (kn.Dense(8), kn.Tanh(), kn.Dense(4)))
+    rng = np.random.default_rng(seed)
+    params = net.init(rng, np.asarray)
+    x = rng.normal(size=(32, 6))
+    target = rng.integers(0, 4, size=32)
+    pre = kf.Preconditioner(kf.KFAC(), clocks=kf.Clocks(1, 2), step=kf.SelfTuning(), donate=True)
+    steps = kn.fit(net, params, (x, target), kf.SoftmaxCrossEntropy(), pre, steps=20, batch=16, seed=seed)
+    *_, last = steps
+    return list(last.params.values())
+
+
+def test_two_models_in_two_threads_are_one_after_the_other():
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(trained, (1, 2)))
+    for seed, found in zip((1, 2), together, strict=True):
+        for x, y in zip(found, trained(seed), strict=True):
+            assert np.array_equal(x, y)

@@ -194,6 +194,17 @@ class Contrast(nn.Module):
         return self.u(x) @ torch.tanh(self.v(x)).T
 
 
+class Chosen(nn.Module):
+    """The loss is of some examples, or some positions, alone."""
+
+    def __init__(self, chosen):
+        super().__init__()
+        self.a, self.o, self.chosen = nn.Linear(3, 4), nn.Linear(4, 3), torch.tensor(chosen)
+
+    def forward(self, x):
+        return self.o(torch.tanh(self.a(x)))[self.chosen]
+
+
 def labels(*shape):
     return torch.randint(0, 3, shape)
 
@@ -223,6 +234,12 @@ OWNED = {  # name: (model, inputs, target); every row is of one example
     "routed": (Routed, lambda: torch.randn(4, 3), lambda: labels(4)),
     "sorted": (Sorted, lambda: torch.randn(5, 3), lambda: labels(5)),
     "backwards": (Flipped, lambda: torch.randn(5, 3), lambda: labels(5)),
+    "chosen examples": (lambda: Chosen([0, 3, 4]), lambda: torch.randn(6, 3), lambda: labels(3)),
+    "chosen positions": (
+        lambda: Chosen([[True, False, True], [False, True, False], [True, True, True]]),
+        lambda: torch.randn(3, 3, 3),
+        lambda: labels(6),
+    ),
     "one by one": (Stacked, lambda: torch.randn(4, 3), lambda: labels(4)),
 }
 MIXING = {

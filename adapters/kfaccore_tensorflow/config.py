@@ -23,7 +23,7 @@ def encoded(value: Any) -> Any:
     if isinstance(value, dict):
         return {"mapping": {key: encoded(item) for key, item in value.items()}}
     if isinstance(value, kf.Preconditioner):
-        arguments = ("methods", "clocks", "schedules", "network", "comm", "donate")
+        arguments = ("methods", "clocks", "schedules", "network", "comm", "donate", "widest")
         given = {name: encoded(getattr(value, name)) for name in arguments} | {"step": encoded(value.rule)}
         return {"object": _name(type(value)), "fields": given}
     if is_dataclass(value) and not isinstance(value, type):

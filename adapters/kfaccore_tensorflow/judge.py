@@ -1,58 +1,53 @@
-"""Steps that set their own rate: updates are applied as they are, then judged by the loss of their own batch."""
+"""Steps that set their own rate: updates are applied as they are, then judged by the loss of their own batch.
+
+That loss is one more forward in the same graph; only its value goes to the core, so no graph waits for another.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from kfaccore_tensorflow.engine import Engine
+from kfaccore_tensorflow.step import Engine
 
 
-class Judge:
-    """Asks the core what share of a step stays; `value(x, y, weight)` is the loss of a batch, another forward.
+def judge(engine: Engine, before: Any, value: Callable[[], Any], variables: Sequence[Any], old: Sequence[Any]) -> None:
+    """Sets `variables`, just updated from `old`, to what stays; `before` is the loss without the updates.
 
-    A model that draws at random while it trains, as dropout does, is judged under other draws than it was stepped with.
+    value   the loss of the batch, traced: a model that draws at random while it trains, as dropout does, is judged
+            under other draws than it was stepped with
     """
+    with tf.control_dependencies([v.value for v in variables]):
+        new = [tf.identity(v) for v in variables]
+    before = tf.cast(before, tf.float64)
 
-    def __init__(self, engine: Engine, value: Callable[[Any, Any, Any], Any]) -> None:
-        self.engine = engine
-        self.value = tf.function(value, reduce_retracing=True, autograph=False)
+    def ask(before: Any, found: Any, share: Any) -> Any:
+        rule = engine.preconditioner.rule
+        answer, motion = rule.judge(engine.state.motion, float(share), float(before), float(found))
+        engine.state = replace(engine.state, motion=motion)
+        return tf.constant(float(answer), tf.float64)
 
-    def __call__(self, before: Any, data: tuple[Any, Any, Any], variables: Sequence[Any], old: Sequence[Any]) -> None:
-        """Sets `variables`, just updated from `old`, to what stays; `before` is the loss without the updates."""
-        leaves = tf.nest.flatten(data)
-        present = [leaf for leaf in leaves if leaf is not None]
-        new = [tf.convert_to_tensor(v) for v in variables]
+    def put(share: Any) -> Any:
+        for v, o, n in zip(variables, old, new, strict=True):
+            v.assign(_between(o, n, share))
+        return tf.constant(True)
 
-        def ask(before: Any, *tensors: Any) -> Any:
-            given = list(tensors[: len(present)])
-            values = tensors[len(present) :]
-            packed = tf.nest.pack_sequence_as(data, [None if leaf is None else given.pop(0) for leaf in leaves])
-            old = values[: len(variables)]
-            new = values[len(variables) :]
+    def again(share: Any, wanted: Any) -> tuple[Any, Any]:
+        found = tf.cast(value(), tf.float64)
+        answer = tf.ensure_shape(tf.py_function(ask, [before, found, wanted], tf.float64), ())
+        tf.cond(answer == wanted, lambda: tf.constant(False), lambda: put(answer))
+        return wanted, answer
 
-            def place(share: float) -> None:
-                for v, o, n in zip(variables, old, new, strict=True):
-                    v.assign(_between(o, n, tf.constant(share, tf.float64)))
+    def unsettled(share: Any, wanted: Any) -> Any:
+        return tf.logical_and(wanted != 0, wanted != share)
 
-            before = float(before)
-            state = self.engine.state
-            share, state = self.engine.preconditioner.judge(state, before, place, lambda: float(self.value(*packed)))
-            self.engine.state = state
-            return tf.constant(share, tf.float64)
-
-        with tf.control_dependencies(new):
-            share = tf.ensure_shape(tf.py_function(ask, [before, *present, *old, *new], tf.float64), ())
-
-        def put() -> Any:
-            for v, o, n in zip(variables, old, new, strict=True):
-                v.assign(_between(o, n, share))
-            return tf.constant(True)
-
-        tf.cond(share == 1, lambda: tf.constant(False), put)  # in the graph, so that what follows reads it
+    zero = tf.constant(0.0, tf.float64)
+    with tf.control_dependencies(new):
+        tf.while_loop(unsettled, again, [zero, zero + 1], parallel_iterations=1)
 
 
 def _between(old: Any, new: Any, share: Any) -> Any:
@@ -64,17 +59,15 @@ def _between(old: Any, new: Any, share: Any) -> Any:
 def fitting(optimizer: Any, engine: Engine) -> Any:
     """The optimizer; ValueError where updates would not survive it."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError("LossScaleOptimizer looks for overflow in gradients, which never reach it: use bfloat16")
+        raise ValueError(
+            "LossScaleOptimizer looks for overflow in gradients, which never reach it: use the policy mixed_bfloat16"
+        )
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
         raise ValueError("several replicas are not supported: the curvature's state lives in one process")
-    if not engine.settings.step.judges:
+    if not engine.settings.step.judges or _as_it_is(optimizer):
         return optimizer
     step = type(engine.settings.step).__name__
-    if engine.plan.refused:
-        raise ValueError(f"{step} finds no rate for variables that are not covered: {', '.join(engine.plan.refused)}")
-    if not _as_it_is(optimizer):
-        raise ValueError(f"{step} sets its own rate, and {type(optimizer).__name__} would change it: use SGD(1.0)")
-    return optimizer
+    raise ValueError(f"{step} sets its own rate, and {type(optimizer).__name__} would change it: use SGD(1.0)")
 
 
 def _as_it_is(optimizer: Any) -> bool:

@@ -1,129 +1,156 @@
-"""Layer kinds as Keras lays them out, on NumPy: inputs to `a`, output gradients to `g`, variables to the matrix."""
+"""Uses of a variable, on NumPy: the arrays of one operation to rows `a` and `g`, which have all their row axes still.
+
+a is (blocks, *rows, d_in), a g (draws, blocks, *rows, d_out). Instead of an array `a` may be kfaccore's Ids or Patches.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Protocol
 
 import numpy as np
 
-from kfaccore import Block, Patches, Window
-from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
-
-Named = dict[str, np.ndarray]
-
-
-def own(x: Any) -> np.ndarray:
-    """An array that the core made of NumPy's, which is NumPy's."""
-    return x
+from kfaccore import Patches, Window
+from kfaccore_tensorflow.terms import Terms
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Dense and Embedding: the core's layer as it is."""
+class Seen:
+    """What one use gives: `a`, an array, Ids' index (*rows,) or Patches, and g."""
 
-    layer: Linear | Embedding
+    a: np.ndarray | Patches
+    g: np.ndarray
 
-    def block(self) -> Block:
-        return self.layer.block()
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Sizes of the row axes."""
+        return self.g.shape[2:-1]
 
-    def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[Any, np.ndarray]:
-        if isinstance(self.layer, Embedding) and x.dtype.kind == "f":
-            x = x.astype(np.int64)
-        return self.layer.activations(x), own(self.layer.gradients(gy, draws=True))
+    def of(self, draws: slice) -> Seen:
+        """Some of the draws."""
+        return replace(self, g=self.g[draws])
 
-    def matrix(self, named: Named) -> np.ndarray:
-        return own(self.layer.matrix(named))
 
-    def parameters(self, matrix: np.ndarray) -> Named:
-        return {role: own(x) for role, x in self.layer.parameters(matrix).items()}
+class Kind(Protocol):
+    """How one operation uses a weight."""
+
+    def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
+        """From the operation's other operand and its output's gradients, draws first; `ones`: with a bias column."""
+        ...
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of any kind."""
+
+    terms: Terms
+
+    def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
+        assert x is not None
+        a, g = self.terms.arrays(x, gy)
+        return Seen(np.concatenate([a, np.ones_like(a[..., :1])], axis=-1) if ones else a, g)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table (size, d): x are ids."""
+
+    size: int
+
+    def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
+        assert x is not None
+        d = prod(gy.shape[1 + x.ndim :])
+        return Seen(x, gy.reshape(len(gy), 1, *x.shape, d))
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Added to or multiplied with a tensor, along `features` of its axes; the first `blocks` of them are blocks.
+
+    g is the output's gradient times x, the other factor; a is 1.
+    """
+
+    rank: int
+    features: tuple[int, ...]
+    blocks: int = 0
+    sign: int = 1
+
+    def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
+        g = gy if x is None else gy * x
+        g = -g if self.sign < 0 else g
+        over = [axis for axis in range(self.rank) if axis not in self.features]
+        heads = self.features[: self.blocks]
+        tails = self.features[self.blocks :]
+        g = np.transpose(g, [0, *(1 + axis for axis in (*heads, *over, *tails))])
+        many = len(heads)
+        rows = g.shape[1 + many : 1 + many + len(over)]
+        g = g.reshape(len(g), prod(g.shape[1 : 1 + many]), *rows, prod(g.shape[1 + many + len(over) :]))
+        return Seen(np.ones_like(g[0, ..., :1]), g)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution whose padding, "valid", "same" or "causal", meets its image's size at each call.
+    """A convolution, or a transposed one: that is one over the image with zeros between its points.
 
-    geometry         kernel, stride and dilation; its padding is not used
-    channels         (in, out) over all groups; a depthwise one has as many groups as inputs
+    window     kernel and dilation; stride of the convolution
+    padding    "VALID", "SAME", or (low, high) of each spatial axis
+    spread     a transposed one's stride: points of the image stand so far apart; `window` is that of the other way
     """
 
-    geometry: Window
-    padding: str
-    channels: tuple[int, int]
+    window: Window
+    padding: str | tuple[tuple[int, int], ...]
     groups: int
-    bias: bool
-    channels_first: bool
+    channels_first: bool = False
+    spread: tuple[int, ...] | None = None
 
-    def block(self) -> Block:
-        return self._conv(self.geometry).block()
-
-    def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[Patches, np.ndarray]:
+    def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
+        assert x is not None
         x = self._last(x, 1)
         gy = self._last(gy, 2)
-        conv = self._conv(self._window(x.shape[1:-1]))
-        return conv.activations(x), own(conv.gradients(gy, draws=True))
+        outputs = gy.shape[2:-1]
+        x, window = self._spread(x, outputs) if self.spread else (x, self._padded(x.shape[1:-1]))
+        x = np.moveaxis(x.reshape(*x.shape[:-1], self.groups, -1), -2, 0)
+        g = np.moveaxis(gy.reshape(*gy.shape[:-1], self.groups, gy.shape[-1] // self.groups), -2, 1)
+        flat = [i for i, k in enumerate(window.kernel) if k > 1 or x.shape[2 + i] > 1] or [0]  # 1-d ones run as 2-d
+        if len(flat) < len(window.kernel):
+            x = x.reshape(*x.shape[:2], *(x.shape[2 + i] for i in flat), x.shape[-1])
+            values = (window.kernel, window.stride, window.padding, window.dilation)
+            window = Window(*(tuple(value[i] for i in flat) for value in values))
+        if window.outputs(x.shape[2:-1]) != tuple(outputs[i] for i in flat):
+            raise ValueError(f"a convolution of windows {window} gave {outputs} positions: it is not what it seems")
+        return Seen(Patches(x, window, ones), g)
 
-    def matrix(self, named: Named) -> np.ndarray:
-        shape = (*self.geometry.kernel, self.channels[0] // self.groups, self.channels[1])
-        return own(self._conv(self.geometry).matrix({**named, "weight": named["weight"].reshape(shape)}))
+    def _last(self, x: np.ndarray, axis: int) -> np.ndarray:
+        return np.moveaxis(x, axis, -1) if self.channels_first else x
 
-    def parameters(self, matrix: np.ndarray) -> Named:
-        return {role: own(x) for role, x in self._conv(self.geometry).parameters(matrix).items()}
+    def _padded(self, spatial: tuple[int, ...]) -> Window:
+        if isinstance(self.padding, tuple):
+            return replace(self.window, padding=self.padding)
+        return replace(self.window, padding=tuple(same(self.window, spatial)) if self.padding == "SAME" else 0)
 
-    def _conv(self, window: Window) -> Conv:
-        return Conv(window, self.channels, self.groups, self.bias)
-
-    def _last(self, x: np.ndarray, lead: int) -> np.ndarray:
-        return np.moveaxis(x, lead, -1) if self.channels_first else x
-
-    def _window(self, spatial: tuple[int, ...]) -> Window:
-        w = self.geometry
-        reach = [(k - 1) * r for k, r in zip(w.kernel, w.dilation, strict=True)]
-        pads = [(0, 0)] * len(reach)
-        if self.padding == "causal":
-            pads = [(r, 0) for r in reach]
-        elif self.padding == "same":
-            rest = [max((-(-h // s) - 1) * s + r + 1 - h, 0) for h, s, r in zip(spatial, w.stride, reach, strict=True)]
-            pads = [(p // 2, p - p // 2) for p in rest]
-        return Window(w.kernel, w.stride, tuple(pads), w.dilation)
-
-
-@dataclass(frozen=True)
-class Shift:
-    """A lone bias (d,) along `axes` of the layer's output, negative ones counted from the last."""
-
-    axes: tuple[int, ...]
-    d: int
-
-    def block(self) -> Block:
-        return Bias(self.d).block()
-
-    def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        g = self._last(gy, 1)
-        return np.ones_like(g[0, ..., :1]), g
-
-    def matrix(self, named: Named) -> np.ndarray:
-        return own(Bias(self.d).matrix({"bias": named["weight"].reshape(-1)}))
-
-    def parameters(self, matrix: np.ndarray) -> Named:
-        return {"weight": own(Bias(self.d).parameters(matrix)["bias"])}
-
-    def _last(self, y: np.ndarray, lead: int) -> np.ndarray:
-        """(*lead, batch, positions, d): `axes` of the array behind `lead` axes joined at the end."""
-        places = [axis if axis < 0 else axis + lead for axis in self.axes]
-        y = np.moveaxis(y, places, range(-len(self.axes), 0))
-        return y.reshape(*y.shape[: lead + 1], -1, self.d)
+    def _spread(self, x: np.ndarray, outputs: tuple[int, ...]) -> tuple[np.ndarray, Window]:
+        """Zeros between the points of the image, cropped where the other way's padding says so."""
+        assert self.spread
+        forward = self._padded(outputs).padding
+        sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[1:-1], self.spread, strict=True)]
+        wide = np.zeros((len(x), *sizes, x.shape[-1]), x.dtype)
+        wide[(slice(None), *(slice(None, None, step) for step in self.spread))] = x
+        padding = []
+        for axis, (size, out) in enumerate(zip(sizes, outputs, strict=True)):
+            reach = (self.window.kernel[axis] - 1) * self.window.dilation[axis]
+            low = reach - forward[axis][0]
+            high = out + reach - size - low
+            keep = slice(max(-low, 0), size - max(-high, 0))
+            wide = wide[(slice(None),) * (1 + axis) + (keep,)]
+            padding.append((max(low, 0), max(high, 0)))
+        return wide, Window(self.window.kernel, 1, tuple(padding), self.window.dilation)
 
 
-@dataclass(frozen=True)
-class Scale(Shift):
-    """The gain (d,) of a layer normalisation over `axes`."""
-
-    epsilon: float
-
-    def rows(self, x: np.ndarray, gy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        x = self._last(x, 0)
-        gy = self._last(gy, 1)
-        centred = x - np.mean(x, axis=-1, keepdims=True)
-        hat = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + self.epsilon)
-        return np.ones_like(x[..., :1]), own(Gain(self.d).scaled(gy, hat, draws=True))
+def same(window: Window, spatial: tuple[int, ...]) -> list[tuple[int, int]]:
+    """TensorFlow's padding "SAME": as many outputs as strides, the odd one at the high end."""
+    found = []
+    for size, k, step, rate in zip(spatial, window.kernel, window.stride, window.dilation, strict=True):
+        rest = max((-(-size // step) - 1) * step + (k - 1) * rate + 1 - size, 0)
+        found.append((rest // 2, rest - rest // 2))
+    return found

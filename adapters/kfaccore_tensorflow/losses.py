@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import keras
@@ -42,30 +41,66 @@ class Objective:
             draws = fisher(self.core, f, y)
         if weight is None:
             return draws
-        root = np.sqrt(np.asarray(weight, f.dtype)).reshape(weight.shape + (1,) * (f.ndim - weight.ndim))
+        root = np.asarray(weight, f.dtype)
+        # of the loss's own gradients a weight is a factor, of a square root of its Hessian its root is
+        root = (root if fisher is kf.empirical else np.sqrt(root)).reshape(weight.shape + (1,) * (f.ndim - weight.ndim))
         return draws * root
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the outputs: here one without a name."""
+        return ("",)
 
-def count_draws(fisher: Callable, draws: int, shape: tuple[int | None, ...]) -> int:
-    """How many draws a Fisher makes for predictions of `shape`, which is static but for the batch."""
-    if fisher is kf.type2:
-        return prod(int(size) for size in shape[1:] if size is not None)
-    return {kf.monte_carlo: draws, kf.empirical: 1}.get(fisher, 0)
+    def heads(self, f: Any) -> dict[str, Any]:
+        """Predictions by output; ValueError for what is not one tensor (batch, ..., outputs) with known axes."""
+        return {"": checked(f)}
+
+    def by_head(self, x: Any, heads: Any) -> list[Any]:
+        """Targets or weights, one an output."""
+        return [x]
+
+    def draws_of(self, fisher: Callable, count: int, f: list, y: list, weights: list, rng: Any) -> list[Any]:
+        """`draws` of each output."""
+        return [self.draws(fisher, count, f[0], y[0], weights[0], rng)]
+
+    def share_of(self, f: list, y: list) -> float:
+        """`share` of all outputs."""
+        return self.share(f[0], y[0])
+
+    def drawless(self, fisher: Callable) -> bool:
+        """Whether a Fisher makes no draws."""
+        return fisher is kf.forward_only
 
 
-def objective(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
+def checked(f: Any) -> Any:
+    """One output; ValueError for what is none."""
+    if not tf.is_tensor(f) or f.shape.rank is None or f.shape.rank < 2:
+        raise ValueError(
+            f"the model returns {f!r}; need one tensor (batch, ..., outputs), or several with a loss each: "
+            f"kfaccore.Joint, or a dict of losses in compile"
+        )
+    return f
+
+
+def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
     """From a loss of kfaccore, or a Keras loss of mean reduction on logits; ValueError for any other."""
     if fisher not in FISHERS:
         raise ValueError(f"fisher is {fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
     if isinstance(loss, kf.SoftmaxCrossEntropy | kf.Bernoulli | kf.Gaussian):
         return Objective(loss, _value(loss), lambda f, y: float(loss.normaliser(f, y)))
+    if loss is None:
+        raise ValueError("there is no loss; compile the model with a Keras loss on logits")
     kind = type(loss) if isinstance(loss, keras.losses.Loss) else keras.losses.get(loss)
+    kind = FUNCTIONS.get(kind, kind)
     if kind not in TABLE:
         known = sorted(k.__name__ for k in TABLE)
         raise ValueError(f"loss {loss!r} has no Fisher here; need a loss of kfaccore or one of Keras's {known}")
-    squared = kind in (keras.losses.MeanSquaredError, keras.losses.mean_squared_error)
+    squared = kind is keras.losses.MeanSquaredError
     if not squared and not _option(loss, "from_logits"):
-        raise ValueError(f"{kind.__name__} is taken of probabilities; end the model linearly and set from_logits=True")
+        raise ValueError(
+            f"{kind.__name__} is taken of probabilities; end the model linearly and set from_logits=True: "
+            f"loss=keras.losses.{kind.__name__}(from_logits=True)"
+        )
     if getattr(loss, "reduction", "sum_over_batch_size") != "sum_over_batch_size":
         raise ValueError(f"{kind.__name__} has reduction {loss.reduction!r}; need 'sum_over_batch_size', the default")
     soft = kind is keras.losses.CategoricalCrossentropy or _option(loss, "label_smoothing")
@@ -144,5 +179,10 @@ TABLE: dict[Any, Callable[[Any], tuple[Any, Callable]]] = {
     keras.losses.CategoricalCrossentropy: lambda loss: (kf.SoftmaxCrossEntropy(), lambda f, y: f.size / f.shape[-1]),
     keras.losses.BinaryCrossentropy: lambda loss: (kf.Bernoulli(), lambda f, y: float(f.size)),
     keras.losses.MeanSquaredError: _gaussian,
-    keras.losses.mean_squared_error: _gaussian,
+}
+FUNCTIONS = {  # what a name such as "mse" stands for
+    keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,
+    keras.losses.categorical_crossentropy: keras.losses.CategoricalCrossentropy,
+    keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
+    keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
 }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+import kfaccore as kf
 from kfaccore_tensorflow.config import decoded, encoded
-from kfaccore_tensorflow.engine import Engine, Settings
-from kfaccore_tensorflow.judge import Judge, fitting
-from kfaccore_tensorflow.losses import objective
+from kfaccore_tensorflow.heads import objective, output_names
+from kfaccore_tensorflow.judge import fitting
 from kfaccore_tensorflow.optimizer import take_step
+from kfaccore_tensorflow.step import Engine, Settings
+
+OURS = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian, kf.Joint)
 
 
 @keras.saving.register_keras_serializable("kfaccore_tensorflow")
@@ -33,55 +37,99 @@ class KFACModel(keras.Model):
         self.settings = Settings(**settings)
         self.engine: Engine | None = None
         self.supports_jit = False  # the core is not XLA's to compile
-        self._judge: Judge | None = None
+        self._ours: Any = None  # a loss of kfaccore
+        self._eagerly: Any = None
         self._waiting: bytes | None = None
         self.built = model.built
 
     def build(self, input_shape: Any) -> None:
         """Builds the inner model."""
-        if not self.inner.built:
+        own = type(self.inner).build not in (keras.Model.build, keras.layers.Layer.build)
+        if own and not self.inner.built:  # others are built by their first call
             self.inner.build(input_shape)
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The inner model's prediction."""
-        return self.inner(inputs, training=training, mask=mask)
+        takes = "mask" in signature(self.inner.call).parameters  # a mask of the inputs goes along with them anyway
+        return self.inner(inputs, training=training, **({"mask": mask} if takes and mask is not None else {}))
+
+    def compile(self, optimizer: Any = "sgd", loss: Any = None, **options: Any) -> None:
+        """As keras.Model.compile; the loss may also be of kfaccore, or a kfaccore.Joint for several outputs."""
+        self._ours = loss if isinstance(loss, OURS) else None
+        super().compile(optimizer, None if self._ours is not None else loss, **options)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """As Keras's, with a loss of kfaccore by name."""
+        config = super().get_compile_config()
+        return config if self._ours is None else {**config, "loss": {"kfaccore": encoded(self._ours)}}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """The inverse of `get_compile_config`."""
+        given = dict(config)
+        loss = given.get("loss")
+        ours = decoded(loss["kfaccore"]) if isinstance(loss, dict) and "kfaccore" in loss else None
+        given = keras.saving.deserialize_keras_object({**given, **({} if ours is None else {"loss": None})})
+        self.compile(**{**given, **({} if ours is None else {"loss": ours})})
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """Keras's loss, or that of kfaccore and the model's own."""
+        if self._ours is None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        value = self._objective().value(y, y_pred, sample_weight)
+        return tf.add_n([value, *(tf.cast(own, value.dtype) for own in self.losses)])
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One update, traced by `fit` or run eagerly; the metrics of the batch."""
+        """One update, traced by `fit`; the metrics of the batch."""
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
         if not self.inner.built:
             self(x, training=False)
-        judge = self._ready()
-        optimizer = fitting(self.optimizer, judge.engine)
-        loss, f = take_step(self, judge, optimizer, (x, y, weight), self._loss(judge.engine, x))
+        engine = self._ready()
+        optimizer = fitting(self.optimizer, engine)
+        if tf.executing_eagerly():
+            if self._eagerly is None:
+                step = lambda given: self._stepped(given, optimizer)  # noqa: E731
+                self._eagerly = tf.function(step, reduce_retracing=True, autograph=False)
+            optimizer.build(self.trainable_variables)
+            loss, f = self._eagerly((x, y, weight))
+        else:
+            loss, f = self._stepped((x, y, weight), optimizer)
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(loss)
         return self.compute_metrics(x, y, f, sample_weight=weight)
 
-    def _loss(self, engine: Engine, x: Any) -> Any:
-        """Keras's loss of a prediction for inputs x, and the penalty."""
+    def _stepped(self, data: tuple[Any, Any, Any], optimizer: Any) -> tuple[Any, Any]:
+        engine = self._ready()
 
         def value(f: Any, y: Any, weight: Any) -> Any:
-            found = self.compute_loss(x, y, f, weight, training=True)
+            found = self.compute_loss(data[0], y, f, weight, training=True)
             return found + tf.cast(engine.penalty(), found.dtype)
 
-        return value
+        found = take_step(self.inner, engine, optimizer, data, value)
+        self._restore()
+        return found
 
-    def _ready(self) -> Judge:
-        """The engine and its judge, made once the inner model has variables; a loaded state goes in."""
-        if self.engine is None or self._judge is None:
-            engine = Engine(self.inner, self.loss, self.settings)
+    def _objective(self) -> Any:
+        """What is trained, as compile had it last."""
+        settings = self.settings
+        given = getattr(self, "_compile_loss", None)
+        scales = None if given is None else given._user_loss_weights
+        loss = self.loss if self._ours is None else self._ours
+        return objective(loss, settings.drawn(), scales, output_names(self.inner))
 
-            def value(x: Any, y: Any, weight: Any) -> Any:
-                return self._loss(engine, x)(self(x, training=True), y, weight)
-
-            self.engine = engine
-            self._judge = Judge(engine, value)
-            self._restore()
-        self.engine.objective = objective(self.loss, self.settings.fisher)  # compile may have changed it
-        return self._judge
+    def _ready(self) -> Engine:
+        """The engine; its plan is made in the first step."""
+        if self.engine is None:
+            self.engine = Engine(
+                self.loss if self._ours is None else self._ours, self.settings, names=output_names(self.inner)
+            )
+        self.engine.objective = self._objective()  # compile may have changed it
+        return self.engine
 
     def get_config(self) -> dict[str, Any]:
         """The inner model and the settings."""
@@ -97,17 +145,16 @@ class KFACModel(keras.Model):
 
     def save_own_variables(self, store: Any) -> None:
         """Adds the curvature's state to what Keras saves."""
-        saved = self._waiting if self.engine is None else self.engine.saved()
+        saved = self._waiting if self.engine is None or not self.engine.ready else self.engine.saved()
         if saved is not None:
             store["kfaccore"] = np.frombuffer(saved, np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
         """Takes the curvature's state out again; a file of the same layers and settings is needed to train on."""
         self._waiting = np.asarray(store["kfaccore"]).tobytes() if "kfaccore" in store.keys() else None  # noqa: SIM118
-        if self.engine is not None:
-            self._restore()
+        self._restore()
 
     def _restore(self) -> None:
-        if self._waiting is not None and self.engine is not None:
+        if self._waiting is not None and self.engine is not None and self.engine.ready:
             self.engine.restore(self._waiting)
             self._waiting = None

@@ -52,4 +52,5 @@ MOVED = {
     "kfaccore.stacked.operators:Kron": "kfaccore.methods.rows.kron",
     "kfaccore.stacked.operators:KronFactored": "kfaccore.methods.rows.kron",
     "kfaccore.stacked.shares": "kfaccore.methods.rows.shares",
+    "kfaccore_tensorflow.engine": "kfaccore_tensorflow.step",
 }

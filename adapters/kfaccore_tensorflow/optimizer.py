@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from os import PathLike
 from typing import Any
@@ -10,22 +11,28 @@ import keras
 import tensorflow as tf
 
 import kfaccore as kf
-from kfaccore_tensorflow.engine import Engine, Settings
-from kfaccore_tensorflow.judge import Judge, fitting
-from kfaccore_tensorflow.tap import tap
+from kfaccore_tensorflow.capture import tap
+from kfaccore_tensorflow.heads import output_names
+from kfaccore_tensorflow.judge import fitting, judge
+from kfaccore_tensorflow.observe import observe
+from kfaccore_tensorflow.step import Engine, Settings
+from kfaccore_tensorflow.trace import known
 
 
 class Optimizer:
     """Preconditions a Keras model's gradients and lets any Keras optimizer apply them.
 
-    model       built, with one output
-    loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added
+    model       built
+    loss        of kfaccore, or a Keras loss on logits; the model's own losses (regularisers) are added. For a model of
+                several outputs a kfaccore.Joint, or a dict of losses
     optimizer   of Keras; it gets the updates in place of gradients: step size, momentum, decay and clipping are its.
                 Without one they are subtracted as they are, and the step is SelfTuning() unless
                 `core` or `step` is given
-    settings    fields of `Settings`: core, or method, clocks, schedules and step; fisher, draws, seed, strict
+    settings    fields of `Settings`: core, or method, clocks, schedules and step; fisher, draws, seed, strict,
+                uncovered
 
-    Raises ValueError, before any step, for models, losses and optimizers that cannot be served.
+    Raises ValueError, before any step, for models, losses and optimizers that cannot be served; what only a batch
+    shows of a subclassed model is told in the first step.
     """
 
     def __init__(self, model: Any, loss: Any, optimizer: Any = None, **settings: Any) -> None:
@@ -33,10 +40,9 @@ class Optimizer:
             settings = settings if "core" in settings else {"step": kf.SelfTuning(), **settings}
             optimizer = keras.optimizers.SGD(1.0)
         self.model = model
-        self.engine = Engine(model, loss, Settings(**settings))
+        self.engine = Engine(loss, Settings(**settings), known(model), output_names(model))
         self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
         self.optimizer.build(model.trainable_variables)
-        self.judge = Judge(self.engine, lambda x, y, weight: self._loss(model(x, training=True), y, weight))
         self._graph = tf.function(self._traced, reduce_retracing=True, autograph=False)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
@@ -67,7 +73,7 @@ class Optimizer:
         self.engine.replant(kf.load(path, like=self.engine.tree()))
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
-        return take_step(self.model, self.judge, self.optimizer, (x, y, weight), self._loss)[0]
+        return take_step(self.model, self.engine, self.optimizer, (x, y, weight), self._loss)[0]
 
     def _loss(self, f: Any, y: Any, weight: Any) -> Any:
         """Loss of the batch, the model's own and the penalty."""
@@ -76,19 +82,33 @@ class Optimizer:
         return tf.add_n([value, *own]) + tf.cast(self.engine.penalty(), value.dtype)
 
 
-def take_step(model: Any, judge: Judge, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Any) -> tuple[Any, Any]:
-    """(loss before, prediction) of one applied update; runs eagerly or while a graph is traced."""
+def take_step(
+    model: Any, engine: Engine, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Callable[[Any, Any, Any], Any]
+) -> tuple[Any, Any]:
+    """(loss before, prediction) of one applied update, while a graph is traced."""
     x, y, weight = data
-    engine = judge.engine
-    with tf.GradientTape(persistent=True) as tape, tap(engine.plan) as calls:
-        f = model(x, training=True)
+    x = tf.nest.map_structure(_of_any_batch, x)
+    with tf.GradientTape(persistent=True) as tape:
+        with tap(model) as scopes:
+            f = model(x, training=True)
+        heads = engine.objective.heads(f)
+        seen = observe(model, tf.compat.v1.get_default_graph(), list(heads.values()), scopes)
+        engine.adopt(seen.plan)
         loss = loss_of(f, y, weight)
     variables = model.trainable_variables
     gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
-    new = engine.updates(tape, calls, f, (y, weight), variables, gradients)
+    new = engine.updates(seen, heads, tape, (y, weight), variables, gradients)
     judged = engine.settings.step.judges
-    old = [tf.convert_to_tensor(v) for v in variables] if judged else []
-    optimizer.apply(new, variables)
+    old = [tf.identity(v) for v in variables] if judged else []
+    with tf.control_dependencies(old):
+        optimizer.apply(new, variables)
     if judged:
-        judge(loss, data, variables, old)
+        judge(engine, loss, lambda: loss_of(model(x, training=True), y, weight), variables, old)
     return loss, f
+
+
+def _of_any_batch(x: Any) -> Any:
+    """The same tensor, one example not told from none: its batch axis is of unknown size."""
+    if not tf.is_tensor(x) or x.shape.rank in (None, 0) or x.shape[0] != 1:
+        return x
+    return tf.compat.v1.placeholder_with_default(x, (None, *x.shape[1:]))

@@ -1,8 +1,10 @@
 """K-FAC for PyTorch: directions for any optimizer, or one optimizer that sets its own step."""
 
+from kfaccore_torch.asked import plan
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.optimizer import Optimizer
-from kfaccore_torch.plan import Plan, plan
+from kfaccore_torch.own_losses import ExampleLoss, Loss
+from kfaccore_torch.plan import Plan
 from kfaccore_torch.preconditioner import Preconditioner
 from kfaccore_torch.records import records, save_records
 from kfaccore_torch.report import Coverage
@@ -12,6 +14,8 @@ from kfaccore_torch.stream import Stream, assign, matrices, measured, outputs
 __all__ = [
     "Coverage",
     "Distributed",
+    "ExampleLoss",
+    "Loss",
     "Optimizer",
     "Plan",
     "Preconditioner",

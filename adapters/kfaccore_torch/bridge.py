@@ -80,7 +80,12 @@ class _Stream:
 
 @contextmanager
 def ordered(namespace: str, device: torch.device) -> Iterator[None]:
-    """Work inside runs after what torch has queued on the device, and before what it queues later."""
+    """Work inside runs after what torch has queued on the device, and before what it queues later; the core's own
+    products are not under the caller's autocast."""
+    if namespace == "torch":
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
     if namespace != "cupy":
         yield
         return

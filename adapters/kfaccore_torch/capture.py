@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ import torch.nn.functional as F
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from kfaccore import Window
 from kfaccore.layers import Conv, Embedding, Gain, Linear
 from kfaccore_torch.attention import attention
-from kfaccore_torch.graph import origin
-from kfaccore_torch.plan import Layer, Plan
+from kfaccore_torch.calls import Call, Mark, Use
+from kfaccore_torch.plan import Plan
+from kfaccore_torch.provenance import followed
+from kfaccore_torch.recurrent import RECURRENT, unfused
+from kfaccore_torch.views import Ref
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
@@ -29,7 +33,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.conv1d: _CONV,
     F.conv2d: _CONV,
     F.conv3d: _CONV,
-    F.embedding: ("input", "weight", "padding_idx"),
+    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
     F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
@@ -39,68 +43,32 @@ _ROLES = {F.linear: Linear, F.conv1d: Conv, F.conv2d: Conv, F.conv3d: Conv, F.em
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of one weight.
-
-    x          the input, detached
-    edge       of the output
-    shape      of the output
-    rows       sizes of the axes of the output that are not features
-    version    how often the input's memory had been written
-    options    arguments by name, other than tensors
-    before     nodes of the input, where it has a graph
-    narrow     the same call before its output was widened by an addition
-    """
-
-    x: torch.Tensor
-    edge: GradientEdge
-    shape: tuple[int, ...]
-    rows: tuple[int, ...]
-    version: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
-    normalised: Callable[[], torch.Tensor] | None = None
-    channel: int = -1
-    before: tuple[Any, ...] = ()
-    narrow: Call | None = None
-
-    @property
-    def node(self) -> Any:
-        """Where its gradient passes."""
-        return self.edge.node
-
-    def features_last(self, g: torch.Tensor, d: int) -> torch.Tensor:
-        """A gradient of the output (..., *shape) as (..., *rows, d)."""
-        if self.channel == -1:
-            return g.reshape(*g.shape[: g.ndim - len(self.shape)], *self.rows, d)
-        tail = 1
-        for size in self.shape[self.channel :]:
-            tail *= size
-        if tail == d:  # a norm over several axes
-            return g.reshape(*g.shape[: g.ndim - len(self.shape)], *self.rows, d)
-        moved = g.movedim(self.channel, -1)
-        return moved.reshape(*g.shape[: g.ndim - len(self.shape)], *self.rows, d)
-
-
 class Capture(TorchFunctionMode):
-    """Sees all calls made while it is entered; `calls` by layer name."""
+    """Sees all calls made while it is entered: `uses`, and `calls` by layer of the plan."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.calls: dict[str, list[Call]] = {}
+        self.plan = plan
+        self.known = plan.known
+        self.uses: list[Use] = []
+        self.odd: dict[str, str] = {}  # parameters in calls that are no layer's
         self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> nodes of its input
-        self.empty: set[str] = set()  # layers called on no rows
-        self.known: dict[int, tuple[str, Layer]] = {}
-        for layer in plan.layers.values():
-            for role, p in layer.parameters.items():
-                self.known[id(p)] = (role, layer)
-        self._embedded: dict[int, tuple[weakref.ref, str, int, Call]] = {}  # outputs, the layer and place of their call
+        self.empty: set[str] = set()  # parameters called on no rows
+        self._embedded: dict[int, tuple[weakref.ref, int, Use]] = {}  # outputs, the use and its place
+
+    @property
+    def calls(self) -> dict[str, list[Call]]:
+        """Calls by layer, in order."""
+        return self.plan.assigned(self.uses)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:  # the products inside are seen like any other
                 return attention(*args, **kwargs)
+        if func in RECURRENT and self._has_own(args):
+            with self:
+                return unfused(func, *args, **kwargs)
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
         if names is not None:
@@ -109,26 +77,35 @@ class Capture(TorchFunctionMode):
             self._widen(func, (*args, *kwargs.values()), output)
         return output
 
+    def _has_own(self, args: Any) -> bool:
+        """Whether parameters of the model are among tensors and lists of them."""
+        return any(isinstance(x, torch.Tensor) and followed(x, self.known) is not None for x in _flat(args))
+
     def _note(self, func: Any, given: dict[str, Any], output: torch.Tensor) -> None:
-        """Remember the call for the layers of its weight and bias."""
-        weight, bias = (self.known.get(id(origin(given.get(name))), (None, None))[1] for name in ("weight", "bias"))
-        if (weight is None and bias is None) or not _recording(output):
+        """Remember the call for its weight and bias."""
+        if not _recording(output):
             return
-        role = _ROLES.get(func, Gain)
-        _check_roles(role, func, weight, given)
+        weight, bias = (followed(given.get(name), self.known) for name in ("weight", "bias"))
+        if (weight is None and bias is None) or not _plain(func, weight):
+            return
         edge = _edge(output)
-        before = [get_gradient_edge(x).node for x in (given["input"],) if x.requires_grad]
+        told = {"weight": weight, "bias": bias}
+        graphs = [given["input"], *(given.get(name) for name, ref in told.items() if ref is None)]
+        before = [get_gradient_edge(x).node for x in graphs if x is not None and x.requires_grad]
         self.inputs.setdefault(edge.node, []).extend(before)
-        layers = {id(found): found for found in (weight, bias) if found is not None}.values()
+        refs = [ref for ref in told.values() if ref is not None]
         if output.numel() == 0:
-            self.empty.update(layer.name for layer in layers)
+            self.empty.update(ref.name for ref in refs)
             return
-        call = _call(func, role, given, output, edge)
-        for layer in layers:
-            calls = self.calls.setdefault(layer.name, [])
-            calls.append(call)
-            if role is Embedding:
-                self._embedded[id(output)] = weakref.ref(output), layer.name, len(calls) - 1, call
+        if func is F.embedding and (given.get("max_norm") or given.get("scale_grad_by_freq") or given.get("sparse")):
+            why = "embeddings with max_norm, scale_grad_by_freq or sparse gradients are not the plain product"
+            self.odd.update({ref.name: why for ref in refs})
+            return
+        mark = Mark(_kind(func, weight, given), weight, bias)
+        use = Use(mark, _call(func, _ROLES.get(func, Gain), given, output, edge))
+        self.uses.append(use)
+        if func is F.embedding:
+            self._embedded[id(output)] = weakref.ref(output), len(self.uses) - 1, use
 
     def _widen(self, func: Any, args: tuple, output: Any) -> None:
         """What all examples share, an embedding of positions, has one row each where it is added to them: the edge of
@@ -142,20 +119,45 @@ class Capture(TorchFunctionMode):
                 continue
             if isinstance(output, torch.Tensor) and not output.requires_grad:
                 continue
-            _, name, place, call = found
-            calls, shape = self.calls[name], call.shape
-            if output is calls[place].x:
+            _, place, use = found
+            shape = use.call.shape
+            if output is use.call.x:
                 continue
             while shape[0] == 1 and len(shape) > 1:
                 shape = shape[1:]
-            added = func in _ADDITIONS and len(args) == 2 and calls[place] is call and output is not x
+            added = func in _ADDITIONS and len(args) == 2 and self.uses[place] is use and output is not x
             if added and output.numel() > x.numel() and output.shape[-len(shape) :] == shape:
-                index = call.x.reshape(shape[:-1]).expand(output.shape[:-1])
+                index = use.call.x.reshape(shape[:-1]).expand(output.shape[:-1])
                 wide = {"x": index, "edge": get_gradient_edge(output), "shape": tuple(output.shape)}
-                calls[place] = replace(call, **wide, rows=tuple(output.shape[:-1]), narrow=call)
+                call = replace(use.call, **wide, rows=tuple(output.shape[:-1]), narrow=use.call)
+                self.uses[place] = replace(use, call=call)
             else:
-                calls[place] = call
+                self.uses[place] = use
                 del self._embedded[id(x)]
+
+
+def _plain(func: Any, weight: Ref | None) -> bool:
+    """Whether a weight has the axes that a call's kind is of; others are seen in what autograd keeps."""
+    axes = {F.linear: 2, F.embedding: 2, F.conv1d: 3, F.conv2d: 4, F.conv3d: 5}.get(func)
+    return weight is None or axes is None or len(weight.view.axes) == axes
+
+
+def _kind(func: Any, weight: Ref | None, given: dict[str, Any]) -> Any:
+    """The layer kind of a call's weight, without a bias."""
+    if weight is None:
+        return None
+    shape = weight.view.shape
+    if func is F.linear:
+        return Linear(shape[1], shape[0], bias=False)
+    if func is F.embedding:
+        return Embedding(shape[0], shape[1])
+    if func in (F.conv1d, F.conv2d, F.conv3d):
+        groups = given.get("groups", 1)
+        return Conv(Window(shape[2:]), (shape[1] * groups, shape[0]), groups, bias=False, channels_first=True)
+    size = 1
+    for axis in shape:
+        size *= axis
+    return Gain(size)
 
 
 def _call(func: Any, role: Any, given: dict[str, Any], output: torch.Tensor, edge: GradientEdge) -> Call:
@@ -175,24 +177,6 @@ def _call(func: Any, role: Any, given: dict[str, Any], output: torch.Tensor, edg
         return replace(call, normalised=_normalised(func, given, x), channel=1 - len(shape), rows=rows)
     channel = -len(given["normalized_shape"])
     return replace(call, normalised=_normalised(func, given, x), channel=channel, rows=shape[:channel] or (1,))
-
-
-def _check_roles(role: Any, func: Any, weight: Layer | None, given: dict[str, Any]) -> None:
-    """ValueError for a weight that serves as another kind than its layer's, or with another bias."""
-    if weight is None:
-        return
-    path = weight.paths.get("weight", next(iter(weight.paths.values())))
-    if not isinstance(weight.kind, role):
-        raise ValueError(
-            f"weight {weight.name!r} is known as {type(weight.kind).__name__} and was used by "
-            f"{getattr(func, '__name__', func)}: two different Kronecker structures; pass skip=({path!r},)"
-        )
-    if "bias" in weight.paths and role is not Gain and origin(given.get("bias")) is not weight.parameters["bias"]:
-        name = weight.paths["bias"]
-        raise ValueError(
-            f"layer {weight.name!r} was called without its own bias {name!r}, or with a changed copy of it: pass "
-            f"skip=({name!r},), and its weight is covered alone"
-        )
 
 
 def _edge(output: torch.Tensor) -> GradientEdge:

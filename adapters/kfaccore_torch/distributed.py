@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import kfaccore as kf
+
 Array = Any
+_UNSAID = kf.Preconditioner(
+    kf.Identity()
+).comm  # the instance that stands in where none was given; one given is another
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +31,8 @@ class Distributed:
     fraction   share of the ranks that solve for each layer: 1 sends no directions, 0 sends all of them and lets each
                layer be refreshed and solved by a single rank
 
-    Make it on every rank, after `torch.distributed.init_process_group`. When a collective fails, the error names the
+    What both shells take where several processes run and no `comm` is given. Make it on every rank, after
+    `torch.distributed.init_process_group`. When a collective fails, the error names the
     ranks that failed or fell behind.
     """
 
@@ -64,6 +74,21 @@ class Distributed:
         with suppress(RuntimeError):  # the store's host may be gone: then nobody is left to read it
             _store().set(f"kfaccore/failed/{self.rank}", f"{error}"[:500])
 
+    def same(self, text: str) -> None:
+        """ValueError on all ranks if a description differs, with the ranks that are not as most are."""
+        digests = torch.zeros(self.world, dtype=torch.int64)
+        digests[self.rank] = zlib.crc32(text.encode())
+        found = self.all_reduce([digests])[0].tolist()
+        usual = max(found, key=found.count)
+        odd = [rank for rank, digest in enumerate(found) if digest != usual]
+        if not odd:
+            return
+        key = "kfaccore/plan/{}".format  # by digest: whoever has it has this text
+        _store().set(key(found[self.rank]), text)
+        shown = [_store().get(key(digest)).decode().splitlines() for digest in (usual, found[odd[0]])]
+        here, there = next(lines for lines in zip_longest(*shown, fillvalue="nothing") if lines[0] != lines[1])
+        raise ValueError(f"ranks {odd} disagree with the others: {there} there, {here} on rank {found.index(usual)}")
+
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
@@ -101,6 +126,48 @@ class Distributed:
         if behind:
             words.append(f"ranks {behind} died or hang before collective {mine}")
         return "; ".join(words) or "a rank died inside the collective"
+
+
+def over_ranks(core: kf.Preconditioner, model: torch.nn.Module) -> kf.Preconditioner:
+    """A core over all ranks, where torch.distributed runs with more than one and the core was given no `comm`.
+
+    `comm=kfaccore.Serial()` says that each process trains a model of its own; ValueError where the model is under
+    DistributedDataParallel, so is one model.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or type(core.comm) is not kf.Serial:
+        return core
+    if core.comm is not _UNSAID:
+        text = f"comm=Serial() on one of {dist.get_world_size()} processes: statistics stay this process's own"
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            raise ValueError(f"{text}, but DistributedDataParallel trains one model: leave comm out")
+        warnings.warn(f"{text}, which is right for a model of its own alone", stacklevel=4)
+        return core
+    numbers = core.methods, core.clocks, core.schedules, core.network, core.rule
+    return kf.Preconditioner(*numbers, comm=Distributed(), donate=core.donate, widest=core.widest)
+
+
+def check_whole(model: torch.nn.Module) -> None:
+    """TypeError for models whose parameters are split over ranks: a factor needs all of its matrix."""
+    sharded = _sharded()
+    for name, module in model.named_modules():
+        if isinstance(module, sharded):
+            kind = "fully_shard (FSDP2)" if type(module).__name__.startswith("FSDP") else type(module).__name__
+            raise TypeError(
+                f"module {name or 'at the top'!r} is under {kind}, which splits its parameters over ranks: build the "
+                f"Preconditioner on a model under DistributedDataParallel, or on one that is not sharded, with "
+                f"Distributed(fraction=0), which refreshes and solves each layer on one rank"
+            )
+    for name, p in model.named_parameters():
+        if isinstance(p, sharded):
+            raise TypeError(f"parameter {name!r} is a DTensor, split over ranks: need a model whose tensors are whole")
+
+
+def _sharded() -> tuple[type, ...]:
+    """What holds parts of parameters; a model can be under it only where it has been imported."""
+    fsdp, tensor = (sys.modules.get(f"torch.distributed.{room}") for room in ("fsdp", "tensor"))
+    found = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return found if tensor is None else (*found, tensor.DTensor)
 
 
 def _store() -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 import kfaccore as kf
-from kfaccore.layers import Conv
 from kfaccore_torch.bridge import HALF, ordered
 from kfaccore_torch.capture import Capture
+from kfaccore_torch.layout import stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import joined
@@ -19,6 +20,8 @@ from kfaccore_torch.rows import check_unwritten, record
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
+
+MOST_BYTES = 8 * 2**30  # of type2 draws at the outputs of all layers
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,30 @@ def drawn(
     turn: int,
     n: float,
     exact: bool = False,
-    images: bool = False,
     given: Any = None,
     times: float = 1.0,
 ) -> tuple[dict[str, kf.Record], Observed]:
     """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
 
     n      of the records
-    exact  rows that mix examples make one example, so that `dense` has the right mean; else they stand as their
-           shape suggests, which rules that judge a step by examples need
-    images but for convolutions, whose images stand as they are: that is cheaper by far, and the same for every sum over
-           rows
+    exact  rows that mix examples make one example, so that `dense` has the right mean; else only where the layer's
+           method needs that (`layout.stands_together`), and elsewhere they stand as their shape suggests
     given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
     times  factor on the draws
     """
     heads = _checked(engine.objective.heads(batch.f))
-    layers, fisher = engine.plan.layers, engine.settings.fisher
+    sight = engine.sight(seen, heads)
+    layers = engine.plan.layers
+    fisher = engine.settings.fisher
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
-    observed = engine.observer.look(seen, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
+    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
     draws = given
+    if fisher is kf.type2 and given is None:
+        _check_room(heads, observed)
     if draws is None:
         draws = engine.objective.draws(fisher, engine.settings.draws, batch.f, batch.target, rng, observed.split)
     draws = list(draws) if isinstance(draws, list | tuple) else [draws]
@@ -74,7 +78,7 @@ def drawn(
         _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
     ]
     observed = engine.observer.again(observed, layers, heads, grads)
-    return _recorded(engine, observed, grads, batch, n, (exact, images), set(seen.calls)), observed
+    return _recorded(engine, observed, grads, batch, n, exact, set(seen.calls)), observed
 
 
 def _recorded(
@@ -83,14 +87,16 @@ def _recorded(
     grads: list[Any],
     batch: Batch,
     n: float,
-    exact: tuple[bool, bool],
+    exact: bool,
     called: set[str],
 ) -> dict[str, kf.Record]:
     """Records of the calls that the draws reached."""
     by_layer: dict[str, list[tuple]] = {}
+    blocks = engine.blocks() if observed.mixing and not exact else {}
     for (name, call), owned, g in zip(observed.calls, observed.owned, grads, strict=True):
-        together = exact[0] and not (exact[1] and isinstance(engine.plan.layers[name].kind, Conv))
-        place = joined(owned.place, together) if owned.mixes else owned.place
+        place = owned.place
+        if owned.mixes:
+            place = joined(place, exact or stands_together(engine.core, blocks, name))
         if g is not None:
             by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
     batch.told.check(set(by_layer), called)
@@ -131,12 +137,27 @@ def _check_own(engine: Engine, observed: Observed) -> None:
 def _checked(heads: list[torch.Tensor]) -> list[torch.Tensor]:
     """ValueError for predictions without a batch axis or without a graph."""
     for f in heads:
-        if f.ndim < 2 or not f.requires_grad:
+        if f.ndim < 1 or not f.requires_grad:
             raise ValueError(
                 f"the prediction has shape {tuple(f.shape)}, requires_grad={f.requires_grad}; need (batch, ...) with a "
                 f"graph behind it"
             )
     return heads
+
+
+def _check_room(heads: list[torch.Tensor], observed: Observed) -> None:
+    """ValueError, before anything is allocated, for type2 draws that would not fit: one for every number of an example
+    of the prediction, each as large as it and the outputs of all layers."""
+    number = sum(f.numel() // max(1, observed.split.examples) for f in heads)
+    size = max(4, heads[0].element_size())
+    found = number * size * (sum(f.numel() for f in heads) + sum(prod(call.shape) for _, call in observed.calls))
+    if found > MOST_BYTES:
+        raise ValueError(
+            f"type2 takes {number:,} draws of this prediction of shape {tuple(heads[0].shape)}, one for every number "
+            f"of an example, and as many backward passes: {found:,} bytes at the layers' outputs, and the most is "
+            f"{MOST_BYTES:,} (kfaccore_torch.draw.MOST_BYTES). Take fisher=kfaccore.monte_carlo, which is unbiased for "
+            f"it, smaller examples or batches, or hand draws of your own to kfaccore_torch.records(draws=...)"
+        )
 
 
 def _pulled(heads: list[torch.Tensor], observed: Observed, v: tuple) -> tuple:

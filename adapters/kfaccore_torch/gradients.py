@@ -9,24 +9,34 @@ import torch
 import kfaccore as kf
 from kfaccore.layers import Linear
 from kfaccore_torch.bridge import detached, to_core
-from kfaccore_torch.capture import Call, Capture
+from kfaccore_torch.calls import Call
+from kfaccore_torch.capture import Capture
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Place, Together
 from kfaccore_torch.rows import output_rows, rows
+from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.step import Engine
 
 
 def gradients(
-    engine: Engine, value: torch.Tensor, seen: Capture, observed: Observed | None, batch: Batch, l2: dict[str, float]
+    engine: Engine,
+    value: torch.Tensor,
+    seen: Capture,
+    observed: Observed | None,
+    batch: Batch,
+    l2: dict[str, float],
+    scaler: Scaler | None = None,
 ) -> tuple[dict[str, Any], tuple]:
-    """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
-    layers = engine.plan.layers
+    """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest; of a `scaler`'s
+    loss, and back."""
     whole = bool(l2) or engine.core.comm.world > 1
     resting = kf.own_gradients(engine.core) and not engine.due  # every weight gradient is then made of given rows
     if resting:
         heads = engine.objective.heads(batch.f)
-        observed = engine.observer.look(seen, layers, heads, batch.told)
+        sight = engine.sight(seen, heads)
+        observed = engine.observer.look(sight, engine.plan.layers, heads, batch.told)
+    layers = engine.plan.layers
     calls = _placed(seen, observed)
     edges = {n: c[0] for n, c in calls.items() if resting or (not whole and _factors(layers[n].kind, c))}
     odd = [n for n in edges if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]
@@ -34,7 +44,8 @@ def gradients(
         raise ValueError(f"layers {odd} are not linear layers called once: give them another method than FNGD")
     dense = [(name, role, p) for name in layers if name not in edges for role, p in layers[name].parameters.items()]
     wanted = [c.edge for c, _ in edges.values()] + [p for *_, p in dense] + list(engine.plan.rest.values())
-    found = torch.autograd.grad(value, wanted, allow_unused=True)
+    found: Any = torch.autograd.grad(value if scaler is None else scaler.scaled(value), wanted, allow_unused=True)
+    found = found if scaler is None else scaler.unscaled(found)
     grads: dict[str, Any] = {}
     for (name, (call, place)), g in zip(edges.items(), found[: len(edges)], strict=True):
         if g is not None:
@@ -53,7 +64,7 @@ def gradients(
     for name, given in tensors.items():
         if len(given) == len(layers[name].parameters):
             grads[name] = engine.matrix(layers[name], given)
-    return grads, rest
+    return grads, tuple(rest)
 
 
 def _placed(seen: Capture, observed: Observed | None) -> dict[str, list[tuple[Call, Place]]]:

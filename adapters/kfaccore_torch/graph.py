@@ -1,8 +1,8 @@
-"""What autograd kept of a prediction: which calls lie behind it, and which parameters reach it past them.
+"""What autograd kept of a prediction: which calls lie behind it, and which operations parameters went into.
 
-The walk starts at the prediction and jumps from the output of a captured call to its input. A covered parameter that
-is met on the way went into the prediction by a road that no call explains: through another argument, a copy of the
-weight, a call outside the capture, or a derivative of the network.
+The walk starts at the prediction and jumps from the output of a captured call to its input. A parameter that is met on
+the way went into the prediction by an operation that no call is known of: that operation is found, and `explain` says
+what it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kfaccore_torch.provenance import moves_only, through
+from kfaccore_torch.views import Ref
 
 MOVES = re.compile(
     "Index|Gather|Scatter|Sort|Topk|Kthvalue|Select.*Masked|MaskedSelect|Take|^Put|Unique|Segment|Embedding"
@@ -34,31 +37,35 @@ class Behind:
 
     moved     nodes with an operation between them and the prediction that moves rows as data say
     mixed     the same for a product with a matrix of data
-    stray     covered parameters met past all calls, by id -> name of the operation they went into
+    met       nodes of known parameters that were met past all calls
+    above     node -> nodes it goes into
+    called    nodes of captured outputs
     key       equal for graphs whose rows go the same way, moving operations aside
     """
 
     nodes: dict[Any, int]
     moved: frozenset
     mixed: frozenset
-    stray: dict[int, str]
+    met: tuple[Any, ...]
+    above: dict[Any, list[Any]]
+    called: frozenset
     key: int
 
 
-def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], known: dict[int, Any]) -> Behind:
+def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], known: dict[int, str]) -> Behind:
     """The walk from `predictions`.
 
     inputs   node of a captured call's output -> nodes of its inputs
-    known    covered parameters by id
+    known    parameters that are trained, by id
     """
     roots = [f.grad_fn for f in predictions]
     nodes: dict[Any, int] = {}
     below: dict[Any, list[Any]] = {}
-    stray: dict[int, str] = {}
+    met: list[Any] = []
     marks: list[Any] = []
-    waiting = [(root, None) for root in reversed(roots)]
+    waiting = list(reversed(roots))
     while waiting:
-        node, above = waiting.pop()
+        node = waiting.pop()
         if node is None:
             continue
         if node in nodes:
@@ -67,26 +74,86 @@ def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], kn
         nodes[node] = len(nodes)
         name = node.name()
         marks.append(_mark(node, name))
-        variable = getattr(node, "variable", None) if name.endswith("AccumulateGrad") else None
-        if variable is not None and id(variable) in known:
-            stray[id(variable)] = _user(above, nodes, below)
+        if name.endswith("AccumulateGrad") and id(node.variable) in known:
+            met.append(node)
         children = inputs.get(node)
         if children is None:
             children = [child for child, _ in node.next_functions]
             marks.append(tuple(number for _, number in node.next_functions))
         below[node] = children
-        waiting.extend((child, node) for child in reversed(children))
+        waiting.extend(reversed(children))
     moved = _under(roots, below, lambda node: _moves(node))
     mixed = _under(roots, below, lambda node: _multiplies(node))
-    return Behind(nodes, moved, mixed, stray, hash(tuple(marks)))
+    above = _turned(below) if met else {}
+    return Behind(nodes, moved, mixed, tuple(met), above, frozenset(inputs), hash(tuple(marks)))
 
 
-def origin(x: torch.Tensor | None) -> torch.Tensor | None:
-    """The parameter that a tensor is a cast or an unchanged copy of, or the tensor itself."""
-    node = None if x is None else x.grad_fn
-    while node is not None and node.name() in ("ToCopyBackward0", "CloneBackward0", "AliasBackward0"):
-        node = node.next_functions[0][0]
-    return x if node is None else getattr(node, "variable", x)
+def operations(graph: Behind, known: dict[int, str]) -> tuple[dict[Any, dict[int, Ref]], dict[str, str]]:
+    """Operations that parameters went into, each with the parts of parameters by argument; and names of parameters
+    with why what they went into cannot be one."""
+    found: dict[Any, dict[int, Ref]] = {}
+    odd: dict[str, str] = {}
+    passed: set[Any] = set()  # expansions that a product takes in
+    for leaf in graph.met:
+        name = known[id(leaf.variable)]
+        waiting = [leaf]
+        while waiting:
+            node = waiting.pop()
+            users = graph.above.get(node, [])
+            if not users:
+                odd[name] = "it is the prediction itself"
+            for user in dict.fromkeys(users):
+                if user in graph.called:
+                    odd[name] = "it goes into the input of a layer's call"
+                elif moves_only(user):
+                    waiting.append(user)
+                else:
+                    found[user] = _refs(user, known)
+                    if name not in {ref.name for ref in found[user].values()}:
+                        odd[name] = f"it goes into {user.name()} in an order of its own"
+    for node in list(found):
+        if node.name().startswith("ExpandBackward"):
+            _through_products(node, graph, known, found, passed)
+    return {node: refs for node, refs in found.items() if node not in passed and refs}, odd
+
+
+def _through_products(node: Any, graph: Behind, known: dict[int, str], found: dict, passed: set) -> None:
+    """A parameter repeated along a stack of products is the parameter of the products, if nothing else takes it."""
+    waiting = [node]
+    products = []
+    while waiting:
+        users = graph.above.get(waiting.pop(), [])
+        for user in dict.fromkeys(users):
+            if user in graph.called:
+                return
+            if moves_only(user):
+                waiting.append(user)
+            else:
+                products.append(user)
+    refs = {user: _refs(user, known) for user in products}
+    if products and all(user.name().startswith(("Bmm", "Baddbmm")) and refs[user] for user in products):
+        found.update(refs)
+        passed.add(node)
+
+
+def _refs(node: Any, known: dict[int, str]) -> dict[int, Ref]:
+    """Parts of parameters among the arguments of an operation."""
+    repeats = node.name().startswith(("Bmm", "Baddbmm"))
+    refs = {}
+    for i, (child, number) in enumerate(node.next_functions):
+        ref = None if child is None else through(child, number, known, repeats)
+        if ref is not None:
+            refs[i] = ref
+    return refs
+
+
+def _turned(below: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
+    above: dict[Any, list[Any]] = {}
+    for node, children in below.items():
+        for child in children:
+            if child is not None:
+                above.setdefault(child, []).append(node)
+    return above
 
 
 def _mark(node: Any, name: str) -> Any:
@@ -116,14 +183,3 @@ def _under(roots: list[Any], below: dict[Any, list[Any]], test: Any) -> frozense
         found.add(node)
         waiting.extend(below.get(node, ()))
     return frozenset(found)
-
-
-def _user(above: Any, nodes: dict[Any, int], below: dict[Any, list[Any]]) -> str:
-    """The first operation above a parameter that does more than turn or cast it."""
-    plain = re.compile("^(T|Transpose|Permute|View|ReshapeAlias|ToCopy|Expand|Unsqueeze|Squeeze|Alias)Backward")
-    while above is not None and plain.search(above.name()):
-        found = next((node for node, children in below.items() if any(child is above for child in children)), None)
-        if found is None:
-            break
-        above = found
-    return "the prediction" if above is None else above.name()

@@ -10,7 +10,7 @@ import torch
 from kfaccore import Patches, Window
 from kfaccore.layers import Conv
 from kfaccore_torch.bridge import detached, to_core
-from kfaccore_torch.capture import Call
+from kfaccore_torch.calls import Call
 from kfaccore_torch.places import Axes, Place
 
 Array = Any
@@ -28,6 +28,9 @@ def conv_part(kind: Conv, call: Call, g: torch.Tensor, place: Place, namespace: 
     if x.ndim == axes + 1:
         x = x[None]
         g = g[:, None]
+    if call.options.get("transposed"):
+        x, g = _turned(x, g, here, call)
+        here = replace(here, window=Window(kind.window.kernel, dilation=tuple(call.options["dilation"])))
     if isinstance(place, Axes) and place.plain:
         return here.activations(to_core(x, namespace)), here.gradients(to_core(g, namespace), draws=True)
     patches = here.activations(x)
@@ -41,6 +44,29 @@ def conv_part(kind: Conv, call: Call, g: torch.Tensor, place: Place, namespace: 
     a: Any = patches.unfold()
     a = place.put(a.reshape(a.shape[0], *call.rows, a.shape[-1]))
     return to_core(a, namespace), to_core(place.put(g), namespace)
+
+
+def _turned(x: torch.Tensor, g: torch.Tensor, kind: Conv, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and output gradient of the plain convolution that a transposed one is: each output number sums the inputs
+    that reach it, so the image is spread by the stride, padded and, as the kernel runs backwards, turned round."""
+    axes = len(kind.window.kernel)
+    given = call.options
+    kept = x
+    places = []
+    sizes = []
+    for axis in range(axes):
+        reach = given["dilation"][axis] * (kind.window.kernel[axis] - 1)
+        size = g.shape[3 + axis] + reach
+        steps = torch.arange(x.shape[2 + axis], device=x.device)
+        place = reach - given["padding"][axis] + given["stride"][axis] * steps
+        inside = (place >= 0) & (place < size)
+        kept = kept.index_select(2 + axis, inside.nonzero()[:, 0])
+        places.append(place[inside])
+        sizes.append(size)
+    spread = x.new_zeros((*x.shape[:2], *sizes))
+    spread[(slice(None), slice(None), *torch.meshgrid(*places, indexing="ij"))] = kept
+    turned = range(-axes, 0)
+    return spread.flip(*turned), g.flip(*turned)
 
 
 def _window(kind: Conv, call: Call) -> Window:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kfaccore_torch.capture import Call
+from kfaccore_torch.calls import Call
 from kfaccore_torch.places import Axes, Groups, Place, Together, grouped
 
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from kfaccore_torch.capture import Call, Capture
-from kfaccore_torch.graph import Behind, behind
+from kfaccore_torch.calls import Call
+from kfaccore_torch.graph import Behind
+from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
 from kfaccore_torch.owner import Asked, Owned, Split, confirm, factors, mixed, search, settled, splits, still
-from kfaccore_torch.places import Place, joined
-from kfaccore_torch.plan import Layer
+from kfaccore_torch.places import Place, Together, joined
 from kfaccore_torch.rows import by_rows
+from kfaccore_torch.settle import Layer
+from kfaccore_torch.sight import Sight
 
 _MOST = 256  # combinations of shapes that are remembered
 
@@ -51,20 +53,15 @@ class Observer:
 
     def look(
         self,
-        seen: Capture,
+        sight: Sight,
         layers: dict[str, Layer],
         heads: Sequence[torch.Tensor],
         told: Told,
         first: Callable[[], tuple[Any, tuple]] = lambda: (None, ()),
     ) -> Observed:
-        """The batch that `seen` captured. `first()`, asked for only if anything is to be pulled back, gives the
-        draw to begin with, or None, and parameters to pull it back to as well.
-
-        Raises ValueError for parameters that reach the prediction past all calls.
-        """
-        graph = behind(heads, seen.inputs, seen.known)
-        _check_strays(graph, seen)
-        calls = _reached(seen, graph)
+        """The batch of `sight`. `first()`, asked for only if anything is to be pulled back, gives the draw to begin
+        with, or None, and parameters to pull it back to as well."""
+        graph, calls = sight.graph, list(sight.calls)
         rows = [call.rows for _, call in calls]
         key = (graph.key, tuple((name, call.rows) for name, call in calls), tuple(f.shape for f in heads))
         known = self.kept.get(key)
@@ -72,6 +69,9 @@ class Observer:
         size = min(len(f) for f in heads)
         given = [told.place_of(name, call, split.examples if split else size) for name, call in calls]
         fixed = [Owned(place, shaped=False) if place is not None else None for place in given]
+        for i, (name, call) in enumerate(calls):
+            if isinstance(layers[name].kind, Rest):
+                fixed[i] = Owned(Together(call.rows), mixes=True, shaped=False)
         if known is not None:
             pairs = zip(calls, known[1], fixed, strict=True)
             fixed = [f or (None if _varies(owned, call, graph) else owned) for (_, call), owned, f in pairs]
@@ -202,40 +202,3 @@ def _wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor
     size = torch.stack([by_rows(layers[name], call, draw).abs().amax(1) for draw in g]).amax(0)
     eps = torch.finfo(size.dtype).eps
     return bool((size[owned.undecided.to(size.device)] > 4 * eps * size.max()).any())
-
-
-def _reached(seen: Capture, graph: Behind) -> list[tuple[str, Call]]:
-    """Calls on the way to the prediction."""
-    found = []
-    for name, calls in seen.calls.items():
-        for call in calls:
-            if call.node not in graph.nodes and call.narrow is not None:
-                call = call.narrow
-            if call.node in graph.nodes:
-                found.append((name, call))
-    if not found and not seen.empty:
-        raise ValueError(
-            "no captured call lies behind this prediction: run the model whose parameters these are inside `with "
-            "pre.capture():`, and hand over what that run returned"
-        )
-    return found
-
-
-def _check_strays(graph: Behind, seen: Capture) -> None:
-    """ValueError for a covered parameter that went into the prediction past its layer's calls."""
-    if not graph.stray:
-        return
-    found = {seen.known[p][1].paths[seen.known[p][0]]: user for p, user in graph.stray.items()}
-    names = ", ".join(f"{path!r} (into {user})" for path, user in list(found.items())[:5])
-    first = next(iter(found))
-    skip = f"{first[: first.rindex('in_proj')]}in_proj*" if "in_proj" in first else first
-    why = (
-        "attention between two sequences splits its packed projection, which then has several inputs"
-        if "in_proj" in first
-        else "a weight used by hand or under torch.func, a call outside capture(), or a derivative of the network "
-        "(create_graph=True; such a loss needs Taylor records, kfaccore_torch.taylor)"
-    )
-    raise ValueError(
-        f"these parameters reach the prediction by a road that no captured call explains: {names}: {why}. Their "
-        f"curvature would be covered by half: run all of the forward inside capture(), or pass skip=({skip!r},)"
-    )

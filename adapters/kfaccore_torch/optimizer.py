@@ -9,13 +9,18 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.agreement import check_same
+from kfaccore_torch.batch import mean, met, summed
 from kfaccore_torch.bridge import ordered
+from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import gradients
 from kfaccore_torch.masks import Told
+from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.records import called
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
+from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.step import Engine, Settings
 
 
@@ -27,7 +32,11 @@ class Optimizer:
             loss = optimizer.step(x, y)
 
     core       a kfaccore.Preconditioner with the step wanted; default KFAC() with SelfTuning()
-    rest       parameters -> a torch optimizer, for parameters that are not covered; without it they are an error
+    rest       parameters -> a torch optimizer, for parameters that are not covered; without it they have a diagonal
+               curvature, `uncovered=kfaccore.Diagonal()`
+    scaler     a GradScaler, for float16: the loss is scaled by it; where a gradient overflows no step is taken, and the
+               scaler is told either way and updated
+    output     which of the model's outputs the loss is of: a name ("logits"), a place in a tuple, or a function
     settings   fields of `Settings`
 
     `.grad` of covered parameters stays None: where a batch has fewer rows than a layer is wide, autograd is asked for
@@ -40,13 +49,21 @@ class Optimizer:
         loss: Any,
         core: kf.Preconditioner | None = None,
         rest: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        output: Output = None,
         **settings: Any,
     ) -> None:
         core = core or kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning(), donate=True)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise TypeError("Optimizer sums gradients over ranks itself: give it the module without the wrapper")
         self.model = model
+        if rest is None and settings.get("fisher") is not kf.forward_only and not kf.own_gradients(core):
+            settings = {"uncovered": kf.Diagonal(), **settings}
+        core = over_ranks(core, model)
         self.engine = Engine(model, loss, core, Settings(**settings))
+        check_same(self.engine, parameters=True)
+        self.output = output
+        self.scaler = Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._make_rest = rest
         self.rest: torch.optim.Optimizer | None = None
         self._follow_rest()
@@ -55,7 +72,7 @@ class Optimizer:
         """The optimizer of what is not covered, over the parameters that the plan leaves it now."""
         plan = self.engine.plan
         old = self.rest
-        if plan.rest and self._make_rest is None:
+        if plan.rest and self._make_rest is None and plan.seen:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.uncovered.items())
             raise ValueError(f"these parameters are not covered; pass rest=torch.optim.Adam for them\n{reasons}")
         if old is not None and {id(p) for g in old.param_groups for p in g["params"]} == {*map(id, plan.rest.values())}:
@@ -73,6 +90,11 @@ class Optimizer:
         """Which parameters are covered, how, at what size; print it."""
         return self.engine.report()
 
+    def memory(self) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, before the first step allocates them; of
+        what no forward has shown yet, `kfaccore_torch.plan(model, *inputs).memory(core)` knows."""
+        return self.engine.memory()
+
     def step(
         self,
         inputs: Any,
@@ -84,36 +106,42 @@ class Optimizer:
     ) -> float:
         """One update on a batch; the loss before it, penalty included.
 
-        inputs   a tensor, a tuple of positional or a dict of keyword arguments of the model
+        inputs   a tensor, a tuple of positional or a mapping of keyword arguments of the model
         mask     (batch, positions), true where a position exists
         ids      (batch,) places of the examples in the dataset, for methods that remember examples
         masks, examples   as `Preconditioner.capture` takes them
         """
         engine = self.engine
         if engine.replan():
+            check_same(engine)
             self._follow_rest()
         l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
         random = random_state(engine.device) if engine.core.rule.judges else ()
         with torch.enable_grad():
             with engine.captured() as seen:
-                f = called(self.model, inputs)
+                f = self._predicted(inputs)
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
-            records = {} if engine.due else None
-            observed = None
-            if engine.due and n > 0:
-                records, observed = engine.records(seen, batch, 0, n)
-            with ordered(engine.namespace, engine.device):
-                grads, rest = gradients(engine, value, seen, observed, batch, l2)
+            with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
+                records = {} if engine.due else None
+                observed = None
+                if engine.due and n > 0:
+                    records, observed = engine.records(seen, batch, 0, n)
+                    self._follow_rest()
+                with ordered(engine.namespace, engine.device):
+                    grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
+        if self._overflowed():
+            return mean(engine, float(value.detach()), n) + self._penalty(l2)
+        before, share, grads = met(engine, float(value.detach()), grads, n)
         if records is not None:
             records, grads = engine.completed(records, grads, n)
-        before, grads, rest = self._summed(float(value.detach()), grads, rest, n)
+        grads, rest = summed(engine, grads, rest, share)
         before += self._penalty(l2)
 
         def again() -> float:
             with replayed(self.model, random, engine.device):
-                value = float(engine.objective.value(called(self.model, inputs), target))
-            return self._mean(value, n) + self._penalty(l2)
+                value = float(engine.objective.value(self._predicted(inputs), target))
+            return mean(engine, value, n) + self._penalty(l2)
 
         self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again)
         if self.rest is not None:
@@ -123,12 +151,18 @@ class Optimizer:
             self.rest.zero_grad()
         return before
 
+    def _predicted(self, inputs: Any) -> Any:
+        return picked(called(self.model, inputs), self.output)
+
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """The training loss of a batch, and its share n: 0 where nothing counts but other ranks have examples."""
         engine = self.engine
         heads = engine.objective.heads(batch.f)
-        if any(head.dtype == torch.float16 for head in heads):
-            raise ValueError("the prediction is float16, whose gradients underflow: need bfloat16, or Preconditioner")
+        if self.scaler is None and any(head.dtype == torch.float16 for head in heads):
+            raise ValueError(
+                "the prediction is float16, whose gradients underflow: pass scaler=torch.amp.GradScaler(), or use "
+                "bfloat16"
+            )
         n = engine.share(batch)
         world = engine.core.comm.world
         if n <= 0 and world == 1:
@@ -146,67 +180,44 @@ class Optimizer:
             old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
             for p, move in moves:
                 p.sub_(move)
+            torch.clear_autocast_cache()  # which has the old weights, for as long as the caller's autocast is open
 
             def place(share: float) -> None:
                 for (p, move), kept in zip(moves, old, strict=True):
                     p.copy_(kept - share * move if share else kept)
+                torch.clear_autocast_cache()
 
             _, engine.state = engine.core.judge(engine.state, before, place, again)
 
-    def _summed(self, value: float, grads: dict, rest: tuple, n: float) -> tuple[float, dict, tuple]:
-        """Loss and gradients of the global batch: means over ranks by their shares n of it."""
-        engine = self.engine
-        comm = engine.core.comm
-        layers = engine.plan.layers
-        if comm.world == 1:
-            return value, grads, rest
-        present = [float(name in grads) for name in layers]  # ranks that differ must not meet in a sum
-        n, value = self._weighed(n, value)
-        total = comm.all_reduce([torch.tensor([n, value, *present], dtype=torch.float64)])[0].tolist()
-        whole = 1.0 if engine.objective.total else total[0]
-        odd = [name for name, count in zip(layers, total[2:], strict=True) if 0 < count < comm.world]
-        if odd:
-            error = ValueError(f"layers {odd} take part in this step on some ranks only; need the same on all")
-            engine.leave_word(error)
-            raise error
-        scaled = {name: grads[name] * (n / whole) for name in layers if name in grads}
-        pairs = zip(engine.plan.rest.values(), rest, strict=True)
-        others = [torch.zeros_like(p) if g is None else g * (n / whole) for p, g in pairs]
-        with ordered(engine.namespace, engine.device):
-            summed, others = comm.all_reduce((scaled, others))
-        return total[1] / whole, summed, tuple(others)
-
-    def _mean(self, value: float, n: float) -> float:
-        """A loss of the global batch, from this rank's and its share n."""
-        if self.engine.core.comm.world == 1:
-            return value
-        found = self.engine.core.comm.all_reduce([torch.tensor(self._weighed(n, value), dtype=torch.float64)])
-        n, total = found[0].tolist()
-        return total if self.engine.objective.total else total / n
-
-    def _weighed(self, n: float, value: float) -> tuple[float, float]:
-        """What a rank's loss weighs in that of all, and the loss times it; sums are added as they are."""
-        if self.engine.objective.total:
-            return 1.0, value
-        return n, n * value if n else 0.0
+    def _overflowed(self) -> bool:
+        """Whether a gradient of the scaled loss was not finite on any rank; the scaler is told."""
+        if self.scaler is None:
+            return False
+        comm, good = self.engine.core.comm, self.scaler.good
+        if comm.world > 1:
+            good = not float(comm.all_reduce([torch.tensor(float(not good))])[0])
+        self.scaler.told(good)
+        self.engine.called = set() if not good else self.engine.called
+        return not good
 
     def _penalty(self, l2: dict[str, float]) -> float:
         layers = self.engine.plan.layers
-        pairs = [(weight, p) for name, weight in l2.items() for p in layers[name].parameters.values()]
-        return 0.5 * sum(weight * float((p.detach() ** 2).sum()) for weight, p in pairs)
+        covered = {id(p): (weight, p) for name, weight in l2.items() for p in layers[name].parameters.values()}
+        return 0.5 * sum(weight * float((p.detach() ** 2).sum()) for weight, p in covered.values())
 
     def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """What to subtract from each parameter: update + alpha weight_decay parameter."""
         engine = self.engine
-        found = []
+        found: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
         told = engine.info.step if engine.info else {}
         shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
         for name, matrix in updates.items():
             layer = engine.plan.layers[name]
             for role, x in engine.tensors(layer, matrix).items():
                 p = layer.parameters[role]
-                found.append((p, x + shrink * p.detach() if shrink else x))
-        return found
+                x = x + shrink * layer.own(role, p.detach()) if shrink else x
+                found[id(p)] = p, found[id(p)][1] + x if id(p) in found else x  # parts of one parameter
+        return list(found.values())
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state, without that of `rest`, in one file that every adapter of kfaccore reads."""
@@ -223,8 +234,11 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; ValueError, and no change, if it is another model's."""
-        if (self.rest is not None) != ("rest" in state):
+        if (self._make_rest is not None) < ("rest" in state):
             raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
         self.engine.load_state_dict(state)
+        self._follow_rest()
+        if (self.rest is not None) != ("rest" in state):
+            raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
         if self.rest is not None:
             self.rest.load_state_dict(state["rest"])

@@ -131,7 +131,8 @@ def search(rows: tuple[int, ...], before: Asked, passes: Sequence[torch.Tensor],
         high = before.scaled_by(after, 2 * one)
         owner += high.to(torch.int64) << digit
         pure &= high ^ before.scaled_by(after, one)
-    if bool((before.alive & ~pure).any()) or not bool(before.alive.any()) or int(owner.max()) >= split.examples:
+    alive = owner[before.alive]  # a row without a gradient agrees with every digit
+    if bool((before.alive & ~pure).any()) or not len(alive) or int(alive.max()) >= split.examples:
         return None
     owner = torch.where(before.alive, owner, -1).cpu()
     place = grouped(rows, _filled(owner), split.examples)

@@ -1,70 +1,85 @@
-"""Which parameters of a model kfaccore covers, by which layer kind, and why it leaves the others alone."""
+"""Which parameters of a model kfaccore covers, by which layer kind, and why it leaves the others alone.
+
+The operation that a parameter goes through decides, not the module it is in. Until a forward was seen, modules of known
+types stand for what they are known to do; what a forward shows takes their place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from kfaccore import Window
-from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
+import kfaccore as kf
+from kfaccore_torch.calls import Call, Mark, Use
+from kfaccore_torch.distributed import check_whole
+from kfaccore_torch.hints import hints
+from kfaccore_torch.settle import Layer, settled
+from kfaccore_torch.views import Ref
 
-NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-REASONS = (
-    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "transposed convolutions have no layer kind"),
-    ((nn.RNNBase,), "a fused recurrent kernel never shows the inputs of its steps"),
-    ((nn.RNNCellBase,), "recurrent cells have no layer kind: write them with nn.Linear"),
-    ((nn.MultiheadAttention,), "of nn.MultiheadAttention only the packed in-projection of self-attention is covered"),
-)
+if TYPE_CHECKING:
+    from kfaccore_torch.report import Coverage
 
-
-@dataclass(frozen=True)
-class Layer:
-    """One matrix of the equation: a kind of `kfaccore.layers` and the parameters of its roles."""
-
-    name: str
-    kind: Any
-    parameters: dict[str, nn.Parameter]
-    paths: dict[str, str]  # role -> name of the parameter in the model
-
-    def matrix(self, arrays: dict[str, Any]) -> Any:
-        """Arrays like the parameters, by role -> the matrix; gains and lone biases of any shape are vectors."""
-        if isinstance(self.kind, Bias):
-            arrays = {role: x.reshape(-1) for role, x in arrays.items()}
-        return self.kind.matrix(arrays)
-
-    def arrays(self, matrix: Any) -> dict[str, Any]:
-        """The inverse of `matrix`, in the parameters' own shapes."""
-        named = self.kind.parameters(matrix)
-        return {role: named[role].reshape(tuple(p.shape)) for role, p in self.parameters.items()}
+__all__ = ["Layer", "Plan", "again", "modules", "remade", "unwrapped"]
+UNSEEN = "no forward has shown yet what it is used for"
+UNUSED = "it did not take part in the prediction"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`layers` are covered; `uncovered` maps a parameter's name to the reason it is not."""
+    """`layers` are covered; `uncovered` maps a parameter's name to the reason it is not.
+
+    marks   what parameters were seen to be used for
+    odd     parameters that were seen to go into what is no layer, and why
+    places  part of a parameter -> the layer that it makes
+    """
 
     layers: dict[str, Layer]
     uncovered: dict[str, str]
     rest: dict[str, nn.Parameter] = field(repr=False)  # uncovered parameters by name
     made_of: tuple[tuple[str, nn.Parameter, bool], ...] = field(repr=False, default=())  # and whether each was trained
+    model: nn.Module | None = field(repr=False, default=None)
+    skip: tuple[str, ...] = field(repr=False, default=())
+    marks: tuple[Mark, ...] = field(repr=False, default=())
+    odd: dict[str, str] = field(repr=False, default_factory=dict)
+    places: dict[Ref, str] = field(repr=False, default_factory=dict)
+    seen: bool = False
 
     @property
     def trained(self) -> tuple[nn.Parameter, ...]:
         """Covered parameters, then the others."""
-        covered = (p for layer in self.layers.values() for p in layer.parameters.values())
-        return (*covered, *self.rest.values())
+        covered = {id(p): p for layer in self.layers.values() for p in layer.parameters.values()}
+        return (*covered.values(), *self.rest.values())
+
+    @property
+    def known(self) -> dict[int, str]:
+        """Names of the parameters that are trained and not skipped, by id."""
+        names = {id(p): name for name, p, trained in reversed(self.made_of) if trained}
+        return {key: name for key, name in names.items() if not _skipped(name, self.skip)}
+
+    def report(self, core: kf.Preconditioner | None = None) -> Coverage:
+        """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated under a preconditioner,
+        by default KFAC(). Nothing of the state's size is allocated."""
+        from kfaccore_torch.report import coverage
+
+        return coverage(self, self.blocks, core or kf.Preconditioner(kf.KFAC()))
+
+    def memory(self, core: kf.Preconditioner | None = None) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, before anything of the size exists."""
+        core = core or kf.Preconditioner(kf.KFAC())
+        return core.footprint(self.blocks)
+
+    @property
+    def blocks(self) -> dict[str, kf.Block]:
+        """Sizes of the layers."""
+        return {name: layer.kind.block() for name, layer in self.layers.items()}
+
+    def __str__(self) -> str:
+        return str(self.report())
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the model still has the parameters that the plan was made of, trained or frozen as then."""
@@ -75,24 +90,36 @@ class Plan:
             for a, b in pairs
         )
 
+    def with_seen(self, marks: Iterable[Mark], odd: Mapping[str, str]) -> Plan:
+        """The plan with what one forward showed; itself where that is nothing new."""
+        fresh = [mark for mark in dict.fromkeys(marks) if mark not in self.marks]
+        if self.seen and not fresh and odd.keys() <= self.odd.keys():
+            return self
+        return _made(self, (*self.marks, *fresh), {**odd, **self.odd}, True)
 
-@dataclass
-class _Use:
-    """Where one weight appears: modules by path, and the kinds they give it."""
+    def assigned(self, uses: Iterable[Use]) -> dict[str, list[Call]]:
+        """Calls by layer, in order."""
+        found: dict[str, list[Call]] = {}
+        for use in uses:
+            weight = self.places.get(use.mark.weight) if use.mark.weight is not None else None
+            joint = weight is not None and self._has(weight, use.mark.bias)
+            bias = self.places.get(use.mark.bias) if use.mark.bias is not None and not joint else None
+            for name in (weight, bias):
+                if name is not None:
+                    found.setdefault(name, []).append(use.call)
+        return found
 
-    weight: nn.Parameter
-    path: str
-    kinds: list[Any] = field(default_factory=list)
-    biases: list[nn.Parameter | None] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)
+    def _has(self, name: str, bias: Ref | None) -> bool:
+        layer = self.layers[name]
+        return bias is not None and layer.paths.get("bias") == bias.name and "weight" in layer.paths
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module under torch.compile and DistributedDataParallel; TypeError for wrappers that hide parameters."""
     while True:
         kind = type(model).__name__
-        if isinstance(model, nn.DataParallel) or kind in ("FullyShardedDataParallel", "FSDPModule"):
-            raise TypeError(f"{kind} splits a batch or its parameters out of sight: use DistributedDataParallel")
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(f"{kind} splits a batch out of sight: use DistributedDataParallel")
         if kind == "OptimizedModule":
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
@@ -101,121 +128,83 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def plan(model: nn.Module, skip: tuple[str, ...] = ()) -> Plan:
-    """The plan of a model; `skip` are patterns of parameter names (`head.*`) to leave uncovered.
+def modules(model: nn.Module, skip: tuple[str, ...] = ()) -> Plan:
+    """The plan that types of modules suggest; `skip` are patterns of parameter names (`head.*`) to leave uncovered.
 
     Raises ValueError for lazy modules that have not seen a batch, and for a pattern that matches nothing.
     """
     model = unwrapped(model)
-    names = {id(p): name for name, p in model.named_parameters()}
+    check_whole(model)
+    names = [name for name, _ in model.named_parameters()]
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run one batch through the model first")
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names.values()):
-            raise ValueError(f"skip pattern {pattern!r} matches no parameter; there are {sorted(names.values())[:8]}")
-    uncovered = {n: f"skipped by {p!r}" for n in names.values() for p in skip if fnmatchcase(n, p)}
-    uses, lone = _uses(model, names, uncovered)
-    layers: dict[str, Layer] = {}
-    for use in uses.values():
-        _settle(use, layers, lone, names, uncovered)
-    for bias, path in lone.values():
-        layers[path] = Layer(path, Bias(bias.numel()), {"bias": bias}, {"bias": path})
-    covered = {path for layer in layers.values() for path in layer.paths.values()}
-    for name in set(names.values()) - covered - set(uncovered):
-        uncovered[name] = "the layer it belongs to has no such role"
-    order = {name: i for i, name in enumerate(names.values())}
-    layers = dict(sorted(layers.items(), key=lambda item: min(order[path] for path in item[1].paths.values())))
-    rest = {name: p for name, p in model.named_parameters() if name in uncovered and p.requires_grad}
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"skip pattern {pattern!r} matches no parameter; there are {sorted(names)[:8]}")
     made_of = tuple((n, p, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False))
-    return Plan(layers, {name: uncovered[name] for name in rest}, rest, made_of)
+    return _made(Plan({}, {}, {}, made_of, model, tuple(skip)), (), {}, False)
 
 
-def _uses(model: nn.Module, names: dict[int, str], uncovered: dict[str, str]) -> tuple[dict, dict]:
-    """Every weight with the modules that use it, and the biases that stand alone."""
-    uses: dict[int, _Use] = {}
-    lone: dict[int, tuple[nn.Parameter, str]] = {}
+def again(old: Plan, model: nn.Module) -> Plan:
+    """The plan of a model whose parameters changed: what was seen of the others still holds."""
+    new = modules(model, old.skip)
+    before = {name: p for name, p, trained in old.made_of if trained}
+    if any(before.get(name) is not p for name, p, trained in new.made_of if trained):
+        return new  # with parameters that joined in, an operation may have more of them
+    names = set(new.known.values())
+    marks = (_without(mark, names) for mark in old.marks)
+    kept = tuple(dict.fromkeys(mark for mark in marks if (mark.weight or mark.bias) is not None))
+    return _made(new, kept, {name: why for name, why in old.odd.items() if name in names}, old.seen)
+
+
+def remade(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) -> Plan:
+    """The plan of the same model by what was seen of it before."""
+    return _made(plan, marks, odd, seen)
+
+
+def _without(mark: Mark, names: set[str]) -> Mark:
+    """A mark with the parameters that are still trained."""
+    weight = mark.weight if mark.weight is not None and mark.weight.name in names else None
+    bias = mark.bias if mark.bias is not None and mark.bias.name in names else None
+    return Mark(None if weight is None else mark.kind, weight, bias)
+
+
+def _made(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) -> Plan:
+    """The plan of what was seen, and of what modules suggest of parameters that were not."""
+    assert plan.model is not None
+    known = plan.known
+    shown = {ref.name for mark in marks for ref in (mark.weight, mark.bias) if ref is not None} | odd.keys()
+    suggested = []
+    for mark in hints(plan.model, known):
+        if mark.bias is not None and mark.bias.name in shown:
+            mark = replace(mark, bias=None)
+        if (mark.weight or mark.bias) is not None and (mark.weight is None or mark.weight.name not in shown):
+            suggested.append(mark)
+    parameters = {name: p for name, p in plan.model.named_parameters() if p.requires_grad}
+    covered = {name: p for name, p in parameters.items() if id(p) in known}
+    layers, uncovered, places = settled([*marks, *suggested], odd, covered, _owners(plan.model))
+    paths = {path for layer in layers.values() for path in layer.paths.values()}
+    for name in parameters.keys() - paths - uncovered.keys():
+        pattern = _skipped(name, plan.skip)
+        uncovered[name] = f"skipped by {pattern!r}" if pattern else UNUSED if seen else UNSEEN
+    rest = {name: p for name, p in parameters.items() if name in uncovered and name not in paths}
+    uncovered = {name: uncovered[name] for name in rest}
+    return replace(plan, layers=layers, uncovered=uncovered, rest=rest, marks=marks, odd=odd, places=places, seen=seen)
+
+
+def _skipped(name: str, skip: tuple[str, ...]) -> str:
+    """The first pattern that a name matches."""
+    return next((pattern for pattern in skip if fnmatchcase(name, pattern)), "")
+
+
+def _owners(model: nn.Module) -> dict[str, str]:
+    """Name of a weight -> that of its module, as the layer is called."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, str] = {}
     for path, module in model.named_modules():
-        own = {role: p for role, p in module._parameters.items() if p is not None and p.requires_grad}
-        own = {role: p for role, p in own.items() if names[id(p)] not in uncovered}
-        for weight, bias, kind in _kinds(module, own):
-            if isinstance(kind, str):
-                uncovered.update({names[id(p)]: kind for p in own.values()})
-            elif weight is None:
-                lone[id(bias)] = (bias, names[id(bias)])
-            else:
-                use = uses.setdefault(id(weight), _Use(weight, names[id(weight)]))
-                use.kinds.append(kind)
-                use.biases.append(bias)
-                use.modules.append(path or type(module).__name__.lower())
-    return uses, lone
-
-
-def _settle(use: _Use, layers: dict, lone: dict, names: dict[int, str], uncovered: dict[str, str]) -> None:
-    """The layer of a weight; tied weights share one if their roles agree, and then biases that differ stand alone."""
-    kinds = {type(kind) for kind in use.kinds}
-    biases = {id(bias) for bias in use.biases}
-    if len(kinds) > 1:
-        roles = " and as ".join(sorted(kind.__name__.lower() for kind in kinds))
-        uncovered[use.path] = f"the weight serves as {roles}: two different Kronecker structures"
-    together = len(biases) == 1 and len(kinds) == 1
-    if not together:
-        lone.update({id(b): (b, names[id(b)]) for b in use.biases if b is not None})
-    if len(kinds) > 1:
-        return
-    kind, bias = use.kinds[0], use.biases[0] if together else None
-    if isinstance(kind, Gain):
-        name, parameters = use.path, {"gain": use.weight}
-    else:
-        name, parameters = use.modules[0], {"weight": use.weight, **({} if bias is None else {"bias": bias})}
-        if not isinstance(kind, Embedding):
-            kind = type(kind)(**{**vars(kind), "bias": bias is not None})
-    if name in layers or name in names.values():
-        name = use.path if use.path not in layers else f"{use.path}*"
-    layers[name] = Layer(name, kind, parameters, {role: names[id(p)] for role, p in parameters.items()})
-
-
-def _kinds(module: nn.Module, own: dict[str, nn.Parameter]) -> Iterator[tuple[Any, Any, Any]]:
-    """(weight, bias, kind) of each matrix of a module; (None, bias, None) for a lone bias; a text instead of a kind
-    is the reason for leaving all of the module's own parameters alone."""
-    if not own:
-        return
-    weight, bias = own.get("weight"), own.get("bias")
-    reason = _refusal(module)
-    if reason:
-        yield None, None, reason
-    elif isinstance(module, nn.MultiheadAttention):
-        weight = own.get("in_proj_weight")
-        if weight is not None:
-            yield weight, own.get("in_proj_bias"), Linear(weight.shape[1], weight.shape[0])
-    elif isinstance(module, NORMS):
-        if weight is not None:
-            yield weight, None, Gain(weight.numel())
-        if bias is not None:
-            yield None, bias, None
-    elif weight is None:
-        if bias is not None:
-            yield None, bias, None
-    elif isinstance(module, nn.Linear):
-        yield weight, bias, Linear(weight.shape[1], weight.shape[0])
-    elif isinstance(module, nn.Embedding):
-        yield weight, None, Embedding(weight.shape[0], weight.shape[1])
-    elif isinstance(module, CONVS):
-        window = Window(tuple(weight.shape[2:]))
-        channels = module.in_channels, module.out_channels
-        yield weight, bias, Conv(window, channels, module.groups, channels_first=True)
-
-
-def _refusal(module: nn.Module) -> str:
-    """Why a module's own parameters are not covered, or an empty string."""
-    if isinstance(module, nn.MultiheadAttention):
-        packed = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
-        return "" if packed else REASONS[-1][1]
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
-        return "embeddings with max_norm, scale_grad_by_freq or sparse gradients are not the plain product"
-    for kinds, reason in REASONS:
-        if isinstance(module, kinds):
-            return reason
-    if isinstance(module, (nn.Linear, nn.Embedding, *CONVS, *NORMS)):
-        return ""
-    return f"{type(module).__name__} is not a layer kfaccore knows"
+        for role in ("weight", "in_proj_weight"):
+            p = module._parameters.get(role)
+            if p is not None and id(p) in names:
+                found.setdefault(names[id(p)], path or type(module).__name__.lower())
+    return found

@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.agreement import check_same
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, gathered
+from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
+from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.report import Coverage
+from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
 from kfaccore_torch.terms import Terms
 
@@ -36,29 +40,34 @@ class Preconditioner:
 
     model      its layers are found by the identity of their parameters; wrapped in DistributedDataParallel or
                torch.compile it may be
-    loss       nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss (mean or sum), a loss of kfaccore, or a
-               kfaccore.Joint of them for a dict of predictions
+    loss       nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss (mean or sum), a loss of kfaccore, one's own with
+               the methods of `Loss`, or a kfaccore.Joint of them for a dict of predictions
     core       a kfaccore.Preconditioner, or a method; default KFAC() at the default clocks
+    output     which of the model's outputs the loss is of: a name ("logits"), a place in a tuple, or a function
     settings   fields of `Settings`
 
     Several micro-batches before one step are several captures, each with its loss; several losses on one forward add
     their curvatures. Statistics are taken when a loss is formed and count once it is differentiated. A sum loss is one
     sum over micro-batches and ranks: under DistributedDataParallel, which averages, multiply it by the ranks. Clip
-    gradients before `step` to bound the gradient, after it to bound the direction. With a GradScaler call `step` after
-    `scaler.unscale_`.
+    gradients before `step` to bound the gradient, after it to bound the direction. With a GradScaler `step`
+    comes before `scaler.step`, after `scaler.unscale_` or without: what overflows is left for the scaler to see.
     """
 
-    def __init__(self, model: nn.Module, loss: Any, core: Any = None, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, loss: Any, core: Any = None, output: Output = None, **settings: Any) -> None:
         core = core if isinstance(core, kf.Preconditioner) else kf.Preconditioner(core or kf.KFAC(), donate=True)
+        core = over_ranks(core, model)
         if core.rule.judges or core.rule.needs_records:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
         if core.schedules.weight_decay or core.schedules.penalised:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
+        check_same(self.engine)
+        self.output = output
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
         self._terms = Terms()
+        self._scale = Scale()
 
     @property
     def info(self) -> kf.Info | None:
@@ -68,6 +77,11 @@ class Preconditioner:
     def report(self) -> Coverage:
         """Which parameters are covered, how, at what size; print it."""
         return self.engine.report()
+
+    def memory(self) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, before the first step allocates them; of
+        what no forward has shown yet, `kfaccore_torch.plan(model, *inputs).memory(core)` knows."""
+        return self.engine.memory()
 
     @contextmanager
     def capture(
@@ -85,7 +99,8 @@ class Preconditioner:
                   many, or pattern -> (rows,); it is asked of autograd otherwise
         """
         self._open = None
-        self.engine.replan()
+        if self.engine.replan():
+            check_same(self.engine)
         if not self.engine.due:
             yield
             return
@@ -98,8 +113,16 @@ class Preconditioner:
 
         Raises ValueError if the forward was not captured.
         """
+        f = picked(f, self.output)
         self.engine.objective.heads(f)
-        value = self.engine.objective.value(f, target)
+        return self.attach(self.engine.objective.value(f, target), f, target)
+
+    def attach(self, value: torch.Tensor, f: Any, target: Any) -> torch.Tensor:
+        """As `loss`, for a loss that was formed elsewhere, by a model that is given its labels: `value`, which is the
+        loss named above at f and target up to a factor, is handed back, and counts once it is differentiated."""
+        f = picked(f, self.output)
+        if value.requires_grad:
+            value.register_hook(self._scale.note)
         if not self.engine.due or not torch.is_grad_enabled():
             return value
         if self._open is None:
@@ -113,9 +136,9 @@ class Preconditioner:
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
-        records, observed = self.engine.records(
-            seen, batch, self._formed, shot.n, True, images=True, times=(shot.n / n) ** 0.5
-        )
+        with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
+            times = (shot.n / n) ** 0.5
+            records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times)
         self._formed += 1
         value = self._counted(value, shot, self.engine.waiting(records))
         self._terms.expect(value, observed.expected, self.engine.plan.trained)
@@ -132,6 +155,7 @@ class Preconditioner:
         self._shots = []
         self._open = None
         self._formed = 0
+        self._scale = Scale()
         self.engine.called = set()
 
     def step(self) -> None:
@@ -154,8 +178,19 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             directions = engine.step(records, grads) if grads else {}
+            hidden = self._hidden(grads, directions)
             engine.write(directions)
+            for grad in hidden:
+                grad.fill_(torch.inf)
         self.discard()
+
+    def _hidden(self, grads: dict[str, Any], directions: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Gradients whose direction was withheld, zero, which would hide from a scaler that its factor overflowed."""
+        if not self._scale.is_a_scalers(self.engine.core.comm.world):
+            return []
+        held = [n for n, x in directions.items() if not bool((x != 0).any()) and bool((grads[n] != 0).any())]
+        found = (p.grad for name in held for p in self.engine.plan.layers[name].parameters.values())
+        return [grad for grad in found if grad is not None]
 
     def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
         """The loss; once it is differentiated, what was found counts."""
@@ -210,7 +245,7 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits for a step: it belongs to graphs, which no copy shares."""
-        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0}
+        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0, "_scale": Scale()}
 
 
 def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:

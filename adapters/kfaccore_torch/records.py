@@ -12,6 +12,7 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
+from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.step import Engine, Settings
 
 
@@ -25,13 +26,15 @@ def records(
     examples: Any = None,
     draws: Any = 1,
     parts: int = 1,
+    output: Output = None,
     **settings: Any,
 ) -> tuple[dict[str, kf.Record], dict[str, Any]]:
     """Records and mean gradients of the covered layers that a batch went through; `.grad` is left alone.
 
-    inputs     a tensor, a tuple of positional or a dict of keyword arguments of the model
+    inputs     a tensor, a tuple of positional or a mapping of keyword arguments of the model
     mask, masks, examples   as `Preconditioner.capture` takes them
     draws      how many of monte_carlo, or the draws themselves, (draws, *prediction's shape), a list of them a head
+    output     which of the model's outputs the loss is of: a name, a place in a tuple, or a function
     parts      in how many such batches a sum loss is split: n is 1 / parts
     settings   fields of `Settings`
 
@@ -43,7 +46,7 @@ def records(
     engine = Engine(model, loss, kf.Preconditioner(kf.Identity()), Settings(**settings))
     with torch.enable_grad():
         with engine.captured() as seen:
-            f = called(model, inputs)
+            f = picked(called(model, inputs), output)
         engine.objective.heads(f)
         value = engine.objective.value(f, target)
         batch = Batch(f, target, Told(mask, masks or {}, examples))
@@ -61,10 +64,10 @@ def records(
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
-    """The model on a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
+    """The model on a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 def save_records(

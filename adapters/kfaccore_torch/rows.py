@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import array_api_compat as aac
 import torch
 
 from kfaccore import Ids, Patches, Record
-from kfaccore.layers import Bias, Conv, Embedding, Gain
+from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
 from kfaccore_torch.bridge import detached, to_core
-from kfaccore_torch.capture import Call
+from kfaccore_torch.calls import Call
 from kfaccore_torch.images import conv_part
+from kfaccore_torch.kinds import Rest, Stack, Tied
 from kfaccore_torch.places import Axes, Groups, Place, Together
-from kfaccore_torch.plan import Layer
+from kfaccore_torch.settle import Layer
+from kfaccore_torch.tied import both
 
 Array = Any
 
@@ -52,6 +55,18 @@ def record(
         pairs = zip(masks, places, strict=True)
         masks = [None if m is None or isinstance(place, Groups) else m.reshape(1, -1) for m, place in pairs]
         return record(layer, calls, grads, together, n, namespace, masks)
+    if isinstance(layer.kind, Tied) and len(grads[0]):
+        found = both(layer.kind, calls, grads, places, masks)
+        known = ids is not None and len(found.a) == len(ids)
+        a, g, exists = (to_core(x, namespace) for x in (found.a, found.g, found.exists))
+        mask = None if bool(found.exists.all()) else exists
+        return Record(a, g, n, mask=mask, ids=to_core(ids, namespace) if known else None)
+    if isinstance(layer.kind, Tied):  # without draws G = I, and A is that of the output layer
+        heads = [i for i, call in enumerate(calls) if call.x.is_floating_point()]
+        calls = [calls[i] for i in heads]
+        grads = [grads[i] for i in heads]
+        places = [places[i] for i in heads]
+        masks = [masks[i] for i in heads]
     given = zip(calls, grads, places, masks, strict=True)
     parts = [_part(layer, call, g, place, mask, namespace) for call, g, place, mask in given]
     part = parts[0] if len(parts) == 1 else _joined(parts)
@@ -62,7 +77,8 @@ def record(
 
 def rows(layer: Layer, call: Call, place: Place, namespace: str) -> Array:
     """The rows `a` of one call of a linear layer, (batch, positions, d_in)."""
-    return layer.kind.activations(to_core(_put(detached(call.x), place), namespace))
+    a = to_core(_put(detached(call.x), place), namespace)
+    return layer.kind.activations(a) if isinstance(layer.kind, Linear) else a
 
 
 def output_rows(layer: Layer, call: Call, g: torch.Tensor, place: Place) -> torch.Tensor:
@@ -72,16 +88,11 @@ def output_rows(layer: Layer, call: Call, g: torch.Tensor, place: Place) -> torc
 
 def by_rows(layer: Layer, call: Call, g: torch.Tensor) -> torch.Tensor:
     """An output gradient as (rows, d)."""
-    d = layer.kind.d if isinstance(layer.kind, Bias) else g.numel() // max(1, _number(call.rows))
+    d = layer.kind.d if isinstance(layer.kind, Bias) else g.numel() // max(1, prod(call.rows))
     g = call.features_last(detached(g).reshape(call.shape), d)
+    if isinstance(layer.kind, Stack):
+        g = g.movedim(0, -2)
     return g.reshape(-1, d)
-
-
-def _number(rows: tuple[int, ...]) -> int:
-    size = 1
-    for axis in rows:
-        size *= axis
-    return size
 
 
 def _together(place: Place) -> Together:
@@ -96,22 +107,51 @@ def _part(layer: Layer, call: Call, g: torch.Tensor, place: Place, mask: torch.T
     exists = None if exists is None else exists.to(g.device)
     if isinstance(kind, Conv):
         return Part(*conv_part(kind, call, g, place, namespace), exists)
-    if isinstance(kind, Bias):
-        g = call.features_last(g, kind.d)
-        if isinstance(kind, Gain) and call.normalised is not None:
-            g = g * call.features_last(detached(call.normalised()), kind.d)
-    g = _each(g.reshape(len(g), *place.rows, g.shape[-1]), place)
-    if isinstance(kind, Bias):
+    if isinstance(kind, Embedding):
+        return _looked_up(kind, call, g, place, exists, namespace)
+    block = kind.block()
+    g = call.features_last(g, block.d_out)
+    if isinstance(kind, Gain):
+        g = scaled(call, g, kind.d)
+    g = _each(g.reshape(*g.shape[: g.ndim - 1 - len(place.rows)], *place.rows, g.shape[-1]), place)
+    if isinstance(kind, Bias | Rest):
         a = to_core(g.new_ones((*g.shape[1:3], 1)), namespace)
-    elif isinstance(kind, Embedding):
-        index = place.put(call.x.reshape(*call.rows, 1))[..., 0]
-        padding = call.options.get("padding_idx")
-        if padding is not None:
-            exists = _both(exists, index != padding % kind.size)
-        a = Ids(to_core(index, namespace), kind.size)
+    elif isinstance(kind, Stack):
+        x = detached(call.x)
+        a = to_core(place.put(x.reshape(len(x), *place.rows, kind.d_in)), namespace)
     else:
         a = rows(layer, call, place, namespace)
     return Part(a, to_core(g, namespace), exists)
+
+
+def scaled(call: Call, g: torch.Tensor, d: int) -> torch.Tensor:
+    """Output gradients (draws, *rows, d) times what a gain was multiplied with."""
+    if call.normalised is None:
+        return g
+    x = detached(call.normalised())
+    return g * call.features_last(x, d).to(g)
+
+
+def _looked_up(
+    kind: Embedding, call: Call, g: torch.Tensor, place: Place, exists: torch.Tensor | None, namespace: str
+) -> Part:
+    """Rows of a table: one an output row, or in a bag several, each counted as it is in it."""
+    g = scaled(call, call.features_last(g, kind.d_out), kind.d_out)
+    g = _each(g.reshape(len(g), *place.rows, g.shape[-1]), place)
+    factor = call.options.get("factor")
+    if factor is None:
+        index = place.put(call.x.reshape(*call.rows, 1))[..., 0].to(g.device)
+    else:
+        index = place.put(call.x)
+        counts = place.put(factor.to(g)).flatten(1)
+        g = (g[..., None, :] * counts.reshape(*index.shape, 1)).flatten(2, 3)
+        exists = None if exists is None else exists.repeat_interleave(index.shape[-1], 1)
+        exists = _both(exists, counts != 0)
+        index = index.flatten(1)
+    padding = call.options.get("padding_idx")
+    if padding is not None:
+        exists = _both(exists, index != padding % kind.size)
+    return Part(Ids(to_core(index, namespace), kind.size), to_core(g, namespace), exists)
 
 
 def check_unwritten(layer: Layer, call: Call) -> None:

@@ -18,13 +18,13 @@ from kfaccore_torch.collect import kept
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.draw import Batch, drawn
-from kfaccore_torch.follow import carried
+from kfaccore_torch.kinds import Rest
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
-from kfaccore_torch.plan import Layer, Plan, plan, unwrapped
-from kfaccore_torch.report import Coverage, coverage
-from kfaccore_torch.resume import Resumes
+from kfaccore_torch.plan import modules, unwrapped
+from kfaccore_torch.planning import Planning
 from kfaccore_torch.rows import absent
+from kfaccore_torch.settle import Layer
 
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
@@ -41,7 +41,9 @@ class Settings:
     samples     size of the dataset, for methods that remember examples
     rows        most rows of a batch, for methods that keep rows; 0 leaves it to the method
     skip        patterns of parameter names to leave uncovered
-    strict      ValueError when a trainable parameter is not covered
+    strict      ValueError when a forward shows that a trainable parameter is not covered
+    uncovered   kfaccore.Diagonal() gives parameters that are not covered a diagonal curvature from the same draws;
+                without it they keep their plain gradient
     """
 
     fisher: Callable = kf.monte_carlo
@@ -52,19 +54,23 @@ class Settings:
     rows: int = 0
     skip: tuple[str, ...] = ()
     strict: bool = False
+    uncovered: kf.Diagonal | None = None
 
     def __post_init__(self) -> None:
         if self.fisher not in FISHERS:
             raise ValueError(f"fisher is {self.fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; need at least 1")
+        if self.uncovered is not None and self.fisher is kf.forward_only:
+            raise ValueError(f"uncovered={self.uncovered} is made of draws, and fisher=forward_only takes none")
 
 
-class Engine(Resumes):
+class Engine(Planning):
     """Plan, core and state of one model."""
 
     def __init__(self, model: nn.Module, loss: Any, core: kf.Preconditioner, settings: Settings) -> None:
         self.model = model
+        self.given = core
         self.core = core
         self.settings = settings
         self.objective = objective(loss)
@@ -75,51 +81,15 @@ class Engine(Resumes):
         if kf.own_gradients(core) and settings.fisher is not kf.empirical:
             method = core.network or core.methods
             raise ValueError(f"{method} takes the loss's own gradients: pass fisher=kfaccore.empirical")
-        self.plan = self._planned()
-        first = next(iter(next(iter(self.plan.layers.values())).parameters.values()))
+        self.plan = self._planned(modules(model, settings.skip))
+        if not self.plan.trained:
+            raise ValueError(f"no parameter of {type(unwrapped(model)).__name__} is covered: none is trained")
+        first = self.plan.trained[0]
         self.device = first.device
         self.namespace = chosen(settings.namespace, self.device)
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
-        self.state = self._first_state()
+        self._state: Any = None
         self.info: kf.Info | None = None
-
-    def _planned(self) -> Plan:
-        """The plan of the model as it is now; ValueError where settings do not allow it."""
-        found = plan(self.model, self.settings.skip)
-        if self.settings.strict and found.uncovered:
-            reasons = "\n".join(f"  {name}: {reason}" for name, reason in found.uncovered.items())
-            raise ValueError(f"strict: {len(found.uncovered)} parameters are not covered\n{reasons}")
-        if not found.layers:
-            name = type(unwrapped(self.model)).__name__
-            raise ValueError(f"no parameter of {name} is covered; see kfaccore_torch.plan")
-        return found
-
-    def _first_state(self) -> Any:
-        with ordered(self.namespace, self.device):
-            return self.core.init(self.blocks(), like=_owned(to_core(self.like, self.namespace)))
-
-    def replan(self) -> bool:
-        """Follow the model: parameters frozen, thawed or replaced since the plan was made. True if anything changed;
-        layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
-        if self.plan.holds(self.model):
-            return False
-        old = self.state
-        blocks = self.blocks()
-        self.plan = self._planned()
-        self.observer = Observer()
-        kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
-        self.state = carried(old, self._first_state(), kept_on)
-        self.new = self.new or bool(set(self.plan.layers) - kept_on)
-        return True
-
-    def blocks(self) -> dict[str, kf.Block]:
-        """Sizes of the layers, with the capacities of the settings."""
-        capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
-        return {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
-
-    def report(self) -> Coverage:
-        """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
-        return coverage(self.plan, self.blocks(), self.core, self.mixing)
 
     @property
     def due(self) -> bool:
@@ -182,6 +152,9 @@ class Engine(Resumes):
         self.new = False
         self.called = set()
         marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(grads)}
+        for name in marks:
+            if isinstance(self.plan.layers[name].kind, Rest):
+                marks[name]["diagonal"] = np.asarray(True)
         self.info = replace(info, layers={**info.layers, **marks})
         return updates
 
@@ -216,14 +189,18 @@ class Engine(Resumes):
         return {role: to_torch(x, layer.parameters[role]) for role, x in layer.arrays(matrix).items()}
 
     def write(self, directions: Mapping[str, Any]) -> None:
-        """Directions into `.grad`, all in one operation."""
+        """Directions into `.grad`: whole parameters in one operation, parts of one each by itself."""
         into: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for name, matrix in directions.items():
             layer = self.plan.layers[name]
             for role, x in self.tensors(layer, matrix).items():
-                into.append(layer.parameters[role].grad)  # pyright: ignore[reportArgumentType]
-                values.append(x)
+                grad = layer.parameters[role].grad
+                if layer.partial(role):
+                    layer.write(role, grad, x)  # pyright: ignore[reportArgumentType]
+                else:
+                    into.append(grad)  # pyright: ignore[reportArgumentType]
+                    values.append(x)
         if into:
             torch._foreach_copy_(into, values)
 
@@ -234,11 +211,6 @@ class Engine(Resumes):
         with eagerly(self.model), seen:
             yield seen
         self.called |= set(seen.calls)
-
-
-def _owned(x: Any) -> Any:
-    """`like` of a state, whose NumPy view must be writable."""
-    return np.array(x) if isinstance(x, np.ndarray) else x
 
 
 def _nonzero(grad: Any) -> bool:

@@ -1,8 +1,9 @@
 """Which method for which layer, under a budget: the multiple-choice knapsack over the figures of `compare`.
 
-Minimises a loss summed over layers subject to a sum of costs; the loss is the squared error of the damped direction,
-||x~_l - x_l||^2, or of the block, ||F~_l - F_l||^2.
-Layer by layer only plans that no other beats in both cost and error are kept, which is exact; above `WIDTH` of them the
+Minimises a loss summed over layers subject to a sum of costs; the loss is what a direction leaves of the model's best
+decrease, (1 - gain_l) best_l, or the squared error of the damped direction, ||x~_l - x_l||^2, or of the block,
+||F~_l - F_l||^2. Under gain a method must beat what costs next to nothing, `FLOOR`, by `MARGIN` to be taken.
+Layer by layer only plans that no other beats in both cost and loss are kept, which is exact; above `WIDTH` of them the
 front is thinned evenly in cost.
 """
 
@@ -12,12 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan
 
-from kfaccore.analysis.compare import Figures
+from kfaccore.analysis.figures import FLOOR, MARGIN, Figures
 
 WIDTH = 20_000
 Choice = tuple[float, float, tuple[str, ...]]  # cost and squared error so far, the methods chosen
 
-BY = {  # (relative error, what it is relative to) of one layer
+Loss = Callable[[Figures], tuple[float, float]]
+
+
+def lost(f: Figures) -> tuple[float, float]:
+    """Roots of the share of the best decrease that is left, and of that decrease; nothing where there is none."""
+    return (0.0, 0.0) if f.best <= 0 else (max(1 - f.gain, 0.0) ** 0.5 if f.gain == f.gain else f.gain, f.best**0.5)
+
+
+BY: dict[str, Loss] = {  # (relative error, what it is relative to) of one layer
+    "gain": lost,
     "direction": lambda f: (f.inverse_error, f.size),
     "block": lambda f: (f.error, f.norm),
 }
@@ -30,6 +40,11 @@ class Plan:
     methods: dict[str, str]
     cost: float
     error: float
+
+    @property
+    def gain(self) -> float:
+        """Where gain was ranked by: the share of the best decrease that all directions together reach."""
+        return 1.0 - self.error**2
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ def advise(
     figures: Sequence[Figures],
     cost: Callable[[Figures], float],
     budget: float,
-    by: Callable[[Figures], tuple[float, float]] = BY["direction"],
+    by: Loss = lost,
 ) -> Advice:
     """The plan of least error whose cost is at most `budget`; ties go to the cheaper.
 
@@ -54,7 +69,8 @@ def advise(
     front: list[Choice] = [(0.0, 0.0, ())]
     scale = 0.0
     for layer in layers:
-        choices = [f for f in figures if f.layer == layer and not isnan(by(f)[0])]
+        choices = [f for f in figures if f.layer == layer and not isnan(by(f)[0]) and not isnan(cost(f))]
+        choices = _beating_the_floor(choices, cost) if by is lost else choices
         if not choices:
             raise ValueError(f"no method could be measured on layer {layer!r}")
         scale += max(by(f)[1] for f in choices) ** 2
@@ -63,6 +79,13 @@ def advise(
     plans = [Plan(dict(zip(layers, names, strict=True)), c, (e / (scale or 1.0)) ** 0.5) for c, e, names in front]
     within = [plan for plan in plans if plan.cost <= budget]
     return Advice(within[-1] if within else None, plans[0])
+
+
+def _beating_the_floor(choices: list[Figures], cost: Callable[[Figures], float]) -> list[Figures]:
+    """Without the methods that a dearer computation does not pay for: they gain no more than what costs next to nothing
+    and, in this layer, no more than they do."""
+    floor = [f for f in choices if f.method in FLOOR]
+    return [f for f in choices if f in floor or all(f.gain > x.gain + MARGIN or cost(f) < cost(x) for x in floor)]
 
 
 def _front(plans: list[Choice]) -> list[Choice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
 
-from kfaccore.analysis.compare import Figures
+from kfaccore.analysis.figures import Figures
 from kfaccore.method import Method
 
 # (never further from F in Frobenius norm, than this one): both converged on the same record

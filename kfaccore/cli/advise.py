@@ -3,95 +3,113 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kfaccore.cli.compare import size
+from kfaccore.cli import options
 from kfaccore.cli.fail import fail
-from kfaccore.cli.figures import chosen, measured, read
+from kfaccore.cli.options import chosen, survey
+from kfaccore.cli.survey import BUDGET, UNITS, quantity
+from kfaccore.cli.table import duration, lines, size
 
-BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 
 def advise(
-    records: Annotated[list[Path], typer.Argument(help="Files of save_records, or .npz of layer.a and layer.g")],
+    records: options.Records,
     memory: Annotated[str, typer.Option(help="Budget of all states: 800kB, 4MB, 1GiB")] = "",
     time: Annotated[str, typer.Option(help="Budget of a step: 500us, 20ms, 1s")] = "",
-    methods: Annotated[str, typer.Option(help="kfac,ekfac,... (default all)")] = "",
-    damping: Annotated[float | None, typer.Option(help="Absolute; default 0.1 of the layer's mean eigenvalue.")] = None,
-    by: Annotated[str, typer.Option(help="What to be close in: direction, block")] = "direction",
-    update: Annotated[int, typer.Option(min=1, help="Steps between updates.")] = 1,
-    refresh: Annotated[int, typer.Option(min=1, help="Steps between refreshes.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    methods: options.Methods = "",
+    layers: options.Layers = "",
+    damping: options.Damping = None,
+    by: Annotated[str, typer.Option(help="What to be good in: gain, direction, block")] = "gain",
+    update: options.Update = 1,
+    refresh: options.Refresh = 5,
+    peak: options.Peak = "1GiB",
+    budget: options.Budget = BUDGET,
+    backend: options.Backend = "numpy",
+    as_json: options.AsJson = False,
 ) -> None:
-    """The methods of least error on RECORDS within --memory or --time."""
+    """The methods of most gain on RECORDS within --memory or --time; what `compare` measured is not measured again."""
     from kfaccore.analysis.advise import BY
     from kfaccore.analysis.advise import advise as plan
+    from kfaccore.analysis.figures import FLOOR
 
     if by not in BY:
         fail(f"--by is {by!r}; there are {', '.join(BY)}")
-
     if bool(memory) == bool(time):
         fail("give one budget: --memory 4MB or --time 20ms")
-    budget = _number("--memory", memory, BYTES) if memory else _number("--time", time, SECONDS)
-    named = chosen(methods, own=False)
-    layers, grads = read(records)
-    figures = measured(layers, named, grads, damping)
+    allowed = quantity("--memory", memory, UNITS) if memory else quantity("--time", time, SECONDS)
+    asked = chosen(methods, own=False)
+    # what a recommendation must beat is measured whether it was asked for or not
+    named = asked if by != "gain" else {**asked, **chosen(",".join(FLOOR))}
+    found = survey(records, named, layers, damping, peak, budget, backend)
+    figures = [f for f in found.figures if f.seconds]
     try:
-        found = plan(figures, lambda f: float(f.bytes) if memory else f.per_step(update, refresh), budget, BY[by])
+        answers = plan(figures, lambda f: float(f.bytes) if memory else f.per_step(update, refresh), allowed, BY[by])
     except ValueError as error:
+        found.end()
         fail(str(error))
-    answer = found.best or found.cheapest
+    answer = answers.best or answers.cheapest
     line = _python({layer: named[name] for layer, name in answer.methods.items()}, update, refresh)
+    missing = [name for name in found.shapes if name not in answer.methods]
     if as_json:
-        told = {"feasible": found.best is not None, "budget": budget, "cost": answer.cost, "error": answer.error}
-        typer.echo(json.dumps({**told, "methods": answer.methods, "python": line}, indent=2))
+        typer.echo(_as_json(found, answer, answers.best is not None, allowed, line, by))
     else:
-        _show(answer, figures, by, memory != "", update, refresh)
-        typer.echo(line)
-    if found.best is None:
-        shown = size(answer.cost) if memory else f"{answer.cost * 1e3:.3g} ms"
-        fail(f"no choice of methods fits {memory or time}; the smallest needs {shown} and is the one printed", 1)
-
-
-def _number(option: str, text: str, units: dict[str, float] | dict[str, int]) -> float:
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ]*)\s*", text.lower())
-    try:
-        return float(match[1]) * units[match[2]]  # type: ignore[index]
-    except (TypeError, KeyError, ValueError):
-        return fail(f"{option} is {text!r}; need a number with one of {', '.join(filter(None, units))}")
+        typer.echo("\n".join([*_shown(answer, found, by, memory != "", update, refresh), line]))
+    found.end()
+    if missing:
+        fail(f"nothing could be measured on {', '.join(missing)}", 1)
+    if answers.best is None:
+        cost = size(answer.cost) if memory else duration(answer.cost)
+        fail(f"no choice of methods fits {memory or time}; the smallest needs {cost} and is the one printed", 1)
 
 
 def _python(methods: dict[str, Any], update: int, refresh: int) -> str:
     """What to paste: one method, or a mapping when layers differ."""
     calls = {layer: f"kf.{type(method).__name__}()" for layer, method in methods.items()}
     kinds = set(calls.values())
-    shown = kinds.pop() if len(kinds) == 1 else "{" + ", ".join(f'"{n}": {call}' for n, call in calls.items()) + "}"
+    shown = kinds.pop() if len(kinds) == 1 else "{" + ", ".join(f"{n!r}: {call}" for n, call in calls.items()) + "}"
     return f"kf.Preconditioner({shown}, clocks=kf.Clocks({update}, {refresh}))"
 
 
-def _show(answer: Any, figures: list[Any], by: str, memory: bool, update: int, refresh: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _as_json(found: Any, answer: Any, feasible: bool, budget: float, line: str, by: str) -> str:
+    from kfaccore.analysis.kept import finite
 
-    title = f"least error of the {by} within the budget: {answer.error:.3g}"
-    table = Table("layer", "method", "F error", "x error", "state", "a step", title=title)
-    rows = {(f.layer, f.method): f for f in figures}
+    told = {"feasible": feasible, "budget": budget, "cost": answer.cost, "error": answer.error}
+    told |= {"gain": answer.gain} if by == "gain" else {}
+    told |= {"fits_none": _unfit(found), "methods": answer.methods, "python": line, "notes": found.notes}
+    return json.dumps(finite({**told, "interrupted": found.interrupted}), indent=2, allow_nan=False)
+
+
+def _unfit(found: Any) -> list[str]:
+    """Layers that no measured method fits."""
+    from kfaccore.analysis import fits
+
+    layers = dict.fromkeys(f.layer for f in found.figures)
+    return [name for name in layers if not fits([f for f in found.figures if f.layer == name])]
+
+
+def _shown(answer: Any, found: Any, by: str, memory: bool, update: int, refresh: int) -> list[str]:
+    """A line a layer, the total, and what has to be said."""
+    from kfaccore.analysis import FITS
+
+    rows = {(f.layer, f.method): f for f in found.figures}
+    body: list[tuple[str, ...] | str] = []
     for layer, method in answer.methods.items():
         f = rows[layer, method]
-        table.add_row(
-            layer,
-            method,
-            f"{f.error:.3g}",
-            f"{f.inverse_error:.3g}",
-            size(f.bytes),
-            f"{f.per_step(update, refresh) * 1e3:.3g} ms",
-        )
-    total = size(answer.cost) if memory else f"{answer.cost * 1e3:.3g} ms"
-    table.add_section()
-    table.add_row("all", "", "", "", *((total, "") if memory else ("", total)))
-    Console().print(table)
+        gain = f"{f.gain:.2f}" if f.gain == f.gain else "-"
+        length = f"{f.length:.3g}" if f.length == f.length else "-"
+        body.append((layer, method, gain, length, size(f.bytes), duration(f.per_step(update, refresh))))
+    whole = size(answer.cost) if memory else duration(answer.cost)
+    body.append(("all", "", "", "", *((whole, "") if memory else ("", whole))))
+    what = f"{answer.gain:.0%} of the best decrease" if by == "gain" else f"error of the {by}: {answer.error:.3g}"
+    told = [f"most within the budget: {what}", *lines(("layer", "method", "gain", "length", "state", "step"), body)]
+    unfit = _unfit(found)
+    if unfit:
+        told.append(f"no method fits {', '.join(unfit)}: no gain reaches {FITS} there")
+    left = found.left_out()
+    if left:
+        told.append(f"not all methods were measured in time on {', '.join(left)}: run it again, or --budget 0")
+    return told + [f"- {note}" for note in found.notes]

@@ -1,7 +1,9 @@
-"""`kfaccore compare`: how far each method is from the exact block of each layer, and what it costs."""
+"""`kfaccore compare`: how much each method gains on each layer, how far it is from the exact block, what it costs."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,100 +11,111 @@ from typing import Annotated, Any
 
 import typer
 
-from kfaccore.cli.figures import chosen, measured, read, total
+from kfaccore.cli import options
+from kfaccore.cli.fail import fail
+from kfaccore.cli.options import chosen, survey
+from kfaccore.cli.survey import BUDGET
 
 
 def compare(
-    records: Annotated[list[Path], typer.Argument(help="Files of save_records, or .npz of layer.a and layer.g")],
-    methods: Annotated[str, typer.Option(help="kfac,ekfac,... (default all)")] = "",
-    damping: Annotated[float | None, typer.Option(help="Absolute; default 0.1 of the layer's mean eigenvalue.")] = None,
-    update: Annotated[int, typer.Option(min=1, help="Steps between updates, for seconds a step.")] = 1,
-    refresh: Annotated[int, typer.Option(min=1, help="Steps between refreshes, for seconds a step.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Picture of error against cost, a point a method.")] = None,
+    records: options.Records,
+    methods: options.Methods = "",
+    layers: options.Layers = "",
+    damping: options.Damping = None,
+    update: options.Update = 1,
+    refresh: options.Refresh = 5,
+    peak: options.Peak = "1GiB",
+    budget: options.Budget = BUDGET,
+    backend: options.Backend = "numpy",
+    plot: Annotated[Path | None, typer.Option(help="Picture of gain against bytes and seconds.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Iterate to convergence; exit 1 if a known ordering breaks.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every method and figure of every layer.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A line a layer and method.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Error, damped-inverse error, trace, memory and time of every method on the layers of RECORDS."""
+    """Gain, error, memory and time of every method on the layers of RECORDS."""
     from kfaccore.analysis import violations
 
+    if as_csv and as_json:
+        fail("--csv and --json: give one of them")
     named = chosen(methods)
-    layers, grads = read(records)
-    figures = measured(layers, named, grads, damping, converged=check)
-    summary = total(figures, update, refresh)
-    broken = violations(figures, named) if check else []
+    found = survey(records, named, layers, damping, peak, budget, backend, check)
+    summary = total(found.figures, update, refresh)
+    broken = violations(found.figures, named) if check else []
+    plain = not (as_csv or as_json)
     if as_json:
-        rows = [_finite({**asdict(f), "per_step": f.per_step(update, refresh)}) for f in figures]
-        methods_ = {name: _finite(row) for name, row in summary.items()}
-        typer.echo(json.dumps({"layers": rows, "methods": methods_, "violations": broken}, indent=2))
+        typer.echo(_as_json(found, summary, broken, update, refresh))
+    elif as_csv:
+        typer.echo(_as_csv(found, update, refresh), nl=False)
     else:
-        _show(figures, summary)
+        from kfaccore.cli.ranking import shown
+
+        typer.echo("\n".join(shown(found, summary, update, refresh, full)))
     if plot is not None:
-        from kfaccore.cli.plot import costs
+        from kfaccore.cli.plot import gains
 
-        costs(summary, plot)
-        typer.echo(f"plot: {plot}", err=as_json)
+        gains(found.figures, summary, plot)
+        typer.echo(f"plot: {plot}", err=not plain)
     for line in broken:
-        typer.echo(f"violated: {line}", err=as_json)
+        typer.echo(f"violated: {line}", err=not plain)
     if check:
-        typer.echo(f"known orderings: {'violated' if broken else 'hold'}", err=as_json)
-        if broken:
-            raise typer.Exit(1)
+        typer.echo(f"known orderings: {'violated' if broken else 'hold'}", err=not plain)
+    found.end()
+    if broken:
+        raise typer.Exit(1)
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity as null."""
-    bad = (float("nan"), float("inf"), float("-inf"))
-    return {key: None if isinstance(v, float) and (v != v or v in bad) else v for key, v in row.items()}
+def _as_json(found: Any, summary: dict[str, Any], broken: list[str], update: int, refresh: int) -> str:
+    """All figures; NaN and infinity are null."""
+    from kfaccore.analysis import fits
+    from kfaccore.analysis.kept import finite
+
+    rows = [finite({**asdict(f), "per_step": f.per_step(update, refresh)}) for f in found.figures]
+    layers = dict.fromkeys(f.layer for f in found.figures)
+    fitted = {name: fits([f for f in found.figures if f.layer == name]) for name in layers}
+    told = {"layers": rows, "methods": finite(summary), "fits": fitted, "violations": broken, "notes": found.notes}
+    return json.dumps({**told, "interrupted": found.interrupted}, indent=2, allow_nan=False)
 
 
-def _show(figures: list[Any], summary: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    heads = ("layer", "method", "F error", "x error", "cosine", "trace", "state", "update", "refresh", "solve")
-    table = Table(*heads, title="against the exact block of each layer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in table.columns[2:]:
-        column.justify = "right"
-    layer = None
-    for f in figures:
-        if layer not in (None, f.layer):
-            table.add_section()
-        error = f"{f.error:.3g}" + (f" ± {f.standard_error:.1g}" if f.standard_error else "")
-        cells = [error if f.error == f.error else "-"]
-        cells += [f"{x:.3g}" if x == x else "-" for x in (f.inverse_error, f.cosine, f.trace_ratio)]
-        cells += [size(f.bytes), *(_time(f.seconds.get(k)) for k in ("update", "refresh", "solve"))]
-        table.add_row(f.layer if f.layer != layer else "", f.method, *cells)
-        layer = f.layer
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(table)
-    console.print(
-        "F error: ‖F - F~‖ / ‖F‖; x = (F + λ I)⁻¹ gradient, x error: ‖x~ - x‖ / ‖x‖; trace: tr F~ / tr F.",
-        soft_wrap=True,
-    )
-    for method, row in summary.items():
-        each = _time(row["seconds"]) if row["seconds"] == row["seconds"] else "-"
-        errors = f"F error {row['error']:.3g}, x error {row['inverse_error']:.3g}"
-        console.print(f"{method}: {errors}, {size(row['bytes'])}, {each} a step")
-    for note in dict.fromkeys(f"{f.method} on {f.layer}: {f.note}" for f in figures if f.note):
-        console.print(f"- {note}", soft_wrap=True, markup=False)
+def _as_csv(found: Any, update: int, refresh: int) -> str:
+    """A header and a line a figure; empty where there is none."""
+    text = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for f in found.figures:
+        row = asdict(f)
+        seconds = row.pop("seconds")
+        row |= {name: seconds.get(name, "") for name in ("update", "refresh", "solve")}
+        row |= {"per_step": f.per_step(update, refresh)}
+        if writer is None:
+            writer = csv.DictWriter(text, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({key: "" if value != value else value for key, value in row.items()})
+    return text.getvalue()
 
 
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}GB"
+def total(figures: list[Any], update: int, refresh: int) -> dict[str, dict[str, float]]:
+    """Per method over all layers: joint gain and errors (root of weighted sums of squares), seconds, bytes; NaN where
+    it was not measured on one of them."""
+    layers = dict.fromkeys(f.layer for f in figures)
+    found = {}
+    for method in dict.fromkeys(f.method for f in figures):
+        rows = [f for f in figures if f.method == method]
+        moving = [f for f in rows if f.best > 0 or f.best != f.best]
+        best = sum(f.best for f in moving)
+        whole = len(rows) == len(layers) and best > 0
+        found[method] = {
+            "gain": sum(f.gain * f.best for f in moving) / best if whole else float("nan"),
+            "error": _joint([(f.error, f.norm) for f in rows]),
+            "inverse_error": _joint([(f.inverse_error, f.size) for f in rows]),
+            "seconds": sum(f.per_step(update, refresh) for f in rows),
+            "bytes": sum(f.bytes for f in rows),
+        }
+    return found
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return (
-        f"{seconds * 1e6:.3g}µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g}ms" if seconds < 1 else f"{seconds:.3g}s"
-    )
+def _joint(pairs: list[tuple[float, float]]) -> float:
+    above = sum((error * weight) ** 2 for error, weight in pairs)
+    below = sum(weight**2 for _, weight in pairs)
+    return (above / below) ** 0.5 if below else float("nan")

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from kfaccore.cli.fail import fail
+
 
 def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     """Loss against steps and against training seconds."""
@@ -23,7 +25,7 @@ def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     panels[0].set_ylabel("mean loss")
     panels[0].legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    _saved(figure, path)
     plt.close(figure)
 
 
@@ -40,32 +42,30 @@ def spectra(found: dict[str, Any], path: Path) -> None:
         panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {factor}")
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
+    _saved(figure, path)
     plt.close(figure)
 
 
-def costs(found: dict[str, dict[str, float]], path: Path) -> None:
-    """Errors of the block and of the damped direction against seconds a step, a point a method."""
+def gains(figures: list[Any], summary: dict[str, dict[str, float]], path: Path) -> None:
+    """Gain against bytes and against seconds a step: a large point a method over all layers, small ones a layer."""
     plt = pyplot(path)
     if plt is None:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharex=True, layout="constrained")
-    keys = {"error": "block: ‖F - F~‖ / ‖F‖", "inverse_error": "direction: ‖x~ - x‖ / ‖x‖"}
+    known = {name: row for name, row in summary.items() if any(f.method == name and f.gain == f.gain for f in figures)}
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    keys = {"bytes": "bytes of all states", "seconds": "seconds a step, all layers"}
     for panel, (key, title) in zip(panels, keys.items(), strict=True):
-        for index, (name, row) in enumerate(found.items()):
-            error = min(max(row[key], 1e-3), 2.0)  # what is off the scale sits on its edge
-            if row[key] == row[key] and row["seconds"] == row["seconds"]:
-                marker = "osD^vPX*"[index % 8]
-                colour = f"C{index % 10}"
-                panel.scatter(row["seconds"], error, s=60, marker=marker, color=colour, label=name, alpha=0.8)
-        panel.set(xlabel="seconds a step", ylabel="error, from 0.001 to 2", xscale="log", yscale="log", title=title)
+        for index, (name, row) in enumerate(known.items()):
+            marker = "osD^vPX*"[index % 8]
+            colour = f"C{index % 10}"
+            panel.scatter(row[key], row["gain"], s=60, marker=marker, color=colour, label=name, alpha=0.85)
+        panel.set(xlabel=title, xscale="log", ylim=(-0.03, 1.05))
+        panel.axhline(0.3, color="0.6", linewidth=0.8, linestyle="--")
         panel.grid(alpha=0.3, which="both")
-    handles = {}
-    for panel in panels:
-        points, labels = panel.get_legend_handles_labels()
-        handles |= dict(zip(labels, points, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
+    panels[0].set_ylabel("gain: share of the best decrease")
+    points, labels = panels[0].get_legend_handles_labels()
+    figure.legend(points, labels, loc="outside right upper", frameon=False)
+    _saved(figure, path)
     plt.close(figure)
 
 
@@ -94,8 +94,16 @@ def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: s
     panels[2].grid(alpha=0.3, which="both")
     panels[2].legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    _saved(figure, path)
     plt.close(figure)
+
+
+def _saved(figure: Any, path: Path) -> None:
+    """Exit 2 for a path that cannot be written, or of a kind of picture there is not."""
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        fail(f"{path} could not be drawn: {error}")
 
 
 def pyplot(path: Path) -> ModuleType | None:

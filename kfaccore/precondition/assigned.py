@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, Unmeasured, declares
 from kfaccore.options import need
@@ -79,7 +80,8 @@ class Assigned:
     def resting(self, names: Iterable[str], alone: Mapping[str, object], hyper: Callable[[str], Hyper]) -> set[str]:
         """The layers of `names` whose method rests, given the numbers of the step to come."""
         whose = {name: self.whose(name, alone) for name in names}
-        able = {name: method for name, method in whose.items() if declares(method, Resting)}
+        resting = _which(whose.values(), Resting)
+        able: dict[str, Any] = {name: method for name, method in whose.items() if id(method) in resting}
         rests = {name: method.rests(hyper(name)) for name, method in able.items()}
         traced = sorted(name for name, flag in rests.items() if is_tracer(flag))
         if traced:
@@ -91,4 +93,12 @@ class Assigned:
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""
-        return {name for name in names if declares(self.whose(name, alone), Unmeasured)}
+        whose = {name: self.whose(name, alone) for name in names}
+        found = _which(whose.values(), Unmeasured)
+        return {name for name, method in whose.items() if id(method) in found}
+
+
+def _which(methods: Iterable[object], capability: type) -> set[int]:
+    """The methods of a capability; each is asked once, whatever the number of its layers."""
+    distinct = {id(method): method for method in methods}
+    return {key for key, method in distinct.items() if declares(method, capability)}

@@ -73,13 +73,18 @@ def check(methods: Mapping[str, Method], comm: Communicator) -> None:
 
 
 def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> None:
-    """ValueError on all ranks if some have a layer in this step that others lack."""
+    """ValueError on all ranks if some have a layer in this step that others lack, which are named."""
     xp = namespace(like)
-    flags = xp.asarray([float(name in names) for name in every], dtype=like.dtype, device=device_of(like))
-    counts = comm.all_reduce(flags)
-    differing = [name for i, name in enumerate(every) if 0 < float(counts[i]) < comm.world]
+    own = [float(name in names) for name in every]
+    rows = [own if rank == comm.rank else [0.0] * len(every) for rank in range(comm.world)]
+    counts = comm.all_reduce(xp.asarray(rows, dtype=like.dtype, device=device_of(like)))
+    lacking = {name: [r for r in range(comm.world) if not float(counts[r, i])] for i, name in enumerate(every)}
+    differing = {name: ranks for name, ranks in lacking.items() if 0 < len(ranks) < comm.world}
     if differing:
-        raise ValueError(f"layers {differing} take part in this step on some ranks only; need the same on all")
+        raise ValueError(
+            f"layers {list(differing)} take part in this step on some ranks only; need the same on all: ranks "
+            f"{sorted({r for ranks in differing.values() for r in ranks})} lack them"
+        )
 
 
 def reduced(comm: Communicator, stats: Tree) -> Tree:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -198,7 +198,7 @@ class Preconditioner:
             agree(self.comm, set(grads), tuple(state.layers), tree.leaves(self._stacked(state).states)[0])
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
         motion = self.rule.begin(state.motion, seen)
-        hypers = {name: self._hyper(name, state, motion, damping) for name in grads}
+        hypers = self._hypers(grads, state, motion, damping)
         due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
@@ -227,11 +227,21 @@ class Preconditioner:
         methods = {name: self.assigned.of(name) for name in state.layers}
         return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone, given))
 
-    def _hyper(self, name: str, state: State, motion: Any, damping: float | Array | None) -> Hyper:
-        """A layer's numbers; the curvature of the l2 penalty is l2 I: it joins the damping."""
-        hyper = self.schedules.hyper(name, state.step)
-        hyper = self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
-        return self.schedules.penalised_hyper(hyper, name, state.step)
+    def _hypers(
+        self, names: Iterable[str], state: State, motion: Any, damping: float | Array | None
+    ) -> dict[str, Hyper]:
+        """The layers' numbers, computed once for all of one schedule; the curvature of the l2 penalty is l2 I: it joins
+        the damping."""
+        known: dict[tuple[int, int], Hyper] = {}
+        found = {}
+        for name in names:
+            key = self.schedules.key(name)
+            if key not in known:
+                hyper = self.schedules.hyper(name, state.step)
+                hyper = self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
+                known[key] = self.schedules.penalised_hyper(hyper, name, state.step)
+            found[name] = known[key]
+        return found
 
     def _work(self, given: Mapping[str, Block]) -> dict[str, tuple[int, ...]]:
         """The ranks of each layer, whose blocks are as its method has them."""

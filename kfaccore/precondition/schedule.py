@@ -86,6 +86,10 @@ class Schedules:
         """The numbers of layer `name` at `step`."""
         return Hyper(step, at(self.decay, step), at(_of_layer("damping", self.damping, name), step))
 
+    def key(self, name: str) -> tuple[int, int]:
+        """What the numbers of layer `name` are made of; equal keys give equal numbers."""
+        return id(_of_layer("damping", self.damping, name)), id(_of_layer("l2", self.l2, name))
+
     def penalty(self, name: str, step: int | Array) -> float:
         """The l2 of layer `name` at `step`."""
         return at(_of_layer("l2", self.l2, name), step)

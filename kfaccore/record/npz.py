@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -10,23 +12,36 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import numpy as np
 
 
-def read(path: Path, unpacked: int) -> dict[str, np.ndarray]:
-    """The arrays of `path`, of at most `unpacked` bytes together (or four times the file, where that is more).
+class Npz:
+    """An .npz of at most `unpacked` bytes (or four times the file, where that is more): `names`, and `file[name]`.
 
     Raises ValueError for what is not an .npz of numbers, or is larger; FileNotFoundError when there is no file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    limit = max(unpacked, 4 * path.stat().st_size)
-    try:
-        with ZipFile(path) as archive:
-            members = archive.infolist()
+
+    def __init__(self, path: Path, unpacked: int) -> None:
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        limit = max(unpacked, 4 * path.stat().st_size)
+        with self._readable():
+            self._archive = ZipFile(path)
+            members = self._archive.infolist()
             total = sum(member.file_size for member in members)
             if total > limit:
                 raise ValueError(f"it unpacks to {total} bytes, and {limit} are allowed: raise `unpacked`")
-            return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
-    except (ValueError, OSError, BadZipFile, EOFError, NotImplementedError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable .npz of arrays: {error}") from error
+        self._members = {member.filename.removesuffix(".npy"): member for member in members}
+        self.names = list(self._members)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with self._readable():
+            return _array(self._archive, self._members[name])
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, BadZipFile, EOFError, NotImplementedError, RuntimeError, KeyError) as error:
+            raise ValueError(f"{self.path} is not a readable .npz of arrays: {error}") from error
 
 
 def _array(archive: ZipFile, member: ZipInfo) -> np.ndarray:

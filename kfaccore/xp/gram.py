@@ -11,6 +11,7 @@ from scipy.linalg import blas
 from kfaccore.xp.arrays import Array, is_numpy, namespace, scalar
 
 _STACK_BELOW = 64  # below this size one batched product beats a loop of rank-k updates
+_SMALL = 1 << 14  # numbers of a block up to which all blocks at once beat a loop over them
 _ALIASED = 512  # rows of a multiple of these many numbers fall on the same cache lines, from twice this size on
 
 
@@ -65,7 +66,8 @@ def squares(x: Array) -> Array:
     xp = namespace(x)
     flat = xp.reshape(x, (x.shape[0], -1))
     if is_numpy(x):
-        return np.vecdot(flat, flat)
+        with np.errstate(over="ignore"):  # infinite is an answer
+            return np.vecdot(flat, flat)
     return xp.matmul(flat[:, None, :], flat[:, :, None])[:, 0, 0]  # one product, where `vecdot` may be two operations
 
 
@@ -100,6 +102,10 @@ def average(
     if not (is_numpy(old) and is_numpy(total)):
         return namespace(old).where(_per_block(ok, old), _sum(keep * old, add, total), old)
     out = old if donate and old.flags.writeable else np.empty(old.shape, old.dtype)
+    if old[0].size <= _SMALL and np.all(ok):
+        np.multiply(old, np.asarray(keep, old.dtype), out=out)
+        out += total * np.asarray(add, old.dtype)
+        return out
     for block in range(old.shape[0]):
         if ok[block]:
             _axpby(old[block], total[block], _pick(keep, block), _pick(add, block), out[block])

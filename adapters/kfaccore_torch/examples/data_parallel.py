@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import kfaccore as kf
-from kfaccore_torch import Distributed, Preconditioner
+from kfaccore_torch import Preconditioner
 
 
 def main(steps: int = 60) -> float:
@@ -18,7 +18,7 @@ def main(steps: int = 60) -> float:
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 10))
     model = nn.parallel.DistributedDataParallel(net)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    core = kf.Preconditioner(kf.KFAC(), clocks=kf.Clocks(update=2, refresh=10), comm=Distributed())
+    core = kf.Preconditioner(kf.KFAC(), clocks=kf.Clocks(update=2, refresh=10))  # over all ranks
     pre = Preconditioner(model, nn.CrossEntropyLoss(), core)
     for _ in range(steps):
         rows = torch.randint(len(x), (256,))[rank::world]

@@ -1,0 +1,92 @@
+"""Biases that are added to the output of a product or convolution: a last column of its matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kfaccore_tensorflow.follow import Followed
+from kfaccore_tensorflow.kinds import Convolution, Elementwise, Product
+from kfaccore_tensorflow.layout import Matrix
+from kfaccore_tensorflow.uses import AS_IT_IS, Tensor, Use
+
+VIEWS = ("Reshape", "Squeeze", "ExpandDims")
+SAME = ("Identity", "Cast")
+
+
+@dataclass
+class Biases:
+    """Weights' ids with the bias variable and its matrix, and the ids of those biases."""
+
+    of: dict[int, tuple[Any, Matrix]] = field(default_factory=dict)
+    joined: set[int] = field(default_factory=set)
+
+
+def joined_biases(everything: Sequence[Followed]) -> Biases:
+    """A bias joins a weight when each is used with the other and with nothing else."""
+    outputs = {id(use.out): (one, use) for one in everything for use in one.uses}
+    found = Biases()
+    for bias in everything:
+        pairs = [(use, *_under(use, outputs)) for use in bias.uses]
+        weights = {id(one.variable): one for _, one, _ in pairs if one is not None}
+        if len(weights) != 1 or any(one is None for _, one, _ in pairs):
+            continue
+        weight = next(iter(weights.values()))
+        under = {id(product) for _, _, product in pairs}
+        matrices = [_aligned(use, product) for use, _, product in pairs if product is not None]
+        whole = len({m.key for m in matrices if m is not None}) == 1 and None not in matrices
+        one_matrix = len({use.matrix.key for use in weight.uses}) == 1
+        if whole and one_matrix and under == {id(use) for use in weight.uses} and id(weight.variable) not in found.of:
+            assert matrices[0] is not None
+            found.of[id(weight.variable)] = (bias.variable, matrices[0])
+            found.joined.add(id(bias.variable))
+    return found
+
+
+def _under(use: Use, outputs: dict[int, tuple[Followed, Use]]) -> tuple[Followed | None, Use | None]:
+    """The product whose output this use adds to, if that is all it does."""
+    kind = use.kind
+    plain = isinstance(kind, Elementwise) and use.x is None and kind.sign > 0 and use.hot.changed == AS_IT_IS
+    op = use.out.op
+    if not plain or op.type not in ("BiasAdd", "Add", "AddV2"):
+        return None, None
+    here = next(x for x in op.inputs if x is not use.hot.tensor)
+    one, product = outputs.get(id(_back(here, VIEWS + SAME)), (None, None))
+    if product is None or not isinstance(product.kind, Product | Convolution) or product.hot.changed != AS_IT_IS:
+        return None, None
+    return one, product
+
+
+def _back(here: Tensor, through: Sequence[str]) -> Tensor:
+    """Through views, to where something was computed."""
+    while here.op.type in through:
+        here = here.op.inputs[0]
+    return here
+
+
+def _aligned(use: Use, product: Use) -> Matrix | None:
+    """The bias as a column (blocks, d_out, 1) of the product's matrix; None where it does not span just that."""
+    blocks, d_out, _ = product.matrix.sizes
+    kind = use.kind
+    assert isinstance(kind, Elementwise)
+    if use.hot.layout.size != blocks * d_out:
+        return None
+    lone = tuple(axis for axis in use.hot.layout.axes if axis[0] > 1)
+    offset = use.hot.layout.offset
+    last = kind.features in ((kind.rank - 1,), ())
+    if isinstance(product.kind, Convolution):
+        channel = kind.features == (1,) if product.kind.channels_first else last
+        layout = use.hot.layout.reshaped((blocks, d_out)) if channel else None
+        return None if layout is None else Matrix.split(layout, (0,), (1,))
+    if not isinstance(product.kind, Product):
+        return None
+    terms = product.kind.terms
+    here = next(x for x in use.out.op.inputs if x is not use.hot.tensor)
+    if _back(here, SAME) is not product.out:  # views between: only the last axis is known to be the same
+        return Matrix(offset, (), lone) if last and blocks == 1 and len(terms.outs) == 1 else None
+    by_letter = {terms.out[axis]: here for axis, here in zip(kind.features, lone, strict=True)}
+    if set(by_letter) - set(terms.blocks + terms.outs):
+        return None
+    groups = [tuple(by_letter.get(c, (1, 0)) for c in letters) for letters in (terms.blocks, terms.outs)]
+    return Matrix(offset, *groups)

@@ -1,0 +1,107 @@
+"""Capture: while a graph is traced, which layer's call each operation belongs to, and the Keras masks there.
+
+Layers are called as they are; only recurrent ones are unrolled, so that their steps are operations of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Layer = Any
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One call of a layer: operations number start to end, and the mask (batch, positions) of its input, or None."""
+
+    layer: Layer
+    start: int
+    end: int
+    mask: Tensor | None
+
+
+@dataclass
+class Scopes:
+    """All calls of one forward pass, inner ones before those around them."""
+
+    calls: list[Scope] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)  # name of an operation -> its number
+
+    def around(self, op: Any) -> list[Scope]:
+        """The calls that an operation belongs to, the innermost first."""
+        place = self.places[op.name]
+        return [scope for scope in self.calls if scope.start <= place < scope.end]
+
+
+@contextmanager
+def tap(model: Any) -> Iterator[Scopes]:
+    """Notes the calls made inside, in a graph that is being traced; leaves no trace on the layers."""
+    graph = tf.compat.v1.get_default_graph()
+    scopes = Scopes()
+    layers = {id(layer): layer for layer in every(model)}
+    loops = [layer for layer in layers.values() if isinstance(layer, keras.layers.RNN)]
+    unrolled = {id(layer): layer.unroll for layer in loops}
+    replaced = {key: vars(layer).get("call") for key, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            vars(layer)["call"] = _seen(layer, _inline(layer.call), scopes, graph)  # past Keras's tracking
+        yield scopes
+    finally:
+        for key, layer in layers.items():
+            if replaced[key] is None:
+                vars(layer).pop("call", None)
+            else:
+                vars(layer)["call"] = replaced[key]
+        for layer in loops:
+            layer.unroll = unrolled[id(layer)]
+        scopes.places = {op.name: i for i, op in enumerate(graph.get_operations())}
+
+
+def every(layer: Layer) -> Iterator[Layer]:
+    """A layer and all layers in it, once each."""
+    seen = {id(layer)}
+    waiting = [layer]
+    while waiting:
+        here = waiting.pop()
+        yield here
+        new = [inner for inner in here._layers if id(inner) not in seen]
+        seen |= {id(inner) for inner in new}
+        waiting += new
+
+
+def _inline(call: Callable) -> Callable:
+    """What a `tf.function` wraps: its operations then belong to the graph around it."""
+    return getattr(call, "python_function", call)
+
+
+def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        here = tf.compat.v1.get_default_graph() is graph
+        first: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(layer, keras.layers.RNN) and tf.is_tensor(first) and first.shape[1] is not None:
+            layer.unroll = True
+        start = graph.version
+        found = call(*args, **kwargs)
+        if here:
+            end = graph.version
+            scopes.calls.append(Scope(layer, start, end, _mask(layer, first, kwargs, graph)))
+        return found
+
+    return wrapper
+
+
+def _mask(layer: Layer, first: Any, kwargs: dict[str, Any], graph: Any) -> Tensor | None:
+    """The mask of a call: of its input, or one that the layer makes itself, as an embedding does."""
+    mask: Any = kwargs.get("mask")
+    mask = getattr(first, "_keras_mask", None) if mask is None else mask
+    if mask is None and tf.is_tensor(first) and type(layer).compute_mask is not keras.layers.Layer.compute_mask:
+        mask = layer.compute_mask(first, None)
+    plain = tf.is_tensor(mask) and mask.shape.rank == 2 and getattr(mask, "graph", graph) is graph
+    return mask if plain else None

@@ -1,0 +1,128 @@
+"""The NumPy side of a step's capture: draws of a batch, and what they gave as records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+import kfaccore as kf
+from kfaccore_tensorflow.bridge import to_numpy, to_tensor
+from kfaccore_tensorflow.kinds import Seen
+from kfaccore_tensorflow.places import Place, factors, owned, suggested
+from kfaccore_tensorflow.plan import Part
+from kfaccore_tensorflow.rows import Given, Shape, record, seen
+
+if TYPE_CHECKING:
+    from kfaccore_tensorflow.step import Engine
+    from kfaccore_tensorflow.tensors import Tensors
+
+ASK = 2  # draws that ask whose row is whose
+
+
+def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[Any]:
+    """((n, examples, asking draws), draws of each head) of a batch: predictions, then targets and weights as far as
+    there are `some`.
+
+    Draws that are no samples get a random sign an example and draw: nothing changes for rows that an example owns, and
+    for others the products of two examples vanish in expectation.
+    """
+    arrays = iter([to_numpy(x) for x in given])
+    heads = [next(arrays) for _ in engine.objective.names]
+    rest = [next(arrays) if there else None for there in some]
+    targets = rest[: len(heads)]
+    weights = rest[len(heads) :]
+    examples = len(heads[0])
+    rng = np.random.default_rng([engine.settings.seed, engine.state.step])
+    draws = engine.objective.draws_of(engine.fisher, engine.settings.draws, heads, targets, weights, rng)
+    draws = [np.asarray(v) for v in draws]
+    if engine.signs and engine.fisher in (kf.type2, kf.empirical):
+        signs = rng.choice([-1.0, 1.0], (len(draws[0]), examples))
+        draws = [v * signs.astype(v.dtype).reshape(*signs.shape, *(1,) * (v.ndim - 2)) for v in draws]
+    asked = 0 if engine.places is not None or not len(draws[0]) else ASK
+    if asked:
+        draws = [np.concatenate([_asking(f, examples), v]) for f, v in zip(heads, draws, strict=True)]
+    count = [engine.objective.share_of(heads, targets), examples, asked]
+    return [to_tensor(count, tf.float64), *(to_tensor(v, f.dtype) for v, f in zip(draws, heads, strict=True))]
+
+
+def _asking(f: np.ndarray, examples: int) -> np.ndarray:
+    """A random draw, and the same with each example scaled."""
+    v = np.random.default_rng(f.shape).standard_normal(f.shape).astype(f.dtype)
+    return np.stack([v, v * factors(examples).astype(f.dtype).reshape(-1, *(1,) * (f.ndim - 1))])
+
+
+def recorded(
+    engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exact: bool = False
+) -> dict[str, kf.Record] | None:
+    """{part: Record} from what `gathered` gave; None where the clock wanted no records.
+
+    exact   rows that mix examples make one example, so that `dense` has the right mean; else they stand as their sizes
+            suggest
+    """
+    flat = iter(arrays)
+    n, examples, asked = (float(x) for x in next(flat))
+    if n <= 0:
+        return None
+    masks = [next(flat) for _ in tensors.masks]
+    x = [None if t is None else next(flat) for t in tensors.x]
+    change = [None if t is None else next(flat) for t in tensors.change]
+    g = list(flat)
+    given: dict[str, list[Seen]] = {part.name: [] for part in tensors.parts}
+    for (part, shape), operand, changed, rows in zip(_calls(tensors), x, change, g, strict=False):  # wholes come last
+        given[part.name].append(seen(part, shape, Given(operand, changed, rows)))
+    if asked:
+        look(engine, {name: [one.of(slice(ASK)) for one in each] for name, each in given.items()}, int(examples))
+    found = {}
+    wholes = iter(g[len(x) :])
+    for part in tensors.parts:
+        if part.whole:
+            found[part.name] = _whole(next(wholes)[int(asked) :], n)
+            continue
+        rest = [one.of(slice(int(asked), None)) for one in given[part.name]]
+        shapes = tensors.shapes[part.name]
+        where = _placed(engine, part, rest, int(examples))
+        if exact and any(place.mixes for place in where):
+            where = [Place(None, mixes=True)] * len(where)
+        found[part.name] = record(part, shapes, rest, where, masks, n, int(examples), stacked=not exact)
+    return found
+
+
+def _calls(tensors: Tensors) -> Iterator[tuple[Part, Shape]]:
+    return ((part, shape) for part in tensors.parts if not part.whole for shape in tensors.shapes[part.name])
+
+
+def _whole(g: np.ndarray, n: float) -> kf.Record:
+    g = g.reshape(len(g), 1, 1, 1, -1)
+    return kf.Record(np.ones((1, 1, 1, 1), g.dtype), g, n)
+
+
+def look(engine: Engine, given: dict[str, list[Seen]], examples: int) -> None:
+    """Whose rows are whose, from the draws that ask; ValueError where a method needs rows of examples and has none."""
+    engine.places = {}
+    for name, calls in given.items():
+        found = []
+        for one in calls:
+            g = np.moveaxis(one.g, 1, -2)  # blocks beside the features
+            first, second = g.reshape(*g.shape[:-2], g.shape[-2] * g.shape[-1])
+            found.append(owned(first, second, examples))
+        engine.places[name] = found
+    engine.mixing = sorted(name for name, places in engine.places.items() if any(place.mixes for place in places))
+    if engine.mixing and kf.own_gradients(engine.preconditioner):
+        raise ValueError(
+            f"rows of {engine.mixing} mix examples or are shared by them, so per-example gradients, which "
+            f"{engine.settings.method} is made of, do not exist there: give those parts another method, or freeze them"
+        )
+
+
+def _placed(engine: Engine, part: Part, given: Sequence[Seen], examples: int) -> Sequence[Place]:
+    """The places found, where as many calls are there as were then; else what sizes suggest."""
+    known = (engine.places or {}).get(part.name, [])
+    found = []
+    for i, one in enumerate(given):
+        likely = next(suggested(one.rows, examples), Place(None, mixes=True))
+        place = known[i] if len(known) == len(given) else known[0] if known and len(set(known)) == 1 else likely
+        found.append(place if place.fits(one.rows, examples) else likely)
+    return found

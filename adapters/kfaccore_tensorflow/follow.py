@@ -1,0 +1,115 @@
+"""All uses of a model's variables in a traced forward pass, followed from each variable operation by operation.
+
+What reaches the prediction is followed and nothing else, so a regulariser or a metric is no use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kfaccore_tensorflow.layout import Layout
+from kfaccore_tensorflow.moves import SILENT, moved
+from kfaccore_tensorflow.rules import read
+from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use
+
+CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+
+
+@dataclass
+class Followed:
+    """The uses of one variable, and why some of them cannot be read."""
+
+    variable: Any
+    uses: list[Use] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def followed(graph: Any, outputs: Iterable[Tensor], variables: Iterable[Any]) -> list[Followed]:
+    """Of each variable, in the graph that `outputs` were made in."""
+    reach = reaching(outputs)
+    inside = {id(outside): tensor for outside, tensor in graph.captures}
+    found = []
+    heads = []
+    for variable in variables:
+        one = Followed(variable)
+        found.append(one)
+        handle = inside.get(id(variable.value.handle))
+        if handle is not None:
+            heads.append((one, Hot(handle, Layout.of(variable.shape), handle)))
+    hot: set[int] = set()
+    for one, head in heads:
+        _follow(one, head, reach, hot)
+    for one in found:
+        alone = [use for use in one.uses if use.x is None or id(use.x) not in hot]
+        if len(alone) < len(one.uses):
+            one.reasons.append("it is multiplied with another parameter")
+            one.uses = alone
+    return found
+
+
+def reaching(outputs: Iterable[Tensor]) -> set[str]:
+    """Names of the operations that `outputs` are made by."""
+    waiting = [x.op for x in outputs]
+    seen = {op.name for op in waiting}
+    while waiting:
+        for x in waiting.pop().inputs:
+            if x.op.name not in seen:
+                seen.add(x.op.name)
+                waiting.append(x.op)
+    return seen
+
+
+def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int]) -> None:
+    waiting = [head]
+    while waiting:
+        here = waiting.pop()
+        hot.add(id(here.tensor))
+        consumers = {op.name: op for op in here.tensor.consumers() if op.name in reach}
+        for op in consumers.values():
+            try:
+                waiting += _step(one, op, here)
+            except Unread as reason:
+                one.reasons.append(str(reason))
+
+
+def _step(one: Followed, op: Operation, here: Hot) -> list[Hot]:
+    """Where one operation takes a tensor: on, or into a use."""
+    if op.type in SILENT:
+        return []
+    going = moved(op, here)
+    if going is not None:
+        going = list(going)
+        if op.type == "ReadVariableOp":
+            going = [replace(hot, read=hot.tensor) for hot in going]
+        return going
+    one.uses.append(_called(op, here) if op.type in CALLS else read(op, here))
+    return []
+
+
+def _called(op: Operation, here: Hot) -> Use:
+    """A function of one operation, as compiled convolutions are: its use, between the call's own tensors."""
+    body = op.graph._functions.get(op.get_attr("f").name)
+    if body is None or len(body.graph.inputs) != len(op.inputs):
+        return read(op, here)
+    graph = body.graph
+    place = next(i for i, x in enumerate(op.inputs) if x is here.tensor)
+    inner = Followed(None)
+    head = Hot(graph.inputs[place], here.layout, graph.inputs[place])
+    _follow(inner, head, reaching([graph.outputs[0]]), set())
+    if inner.reasons or len(inner.uses) != 1:
+        return read(op, here)
+    use = inner.uses[0]
+    outer = {id(a): b for a, b in zip(graph.inputs, op.inputs, strict=True)}
+    x = use.x if use.x is None else outer.get(id(_origin(use.x)))
+    if (use.x is not None and x is None) or _origin(graph.outputs[0]) is not use.out or use.hot.changed:
+        return read(op, here)
+    # a variable that is read inside has no value outside: its change, of which there is none, is not asked for
+    return replace(use, hot=replace(here, changed=max(here.changed, use.hot.changed)), x=x, out=op.outputs[0])
+
+
+def _origin(tensor: Tensor) -> Tensor:
+    while tensor.op.type == "Identity":
+        tensor = tensor.op.inputs[0]
+    return tensor

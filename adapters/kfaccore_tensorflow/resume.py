@@ -1,0 +1,37 @@
+"""The core's state as bytes for Keras's files: layers are told by their order where Keras named them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import kfaccore as kf
+
+
+def saved(state: Any, names: Sequence[str]) -> bytes:
+    """One safetensors file, with the names of its layers in order."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "state")
+        kf.save(path, state, parts=list(names))
+        return path.read_bytes()
+
+
+def restored(given: bytes, like: Any, names: Sequence[str]) -> Any:
+    """The state in such a file; ValueError when it is of other layers or settings than `like`."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "state")
+        path.write_bytes(given)
+        theirs = kf.metadata(path).get("parts", [])
+        if set(theirs) != set(names) and len(theirs) == len(names):
+            kf.save(path, _renamed(kf.load(path), dict(zip(theirs, names, strict=True))))
+        return kf.load(path, like=like)
+
+
+def _renamed(tree: Any, names: dict[str, str]) -> Any:
+    """The same tree, its dicts of layers keyed by other names."""
+    if not isinstance(tree, dict):
+        return tree
+    here = names if tree and set(tree) <= set(names) else {}
+    return {here.get(key, key): _renamed(value, names) for key, value in tree.items()}

@@ -1,0 +1,208 @@
+"""Calls and their output gradients as kfaccore's records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import kfaccore as kf
+from kfaccore_tensorflow.kinds import Elementwise, Kind, Lookup, Seen
+from kfaccore_tensorflow.places import Place
+from kfaccore_tensorflow.plan import Part
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a call when a graph is traced.
+
+    turned    whether its matrix is the part's transposed
+    factor    how its change is told: "" for none, "number", or "elements" (of the part's matrix)
+    masks     (place among the batch's masks, step or None) of each layer call around it, the innermost first
+    together  calls of this number are one layer call: their rows are summed
+    """
+
+    kind: Kind
+    turned: bool = False
+    factor: str = ""
+    masks: tuple[tuple[int, int | None], ...] = ()
+    together: int = -1
+
+
+@dataclass(frozen=True)
+class Given:
+    """The arrays of one call: the other operand, how the weight was changed, and output gradients, draws first."""
+
+    x: np.ndarray | None
+    change: np.ndarray | None
+    g: np.ndarray
+
+
+def seen(part: Part, shape: Shape, given: Given) -> Seen:
+    """Rows of one call, the weight's change taken into g."""
+    x = given.x
+    if isinstance(shape.kind, Lookup) and x is not None:
+        x = x.astype(np.int64)
+    found = shape.kind.rows(x, given.g, part.bias and not isinstance(shape.kind, Elementwise))
+    if given.change is None:
+        return found
+    change = part.matrices["weight"].of(given.change)  # (blocks, d_out, d_in)
+    if shape.factor == "number":
+        return Seen(found.a, found.g * change.reshape(-1)[0])
+    rows = (1,) * len(found.rows)
+    return Seen(found.a, found.g * change[..., 0].reshape(1, len(change), *rows, change.shape[1]))
+
+
+def record(
+    part: Part,
+    shapes: Sequence[Shape],
+    given: Sequence[Seen],
+    places: Sequence[Place],
+    masks: Sequence[np.ndarray],
+    n: float,
+    examples: int,
+    stacked: bool = False,
+) -> kf.Record:
+    """One record of all calls of a part: several calls are more positions of the same examples.
+
+    places     where the rows of each call stand
+    masks      (examples, positions) of the layers' calls
+    examples   how many there are; a part whose rows are no one's own has a record of one
+    stacked    draws of a part that is used both ways are more examples: as positions they would count as rows of A
+    """
+    if any(place.axis is None for place in places):
+        places = [Place(None, mixes=True)] * len(places)
+        examples = 1
+    pieces = []
+    merged: dict[tuple, int] = {}
+    for shape, found, place in zip(shapes, given, places, strict=True):
+        piece = _piece(part, shape, found, place, examples)
+        piece.exists = _exists(shape, piece, masks, examples)
+        key = (shape.together, found.rows)
+        if isinstance(shape.kind, Elementwise) and key in merged:
+            pieces[merged[key]].g = pieces[merged[key]].g + piece.g
+        else:
+            merged[key] = len(pieces)
+            pieces.append(piece)
+    if any(piece.turned for piece in pieces):
+        pieces = [_stacked(piece) for piece in pieces] if stacked else pieces
+        _balanced(pieces)
+    return _joined(part, pieces, n)
+
+
+@dataclass
+class _Piece:
+    """a (blocks, examples, positions, d_in), Ids or Patches; g (draws, blocks, examples, positions, d_out)."""
+
+    a: Any
+    g: np.ndarray
+    turned: bool = False
+    exists: np.ndarray | None = None
+
+
+def _piece(part: Part, shape: Shape, found: Seen, place: Place, examples: int) -> _Piece:
+    rows = len(found.rows)
+    g = place.put(found.g, 2, rows, examples)
+    a = found.a
+    if isinstance(a, kf.Patches):
+        whole = place.axis == 0 and not place.inner and found.rows[0] == examples
+        if not whole:
+            unfolded = np.asarray(a.unfold())
+            unfolded = unfolded.reshape(unfolded.shape[0], *found.rows, unfolded.shape[-1])
+            a = place.put(unfolded, 1, rows, examples)
+        return _Piece(a, g, shape.turned)
+    if isinstance(shape.kind, Lookup):
+        index = place.put(a[..., None], 0, rows, examples)[..., 0]
+        if part.lookup:
+            return _Piece(kf.Ids(index, shape.kind.size), g)
+        hot = np.zeros((1, *index.shape, shape.kind.size), g.dtype)
+        np.put_along_axis(hot, index[None, ..., None], 1, axis=-1)
+        return _Piece(hot, g, shape.turned)
+    return _Piece(place.put(a, 1, rows, examples), g, shape.turned)
+
+
+def _exists(shape: Shape, piece: _Piece, masks: Sequence[np.ndarray], examples: int) -> np.ndarray | None:
+    """Positions that count: those that a mask leaves, and any other that moves the prediction all the same.
+
+    The mask is that of the layer's call or of one around it; else any of the batch's that is of the same positions. Of
+    look-ups that no example owns, those count that move the prediction.
+    """
+    positions = piece.g.shape[3]
+    live = np.any(piece.g != 0, axis=(0, 1, 4)) if len(piece.g) else None
+    if isinstance(shape.kind, Lookup) and piece.g.shape[2] == 1 < examples:
+        return live
+    candidates = [(*one, False) for one in shape.masks] + [(place, None, True) for place in range(len(masks))]
+    for place, step, same in candidates:
+        mask = masks[place].astype(bool)
+        if step is not None and positions == 1:
+            mask = mask[:, step : step + 1]
+        whole = mask.shape[0] == piece.g.shape[2] and positions % mask.shape[1] == 0
+        if not whole or (step is not None and positions > 1) or (same and positions != mask.shape[1]):
+            continue
+        mask = np.repeat(mask, positions // mask.shape[1], axis=1)
+        return mask if live is None else mask | live
+    return None
+
+
+def _balanced(pieces: list[_Piece]) -> None:
+    """Turned uses: rows change sides, scaled so that the two products that mix the uses are alike in size.
+
+    Source: the factors of a sum A1 (x) G1 + H (x) Q are (A1 + s^2 Q) and (G1 + H / s^2); the traces of the mixed
+    products A1 H / s^2 and s^2 Q G1 are equal at s^4 = tr(A1) tr(H) / (tr(Q) tr(G1)).
+    """
+
+    def size(x: Any) -> float:
+        rows = x.unfold() if isinstance(x, kf.Patches) else x
+        return float(np.sum(np.square(np.asarray(rows), dtype=np.float64)))
+
+    straight = [piece for piece in pieces if not piece.turned]
+    turned = [piece for piece in pieces if piece.turned]
+    tr_a = sum(size(piece.a) for piece in straight)
+    tr_g = sum(size(piece.g) for piece in straight)
+    tr_h = sum(size(piece.a) for piece in turned) * len(pieces[0].g)
+    tr_q = sum(size(piece.g) for piece in turned)
+    known = tr_a * tr_h > 0 and tr_q * tr_g > 0
+    s = (tr_a * tr_h / (tr_q * tr_g)) ** 0.25 if known else 1.0
+    for piece in turned:
+        _turn(piece, s)
+
+
+def _stacked(piece: _Piece) -> _Piece:
+    """One draw of draws times as many examples."""
+    draws, blocks, examples, positions, d = piece.g.shape
+    a = np.asarray(piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a)
+    g = np.moveaxis(piece.g, 0, 1).reshape(1, blocks, draws * examples, positions, d)
+    exists = None if piece.exists is None else np.tile(piece.exists, (draws, 1))
+    return _Piece(np.tile(a, (1, draws, 1, 1)), g, piece.turned, exists)
+
+
+def _turn(piece: _Piece, s: float) -> None:
+    """Output gradients become inputs and the other way: each draw has positions of its own, as inputs have no draws."""
+    inputs = np.asarray(piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a)
+    draws, blocks, examples, positions, _ = piece.g.shape
+    a = np.moveaxis(piece.g, 0, 2).reshape(blocks, examples, draws * positions, piece.g.shape[-1]) * s
+    g = np.zeros((draws, blocks, examples, draws, positions, inputs.shape[-1]), piece.g.dtype)
+    for draw in range(draws):
+        g[draw, :, :, draw] = inputs / s
+    piece.a = a
+    piece.g = g.reshape(draws, blocks, examples, draws * positions, g.shape[-1])
+    if piece.exists is not None:
+        piece.exists = np.tile(piece.exists, (1, draws))
+
+
+def _joined(part: Part, pieces: list[_Piece], n: float) -> kf.Record:
+    """Calls behind each other on the axis of positions."""
+    exists = None
+    if any(piece.exists is not None for piece in pieces):
+        every = [np.ones(piece.g.shape[2:4], bool) if piece.exists is None else piece.exists for piece in pieces]
+        exists = np.concatenate(every, axis=1)
+    if len(pieces) == 1:
+        return kf.Record(pieces[0].a, pieces[0].g, n, exists)
+    g = np.concatenate([piece.g for piece in pieces], axis=3)
+    if part.lookup:
+        index = np.concatenate([piece.a.index for piece in pieces], axis=1)
+        return kf.Record(kf.Ids(index, pieces[0].a.size), g, n, exists)
+    a = [np.asarray(piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a) for piece in pieces]
+    return kf.Record(np.concatenate(a, axis=2), g, n, exists)

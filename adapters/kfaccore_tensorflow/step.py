@@ -1,0 +1,222 @@
+"""What every training step shares: the plan, the core preconditioner and its state; capture and gradients in a
+TensorFlow graph, the core on NumPy inside py_function, which calls nothing of TensorFlow's but constants."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import kfaccore as kf
+from kfaccore_tensorflow import draw
+from kfaccore_tensorflow.bridge import to_numpy, to_tensor, widened
+from kfaccore_tensorflow.heads import objective
+from kfaccore_tensorflow.observe import Observed
+from kfaccore_tensorflow.places import Place
+from kfaccore_tensorflow.plan import Part, Plan
+from kfaccore_tensorflow.rest import spanned
+from kfaccore_tensorflow.resume import restored, saved
+from kfaccore_tensorflow.tensors import Tensors, gathered
+
+LATER = (1, 101, 1009, 10007, 1000003)  # steps at which it is asked whether a method rests
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What preconditions and when.
+
+    core               a kfaccore.Preconditioner, instead of method, clocks, schedules and step, which are then its
+    method             one for all layers or a mapping from layer to method; clocks, schedules: as Preconditioner
+    step               from directions to updates; SelfTuning() and LineSearch() also judge what was applied
+    fisher, draws      kfaccore's monte_carlo (with so many draws), type2, empirical or forward_only; by default
+                       monte_carlo, or empirical for methods that take the loss's own gradients, such as FNGD
+    seed               of the draws: the same seed and step give the same bits
+    strict             refuse models with trainable variables that are not covered, instead of warning once
+    uncovered          the method of variables that are not covered, kfaccore.Diagonal(): read as a row that all
+                       examples share. By default they keep plain gradients, but for steps that judge what they did,
+                       which need all variables
+    """
+
+    method: Any = kf.KFAC()  # noqa: RUF009 frozen
+    clocks: kf.Clocks = kf.Clocks()  # noqa: RUF009 frozen
+    schedules: kf.Schedules = kf.Schedules()  # noqa: RUF009 frozen
+    step: Any = kf.Fixed()  # noqa: RUF009 frozen
+    fisher: Callable | None = None
+    draws: int = 1
+    seed: int = 0
+    strict: bool = False
+    core: kf.Preconditioner | None = None
+    uncovered: kf.Diagonal | None = None
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}; need at least 1")
+        if self.core is None:
+            return
+        if not isinstance(self.core, kf.Preconditioner):
+            raise TypeError(f"core is {self.core!r}; need a kfaccore.Preconditioner, or give method=")
+        method = self.core.methods if self.core.network is None else self.core.network
+        own = {"method": method, "clocks": self.core.clocks, "schedules": self.core.schedules, "step": self.core.rule}
+        for name, value in own.items():
+            if getattr(self, name) not in (value, getattr(Settings, name)):
+                raise ValueError(f"both core and {name} are given; give {name} to the Preconditioner")
+            object.__setattr__(self, name, value)
+
+    def preconditioner(self) -> kf.Preconditioner:
+        """The core's; it may reuse the buffers of the state it is given, which only the engine holds."""
+        if self.core is not None:
+            return self.core
+        return kf.Preconditioner(self.method, self.clocks, self.schedules, step=self.step, donate=True)
+
+    def drawn(self) -> Callable:
+        """The Fisher in use; ValueError where a method cannot take the one that was asked for."""
+        core = self.preconditioner()
+        own = kf.own_gradients(core)
+        if own and self.fisher not in (None, kf.empirical):
+            method = core.network or core.methods
+            raise ValueError(f"{method} takes the loss's own gradients: pass fisher=kfaccore.empirical")
+        return self.fisher or (kf.empirical if own else kf.monte_carlo)
+
+
+class Engine:
+    """A model's plan, objective and preconditioner, and what changes: the core's `state` and the last `info`.
+
+    Without a plan the first traced step makes it.
+    """
+
+    def __init__(self, loss: Any, settings: Settings, plan: Plan | None = None, names: Sequence[str] = ()) -> None:
+        self.settings = settings
+        self.fisher = settings.drawn()
+        self.objective: Any = objective(loss, self.fisher, names=names)
+        self.preconditioner = settings.preconditioner()
+        self.plan = Plan((), {})
+        self.ready = False
+        self.places: dict[str, list[Place]] | None = None  # of the calls of each part, once asked
+        self.mixing: list[str] = []
+        self.signs = not kf.own_gradients(self.preconditioner)
+        self.state: Any = None
+        self.info: kf.Info | None = None
+        if plan is not None:
+            self.adopt(plan)
+
+    def adopt(self, plan: Plan) -> None:
+        """Take a plan for this model's, or see that it is the same; ValueError where it is not."""
+        if self.ready:
+            self._same(plan)
+            return
+        if self.settings.strict:
+            plan.strictly()
+        uncovered = self.settings.uncovered or (kf.Diagonal() if self.settings.step.judges else None)
+        if plan.refused and uncovered is not None:
+            plan, self.preconditioner = spanned(plan, self.preconditioner, uncovered)
+        if plan.refused:
+            listed = "; ".join(f"{name}: {reason}" for name, (_, reason) in plan.refused.items())
+            message = f"these layers keep plain gradients: {listed}. strict=True makes that an error"
+            warnings.warn(f"{message}, uncovered=kfaccore.Diagonal() gives them a diagonal", stacklevel=4)
+        if not plan.parts:
+            raise ValueError(f"no variable of this model is covered: {plan}")
+        self.plan = plan
+        wide = any(v.dtype == "float64" for part in plan.parts for v in part.variables.values())
+        self.state = self.preconditioner.init(plan.blocks(), np.zeros(1, "float64" if wide else "float32"))
+        resting = [k for k in LATER if self.preconditioner.resting(replace(self.state, step=k))]
+        if resting:
+            raise ValueError(
+                f"{self.settings.method} shares coefficients between epochs, for which this shell has no gradients: "
+                f"compute them at every step, steps=0"
+            )
+        self.ready = True
+
+    def _same(self, plan: Plan) -> None:
+        """ValueError where another trace uses variables in another way."""
+        now = {part.name: part.places() for part in plan.parts}
+        for part in self.plan.parts:
+            if not part.whole and part.name in now and now[part.name] != part.places():
+                raise ValueError(f"part {part.name!r} is not used as it was when the plan was made: make a new one")
+
+    def tree(self) -> dict[str, Any]:
+        """{"params": {part: matrix, 2-D if there is one block}, "state": state}."""
+        params = {}
+        for part in self.plan.parts:
+            matrix = part.matrix({role: to_numpy(v.value) for role, v in part.variables.items()})
+            params[part.name] = matrix[0] if len(matrix) == 1 else matrix
+        return {"params": params, "state": self.state}
+
+    def replant(self, tree: dict[str, Any]) -> None:
+        """The inverse of `tree`."""
+        new: dict[int, tuple[Any, np.ndarray]] = {}
+        for part in self.plan.parts:
+            for role, v in part.variables.items():
+                value = np.array(to_numpy(v.value)) if id(v) not in new else new[id(v)][1]
+                placed = part.arrays(np.asarray(tree["params"][part.name]))
+                mask = part.arrays(
+                    np.ones(part.matrix({r: to_numpy(u.value) for r, u in part.variables.items()}).shape)
+                )
+                new[id(v)] = (v, np.where(mask[role] > 0, placed[role], value))
+        for v, value in new.values():
+            v.assign(to_tensor(value, v.dtype))
+        self.state = tree["state"]
+
+    def penalty(self) -> Any:
+        """l2/2 |theta|^2 over covered variables, part of the loss; 0 without l2."""
+        l2 = self.settings.schedules.penalties([part.name for part in self.plan.parts], self.state.step)
+        if not l2:
+            return 0.0
+        every = {id(v): (l2[part.name], v) for part in self.plan.parts for v in part.variables.values()}
+        dtype = next(iter(every.values()))[1].dtype
+        parts = [0.5 * weight * tf.reduce_sum(tf.square(tf.cast(v, dtype))) for weight, v in every.values()]
+        return tf.add_n(parts)
+
+    def saved(self) -> bytes:
+        """The state as one safetensors file."""
+        return saved(self.state, [part.name for part in self.plan.parts])
+
+    def restore(self, given: bytes) -> None:
+        """Puts back what `saved` gave; ValueError when it is the state of other layers or settings."""
+        self.state = restored(given, self.state, [part.name for part in self.plan.parts])
+
+    def updates(self, seen: Observed, heads: dict, tape: Any, data: Any, variables: Sequence, gradients: list) -> list:
+        """`gradients` of the loss with those of covered variables turned into the core's updates.
+
+        seen    the forward pass that made `heads` inside the persistent `tape`
+        data    (target, sample weight or None)
+        """
+        place = {id(v): i for i, v in enumerate(variables)}
+        self.plan.check(variables)
+        given = {key for key, i in place.items() if gradients[i] is not None}
+        used = [part for part in self.plan.parts if all(id(v) in given for v in part.variables.values())]
+        tensors = gathered(self, used, seen, tape, heads, data)
+        where = list(dict.fromkeys(place[id(v)] for part in used for v in part.variables.values()))
+        grads = [widened(gradients[i]) for i in where]
+        core = partial(self._core, used, tensors, [variables[i] for i in where])
+        found = tf.py_function(core, [*tensors.flat(), *grads], [tf.float64, *(g.dtype for g in grads)])
+        shrink = found.pop(0)
+        new = list(gradients)
+        for i, update in zip(where, found, strict=True):
+            update = tf.ensure_shape(update, variables[i].shape)
+            if self.settings.schedules.weight_decay:
+                update += tf.cast(shrink, update.dtype) * tf.cast(variables[i], update.dtype)
+            new[i] = tf.cast(update, gradients[i].dtype)
+        return new
+
+    def _core(self, parts: list[Part], tensors: Tensors, variables: list, *flat: Any) -> list[Any]:
+        """The factor of decoupled weight decay, then updates of the variables.
+
+        flat   what `gathered` gave, and the variables' gradients
+        """
+        arrays = [to_numpy(x) for x in flat]
+        count = len(arrays) - len(variables)
+        records = draw.recorded(self, tensors, arrays[:count])
+        gradients = dict(zip(map(id, variables), arrays[count:], strict=True))
+        grads = {p.name: p.matrix({role: gradients[id(v)] for role, v in p.variables.items()}) for p in parts}
+        directions, self.state, self.info = self.preconditioner.step(self.state, records, grads, self.fisher)
+        new = {id(v): np.zeros(tuple(v.shape), gradients[id(v)].dtype) for v in variables}
+        for part in parts:
+            for role, x in part.arrays(np.asarray(directions[part.name])).items():
+                new[id(part.variables[role])] += x
+        shrink = float(self.info.step["alpha"]) * self.settings.schedules.weight_decay
+        return [to_tensor(shrink, tf.float64), *(to_tensor(x) for x in new.values())]

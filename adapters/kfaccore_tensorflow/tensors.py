@@ -1,0 +1,146 @@
+"""In the graph: what a step hands to the core, of each call the other operand and the output's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+
+from kfaccore_tensorflow import draw
+from kfaccore_tensorflow.bridge import HALF, widened
+from kfaccore_tensorflow.losses import masked
+from kfaccore_tensorflow.observe import Call, Observed
+from kfaccore_tensorflow.plan import Part
+from kfaccore_tensorflow.rows import Shape
+from kfaccore_tensorflow.uses import BY_ONE_NUMBER, ELEMENTWISE
+
+if TYPE_CHECKING:
+    from kfaccore_tensorflow.step import Engine
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """All tensors of one forward pass, and what is known of them while tracing.
+
+    parts     the parts it went through; `shapes` of their calls in turn
+    count     (n, examples, draws that ask whose row is whose)
+    x, change a call each, or None
+    g         a call each, draws first; then a variable each of parts without records
+    """
+
+    parts: tuple[Part, ...]
+    shapes: dict[str, tuple[Shape, ...]]
+    count: Tensor
+    masks: list[Tensor]
+    x: list[Tensor | None]
+    change: list[Tensor | None]
+    g: list[Tensor]
+
+    def flat(self) -> list[Tensor]:
+        """Those there are, in order."""
+        some = [x for x in (*self.x, *self.change) if x is not None]
+        return [self.count, *self.masks, *some, *self.g]
+
+
+def gathered(engine: Engine, parts: Sequence[Part], seen: Observed, tape: Any, heads: dict, data: Any) -> Tensors:
+    """Output gradients of all calls of `parts` under the draws of this step, zeros where the clock wants none."""
+    parts = tuple(part for part in parts if part.whole or seen.calls.get(part.name))
+    masks: dict[int, tuple[int, Tensor]] = {}
+    shapes = {part.name: _shapes(seen.calls[part.name], masks) for part in parts if not part.whole}
+    calls = [call for part in parts if not part.whole for call in seen.calls[part.name]]
+    outputs = [call.use.out for call in calls]
+    half = [p.name for p in parts if any(c.use.out.dtype == tf.float16 for c in seen.calls.get(p.name, ()))]
+    if half:
+        raise ValueError(f"parts {half[:5]} are float16, whose gradients underflow: use the policy mixed_bfloat16")
+    change = [_change(tape, call) for call in calls]
+    wholes = [part.variables["weight"] for part in parts if part.whole]
+    count, g = _gradients(engine, tape, heads, data, outputs, wholes)
+    x = [None if call.use.x is None else widened(call.use.x) for call in calls]
+    return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, change, g)
+
+
+def _change(tape: Any, call: Call) -> Tensor | None:
+    """d tensor / d variable of a weight that was changed on its way, each element by itself."""
+    hot = call.use.hot
+    if not hot.changed:
+        return None
+    found = tape.gradient(hot.tensor, hot.read, output_gradients=tf.ones_like(hot.tensor))
+    return widened(tf.zeros_like(hot.read) if found is None else found)
+
+
+def _shapes(calls: Sequence[Call], masks: dict[int, tuple[int, Tensor]]) -> tuple[Shape, ...]:
+    """What is known of the calls of one part, their masks noted."""
+    within: dict[tuple[int, int], list[int]] = {}
+    for i, call in enumerate(calls):
+        for scope in call.scopes:
+            within.setdefault((scope.start, scope.end), []).append(i)
+    found = []
+    for i, call in enumerate(calls):
+        mine = []
+        for scope in call.scopes:
+            if scope.mask is None:
+                continue
+            place, _ = masks.setdefault(id(scope.mask), (len(masks), scope.mask))
+            steps = within[scope.start, scope.end]
+            step = None
+            if len(steps) == scope.mask.shape[1] and len(steps) > 1:
+                step = steps.index(i)
+                backwards = isinstance(scope.layer, keras.layers.RNN) and scope.layer.go_backwards
+                step = len(steps) - 1 - step if backwards else step
+            mine.append((place, step))
+        together = call.scopes[0].start if call.scopes else -1
+        factor = {BY_ONE_NUMBER: "number", ELEMENTWISE: "elements"}.get(call.use.hot.changed, "")
+        found.append(Shape(call.use.kind, call.turned, factor, tuple(mine), together))
+    return tuple(found)
+
+
+def _gradients(
+    engine: Engine, tape: Any, heads: dict, data: Any, outputs: list[Tensor], wholes: list[Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """(n, examples, asking draws), and gradients under each draw of each output and of each variable of `wholes`."""
+    target, weight = data
+    values = list(heads.values())
+    kinds = [tf.float32 if f.dtype in HALF else f.dtype for f in values]
+    targets = engine.objective.by_head(target, heads)
+    weights = engine.objective.by_head(weight, heads)
+    weights = [masked(f, w) for f, w in zip(values, weights, strict=True)]
+    present = [x for x in (*targets, *weights) if x is not None]
+    some = tuple(x is not None for x in (*targets, *weights))
+    sources = [*outputs, *(v.value for v in wholes)]
+
+    def one(drawn: Sequence[Tensor]) -> list[Tensor]:
+        cast = [tf.cast(v, f.dtype) for v, f in zip(drawn, values, strict=True)]
+        found = tape.gradient(values, sources, output_gradients=cast)
+        return [widened(tf.zeros_like(o) if g is None else g) for o, g in zip(sources, found, strict=True)]
+
+    def wanted() -> list[Tensor]:
+        ask = lambda *given: draw.drawn(engine, some, list(given))  # noqa: E731
+        count, *drawn = tf.py_function(ask, [*map(widened, values), *present], [tf.float64, *kinds])
+        drawn = [tf.ensure_shape(v, (None, *f.shape)) for v, f in zip(drawn, values, strict=True)]
+        signature = [tf.TensorSpec(o.shape, tf.float32 if o.dtype in HALF else o.dtype) for o in sources]
+        if engine.objective.drawless(engine.fisher):
+            return [tf.ensure_shape(count, (3,)), *_none(sources)]
+        g = tf.map_fn(one, drawn, fn_output_signature=signature, parallel_iterations=1)
+        return [tf.ensure_shape(count, (3,)), *g]
+
+    count, *g = _on_the_clock(engine, values[0], wanted, lambda: [tf.zeros(3, tf.float64), *_none(sources)])
+    return count, g
+
+
+def _none(sources: Sequence[Tensor]) -> list[Tensor]:
+    """No draws of each."""
+    kinds = [tf.float32 if o.dtype in HALF else o.dtype for o in sources]
+    return [tf.zeros(tf.concat([[0], tf.shape(o)], 0), kind) for o, kind in zip(sources, kinds, strict=True)]
+
+
+def _on_the_clock(engine: Engine, f: Tensor, wanted: Callable, unwanted: Callable) -> list[Tensor]:
+    if engine.settings.clocks.update == 1:
+        return wanted()
+    one = tf.reshape(f, [-1])[:1]  # orders the question behind the step before, in graphs of several steps
+    due = tf.py_function(lambda _: engine.preconditioner.wants_records(engine.state), [one], tf.bool)
+    return tf.cond(tf.ensure_shape(due, ()), wanted, unwanted)

@@ -1,0 +1,194 @@
+"""Losses of torch and of kfaccore: their draws come from the core's per-example loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import kfaccore as kf
+from kfaccore_torch.bridge import detached
+from kfaccore_torch.outputs import tensor_of
+from kfaccore_torch.owner import Split
+
+CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)
+Share = Callable[[Any, Any, torch.Tensor, Any], float]
+Mass = Callable[[Any, torch.Tensor, Any], torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of one output whose Fisher is known.
+
+    core     the per-example loss, on predictions with the classes last
+    loss     what the user gave: called with prediction and target
+    share_of (loss, core, prediction, target) -> n: the training loss is the core's sum over examples divided by n
+    mass_of  (loss, prediction, target) -> what multiplies the core's Hessian, like the prediction but for its class
+             axis of 1; None where the core knows
+    classes_second   whether the prediction has its classes on axis 1, as `nn.CrossEntropyLoss` wants them
+    times    the loss over the core's: gradients are as many times larger, roots of the Hessian the root of it
+    """
+
+    core: Any
+    loss: Any
+    share_of: Share
+    mass_of: Mass = lambda loss, f, target: None
+    classes_second: bool = False
+    times: float = 1.0
+
+    @property
+    def total(self) -> bool:
+        """Whether the loss is a sum, whose n does not grow with the batch."""
+        return getattr(self.loss, "reduction", "mean") == "sum"
+
+    def heads(self, f: Any) -> list[torch.Tensor]:
+        """The tensors of a prediction; TypeError for what is not one."""
+        return [tensor_of(f)]
+
+    def value(self, f: Any, target: Any) -> torch.Tensor:
+        """The training loss, 0-d, differentiable."""
+        if isinstance(self.loss, CORE):
+            return self.loss.value(f, target) / self.loss.normaliser(f, target)
+        if self.classes_second and f.ndim > 2 and f.stride(1) == 1:
+            return self.loss(*_flat(f, target))
+        if not self.classes_second:
+            _check_alike(self.loss, f, target)
+        return self.loss(f, target)
+
+    def share(self, f: Any, target: Any) -> float:
+        """n of a record of this batch; 0 where no example or label counts."""
+        return self.share_of(self.loss, self.core, f, target) if f.numel() else 0.0
+
+    def draws(
+        self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
+    ) -> torch.Tensor:
+        """Gradients of the per-example loss with respect to f, (draws, *f.shape), in single precision or better; label
+        positions of one example of `split` are drawn together."""
+        core, f = self.core, detached(f)
+        if isinstance(target, torch.Tensor) and target.is_floating_point():
+            target = target.to(f.dtype)
+        mass = self.mass_of(self.loss, f, target)
+        if mass is not None:
+            if fisher is kf.empirical:
+                return self._own_gradient(f, target)[None]
+            core, target = _unweighted(core), None
+        shape = f.shape
+        if isinstance(target, torch.Tensor) and not isinstance(core, kf.SoftmaxCrossEntropy):
+            target = self._classes_last(target.expand(shape))
+        f = self._classes_last(f)
+        last = f.shape
+        if split is not None and split.examples != len(f):
+            f, target = _unfolded(f, split), None if target is None else _unfolded(target, split)
+        found = _drawn(core, fisher, count, f, target, rng)
+        if self.times != 1:
+            found = found * (self.times if fisher is kf.empirical else self.times**0.5)
+        if split is not None and split.examples != last[0]:
+            found = found.movedim(1, 2) if split.inner else found
+            found = found.reshape(len(found), *last)
+        found = found if mass is None else found * self._classes_last(mass).clamp(min=0).sqrt()
+        return (found.movedim(-1, 2) if self.classes_second else found).reshape(len(found), *shape)
+
+    def _classes_last(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, *positions, classes); a number an example is one class."""
+        return x[..., None] if x.ndim == 1 else x.movedim(1, -1) if self.classes_second else x
+
+    def _own_gradient(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """Of the sum of the losses, by autograd."""
+        summed = copy.copy(self.loss)
+        summed.reduction = "sum"
+        with torch.enable_grad():
+            x = f.detach().requires_grad_()
+            return torch.autograd.grad(summed(x, target), x)[0]
+
+
+def _drawn(core: Any, fisher: Callable, count: int, f: torch.Tensor, target: Any, rng: Any) -> torch.Tensor:
+    """(draws, *f.shape)."""
+    if fisher is kf.forward_only:
+        return f.new_zeros((0, *f.shape))
+    if fisher is kf.monte_carlo:
+        noise = torch.from_numpy(kf.draw_noise(core, tuple(f.shape), count, rng)).to(f)
+        return kf.monte_carlo(core, f, noise, target)
+    return kf.type2(core, f, target) if fisher is kf.type2 else kf.empirical(core, f, target)
+
+
+def _flat(f: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Label positions as rows: logits that lie with their classes behind each other in memory are then read in order,
+    and the loss is to the bit that of logits flattened by hand."""
+    soft = target.ndim == f.ndim
+    target = target.movedim(1, -1).reshape(-1, f.shape[1]) if soft else target.reshape(-1)
+    return f.movedim(1, -1).reshape(-1, f.shape[1]), target
+
+
+def _unweighted(core: Any) -> Any:
+    """A core whose Hessian does not depend on the target."""
+    return replace(core, ignore=None, weights=None) if isinstance(core, kf.SoftmaxCrossEntropy) else core
+
+
+def _unfolded(x: torch.Tensor, split: Split) -> torch.Tensor:
+    """(rows, ...) as (examples, rows of each, ...)."""
+    apart = len(x) // split.examples
+    if split.inner:
+        return x.unflatten(0, (apart, split.examples)).movedim(1, 0)
+    return x.unflatten(0, (split.examples, apart))
+
+
+def _cross_entropy_share(loss: nn.CrossEntropyLoss, core: Any, f: torch.Tensor, y: torch.Tensor) -> float:
+    if f.ndim < 2:
+        raise ValueError(f"CrossEntropyLoss got a prediction of shape {tuple(f.shape)}; need (batch, classes, ...)")
+    if y.ndim == f.ndim:  # class probabilities
+        return 1.0 if loss.reduction == "sum" else f.numel() / f.shape[1]
+    if loss.reduction == "sum":
+        return 1.0 if bool((y != loss.ignore_index).any()) else 0.0
+    return float(core.normaliser(detached(f).movedim(1, -1), y))
+
+
+def _cross_entropy_mass(loss: nn.CrossEntropyLoss, f: torch.Tensor, y: Any) -> torch.Tensor | None:
+    """Soft labels: what the (smoothed, weighted) ones of a position add up to, which need not be one."""
+    if not isinstance(y, torch.Tensor) or y.ndim != f.ndim:
+        return None
+    soft = (1 - loss.label_smoothing) * y + loss.label_smoothing / f.shape[1]
+    if loss.weight is not None:
+        soft = soft * loss.weight.to(f).reshape(-1, *(1,) * (f.ndim - 2))
+    return soft.sum(1, keepdim=True)
+
+
+def _check_alike(loss: Any, f: torch.Tensor, y: Any) -> None:
+    """ValueError for a target that broadcasting would hold against the prediction crosswise."""
+    shape = y.shape if isinstance(y, torch.Tensor) else ()
+    if len(shape) > f.ndim or torch.broadcast_shapes(f.shape, shape) != f.shape:
+        raise ValueError(
+            f"{type(loss).__name__} got a prediction of shape {tuple(f.shape)} and a target of shape {tuple(shape)}, "
+            f"which would be held against each other crosswise; need equal shapes"
+        )
+
+
+def _numbers(loss: nn.MSELoss | nn.BCEWithLogitsLoss, core: Any, f: torch.Tensor, y: Any) -> float:
+    """The mean divides by every number in f."""
+    return 1.0 if loss.reduction == "sum" else float(f.numel())
+
+
+def _logistic_mass(loss: nn.BCEWithLogitsLoss, f: torch.Tensor, y: Any) -> torch.Tensor | None:
+    """The Hessian of w (-p y log s(f) - (1 - y) log s(-f)) is w (p y + 1 - y) times that without weights."""
+    if loss.weight is None and loss.pos_weight is None:
+        return None
+    mass = torch.ones_like(f)
+    if loss.pos_weight is not None:
+        mass = loss.pos_weight.to(f) * y + 1 - y
+    return (mass if loss.weight is None else mass * loss.weight.to(f)).expand(f.shape)
+
+
+def _cross_entropy(loss: nn.CrossEntropyLoss) -> Objective:
+    weights = None if loss.weight is None else tuple(float(w) for w in loss.weight)
+    core = kf.SoftmaxCrossEntropy(loss.label_smoothing, weights, loss.ignore_index)
+    return Objective(core, loss, _cross_entropy_share, _cross_entropy_mass, classes_second=True)
+
+
+TABLE: dict[type, Callable[[Any], Objective]] = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    nn.MSELoss: lambda loss: Objective(kf.Gaussian(), loss, _numbers, times=2.0),  # (f - y)^2 is twice the core's
+    nn.BCEWithLogitsLoss: lambda loss: Objective(kf.Bernoulli(), loss, _numbers, _logistic_mass),
+}

@@ -1,0 +1,166 @@
+"""Losses that a user writes: what they must say of themselves, and what autograd can say for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+import kfaccore as kf
+from kfaccore_torch.bridge import detached
+from kfaccore_torch.outputs import tensor_of
+from kfaccore_torch.owner import Split
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss with a Fisher, in torch: f (batch, ...) as the model gives it, and the target as the loop has it.
+
+    The training loss is value / normaliser. Examples are independent: an example's loss reads its own f alone (for a
+    contrast, f of one example holds both sides of a pair). A loss that is one sum, however many micro-batches there
+    are, has `reduction = "sum"` and normaliser 1. Draws keep to the losses' own scale: nothing is divided by the batch.
+    """
+
+    def value(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """Sum of the examples' losses, 0-d, differentiable."""
+        ...
+
+    def normaliser(self, f: torch.Tensor, target: Any) -> float | torch.Tensor:
+        """n, what the sum is divided by: the number of examples, for a mean over them."""
+        ...
+
+    def gradient(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """Of each example's loss, like f: what the empirical Fisher is made of."""
+        ...
+
+    def roots(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """(draws, *f.shape): for each example the sum over draws of v v^T, v its numbers, is the Hessian of its loss,
+        or its Fisher where the Hessian is not positive semidefinite. What type2 is made of."""
+        ...
+
+    def sampled(self, f: torch.Tensor, noise: torch.Tensor, target: Any) -> torch.Tensor:
+        """Gradients at labels drawn from the model, (draws, *f.shape): mean zero, their second moment the Fisher.
+        `noise` (draws, *f.shape) is uniform between 0 and 1, ends excluded. What Monte-Carlo is made of."""
+        ...
+
+
+class ExampleLoss:
+    """Base of a `Loss` that is known by the loss of each example, and by how labels are drawn; autograd does the rest.
+
+        class Poisson(ExampleLoss):                                # f log rates (batch, d)
+            def each(self, f, target):
+                return (f.exp() - target * f).sum(1)
+
+            def labels(self, f, noise, target):                    # of one draw, noise like f
+                return poisson_quantile(f.exp(), noise)
+
+    Roots are those of each example's Hessian; ValueError where one is not positive semidefinite: write `roots` then.
+    """
+
+    def each(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """(batch,): the loss of each example."""
+        raise NotImplementedError(f"{type(self).__name__} needs each(f, target) -> the loss of each example, (batch,)")
+
+    def labels(self, f: torch.Tensor, noise: torch.Tensor, target: Any) -> Any:
+        """Labels drawn from the model by uniform noise like f, as `each` takes them."""
+        raise NotImplementedError(
+            f"{type(self).__name__} needs labels(f, noise, target) for Monte-Carlo draws; or pass fisher=kfaccore.type2"
+        )
+
+    def value(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """The sum of `each`."""
+        return self.each(f, target).sum()
+
+    def normaliser(self, f: torch.Tensor, target: Any) -> float | torch.Tensor:
+        """The number of examples."""
+        return float(len(f))
+
+    def gradient(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """By autograd."""
+        with torch.enable_grad():
+            x = f.detach().requires_grad_()
+            return torch.autograd.grad(self.value(x, target), x)[0]
+
+    def roots(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """From the eigenvectors of each example's Hessian, one pass of autograd for each number of an example."""
+        with torch.enable_grad():
+            x = f.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.value(x, target), x, create_graph=True)
+            columns = [_column(part, x) for part in slope.reshape(len(f), -1).sum(0)]
+        hessian = torch.stack(columns, -1).reshape(len(f), len(columns), len(columns))
+        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+        least, most = values.amin(), values.amax()
+        if float(least) < -1e-5 * max(float(most), 1e-30):
+            raise ValueError(
+                f"{type(self).__name__} is not convex in f: the Hessian of an example has the eigenvalue "
+                f"{float(least):.3g}; write roots(f, target) from its Fisher instead, or take Monte-Carlo draws"
+            )
+        return (vectors * values.clamp(min=0).sqrt()[:, None]).movedim(-1, 0).reshape(-1, *f.shape)
+
+    def sampled(self, f: torch.Tensor, noise: torch.Tensor, target: Any) -> torch.Tensor:
+        """The gradient at `labels`, draw by draw."""
+        return torch.stack([self.gradient(f, self.labels(f, one, target)) for one in noise])
+
+
+def _column(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A column of every example's Hessian, (batch, numbers); zeros where the slope is constant."""
+    if not part.requires_grad:
+        return torch.zeros_like(x).reshape(len(x), -1)
+    (found,) = torch.autograd.grad(part, x, retain_graph=True, allow_unused=True)
+    return (torch.zeros_like(x) if found is None else found).reshape(len(x), -1)
+
+
+@dataclass(frozen=True)
+class Own:
+    """The objective of a user's `Loss`."""
+
+    loss: Any
+
+    @property
+    def total(self) -> bool:
+        """Whether the loss is a sum, whose n does not grow with the batch."""
+        return getattr(self.loss, "reduction", "mean") == "sum"
+
+    def heads(self, f: Any) -> list[torch.Tensor]:
+        """The tensor of a prediction; TypeError for what is not one."""
+        return [tensor_of(f)]
+
+    def value(self, f: Any, target: Any) -> torch.Tensor:
+        """The training loss, 0-d, differentiable."""
+        return self.loss.value(f, target) / self.loss.normaliser(f, target)
+
+    def share(self, f: Any, target: Any) -> float:
+        """n of a record of this batch; 0 where nothing counts."""
+        return float(self.loss.normaliser(f.detach(), target)) if f.numel() else 0.0
+
+    def draws(
+        self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
+    ) -> torch.Tensor:
+        """(draws, *f.shape), in single precision or better. Rows of one example of `split` have losses of their own:
+        their roots stand in draws of their own."""
+        f = detached(f)
+        if fisher is kf.forward_only:
+            return f.new_zeros((0, *f.shape))
+        if fisher is kf.empirical:
+            return self._checked("gradient", self.loss.gradient(f, target)[None], f)
+        if fisher is kf.monte_carlo:
+            tiny = torch.finfo(f.dtype).eps
+            noise = torch.from_numpy(rng.random((count, *f.shape))).to(f).clamp(tiny, 1 - tiny)
+            return self._checked("sampled", self.loss.sampled(f, noise, target), f) * count**-0.5
+        found = self._checked("roots", self.loss.roots(f, target), f)
+        if split is None or split.examples == len(f):
+            return found
+        apart = len(f) // split.examples
+        position = torch.arange(len(f), device=f.device)
+        position = position // split.examples if split.inner else position % apart
+        each = (position == torch.arange(apart, device=f.device)[:, None]).to(f)
+        return (found * each.reshape(apart, 1, len(f), *(1,) * (f.ndim - 1))).reshape(-1, *f.shape)
+
+    def _checked(self, name: str, found: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        if found.shape[1:] != f.shape:
+            what = tuple(found.shape[1:]) if name == "gradient" else tuple(found.shape)
+            need = tuple(f.shape) if name == "gradient" else f"(draws, {', '.join(map(str, f.shape))})"
+            raise ValueError(f"{type(self.loss).__name__}.{name} gave the shape {what}; need {need}")
+        return found.detach()

@@ -1,0 +1,119 @@
+"""The plan of an engine, the state that goes with it, and how both follow what forwards show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import kfaccore as kf
+from kfaccore_torch.bridge import ordered, to_core
+from kfaccore_torch.capture import Capture
+from kfaccore_torch.follow import carried
+from kfaccore_torch.observe import Observer
+from kfaccore_torch.plan import Plan, again, unwrapped
+from kfaccore_torch.report import Coverage, coverage
+from kfaccore_torch.rest import called, filled, with_method
+from kfaccore_torch.resume import Resumes
+from kfaccore_torch.sight import Sight, sighted
+
+if TYPE_CHECKING:
+    from kfaccore_torch.step import Settings
+
+
+class Planning(Resumes):
+    """Plan, core and state of a model, of which each goes with the others.
+
+    given   the core as the caller made it; `core` has the methods of what the plan adds
+    """
+
+    model: nn.Module
+    given: kf.Preconditioner
+    settings: Settings
+    called: set[str]
+    like: torch.Tensor
+    _state: Any
+
+    def _planned(self, found: Plan) -> Plan:
+        """A plan as the settings want it, and the core that goes with it; ValueError where they do not allow it."""
+        lost = {name: why for name, why in found.uncovered.items() if found.seen or why.startswith("skipped")}
+        if self.settings.strict and lost:
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in lost.items())
+            raise ValueError(f"strict: {len(lost)} parameters are not covered\n{reasons}")
+        if found.seen and not found.layers and self.settings.uncovered is None:
+            name = type(unwrapped(self.model)).__name__
+            raise ValueError(f"no parameter of {name} is covered; see kfaccore_torch.plan")
+        if self.settings.uncovered is not None and kf.own_gradients(self.given) and found.seen and found.rest:
+            method = self.given.network or self.given.methods
+            raise ValueError(
+                f"{method} is made of each example's own gradient, and parameters {sorted(found.rest)[:5]} have no "
+                f"record of examples: pass rest=torch.optim.Adam for them"
+            )
+        found = found if self.settings.uncovered is None else filled(found)
+        self.core = with_method(self.given, found, self.settings.uncovered)
+        return found
+
+    @property
+    def state(self) -> Any:
+        """The core's state, made when it is first asked for."""
+        if self._state is None:
+            self._state = self._first_state()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state = state
+
+    def memory(self) -> dict[str, kf.Footprint]:
+        """{layer: bytes of averages and inverses, and the peak of an update}, as the plan is now; nothing is made."""
+        return self.core.footprint(self.blocks(), np.zeros(1, str(self.like.dtype).removeprefix("torch.")))
+
+    def _first_state(self) -> Any:
+        with ordered(self.namespace, self.device):
+            return self.core.init(self.blocks(), like=_owned(to_core(self.like, self.namespace)))
+
+    def replan(self) -> bool:
+        """Follow the model: parameters frozen, thawed or replaced since the plan was made. True if anything changed;
+        layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
+        if self.plan.holds(self.model):
+            return False
+        self.adopt(again(self.plan, self.model))
+        return True
+
+    def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
+        """What lies behind a prediction; the plan follows what it shows."""
+        found = sighted(seen, heads)
+        if found.plan is not self.plan:
+            self.adopt(found.plan)
+            seen.plan = self.plan
+            self.called |= {name for name, _ in found.calls}
+        more = called(self.plan) if self.settings.uncovered is not None else []
+        return replace(found, plan=self.plan, calls=(*found.calls, *more))
+
+    def adopt(self, found: Plan) -> None:
+        """Take another plan of the same model; layers of the same name and sizes keep their state."""
+        old = self._state
+        blocks = self.blocks()
+        self.plan = self._planned(found)
+        self.observer = Observer()
+        kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
+        self._state = None if old is None else carried(old, self._first_state(), kept_on)
+        self.new = self.new or bool(set(self.plan.layers) - kept_on)
+
+    def blocks(self) -> dict[str, kf.Block]:
+        """Sizes of the layers, with the capacities of the settings."""
+        capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
+        return {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
+
+    def report(self) -> Coverage:
+        """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
+        mixing = {name for name in self.mixing if name in self.plan.layers}
+        return coverage(self.plan, self.blocks(), self.core, mixing)
+
+
+def _owned(x: Any) -> Any:
+    """`like` of a state, whose NumPy view must be writable."""
+    return np.array(x) if isinstance(x, np.ndarray) else x

@@ -1,0 +1,74 @@
+"""A captured forward and the prediction it led to: which uses of parameters lie behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kfaccore_torch.calls import Call, Use
+from kfaccore_torch.capture import Capture
+from kfaccore_torch.explain import explained
+from kfaccore_torch.graph import Behind, behind
+from kfaccore_torch.plan import Plan
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Calls that reach the prediction, by layer and in order, and the plan that they are of."""
+
+    graph: Behind
+    plan: Plan
+    calls: tuple[tuple[str, Call], ...]
+
+
+def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
+    """What lies behind a prediction; the plan of `seen` with what it shows.
+
+    Raises ValueError for parameters that a layer's call explains by half.
+    """
+    graph = behind(heads, seen.inputs, seen.known)
+    named = {name: p for name, p, _ in seen.plan.made_of}
+    uses = _reached(seen, graph)
+    found, odd = explained(graph, seen.known, named, min(len(f) for f in heads)) if graph.met else ([], {})
+    if not uses and not found and not seen.empty:
+        raise ValueError(
+            "no captured call lies behind this prediction: run the model whose parameters these are inside `with "
+            "pre.capture():`, and hand over what that run returned"
+        )
+    plan = seen.plan.with_seen((use.mark for use in (*uses, *found)), {**seen.odd, **odd})
+    _check_half(plan, uses, found, odd)
+    uses += found
+    seen.plan = plan
+    calls = ((name, call) for name, calls in plan.assigned(uses).items() for call in calls)
+    return Sight(graph, plan, tuple(calls))
+
+
+def _reached(seen: Capture, graph: Behind) -> list[Use]:
+    """Captured uses on the way to the prediction."""
+    found = []
+    for use in seen.uses:
+        call = use.call
+        if call.node not in graph.nodes and call.narrow is not None:
+            call = call.narrow
+        if call.node in graph.nodes:
+            found.append(Use(use.mark, call))
+    return found
+
+
+def _check_half(plan: Plan, called: Sequence[Use], found: Sequence[Use], odd: dict[str, str]) -> None:
+    """ValueError for a weight that went into the prediction through a layer's call and past it, in a way that makes no
+    layer of both: it would be covered by half."""
+    past = {use.mark.weight.name for use in found if use.mark.weight is not None} | odd.keys()
+    through = {use.mark.weight.name for use in called if use.mark.weight is not None}
+    half = {name: plan.uncovered[name] for name in plan.uncovered if name in past & through}
+    if not half:
+        return
+    names = ", ".join(f"{name!r} ({why})" for name, why in list(half.items())[:5])
+    raise ValueError(
+        f"these parameters reach the prediction by a road that no captured call explains, beside one that does: "
+        f"{names}: a weight used by hand or under torch.func, a call outside capture(), or a derivative of the network "
+        f"(create_graph=True; such a loss needs Taylor records, kfaccore_torch.taylor). Their curvature would be "
+        f"covered by half: run all of the forward inside capture(), or pass skip=({next(iter(half))!r},)"
+    )

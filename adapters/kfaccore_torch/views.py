@@ -1,0 +1,168 @@
+"""Which elements of a parameter an operation was given, and in which order.
+
+A view is a box of the parameter's memory order: each of its axes is made of strides through the flattened parameter.
+Transposes, slices, splits, reshapes and casts of a parameter are followed on what autograd kept of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import array_api_compat as aac
+import torch
+
+Fine = tuple[int, int]  # size and stride, in elements of the flattened parameter
+
+
+@dataclass(frozen=True)
+class View:
+    """Axes of fine axes (size, stride), slowest first, from `offset` on; a stride of 0 repeats."""
+
+    axes: tuple[tuple[Fine, ...], ...]
+    offset: int = 0
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> View:
+        """All of a parameter as it is."""
+        return cls(tuple(_fine((n, prod(shape[i + 1 :]))) for i, n in enumerate(shape)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(prod(n for n, _ in axis) for axis in self.axes)
+
+    def permuted(self, order: Sequence[int]) -> View:
+        return View(tuple(self.axes[i] for i in order), self.offset)
+
+    def narrowed(self, axis: int, start: int, size: int, step: int = 1) -> View | None:
+        """`size` elements of an axis; None where the axis is no single stride."""
+        if (start, size, step) == (0, self.shape[axis], 1):
+            return self
+        if len(self.axes[axis]) > 1:
+            return None
+        stride = self.axes[axis][0][1] if self.axes[axis] else 0
+        axes = (*self.axes[:axis], _fine((size, stride * step)), *self.axes[axis + 1 :])
+        return View(axes, self.offset + start * stride)
+
+    def reshaped(self, shape: Sequence[int]) -> View | None:
+        """The same elements in the same order on other axes; None where that splits no stride evenly."""
+        left = [fine for axis in self.axes for fine in axis]
+        axes = []
+        for size in shape:
+            axis: list[Fine] = []
+            while prod(n for n, _ in axis) < size:
+                n, stride = left.pop(0)
+                need = size // prod(m for m, _ in axis)
+                if n <= need:
+                    axis.append((n, stride))
+                elif n % need:
+                    return None
+                else:
+                    axis.append((need, stride * (n // need)))
+                    left.insert(0, (n // need, stride))
+            if prod(n for n, _ in axis) != size:
+                return None
+            axes.append(_merged(axis))
+        return View(tuple(axes), self.offset)
+
+    def expanded(self, shape: Sequence[int]) -> View:
+        """New axes in front, and axes of 1 repeated."""
+        old = ((),) * (len(shape) - len(self.axes)) + self.axes
+        sizes = (1,) * (len(shape) - len(self.axes)) + self.shape
+        pairs = zip(old, sizes, shape, strict=True)
+        return View(tuple(axis if n == now else ((now, 0),) for axis, n, now in pairs), self.offset)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an element appears more than once."""
+        return any(stride == 0 for axis in self.axes for _, stride in axis)
+
+    def boxed(self, numel: int) -> tuple[tuple[int, ...], tuple[slice, ...], tuple[int, ...]] | None:
+        """(shape of the flattened parameter, the box in it, the order of its axes); None where it is no box."""
+        fine = [f for axis in self.axes for f in axis]
+        order = sorted(range(len(fine)), key=lambda i: -fine[i][1])
+        above = numel
+        shape: list[int] = []
+        box: list[slice] = []
+        for i in order:
+            n, stride = fine[i]
+            if stride == 0 or above % stride:
+                return None
+            shape.append(above // stride)
+            start = self.offset % above // stride
+            if start + n > shape[-1]:
+                return None
+            box.append(slice(start, start + n))
+            above = stride
+        shape.append(above)
+        box.append(slice(self.offset % above, self.offset % above + 1))
+        places = [order.index(i) for i in range(len(fine))]
+        return tuple(shape), tuple(box), (*places, len(fine))
+
+    def take(self, x: Any) -> Any:
+        """The elements of x, an array or tensor like the parameter, in the view's shape."""
+        shape, box, order = self._box(x)
+        xp = aac.array_namespace(x)
+        return xp.reshape(xp.permute_dims(xp.reshape(x, shape)[box], order), self.shape)
+
+    def put(self, part: Any, like: tuple[int, ...]) -> Any:
+        """Zeros of the shape `like` with the view's elements in their places."""
+        xp = aac.array_namespace(part)
+        found = xp.zeros((prod(like),), dtype=part.dtype, device=aac.device(part))
+        shape, box, order = self._box(found)
+        small = xp.permute_dims(xp.reshape(found, shape)[box], order).shape
+        back = sorted(range(len(order)), key=lambda i: order[i])
+        placed = xp.reshape(found, shape)
+        placed[box] = xp.permute_dims(xp.reshape(part, small), back)
+        return xp.reshape(placed, like)
+
+    def _box(self, x: Any) -> tuple[tuple[int, ...], tuple[slice, ...], tuple[int, ...]]:
+        found = self.boxed(prod(x.shape))
+        if found is None:
+            raise ValueError(f"{self} is no box of a parameter of shape {tuple(x.shape)}")
+        return found
+
+    def within(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The elements of x as a view of its memory, to write to; None where x lies in another order."""
+        if not x.is_contiguous():
+            return None
+        fine = [f for axis in self.axes for f in axis]
+        return x.as_strided([n for n, _ in fine], [s for _, s in fine], x.storage_offset() + self.offset)
+
+
+def _fine(fine: Fine) -> tuple[Fine, ...]:
+    return () if fine[0] == 1 else (fine,)
+
+
+def _merged(axis: Sequence[Fine]) -> tuple[Fine, ...]:
+    """Fine axes that are one stride joined, so that equal arrangements are equal."""
+    found: list[Fine] = []
+    for n, stride in axis:
+        if n == 1:
+            continue
+        if found and found[-1][1] == n * stride:
+            found[-1] = found[-1][0] * n, stride
+        else:
+            found.append((n, stride))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Part of a parameter of the model, by the parameter's name."""
+
+    name: str
+    view: View
+
+
+def overlapping(views: Iterator[View] | list[View], numel: int) -> bool:
+    """Whether two of the views have an element in common."""
+    hit = torch.zeros(numel, dtype=torch.bool, device="cpu")
+    for view in views:
+        part = view.within(hit)
+        if part is None or bool(part.any()):
+            return True
+        part.fill_(True)
+    return False

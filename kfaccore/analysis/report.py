@@ -1,0 +1,207 @@
+"""What the curvature of each layer looks like, from its records alone.
+
+A = mean over rows of a a^T and G = (1/n) sum over rows of g g^T are those of `expand`; F is the exact block. Noise is
+left blank: it is of the loss's own gradients, and records do not say that theirs are.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from kfaccore import factors
+from kfaccore.analysis.exact import ExactBlock, hosted
+from kfaccore.analysis.kept import finite
+from kfaccore.analysis.kronecker import share_of_first_term
+from kfaccore.analysis.spectrum import Spectrum, spectrum
+from kfaccore.record import Ids, Record
+from kfaccore.record.stored import Stored
+from kfaccore.xp.arrays import Array, to_host
+
+WIDEST = 2560  # of a dense side whose eigenvalues are found
+ROWS = 2048  # of J up to which the spectrum of F is
+_ALIKE = 1e-10  # how far from 1 the squared cosine of two columns may be that are one feature twice
+
+Given = Mapping[str, Record | tuple[Array, Array]] | str | PathLike[str]
+HEADS = {  # field of a row: how it is headed
+    "layer": "layer",
+    "shape": "shape",
+    "examples": "examples",
+    "condition_a": "cond A",
+    "rank_a": "eff. rank A",
+    "condition_g": "cond G",
+    "rank_g": "eff. rank G",
+    "condition": "cond F",
+    "rank": "eff. rank F",
+    "trace": "trace F",
+    "kronecker": "Kronecker",
+    "dead_inputs": "dead in",
+    "dead_outputs": "dead out",
+    "duplicated": "duplicated",
+    "noise": "noise",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer; what is not known is NaN. Conditions and ranks of blocks are those of the worst conditioned.
+
+    condition*    largest over smallest eigenvalue, inf where singular; F's over its eigenvalues that are not zero
+    rank*         effective rank, exp of the entropy of the eigenvalues' shares
+    kronecker     share of ||F||^2 in the first term of its best sum of Kronecker products; 1: it is one
+    dead_inputs, dead_outputs    columns of a, units of the output, that are zero in every row
+    duplicated    columns of a that are a multiple of an earlier one
+    """
+
+    layer: str
+    shape: str
+    examples: int
+    condition_a: float
+    rank_a: float
+    condition_g: float
+    rank_g: float
+    condition: float
+    rank: float
+    trace: float
+    kronecker: float
+    dead_inputs: int
+    dead_outputs: int
+    duplicated: int
+    noise: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Report:
+    """`rows`, and the spectra they were made of: {layer: {"A" | "G" | "F": eigenvalues, ascending}}."""
+
+    rows: tuple[Row, ...]
+    spectra: Mapping[str, Mapping[str, np.ndarray]]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON: NaN and infinity are None."""
+        spectra = {name: {kind: x.tolist() for kind, x in found.items()} for name, found in self.spectra.items()}
+        return {"layers": [finite(asdict(row)) for row in self.rows], "spectra": spectra}
+
+    def plot(self) -> object:
+        """A matplotlib figure: eigenvalues of A, G and F, largest first, a line a layer."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        panels: Any = figure.subplots(1, 3)
+        for panel, kind in zip(panels, "AGF", strict=True):
+            for name, found in self.spectra.items():
+                values = found.get(kind, np.zeros(0))[::-1]
+                shown = values[values > 0]
+                panel.plot(range(1, len(shown) + 1), shown, label=name, linewidth=1.2)
+            panel.set(title=f"eigenvalues of {kind}", xlabel="index", yscale="log")
+            panel.grid(alpha=0.3)
+        panels[0].legend(frameon=False, fontsize="small")
+        return figure
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{text}</th>" for text in HEADS.values())
+        body = "".join(f"<tr>{_cells(row)}</tr>" for row in self.rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def __str__(self) -> str:
+        cells = [list(HEADS.values()), *[[_text(getattr(row, name)) for name in HEADS] for row in self.rows]]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(HEADS))]
+        aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+        return "\n".join("  ".join(line) for line in aligned)
+
+
+def report(records: Given) -> Report:
+    """The report of {layer: Record}, {layer: (a, g)} with arrays of any framework, or of a file of records.
+
+    Raises ValueError for records without draws or with values that are not finite, and what `load_records` raises.
+    """
+    layers: Mapping[str, Record | tuple[Array, Array]] = (
+        Stored(records) if isinstance(records, str | PathLike) else records
+    )
+    rows = []
+    spectra = {}
+    for name in layers:
+        given = layers[name]
+        record = Record(*given, n=float(given[1].shape[-2])) if isinstance(given, tuple) else given
+        row, found = _of_layer(name, record)
+        rows.append(row)
+        spectra[name] = found
+    return Report(tuple(rows), spectra)
+
+
+def _of_layer(name: str, record: Record) -> tuple[Row, dict[str, np.ndarray]]:
+    if record.draws == 0:
+        raise ValueError(f"the record of layer {name!r} has no draws: its F is not defined")
+    host = hosted(record)
+    gram = to_host(factors.gram_of_inputs(host))
+    A = gram / np.maximum(to_host(factors.valid_rows(host)), 1.0).reshape(-1, *(1,) * (gram.ndim - 1))
+    G = to_host(factors.gram_of_gradients(host)) / host.n
+    if not (np.isfinite(A).all() and np.isfinite(G).all()):
+        raise ValueError(f"layer {name!r}: a or g holds values that are not finite")
+    exact = ExactBlock(host, ROWS, wide=True)
+    of_f = [_of_rows(rows, exact) for rows in exact.grams] if exact.exact else []
+    found = {"A": _spectra(A), "G": _spectra(G), "F": of_f}
+    blocks = f"{record.blocks} x " if record.blocks > 1 else ""
+    inputs = A if A.ndim == 2 else np.diagonal(A, axis1=1, axis2=2)
+    outputs = np.diagonal(G, axis1=1, axis2=2)
+    row = Row(
+        name,
+        f"{blocks}{record.d_out} x {record.d_in}",
+        record.batch,
+        *_worst(found["A"]),
+        *_worst(found["G"]),
+        *_worst(of_f, positive=True),
+        trace=exact.trace,
+        kronecker=share_of_first_term(exact),
+        dead_inputs=int((inputs == 0).sum()),
+        dead_outputs=int((outputs == 0).sum()),
+        duplicated=0 if isinstance(record.a, Ids) else sum(_duplicates(block) for block in A),
+    )
+    return row, {kind: np.sort(np.concatenate([s.values for s in of])) for kind, of in found.items() if of}
+
+
+def _spectra(factor: np.ndarray) -> list[Spectrum]:
+    """One a block; none for a dense factor that is too wide."""
+    return [] if factor.ndim == 3 and factor.shape[-1] > WIDEST else spectrum(factor)
+
+
+def _of_rows(gram: np.ndarray, exact: ExactBlock) -> Spectrum:
+    """The eigenvalues of F that can be other than zero: those of J J^T / n."""
+    values = np.linalg.eigvalsh(gram) / exact.record.n
+    many = min(exact.rows, exact.shape[1] * exact.shape[2])
+    return Spectrum(np.maximum(values[-many:], 0.0))
+
+
+def _worst(found: Sequence[Spectrum], positive: bool = False) -> tuple[float, float]:
+    """(condition, effective rank) of the worst conditioned block."""
+    if not found:
+        return float("nan"), float("nan")
+    if positive:
+        found = [Spectrum(s.values[s.values > 1e-14 * s.values[-1]]) for s in found]
+        found = [s for s in found if s.values.size] or [Spectrum(np.zeros(1))]
+    worst = max(found, key=lambda s: s.condition)
+    return worst.condition, worst.effective_rank
+
+
+def _duplicates(A: np.ndarray) -> int:
+    """Columns whose squared cosine with an earlier one is 1."""
+    sizes = np.diagonal(A)
+    alike = (1 - _ALIKE) * np.outer(sizes, sizes) <= A**2
+    alike &= (sizes > 0)[:, None] & (sizes > 0)[None, :]
+    return int(np.tril(alike, -1).any(axis=1).sum())
+
+
+def _cells(row: Row) -> str:
+    return "".join(f"<td>{html.escape(_text(getattr(row, name)))}</td>" for name in HEADS)
+
+
+def _text(value: object) -> str:
+    """Blank where nothing is known."""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.3g}"
+    return str(value)

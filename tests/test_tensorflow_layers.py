@@ -1,0 +1,238 @@
+"""Every layer of keras.layers that holds weights, and models of one's own: records against one example at a time."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+kt = pytest.importorskip("kfaccore_tensorflow")
+L = keras.layers
+IMAGE = (6, 5, 4)
+WORDS = (5, 4)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """Models in float64."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    keras.utils.set_random_seed(3)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+class Own(keras.Model):
+    """Weights of the root model: a prefix token, a table of positions, a gain, a matrix on the left, a temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = self.add_weight(shape=(1, 1, 4), name="token", initializer="normal")
+        self.table = self.add_weight(shape=(6, 4), name="table", initializer="normal")
+        self.gain = self.add_weight(shape=(4,), name="gain", initializer="normal")
+        self.left = self.add_weight(shape=(3, 6), name="left", initializer="normal")
+        self.heat = self.add_weight(shape=(), name="heat", initializer="ones")
+        self.scale = self.add_weight(shape=(4,), name="scale", initializer="normal")
+
+    def call(self, x):
+        x = tf.concat([tf.tile(self.token, [tf.shape(x)[0], 1, 1]), x], axis=1) + self.table
+        x = tf.nn.tanh(x * self.gain) * tf.exp(self.scale)
+        return tf.reduce_sum(self.left @ x, axis=1)[:, :2] / self.heat
+
+
+class Tied(keras.Model):
+    """Logits by the transposed table of the words."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.words = L.Embedding(7, 4, name="words")
+        self.dense = L.Dense(4, "tanh", name="dense")
+        self.how = how
+
+    def call(self, ids):
+        x = self.dense(self.words(ids))
+        table = self.words.embeddings
+        if self.how == "einsum":
+            return keras.ops.einsum("bsd,vd->bsv", x, table)
+        if self.how == "keras":
+            return keras.ops.matmul(x, keras.ops.transpose(table))
+        return tf.matmul(x, table, transpose_b=True)
+
+
+class Positions(keras.Model):
+    """Embedded positions are rows that all examples share."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = L.Embedding(7, 4, name="words")
+        self.places = L.Embedding(5, 4, name="places")
+        self.head = L.Dense(3, name="head")
+
+    def call(self, ids):
+        return self.head(tf.nn.tanh(self.words(ids) + self.places(tf.range(5))))
+
+
+class Doubled(L.Dense):
+    """A subclass with another call."""
+
+    def call(self, inputs, training=None):
+        return 2 * super().call(inputs)
+
+
+class Decorated(keras.Model):
+    """`call` in a tf.function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = L.Dense(3)
+
+    @tf.function
+    def call(self, x):
+        return self.dense(x)
+
+
+class Scale(L.Layer):
+    """A gain of one's own, as ConvNeXt has it."""
+
+    def build(self, shape):
+        self.gain = self.add_weight(shape=(shape[-1],), name="gain", initializer="ones")
+
+    def call(self, x):
+        return x * self.gain
+
+
+def sequence(*layers, shape=IMAGE):
+    """Layers and a head of two numbers."""
+    return lambda: keras.Sequential([keras.Input(shape), *(layer() for layer in layers), L.Flatten(), L.Dense(2)])
+
+
+def attention():
+    query = keras.Input((3, 4))
+    value = keras.Input((5, 6))
+    x = L.MultiHeadAttention(2, 3, value_dim=2, name="mha")(query, value)
+    x = x + L.GroupQueryAttention(4, 4, 2, name="gqa")(x, x)
+    return keras.Model([query, value], L.Dense(2)(L.Flatten()(x)))
+
+
+def images(rng):
+    return rng.normal(size=(3, *IMAGE))
+
+
+def words(rng):
+    return rng.normal(size=(3, *WORDS))
+
+
+def ids(rng):
+    return rng.integers(0, 7, (3, 2))
+
+
+TEXT = {"shape": WORDS}
+CASES = {
+    "separable": (sequence(lambda: L.SeparableConv2D(3, 2, depth_multiplier=2, strides=2, padding="same")), images),
+    "separable 1d": (sequence(lambda: L.SeparableConv1D(3, 2, dilation_rate=2), **TEXT), words),
+    "depthwise": (sequence(lambda: L.DepthwiseConv2D((2, 3), depth_multiplier=2, dilation_rate=2)), images),
+    "dilated": (sequence(lambda: L.Conv2D(3, 2, dilation_rate=2, padding="same")), images),
+    "grouped": (sequence(lambda: L.Conv2D(4, 2, groups=2)), images),
+    "conv 1d": (sequence(lambda: L.Conv1D(3, 2, padding="causal", dilation_rate=2), **TEXT), words),
+    "transposed 1d": (sequence(lambda: L.Conv1DTranspose(3, 2, strides=3, padding="same"), **TEXT), words),
+    "transposed": (sequence(lambda: L.Conv2DTranspose(2, (3, 2), strides=(2, 1), padding="same")), images),
+    "transposed wide": (sequence(lambda: L.Conv2DTranspose(2, 2, strides=2, output_padding=1)), images),
+    "transposed 3d": (
+        sequence(lambda: L.Reshape((3, 2, 5, 4)), lambda: L.Conv3DTranspose(2, 2, strides=(1, 2, 1))),
+        images,
+    ),
+    "conv 3d": (sequence(lambda: L.Reshape((3, 2, 5, 4)), lambda: L.Conv3D(2, 2, padding="same")), images),
+    "group norm": (sequence(lambda: L.GroupNormalization(2)), images),
+    "rms norm": (sequence(lambda: L.RMSNormalization(), **TEXT), words),
+    "prelu": (sequence(lambda: L.PReLU(shared_axes=[1])), images),
+    "scaled": (sequence(Scale), images),
+    "distributed": (sequence(lambda: L.TimeDistributed(L.Dense(3, "tanh")), **TEXT), words),
+    "distributed conv": (
+        sequence(lambda: L.Reshape((3, 2, 5, 4)), lambda: L.TimeDistributed(L.Conv2D(2, 2))),
+        images,
+    ),
+    "lstm": (sequence(lambda: L.LSTM(3, return_sequences=True, go_backwards=True), **TEXT), words),
+    "gru": (sequence(lambda: L.GRU(3), **TEXT), words),
+    "gru before": (sequence(lambda: L.GRU(2, reset_after=False), **TEXT), words),
+    "bidirectional": (sequence(lambda: L.Bidirectional(L.SimpleRNN(3)), **TEXT), words),
+    "einsum": (
+        sequence(lambda: L.EinsumDense("abc,cde->abde", output_shape=(5, 2, 3), bias_axes="e"), **TEXT),
+        words,
+    ),
+    "summed": (sequence(lambda: L.EinsumDense("abc,cd->ad", output_shape=(3,), bias_axes="d"), **TEXT), words),
+    "batch norm": (sequence(lambda: L.BatchNormalization()), images),
+    "attention": (attention, lambda rng: [rng.normal(size=(3, 3, 4)), rng.normal(size=(3, 5, 6))]),
+    "own": (Own, words),
+    "tied": (lambda: Tied("tf"), ids),
+    "tied by keras": (lambda: Tied("keras"), ids),
+    "tied by einsum": (lambda: Tied("einsum"), ids),
+    "subclass": (sequence(lambda: Doubled(3), **TEXT), words),
+    "decorated": (Decorated, words),
+}
+
+
+def shaken(model, rng):
+    """Biases, gains and all away from their special values."""
+    model.set_weights([w + 0.3 * np.abs(rng.normal(size=w.shape)) for w in model.get_weights()])
+    return model
+
+
+def slopes(model, x, draws):
+    """{id of a variable: (draws, batch, *shape)} gradients of sum(f draw), one example at a time."""
+    variables = model.trainable_variables
+
+    @tf.function
+    def one(x, draw):
+        with tf.GradientTape(persistent=True) as tape:
+            f = model(x)
+        rows = [tape.gradient(f, variables, output_gradients=d) for d in tf.unstack(draw)]
+        return [tf.stack([tf.convert_to_tensor(g) for g in grads]) for grads in zip(*rows, strict=True)]
+
+    found = []
+    for b in range(draws.shape[1]):
+        example = tf.nest.map_structure(lambda t, b=b: tf.constant(t[b : b + 1]), x)
+        found.append(one(example, tf.constant(draws[:, b : b + 1])))
+    return {id(v): np.stack(g, axis=1) for v, g in zip(variables, zip(*found, strict=True), strict=True)}
+
+
+def of_part(part, every):
+    """Slopes of a part's matrix, (draws, batch, blocks, d_out, d_in)."""
+    rows = {role: every[id(v)] for role, v in part.variables.items()}
+    first = next(iter(rows.values()))
+    return np.stack(
+        [
+            [part.matrix({role: g[k, b] for role, g in rows.items()}) for b in range(first.shape[1])]
+            for k in range(len(first))
+        ]
+    )
+
+
+@pytest.mark.parametrize(("make", "inputs"), CASES.values(), ids=CASES)
+def test_records_are_the_slopes_of_each_example(make, inputs, rng):
+    x = inputs(rng)
+    model = make()
+    f = np.asarray(model(x))
+    shaken(model, rng)
+    f = np.asarray(model(x))
+    loss = kf.Gaussian()
+    plan = kt.coverage(model)
+    assert not plan.refused
+    covered = {id(v) for part in plan.parts for v in part.variables.values()}
+    assert covered == {id(v) for v in model.trainable_variables}
+    found = kt.records(model, x, np.zeros_like(f), loss, fisher=kf.type2)
+    draws = kf.type2(loss, f)
+    every = slopes(model, x, draws)
+    for part in plan.parts:
+        want = of_part(part, every)
+        got = np.moveaxis(np.asarray(found[part.name].examples()), 1, 2)
+        assert kf.Block.of(found[part.name]) == plan.blocks()[part.name]
+        np.testing.assert_allclose(got, want, atol=1e-10 * max(np.abs(want).max(), 1e-4), rtol=0, err_msg=part.name)

@@ -1,0 +1,55 @@
+"""Plans by what a forward shows: every operation on a parameter against the network function, and what has none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+F = torch.nn.functional
+
+import kfaccore_torch as kt  # noqa: E402
+from torch_oracle import close, empirical, ggn  # noqa: E402
+from torch_uses import OBSERVED  # noqa: E402
+
+CE = nn.CrossEntropyLoss()
+observed = pytest.mark.parametrize("name", OBSERVED)
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def of_name(name):
+    make, data = OBSERVED[name]
+    return make(), data(), torch.tensor([0, 2, 1, 2])
+
+
+@observed
+def test_records_are_of_the_network_function(name):
+    model, x, y = of_name(name)
+    plan = kt.plan(model, x)
+    assert not plan.uncovered
+    found, grads = kt.records(model, CE, x, y, fisher=kf.type2)
+    own, _ = kt.records(model, CE, x, y, fisher=kf.empirical)
+    assert set(found) == set(plan.layers)
+    wanted = torch.autograd.grad(CE(model(x), y), [p for p in model.parameters() if p.requires_grad])
+    wanted = dict(zip([n for n, p in model.named_parameters() if p.requires_grad], wanted, strict=True))
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    total = {n: torch.zeros_like(g) for n, g in wanted.items()}
+    for layer_name, layer in plan.layers.items():
+        assert found[layer_name].batch == 4, layer_name
+        close(kf.dense(found[layer_name]), ggn(model, lambda f: CE(f, y), x, layer))
+        close(kf.dense(own[layer_name]), empirical(losses, 4, layer))
+        for role, part in layer.arrays(grads[layer_name]).items():
+            total[layer.paths[role]] += torch.as_tensor(np.array(part)).reshape(total[layer.paths[role]].shape)
+    for path, g in wanted.items():  # parts add up to the parameter
+        torch.testing.assert_close(total[path], g, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,152 @@
+"""An embedding tied to the output layer: the exact block, and both ways of approximating it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+F = torch.nn.functional
+
+import kfaccore_torch as kt  # noqa: E402
+from torch_oracle import close, empirical, ggn  # noqa: E402
+
+CE = nn.CrossEntropyLoss()
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Language(nn.Module):
+    """Tokens in, logits of tokens out, with one table; `way` says how the head is written."""
+
+    def __init__(self, way="modules", padding=None):
+        super().__init__()
+        self.way = way
+        self.table, self.mix = nn.Embedding(7, 4, padding_idx=padding), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=way == "bias")
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        h = torch.tanh(self.mix(self.table(x).cumsum(1)))
+        if self.way == "matmul":
+            h = h @ self.table.weight.T
+        elif self.way == "einsum":
+            h = torch.einsum("bsd,vd->bsv", h, self.table.weight)
+        elif self.way == "functional":
+            h = F.linear(h, self.table.weight)
+        else:
+            h = self.head(h)
+        return h.mean(1) if self.way == "pooled" else h.transpose(1, 2)
+
+
+def batch(way="modules"):
+    x = torch.randint(0, 7, (4, 5))
+    return x, torch.randint(0, 7, (4,) if way == "pooled" else (4, 5))
+
+
+@pytest.mark.parametrize("way", ["modules", "bias", "matmul", "einsum", "functional", "pooled"])
+def test_the_record_is_the_exact_block(way):
+    model, (x, y) = Language(way, padding=3 if way == "functional" else None), batch(way)
+    plan = kt.plan(model, x)
+    assert not plan.uncovered
+    assert type(plan.layers["table"].kind).__name__ == "Tied"
+    found, grads = kt.records(model, CE, x, y, fisher=kf.type2)
+    own, _ = kt.records(model, CE, x, y, fisher=kf.empirical)
+    wanted = torch.autograd.grad(CE(model(x), y), model.table.weight, retain_graph=True)[0]
+    np.testing.assert_allclose(np.asarray(grads["table"]), wanted.numpy(), rtol=1e-10)
+    losses = F.cross_entropy(model(x), y, reduction="none").reshape(4, -1).sum(1)
+    n = y.numel()
+    for name, layer in plan.layers.items():
+        close(kf.dense(found[name]), ggn(model, lambda f: CE(f, y), x, layer))
+        close(kf.dense(own[name]), empirical(losses, n, layer))
+
+
+def test_products_with_other_layers_are_exact():
+    """Several draws stand as examples of the table's record, in the order that other layers have them in."""
+    model, (x, y) = Language("pooled"), batch("pooled")
+    found, _ = kt.records(model, CE, x, y, fisher=kf.type2)
+    layers = kt.plan(model, x).layers
+    f = model(x)
+    H = torch.autograd.functional.hessian(lambda f: CE(f, y), f.detach()).reshape(28, 28).numpy()
+    total = np.zeros(28)
+    images = 0.0
+    rng = np.random.default_rng(0)
+    for name in ("table", "mix"):
+        layer = layers[name]
+        v = rng.standard_normal(layer.kind.block().d_out * layer.kind.block().d_in)
+        v = v.reshape(layer.kind.block().d_out, -1)
+        parts = layer.arrays(v)
+        for i, number in enumerate(f.reshape(-1)):
+            grads = torch.autograd.grad(number, list(layer.parameters.values()), retain_graph=True)
+            pairs = zip(grads, layer.parameters, strict=True)
+            total[i] += sum(float((g * torch.as_tensor(np.array(parts[role]))).sum()) for g, role in pairs)
+        record = found[name]
+        z = np.einsum("oi,bsi->bso", v, np.asarray(record.rows())[0])
+        images = images + np.einsum("dbso,bso->db", np.asarray(record.g)[:, 0], z).reshape(-1)
+    close(np.sum(images**2) / 4, total @ H @ total)
+
+
+def test_balanced_factors_keep_both_traces():
+    """tr A tr G is the sum over both terms of their own tr A tr G."""
+    model, (x, y) = Language(), batch()
+    record = kt.records(model, CE, x, y, fisher=kf.empirical)[0]["table"]
+    a = np.asarray(record.a).reshape(4, 10, 4)
+    g = np.asarray(record.g).reshape(4, 10, 7)
+    squares = [(a[:, part] ** 2).sum() / 20 for part in (slice(0, 5), slice(5, 10))]
+    assert squares[0] == pytest.approx(squares[1], rel=1e-12)
+    terms = sum((a[:, p] ** 2).sum() / 20 * (g[:, p] ** 2).sum() / record.n for p in (slice(0, 5), slice(5, 10)))
+    expanded = kf.expand(record)
+    A = np.einsum("bsi,bsj->ij", np.asarray(expanded.rows())[0], np.asarray(expanded.rows())[0]) / 40
+    G = np.einsum("bso,bsp->op", np.asarray(expanded.g)[0, 0], np.asarray(expanded.g)[0, 0]) / record.n
+    assert np.trace(A) * np.trace(G) == pytest.approx(terms, rel=1e-12)
+
+
+def distance(method, record, exact):
+    """Relative error of a method's undamped curvature, in the Frobenius norm."""
+    block = kf.Block.of(record)
+    state = kf.settle(method, record, method.cycles, 1e-8)
+    eye = np.eye(block.d_out * block.d_in).reshape(-1, 1, block.d_out, block.d_in)
+    hyper = kf.Hyper(0, 0.0, 0.0)
+    found = np.stack([np.asarray(method.matvec(state, v, hyper)).reshape(-1) for v in eye])
+    return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+
+def test_both_candidates_against_the_exact_block():
+    """One K-FAC block of both sums is nearer than either sum alone; two terms are nearer still."""
+    model, (x, y) = Language(), batch()
+    record = kt.records(model, CE, x, y, fisher=kf.type2)[0]["table"]
+    exact = np.asarray(kf.dense(record))[0]
+    one = distance(kf.KFAC(), record, exact)
+    two = distance(kf.Deflation(), record, exact)
+    a, g = np.asarray(record.a), np.asarray(record.g)
+    half = record.shared // 2
+    head = distance(kf.KFAC(), kf.Record(a[:, :, :half], g[..., :half, :], record.n), exact)
+    table = distance(kf.KFAC(), kf.Record(a[:, :, half:], g[..., half:, :], record.n), exact)
+    print(one, two, head, table)
+    assert one < min(head, table)
+    assert two < one
+
+
+def test_tied_models_train():
+    model, (x, y) = Language("bias"), batch()
+    optimizer = kt.Optimizer(model, CE)
+    losses = [optimizer.step(x, y) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert "both sums of a tied table" in str(optimizer.report())
+    assert optimizer.report().share == 1.0
+
+
+def test_without_draws_the_head_alone_is_measured():
+    model, (x, y) = Language(), batch()
+    (record,) = (kt.records(model, CE, x, y, fisher=kf.forward_only)[0]["table"],)
+    assert (record.draws, record.shared, record.d_in) == (0, 5, 4)
