@@ -57,6 +57,7 @@ from kfaccore.methods.lowrank.sketch import Singular, Symmetric
 from kfaccore.methods.terms.two_terms import absolute, first_term
 from kfaccore.network import GaussNewton, GlobalFNGD, SharedDamping, Tridiagonal, TwoLevel
 from kfaccore.oneshot import direction
+from kfaccore.posterior import Basis, Curvature, Posterior, evidence, fit, merge, scores, tuned
 from kfaccore.precondition.comm import Serial
 from kfaccore.precondition.described import describe
 from kfaccore.precondition.due import Due
@@ -69,6 +70,7 @@ from kfaccore.precondition.weighting import own_gradients, weighted
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.record.files import load_records, save_records
 from kfaccore.record.sharing import ReceptiveMean, Subsample, concat, expand, mean_mean, reduce, sum_sum
+from kfaccore.saved import Saved, saved
 from kfaccore.settle import settle
 from kfaccore.solution import Solution
 from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadratic, SelfTuning
@@ -91,6 +93,7 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "Adaptive",
+    "Basis",
     "Bernoulli",
     "Block",
     "BrandCKFAC",
@@ -98,6 +101,7 @@ __all__ = [
     "BrandRKFAC",
     "Clocks",
     "Code",
+    "Curvature",
     "Deflation",
     "Diagonal",
     "Due",
@@ -124,6 +128,7 @@ __all__ = [
     "Noise",
     "NormConstraint",
     "Patches",
+    "Posterior",
     "Preconditioner",
     "Quadratic",
     "RandomizedKFAC",
@@ -131,6 +136,7 @@ __all__ = [
     "ReceptiveMean",
     "Record",
     "Relative",
+    "Saved",
     "Schedules",
     "SelfTuning",
     "Serial",
@@ -158,9 +164,11 @@ __all__ = [
     "empirical",
     "equal",
     "even",
+    "evidence",
     "exact",
     "expand",
     "first_term",
+    "fit",
     "flatten",
     "forward_only",
     "load",
@@ -169,6 +177,7 @@ __all__ = [
     "mean_eigenvalue",
     "mean_mean",
     "measured",
+    "merge",
     "metadata",
     "monte_carlo",
     "nothing",
@@ -178,10 +187,13 @@ __all__ = [
     "reduce",
     "save",
     "save_records",
+    "saved",
+    "scores",
     "settle",
     "sum_sum",
     "top",
     "top_eigenvalue",
+    "tuned",
     "type2",
     "unflatten",
     "weighted",

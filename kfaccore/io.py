@@ -1,7 +1,8 @@
 """Trees on disk: one safetensors file, written atomically, readable by every framework.
 
 Leaves are stored under their tree paths ("layers/fc1/A"); the header carries a schema number and the caller's meta as
-JSON. Nothing is ever unpickled.
+JSON. A tree with a dataclass of `tree.kept` in it also has its structure there, so that it is read back as what it was.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kfaccore import tree as trees
+from kfaccore.outline import filled, outline
 from kfaccore.tree import Tree
 from kfaccore.written import written
 from kfaccore.xp.arrays import from_host, namespace, to_host
@@ -32,7 +34,11 @@ def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     from safetensors.numpy import save as serialise
 
     arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in flatten(tree).items()}
-    data = serialise(arrays, {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)})
+    header = {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)}
+    structure = outline(tree)
+    if structure is not None:
+        header["structure"] = structure
+    data = serialise(arrays, header)
     with written(path) as file:
         file.write_bytes(data)
 
@@ -75,13 +81,16 @@ def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the stat
 
 
 def load(path: str | os.PathLike, like: Any = None) -> Any:
-    """The tree in `path`: shaped, typed and placed like `like`, or nested dicts of NumPy arrays without it.
+    """The tree in `path`: shaped, typed and placed like `like`; without it as it was saved where its classes are
+    `tree.kept` (Posterior, Curvature, Basis), on NumPy, or nested dicts of NumPy arrays.
 
     Raises ValueError, naming file and leaf, when the file is damaged or its leaves are not those of `like`;
     FileNotFoundError when there is none.
     """
-    arrays, _ = _read(path)
-    return _nested(arrays) if like is None else unflatten(arrays, like, str(path))
+    arrays, _, structure = _read(path)
+    if like is not None:
+        return unflatten(arrays, like, str(path))
+    return _nested(arrays) if structure is None else filled(structure, arrays, str(path))
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -105,6 +114,7 @@ class Opened:
             self._file = safe_open(path, framework="numpy")
             header = self._file.metadata() or {}
             self.names = list(self._file.keys())
+        self.structure = header.get("structure")
         if header.get("kfaccore") != str(SCHEMA):
             raise ValueError(f"{path} has kfaccore schema {header.get('kfaccore')}; this version reads {SCHEMA}")
         try:
@@ -135,9 +145,9 @@ class Opened:
             raise ValueError(f"{self.path} is not a readable safetensors file: {error}") from error
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:
     file = Opened(path)
-    return {name: file[name] for name in file.names}, file.meta
+    return {name: file[name] for name in file.names}, file.meta, file.structure
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:

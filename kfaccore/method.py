@@ -41,14 +41,6 @@ class Stats(Protocol):
     def bad(self) -> Array: ...
 
 
-@runtime_checkable
-class Averaging(Protocol):
-    """A State of moving averages: `weight` (blocks,) is their share of data, in the dtype they are kept in."""
-
-    @property
-    def weight(self) -> Array: ...
-
-
 S = TypeVar("S", bound=State)
 T = TypeVar("T", bound=Stats)
 R = TypeVar("R", bound=State, contravariant=True)  # a state that is only read
@@ -206,6 +198,12 @@ class Matrix(Protocol[R]):
         ...
 
 
+class MovesWithBasis(Protocol):
+    """What `measure` takes lives in the basis of the last refresh, so that data must be seen once more after it."""
+
+    moves_with_basis: ClassVar[bool]
+
+
 class Unit(Protocol[R]):
     """Damping is in units of the block's own curvature."""
 
@@ -221,10 +219,11 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     Resting: "precondition",
     LinearSides: "precondition",
     Terms: "precondition; the command line",
-    KroneckerTerms: "analysis, TwoLevel",
+    KroneckerTerms: "posterior, analysis, TwoLevel",
     Inverses: "TwoLevel",
-    Eigensystem: "analysis, TwoLevel",
-    Matrix: "analysis",
+    Eigensystem: "posterior, TwoLevel",
+    Matrix: "posterior, analysis",
+    MovesWithBasis: "posterior",
     Unit: "SharedDamping",
 }
 

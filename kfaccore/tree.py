@@ -10,6 +10,9 @@ from dataclasses import field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 Tree = TypeVar("Tree")  # a tree, and what has its structure
+Kind = TypeVar("Kind", bound=type)
+
+KEPT: dict[str, type] = {}  # dataclasses that a file can name, so that it is read back as what it was
 
 
 def static(**kwargs: Any) -> Any:
@@ -30,6 +33,12 @@ def later(tree: object, path: str = "", marked: bool = False) -> set[str]:
     of = {f.name for f in fields(tree) if f.metadata.get("added")} if is_dataclass(tree) else set()
     parts = [later(child, f"{path}/{name}" if path else name, marked or name in of) for name, child in inner]
     return set().union(*parts)
+
+
+def kept(kind: Kind) -> Kind:
+    """Class decorator: files name this dataclass, and `io.load` without `like` gives it back."""
+    KEPT[kind.__name__] = kind
+    return kind
 
 
 def marks(tree: object, variable: str, marked: bool = False) -> list[bool]:

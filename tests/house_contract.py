@@ -48,7 +48,7 @@ def test_every_method_keeps_the_contract(name):
 
 def test_every_capability_is_in_the_table_and_offered_by_somebody():
     protocols = {x for x in vars(contract).values() if inspect.isclass(x) and getattr(x, "_is_protocol", False)}
-    states = {contract.State, contract.Stats, contract.Averaging, contract.Method}
+    states = {contract.State, contract.Stats, contract.Method}
     optional = {x for x in protocols - states if x.__module__ == contract.__name__}
     assert optional == set(CAPABILITIES)
     for kind in CAPABILITIES:

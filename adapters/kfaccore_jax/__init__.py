@@ -7,6 +7,7 @@ from kfaccore_jax.keras_model import keras_apply, keras_assign, keras_stateful
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, Row, plan
 from kfaccore_jax.step import Step, kfac, step
+from kfaccore_jax.stream import Stream, measured, outputs, stream
 from kfaccore_jax.tap import Tap
 from kfaccore_jax.transform import KFACState
 
@@ -17,6 +18,7 @@ __all__ = [
     "Plan",
     "Row",
     "Step",
+    "Stream",
     "Tap",
     "accumulate",
     "capture",
@@ -26,6 +28,9 @@ __all__ = [
     "keras_assign",
     "keras_stateful",
     "kfac",
+    "measured",
+    "outputs",
     "plan",
     "step",
+    "stream",
 ]

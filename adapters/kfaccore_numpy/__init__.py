@@ -6,6 +6,7 @@ from kfaccore_numpy.conv import AvgPool, Conv2d, MaxPool
 from kfaccore_numpy.dense import Dense, Flatten
 from kfaccore_numpy.network import Residual, Sequential, Tape
 from kfaccore_numpy.records import save_records
+from kfaccore_numpy.stream import Stream, margin, measured, outputs
 from kfaccore_numpy.tasks import TASKS, Task
 from kfaccore_numpy.train import Progress, fit, initial_state, mean_loss, sampled, step, true_labels
 
@@ -24,12 +25,16 @@ __all__ = [
     "Residual",
     "Sequential",
     "Sigmoid",
+    "Stream",
     "Tanh",
     "Tape",
     "Task",
     "fit",
     "initial_state",
+    "margin",
     "mean_loss",
+    "measured",
+    "outputs",
     "sampled",
     "save_records",
     "step",

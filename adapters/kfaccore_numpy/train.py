@@ -78,7 +78,7 @@ def step(
     positions, for methods that go by them.
     """
     preconditioned = isinstance(optimiser, Preconditioner)
-    l2 = (optimiser.schedules if preconditioned else optimiser).l2
+    l2 = _penalties(optimiser, state, params)
     f, tape = network.forward(params, data[0])
     n = float(loss.normaliser(f, data[1]))
     g = network.backward(params, tape, loss.gradient(f, data[1]))
@@ -87,7 +87,7 @@ def step(
     rests = on_weights is not g  # the weight gradients are then the directions
     grads = network.gradients(tape, on_weights, n, factored=preconditioned and not (l2 or rests))
     if l2:
-        grads = {name: grad + l2 * params[name] for name, grad in grads.items()}
+        grads = {name: grad + l2[name] * params[name] for name, grad in grads.items()}
     if not preconditioned:
         optimiser.step(params, grads, state, index)
         return value, state, None
@@ -123,8 +123,15 @@ def _placing(params: Params, updates: Params, shrink: float) -> Callable[[float]
     return place
 
 
-def _penalty(params: Params, l2: float) -> float:
-    return 0.5 * l2 * sum(float((w * w).sum()) for w in params.values()) if l2 else 0.0
+def _penalties(optimiser: SGD | Adam | Preconditioner, state: Any, params: Params) -> dict[str, float]:
+    """{layer: l2}; empty where there is none."""
+    if isinstance(optimiser, Preconditioner):
+        return optimiser.schedules.penalties(params, state.step)
+    return dict.fromkeys(params, optimiser.l2) if optimiser.l2 else {}
+
+
+def _penalty(params: Params, l2: dict[str, float]) -> float:
+    return 0.5 * sum(weight * float((params[name] * params[name]).sum()) for name, weight in l2.items())
 
 
 def fit(

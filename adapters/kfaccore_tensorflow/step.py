@@ -163,11 +163,13 @@ class Engine:
 
     def penalty(self) -> Any:
         """l2/2 |theta|^2 over covered variables, part of the loss; 0 without l2."""
-        half = 0.5 * self.settings.schedules.l2
-        if not half:
+        l2 = self.settings.schedules.penalties([part.name for part in self.plan.parts], self.state.step)
+        if not l2:
             return 0.0
-        every = list({id(v): v for part in self.plan.parts for v in part.variables.values()}.values())
-        return half * tf.add_n([tf.reduce_sum(tf.square(tf.cast(v, every[0].dtype))) for v in every])
+        every = {id(v): (l2[part.name], v) for part in self.plan.parts for v in part.variables.values()}
+        dtype = next(iter(every.values()))[1].dtype
+        parts = [0.5 * weight * tf.reduce_sum(tf.square(tf.cast(v, dtype))) for weight, v in every.values()]
+        return tf.add_n(parts)
 
     def saved(self) -> bytes:
         """The state as one safetensors file."""

@@ -9,6 +9,7 @@ from kfaccore_torch.preconditioner import Preconditioner
 from kfaccore_torch.records import records, save_records
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.step import Settings
+from kfaccore_torch.stream import Stream, assign, matrices, measured, outputs
 
 __all__ = [
     "Coverage",
@@ -19,6 +20,11 @@ __all__ = [
     "Plan",
     "Preconditioner",
     "Settings",
+    "Stream",
+    "assign",
+    "matrices",
+    "measured",
+    "outputs",
     "plan",
     "records",
     "save_records",

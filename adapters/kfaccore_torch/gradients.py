@@ -25,7 +25,7 @@ def gradients(
     seen: Capture,
     observed: Observed | None,
     batch: Batch,
-    l2: float,
+    l2: dict[str, float],
     scaler: Scaler | None = None,
 ) -> tuple[dict[str, Any], tuple]:
     """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest; of a `scaler`'s
@@ -60,7 +60,7 @@ def gradients(
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for (name, role, p), g in zip(dense, found[: len(dense)], strict=True):
         if g is not None:
-            tensors.setdefault(name, {})[role] = g + l2 * p.detach() if l2 else g
+            tensors.setdefault(name, {})[role] = g + l2[name] * p.detach() if l2 else g
     for name, given in tensors.items():
         if len(given) == len(layers[name].parameters):
             grads[name] = engine.matrix(layers[name], given)

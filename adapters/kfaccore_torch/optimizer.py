@@ -116,6 +116,7 @@ class Optimizer:
         if engine.replan():
             check_same(engine)
             self._follow_rest()
+        l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
         random = random_state(engine.device) if engine.core.rule.judges else ()
         with torch.enable_grad():
             with engine.captured() as seen:
@@ -125,21 +126,21 @@ class Optimizer:
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
                 records, own, observed = self._recorded(seen, batch, value, n)
                 with ordered(engine.namespace, engine.device):
-                    grads, rest = gradients(engine, value, seen, observed, batch, self._l2, self.scaler)
+                    grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
         if self._overflowed():
-            return mean(engine, float(value.detach()), n) + self._penalty()
+            return mean(engine, float(value.detach()), n) + self._penalty(l2)
         before, share, grads = met(engine, float(value.detach()), grads, n)
         if records is not None:
             missing = {*grads} - {*records}
             records, grads = engine.completed(records, grads, n)
             own |= {name: records[name] for name in missing & {*records} - engine.mixing}  # J = 0: no share either
         grads, rest = summed(engine, grads, rest, share)
-        before += self._penalty()
+        before += self._penalty(l2)
 
         def again() -> float:
             with replayed(self.model, random, engine.device):
                 value = float(engine.objective.value(self._predicted(inputs), target))
-            return mean(engine, value, n) + self._penalty()
+            return mean(engine, value, n) + self._penalty(l2)
 
         batches = {name: [r] for name, r in records.items()} if records else None
         self._applied(batches, grads, before, again, own)
@@ -212,15 +213,10 @@ class Optimizer:
         self.engine.called = set() if not good else self.engine.called
         return not good
 
-    @property
-    def _l2(self) -> float:
-        return self.engine.core.schedules.l2
-
-    def _penalty(self) -> float:
-        if not self._l2:
-            return 0.0
-        covered = {id(p): p for layer in self.engine.plan.layers.values() for p in layer.parameters.values()}
-        return 0.5 * self._l2 * sum(float((p.detach() ** 2).sum()) for p in covered.values())
+    def _penalty(self, l2: dict[str, float]) -> float:
+        layers = self.engine.plan.layers
+        covered = {id(p): (weight, p) for name, weight in l2.items() for p in layers[name].parameters.values()}
+        return 0.5 * sum(weight * float((p.detach() ** 2).sum()) for weight, p in covered.values())
 
     def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """What to subtract from each parameter: update + alpha weight_decay parameter."""

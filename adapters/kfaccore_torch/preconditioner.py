@@ -60,7 +60,7 @@ class Preconditioner:
         core = over_ranks(core, model)
         if core.rule.judges:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
-        if core.schedules.weight_decay or core.schedules.l2:
+        if core.schedules.weight_decay or core.schedules.penalised:
             raise ValueError("weight decay and l2 are the optimizer's here: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kfaccore.analysis.exact import ExactBlock
-from kfaccore.analysis.operator import LayerOperator, eigenpairs
+from kfaccore.analysis.fitted import eigenpairs
+from kfaccore.analysis.operator import LayerOperator
 from kfaccore.record import Ids
 from kfaccore.record.chunks import input_chunks
 from kfaccore.record.squares import squares
@@ -19,7 +20,7 @@ def distance(exact: ExactBlock, op: LayerOperator) -> float:
     """||F - F~|| / ||F|| with nothing estimated; NaN for F = 0, from which everything is infinitely far."""
     if not exact.norm:
         return float("nan")
-    squared = exact.norm**2 - 2 * overlap(exact, op) + op.square()
+    squared = exact.norm**2 - 2 * overlap(exact, op) + float(op.square())
     return float(np.sqrt(max(squared, 0.0))) / exact.norm
 
 
@@ -38,14 +39,17 @@ def probed(over: Sequence[float], below: Sequence[float]) -> tuple[float, float]
 def overlap(exact: ExactBlock, op: LayerOperator) -> float:
     """<F, F~> for the undamped matrix of `op`; in an eigenbasis it is a sum over squared per-example gradients."""
     if op.diagonal is not None:
-        return _in_basis(exact, op.system.values, op.system.left, op.system.right)
+        basis = op.diagonal
+        right = None if isinstance(basis.Qa, tuple) else to_host(basis.Qa)
+        return _in_basis(exact, to_host(basis.values), to_host(basis.Qg), right)
     if op.terms:
-        return sum(_with_term(exact, A, G) for A, G in op.terms)
+        return sum(_with_term(exact, to_host(A), to_host(G)) for A, G in op.terms)
+    undamped = to_host(op.undamped)
     found = 0.0
     for block in range(exact.shape[0]):
         for a, g in _examples(exact, block):
-            J = (g.mT @ a).reshape(-1, op.undamped.shape[-1])
-            found += float(((J @ op.undamped[block]) * J).sum())
+            J = (g.mT @ a).reshape(-1, undamped.shape[-1])
+            found += float(((J @ undamped[block]) * J).sum())
     return found / exact.record.n
 
 

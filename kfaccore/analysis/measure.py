@@ -10,7 +10,8 @@ import numpy as np
 from kfaccore.analysis.costs import costs, fitted
 from kfaccore.analysis.distance import distance, probed
 from kfaccore.analysis.figures import LATER, Figures, gain
-from kfaccore.analysis.operator import LayerOperator, on_host
+from kfaccore.analysis.fitted import on_host
+from kfaccore.analysis.operator import LayerOperator
 from kfaccore.analysis.price import Price, price, rate
 from kfaccore.analysis.survey import Survey
 from kfaccore.analysis.target import FEWEST, GIB, Limits, Target, like
@@ -116,7 +117,7 @@ def _with_error(target: Target, known: Figures, method: Method, state: State, su
     op = LayerOperator(method, on_host(state), Block.of(exact.record), limit=COLUMNS)
     try:
         if exact.exact and target.wide and op.measurable and _seconds_of_distance(target) <= survey.left:
-            ratio = op.trace() / exact.trace if exact.trace else float("nan")
+            ratio = float(op.trace()) / exact.trace if exact.trace else float("nan")
             return replace(known, error=distance(exact, op), trace_ratio=ratio)
         count = _probes(target, survey)
         if not count:
@@ -140,7 +141,7 @@ def _with_probes(target: Target, known: Figures, op: LayerOperator, count: int) 
         below.append(float((image.astype(np.float64) ** 2).sum()))
     error, spread = probed(over, below)
     norm = known.norm if exact.exact else float(np.mean(below) ** 0.5 * target.unit**2)
-    trace = op.trace() if op.measurable and target.wide else float(np.mean(traces))
+    trace = float(op.trace()) if op.measurable and target.wide else float(np.mean(traces))
     ratio = trace / exact.trace if exact.trace else float("nan")
     return replace(known, error=error, standard_error=spread, norm=norm, trace_ratio=ratio)
 

@@ -2,62 +2,55 @@
 
 A sum of Kronecker products, a Kronecker basis or a dense block are used where a method declares them (`method`); any
 other is multiplied out by its `matvec`, up to `limit` parameters a block. Layers are independent: the whole is
-block-diagonal.
+block-diagonal. Eigenvectors are found once: `replace(op, damping=...)`, or `damped` of the whole, keeps them. Inside
+jit, states and damping may be traced: figures are then 0-d arrays, and what would be refused is not finite instead.
 Cost: eigensystem or one term d_in^3 + d_out^3 once, then four products; otherwise (d_out d_in)^3 once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.analysis.spectrum import Spectrum
-from kfaccore.linalg import kron, side
-from kfaccore.method import Block, Eigensystem, Hyper, KroneckerTerms, Matrix, Method, State, declares
-from kfaccore.xp.arrays import Array, to_host
+from kfaccore.analysis.fitted import Fitted
+from kfaccore.linalg.basis import Basis, alike
+from kfaccore.method import Block, Method, State
+from kfaccore.xp.arrays import Array, is_numpy, is_tracer, namespace, to_host
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-S = TypeVar("S", bound=State)
-
-_UNDAMPED = Hyper(0, 0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class System:
-    """Eigenvalues and the way into their basis and back: values (blocks, ...); v and result (blocks, d_out, d_in)."""
-
-    values: np.ndarray
-    left: np.ndarray
-    right: np.ndarray | None
-
-    def divide(self, v: np.ndarray, shift: float) -> np.ndarray:
-        """(F~ + shift I)^-1 v."""
-        below: np.ndarray = self.values + shift
-        if not below.min() > 0:
-            raise ValueError(f"F~ + {shift} I is singular (smallest eigenvalue {below.min():.3g}): give damping > 0")
-        if self.right is not None:
-            return to_host(kron.solve(self.left, v, self.right, below))
-        flat = v.reshape(*below.shape, 1)
-        return (self.left @ (self.left.mT @ flat / below[..., None])).reshape(v.shape)
+Figure = float | Array  # a number, or a 0-d array that is traced
 
 
 @dataclass(frozen=True)
 class LayerOperator:
-    """F~ + damping I of one layer; vectors are (blocks, d_out, d_in), 2-D ones come back 2-D."""
+    """F~ + damping I of one layer; vectors are (blocks, d_out, d_in), 2-D ones come back 2-D.
+
+    fitted   what was found of the state so far; made here, and handed on by `dataclasses.replace`
+    """
 
     method: Method
     state: State
     block: Block
-    damping: float = 0.0
+    damping: float | Array = 0.0
     limit: int = 2048
+    fitted: Fitted | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given = (self.method, self.state, self.block, self.limit)
+        if self.fitted is None or not self.fitted.of(*given):
+            object.__setattr__(self, "fitted", Fitted(*given))
+
+    @property
+    def found(self) -> Fitted:
+        """What the state says whatever the damping."""
+        assert self.fitted is not None
+        return self.fitted
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,161 +69,119 @@ class LayerOperator:
     @property
     def solvable(self) -> bool:
         """Whether logdet and eigenvalues can be had too."""
-        known = len(self.terms) == 1 or self.diagonal is not None or declares(self.method, Matrix)
-        return known or self.block.d_out * self.block.d_in <= self.limit
+        return self.found.solvable
 
-    @cached_property
-    def terms(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    @property
+    def terms(self) -> tuple[tuple[Array, Array], ...]:
         """Pairs (A, G) of F~ = sum of G (x) A; none where the method does not say."""
-        if not declares(self.method, KroneckerTerms):
-            return ()
-        found = self.method.kronecker_terms(self.state, self.block)
-        return tuple((to_host(A), to_host(G)) for A, G in found)
+        return self.found.terms
 
-    @cached_property
-    def diagonal(self) -> System | None:
+    @property
+    def diagonal(self) -> Basis | None:
         """F~ in the basis that diagonalises it; None where the method does not say, or says it with its one term."""
-        if self.terms or not declares(self.method, Eigensystem):
-            return None
-        found = self.method.eigensystem(self.state, _UNDAMPED)
-        if found is None:
-            return None
-        Qa, Qg, values = found
-        return System(to_host(values), to_host(Qg), to_host(Qa))
+        return self.found.diagonal
 
-    @cached_property
-    def system(self) -> System:
+    @property
+    def basis(self) -> Basis:
         """Eigenvalues and eigenvectors of F~, without the damping."""
-        if self.diagonal is not None:
-            return self.diagonal
-        if len(self.terms) == 1:
-            A, G = self.terms[0]
-            a, Qa = eigenpairs(A)
-            g, Qg = eigenpairs(G)
-            return System(g[:, :, None] * a[:, None, :], Qg, Qa)
-        values, vectors = np.linalg.eigh(self.undamped)
-        return System(values, vectors, None)
+        return tree.map(self._beside, self.found.basis) if is_tracer(self.damping) else self.found.basis
 
-    def matvec(self, v: np.ndarray) -> np.ndarray:
+    @property
+    def undamped(self) -> Array:
+        """F~ itself, (blocks, D, D) with row-major vec; ValueError above `limit` unless the method holds it."""
+        return self.found.matrix
+
+    def matvec(self, v: Array) -> Array:
         """(F~ + damping I) v."""
-        full = v.reshape(self.shape)
-        return (self._undamped_times(full) + self.damping * full).reshape(v.shape)
+        return alike(lambda x: self._beside(self.found.times(x)) + self.damping * x, v, self.shape)
 
-    def solve(self, v: np.ndarray) -> np.ndarray:
+    def solve(self, v: Array) -> Array:
         """(F~ + damping I)^-1 v; conjugate gradients to 1e-12 where eigenvectors cannot be had."""
-        full = v.reshape(self.shape)
         if self.solvable:
-            return self.system.divide(full, self.damping).reshape(v.shape)
+            basis = self.basis
+            below = basis.values + self.damping
+            if not is_tracer(below) and not below.min() > 0:  # pyright: ignore[reportAttributeAccessIssue] on the host
+                low = float(namespace(below).min(below))
+                raise ValueError(f"F~ + {self.damping} I is singular (smallest eigenvalue {low:.3g}): give damping > 0")
+            return alike(lambda x: basis.times(1.0 / below, self._beside(x)), v, self.shape)
         from scipy.sparse.linalg import cg
 
-        found, info = cg(self.linear_operator(), full.ravel(), rtol=1e-12)
+        found, info = cg(self.linear_operator(), to_host(v).ravel(), rtol=1e-12)
         if info:
             raise ValueError(f"conjugate gradients stopped after {info} iterations: give a larger damping")
         return found.reshape(v.shape)
 
-    @cached_property
-    def undamped(self) -> np.ndarray:
-        """F~ itself, (blocks, D, D) with row-major vec; ValueError above `limit` unless the method holds it."""
-        if declares(self.method, Matrix):
-            return to_host(self.method.matrix(self.state, self.block))
-        size = self.block.d_out * self.block.d_in
-        if size > self.limit:
-            raise ValueError(
-                f"{type(self.method).__name__} has no eigensystem and {size} parameters a block; multiplying it out "
-                f"stops at limit={self.limit}"
-            )
-        columns = np.empty((self.block.blocks, size, size))
-        for i in range(size):
-            unit = np.zeros(self.shape)
-            unit[:, i // self.block.d_in, i % self.block.d_in] = 1.0
-            columns[:, :, i] = self._undamped_times(unit).reshape(self.block.blocks, size)
-        return (columns + columns.mT) / 2
-
-    def _undamped_times(self, v: np.ndarray) -> np.ndarray:
-        """F~ v, (blocks, d_out, d_in)."""
-        return to_host(self.method.matvec(self.state, v, _UNDAMPED))
-
-    def dense(self) -> np.ndarray:
+    def dense(self) -> Array:
         """F~ + damping I itself."""
         return self.undamped + self.damping * np.eye(self.block.d_out * self.block.d_in)
 
-    def trace(self) -> float:
+    def trace(self) -> Figure:
         """Sum of the eigenvalues."""
-        if self.diagonal is not None:
-            total = self.diagonal.values.sum()
-        elif self.terms:
-            total = sum((_trace(A) * _trace(G)).sum() for A, G in self.terms)
-        else:
-            total = np.trace(self.undamped, axis1=-2, axis2=-1).sum()
-        return float(total + self.damping * self.size)
+        return figure(self.found.trace + self.damping * self.size)
 
-    def square(self) -> float:
+    def square(self) -> Figure:
         """||F~||^2 in Frobenius norm, without the damping."""
-        if self.diagonal is not None:
-            return float((self.diagonal.values**2).sum())
-        if self.terms:
-            pairs = product(self.terms, repeat=2)
-            return float(sum((_inner(A, B) * _inner(G, H)).sum() for (A, G), (B, H) in pairs))
-        return float((self.undamped**2).sum())
+        return figure(self.found.square)
 
-    def logdet(self) -> float:
-        """log of the determinant; -inf for a singular operator, ValueError for an indefinite one."""
-        values = self.eigvalsh()
-        if values[0] < -1e-10 * values[-1]:
-            raise ValueError(f"F~ + damping I is indefinite (smallest eigenvalue {values[0]:.3g}): give more damping")
+    def logdet(self) -> Figure:
+        """log of the determinant; -inf for a singular operator, whose zeros are below the rounding of the largest;
+        ValueError for an indefinite one."""
+        values = self.basis.cleaned() + self.damping
+        xp = namespace(values)
+        if not is_tracer(values):
+            low = float(xp.min(values))
+            if low < 0:
+                raise ValueError(f"F~ + damping I is indefinite (smallest eigenvalue {low:.3g}): give more damping")
         with np.errstate(divide="ignore"):
-            return float(np.log(np.maximum(values, 0.0)).sum())
+            return figure(xp.sum(xp.log(values)))
 
-    def eigvalsh(self) -> np.ndarray:
+    def eigvalsh(self) -> Array:
         """All eigenvalues, ascending."""
-        return np.sort(self.system.values.ravel()) + self.damping
+        values = self.basis.values
+        return namespace(values).sort(namespace(values).reshape(values, (-1,))) + self.damping
 
-    def effective_rank(self) -> float:
+    def effective_rank(self) -> Figure:
         """exp(entropy of the spectrum of F~, without damping); see `Spectrum`."""
-        return Spectrum(np.maximum(np.sort(self.system.values.ravel()), 0.0)).effective_rank
+        return effective_rank(self.found.basis.values)
 
-    def effective_dimension(self) -> float:
+    def effective_dimension(self) -> Figure:
         """tr F~ (F~ + damping I)^-1: the number of parameters the curvature, not the damping, decides."""
-        values = np.maximum(self.system.values, 0.0)
-        return float((values / (values + self.damping)).sum()) if self.damping else float((values > 0).sum())
+        values = self.basis.values
+        xp = namespace(values)
+        values = xp.where(values > 0, values, xp.zeros_like(values))
+        below = xp.where(values > 0, values + self.damping, xp.ones_like(values))
+        return figure(xp.sum(values / below))
 
     def linear_operator(self) -> LinearOperator:
         """For SciPy, on vectors of `size` entries."""
         return exported(self.size, self.matvec)
 
-
-def on_host(state: S) -> S:
-    """A state on NumPy with floating leaves in float64."""
-
-    def moved(leaf: Array) -> np.ndarray:
-        host = to_host(leaf)
-        return host.astype(np.float64) if np.issubdtype(host.dtype, np.floating) else host
-
-    return tree.map(moved, state)
+    def _beside(self, x: Array) -> Array:
+        """`x` where the damping is traced: in its namespace."""
+        return namespace(self.damping).asarray(x) if is_tracer(self.damping) and is_numpy(x) else x
 
 
-def eigenpairs(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (blocks, d) and eigenvectors of a factor; a diagonal one has the standard basis, ones (blocks, d)."""
-    values, vectors, _ = side.eigh(factor)
-    return to_host(values), to_host(vectors)
+def figure(x: Figure) -> Figure:
+    """A number, unless it is being traced."""
+    return x if is_tracer(x) else float(x)
 
 
-def exported(size: int, matvec: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
+def effective_rank(values: Array) -> Figure:
+    """exp(entropy) of eigenvalues of any shape, those below zero left out; 0 where there are none."""
+    xp = namespace(values)
+    values = xp.where(values > 0, values, xp.zeros_like(values))
+    total = xp.sum(values)
+    share = values / xp.where(total > 0, total, xp.ones_like(total))
+    entropy = -xp.sum(share * xp.log(xp.where(share > 0, share, xp.ones_like(share))))
+    return figure(xp.where(total > 0, xp.exp(entropy), xp.zeros_like(total)))
+
+
+def exported(size: int, matvec: Callable[[np.ndarray], Array | np.ndarray]) -> LinearOperator:
     """A symmetric operator for SciPy, whose sparse module is loaded only here and where it iterates."""
     from scipy.sparse.linalg import LinearOperator
 
-    def flat(v: np.ndarray) -> np.ndarray:
+    def flat(v: np.ndarray) -> Array | np.ndarray:
         return matvec(np.asarray(v, np.float64).reshape(size))
 
     # SciPy's stubs have the signature of a subclass here
     return LinearOperator((size, size), matvec=flat, rmatvec=flat, dtype=np.float64)  # pyright: ignore[reportCallIssue]
-
-
-def _trace(factor: np.ndarray) -> np.ndarray:
-    """tr of each block, (blocks,)."""
-    return to_host(side.diagonal(factor)).sum(-1)
-
-
-def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """<x, y> of each block, (blocks,)."""
-    return (x * y).reshape(len(x), -1).sum(-1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kfaccore.analysis.operator import LayerOperator, exported, on_host
-from kfaccore.analysis.spectrum import Spectrum
+from kfaccore.analysis.fitted import on_host
+from kfaccore.analysis.operator import Figure, LayerOperator, effective_rank, exported
 from kfaccore.method import Block, Method, State
+from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -26,28 +27,38 @@ class NetworkOperator:
     def size(self) -> int:
         return sum(layer.size for layer in self.layers.values())
 
-    def matvec(self, v: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def damped(self, damping: float | Array | Mapping[str, float | Array]) -> NetworkOperator:
+        """The same operator with another damping; eigenvectors that were found are kept."""
+        own = {name: damping[name] if isinstance(damping, Mapping) else damping for name in self.layers}
+        return NetworkOperator(
+            {name: replace(layer, damping=_number(own[name])) for name, layer in self.layers.items()}
+        )
+
+    def matvec(self, v: Mapping[str, Array]) -> dict[str, Array]:
         return {name: layer.matvec(v[name]) for name, layer in self.layers.items()}
 
-    def solve(self, v: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def solve(self, v: Mapping[str, Array]) -> dict[str, Array]:
         return {name: layer.solve(v[name]) for name, layer in self.layers.items()}
 
-    def trace(self) -> float:
+    def trace(self) -> Figure:
         return sum(layer.trace() for layer in self.layers.values())
 
-    def logdet(self) -> float:
+    def logdet(self) -> Figure:
         return sum(layer.logdet() for layer in self.layers.values())
 
-    def eigvalsh(self) -> np.ndarray:
+    def eigvalsh(self) -> Array:
         """All eigenvalues of all layers, ascending."""
-        return np.sort(np.concatenate([layer.eigvalsh() for layer in self.layers.values()]))
+        values = [layer.eigvalsh() for layer in self.layers.values()]
+        xp = namespace(*values)
+        return xp.sort(xp.concat(values))
 
-    def effective_rank(self) -> float:
+    def effective_rank(self) -> Figure:
         """Of the joint spectrum, without damping."""
-        values = np.concatenate([layer.system.values.ravel() for layer in self.layers.values()])
-        return Spectrum(np.maximum(np.sort(values), 0.0)).effective_rank
+        values = [layer.found.basis.values for layer in self.layers.values()]
+        xp = namespace(*values)
+        return effective_rank(xp.concat([xp.reshape(x, (-1,)) for x in values]))
 
-    def effective_dimension(self) -> float:
+    def effective_dimension(self) -> Figure:
         return sum(layer.effective_dimension() for layer in self.layers.values())
 
     def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:
@@ -56,9 +67,9 @@ class NetworkOperator:
         parts = np.split(flat, ends)
         return {name: part.reshape(self.layers[name].shape) for name, part in zip(self.layers, parts, strict=True)}
 
-    def join(self, v: Mapping[str, np.ndarray]) -> np.ndarray:
+    def join(self, v: Mapping[str, Array]) -> np.ndarray:
         """{layer: array} as a flat vector."""
-        return np.concatenate([np.ravel(v[name]) for name in self.layers])
+        return np.concatenate([np.ravel(to_host(v[name])) for name in self.layers])
 
     def linear_operator(self) -> LinearOperator:
         """For SciPy, on flat vectors."""
@@ -69,7 +80,7 @@ def operator(
     methods: Method | Mapping[str, Method],
     states: Mapping[str, State],
     blocks: Mapping[str, Block],
-    damping: float | Mapping[str, float] = 0.0,
+    damping: float | Array | Mapping[str, float | Array] = 0.0,
     limit: int = 2048,
 ) -> NetworkOperator:
     """The operator of fitted states: `operator(pre.methods, state.layers, dict(state.blocks), damping)`.
@@ -79,6 +90,10 @@ def operator(
     layers = {}
     for name, state in states.items():
         method = methods[name] if isinstance(methods, Mapping) else methods
-        own = float(damping[name] if isinstance(damping, Mapping) else damping)
-        layers[name] = LayerOperator(method, on_host(state), blocks[name], own, limit)
+        own = damping[name] if isinstance(damping, Mapping) else damping
+        layers[name] = LayerOperator(method, on_host(state), blocks[name], _number(own), limit)
     return NetworkOperator(layers)
+
+
+def _number(damping: float | Array) -> float | Array:
+    return damping if is_tracer(damping) else float(damping)

@@ -18,12 +18,15 @@ from kfaccore.cli.advise import advise
 from kfaccore.cli.compare import compare
 from kfaccore.cli.doctor import doctor
 from kfaccore.cli.fail import BAD_INPUT, FAILED, INTERRUPTED
+from kfaccore.cli.influence import influence
 from kfaccore.cli.inspect import inspect
+from kfaccore.cli.laplace import laplace
 from kfaccore.cli.methods import methods
+from kfaccore.cli.prune import prune
 from kfaccore.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for verb in (train, inspect, compare, advise, methods, doctor):
+for verb in (train, inspect, compare, advise, influence, laplace, prune, methods, doctor):
     app.command()(verb)
 
 
@@ -38,7 +41,7 @@ def kfaccore(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an unexpected error came from.")] = False,
 ) -> None:
-    """K-FAC on the Array API: train, inspect a run, compare methods, choose them, check this machine."""
+    """K-FAC on the Array API: train, inspect, compare methods and choose them, use a curvature, check this machine."""
 
 
 def main() -> None:

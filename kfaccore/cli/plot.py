@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from kfaccore.cli.fail import fail
 
 def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     """Loss against steps and against training seconds."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
@@ -32,7 +33,7 @@ def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
 
 def spectra(found: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
     """Eigenvalues of every factor, and of the block where they are known, largest first: {layer: {"A": values}}."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     kinds = [kind for kind in ("A", "G", "F") if any(len(of.get(kind, ())) for of in found.values())]
@@ -50,7 +51,7 @@ def spectra(found: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
 
 def gains(summary: dict[str, dict[str, float]], path: Path) -> None:
     """Gain against bytes and against seconds a step, a point a method that was measured on all layers."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     known = {name: row for name, row in summary.items() if row["gain"] == row["gain"]}
@@ -73,7 +74,7 @@ def gains(summary: dict[str, dict[str, float]], path: Path) -> None:
 
 def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     """The network and its error over the first two coordinates (others in mid-domain), and relative L2 errors."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     box = pinn.problem.box
@@ -106,7 +107,8 @@ def _saved(figure: Any, path: Path) -> None:
         fail(f"{path} could not be drawn: {error}")
 
 
-def _pyplot(path: Path) -> Any:
+def pyplot(path: Path) -> ModuleType | None:
+    """matplotlib.pyplot drawing to files; None, after a word, where it is not installed."""
     try:
         import matplotlib
     except ImportError:

@@ -26,6 +26,10 @@ class Assigned:
     widest: int
 
     def __post_init__(self) -> None:
+        if self.widest < 1:
+            raise ValueError(
+                f"Preconditioner got widest={self.widest}; need at least 1, the widest side with a full factor"
+            )
         if self.methods is None and self.network is None:
             raise ValueError("a Preconditioner needs methods, such as KFAC(), or a network-level method as network")
         if self.network is not None:

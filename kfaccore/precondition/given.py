@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from kfaccore import tree
-from kfaccore.method import Averaging, State, Stats, T
+from kfaccore.method import State, Stats, T
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import concat
 from kfaccore.xp.arrays import Array, namespace
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """A State of moving averages: `weight` (blocks,) is their share of data, in the dtype they are kept in."""
+
+    @property
+    def weight(self) -> Array: ...
+
 
 Given = Record | tuple[Record, ...] | Stats
 _AVERAGING: dict[type, bool] = {}  # asking a Protocol takes longer than many a solve

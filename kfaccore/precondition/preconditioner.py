@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Block, Hyper, Method, declares
+from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
@@ -26,8 +26,8 @@ from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
 from kfaccore.precondition.state import State
 from kfaccore.record import Record
-from kfaccore.step import Fixed, Rule
-from kfaccore.step.rule import Spread, judged
+from kfaccore.step import PLAIN, Rule, spread
+from kfaccore.step.rule import judged
 from kfaccore.xp.arrays import Array, device_of, namespace
 
 
@@ -63,17 +63,15 @@ class Preconditioner:
         clocks: Clocks = Clocks(),  # noqa: B008 frozen
         schedules: Schedules = Schedules(),  # noqa: B008 frozen
         network: NetworkMethod | None = None,
-        step: Rule = Fixed(),  # noqa: B008 frozen
+        step: Rule = PLAIN,
         comm: Communicator = Serial(),  # noqa: B008 frozen
         donate: bool = False,
         widest: int = 8192,
         stacked: bool | None = None,
+        rule: Rule | None = None,  # as `dataclasses.replace` hands on what `step` became
     ) -> None:
+        step = spread(rule if rule is not None and step is PLAIN else step, comm)
         agreeing(network, step, comm)
-        if widest < 1:
-            raise ValueError(f"Preconditioner got widest={widest}; need at least 1, the widest side with a full factor")
-        if comm.world > 1 and step.needs_records and declares(step, Spread):
-            step = step.over(comm)
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
         numbers |= {"comm": comm, "donate": donate, "widest": widest, "stacked": stacked}
         numbers["assigned"] = Assigned(methods, network, widest)
@@ -214,7 +212,8 @@ class Preconditioner:
         known = knowing(self.assigned, ours, layers, hypers, loss, lengths)
         with np.errstate(all="ignore"):
             directions = {name: found[name] for name in grads}
-            updates, motion, told = self.rule(motion, directions, dict(grads), seen, self.schedules.l2, known)
+            penalty = self.schedules.joint(grads, state.step)
+            updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
         info = Info(due.update, due.refresh, codes, infos, told, dict(known.damping), norms(updates, groups))

@@ -62,7 +62,8 @@ class Schedules:
 
     Damping is absolute, in units of the curvature of the mean loss; a method's split may make it relative.
 
-    l2             the penalty l2/2 |theta|^2 is part of the loss: its gradient joins the gradient (by the shell, before
+    l2             a number, a function of the step, or a mapping from layer to either, as damping;
+                   the penalty l2/2 |theta|^2 is part of the loss: its gradient joins the gradient (by the shell, before
                    preconditioning), its curvature joins the damping of every block and the step's quadratic model
     weight_decay   decoupled: the shell subtracts alpha * weight_decay * theta beside the update, alpha being the
                    step's rate; curvature and gradient never see it
@@ -70,35 +71,65 @@ class Schedules:
 
     damping: float | Schedule | Mapping[str, float | Schedule] = 0.1
     decay: float | Schedule = 0.95
-    l2: float = 0.0
+    l2: float | Schedule | Mapping[str, float | Schedule] = 0.0
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("l2", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"Schedules.{name} is {getattr(self, name)}; need a finite number >= 0")
+        penalties = {"l2": self.l2}
+        if isinstance(self.l2, Mapping):
+            penalties = {f"l2[{name!r}]": value for name, value in self.l2.items()}
+        for name, value in {**penalties, "weight_decay": self.weight_decay}.items():
+            if not callable(value) and not 0 <= value < math.inf:
+                raise ValueError(f"Schedules.{name} is {value}; need a finite number >= 0")
 
     def hyper(self, name: str, step: int | Array) -> Hyper:
         """The numbers of layer `name` at `step`."""
-        return Hyper(step, at(self.decay, step), at(self.of(name), step))
+        return Hyper(step, at(self.decay, step), at(_of_layer("damping", self.damping, name), step))
 
     def hypers(self, names: Iterable[str], step: int | Array, changed: Callable[[Hyper], Hyper]) -> dict[str, Hyper]:
         """The numbers of layers once `changed`, made once for all of one schedule; the curvature of the l2 penalty is
         l2 I: it joins the damping."""
-        known: dict[int, Hyper] = {}
+        known: dict[tuple[int, int], Hyper] = {}
         found = {}
         for name in names:
-            key = id(self.of(name))
+            key = self.key(name)
             if key not in known:
-                hyper = changed(self.hyper(name, step))
-                known[key] = replace(hyper, damping=hyper.damping + self.l2) if self.l2 else hyper
+                known[key] = self.penalised_hyper(changed(self.hyper(name, step)), name, step)
             found[name] = known[key]
         return found
 
-    def of(self, name: str) -> float | Schedule:
-        """The damping of layer `name`, as it was given; ValueError where there is none."""
-        if not isinstance(self.damping, Mapping):
-            return self.damping
-        if name not in self.damping:
-            raise ValueError(f"Schedules.damping has no entry for layer {name!r}; it has {sorted(self.damping)}")
-        return self.damping[name]
+    def key(self, name: str) -> tuple[int, int]:
+        """What the numbers of layer `name` are made of; equal keys give equal numbers."""
+        return id(_of_layer("damping", self.damping, name)), id(_of_layer("l2", self.l2, name))
+
+    def penalty(self, name: str, step: int | Array) -> float:
+        """The l2 of layer `name` at `step`."""
+        return at(_of_layer("l2", self.l2, name), step)
+
+    def penalised_hyper(self, hyper: Hyper, name: str, step: int | Array) -> Hyper:
+        """Its numbers with the curvature of the penalty, l2 I, in the damping."""
+        l2 = self.penalties([name], step)
+        return replace(hyper, damping=hyper.damping + l2[name]) if l2 else hyper
+
+    def joint(self, names: Iterable[str], step: int | Array) -> float | dict[str, float]:
+        """The l2 of all layers: one number where they share it, else {layer: l2}."""
+        return self.penalties(names, step) if isinstance(self.l2, Mapping) else at(self.l2, step)
+
+    def penalties(self, names: Iterable[str], step: int | Array) -> dict[str, float]:
+        """{layer: l2} at `step`; empty where there is no penalty at all."""
+        return {name: self.penalty(name, step) for name in names} if self.penalised else {}
+
+    @property
+    def penalised(self) -> bool:
+        """Whether there is any l2."""
+        every = self.l2.values() if isinstance(self.l2, Mapping) else [self.l2]
+        return any(callable(value) or value != 0 for value in every)
+
+
+def _of_layer(field: str, given: float | Schedule | Mapping[str, float | Schedule], name: str) -> float | Schedule:
+    """What one layer has of a field; ValueError where a mapping does not say."""
+    if not isinstance(given, Mapping):
+        return given
+    if name not in given:
+        raise ValueError(f"Schedules.{field} has no entry for layer {name!r}; it has {sorted(given)}")
+    return given[name]

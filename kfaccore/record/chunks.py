@@ -6,10 +6,11 @@ Patches are unfolded one chunk at a time, so that memory is bounded whatever the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
-from kfaccore.record.record import Record
+from kfaccore.record.record import Ids, Record
 from kfaccore.xp.arrays import Array
 
 
@@ -30,3 +31,26 @@ def input_chunks(record: Record, many: int | None = None) -> Iterator[tuple[int,
     rows = record.rows()
     for span in kernels.spans(record.batch, many):
         yield span.start, rows[:, span, ...]
+
+
+def parts(record: Record, many: int) -> Iterator[Record]:
+    """The record `many` examples at a time; n stays that of the whole."""
+    if many >= record.batch:
+        yield record
+        return
+    for span in kernels.spans(record.batch, many):
+        yield _taken(record, span)
+
+
+def _taken(record: Record, span: slice) -> Record:
+    """The examples of `span`. What a mask hid is zero already, except in an image and under an id."""
+    a: Any = record.a
+    mask = None
+    if isinstance(a, Ids):
+        a = Ids(a.index[span, :], a.size)
+    elif isinstance(a, Patches):
+        a = Patches(a.image[:, span, ...], a.window, a.bias)
+        mask = None if record.mask is None else record.mask[span, :]
+    else:
+        a = a[:, span, :, :]
+    return Record(a, record.g[:, :, span, :, :], record.n, mask)

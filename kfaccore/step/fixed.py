@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from kfaccore.method import Hyper, declares
 from kfaccore.record import Factored
 from kfaccore.step.known import Known
-from kfaccore.step.model import Records
+from kfaccore.step.model import Penalty, Records
 from kfaccore.step.noise import first_loss
 from kfaccore.step.rescale import ByLayer, Modelled, Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace, scalar
@@ -79,13 +79,13 @@ class Fixed:
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
         known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, float | Array]]:
         """(updates to subtract, motion, info) for the layers in `directions`; others keep their buffer."""
         if not directions:
             return directions, motion, {"scale": 1.0, "alpha": self.lr}
-        factors, motion, told = self._factors(motion, directions, grads, records, l2, known)
+        factors, motion, told = self._factors(motion, directions, grads, records, known)
         moved = {name: _scaled(d, factors[name]) for name, d in directions.items()}
         if self.momentum:
             moved = {name: self.momentum * namespace(d).reshape(motion[name], d.shape) + d for name, d in moved.items()}
@@ -102,7 +102,6 @@ class Fixed:
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records | None,
-        l2: float,
         known: Known,
     ) -> tuple[Mapping[str, Number], dict[str, Array], dict[str, Number]]:
         """A factor a layer, the motion, and what is told; `scale` is 1 where layers differ."""
@@ -113,7 +112,7 @@ class Fixed:
             return dict.fromkeys(directions, scale), motion, {"scale": scale}
         seen: Any = records  # no terms: a rule that needs records of them says so
         first = first_loss(number(motion[_FIRST]), known.loss)
-        told = self.rescale.modelled(directions, grads, seen, known, l2, first)
+        told = self.rescale.modelled(directions, grads, seen, known, first)
         like = motion[_FIRST]
         kept = namespace(like).zeros_like(like) + scalar(first, like)
         scales = {name: scalar(told["scale"], d) for name, d in directions.items()}
@@ -122,3 +121,6 @@ class Fixed:
 
 def _scaled(x: Array, factor: Number) -> Array:
     return x if isinstance(factor, float) and factor == 1.0 else x * factor
+
+
+PLAIN = Fixed()  # what no step at all is: directions are handed on

@@ -18,7 +18,7 @@ import numpy as np
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
 from kfaccore.step.known import Known
-from kfaccore.step.model import Records
+from kfaccore.step.model import Penalty, Records
 from kfaccore.step.rule import ByLoss
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code
@@ -78,7 +78,7 @@ class GridSearch(ByLoss):
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
         known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Trail, dict[str, float | Array]]:
         """(updates at the rate of the step before, motion, info); layers left out keep their buffer."""

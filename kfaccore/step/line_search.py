@@ -15,7 +15,7 @@ import numpy as np
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
 from kfaccore.step.known import Known
-from kfaccore.step.model import Records
+from kfaccore.step.model import Penalty, Records
 from kfaccore.step.rule import ByLoss
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.codes import Code
@@ -76,7 +76,7 @@ class LineSearch(ByLoss):
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records | None = None,
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
         known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Search, dict[str, float | Array]]:
         """(updates to try first, motion, info)."""

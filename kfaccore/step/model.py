@@ -14,9 +14,10 @@ from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import contracted, outputs
 from kfaccore.step.own import Left
-from kfaccore.xp.arrays import Array, is_tracer, namespace
+from kfaccore.xp.arrays import Array, is_tracer, namespace, scalar
 from kfaccore.xp.numbers import Number, number, numbers, pick, stack
 
+Penalty = float | Mapping[str, float]  # l2 of all layers, or {layer: l2}
 Records = Mapping[str, Record | tuple[Record, ...]]  # a tuple: one a term of the loss
 
 
@@ -117,6 +118,11 @@ def _along(name: str, record: Record, grad: Array | Factored, vs: list[Array]) -
     else:
         slopes = stack([inner({name: grad}, {name: v}) for v in vs])
     return Jv, slopes
+
+
+def weighed(l2: Mapping[str, float], v: Mapping[str, Array]) -> dict[str, Array]:
+    """Each layer's part times its l2: the curvature of the penalty times v."""
+    return {name: scalar(l2[name], x) * x for name, x in v.items()}
 
 
 def inner(first: Mapping[str, Array], second: Mapping[str, Array]) -> Number:

@@ -50,7 +50,6 @@ class Noise:
         grads: Mapping[str, Array | Factored],
         records: Mapping[str, Record],
         known: Known,
-        l2: float,
         first: Number,
     ) -> dict[str, Number]:
         """The length of a step along this batch's own direction x: `scale` = slope / (x^T F x + damping |x|^2) with
@@ -65,7 +64,7 @@ class Noise:
             left = left._replace(factor=remaining(True, examples))
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
         found = expansion(records, grads, (x, x), left=left)
-        norms = sum((known.damping[name] + l2) * inner({name: d}, {name: d}) for name, d in x.items())
+        norms = sum(known.damping[name] * inner({name: d}, {name: d}) for name, d in x.items())
         F = found.F[:1, :1]
         down = found.down[:1]
         below = number(F[0, 0]) + norms

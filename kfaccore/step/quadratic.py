@@ -20,7 +20,7 @@ from kfaccore.method import Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.jacobian import products
 from kfaccore.step.known import Known
-from kfaccore.step.model import Records, inner
+from kfaccore.step.model import Penalty, Records, inner, weighed
 from kfaccore.step.rule import ByModel
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code
@@ -104,7 +104,7 @@ class Quadratic(ByModel):
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records,
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
         known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Memory, dict[str, float | Array]]:
         """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
@@ -115,7 +115,12 @@ class Quadratic(ByModel):
         x = {name: namespace(v).reshape(v, previous[name].shape) for name, v in directions.items()}
         pair = (x, previous)
         norms = np.array([[inner(p, q) for q in pair] for p in pair])
-        Q = curvature(records, pair) + (self.damping + l2) * norms
+        if isinstance(l2, Mapping):
+            own = [weighed(l2, p) for p in pair]
+            Q = curvature(records, pair) + self.damping * norms
+            Q = Q + np.array([[inner(p, q) for q in pair] for p in own])
+        else:
+            Q = curvature(records, pair) + (self.damping + l2) * norms
         down = np.array([slope(grads, p) for p in pair])
         step = minimiser(Q, down)
         if self.first and motion.steps == 0:

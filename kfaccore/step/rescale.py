@@ -42,7 +42,6 @@ class Modelled(Protocol):
         grads: Gradients,
         records: Mapping[str, Record],
         known: Known,
-        l2: float,
         first: Number,
     ) -> dict[str, Number]:
         """`scale` for all directions, and more to tell; `first` is the loss before the first step, 0 if not known."""

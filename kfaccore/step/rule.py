@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, TypeVar
 
-from kfaccore.method import Hyper
+from kfaccore.method import Hyper, declares
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
+from kfaccore.step.model import Penalty
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number
 
@@ -62,7 +63,7 @@ class Rule(Protocol[M]):
         directions: dict[str, Array],
         grads: dict[str, Array | Factored],
         records: dict[str, Record],
-        l2: float,
+        l2: Penalty,
         known: Known,
     ) -> tuple[dict[str, Array], M, dict[str, Number]]:
         """(updates to subtract, motion, info); info has at least `alpha`, the factor on the directions. `known` has the
@@ -118,3 +119,8 @@ def judged(
         if wanted != share:
             place(wanted)
     return wanted, motion
+
+
+def spread(rule: Rule[M], comm: Communicator) -> Rule[M]:
+    """The rule, over the ranks of `comm` where there are several and it needs their records."""
+    return rule.over(comm) if comm.world > 1 and rule.needs_records and declares(rule, Spread) else rule

@@ -22,7 +22,7 @@ from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
 from kfaccore.step.leaving import leaving
-from kfaccore.step.model import Expansion, counts, expansion, inner, trace
+from kfaccore.step.model import Expansion, Penalty, counts, expansion, inner, trace, weighed
 from kfaccore.step.motion import Average, Motion
 from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, minimum
@@ -123,7 +123,7 @@ class SelfTuning(ByModel):
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Mapping[str, Record],
-        l2: float = 0.0,
+        l2: Penalty = 0.0,
         known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Motion, dict[str, float | Array]]:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code; and
@@ -140,7 +140,7 @@ class SelfTuning(ByModel):
         left = {} if own.left is None else {"left": own.left}
         found = self.model(records, grads, pair, **left)
         norms = _gram(*pair)
-        F = found.F + l2 * norms
+        F = found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms)
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         step = stack([*capped(alpha, mu, self.cap)])
@@ -216,10 +216,12 @@ def _told(before: Motion, after: Motion, code: Number) -> dict[str, float | Arra
     return {**found, "ratio": before.ratio, "rejected": before.rejected, "code": code}
 
 
-def _gram(x: dict[str, Array], previous: dict[str, Array]) -> Array:
-    """Inner products of the two directions over all layers, (2, 2)."""
-    cross = inner(x, previous)
-    flat = stack([inner(x, x), cross, cross, inner(previous, previous)])
+def _gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, float] | None = None) -> Array:
+    """Inner products of the two directions over all layers, (2, 2), times each layer's l2 where it is given."""
+    heavy = x if l2 is None else weighed(l2, x)
+    heavy_previous = previous if l2 is None else weighed(l2, previous)
+    cross = inner(heavy, previous)
+    flat = stack([inner(heavy, x), cross, cross, inner(heavy_previous, previous)])
     return namespace(flat).reshape(flat, (2, 2))
 
 

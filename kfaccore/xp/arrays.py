@@ -95,6 +95,8 @@ def scalar(value: float | Array, like: Array) -> Array | float:
     if isinstance(value, int | float):
         return value
     xp = namespace(like)
+    if aac.is_torch_array(value):  # which `asarray` may cut off its graph
+        return xp.astype(value, like.dtype)
     return xp.astype(xp.asarray(value), like.dtype)
 
 

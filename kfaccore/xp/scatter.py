@@ -30,8 +30,9 @@ def segment_sum(values: Array, index: Array, size: int) -> Array:
     if aac.is_cupy_array(values):
         xp.add.at(zeros, index, values)
         return zeros
-    positions = xp.astype(xp.arange(size, dtype=index.dtype)[:, None] == index[None, :], values.dtype)
-    return positions @ values
+    hit = xp.arange(size, dtype=index.dtype)[:, None] == index[None, :]
+    # chosen, not multiplied: a value that is not finite stays in its own sum
+    return xp.sum(xp.where(hit[:, :, None], values[None, :, :], xp.zeros_like(values)[None, :, :]), axis=1)
 
 
 def add_at(owned: Array, spans: tuple[slice, ...], block: Array) -> Array:

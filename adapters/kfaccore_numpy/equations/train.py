@@ -159,7 +159,7 @@ def fit(
             raise ValueError(f"{solver} keeps no state to start from at step {start}")
         yield from _lbfgs(pinn, params, next(batches), solver, steps)
         return
-    if isinstance(solver, Preconditioner) and (solver.schedules.l2 or solver.schedules.weight_decay):
+    if isinstance(solver, Preconditioner) and (solver.schedules.penalised or solver.schedules.weight_decay):
         raise ValueError(
             f"{solver.schedules} has a penalty; the loss of a PINN has none here: leave l2 and weight_decay 0"
         )

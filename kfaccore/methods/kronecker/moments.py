@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore import xp as kernels
@@ -50,6 +51,7 @@ class Moments(Additive):
     """Base of methods whose F~ is diagonal in a Kronecker eigenbasis; they add `measure`, `refresh`, `eigensystem`."""
 
     sharing: Callable[[Record], Record]
+    moves_with_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         function(self, "sharing", factors.SHARINGS)

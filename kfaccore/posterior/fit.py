@@ -1,0 +1,106 @@
+"""A curvature from records alone: every batch measured, the sums combined, and where a method needs it, once more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kfaccore import tree
+from kfaccore.linalg.basis import Basis
+from kfaccore.method import Block, Hyper, Method, MovesWithBasis, declares
+from kfaccore.posterior.curvature import Curvature
+from kfaccore.record import Record
+from kfaccore.xp.arrays import Array, namespace
+
+Batches = Iterable[Mapping[str, Record]]
+Methods = Method | Mapping[str, Method]
+_ALL = Hyper(0, 0.0, 1e-3)  # without memory; the damping of refreshes whose inverses nobody reads
+
+
+def fit(method: Methods, batches: Batches) -> Curvature:
+    """The curvature of the mean loss over `batches`, anything that can be iterated again and gives {layer: Record}.
+
+    method   one for all layers, or a mapping from layer
+
+    Shares n of the batches add up. KFAC, Diagonal, Exact and TKFAC pass once; EKFAC and TEKFAC, whose eigenvalues are
+    measured in the eigenvectors of all data, twice; others `cycles` + 1 times. On a list of one mapping it is `settle`
+    of each layer. ValueError for no batches, for layers that differ between batches, and for an iterator where one pass
+    is not enough. Cost: passes times `measure`, then the eigenvectors of each factor.
+    """
+    every = list(method.values()) if isinstance(method, Mapping) else [method]
+    passes = max(map(_passes, every), default=1)
+    _check(batches, passes)
+    layers: dict[str, _Layer] = {}
+    for turn in range(passes):
+        found = _measured(method, layers, batches, turn)
+        for name, stats in found.items():
+            layers[name] = layers[name].moved(stats, last=turn + 1 == _passes(layers[name].method))
+    methods = {name: layer.method for name, layer in layers.items()}
+    states = {name: layer.state for name, layer in layers.items()}
+    curvature = Curvature.of(methods, states, {name: layer.block for name, layer in layers.items()})
+    return replace(curvature, layers={name: _typed(x, layers[name].like) for name, x in curvature.layers.items()})
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer between two passes; `like` has the records' dtype and place."""
+
+    method: Method
+    block: Block
+    state: Any
+    like: Array
+
+    @classmethod
+    def first(cls, method: Method, record: Record) -> _Layer:
+        block = Block.of(record)
+        return cls(method, block, method.init(block, record.g), record.g)
+
+    def moved(self, stats: Any, last: bool) -> _Layer:
+        """After one pass; what is measured next needs a refresh, what is read at the end none."""
+        state = self.method.update(self.state, stats, _ALL)
+        return replace(self, state=state if last else self.method.refresh(state, _ALL))
+
+
+def _passes(method: Method) -> int:
+    cycles = method.cycles
+    return cycles + 1 if cycles > 1 or declares(method, MovesWithBasis) else 1
+
+
+def _check(batches: Batches, passes: int) -> None:
+    if isinstance(batches, Mapping):
+        raise ValueError("batches is one mapping; need an iterable of them: put it into a list")
+    if passes > 1 and isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches is an iterator, which one pass spends, and {passes} are needed: give a list, or an object whose "
+            f"__iter__ starts anew"
+        )
+
+
+def _measured(method: Methods, layers: dict[str, _Layer], batches: Batches, turn: int) -> dict[str, Any]:
+    """Stats of one pass, of the layers that need it; the very first batch makes `layers`."""
+    found: dict[str, Any] = {}
+    number = -1
+    for number, batch in enumerate(batches):
+        if not layers:
+            own = {name: method[name] if isinstance(method, Mapping) else method for name in batch}
+            layers |= {name: _Layer.first(own[name], record) for name, record in batch.items()}
+        if set(batch) != set(layers) or not batch:
+            raise ValueError(
+                f"batch {number} has layers {sorted(batch)}, the first one {sorted(layers)}; they differ in "
+                f"{sorted(set(batch) ^ set(layers))}: give every layer, and at least one, in every batch"
+            )
+        for name, layer in layers.items():
+            if turn < _passes(layer.method):
+                stats = layer.method.measure(layer.state, batch[name], _ALL)
+                found[name] = layer.method.combine(found[name], stats) if name in found else stats
+    if number < 0:
+        again = " when they were asked for again: give a list, or an object whose __iter__ starts anew" if turn else ""
+        raise ValueError(f"batches gave nothing{again or '; need at least one {layer: Record}'}")
+    return found
+
+
+def _typed(basis: Basis, like: Array) -> Basis:
+    """The basis in the dtype of the records: a method that keeps no arrays has none of its own."""
+    xp = namespace(like)
+    return tree.map(lambda x: x if x.dtype == like.dtype else xp.astype(x, like.dtype), basis)

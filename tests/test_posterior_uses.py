@@ -1,0 +1,430 @@
+"""Fitting, scores over batches, links, files, tracing, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from conftest import NAMESPACES
+from kfaccore.analysis import operator
+from kfaccore.linalg import side
+from kfaccore.posterior import Projected, bridge, cosine, lds, monte_carlo_link, passes, probit, regression
+from kfaccore.record.chunks import parts
+
+FITTED = {
+    "kfac": kf.KFAC(),
+    "reduce": kf.KFAC(sharing=kf.reduce),
+    "ekfac": kf.EKFAC(),
+    "tkfac": kf.TKFAC(),
+    "tekfac": kf.TEKFAC(),
+    "kpsvd": kf.KPSVD(),
+    "diagonal": kf.Diagonal(),
+    "identity": kf.Identity(),
+    "exact": kf.Exact(),
+    "deflation": kf.Deflation(),
+    "lanczos": kf.Lanczos(),
+    "corrected": kf.KFACCorrected(),
+}
+
+
+def batch(rng, count=6):
+    """Two layers, one of two blocks with positions."""
+    return {
+        "a": kf.Record(rng.normal(size=(count, 4)), rng.normal(size=(2, count, 3)), float(count)),
+        "b": kf.Record(rng.normal(size=(2, count, 3, 3)), rng.normal(size=(2, 2, count, 3, 2)), float(count)),
+    }
+
+
+def pieces(records, many):
+    """The same examples as smaller batches, whose shares add up."""
+    columns = [[replace(p, n=p.n * p.batch / record.batch) for p in parts(record, many)] for record in records.values()]
+    return [dict(zip(records, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def posterior(records, method=None, precision=0.3, scale=1.0):
+    curvature = kf.fit(method or kf.EKFAC(), [records])
+    mean = {name: np.random.default_rng(9).normal(size=basis.shape) for name, basis in curvature.layers.items()}
+    return kf.Posterior(mean, curvature, precision, scale)
+
+
+def matrices(curvature):
+    return {name: basis.back(units(basis)) for name, basis in curvature.layers.items()}
+
+
+def units(basis):
+    size = basis.shape[1] * basis.shape[2]
+    eye = np.eye(size).reshape(size, 1, *basis.shape[1:])
+    return basis.values * basis.into(eye.repeat(basis.shape[0], 1))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fit_is_settle_and_the_states_own_matrix(name, rng):
+    method = FITTED[name]
+    records = batch(rng)
+    got = matrices(kf.fit(method, [records]))
+    states = {k: kf.settle(method, r) for k, r in records.items()}
+    whole = operator(method, states, {k: kf.Block.of(r) for k, r in records.items()})
+    for layer, found in got.items():
+        shape = found.shape[1:]
+        size = shape[1] * shape[2]
+        want = np.stack(
+            [whole.layers[layer].matvec(u.repeat(shape[0], 0)) for u in np.eye(size).reshape(-1, 1, *shape[1:])]
+        )
+        np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "tekfac", "exact", "diagonal"])
+def test_a_fit_does_not_depend_on_how_data_come(name, rng):
+    """In batches, permuted, and twice."""
+    records = batch(rng)
+    want = matrices(kf.fit(FITTED[name], [records]))
+    order = np.array([3, 1, 0, 5, 2, 4])
+    permuted = {k: kf.Record(r.a[:, order], r.g[:, :, order], r.n) for k, r in records.items()}
+    for given in (pieces(records, 4), [permuted], [records, records]):
+        for layer, found in matrices(kf.fit(FITTED[name], given)).items():
+            np.testing.assert_allclose(found, want[layer], rtol=1e-9, atol=1e-12)
+
+
+def test_methods_without_a_curvature_are_named(rng):
+    record = batch(rng)["a"]
+    for method in (kf.SKFAC(), kf.CGFAC(), kf.SINGD(), kf.RandomizedKFAC(), kf.FNGD()):
+        with pytest.raises(ValueError, match=r"keeps no curvature .* take KFAC, EKFAC"):
+            kf.Curvature.of(
+                method, {"x": method.init(kf.Block(3, 4, rows=8, samples=8), record.g)}, {"x": kf.Block(3, 4)}
+            )
+    with pytest.raises(ValueError, match=r"these are in one only: \['y'\]"):
+        kf.Curvature.of(kf.KFAC(), {}, {"y": kf.Block(3, 4)})
+
+
+def test_two_terms_are_multiplied_out_up_to_a_limit():
+    state = kf.Deflation().init(kf.Block(50, 50), np.zeros(1))
+    with pytest.raises(ValueError, match="2500 parameters a block has no basis of its own"):
+        kf.Curvature.of(kf.Deflation(), {"x": state}, {"x": kf.Block(50, 50)})
+
+
+def test_batches_that_cannot_be_fitted(rng):
+    records = batch(rng)
+    cases = [
+        (iter([records]), "an iterator, which one pass spends"),
+        ([], r"batches gave nothing; need at least one \{layer: Record\}"),
+        (records, "batches is one mapping"),
+        ([records, {"a": records["a"]}], r"they differ in \['b'\]"),
+        ([{}], r"batch 0 has layers \[\], the first one \[\]"),
+    ]
+    for given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            kf.fit(kf.EKFAC(), given)
+
+    class Once:
+        asked = 0
+
+        def __iter__(self):
+            self.asked += 1
+            return iter([records] if self.asked < 2 else [])
+
+    with pytest.raises(ValueError, match="gave nothing when they were asked for again"):
+        kf.fit(kf.EKFAC(), Once())
+
+
+def test_one_pass_takes_an_iterator(rng):
+    records = batch(rng)
+    mixed = {"a": kf.KFAC(), "b": kf.Diagonal()}
+    got = matrices(kf.fit(mixed, iter([records])))
+    np.testing.assert_array_equal(got["a"], matrices(kf.fit(kf.KFAC(), [records]))["a"])
+    np.testing.assert_array_equal(got["b"], matrices(kf.fit(kf.Diagonal(), [records]))["b"])
+
+
+def test_scores_over_batches_and_memory(rng):
+    records = batch(rng, 7)
+    queries = batch(np.random.default_rng(1), 5)
+    P = posterior(records)
+    want = P.cross(queries, records).reshape(10, 2, 7)
+    given = pieces(records, 3)
+    apart = np.concatenate([want[:, :, s].reshape(10, -1) for s in (slice(0, 3), slice(3, 6), slice(6, 7))], 1)
+    for memory in (1 << 30, 900, 1):
+        np.testing.assert_allclose(kf.scores(P, queries, given, memory), apart, rtol=1e-11, atol=1e-13)
+    assert passes(P, queries) == 1
+    assert passes(P, queries, memory=1) == 5
+    one = kf.Posterior({"b": P.mean["b"]}, kf.Curvature({"b": P.curvature.layers["b"]}), 0.3)
+    each = kf.scores(one, {"b": queries["b"]}, [{"b": records["b"]}], positions=True)
+    np.testing.assert_allclose(
+        each.sum(-1), one.cross({"b": queries["b"]}, {"b": records["b"]}), rtol=1e-11, atol=1e-13
+    )
+    assert each.shape == (10, 14, 3)
+    full = kf.scores(P, queries, given, rank=3)
+    np.testing.assert_allclose(full, apart, rtol=1e-10, atol=1e-12)
+    low = kf.scores(P, queries, given, memory=1, rank=1)
+    assert 0.1 < np.linalg.norm(low - apart) / np.linalg.norm(apart) < 0.9
+    self_influence = P.covariance(records, diagonal=True)
+    crossed = P.cross(records, records)
+    np.testing.assert_allclose(self_influence.T.ravel(), np.diag(crossed), rtol=1e-11)
+
+
+def test_scores_that_cannot_be_had(rng):
+    records = batch(rng)
+    P = posterior(records)
+    cases = [
+        ((records, iter([records]), 1), {}, "an iterator, and 1 bytes hold the queries in 6 parts"),
+        ((records, records), {}, "batches is one mapping"),
+        ((records, []), {}, "batches gave nothing"),
+        (({"a": records["a"]}, [records]), {}, r"records and curvature differ: .* second \['b'\]"),
+        ((records, [{"a": records["a"]}]), {}, r"records and curvature differ: .* second \['b'\]"),
+        ((records, [records]), {"rank": 0}, "rank is 0"),
+        ((records, [records]), {"positions": True}, r"layers differ in positions: \{'a': 1, 'b': 3\}"),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            kf.scores(P, *arguments, **options)
+    shared = {**records, "a": kf.Record(np.ones((1, 4)), np.ones((2, 1, 3)), 6.0)}
+    with pytest.raises(ValueError, match=r"records differ in \(draws, batch\): .*'a': \(2, 1\)"):
+        P.covariance(shared)
+    other = {**records, "a": kf.Record(np.ones((6, 5)), np.ones((2, 6, 3)), 6.0)}
+    with pytest.raises(ValueError, match=r"layer 'a' is of \(blocks, d_out, d_in\) = \(1, 3, 5\)"):
+        P.covariance(other)
+
+
+def test_projected_scores_are_of_the_small_space(rng):
+    """LoGra: a fit and scores on projected records, damping joint and exact there."""
+    records = batch(rng)
+    project = Projected(2, 2, seed=4)
+    small = project(records)
+    P = posterior(small)
+    F = {name: kf.dense(r) for name, r in small.items()}
+    exact = posterior(small, kf.Exact())
+    J = {name: r.examples().transpose(0, 2, 1, 3, 4).reshape(12, r.blocks, -1) for name, r in small.items()}
+    want = 0
+    for name, matrix in F.items():
+        inverse = np.linalg.inv(matrix + 0.3 * np.eye(matrix.shape[-1]))
+        want = want + np.einsum("qbi,bij,tbj->qt", J[name], inverse, J[name])
+    np.testing.assert_allclose(kf.scores(exact, small, [small]), want, rtol=1e-10, atol=1e-12)
+    assert P.curvature.layers["b"].shape == (2, 2, 2)
+    with pytest.raises(ValueError, match="k_out=0"):
+        Projected(0, 1)
+
+
+def test_cosine_and_lds(rng):
+    scores = rng.normal(size=(3, 8))
+    inside = rng.random((20, 8)) < 0.5
+    assert lds(scores, inside, -(inside @ scores.T)) == pytest.approx(1.0)
+    assert lds(scores, [np.flatnonzero(row) for row in inside], np.exp(inside @ scores.T)) == pytest.approx(-1.0)
+    from scipy.stats import spearmanr
+
+    outcomes = np.round(rng.normal(size=(20, 3)), 1)
+    want = np.mean([spearmanr(-(inside @ s), y).statistic for s, y in zip(scores, outcomes.T, strict=True)])
+    assert lds(scores, inside, outcomes) == pytest.approx(want, rel=1e-12)
+    x = rng.normal(size=(3, 4))
+    y = rng.normal(size=(8, 4))
+    got = cosine(x @ y.T, (x**2).sum(1), (y**2).sum(1))
+    want = x @ y.T / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    assert not cosine(np.zeros((1, 2)), np.zeros(1), np.ones(2)).any()
+    with pytest.raises(ValueError, match=r"outcomes \(2, 3\)"):
+        lds(scores, inside, outcomes[:2])
+    with pytest.raises(ValueError, match="need \\(Q, T\\), \\(Q,\\) and \\(T,\\)"):
+        cosine(scores, np.ones(8), np.ones(3))
+
+
+def softmax(f):
+    e = np.exp(f - f.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("xp", [n for n in NAMESPACES if n.name not in ("readonly", "jax")], ids=lambda n: n.name)
+def test_links(rng, xp):
+    f = rng.normal(size=(4, 3))
+    root = rng.normal(size=(4, 3, 3))
+    V = root @ root.mT
+    flat = np.diagonal(V, axis1=1, axis2=2)
+    want = softmax(f / np.sqrt(1 + np.pi / 8 * flat))
+    np.testing.assert_allclose(xp.get(probit(xp.put(f), xp.put(V))), want, rtol=1e-12)
+    np.testing.assert_allclose(xp.get(probit(xp.put(f), xp.put(flat))), want, rtol=1e-12)
+    one = probit(xp.put(f[:, :1]), xp.put(V[:, :1, :1]))
+    logit = f[:, :1] / np.sqrt(1 + np.pi / 8 * V[:, :1, 0])
+    np.testing.assert_allclose(xp.get(one), 1 / (1 + np.exp(-logit)), rtol=1e-12)
+    rows = []
+    for mean, cov in zip(f, V, strict=True):  # Hobbhahn et al. 2022, example by example
+        total = cov.sum()
+        m = mean - cov.sum(1) * mean.sum() / total
+        c = np.diag(cov - np.outer(cov.sum(1), cov.sum(0)) / total)
+        alpha = (1 - 2 / 3 + np.exp(m) / 9 * np.exp(-m).sum()) / c
+        rows.append(alpha / alpha.sum())
+    np.testing.assert_allclose(xp.get(bridge(xp.put(f), xp.put(V))), rows, rtol=1e-10)
+    noise = rng.normal(size=(500, 4, 3))
+    values, Q = np.linalg.eigh(V)
+    S = (Q * np.sqrt(values)[:, None]) @ Q.mT
+    want = softmax(f + np.einsum("bij,sbj->sbi", S, noise)).mean(0)
+    got = monte_carlo_link(xp.put(f), xp.put(V), xp.put(noise))
+    np.testing.assert_allclose(xp.get(got), want, rtol=1e-10)
+    mean, variance = regression(xp.put(f), xp.put(V), 0.5)
+    np.testing.assert_allclose(xp.get(variance), V + 0.5 * np.eye(3), rtol=1e-14)
+    assert regression(f, flat, 0.5)[1].shape == (4, 3)
+
+
+def test_links_refuse_other_shapes(rng):
+    f = rng.normal(size=(4, 3))
+    for link in (probit, bridge):
+        with pytest.raises(ValueError, match=r"f has shape \(4, 3\) and V \(4, 2, 2\)"):
+            link(f, np.ones((4, 2, 2)))
+    with pytest.raises(ValueError, match="or its diagonal"):
+        probit(f, np.ones(4))
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        bridge(f[:, :1], np.ones((4, 1, 1)))
+    with pytest.raises(ValueError, match="noise has shape"):
+        monte_carlo_link(f, np.ones((4, 3, 3)), np.ones((5, 4, 2)))
+
+
+def test_what_has_no_density_is_refused(rng):
+    record = batch(rng)["a"]
+    low = kf.Record(record.a[:, :2], record.g[:, :, :2], record.n)  # 2 examples, 12 parameters
+    curvature = kf.fit(kf.Exact(), [{"x": low}])
+    mean = {"x": np.zeros((3, 4))}
+    with pytest.raises(ValueError, match=r"layer 'x': scale F~ is singular.*need any precision > 0"):
+        kf.Posterior(mean, replace_values(curvature, lambda s: np.where(s < 1e-10, 0.0, s)), 0.0)
+    kf.Posterior(mean, curvature, 1e-9)
+    bent = replace_values(curvature, lambda s: s - 0.5)
+    with pytest.raises(ValueError, match=r"is indefinite, its smallest eigenvalue is -1\.?.*above 1"):
+        kf.Posterior(mean, bent, 0.1, 2.0)
+    rounding = replace_values(curvature, lambda s: np.where(s < 1e-10, -1e-16 * s.max(), s))
+    P = kf.Posterior(mean, rounding, 0.1)
+    assert P.eigenvalues("x").min() == 0
+    for precision, scale in ((-1.0, 1.0), (np.nan, 1.0), (1.0, 0.0), (1.0, np.inf)):
+        with pytest.raises(ValueError, match="need finite numbers, >= 0 and > 0"):
+            kf.Posterior(mean, curvature, precision, scale)
+    with pytest.raises(ValueError, match=r"mean and curvature differ: only in the first \['y'\]"):
+        kf.Posterior({"y": mean["x"]}, curvature, 1.0)
+    with pytest.raises(ValueError, match=r"precision and curvature differ"):
+        kf.Posterior(mean, curvature, {"y": 1.0})
+    with pytest.raises(ValueError, match=r"mean of layer 'x' has shape \(4, 3\); need .* \(1, 3, 4\)"):
+        kf.Posterior({"x": np.zeros((4, 3))}, curvature, 1.0)
+    with pytest.raises(ValueError, match=r"no curvature for layers \['z'\]"):
+        P.solve({"z": mean["x"]})
+
+
+def replace_values(curvature, function):
+    return kf.Curvature({k: replace(b, values=function(b.values)) for k, b in curvature.layers.items()})
+
+
+def test_files_name_their_classes(rng, tmp_path):
+    records = batch(rng)
+    P = posterior(records, precision={"a": 0.3, "b": 0.2}, scale=4.0)
+    kf.save(tmp_path / "p.safetensors", P, task="here")
+    got = kf.load(tmp_path / "p.safetensors")
+    assert isinstance(got, kf.Posterior)
+    assert got.precision == {"a": 0.3, "b": 0.2}
+    assert kf.metadata(tmp_path / "p.safetensors") == {"task": "here"}
+    np.testing.assert_array_equal(got.covariance(records), P.covariance(records))
+    exact = {"deep/name": kf.fit(kf.Exact(), [{"x": records["a"]}])}
+    kf.save(tmp_path / "c.safetensors", exact)
+    found = kf.load(tmp_path / "c.safetensors")["deep/name"]
+    assert isinstance(found, kf.Curvature)
+    assert found.layers["x"].Qa == ()
+    same = kf.load(tmp_path / "p.safetensors", like=P)
+    assert same.scale == 4.0
+    state = kf.settle(kf.KFAC(), records["a"])
+    kf.save(tmp_path / "s.safetensors", state)
+    assert set(kf.load(tmp_path / "s.safetensors")) >= {"A", "G", "weight"}
+
+
+def test_the_operator_finds_eigenvectors_once(rng, monkeypatch):
+    records = batch(rng)
+    states = {k: kf.settle(kf.KFAC(), r) for k, r in records.items()}
+    whole = operator(kf.KFAC(), states, {k: kf.Block.of(r) for k, r in records.items()}, 0.1)
+    first = whole.logdet()
+    calls = []
+    monkeypatch.setattr(side, "eigh", lambda x: calls.append(x))
+    assert whole.logdet() == first
+    other = whole.damped(0.2)
+    values = np.concatenate([layer.basis.values.ravel() for layer in whole.layers.values()])
+    assert other.logdet() == pytest.approx(np.log(values + 0.2).sum(), rel=1e-12)
+    layer = replace(whole.layers["a"], damping=0.3)
+    assert layer.logdet() == pytest.approx(np.log(layer.basis.values + 0.3).sum(), rel=1e-12)
+    assert not calls
+    with pytest.raises(TypeError):  # another state is another operator
+        replace(whole.layers["a"], state=states["a"], damping=0.3).logdet()
+
+
+def test_logdet_of_a_singular_operator(rng):
+    """Zeros of the factors are rounding noise, and still zeros."""
+    a = rng.normal(size=(3, 12))
+    record = kf.Record(a, rng.normal(size=(3, 2)), 3.0)
+    whole = operator(kf.KFAC(), {"x": kf.settle(kf.KFAC(), record)}, {"x": kf.Block.of(record)})
+    assert (whole.eigvalsh() != 0).any()
+    assert whole.logdet() == -np.inf
+    values = np.linalg.eigvalsh(np.kron(record.g[0, 0, :, 0].T @ record.g[0, 0, :, 0] / 3, a.T @ a / 3))
+    want = np.log(np.maximum(values, 0) + 1e-20)
+    assert whole.damped(1e-20).logdet() == pytest.approx(np.where(values < 1e-13, np.log(1e-20), want).sum(), rel=1e-6)
+
+
+def test_a_saved_run_is_a_curvature(tmp_path, rng):
+    pytest.importorskip("sklearn")
+    from typer.testing import CliRunner
+
+    from kfaccore.cli import app
+
+    out = tmp_path / "run"
+    for method in ("kfac", "ekfac"):
+        arguments = ["train", "digits-classifier", "--method", method, "--steps", "6", "--out", str(out), "--json"]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+        run = kf.saved(out / "run.safetensors")
+        assert run.meta["task"] == "digits-classifier"
+        layers = kf.load(out / "run.safetensors")["state"]["layers"]
+        for name, basis in run.curvature.layers.items():
+            state = layers[name]
+            if method == "kfac":
+                want = np.trace(state["A"][0]) * np.trace(state["G"][0]) / state["weight"][0] ** 2
+            else:
+                want = state["S"].sum() / (state["S_weight"][0] or 1.0)  # 0: of the last refresh
+            assert float(basis.values.sum()) == pytest.approx(want, rel=1e-4)
+        kf.Posterior(run.params, run.curvature, 1.0)
+    kf.save(tmp_path / "x.safetensors", {"a": np.zeros(1)})
+    with pytest.raises(ValueError, match="holds no states of layers"):
+        kf.saved(tmp_path / "x.safetensors")
+
+
+def test_torch_differentiates_the_evidence(rng):
+    torch = pytest.importorskip("torch")
+    P = posterior(batch(rng), precision=0.3, scale=5.0)
+    placed = kf.tree.map(torch.asarray, P.curvature)
+    mean = {k: torch.asarray(v) for k, v in P.mean.items()}
+    p = {name: torch.tensor(0.3, dtype=torch.float64, requires_grad=True) for name in mean}
+    Q = kf.Posterior(mean, placed, p, 5.0)
+    kf.evidence(Q, 1.0).backward()
+    from kfaccore.posterior import slope
+
+    for name, value in slope(P).items():
+        assert float(p[name].grad) == pytest.approx(float(value), rel=1e-10)
+    theta = {k: (v + 1).requires_grad_() for k, v in mean.items()}
+    Q.energy(theta).backward()
+    for name, g in P.matvec({k: np.ones(v.shape) for k, v in P.mean.items()}).items():
+        np.testing.assert_allclose(theta[name].grad.numpy(), g, rtol=1e-10)
+
+
+def test_jax_traces_evidence_and_operator(rng):
+    jax = pytest.importorskip("jax")
+    from kfaccore_jax.trees import register
+
+    records = batch(rng)
+    P = posterior(records, kf.KFAC(), precision=0.3, scale=5.0)
+    placed = kf.tree.map(jax.numpy.asarray, P.curvature)
+    mean = {k: jax.numpy.asarray(v) for k, v in P.mean.items()}
+    states = {k: kf.settle(kf.KFAC(), r) for k, r in records.items()}
+    there = register(kf.tree.map(jax.numpy.asarray, states))
+    blocks = {k: kf.Block.of(r) for k, r in records.items()}
+
+    @jax.jit
+    def both(p, states):
+        whole = operator(kf.KFAC(), states, blocks, p)
+        return kf.evidence(kf.Posterior(mean, placed, p, 5.0), 1.0), whole.logdet(), whole.solve(mean), whole.trace()
+
+    evidence, logdet, solved, trace = both(0.3, there)
+    assert float(evidence) == pytest.approx(float(kf.evidence(P, 1.0)), rel=1e-11)
+    whole = operator(kf.KFAC(), states, blocks, 0.3)
+    assert float(logdet) == pytest.approx(whole.logdet(), rel=1e-11)
+    assert float(trace) == pytest.approx(whole.trace(), rel=1e-11)
+    for name, want in whole.solve(P.mean).items():
+        np.testing.assert_allclose(solved[name], want, rtol=1e-10, atol=1e-12)
+    hosted = jax.jit(lambda p: operator(kf.KFAC(), states, blocks, p).logdet())  # only the damping is traced
+    assert float(hosted(0.3)) == pytest.approx(whole.logdet(), rel=1e-11)
