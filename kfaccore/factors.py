@@ -60,6 +60,13 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class Traces(Stats):
+    """Partial traces, both over n, with `seen` rows."""
+
+    seen: Array
+
+
+@dataclass(frozen=True)
 class Sums:
     """Sums of one record: A over `rows` rows, G with its normaliser n, numbers where they are known on the host, so
     that a layer costs two products; what is not finite is looked for once, when it is asked for."""
@@ -121,11 +128,9 @@ def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None
     record = sharing(record)
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
-    if record.mask is not None:
-        rows = valid_rows(record)
-        return Sums(A, rows, G, share(record, rows))
+    rows = float(record.batch * record.shared) if record.mask is None else valid_rows(record)
     n = record.n if isinstance(record.n, int | float) else namespace(G).reshape(scalar(record.n, G), (1,))
-    return Sums(A, float(record.batch * record.shared), G, n)
+    return Sums(A, rows, G, n)
 
 
 def not_finite(A: Array, rows: float | Array, G: Array, n: float | Array) -> Array:
@@ -168,8 +173,9 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record], like: Si
         parts = [(side.gram(x, diagonal_in), side.gram(y, diagonal_out)) for x, y in rows]
         A = reduce(add, (part[0] for part in parts))
         G = reduce(add, (part[1] for part in parts))
-    n = share(record, A[:, 0] if A.ndim == 2 else A[:, 0, 0])
-    return Stats(A, n, G, n, not_finite(A, n, G, n))
+    seen = valid_rows(record)
+    n = per_block(record.n, seen)
+    return Traces(A, n, G, n, not_finite(A, n, G, n), seen)
 
 
 def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
@@ -184,9 +190,7 @@ def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple
 def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) -> S:
     """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
     xp = namespace(state.weight)
-    ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
-    if not isinstance(stats.rows, int | float):
-        ok = ok & (stats.rows > 0)
+    ok = usable(stats)
     decay = scalar(hyper.decay, state.weight)
     return replace(
         state,
@@ -196,12 +200,17 @@ def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) ->
     )
 
 
+def usable(stats: Stats | Sums) -> Array:
+    """Where there is something to average, (blocks,): finite means of at least one row."""
+    ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
+    seen = stats.seen if isinstance(stats, Traces) else stats.rows
+    return ok if isinstance(seen, int | float) else ok & (seen > 0)
+
+
 def moved(
     average: Array, weight: Array, total: Array, n: Array, ok: Array, hyper: Hyper, donate: bool
 ) -> tuple[Array, Array]:
-    """(average, weight) of one quantity moved towards total / n where `ok` and something was seen, for states with a
-    single average."""
-    ok = ok & (n > 0)
+    """(average, weight) of one quantity moved towards total / n where `ok`, for states with a single average."""
     decay = scalar(hyper.decay, weight)
     average = kernels.average(average, total, decay, (1 - decay) / positive(n), ok, donate)
     return average, namespace(weight).where(ok, decay * weight + (1 - decay), weight)
@@ -225,16 +234,6 @@ def _over(average: Array, divisor: Array) -> Array:
 def per_block(value: float | Array, like: Array) -> Array:
     """A number as (blocks,) of the dtype of `like` (blocks,)."""
     return namespace(like).zeros_like(like) + scalar(value, like)
-
-
-def share(record: Record, like: Array) -> Array:
-    """The record's n as (blocks,) of the dtype of `like` (blocks,); 0, a record that adds nothing, where its mask
-    leaves no row."""
-    n = per_block(record.n, like)
-    if record.mask is None:
-        return n
-    xp = namespace(n)
-    return xp.where(xp.any(record.mask), n, xp.zeros_like(n))
 
 
 def positive(count: N) -> N:

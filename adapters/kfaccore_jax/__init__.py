@@ -6,10 +6,10 @@ from kfaccore_jax.capture import Captured, capture
 from kfaccore_jax.keras_model import keras_apply, keras_assign, keras_stateful
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.plan import Plan, Row, plan
+from kfaccore_jax.state import KFACState
 from kfaccore_jax.step import Step, kfac, step
 from kfaccore_jax.stream import Stream, measured, outputs, stream
 from kfaccore_jax.tap import Tap
-from kfaccore_jax.transform import KFACState
 
 __all__ = [
     "Captured",

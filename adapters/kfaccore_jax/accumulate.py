@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from kfaccore import Block, Ids, Record, measured
 from kfaccore_jax.records import Drawn
 from kfaccore_jax.replicas import share_of
-from kfaccore_jax.transform import KFACState, Transformation, state_of
+from kfaccore_jax.state import KFACState, state_of
+from kfaccore_jax.transform import Transformation
 from kfaccore_jax.trees import register
 
 if TYPE_CHECKING:

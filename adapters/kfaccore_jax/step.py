@@ -46,7 +46,8 @@ from kfaccore import (
 )
 from kfaccore_jax.capture import capture
 from kfaccore_jax.plan import Plan
-from kfaccore_jax.transform import Transformation, counts_of
+from kfaccore_jax.state import counts_of
+from kfaccore_jax.transform import Transformation
 
 if TYPE_CHECKING:
     import optax

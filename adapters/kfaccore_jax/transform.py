@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,34 +27,8 @@ from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn
 from kfaccore_jax.replicas import Axes, check_axes, share_of
+from kfaccore_jax.state import KFACState
 from kfaccore_jax.trees import register
-
-if TYPE_CHECKING:
-    pass
-
-
-class KFACState(NamedTuple):
-    """The Preconditioner's state, the code of each block after the last step, how often each code came up, and the
-    state of `rest`."""
-
-    core: Any
-    codes: dict[str, Any]
-    counts: Any
-    rest: Any = ()
-
-
-def state_of(state: Any) -> KFACState:
-    """The state of kfac in that of a chain."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KFACState))
-    found = [x for x in leaves if isinstance(x, KFACState)]
-    if len(found) != 1:
-        raise ValueError(f"the state of one kfac(plan) is needed; this has {len(found)}")
-    return found[0]
-
-
-def counts_of(state: Any) -> Any:
-    """How often each code has come up, from the state of a chain with kfac."""
-    return state_of(state).counts
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,3 +115,19 @@ def _overlap(x: Any, y: Any) -> bool:
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
         return np.may_share_memory(x, y)
     return hasattr(x, "dtype") and type(x) is type(y) and not isinstance(x, np.generic)
+
+
+def counted(value: torch.Tensor, shots: list[Shot], shot: Shot, found: dict[str, Any]) -> torch.Tensor:
+    """The loss; once it is differentiated, what was `found` with it counts among the `shots` of the step."""
+    if value.requires_grad:
+        value.register_hook(partial(_count, shots, shot, found))
+    return value
+
+
+def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:
+    """A loss is differentiated: what it left counts, once."""
+    if not any(other is shot for other in shots):
+        shots.append(shot)
+    for name, one in found.items():
+        shot.found.setdefault(name, []).append(one)
+    found.clear()

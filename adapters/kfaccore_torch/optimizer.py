@@ -16,6 +16,7 @@ from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import gradients
 from kfaccore_torch.masks import Told
+from kfaccore_torch.moves import moves, penalty
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import recorded
 from kfaccore_torch.records import called
@@ -128,19 +129,19 @@ class Optimizer:
                 with ordered(engine.namespace, engine.device):
                     grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
         if self._overflowed():
-            return mean(engine, float(value.detach()), n) + self._penalty(l2)
+            return mean(engine, float(value.detach()), n) + penalty(engine, l2)
         before, share, grads = met(engine, float(value.detach()), grads, n)
         if records is not None:
             missing = {*grads} - {*records}
             records, grads = engine.completed(records, grads, n)
             own |= {name: records[name] for name in missing & {*records} - engine.mixing}  # J = 0: no share either
         grads, rest = summed(engine, grads, rest, share)
-        before += self._penalty(l2)
+        before += penalty(engine, l2)
 
         def again() -> float:
             with replayed(self.model, random, engine.device):
                 value = float(engine.objective.value(self._predicted(inputs), target))
-            return mean(engine, value, n) + self._penalty(l2)
+            return mean(engine, value, n) + penalty(engine, l2)
 
         batches = {name: [r] for name, r in records.items()} if records else None
         self._applied(batches, grads, before, again, own)
@@ -189,14 +190,14 @@ class Optimizer:
         """Take the core's step, and back what its rule judges too long by the loss `again`."""
         engine = self.engine
         with torch.no_grad(), ordered(engine.namespace, engine.device):
-            moves = self._moves(engine.step(records, grads, loss=before, own=own))
-            old = [p.detach().clone() for p, _ in moves] if engine.core.rule.judges else []
-            for p, move in moves:
+            found = moves(engine, engine.step(records, grads, loss=before, own=own))
+            old = [p.detach().clone() for p, _ in found] if engine.core.rule.judges else []
+            for p, move in found:
                 p.sub_(move)
             torch.clear_autocast_cache()  # which has the old weights, for as long as the caller's autocast is open
 
             def place(share: float) -> None:
-                for (p, move), kept in zip(moves, old, strict=True):
+                for (p, move), kept in zip(found, old, strict=True):
                     p.copy_(kept - share * move if share else kept)
                 torch.clear_autocast_cache()
 
@@ -212,25 +213,6 @@ class Optimizer:
         self.scaler.told(good)
         self.engine.called = set() if not good else self.engine.called
         return not good
-
-    def _penalty(self, l2: dict[str, float]) -> float:
-        layers = self.engine.plan.layers
-        covered = {id(p): (weight, p) for name, weight in l2.items() for p in layers[name].parameters.values()}
-        return 0.5 * sum(weight * float((p.detach() ** 2).sum()) for weight, p in covered.values())
-
-    def _moves(self, updates: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """What to subtract from each parameter: update + alpha weight_decay parameter."""
-        engine = self.engine
-        found: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
-        told = engine.info.step if engine.info else {}
-        shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
-        for name, matrix in updates.items():
-            layer = engine.plan.layers[name]
-            for role, x in engine.tensors(layer, matrix).items():
-                p = layer.parameters[role]
-                x = x + shrink * layer.own(role, p.detach()) if shrink else x
-                found[id(p)] = p, found[id(p)][1] + x if id(p) in found else x  # parts of one parameter
-        return list(found.values())
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state, without that of `rest`, in one file that every adapter of kfaccore reads."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import kfaccore as kf
 from kfaccore_torch.agreement import check_same
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import Shot, complain, gathered
+from kfaccore_torch.collect import Shot, complain, counted, gathered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.grafting import stepped
@@ -135,7 +134,7 @@ class Preconditioner:
         n = self.engine.share(batch)
         if n <= 0:
             shot.void = self.engine.void(batch)
-            return self._counted(value, shot, {})
+            return counted(value, self._shots, shot, {})
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
@@ -146,7 +145,7 @@ class Preconditioner:
             times = (shot.n / n) ** 0.5
             records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
         self._formed += 1
-        value = self._counted(value, shot, self.engine.waiting(records))
+        value = counted(value, self._shots, shot, self.engine.waiting(records))
         self._terms.expect(value, observed.expected, self.engine.plan.trained)
         return value
 
@@ -211,12 +210,6 @@ class Preconditioner:
             for p in old:
                 p.sub_(p.grad)
 
-    def _counted(self, value: torch.Tensor, shot: Shot, found: dict[str, Any]) -> torch.Tensor:
-        """The loss; once it is differentiated, what was found counts."""
-        if value.requires_grad:
-            value.register_hook(partial(_count, self._shots, shot, found))
-        return value
-
     def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the step is given; ValueError where gradients have no statistics to go with."""
         found = gathered(self._shots, self.engine.core.comm.world)
@@ -244,12 +237,3 @@ class Preconditioner:
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits for a step: it belongs to graphs, which no copy shares."""
         return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0, "_values": [], "_scale": Scale()}
-
-
-def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:
-    """A loss is differentiated: what it left counts, once."""
-    if not any(other is shot for other in shots):
-        shots.append(shot)
-    for name, one in found.items():
-        shot.found.setdefault(name, []).append(one)
-    found.clear()

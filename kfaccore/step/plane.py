@@ -6,7 +6,7 @@ and of tracers, which therefore takes both sides of every choice.
 
 from __future__ import annotations
 
-from kfaccore.xp.arrays import Array, eps, namespace
+from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, root
 
@@ -52,3 +52,10 @@ def capped(alpha: Number, mu: Number, cap: float) -> tuple[Number, Number]:
     long = size > cap
     shrink = pick(long, cap / pick(long, size, 1.0), 1.0)
     return alpha * shrink, mu * shrink
+
+
+def combined(alpha: Number, x: Array, mu: Number, y: Array) -> Array:
+    """alpha x + mu y; a mu that is the number 0, as at the first step, costs no pass over y."""
+    if isinstance(mu, float) and not mu:
+        return alpha * x
+    return scalar(alpha, x) * x + scalar(mu, y) * y

@@ -25,7 +25,7 @@ from kfaccore.step.leaving import leaving
 from kfaccore.step.model import Expansion, Penalty, counts, expansion, inner, trace, weighed
 from kfaccore.step.motion import Average, Motion
 from kfaccore.step.noise import Noise, first_loss, promised
-from kfaccore.step.plane import capped, minimum
+from kfaccore.step.plane import capped, combined, minimum
 from kfaccore.step.rule import ByModel
 from kfaccore.step.sharpness import sharpness
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
@@ -149,7 +149,7 @@ class SelfTuning(ByModel):
         step = promised(step, F, found.down, known.loss)
         alpha = number(step[0])
         mu = number(step[1])
-        updates = {name: _combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
+        updates = {name: combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
         low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
         sound = code != Code.NONFINITE
         after = replace(
@@ -223,13 +223,6 @@ def _gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, floa
     cross = inner(heavy, previous)
     flat = stack([inner(heavy, x), cross, cross, inner(heavy_previous, previous)])
     return namespace(flat).reshape(flat, (2, 2))
-
-
-def _combined(alpha: Number, x: Array, mu: Number, y: Array) -> Array:
-    """alpha x + mu y; a mu that is the number 0, as at the first step, costs no pass over y."""
-    if isinstance(mu, float) and not mu:
-        return alpha * x
-    return scalar(alpha, x) * x + scalar(mu, y) * y
 
 
 def _kept(good: bool | Array, previous: dict[str, Array]) -> dict[str, Array]:

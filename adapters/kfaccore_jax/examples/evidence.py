@@ -29,7 +29,7 @@ def main(steps: int = 300, sigma2: float = 0.01) -> tuple[float, float]:
     P = kf.Posterior(mean, kf.fit(kf.KFAC(), kj.stream(plan, params, loss, [(x, y)], kf.type2)), 1.0, 64 / sigma2)
     evidence = jax.jit(lambda u: kf.evidence(kf.Posterior(mean, P.curvature, jnp.exp(u), P.scale), value(params)))
     tuned, _ = kf.tuned(P, together=(tuple(mean),))
-    best = jnp.log(next(iter(tuned.precision.values())))
+    best = jnp.log(tuned.prior(next(iter(mean))))
     print(f"log evidence {float(evidence(0.0)):.1f} at precision 1, {float(evidence(best)):.1f} tuned")
     return float(evidence(best) - evidence(0.0)), float(jax.grad(evidence)(best))
 

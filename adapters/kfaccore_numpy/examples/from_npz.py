@@ -22,9 +22,9 @@ def main(path: str) -> tuple[int, int]:
     record = kf.Record(found["a"], found["g"], n=len(found["a"]))
     curvature = kf.fit(kf.EKFAC(), [{"layer": record}])
     P, _ = kf.tuned(kf.Posterior({"layer": found["W"]}, curvature, 1.0, scale=len(found["a"])))
-    print("tuned precision", float(P.precision["layer"]), "parameters the data decide", float(P.gamma()["layer"]))
-    cheapest = int(rows(P)["layer"][0].argmin())
-    odd = int(P.covariance({"layer": record}, diagonal=True)[:, 0].argmax())
+    print("tuned precision", float(P.prior("layer")), "parameters the data decide", float(P.gamma()["layer"]))
+    cheapest = int(np.argmin(rows(P)["layer"][0]))
+    odd = int(np.argmax(P.covariance({"layer": record}, diagonal=True)[:, 0]))
     print("the unit that costs least to take out:", cheapest, "- the example that moves the most:", odd)
     return cheapest, odd
 

@@ -1,5 +1,6 @@
 """A trained classifier as a Laplace posterior: the evidence tunes the prior, the probit link predicts."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,9 +29,9 @@ def main(steps: int = 200) -> tuple[float, float]:
     with torch.no_grad():
         f = model(far).numpy()
     (records,) = kt.outputs(model, [far])
-    sure = probit(f, tuned.covariance(records)).max(1)
-    print("confidence near and far", *sure)
-    return tuple(map(float, sure))
+    near, away = np.max(probit(f, tuned.covariance(records)), axis=1)
+    print("confidence near and far", near, away)
+    return float(near), float(away)
 
 
 if __name__ == "__main__":

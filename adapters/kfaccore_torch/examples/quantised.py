@@ -9,7 +9,7 @@ import kfaccore_torch as kt
 from kfaccore.posterior import quantise
 
 
-def main(steps: int = 200, levels: int = 3) -> tuple[float, float, float]:
+def main(steps: int = 200, levels: int = 3) -> list[float]:
     torch.manual_seed(0)
     x = torch.randn(500, 16) @ torch.randn(16, 16) / 4  # correlated inputs
     y = (x @ torch.randn(16, 4)).argmax(1)
@@ -32,7 +32,7 @@ def main(steps: int = 200, levels: int = 3) -> tuple[float, float, float]:
         kt.assign(model, {name: pair[which] for name, pair in found.items()})
         accuracies.append(float((model(x).argmax(1) == y).float().mean()))
     print("accuracy: trained {:.3f}, rounded {:.3f}, compensated {:.3f}".format(*accuracies))
-    return tuple(accuracies)
+    return accuracies
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Moments(Additive):
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         """Factors and moments moved towards the Stats; the first moments after a refresh replace what it put."""
         xp = namespace(state.S)
-        ok = (stats.bad == 0) & (stats.factors.rows > 0)
+        ok = factors.usable(stats.factors)
         decay = scalar(hyper.decay, state.S_weight)
         keep = xp.where(state.S_weight > 0, decay + xp.zeros_like(state.S_weight), xp.zeros_like(state.S_weight))
         state = factors.update(state, stats.factors, hyper, donate)

@@ -128,7 +128,7 @@ def measure(record: Record, sharing: Callable[[Record], Record], like: State) ->
     else:
         g = xp.reshape(xp.permute_dims(record.g, (1, 2, 0, 3, 4)), (record.blocks, -1, record.d_out))
     rows = factors.valid_rows(record)
-    n = factors.share(record, rows)
+    n = factors.per_block(record.n, rows)
     # of rows, what will be stored are the means of their squares
     fine = all_finite(a) & all_finite(g) & xp.isfinite(_total(a) / factors.positive(rows))
     fine = fine & xp.isfinite(_total(g) / factors.positive(n))

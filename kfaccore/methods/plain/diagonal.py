@@ -32,10 +32,11 @@ class State:
 
 @dataclass(frozen=True)
 class Stats:
-    """Summed squares, their normaliser and how many records were not finite."""
+    """Summed squares, their normaliser, how many rows there were and how many records were not finite."""
 
     D: Array
     n: Array
+    rows: Array
     bad: Array
 
 
@@ -55,12 +56,14 @@ class Diagonal(Additive):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         factors.needs_draws(record)
         D = squares(record)
-        n = factors.share(record, D[:, 0, 0])
+        rows = factors.valid_rows(record)
+        n = factors.per_block(record.n, rows)
         bad = namespace(D).astype(~all_finite(D / factors.positive(n)[:, None, None]), D.dtype)
-        return Stats(D, n, bad)
+        return Stats(D, n, rows, bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        D, weight = factors.moved(state.D, state.weight, stats.D, stats.n, stats.bad == 0, hyper, donate)
+        ok = (stats.bad == 0) & (stats.rows > 0)
+        D, weight = factors.moved(state.D, state.weight, stats.D, stats.n, ok, hyper, donate)
         return replace(state, D=D, weight=weight)
 
     def refresh(self, state: State, hyper: Hyper) -> State:

@@ -33,10 +33,11 @@ class State:
 
 @dataclass(frozen=True)
 class Stats:
-    """Summed outer products, their normaliser and how many records were not finite."""
+    """Summed outer products, their normaliser, how many rows there were and how many records were not finite."""
 
     F: Array
     n: Array
+    rows: Array
     bad: Array
 
 
@@ -61,11 +62,13 @@ class Exact(Additive):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         F = dense(record)
         bad = namespace(F).astype(~all_finite(F), F.dtype)
-        n = factors.share(record, bad)
-        return Stats(F * n[:, None, None], n, bad)
+        rows = factors.valid_rows(record)
+        n = factors.per_block(record.n, rows)
+        return Stats(F * n[:, None, None], n, rows, bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        F, weight = factors.moved(state.F, state.weight, stats.F, stats.n, stats.bad == 0, hyper, donate)
+        ok = (stats.bad == 0) & (stats.rows > 0)
+        F, weight = factors.moved(state.F, state.weight, stats.F, stats.n, ok, hyper, donate)
         return replace(state, F=F, weight=weight)
 
     def refresh(self, state: State, hyper: Hyper) -> State:

@@ -32,13 +32,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class Stats:
-    """Rows of a record, their examples' numbers and how many there are; n; how many records were not finite."""
+    """Rows of a record, their examples' numbers and how many there are; n; how many rows exist; how many records were
+    not finite."""
 
     a: Array
     g: Array
     number: Array
     examples: Array
     n: Array
+    rows: Array
     bad: Array
 
 
@@ -74,9 +76,10 @@ def measure(state: Examples, record: Record) -> Stats:
     number = xp.repeat(xp.arange(examples, dtype=xp.int32, device=device), record.shared)
     zero = xp.zeros((record.blocks, 1), dtype=xp.int32, device=device)
     fine = all_finite(a) & all_finite(g)
-    n = factors.share(record, xp.astype(fine, g.dtype))
+    rows = factors.valid_rows(record)
+    n = factors.per_block(record.n, rows)
     bad = xp.astype(~(fine & xp.isfinite(1 / factors.positive(n))), g.dtype)
-    return Stats(a, g, zero + number[None, :], zero[:, 0] + examples, n, bad)
+    return Stats(a, g, zero + number[None, :], zero[:, 0] + examples, n, rows, bad)
 
 
 def combine(first: Stats, second: Stats) -> Stats:
@@ -88,6 +91,7 @@ def combine(first: Stats, second: Stats) -> Stats:
         number=xp.concat([first.number, second.number + first.examples[:, None]], axis=1),
         examples=first.examples + second.examples,
         n=first.n + second.n,
+        rows=first.rows + second.rows,
         bad=first.bad + second.bad,
     )
 
@@ -99,7 +103,7 @@ def update(state: Examples, stats: Stats, hyper: Hyper) -> Examples:
     capacity = state.a.shape[1]
     if count > capacity:
         raise ValueError(f"a batch has {count} rows and there is room for {capacity}: raise rows (or Block.rows)")
-    ok = (stats.bad == 0) & (stats.n > 0)
+    ok = (stats.bad == 0) & (stats.rows > 0)
     decay = scalar(hyper.decay, state.weight)
     ones = xp.ones(stats.number.shape, dtype=state.a.dtype, device=device_of(state.a))
     # Stats on their way may have been cast, whole numbers too, to the dtype of the state

@@ -100,7 +100,7 @@ def measure(state: Factors, record: Record) -> Stats:
     else:
         G = factors.gram_of_gradients(record, side.is_diagonal(state.G))
     rows = factors.valid_rows(record)
-    n = factors.share(record, rows)
+    n = factors.per_block(record.n, rows)
     finite = _finite(A, rows) & _finite(G, n)
     return Stats(A, rows, G, n, xp.astype(~finite, record.g.dtype))
 

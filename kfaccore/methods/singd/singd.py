@@ -140,7 +140,7 @@ class SINGD(Additive):
         else:
             H_C = self._summed(outputs, state.C, _output_rows(record))
         rows = factors.valid_rows(record)
-        n = factors.share(record, rows)
+        n = factors.per_block(record.n, rows)
         xp = namespace(rows)
         finite = xp.isfinite(inputs.trace(H_K) / factors.positive(rows))
         finite = finite & xp.isfinite(outputs.trace(H_C) / factors.positive(n))

@@ -42,11 +42,13 @@ class State:
 
 @dataclass(frozen=True)
 class Stats:
-    """Sums of one sweep of each pair, their normaliser and how many records were not finite."""
+    """Sums of one sweep of each pair, their normaliser, how many rows there were and how many records were not
+    finite."""
 
     first: rearranged.Sweep
     second: rearranged.Sweep
     n: Array
+    rows: Array
     bad: Array
 
 
@@ -74,11 +76,12 @@ class Deflation(TwoTerms[State], Additive):
         first = rearranged.sweep(record, U, V, positive=True)
         U, V = rearranged.ahead(state.pair)
         second = rearranged.sweep(record, U, V)
-        n = factors.share(record, first.A[:, 0, 0])
-        return Stats(first, second, n, rearranged.bad(first, n) + rearranged.bad(second, n))
+        rows = factors.valid_rows(record)
+        n = factors.per_block(record.n, rows)
+        return Stats(first, second, n, rows, rearranged.bad(first, n) + rearranged.bad(second, n))
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = (stats.bad == 0) & (stats.n > 0)
+        ok = (stats.bad == 0) & (stats.rows > 0)
         state = replace(state, **rearranged.averaged(state, stats.first, stats.n, ok, hyper, donate))
         first = rearranged.balanced(state)  # the second pair fits what the first leaves now
         return replace(state, pair=rearranged.moved(state.pair, stats.second, stats.n, first, ok, hyper))

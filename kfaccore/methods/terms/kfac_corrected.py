@@ -83,7 +83,7 @@ class KFACCorrected(TwoTerms[State], Additive):
         return Stats(replace(plain, bad=plain.bad + rearranged.bad(sums, plain.n)), sums)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = (stats.bad == 0) & (stats.factors.rows > 0)
+        ok = factors.usable(stats.factors)
         state = factors.update(state, stats.factors, hyper, donate)
         first = factors.means(state)  # the second pair fits what the first leaves now
         return replace(state, pair=rearranged.moved(state.pair, stats.sweep, stats.factors.n, first, ok, hyper))

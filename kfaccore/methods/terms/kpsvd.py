@@ -43,10 +43,11 @@ class State:
 
 @dataclass(frozen=True)
 class Stats:
-    """Sums of one sweep, their normaliser and how many records were not finite."""
+    """Sums of one sweep, their normaliser, how many rows there were and how many records were not finite."""
 
     sweep: rearranged.Sweep
     n: Array
+    rows: Array
     bad: Array
 
 
@@ -71,11 +72,12 @@ class KPSVD(Additive):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         U, V = rearranged.positive(state.A, state.G)
         sums = rearranged.sweep(record, U, V, positive=True)
-        n = factors.share(record, sums.A[:, 0, 0])
-        return Stats(sums, n, rearranged.bad(sums, n))
+        rows = factors.valid_rows(record)
+        n = factors.per_block(record.n, rows)
+        return Stats(sums, n, rows, rearranged.bad(sums, n))
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        first = rearranged.averaged(state, stats.sweep, stats.n, (stats.bad == 0) & (stats.n > 0), hyper, donate)
+        first = rearranged.averaged(state, stats.sweep, stats.n, (stats.bad == 0) & (stats.rows > 0), hyper, donate)
         return replace(state, **first)
 
     def refresh(self, state: State, hyper: Hyper) -> State:

@@ -48,12 +48,14 @@ class State:
 
 @dataclass(frozen=True)
 class Stats:
-    """Rows a (blocks, batch, shared, d_in), g (draws, blocks, batch, shared, d_out), their n, non-finite records."""
+    """Rows a (blocks, batch, shared, d_in), g (draws, blocks, batch, shared, d_out), their n, how many exist, and
+    non-finite records."""
 
     DRAWS_FIRST: ClassVar = ("g",)
     a: Array
     g: Array
     n: Array
+    rows: Array
     bad: Array
 
 
@@ -99,17 +101,17 @@ class Lanczos(TwoTerms[State]):
         a = record.rows()
         finite = all_finite(a) & xp.all(all_finite(record.g, axes=2), axis=0)
         bad = xp.astype(~finite, a.dtype)
-        return Stats(a, record.g, factors.share(record, bad), bad)
+        return Stats(a, record.g, factors.per_block(record.n, bad), factors.valid_rows(record), bad)
 
     def combine(self, first: Stats, second: Stats) -> Stats:
         xp = namespace(first.a)
         a = xp.concat([first.a, second.a], axis=1)
         g = xp.concat([first.g, second.g], axis=2)
-        return Stats(a, g, first.n + second.n, first.bad + second.bad)
+        return Stats(a, g, first.n + second.n, first.rows + second.rows, first.bad + second.bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         xp = namespace(state.A)
-        ok = (stats.bad == 0) & (stats.n > 0)
+        ok = (stats.bad == 0) & (stats.rows > 0)
         A, G, residual, matvecs = self._triples(state, stats)
         decay = scalar(hyper.decay, state.weight)
         return replace(

@@ -1,0 +1,32 @@
+"""What a step subtracts from each parameter, and what its penalty adds to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfaccore_torch.step import Engine
+
+
+def moves(engine: Engine, updates: Mapping[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """(parameter, update + alpha weight_decay parameter), once a parameter."""
+    found: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    told = engine.info.step if engine.info else {}
+    shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
+    for name, matrix in updates.items():
+        layer = engine.plan.layers[name]
+        for role, x in engine.tensors(layer, matrix).items():
+            p = layer.parameters[role]
+            x = x + shrink * layer.own(role, p.detach()) if shrink else x
+            found[id(p)] = p, found[id(p)][1] + x if id(p) in found else x  # parts of one parameter
+    return list(found.values())
+
+
+def penalty(engine: Engine, l2: Mapping[str, float]) -> float:
+    """Sum of l2 / 2 |theta|^2 over covered parameters."""
+    layers = engine.plan.layers
+    covered = {id(p): (weight, p) for name, weight in l2.items() for p in layers[name].parameters.values()}
+    return 0.5 * sum(weight * float((p.detach() ** 2).sum()) for weight, p in covered.values())
