@@ -23,8 +23,10 @@ def main(path: str) -> tuple[int, int]:
     curvature = kf.fit(kf.EKFAC(), [{"layer": record}])
     P, _ = kf.tuned(kf.Posterior({"layer": found["W"]}, curvature, 1.0, scale=len(found["a"])))
     print("tuned precision", float(P.prior("layer")), "parameters the data decide", float(P.gamma()["layer"]))
-    cheapest = int(np.argmin(rows(P)["layer"][0]))
-    odd = int(np.argmax(P.covariance({"layer": record}, diagonal=True)[:, 0]))
+    costs = rows(P)["layer"][0]
+    moves = P.covariance({"layer": record}, diagonal=True)[:, 0]
+    cheapest = min(range(5), key=lambda unit: float(costs[unit]))
+    odd = max(range(len(found["a"])), key=lambda example: float(moves[example]))
     print("the unit that costs least to take out:", cheapest, "- the example that moves the most:", odd)
     return cheapest, odd
 

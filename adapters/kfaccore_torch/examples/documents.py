@@ -1,6 +1,5 @@
-"""Which training documents taught a small language model its answer? EK-FAC influence on the last position."""
+"""Which training documents taught a small language model its answer? EK-FAC influence: lowest scores helped most."""
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,7 +33,7 @@ def main(steps: int = 150) -> list[str]:
     P = kf.Posterior(kt.matrices(model), kf.fit(kf.EKFAC(), kt.Stream(model, loss, data, draws=8)), 1e-3)
     queries = next(iter(kt.measured(model, measure, asked)))
     found = kf.scores(P, queries, kt.Stream(model, loss, data, fisher=kf.empirical))[0]
-    return [DOCUMENTS[i] for i in np.argsort(found)]  # the lower the score, the more a document raises the answer
+    return [DOCUMENTS[i] for i in sorted(range(len(DOCUMENTS)), key=lambda i: float(found[i]))]
 
 
 if __name__ == "__main__":

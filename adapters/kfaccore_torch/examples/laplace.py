@@ -1,6 +1,5 @@
 """A trained classifier as a Laplace posterior: the evidence tunes the prior, the probit link predicts."""
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,9 +28,9 @@ def main(steps: int = 200) -> tuple[float, float]:
     with torch.no_grad():
         f = model(far).numpy()
     (records,) = kt.outputs(model, [far])
-    near, away = np.max(probit(f, tuned.covariance(records)), axis=1)
+    near, away = torch.as_tensor(probit(f, tuned.covariance(records))).max(1).values.tolist()
     print("confidence near and far", near, away)
-    return float(near), float(away)
+    return near, away
 
 
 if __name__ == "__main__":
