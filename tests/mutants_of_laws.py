@@ -67,7 +67,7 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "G of zero draws not over n",
-        "factors.py",
+        "linalg/grams.py",
         "side.identity(like) * scalar(record.n, like)",
         "side.identity(like)",
         _DRAWS,
@@ -140,7 +140,7 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "eigenvalues without damping",
-        "methods/kronecker/kfac.py",
+        "methods/kronecker/product.py",
         "self.split.denominators(parts.a, parts.g, hyper.damping)",
         "self.split.denominators(parts.a, parts.g, 0.0)",
         _DECLARED,

@@ -185,7 +185,8 @@ def test_uneven_batches_combine_to_the_whole(sizes, bias, rng):
         method = kf.KFAC()
         state = method.init(kf.Block.of(parts[0][layer]), f)
         stats = method.combine(*(method.measure(state, part[layer], kf.Hyper(0, 0.0, 1.0)) for part in parts))
-        G, A = (stats.G / stats.n[:, None, None])[0], (stats.A / stats.rows[:, None, None])[0]
+        G = (stats.G / np.reshape(stats.n, (-1, 1, 1)))[0]
+        A = (stats.A / np.reshape(stats.rows, (-1, 1, 1)))[0]
         assert same(np.kron(G, A), block(net, weights, whole, layer, hessians("mse", f), 1 / 7))
 
 

@@ -168,7 +168,20 @@ def linear_sides_grow_with_the_width(case, rng):
     assert bytes_of(wide) <= 2.1 * bytes_of(narrow)
 
 
+def moments_follow_the_basis(case, rng):
+    """Seen once more, the same data move what a refresh left: until then it holds a guess in the new basis."""
+    stats = case.method.measure(case.state, case.record, HYPER)
+    guessed = case.method.refresh(case.method.update(case.state, stats, HYPER), HYPER)
+    seen = case.method.update(guessed, case.method.measure(guessed, case.record, HYPER), HYPER)
+    solve = case.method.solve
+    first, second = (case.xp.get(solve(x, case.xp.put(case.v), HYPER).direction) for x in (guessed, seen))
+    assert not close(first, second, 1e-6)
+    again = case.method.update(seen, case.method.measure(seen, case.record, HYPER), HYPER)
+    assert close(case.xp.get(solve(again, case.xp.put(case.v), HYPER).direction), second)
+
+
 LAWS = {
+    contract.MovesWithBasis: moments_follow_the_basis,
     contract.LinearSides: linear_sides_grow_with_the_width,
     contract.RowsAtSolve: rows_at_solve_are_used_there,
     contract.OwnGradients: own_gradients_of_the_batch_invert_its_own_fisher,

@@ -92,7 +92,7 @@ def test_torch_jax_numpy(method, tmp_path):
     jax_steps(tmp_path / "one", tmp_path / "two", like, method)
     tree = kf.load(tmp_path / "two", like=like)
     assert tree["state"].step == 100
-    assert kf.metadata(tmp_path / "one") == {"task": "one file"}
+    assert kf.metadata(tmp_path / "one")["task"] == "one file"
     numpy_steps(tree["params"], tree["state"], range(100, 150), pre)
     for name, W in whole.items():
         np.testing.assert_allclose(tree["params"][name], W, rtol=1e-8, atol=1e-8)

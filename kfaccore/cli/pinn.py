@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kfaccore import Preconditioner, __version__, load, metadata, save
+from kfaccore import Preconditioner, __version__, describe, load, metadata, save
 from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
 from kfaccore.cli.pause import Pause
 
@@ -142,13 +141,9 @@ class PINNRun:
         tree: dict[str, Any] = {"params": params}
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(solver, Preconditioner):
-            state = progress.state
-            rule = solver.rule
-            schedules = solver.schedules
-            hypers = {name: rule.hyper(state.motion, schedules.hyper(name, state.step)) for name in state.layers}
-            meta["damping"] = {name: hyper.damping for name, hyper in hypers.items()}
+            size = sum(int(np.prod(matrix.shape)) for matrix in params.values())
+            meta = describe(solver, progress.state, type(self.pinn).__name__, size, {}) | meta
             meta["terms"] = [term.name for term in self.pinn.problem.terms]
-            meta["blocks"] = {name: asdict(block) for name, block in state.blocks}
         if progress.state is not None:
             tree["state"] = progress.state
             meta["step"] = progress.step
