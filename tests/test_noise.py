@@ -220,8 +220,9 @@ def test_small_batches_tell_their_noise_and_promise_no_more_than_there_is():
     loss, losses, state, infos = trained(pre, 30, 8)
     assert loss < 0.7 * losses[0]
     assert all(-info["predicted"] <= value for info, value in zip(infos, losses, strict=True))
-    assert 0 <= infos[-1]["rho"] < 0.9
-    assert infos[-1]["critical_batch"] == pytest.approx(8 * (1 / infos[-1]["rho"] - 1), rel=1e-9)
+    assert all(0 <= info["rho"] < 0.9 for info in infos[5:])
+    told = next(info for info in infos if info["rho"] > 0)
+    assert told["critical_batch"] == pytest.approx(8 * (1 / told["rho"] - 1), rel=1e-9)
     assert {info["with_own"] for info in infos} == {0}
     assert state.motion.first == losses[0]
 
