@@ -35,6 +35,8 @@ class Leaving(NamedTuple):
 
 
 _MEMORY = 0.8  # of the running means of slope and noise
+# of the batch's slope, in the first step: examples that contradict each other are not followed, nor ignored
+_FIRST = 0.02
 _ALL = 1 - 1e-6  # a weight of 1 but for rounding
 
 
@@ -52,10 +54,15 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
     skipped = motion.seen.clear(examples) & (motion.steps % noise.every != 0)
     idle = again(known.loss, motion.last) | skipped
     left = when(idle, lambda: _nothing(records), lambda: known.own.shares(records, weights))
-    factor = remaining(weight > _ALL, examples)
+    remains = {"factor": remaining(weight > _ALL, examples), "least": pick(motion.steps == 0, _FIRST, 0.0)}
     if is_tracer(idle):
-        return Leaving(left._replace(factor=pick(idle, 1.0, factor)), namespace(idle).logical_not(idle), weight, whole)
-    return Leaving(None if idle else left._replace(factor=factor), not idle, weight, whole)
+        return Leaving(
+            left._replace(**remains | {"factor": pick(idle, 1.0, remains["factor"])}),
+            namespace(idle).logical_not(idle),
+            weight,
+            whole,
+        )
+    return Leaving(None if idle else left._replace(**remains), not idle, weight, whole)
 
 
 def _nothing(records: Mapping[str, Record]) -> Left:

@@ -17,7 +17,6 @@ from kfaccore.step.own import Left
 from kfaccore.xp.arrays import Array, is_tracer, namespace, scalar
 from kfaccore.xp.numbers import Number, number, numbers, pick, stack
 
-_LEAST = 0.02  # of the batch's slope: a batch whose examples contradict each other is not followed, nor is it ignored
 Penalty = float | Mapping[str, float]  # l2 of all layers, or {layer: l2}
 Records = Mapping[str, Record | tuple[Record, ...]]  # a tuple: one a term of the loss
 
@@ -52,7 +51,7 @@ def expansion(
     layers of one row an example are left out of F.
 
     left   own shares of the first of two directions: J_b x becomes factor (J_b x - s_b / n), and <gradient, x> the
-           like, but at least a fiftieth of the batch's; F stays positive semidefinite
+           like, but at least `least` of the batch's; F stays positive semidefinite
     """
     down = stack([0.0] * len(directions))
     rows: dict[tuple[int, ...], Array] = {}  # J v of the layers by its shape: only equal batches may be added
@@ -73,7 +72,7 @@ def expansion(
     own = number(q[0] / (n[0] * n[0]))
     slope = number(down[0])
     kept = left.factor * (slope - own)
-    least = _LEAST * pick(slope > 0, slope, 0.0 * slope)
+    least = left.least * pick(slope > 0, slope, 0.0 * slope)
     down = stack([pick(kept > least, kept, least), number(down[1])])
     return Expansion(T @ Q @ T.mT / n, down, Q[:2, :2] / n, slope, own)
 

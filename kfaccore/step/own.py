@@ -22,11 +22,13 @@ from kfaccore.xp.numbers import Number, number, numbers, pick
 
 class Left(NamedTuple):
     """What a model leaves out: s (draws, batch) = J_vb P h_b and q = sum_b h_b . P h_b, times their weight in the
-    direction and added over layers, both still to be divided by n; factor on what remains."""
+    direction and added over layers, both still to be divided by n; factor on what remains, and the least share of the
+    batch's slope that does."""
 
     s: Array
     q: Number
     factor: Number = 1.0
+    least: Number = 0.0
 
 
 @dataclass(frozen=True)
