@@ -115,8 +115,9 @@ def test_the_self_tuning_step_outside_jit_is_that_of_numpy():
     def front(params, noise):
         captured = kj.capture(plan, params, x)
         f = captured.prediction
-        grads = captured.gradients(loss.gradient(f, y) / 12)
-        return captured.records(kf.monte_carlo(loss, f, noise), 12.0), plan.matrices(grads), loss.value(f, y) / 12
+        slope = loss.gradient(f, y) / 12
+        drawn = captured.records(kf.monte_carlo(loss, f, noise), 12.0, cotangent=slope)
+        return drawn, plan.matrices(captured.gradients(slope)), loss.value(f, y) / 12
 
     value = compiled(lambda params: loss.value(apply(params, x), y) / 12)
     moved = compiled(lambda params, moves, share: jax.tree.map(lambda p, m: p - share * m[0], params, moves))
@@ -125,7 +126,7 @@ def test_the_self_tuning_step_outside_jit_is_that_of_numpy():
     for i in range(6):
         noise = kf.draw_noise(loss, (12, 3), 1, np.random.default_rng(100 + i))
         records, grads, before = kj.exported(front(params, noise))
-        moves, state, _ = pre.step(state, records, grads)
+        moves, state, _ = pre.step(state, records, grads, loss=float(before), own=records.own)
         old, box = params, [moved(params, kj.imported(moves), 1.0)]
 
         def place(share, old=old, moves=moves, box=box):

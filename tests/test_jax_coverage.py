@@ -168,5 +168,34 @@ def test_a_step_of_its_own_rate_moves_every_leaf_out_of_the_box():
     )
     assert all(np.any(m) for m in jax.tree.leaves(moves))
     assert value(jax.tree.map(jnp.subtract, ODD, moves)) < value(ODD)
-    with pytest.raises(ValueError, match=r"give uncovered=Diagonal\(\)"):
-        kj.kfac(plan, step=kf.SelfTuning(), uncovered=kf.Identity())
+    with pytest.raises(ValueError, match=r"layers \['e', 'm'\] have gradients but no records, which SelfTuning"):
+        tx.update(ODD, tx.init(ODD), ODD, records=dict(records), value=value(ODD), value_fn=value)
+    for left in ({"uncovered": kf.Identity()}, {"rest": optax.scale_by_adam()}):
+        with pytest.raises(ValueError, match=r"leave out rest, and give uncovered=Diagonal\(\)"):
+            kj.kfac(plan, step=kf.SelfTuning(), **left)
+
+
+@pytest.mark.parametrize("hidden", ["w", "b"])
+def test_own_gradients_are_those_of_the_part_that_is_not_hidden(hidden):
+    """Of a layer without its weight or its bias: the step of a model that has that part for a constant."""
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, 4)))
+    full = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(4, 3))), "b": jnp.ones(3)}
+    part = {name: leaf for name, leaf in full.items() if name != hidden}
+
+    def apply(p, x):
+        p = full | p
+        return x @ p["w"] + p["b"]
+
+    def step(params, given):
+        plan = kj.plan(apply, params, x)
+        captured = kj.capture(plan, params, x)
+        f = captured.prediction
+        slope = f / 6
+        records = captured.records(kf.type2(kf.Gaussian(), f), 6.0, fisher=kf.type2, cotangent=slope)
+        grads = captured.gradients(slope)
+        tx = kj.kfac(plan, kf.KFAC(), step=kf.SelfTuning())
+        asked = {"value": jnp.sum(f * f) / 12, "value_fn": lambda p: jnp.sum(apply(p, x) ** 2) / 12}
+        moves, _ = tx.update({k: grads[k] for k in given}, tx.init(given), given, records=records, **asked)
+        return moves
+
+    close(step(full, part), step(part, part))

@@ -96,19 +96,34 @@ MODELS = {
 }
 
 
-def compared(apply, params, x, plan, *state):
-    """(prediction, examples from records, examples by vmap(grad), mean gradient, aux) for the same two draws."""
+def compared(apply, params, x, plan):
+    """(prediction, examples from records, examples by vmap(grad), mean gradient) for the same two draws."""
 
     @partial(jax.jit, compiler_options=FAST)
-    def run(params, x, *state):
-        captured = kj.capture(plan, params, x, *state)
+    def run(params, x):
+        captured = kj.capture(plan, params, x)
         draws = jnp.asarray(np.random.default_rng(7).normal(size=(2, *captured.prediction.shape)))
         n = draws.shape[1]
         got, mean = examples(plan, params, captured.records(draws, n)), captured.gradients(draws[0] / n)
-        want = None if state else reference(apply, params, draws, x)
-        return captured.prediction, got, want, mean, captured.aux
+        return captured.prediction, got, reference(apply, params, draws, x), mean
 
-    return run(params, x, *state)
+    return run(params, x)
+
+
+def summed(plan, params, x, state):
+    """(gradient of one draw from records, summed over their rows; by autograd; aux), leaf by leaf."""
+
+    @partial(jax.jit, compiler_options=FAST)
+    def run(params, x, state):
+        captured = kj.capture(plan, params, x, state)
+        draws = jnp.asarray(np.random.default_rng(7).normal(size=(1, *captured.prediction.shape)))
+        records = captured.records(draws, x.shape[0], fisher=kf.monte_carlo)  # told so, shared rows get no signs
+        totals = plan.tree(params, {name: record.examples()[:, 0].sum(1) for name, record in records.items()})
+        return totals, captured.gradients(draws[0]), captured.aux
+
+    totals, gradients, aux = run(params, x, state)
+    measured = {part.leaf for layer in plan.layers for part in layer.parts}
+    return {k: v for k, v in totals.items() if k in measured}, gradients, aux
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -118,7 +133,7 @@ def test_examples_from_records_are_those_of_vmap_grad(keras, make):
     assert list(params) == [v.path for v in model.trainable_variables]
     plan = kj.plan(apply, params, x, strict=True)
     assert sorted(layer.kind for layer in plan.layers) == sorted(MODELS[make].split())
-    prediction, got, want, mean, _ = compared(apply, params, x, plan)
+    prediction, got, want, mean = compared(apply, params, x, plan)
     close(prediction, model(x), 1e-12)
     close(got, want)
     close(jax.tree.map(lambda j: j[0].mean(0), want), mean)
@@ -128,7 +143,7 @@ def test_attention_by_jax_itself_is_covered(keras):
     model, x = transformer(keras, 0.0)
     apply, params = kj.keras_apply(filled(model))
     plan = kj.plan(apply, params, x, strict=True)
-    _, got, want, _, _ = compared(apply, params, x, plan)
+    _, got, want, _ = compared(apply, params, x, plan)
     close(got, want, 1e-5)
 
 
@@ -136,7 +151,7 @@ def test_recurrent_layers(keras):
     layers = [keras.layers.LSTM(3, return_sequences=True), keras.layers.GRU(3), keras.layers.Dense(2)]
     model, x = filled(keras.Sequential([keras.Input((4, 5)), *layers])), normal((3, 4, 5), seed=2)
     apply, params = kj.keras_apply(model)
-    _, got, want, _, _ = compared(apply, params, x, kj.plan(apply, params, x, strict=True))
+    _, got, want, _ = compared(apply, params, x, kj.plan(apply, params, x, strict=True))
     close(got, want)
 
 
@@ -156,15 +171,11 @@ def test_state_is_handed_through(keras):
     apply, params, state = kj.keras_stateful(model)
     plan = kj.plan(apply, params, x, state, has_aux=True)
     refused = {row.leaf: row.reason for row in plan.table if row.reason}
-    assert refused == {
-        "noisy/norm/beta": "goes into: bias on data without a batch axis",
-        "noisy/norm/gamma": "goes into: scale on data without a batch axis",
-    }
-    _, got, _, mean, after = compared(apply, params, x, plan, state)
-    close(
-        {k: j[0].mean(0) for k, j in got.items() if k not in refused},
-        {k: g for k, g in mean.items() if k in got and k not in refused},
-    )
+    # Keras adds beta - mean * gamma / deviation, one row for all examples, and multiplies them by gamma / deviation
+    assert refused == {"noisy/norm/gamma": "goes into: scale on rows of examples and on rows that all of them share"}
+    assert [layer.name for layer in plan.layers if layer.common] == ["noisy/norm/beta"]
+    got, mean, after = summed(plan, params, x, state)
+    close(got, {k: g for k, g in mean.items() if k not in refused})
     hidden = jnp.tanh(x @ params["noisy/first/kernel"] + params["noisy/first/bias"])
     np.testing.assert_allclose(after["noisy/norm/moving_mean"], 0.01 * hidden.mean(0), rtol=1e-10)
     seed = next(path for path in state if "seed" in path)

@@ -276,7 +276,3 @@ def test_what_the_step_cannot_do_is_said():
         tx.update(START, state, records=record, **asked)
     with pytest.raises(ValueError, match=r"layers \['dense2'\] have gradients but no records, which SelfTuning"):
         tx.update(START, state, START, records=record, **asked)
-    odd = {**START, "odd": jnp.ones(2)}
-    plan = kj.plan(lambda p, x: twin(NET)(p, x) * jnp.max(p["odd"]), odd, batch(0)[0])
-    with pytest.raises(ValueError, match=r"finds no rate for leaves without a layer, \['odd'\]; give them to"):
-        kj.kfac(plan, step=kf.SelfTuning()).init(odd)

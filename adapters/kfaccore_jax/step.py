@@ -158,9 +158,9 @@ class Step:
         f = captured.prediction
         n = self.loss.normaliser(f, target)
         draws = monte_carlo(self.loss, f, self._noise(f, key), target)
-        records = captured.records(draws, n, fisher=monte_carlo)
         value = self.loss.value(f, target) / n
         slope = jax.tree.map(lambda v: v[0] / n, empirical(self.loss, f, target))
+        records = captured.records(draws, n, fisher=monte_carlo, cotangent=slope)
 
         def value_fn(params: Any) -> Any:
             out = self.plan.apply(params, *args)

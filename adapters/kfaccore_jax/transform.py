@@ -128,7 +128,7 @@ class Transformation:
 
         products = {name: x for name, x in (factored or {}).items() if name in blocks}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
-        told = self._told(records, given, value, axes, share)
+        told = self._told(records, grads, value, axes, share)
         moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told)
         rest = state.rest
         if self.rest is not None:
@@ -151,7 +151,7 @@ class Transformation:
         given |= {name: record for name, record in beside.items() if name in blocks and name not in here}
         return {name: record for name, record in given.items() if name in blocks}
 
-    def _told(self, records: Any, given: Mapping[str, Any], value: Any, axes: Any, share: Any) -> tuple[Any, dict]:
+    def _told(self, records: Any, grads: Any, value: Any, axes: Any, share: Any) -> tuple[Any, dict]:
         """What a rule that judges is told of the loss: its value, and records of its own gradients, which are one
         device's and so left out where several sum."""
         if not self.step.judges:
@@ -159,7 +159,8 @@ class Transformation:
         if axes is not None:
             return axes.mean(value, share), {}
         own = records.own if isinstance(records, Drawn) else {}
-        return value, {name: record for name, record in own.items() if name in given}
+        here = held(self.plan, named(grads))
+        return value, {item.layer.name: item.record(own[item.full]) for item in here if item.full in own}
 
     def _wanting(
         self, given: Mapping[str, Any], fresh: bool | None, damping: Any, value: Any, value_fn: Any, params: Any
