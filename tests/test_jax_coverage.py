@@ -127,7 +127,10 @@ def test_uncovered_leaves_have_the_diagonal_of_the_same_draws():
     grads = captured.gradients(captured.prediction / 6)
     tx = kj.kfac(plan, kf.KFAC(), schedules=kf.Schedules(0.1, 0.9), uncovered=kf.Diagonal())
     moves, _ = jax.jit(tx.update)(grads, tx.init(ODD), records=records)
+    alone = kj.accumulate(tx, 1)
+    summed, _ = jax.jit(lambda g, s, r: alone.update(g, s, ODD, records=r))(grads, alone.init(ODD), records)
     for name in plan.uncovered:
+        np.testing.assert_allclose(summed[name], moves[name], rtol=1e-12)
         J = jax.vmap(lambda d: jax.grad(lambda p: jnp.vdot(odd(p, x), d))(ODD))(draws)[name]
         np.testing.assert_allclose(moves[name], grads[name] / ((J**2).sum(0) / 6 + 0.1), rtol=1e-10)
     plain = kj.kfac(plan, kf.KFAC(), schedules=kf.Schedules(0.1, 0.9))

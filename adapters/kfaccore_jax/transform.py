@@ -144,6 +144,8 @@ class Transformation:
 
     def given_records(self, records: Mapping[str, Any] | None, grads: Any, blocks: Mapping[str, Block]) -> dict:
         """{block: what was measured} of the layers and leaves at hand."""
+        if isinstance(records, Drawn) and records.share is not None:
+            return {name: stats for name, stats in records.items() if name in blocks}  # of `accumulate`, by block
         found = dict(records or {})
         here = {item.layer.name: item for item in held(self.plan, named(grads))}
         given = {name: item.record(found[item.full]) for name, item in here.items() if item.full in found}
