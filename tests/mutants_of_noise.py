@@ -18,7 +18,7 @@ OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
         "test_noise.py",
     ),
     ("slope without n", "step/model.py", "q[0] / (n[0] * n[0])", "q[0] / n[0]", "test_noise.py"),
-    ("negative slopes kept", "step/model.py", "pick(kept > 0, kept, 0.0 * kept)", "kept + 1e-9", "test_noise.py"),
+    ("negative slopes kept", "step/model.py", "pick(kept > least, kept, least)", "kept + 1e-9", "test_noise.py"),
     (
         "a mean not divided",
         "step/motion.py",
