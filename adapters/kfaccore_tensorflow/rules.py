@@ -102,11 +102,13 @@ def _convolution(op: Operation, hot: Hot) -> Use:
     spatial = range(many)
     channels = layout.shape[many], layout.shape[many + 1]
     if depthwise:
-        groups, matrix = channels[0], Matrix.split(layout, (many,), (many + 1,), spatial)
+        groups = channels[0]
+        matrix = Matrix.split(layout, (many,), (many + 1,), spatial)
     elif transposed:
         for axis in spatial:
             layout = layout.flipped(axis)
-        groups, matrix = 1, Matrix.split(layout, (), (many,), (*spatial, many + 1))
+        groups = 1
+        matrix = Matrix.split(layout, (), (many,), (*spatial, many + 1))
         if x.shape[1 if _first(op) else -1] != channels[1]:
             raise Unread("it goes into a transposed convolution of groups")
     else:

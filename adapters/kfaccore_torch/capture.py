@@ -162,7 +162,8 @@ def _kind(func: Any, weight: Ref | None, given: dict[str, Any]) -> Any:
 
 def _call(func: Any, role: Any, given: dict[str, Any], output: torch.Tensor, edge: GradientEdge) -> Call:
     """What is kept of one call."""
-    x, shape = given["input"].detach(), tuple(output.shape)
+    x = given["input"].detach()
+    shape = tuple(output.shape)
     options = {k: v for k, v in given.items() if not isinstance(v, torch.Tensor)}
     version = 0 if x.is_inference() else given["input"]._version
     call = Call(x, edge, shape, shape[:-1] or (1,), version, options)
@@ -199,7 +200,8 @@ def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[
     if given.get("training"):
         return lambda: F.batch_norm(x, None, None, training=True, **eps)
     # copies: running statistics move on with the next batch
-    mean, var = given["running_mean"].clone(), given["running_var"].clone()
+    mean = given["running_mean"].clone()
+    var = given["running_var"].clone()
     return lambda: F.batch_norm(x, mean, var, **eps)
 
 

@@ -66,7 +66,8 @@ class Distributed:
         """The tree of ranks[0] on all of `ranks`."""
         if self.rank not in ranks or len(ranks) == 1:
             return tree
-        part, owner = self._parts[frozenset(ranks)], self._global(ranks[0])
+        part = self._parts[frozenset(ranks)]
+        owner = self._global(ranks[0])
         return self._travel(tree, lambda buffer: dist.broadcast(buffer, owner, group=part))
 
     def failed(self, error: Exception) -> None:
@@ -113,10 +114,13 @@ class Distributed:
 
     def _blame(self) -> str:
         """Which ranks left word, fell behind or give no sign of life."""
-        words, behind, mine = [], [], self._turn[0]
+        words = []
+        behind = []
+        mine = self._turn[0]
         try:
             for rank in (r for r in range(self.world) if r != self.rank):
-                failed, turn = f"kfaccore/failed/{rank}", f"kfaccore/turn/{rank}"
+                failed = f"kfaccore/failed/{rank}"
+                turn = f"kfaccore/turn/{rank}"
                 if _store().check([failed]):
                     words.append(f"rank {rank} failed with: {_store().get(failed).decode()}")
                 elif not _store().check([turn]) or int(_store().get(turn)) < mine:

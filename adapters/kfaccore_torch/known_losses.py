@@ -68,21 +68,24 @@ class Objective:
     ) -> torch.Tensor:
         """Gradients of the per-example loss with respect to f, (draws, *f.shape), in single precision or better; label
         positions of one example of `split` are drawn together."""
-        core, f = self.core, detached(f)
+        core = self.core
+        f = detached(f)
         if isinstance(target, torch.Tensor) and target.is_floating_point():
             target = target.to(f.dtype)
         mass = self.mass_of(self.loss, f, target)
         if mass is not None:
             if fisher is kf.empirical:
                 return self._own_gradient(f, target)[None]
-            core, target = _unweighted(core), None
+            core = _unweighted(core)
+            target = None
         shape = f.shape
         if isinstance(target, torch.Tensor) and not isinstance(core, kf.SoftmaxCrossEntropy):
             target = self._classes_last(target.expand(shape))
         f = self._classes_last(f)
         last = f.shape
         if split is not None and split.examples != len(f):
-            f, target = _unfolded(f, split), None if target is None else _unfolded(target, split)
+            f = _unfolded(f, split)
+            target = None if target is None else _unfolded(target, split)
         found = _drawn(core, fisher, count, f, target, rng)
         if self.times != 1:
             found = found * (self.times if fisher is kf.empirical else self.times**0.5)

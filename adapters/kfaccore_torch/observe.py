@@ -61,7 +61,8 @@ class Observer:
     ) -> Observed:
         """The batch of `sight`. `first()`, asked for only if anything is to be pulled back, gives the draw to begin
         with, or None, and parameters to pull it back to as well."""
-        graph, calls = sight.graph, list(sight.calls)
+        graph = sight.graph
+        calls = list(sight.calls)
         rows = [call.rows for _, call in calls]
         key = (graph.key, tuple((name, call.rows) for name, call in calls), tuple(f.shape for f in heads))
         known = self.kept.get(key)
@@ -196,7 +197,8 @@ def _varies(owned: Owned, call: Call, graph: Behind) -> bool:
 
 
 def _wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor) -> bool:
-    owned, (name, call) = observed.owned[i], observed.calls[i]
+    owned = observed.owned[i]
+    name, call = observed.calls[i]
     if owned.undecided is None or owned.mixes or len(g) == 0:
         return False
     size = torch.stack([by_rows(layers[name], call, draw).abs().amax(1) for draw in g]).amax(0)
