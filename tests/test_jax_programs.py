@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from jax_needed import jax, jnp, kj, optax
 
 import kfaccore as kf
+from jax_needed import jax, jnp, kj, optax
 from kfaccore.xp.blocks import parted, unstacked
 
 
