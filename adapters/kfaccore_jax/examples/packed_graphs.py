@@ -28,8 +28,7 @@ def main(steps: int = 60, graphs: int = 32, nodes: int = 6, edges: int = 10) -> 
     graph = {"nodes": jax.random.normal(keys[2], (graphs, nodes, 4)), "senders": ends[0], "receivers": ends[1]}
     graph |= {"node_mask": jnp.arange(nodes) < sizes, "edge_mask": jnp.arange(edges) < 2 * sizes}
     shapes = {"message": (4, 8), "update": (12, 8), "read": (8, 1)}
-    draw = lambda key, shape: jax.random.normal(key, shape) / shape[0] ** 0.5  # noqa: E731
-    params = {name: draw(key, shape) for key, (name, shape) in zip(keys[3:], shapes.items(), strict=False)}
+    params = {n: jax.random.normal(k, s) / s[0] ** 0.5 for k, (n, s) in zip(keys[3:], shapes.items(), strict=False)}
     y = jnp.cos(graph["nodes"][:, 0, :1])
     loss = kf.Gaussian()
     plan = kj.plan(jax.vmap(net, (None, 0)), params, graph, strict=True)

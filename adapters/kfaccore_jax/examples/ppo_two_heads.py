@@ -19,22 +19,20 @@ def main(steps: int = 60, batch: int = 128, clip: float = 0.2) -> list[float]:
     shapes = {"trunk": (6, 16), "policy": (16, 4), "value": (16, 1)}
     params = {n: 0.3 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=False)}
     right = jax.random.normal(keys[3], (6, 4))
-    joint = kf.Joint({"policy": kf.SoftmaxCrossEntropy(), "value": kf.Gaussian()})
+    loss = kf.Joint({"policy": kf.SoftmaxCrossEntropy(), "value": kf.Gaussian()})
     plan = kj.plan(apply, params, jnp.zeros((batch, 6)), strict=True)
     tx = optax.chain(kj.kfac(plan, clocks=kf.Clocks(1, 2), schedules=kf.Schedules(damping=0.05)), optax.sgd(0.3))
 
     def surrogate(f, old, action, reward):
-        logs = jax.nn.log_softmax(f["policy"])[jnp.arange(batch), action]
-        before = jax.nn.log_softmax(old["policy"])[jnp.arange(batch), action]
-        ratio = jnp.exp(logs - before)
+        log = lambda f: jax.nn.log_softmax(f["policy"])[jnp.arange(batch), action]  # noqa: E731
+        ratio = jnp.exp(log(f) - log(old))
         gain = reward - old["value"][:, 0]
-        gain = (gain - gain.mean()) / gain.std()
         policy = -jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - clip, 1 + clip) * gain)
         return jnp.mean(policy + (f["value"][:, 0] - reward) ** 2 / 2)
 
     @jax.jit
     def iteration(params, state, key):
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 3)
         x = jax.random.normal(keys[0], (batch, 6))
         old = apply(params, x)
         action = jax.random.categorical(keys[1], old["policy"])
@@ -42,19 +40,19 @@ def main(steps: int = 60, batch: int = 128, clip: float = 0.2) -> list[float]:
         for key in jax.random.split(keys[2], 2):  # two epochs on the same rollout
             captured = kj.capture(plan, params, x)
             slope = jax.grad(surrogate)(captured.prediction, old, action, reward)
-            one, two = jax.random.split(key)
-            noise = {"policy": jax.random.uniform(one, (1, batch)), "value": jax.random.normal(two, (1, batch, 1))}
-            records = captured.records(kf.monte_carlo(joint, captured.prediction, noise), batch, fisher=kf.monte_carlo)
+            other = jax.random.fold_in(key, 1)
+            noise = {"policy": jax.random.uniform(key, (1, batch)), "value": jax.random.normal(other, (1, batch, 1))}
+            records = captured.records(kf.monte_carlo(loss, captured.prediction, noise), batch, fisher=kf.monte_carlo)
             updates, state = tx.update(captured.gradients(slope), state, params, records=records)
             params = optax.apply_updates(params, updates)
         return params, state, 1 - reward.mean()
 
     state = tx.init(params)
-    losses = []
+    missed = []
     for key in jax.random.split(keys[4], steps):
         params, state, value = iteration(params, state, key)
-        losses.append(float(value))
-    return losses
+        missed.append(float(value))
+    return missed
 
 
 if __name__ == "__main__":
