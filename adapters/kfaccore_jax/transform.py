@@ -146,9 +146,7 @@ class Transformation:
             taken, told["lengths"], graft = grafted(self.graft, self.plan, blocks, grads, state.graft, params)
         moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told)
         moves = moves if self.graft is None else beside(self.plan, moves, taken)
-        rest = state.rest
-        if self.rest is not None:
-            moves, rest = self._rest_moved(moves, grads, state.rest, params)
+        moves, rest = self._rest_moved(moves, grads, state.rest, params)
         counts = state.counts + jnp.sum(codes.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         if value_fn is not None and self.step.judges:
             losses = losses_of(moves, value, value_fn, params)
@@ -193,6 +191,8 @@ class Transformation:
 
     def _rest_moved(self, moves: Any, grads: Any, before: Any, params: Any) -> tuple[Any, Any]:
         """The tree with what `rest` makes of the leaves it has, and its state."""
+        if self.rest is None:
+            return moves, before
         known = None if params is None else self.leaves_left(params)
         found, after = self.rest.update(self.leaves_left(grads), before, known)
         leaves = named(moves) | found
