@@ -54,7 +54,15 @@ class Capture(TorchFunctionMode):
         self.odd: dict[str, str] = {}  # parameters in calls that are no layer's
         self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> nodes of its input
         self.empty: set[str] = set()  # parameters called on no rows
+        self.spent = False  # whether a loss of this forward was differentiated
         self._embedded: dict[int, tuple[weakref.ref, int, Use]] = {}  # outputs, the use and its place
+
+    def let_go(self) -> None:
+        """Forget all calls, whose inputs would outlive the backward that is about to free them."""
+        self.uses = []
+        self.inputs = {}
+        self._embedded = {}
+        self.spent = True
 
     @property
     def calls(self) -> dict[str, list[Call]]:
@@ -198,7 +206,8 @@ def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[
     if func is F.group_norm:
         return lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps)
     if given.get("training"):
-        return lambda: F.batch_norm(x, None, None, training=True, **eps)
+        # `F.batch_norm` would ask for memory to keep what a backward needs
+        return lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, given.get("eps", 1e-5))[0]
     # copies: running statistics move on with the next batch
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.arriving import Made, arriving, waiting
 from kfaccore_torch.bridge import HALF, ordered
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.layout import stands_together
+from kfaccore_torch.layout import dealt_anyhow, stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
-from kfaccore_torch.places import joined
+from kfaccore_torch.places import Together, joined, plainly
 from kfaccore_torch.rows import check_unwritten, record
 
 if TYPE_CHECKING:
@@ -54,6 +56,42 @@ def drawn(
     times  factor on the draws
     more   a last draw a head, (1, *f.shape), taken as it is
     """
+    heads, observed, draws = _asked(engine, seen, batch, turn, given, times, more)
+    return _whole(engine, heads, observed, draws, partial(_record, engine, batch, n, exact), batch.told, seen)
+
+
+def measured(
+    engine: Engine,
+    seen: Capture,
+    batch: Batch,
+    turn: int,
+    n: float,
+    times: float = 1.0,
+    more: list[torch.Tensor] | None = None,
+    copies: bool = True,
+) -> tuple[dict[str, Any], Observed]:
+    """What waits for the step, by layer, in the place of the records of `drawn`: Stats, or where the step needs rows
+    those, copied if `copies`. Of one draw nothing is kept but what is made of it, the moment it exists."""
+    heads, observed, draws = _asked(engine, seen, batch, turn, None, times, more)
+    made = partial(_record, engine, batch, n, False)
+    if len(draws[0]) == 1:
+        found, observed = arriving(engine, observed, heads, [v[0] for v in draws], made, copies)
+        batch.told.check(set(found), set(seen.calls))
+        return found, observed
+    records, observed = _whole(engine, heads, observed, draws, made, batch.told, seen)
+    return waiting(engine, records, copies), observed
+
+
+def _asked(
+    engine: Engine,
+    seen: Capture,
+    batch: Batch,
+    turn: int,
+    given: Any,
+    times: float,
+    more: list[torch.Tensor] | None,
+) -> tuple[list[torch.Tensor], Observed, list[torch.Tensor]]:
+    """Heads, what is observed of the calls behind them, and the draws at each head."""
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
     layers = engine.plan.layers
@@ -76,41 +114,59 @@ def drawn(
         draws = _signed(draws, observed, rng)
     if more is not None:
         draws = [torch.cat([v, last.to(v)]) for v, last in zip(draws, more, strict=True)]
+    return heads, observed, draws
+
+
+def _whole(
+    engine: Engine,
+    heads: list[torch.Tensor],
+    observed: Observed,
+    draws: list[torch.Tensor],
+    made: Made,
+    told: Told,
+    seen: Capture,
+) -> tuple[dict[str, kf.Record], Observed]:
+    """Records of all draws at once."""
     rows = [_pulled(heads, observed, v) for v in zip(*draws, strict=True)]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
     grads = [
         _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
     ]
-    observed = engine.observer.again(observed, layers, heads, grads)
-    return _recorded(engine, observed, grads, batch, n, exact, set(seen.calls)), observed
+    observed = engine.observer.again(observed, engine.plan.layers, heads, grads)
+    by_layer: dict[str, dict[int, torch.Tensor]] = {}
+    for i, ((name, _), g) in enumerate(zip(observed.calls, grads, strict=True)):
+        if g is not None:
+            by_layer.setdefault(name, {})[i] = g
+    told.check(set(by_layer), set(seen.calls))
+    return {name: made(observed, name, parts) for name, parts in by_layer.items()}, observed
 
 
-def _recorded(
+def _record(
     engine: Engine,
-    observed: Observed,
-    grads: list[Any],
     batch: Batch,
     n: float,
     exact: bool,
-    called: set[str],
-) -> dict[str, kf.Record]:
-    """Records of the calls that the draws reached."""
-    by_layer: dict[str, list[tuple]] = {}
+    observed: Observed,
+    name: str,
+    parts: dict[int, torch.Tensor],
+) -> kf.Record:
+    """The record of a layer from the draws at its calls that they reached, by the number of the call."""
     blocks = engine.blocks() if observed.mixing and not exact else {}
-    for (name, call), owned, g in zip(observed.calls, observed.owned, grads, strict=True):
+    calls = []
+    places = []
+    for i in sorted(parts):
+        owned = observed.owned[i]
         place = owned.place
         if owned.mixes:
             place = joined(place, exact or stands_together(engine.core, blocks, name))
-        if g is not None:
-            by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
-    batch.told.check(set(by_layer), called)
-    found = {}
+        if isinstance(place, Together) and not exact and dealt_anyhow(engine.core, blocks, name):
+            place = plainly(place, observed.split.examples)
+        calls.append(observed.calls[i][1])
+        places.append(place)
+    masks = [batch.told.mask_of(name, place) for place in places]
+    grads = [parts[i] for i in sorted(parts)]
     with ordered(engine.namespace, engine.device):
-        for name, parts in by_layer.items():
-            calls, gs, places, masks = zip(*parts, strict=True)
-            layer = engine.plan.layers[name]
-            found[name] = record(layer, calls, gs, places, n, engine.namespace, masks, batch.ids)
-    return found
+        return record(engine.plan.layers[name], calls, grads, places, n, engine.namespace, masks, batch.ids)
 
 
 def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:

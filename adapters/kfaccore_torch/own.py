@@ -37,12 +37,15 @@ def parted(records: Mapping[str, kf.Record], mixing: set[str]) -> tuple[dict[str
 
 def recorded(
     engine: Engine, seen: Capture, batch: Batch, value: torch.Tensor, n: float
-) -> tuple[dict[str, kf.Record] | None, dict[str, kf.Record], Observed | None]:
-    """Records where the step needs them, the same rows with the loss's own gradients where its rule wants them, and
-    what was observed of the calls."""
+) -> tuple[dict[str, Any] | None, dict[str, kf.Record], Observed | None]:
+    """Records, or Stats of them, where the step needs them; the same rows with the loss's own gradients where its rule
+    wants them; and what was observed of the calls."""
     if not engine.due or n <= 0:
         return {} if engine.due else None, {}, None
     more = own_draw(engine, value, batch)
+    if more is None and not engine.core.rule.needs_records:
+        found, observed = engine.measured(seen, batch, 0, n, copies=False)
+        return found, {}, observed
     records, observed = engine.records(seen, batch, 0, n, more=more)
     return *(parted(records, engine.mixing) if more else (records, {})), observed
 

@@ -130,11 +130,13 @@ class Preconditioner:
         if self._open is None:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         seen, told, shot = self._open
+        if seen.spent:
+            raise ValueError("the forward behind this loss was differentiated: form all its losses before backward()")
         batch = Batch(f, target, told)
         n = self.engine.share(batch)
         if n <= 0:
             shot.void = self.engine.void(batch)
-            return counted(value, self._shots, shot, {})
+            return counted(value, self._shots, shot, {}, seen.let_go)
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
@@ -143,9 +145,9 @@ class Preconditioner:
             self._values.append((n, float(value.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             times = (shot.n / n) ** 0.5
-            records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
+            found, observed = self.engine.measured(seen, batch, self._formed, shot.n, times=times, more=more)
         self._formed += 1
-        value = counted(value, self._shots, shot, self.engine.waiting(records))
+        value = counted(value, self._shots, shot, found, seen.let_go)
         self._terms.expect(value, observed.expected, self.engine.plan.trained)
         return value
 
@@ -188,6 +190,7 @@ class Preconditioner:
             records = None
             if engine.due and grads:
                 records, grads = self._gathered(grads)
+            self._open = None  # the calls' inputs have done their part
             records, own = own_apart(engine, records)
             beside = {"loss": mean_loss(self._values), "own": own, "lengths": lengths}
             directions = engine.step(records, grads, **beside) if grads else {}
