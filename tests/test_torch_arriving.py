@@ -119,7 +119,7 @@ def test_output_gradients_are_let_go_of():
         pre.step()
     output = 256 * 8 * 4
     assert memory.peak - before < 9 * output
-    assert waits < 2 * output  # sums of 9 x 9 and 8 x 8 alone
+    assert waits < 5 * output  # sums of 9 x 9 and 8 x 8, the state and the input, first seen here
 
 
 def test_inputs_are_let_go_of_once_a_loss_is_differentiated():

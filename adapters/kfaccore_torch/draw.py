@@ -137,8 +137,9 @@ def _whole(
     for i, ((name, _), g) in enumerate(zip(observed.calls, grads, strict=True)):
         if g is not None:
             by_layer.setdefault(name, {})[i] = g
-    told.check(set(by_layer), set(seen.calls))
-    return {name: made(observed, name, parts) for name, parts in by_layer.items()}, observed
+    found = {name: made(observed, name, parts) for name, parts in by_layer.items()}
+    told.check(set(found), set(seen.calls))
+    return found, observed
 
 
 def _record(
