@@ -12,11 +12,12 @@ import kfaccore as kf
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
 import kfaccore_torch as kt  # noqa: E402
 from kfaccore_torch.draw import Batch  # noqa: E402
 from kfaccore_torch.masks import Told  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 
 class Residual(nn.Module):

@@ -95,7 +95,7 @@ class _Arrivals:
         if g is None:
             return
         name = self.observed.calls[i][0]
-        one = g.detach()[None]
+        one = self.observed.calls[i][1].of_parameter(g.detach()[None])
         if wakes(self.observed, self.layers, i, one):
             self.awake.add(name)
         self.waiting.setdefault(name, {})[i] = one

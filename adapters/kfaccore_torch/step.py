@@ -114,9 +114,7 @@ class Engine(Planning):
         self.mixing |= observed.mixing
         return records, observed
 
-    def measured(
-        self, seen: Capture, batch: Batch, turn: int, n: float, **how: Any
-    ) -> tuple[dict[str, Any], Observed]:
+    def measured(self, seen: Capture, batch: Batch, turn: int, n: float, **how: Any) -> tuple[dict[str, Any], Observed]:
         """What waits for the step in the place of `records`: Stats, or copies of rows; see `draw.measured`."""
         found, observed = measured(self, seen, batch, turn, n, **how)
         self.mixing |= observed.mixing
