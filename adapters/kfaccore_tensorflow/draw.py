@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,40 +55,56 @@ def _asking(f: np.ndarray, examples: int) -> np.ndarray:
     return np.stack([v, v * factors(examples).astype(f.dtype).reshape(-1, *(1,) * (f.ndim - 1))])
 
 
-def recorded(
-    engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exact: bool = False
-) -> dict[str, kf.Record] | None:
+@dataclass(frozen=True)
+class Taken:
+    """Records of the draws, and of the loss's own gradients where a rule has a use for them."""
+
+    drawn: dict[str, kf.Record]
+    own: dict[str, kf.Record]
+
+
+def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exact: bool = False) -> Taken | None:
     """{part: Record} from what `gathered` gave; None where the clock wanted no records.
 
     exact   rows that mix examples make one example, so that `dense` has the right mean; else they stand as their sizes
             suggest
+
+    Parts whose rows mix examples, that are read whole, or whose inputs are drawn (a tied table) have no own gradients
+    by example.
     """
     flat = iter(arrays)
-    n, examples, asked = (float(x) for x in next(flat))
+    n, examples, asked, last = (float(x) for x in next(flat))
     if n <= 0:
         return None
     masks = [next(flat) for _ in tensors.masks]
     x = [None if t is None else next(flat) for t in tensors.x]
-    change = [None if t is None else next(flat) for t in tensors.change]
+    slopes = [[next(flat) for _ in each] for each in tensors.slopes]
     g = list(flat)
     given: dict[str, list[Seen]] = {part.name: [] for part in tensors.parts}
-    for (part, shape), operand, changed, rows in zip(_calls(tensors), x, change, g, strict=False):  # wholes come last
-        given[part.name].append(seen(part, shape, Given(operand, changed, rows)))
+    for (part, shape), operand, each, rows in zip(_calls(tensors), x, slopes, g, strict=False):  # wholes come last
+        given[part.name].append(seen(part, shape, Given(operand, each, rows)))
     if asked:
         look(engine, {name: [one.of(slice(ASK)) for one in each] for name, each in given.items()}, int(examples))
-    found = {}
+    taken = Taken({}, {})
+    stacked = not exact and not engine.preconditioner.rule.needs_records  # which models all layers under the same draws
     wholes = iter(g[len(x) :])
     for part in tensors.parts:
+        end = -1 if last else None
         if part.whole:
-            found[part.name] = _whole(next(wholes)[int(asked) :], n)
+            taken.drawn[part.name] = _whole(next(wholes)[int(asked) : end], n)
             continue
-        rest = [one.of(slice(int(asked), None)) for one in given[part.name]]
         shapes = tensors.shapes[part.name]
+        apart = any(shape.turned for shape in shapes)
+        rest = [one.of(slice(int(asked), end if apart else None)) for one in given[part.name]]
         where = _placed(engine, part, rest, int(examples))
-        if exact and any(place.mixes for place in where):
+        mixes = any(place.mixes for place in where)
+        if exact and mixes:
             where = [Place(None, mixes=True)] * len(where)
-        found[part.name] = record(part, shapes, rest, where, masks, n, int(examples), stacked=not exact)
-    return found
+        both = record(part, shapes, rest, where, masks, n, int(examples), stacked)
+        taken.drawn[part.name] = both if apart or not last else replace(both, g=both.g[:-1, ...])
+        if last and not mixes and not apart:
+            taken.own[part.name] = replace(both, g=both.g[-1:, ...])
+    return taken
 
 
 def _calls(tensors: Tensors) -> Iterator[tuple[Part, Shape]]:

@@ -16,6 +16,7 @@ from kfaccore_tensorflow.heads import output_names
 from kfaccore_tensorflow.judge import fitting, judge
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.step import Engine, Settings
+from kfaccore_tensorflow.tensors import Pass
 from kfaccore_tensorflow.trace import known
 
 
@@ -97,7 +98,7 @@ def take_step(
         loss = loss_of(f, y, weight)
     variables = model.trainable_variables
     gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
-    new = engine.updates(seen, heads, tape, (y, weight), variables, gradients)
+    new = engine.updates(Pass(seen, heads, tape, y, weight, loss), variables, gradients)
     judged = engine.settings.step.judges
     old = [tf.identity(v) for v in variables] if judged else []
     with tf.control_dependencies(old):
