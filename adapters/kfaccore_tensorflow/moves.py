@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.slopes import BINARY, FUNCTIONS
-from kfaccore_tensorflow.uses import AS_IT_IS, BY_ONE_NUMBER, ELEMENTWISE, Hot, Operation, Tensor, Unread
+from kfaccore_tensorflow.uses import BY_ONE_NUMBER, ELEMENTWISE, Hot, Operation, Tensor, Unread
 
 SILENT = {"Shape", "Size", "Rank", "ZerosLike", "OnesLike", "StopGradient", "PreventGradient", "VariableShape"}
 SAME = {"ReadVariableOp", "Identity", "Cast", "EnsureShape", "CheckNumerics", "Snapshot"}
