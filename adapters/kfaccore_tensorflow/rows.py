@@ -35,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Given:
-    """The arrays of one call: the other operand, slopes of what changed the weight, and output gradients, draws first."""
+    """The arrays of one call: the other operand, slopes of what changed the weight, output gradients, draws first."""
 
     x: np.ndarray | None
     slopes: Sequence[np.ndarray]

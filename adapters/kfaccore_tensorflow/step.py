@@ -16,6 +16,7 @@ import kfaccore as kf
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor, widened
 from kfaccore_tensorflow.heads import objective
+from kfaccore_tensorflow.matrices import of_plan, put
 from kfaccore_tensorflow.places import Place
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.rest import spanned
@@ -139,25 +140,11 @@ class Engine:
 
     def tree(self) -> dict[str, Any]:
         """{"params": {part: matrix, 2-D if there is one block}, "state": state}."""
-        params = {}
-        for part in self.plan.parts:
-            matrix = part.matrix({role: to_numpy(v.value) for role, v in part.variables.items()})
-            params[part.name] = matrix[0] if len(matrix) == 1 else matrix
-        return {"params": params, "state": self.state}
+        return {"params": of_plan(self.plan), "state": self.state}
 
     def replant(self, tree: dict[str, Any]) -> None:
         """The inverse of `tree`."""
-        new: dict[int, tuple[Any, np.ndarray]] = {}
-        for part in self.plan.parts:
-            for role, v in part.variables.items():
-                value = np.array(to_numpy(v.value)) if id(v) not in new else new[id(v)][1]
-                placed = part.arrays(np.asarray(tree["params"][part.name]))
-                mask = part.arrays(
-                    np.ones(part.matrix({r: to_numpy(u.value) for r, u in part.variables.items()}).shape)
-                )
-                new[id(v)] = (v, np.where(mask[role] > 0, placed[role], value))
-        for v, value in new.values():
-            v.assign(to_tensor(value, v.dtype))
+        put([(part, np.asarray(tree["params"][part.name])) for part in self.plan.parts])
         self.state = tree["state"]
 
     def penalty(self) -> Any:
