@@ -11,12 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
+from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.heads import output_names
 from kfaccore_tensorflow.judge import fitting, judge
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.step import Engine, Settings
-from kfaccore_tensorflow.tensors import Pass
+from kfaccore_tensorflow.tensors import Pass, wanted_own
 from kfaccore_tensorflow.trace import known
 
 
@@ -97,8 +98,12 @@ def take_step(
         engine.adopt(seen.plan)
         loss = loss_of(f, y, weight)
     variables = model.trainable_variables
-    gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
-    new = engine.updates(Pass(seen, heads, tape, y, weight, loss), variables, gradients)
+    outputs = wanted_own(engine, seen)
+    found = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, [*variables, *outputs])]
+    gradients = found[: len(variables)]
+    slopes = zip(outputs, found[len(variables) :], strict=True)
+    own = {id(out): widened(tf.zeros_like(out) if g is None else g) for out, g in slopes}
+    new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     judged = engine.settings.step.judges
     old = [tf.identity(v) for v in variables] if judged else []
     with tf.control_dependencies(old):

@@ -28,8 +28,8 @@ class Stream:
     """{part: Record} of each batch, as often as it is asked for, the same draws every time; NumPy arrays.
 
     model, loss   as `records` takes them; several outputs by a kfaccore.Joint or a dict of losses
-    batches       anything that can be iterated again and gives (inputs, target) or (inputs, target, sample weight), such
-                  as a tf.data.Dataset that does not shuffle
+    batches       anything that can be iterated again and gives (inputs, target) or (inputs, target, sample weight):
+                  a tf.data.Dataset that does not shuffle
     fisher        kfaccore's monte_carlo, type2, empirical or forward_only
     training      call the model as `fit` does
     settings      fields of `Settings`: draws, seed, strict, uncovered

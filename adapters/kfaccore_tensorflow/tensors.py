@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -27,9 +27,10 @@ class Tensors:
     """All tensors of one forward pass, and what is known of them while tracing.
 
     parts     the parts it went through; `shapes` of their calls in turn
-    count     (n, examples, draws that ask whose row is whose, draws at the end that are the loss's own gradients)
+    count     (n, examples, draws that ask whose row is whose)
     x         a call each, or None; `slopes` of each call's factors
     g         a call each, draws first; then a variable each of parts without records
+    own       a call each, the gradients of the loss itself, or none
     """
 
     parts: tuple[Part, ...]
@@ -39,12 +40,13 @@ class Tensors:
     x: list[Tensor | None]
     slopes: list[list[Tensor]]
     g: list[Tensor]
+    own: list[Tensor]
 
     def flat(self) -> list[Tensor]:
         """Those there are, in order."""
         some = [x for x in self.x if x is not None]
         some += [slope for slopes in self.slopes for slope in slopes]
-        return [self.count, *self.masks, *some, *self.g]
+        return [self.count, *self.masks, *some, *self.g, *self.own]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Pass:
 
     heads    predictions by output; `target`, and sample `weight` or None, as the objective takes them
     loss     of the batch, penalty included; None where nothing is trained
+    own      {id of a call's output: the gradient of the loss there}
     """
 
     seen: Observed
@@ -61,6 +64,7 @@ class Pass:
     target: Any
     weight: Any
     loss: Tensor | None = None
+    own: dict[int, Tensor] = field(default_factory=dict)
 
 
 def gathered(engine: Engine, parts: Sequence[Part], given: Pass) -> Tensors:
@@ -78,7 +82,15 @@ def gathered(engine: Engine, parts: Sequence[Part], given: Pass) -> Tensors:
     wholes = [part.variables["weight"] for part in parts if part.whole]
     count, g = _gradients(engine, given, [*outputs, *(v.value for v in wholes)])
     x = [None if call.use.x is None else widened(call.use.x) for call in calls]
-    return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, slopes, g)
+    own = [given.own[id(out)] for out in outputs] if given.own else []
+    return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, slopes, g, own)
+
+
+def wanted_own(engine: Engine, seen: Observed) -> list[Tensor]:
+    """Outputs of calls where the gradient of the loss itself is of use to the step's rule."""
+    if not engine.preconditioner.rule.wants_own or engine.objective.drawless(engine.fisher):
+        return []
+    return [call.use.out for part in engine.plan.parts for call in seen.calls.get(part.name, ())]
 
 
 def _slopes(call: Call) -> list[Tensor]:
@@ -124,7 +136,6 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
     weights = [masked(f, w) for f, w in zip(values, weights, strict=True)]
     present = [x for x in (*targets, *weights) if x is not None]
     some = tuple(x is not None for x in (*targets, *weights))
-    own = _own(engine, given, values)
 
     def one(drawn: Sequence[Tensor]) -> list[Tensor]:
         cast = [tf.cast(v, f.dtype) for v, f in zip(drawn, values, strict=True)]
@@ -134,27 +145,15 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
     def wanted() -> list[Tensor]:
         ask = lambda *arrays: draw.drawn(engine, some, list(arrays))  # noqa: E731
         count, *drawn = tf.py_function(ask, [*map(widened, values), *present], [tf.float64, *kinds])
-        count = tf.concat([tf.ensure_shape(count, (3,)), [tf.constant(float(bool(own)), tf.float64)]], 0)
+        count = tf.ensure_shape(count, (3,))
         drawn = [tf.ensure_shape(v, (None, *f.shape)) for v, f in zip(drawn, values, strict=True)]
-        for i, slope in enumerate(own):
-            drawn[i] = tf.concat([drawn[i], tf.cast(count[0], slope.dtype) * slope[None]], 0)
         signature = [tf.TensorSpec(o.shape, tf.float32 if o.dtype in HALF else o.dtype) for o in sources]
         if engine.objective.drawless(engine.fisher):
             return [count, *_none(sources)]
         return [count, *tf.map_fn(one, drawn, fn_output_signature=signature, parallel_iterations=1)]
 
-    count, *g = _on_the_clock(engine, values[0], wanted, lambda: [tf.zeros(4, tf.float64), *_none(sources)])
+    count, *g = _on_the_clock(engine, values[0], wanted, lambda: [tf.zeros(3, tf.float64), *_none(sources)])
     return count, g
-
-
-def _own(engine: Engine, given: Pass, values: list[Tensor]) -> list[Tensor]:
-    """Gradients of the loss at each head, whose n-fold are those of its examples; none where no rule has a use for
-    them."""
-    drawless = engine.objective.drawless(engine.fisher)
-    if given.loss is None or drawless or not engine.preconditioner.rule.wants_own:
-        return []
-    found = given.tape.gradient(given.loss, values)
-    return [widened(tf.zeros_like(f) if g is None else g) for f, g in zip(values, found, strict=True)]
 
 
 def _none(sources: Sequence[Tensor]) -> list[Tensor]:
