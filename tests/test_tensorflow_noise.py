@@ -99,3 +99,32 @@ def test_own_gradients_add_up_to_the_gradient(name, rng):
         np.testing.assert_allclose(found, grads[part].reshape(found.shape), rtol=1e-9, atol=1e-12)
     assert {record.draws for record in drawn.values()} == {2}
     assert ours.info.step["with_own"] == len(grads) - parts
+
+
+class Asked(kf.SelfTuning):
+    """Remembers what it was asked to judge."""
+
+    def judge(self, motion, share, before, found):
+        SEEN.update(share=share, before=before, found=found)
+        return super().judge(motion, share, before, found)
+
+
+def test_a_step_is_judged_under_the_draws_it_was_made_with(rng):
+    """The second forward pass drops the same units, and what the first one left behind stays: statistics move once."""
+    layers = [L.Dense(6), L.BatchNormalization(momentum=0.5), L.Dropout(0.5), L.Dense(3)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    x = rng.normal(size=(8, 4))
+    y = rng.integers(0, 3, 8)
+    before = model.non_trainable_variables
+    start = [v.numpy() for v in before]
+    first = np.array(model.layers[0](x)).mean(0)
+    ours = kt.Optimizer(model, CROSS, step=Asked())
+    value = float(ours.step(x, y))
+    assert SEEN["before"] == value
+    np.testing.assert_allclose(model.layers[1].moving_mean.numpy(), first / 2, rtol=1e-12)
+    after = [v.numpy() for v in before]
+    for v, old in zip(before, start, strict=True):
+        v.assign(old)
+    assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["found"], rel=1e-12)
+    for v, new in zip(before, after, strict=True):
+        assert np.array_equal(v.numpy(), new) or "moving" in v.path  # one draw of the seeds, as one pass takes

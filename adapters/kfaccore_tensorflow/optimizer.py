@@ -16,6 +16,7 @@ from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.heads import output_names
 from kfaccore_tensorflow.judge import fitting, judge
 from kfaccore_tensorflow.observe import observe
+from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
 from kfaccore_tensorflow.tensors import Pass, wanted_own
 from kfaccore_tensorflow.trace import known
@@ -90,6 +91,7 @@ def take_step(
     """(loss before, prediction) of one applied update, while a graph is traced."""
     x, y, weight = data
     x = tf.nest.map_structure(_of_any_batch, x)
+    watch = Watch(model)
     with tf.GradientTape(persistent=True) as tape:
         with tap(model) as scopes:
             f = model(x, training=True)
@@ -97,6 +99,7 @@ def take_step(
         seen = observe(model, tf.compat.v1.get_default_graph(), list(heads.values()), scopes)
         engine.adopt(seen.plan)
         loss = loss_of(f, y, weight)
+    pinned = watch.pinned()
     variables = model.trainable_variables
     outputs = wanted_own(engine, seen)
     found = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, [*variables, *outputs])]
@@ -109,7 +112,12 @@ def take_step(
     with tf.control_dependencies(old):
         optimizer.apply(new, variables)
     if judged:
-        judge(engine, loss, lambda: loss_of(model(x, training=True), y, weight), variables, old)
+
+        def again() -> Any:
+            with pinned.again():
+                return loss_of(model(x, training=True), y, weight)
+
+        judge(engine, loss, again, variables, old)
     return loss, f
 
 
