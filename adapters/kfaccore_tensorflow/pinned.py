@@ -1,4 +1,4 @@
-"""What a forward pass changes beside its outputs: statistics of normalisations, states of seeds and recurrent layers."""
+"""What a forward pass changes beside its outputs: statistics of normalisations, states of seeds and of recurrence."""
 
 from __future__ import annotations
 
