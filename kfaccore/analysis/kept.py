@@ -24,7 +24,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.written import written
 from kfaccore.xp.arrays import Array, to_host
 
-SCHEMA = 1
+SCHEMA = 2  # 1: figures of EKFAC and TEKFAC on large layers were those of their basis alone
 Row = dict[str, Any]
 
 
