@@ -13,7 +13,7 @@ from kfaccore.record import Record
 from kfaccore.settle import cycle
 from kfaccore.xp.arrays import Array, from_host, namespace, to_host
 
-ENOUGH = 0.01  # seconds of rounds after which no more are timed
+ENOUGH = 0.005  # seconds of rounds after which no more are timed
 CLOCKS = ("update", "refresh", "solve")
 Seconds = dict[str, float]
 
