@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Block, Hyper, Method, S, T
+from kfaccore.method import Block, Hyper, Method, S, State, T
 from kfaccore.record import Record
 from kfaccore.settle import cycle
 from kfaccore.xp.arrays import Array, from_host, namespace, to_host
@@ -78,7 +78,7 @@ def fitted_and_timed(method: Method[S, T], record: Record, grad: Array, hyper: H
     return state, {"update": update, "refresh": refresh, "solve": solve}, size(state)
 
 
-def size(state: S) -> int:
+def size(state: State) -> int:
     """Bytes of a state."""
     return sum(to_host(leaf).nbytes for leaf in tree.leaves(state))
 
