@@ -83,5 +83,5 @@ class Pace:
 
     def saw(self, label: str, work: float, seconds: float) -> None:
         """Learn from a layer; small ones, whose time is that of calls, teach nothing."""
-        if work > 1e8:
+        if work > 1e7:
             self.factors[label] = seconds * rate() / work

@@ -24,7 +24,7 @@ from kfaccore.linalg import side
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.terms import rearranged, two_terms
 from kfaccore.methods.terms.bidiagonal import leading
-from kfaccore.methods.terms.sandwich import sandwich
+from kfaccore.methods.terms.sandwich import products
 from kfaccore.methods.terms.two_terms import Term, TwoTerms
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
@@ -146,14 +146,15 @@ class Lanczos(TwoTerms[State]):
         unit_a, size_a = _scaled(stats.a[None, ...])  # inputs have one "draw"
         unit_g, size_g = _scaled(stats.g)
         n = factors.positive(stats.n)[:, None]
+        outputs, inputs = products(unit_a, unit_g)
 
         def times(v: Array) -> Array:
             v = xp.reshape(v, (blocks, d_in, d_in))
-            return xp.reshape(sandwich(unit_a, unit_g, v), (blocks, -1)) / n
+            return xp.reshape(outputs(v), (blocks, -1)) / n
 
         def transposed(u: Array) -> Array:
             u = xp.reshape(u, (blocks, d_out, d_out))
-            return xp.reshape(sandwich(unit_g, unit_a, u), (blocks, -1)) / n
+            return xp.reshape(inputs(u), (blocks, -1)) / n
 
         A = state.A[:, 0, ...]
         right = side.identity(A) / float(d_in) ** 0.5 + rearranged.generic(A)
