@@ -47,7 +47,10 @@ def kfaccore(
 
 def main() -> None:
     """Entry point of the `kfaccore` script: whatever happens ends with a line and an exit code, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: what is opened next would take its number, and be printed into
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # terminals that lack a character
     signal.signal(signal.SIGTERM, _terminated)
