@@ -1,8 +1,8 @@
 """Terminals: bad command lines, on terminals that lack characters, disks that are full and pipes that are closed.
 
 `python tests/campaigns/terminals.py [--count N] [--seed S]`. What is promised: a command ends with 0, or with 1, 2 or 3
-and a line on standard error; there is no traceback, nothing unexpected and nothing that hangs; `--json` that ends with 0
-prints JSON without NaN, and names in other alphabets are shown as well as the terminal can.
+and a line on standard error; there is no traceback, nothing unexpected and nothing that hangs; `--json` that ends
+with 0 prints JSON without NaN, and names in other alphabets are shown as well as the terminal can.
 """
 
 from __future__ import annotations
@@ -35,9 +35,42 @@ from kfaccore.cli import main as command
 SECONDS = 60  # after which a command counts as hung
 REAL = 40  # every so manieth command is a process of its own, whose end is Python's own
 TERMINALS = ["utf-8", "utf-8", "utf-8", "ascii", "latin-1", "full", "closed", "broken"]
-NUMBERS = ["-1", "0", "1", "2", "nan", "inf", "-inf", "1e400", "1e-400", "", "x", "9" * 30, "9" * 400, "0x10", "٣", "1,5"]
+NUMBERS = [
+    "-1",
+    "0",
+    "1",
+    "2",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-400",
+    "",
+    "x",
+    "9" * 30,
+    "9" * 400,
+    "0x10",
+    "٣",
+    "1,5",
+]
 SIZES = ["4MB", "0", "-4MB", "1e400GB", "MB", "4 MB", "4XB", "nanMB", "1e", "", "4µs", "10ms"]
-NAMES = ["kfac", "ekfac", "KFAC", "adam", "sgd", "fngd", "pinn-kfac", "kfac,kfac", ",", "", "層", "\udcff", "kfac\n", "*", "[a"]
+NAMES = [
+    "kfac",
+    "ekfac",
+    "KFAC",
+    "adam",
+    "sgd",
+    "fngd",
+    "pinn-kfac",
+    "kfac,kfac",
+    ",",
+    "",
+    "層",
+    "\udcff",
+    "kfac\n",
+    "*",
+    "[a",
+]
 TASKS = ["digits-classifier", "poisson-2d", "mnist", "", "層", "digits classifier", "-", "\udcff"]
 VALUES = {"number": NUMBERS, "size": SIZES, "name": NAMES}
 VERBS: dict[str, dict[str, str]] = {
