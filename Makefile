@@ -38,14 +38,29 @@ zoo: $(ZOO)/ready
 mutants: $(TEST)/ready
 	$(TEST)/bin/python tests/mutants.py
 
-# The long forms of tests/campaigns; the short ones run in `make test`.
+# The long forms of tests/campaigns, two at a time; the short ones run in `make test`.
 campaigns: $(TEST)/ready
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 10000
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace torch
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace strict
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace jax --shapes 5
+	$(MAKE) --keep-going --output-sync=target --jobs=2 $(CAMPAIGNS)
+
+FUZZ = $(TEST)/bin/python tests/campaigns/fuzz.py --count
+CAMPAIGNS = fuzz-strict fuzz-jax fuzz-numpy-0 fuzz-numpy-1 fuzz-torch hostile kill ranks numerics terminals
+.PHONY: $(CAMPAIGNS)
+fuzz-numpy-0 fuzz-numpy-1:
+	$(FUZZ) 10000 --part $(@:fuzz-numpy-%=%)/2
+fuzz-torch fuzz-strict:
+	$(FUZZ) 2000 --namespace $(@:fuzz-%=%)
+fuzz-jax:
+	$(FUZZ) 2000 --namespace jax --shapes 5
+hostile:
 	$(TEST)/bin/python tests/campaigns/hostile.py --count 1000
+kill:
 	$(TEST)/bin/python tests/campaigns/kill.py --count 100
+ranks:
+	$(TEST)/bin/python tests/campaigns/ranks.py --count 10
+numerics:
+	$(TEST)/bin/python tests/campaigns/numerics.py --count 20
+terminals:
+	$(TEST)/bin/python tests/campaigns/terminals.py --count 400
 
 $(DEMO)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
