@@ -11,7 +11,7 @@ ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
 	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn
 
-.PHONY: demo test lint bench zoo mutants campaigns test-jax-matrix clean
+.PHONY: demo test lint docs bench zoo mutants campaigns test-jax-matrix clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore train digits-autoencoder --method kfac --against adam,sgd --out runs/demo
@@ -26,6 +26,11 @@ lint: $(TEST)/ready
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/pyright
+
+# Every block of code on the pages is run; an error, a warning or a link that leads nowhere fails it.
+docs: $(TEST)/docs
+	$(TEST)/bin/python -m sphinx -W --keep-going -q -j 2 -d docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 bench: $(TEST)/ready
 	status=0; for name in $(BENCHES); do $(TEST)/bin/python bench/$$name.py || status=1; done; exit $$status
@@ -64,6 +69,10 @@ $(TEST)/ready: pyproject.toml constraints.txt
 	$(TEST)/bin/python $(PIP) -e '.[dev,torch,jax,jax-models,tensorflow]'
 	touch $@
 
+$(TEST)/docs: $(TEST)/ready
+	$(TEST)/bin/python $(PIP) -e '.[docs]'
+	touch $@
+
 # The oldest JAX that pyproject.toml allows and the newest that this Python takes, beside the other pins; flax 0.11 takes
 # jax 0.6 but cannot scan with it.
 test-jax-matrix:
@@ -76,4 +85,4 @@ test-jax-matrix:
 		REQUIRE=jax $$env/bin/python -m pytest tests/test_jax_*.py || exit 1; done
 
 clean:
-	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-jax-* runs dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-jax-* runs dist build docs/_build docs/generated .pytest_cache .ruff_cache .hypothesis
