@@ -177,7 +177,7 @@ def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | Non
         return torch.zeros((0, *call.shape), dtype=dtype, device=call.x.device)
     if column[0] is None:
         return None
-    return column[0][None] if len(column) == 1 else torch.stack(column)
+    return call.of_parameter(column[0][None] if len(column) == 1 else torch.stack(column))
 
 
 def _signed(draws: list[torch.Tensor], observed: Observed, rng: Any) -> list[torch.Tensor]:

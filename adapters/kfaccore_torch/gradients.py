@@ -50,7 +50,8 @@ def gradients(
     for (name, (call, place)), g in zip(edges.items(), found[: len(edges)], strict=True):
         if g is not None:
             a = rows(layers[name], call, place, engine.namespace)
-            g = to_core(output_rows(layers[name], call, detached(g), place), engine.namespace)
+            g = call.of_parameter(detached(g))
+            g = to_core(output_rows(layers[name], call, g, place), engine.namespace)
             if resting:
                 ids = None if batch.ids is None else to_core(batch.ids, engine.namespace)
                 g = kf.weighted(engine.core, engine.state, {name: g}, ids)[name]

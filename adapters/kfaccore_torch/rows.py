@@ -92,7 +92,8 @@ def by_rows(layer: Layer, call: Call, g: torch.Tensor) -> torch.Tensor:
     g = call.features_last(detached(g).reshape(call.shape), d)
     if isinstance(layer.kind, Stack):
         g = g.movedim(0, -2)
-    return g.reshape(-1, d)
+    count = prod(call.rows)
+    return g.reshape(count, g.numel() // max(1, count))
 
 
 def _together(place: Place) -> Together:

@@ -7,7 +7,7 @@ Transposes, slices, splits, reshapes and casts of a parameter are followed on wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -152,10 +152,14 @@ def _merged(axis: Sequence[Fine]) -> tuple[Fine, ...]:
 
 @dataclass(frozen=True)
 class Ref:
-    """Part of a parameter of the model, by the parameter's name."""
+    """Part of a parameter of the model, by the parameter's name.
+
+    factor   what it was multiplied with before it was used, None where it was not
+    """
 
     name: str
     view: View
+    factor: float | torch.Tensor | None = field(default=None, compare=False)
 
 
 def overlapping(views: Iterator[View] | list[View], numel: int) -> bool:
