@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,15 @@ class Batch:
     ids: torch.Tensor | None = None
 
 
+class Drawn(NamedTuple):
+    """Records of the draws, what was observed of the calls, and records of the same rows with the last draw that the
+    caller pulled."""
+
+    records: dict[str, kf.Record]
+    observed: Observed
+    own: dict[str, kf.Record]
+
+
 def drawn(
     engine: Engine,
     seen: Capture,
@@ -43,8 +54,8 @@ def drawn(
     exact: bool = False,
     given: Any = None,
     times: float = 1.0,
-    more: list[torch.Tensor] | None = None,
-) -> tuple[dict[str, kf.Record], Observed]:
+    more: Callable[[Observed], Sequence[torch.Tensor | None]] | None = None,
+) -> Drawn:
     """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
 
     n      of the records
@@ -52,7 +63,8 @@ def drawn(
            method needs that (`layout.stands_together`), and elsewhere they stand as their shape suggests
     given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
     times  factor on the draws
-    more   a last draw a head, (1, *f.shape), taken as it is
+    more   a draw that the caller pulls: gradients of the training loss at the outputs of the observed calls, for
+           records of their own, whose n is therefore over its share
     """
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
@@ -74,15 +86,27 @@ def drawn(
     if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
         _check_own(engine, observed)
         draws = _signed(draws, observed, rng)
-    if more is not None:
-        draws = [torch.cat([v, last.to(v)]) for v, last in zip(draws, more, strict=True)]
-    rows = [_pulled(heads, observed, v) for v in zip(*draws, strict=True)]
+    rows = [pulled(heads, observed, v) for v in zip(*draws, strict=True)]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
     grads = [
         _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
     ]
     observed = engine.observer.again(observed, layers, heads, grads)
-    return _recorded(engine, observed, grads, batch, n, exact, set(seen.calls)), observed
+    last = None if more is None else _alike(more(observed), grads)
+    if last is not None:
+        observed = engine.observer.again(observed, layers, heads, last)
+    records = _recorded(engine, observed, grads, batch, n, exact, set(seen.calls))
+    if last is None:
+        return Drawn(records, observed, {})
+    unit = engine.share(batch) * times * times
+    own = _recorded(engine, observed, last, batch, n / unit, exact, set(seen.calls), records)
+    return Drawn(records, observed, own)
+
+
+def _alike(last: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """A last draw, (1, *shape) a call: of those that the others reach, so that rows are the same."""
+    pairs = zip(last, grads, strict=True)
+    return [None if g is None else (torch.zeros_like(g[:1]) if x is None else x[None]) for x, g in pairs]
 
 
 def _recorded(
@@ -93,8 +117,9 @@ def _recorded(
     n: float,
     exact: bool,
     called: set[str],
+    like: Mapping[str, kf.Record] = MappingProxyType({}),
 ) -> dict[str, kf.Record]:
-    """Records of the calls that the draws reached."""
+    """Records of the calls that the draws reached; with the rows of those they are `like`."""
     by_layer: dict[str, list[tuple]] = {}
     blocks = engine.blocks() if observed.mixing and not exact else {}
     for (name, call), owned, g in zip(observed.calls, observed.owned, grads, strict=True):
@@ -109,7 +134,7 @@ def _recorded(
         for name, parts in by_layer.items():
             calls, gs, places, masks = zip(*parts, strict=True)
             layer = engine.plan.layers[name]
-            found[name] = record(layer, calls, gs, places, n, engine.namespace, masks, batch.ids)
+            found[name] = record(layer, calls, gs, places, n, engine.namespace, masks, batch.ids, like.get(name))
     return found
 
 
@@ -164,7 +189,7 @@ def _check_room(heads: list[torch.Tensor], observed: Observed) -> None:
         )
 
 
-def _pulled(heads: list[torch.Tensor], observed: Observed, v: tuple) -> tuple:
+def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tensor]) -> tuple:
     """One draw at the outputs of all calls."""
     edges = [call.edge for _, call in observed.calls]
     given = [x.to(f) for x, f in zip(v, heads, strict=True)]

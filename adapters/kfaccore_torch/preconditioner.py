@@ -19,7 +19,7 @@ from kfaccore_torch.draw import Batch
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
-from kfaccore_torch.own import mean_loss, own_apart, own_draw
+from kfaccore_torch.own import mean_loss, own_apart, own_draw, together
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
@@ -138,15 +138,15 @@ class Preconditioner:
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
-        more = own_draw(self.engine, value, batch, shot.n / n)  # waits as a last draw
+        more = own_draw(self.engine, value, batch)
         if more is not None:
             self._values.append((n, float(value.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             times = (shot.n / n) ** 0.5
-            records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
+            found = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
         self._formed += 1
-        value = counted(value, self._shots, shot, self.engine.waiting(records))
-        self._terms.expect(value, observed.expected, self.engine.plan.trained)
+        value = counted(value, self._shots, shot, self.engine.waiting(together(found)))
+        self._terms.expect(value, found.observed.expected, self.engine.plan.trained)
         return value
 
     def extra(self, term: torch.Tensor) -> torch.Tensor:

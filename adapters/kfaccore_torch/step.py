@@ -17,10 +17,10 @@ from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import kept
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
-from kfaccore_torch.draw import Batch, drawn
+from kfaccore_torch.draw import Batch, Drawn, drawn
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.losses import FISHERS, objective
-from kfaccore_torch.observe import Observed, Observer
+from kfaccore_torch.observe import Observer
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
 from kfaccore_torch.rows import absent
@@ -107,13 +107,11 @@ class Engine(Planning):
             return f"the batch is empty: the prediction has shape {shapes[0]}"
         return "all labels of the batch are ignored (ignore_index), so no example counts and n is 0"
 
-    def records(
-        self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any
-    ) -> tuple[dict[str, kf.Record], Observed]:
+    def records(self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any) -> Drawn:
         """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
-        records, observed = drawn(self, seen, batch, turn, n, exact, **how)
-        self.mixing |= observed.mixing
-        return records, observed
+        found = drawn(self, seen, batch, turn, n, exact, **how)
+        self.mixing |= found.observed.mixing
+        return found
 
     def waiting(self, records: dict[str, kf.Record]) -> dict[str, Any]:
         """What is kept until the step: Stats, or copies of rows where the step needs rows."""
