@@ -150,3 +150,19 @@ def test_without_draws_the_head_alone_is_measured():
     model, (x, y) = Language(), batch()
     (record,) = (kt.records(model, CE, x, y, fisher=kf.forward_only)[0]["table"],)
     assert (record.draws, record.shared, record.d_in) == (0, 5, 4)
+
+
+@pytest.mark.parametrize("method", [kf.KFAC(sharing=kf.reduce), kf.TKFAC(sharing=kf.reduce)])
+def test_a_method_of_mean_rows_is_refused_by_name(method):
+    """The mean of a head's inputs and a table's gradients would be the mean of two kinds."""
+    model, (x, y) = Language(), batch()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="table.* is table and output layer"):
+        kt.Optimizer(model, CE, core=kf.Preconditioner(method, step=kf.SelfTuning())).step(x, y)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_other_layers_may_share_by_means():
+    model, (x, y) = Language(), batch()
+    methods = dict.fromkeys(kt.plan(model, x).layers, kf.KFAC(sharing=kf.reduce)) | {"table": kf.KFAC()}
+    assert np.isfinite(kt.Optimizer(model, CE, core=kf.Preconditioner(methods, step=kf.SelfTuning())).step(x, y))

@@ -1,5 +1,9 @@
-"""Whether a method sees the same in rows however they are dealt to examples; then rows that mix examples may stand as
-their shape suggests, which is cheaper, and else they must stand together."""
+"""What a method sees in the rows of an example, asked of the method by what it measures.
+
+Where it sees the same however rows are dealt to examples, rows that mix examples may stand as their shape suggests,
+which is cheaper; else they must stand together. Where it sees the mean of an example's rows only, rows of two kinds in
+one example have no meaning to it.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,37 @@ def stands_together(core: kf.Preconditioner, blocks: dict[str, kf.Block], name: 
 
 
 @cache
+def pools(method: Any) -> bool:
+    """Whether a method takes an example's positions for one, as `sharing=kfaccore.reduce` does: rows of which each is
+    replaced by their mean are the same to it, and rows twice as large are not."""
+    record = _rows()
+    even = record.a.mean(2, keepdims=True) + 0 * record.a
+    return _sees_same(method, record, kf.Record(even, record.g, 2.0)) and not _sees_same(
+        method, record, kf.Record(2 * record.a, record.g, 2.0)
+    )
+
+
+@cache
 def _indifferent(method: Any) -> bool:
-    """Asked of the method: statistics of two examples of three rows, and of the same rows as one example of six."""
+    """Statistics of two examples of three rows, and of the same rows as one example of six."""
+    apart = _rows()
+    together = kf.Record(apart.a.reshape(1, 1, 6, 2), apart.g.reshape(1, 1, 1, 6, 2), 2.0)
+    return _sees_same(method, apart, together)
+
+
+def _rows() -> Any:
     rng = np.random.default_rng(0)
     a: Any = rng.standard_normal((1, 2, 3, 2))
     g: Any = rng.standard_normal((1, 1, 2, 3, 2))
-    apart = kf.Record(a, g, 2.0)
-    together = kf.Record(a.reshape(1, 1, 6, 2), g.reshape(1, 1, 1, 6, 2), 2.0)
+    return kf.Record(a, g, 2.0)
+
+
+def _sees_same(method: Any, first: kf.Record, second: kf.Record) -> bool:
+    """Whether the statistics of two records are equal; False of a method that refuses one of them."""
     state = method.init(kf.Block(2, 2, rows=8, samples=8), np.zeros(1))
     hyper = kf.Hyper(0, 0.9, 1e-3)
     try:
-        found = [kf.flatten(method.measure(state, record, hyper)) for record in (apart, together)]
+        found = [kf.flatten(method.measure(state, record, hyper)) for record in (first, second)]
     except (ValueError, TypeError):  # it wants terms, or to know which examples these are
         return False
     if {name: x.shape for name, x in found[0].items()} != {name: x.shape for name, x in found[1].items()}:

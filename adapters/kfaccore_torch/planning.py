@@ -16,6 +16,8 @@ from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.follow import carried
+from kfaccore_torch.kinds import Tied
+from kfaccore_torch.layout import pools
 from kfaccore_torch.observe import Observer
 from kfaccore_torch.plan import Plan, again, remade, unwrapped
 from kfaccore_torch.report import Coverage, coverage
@@ -57,7 +59,9 @@ class Planning(Resumes):
                 f"record of examples: pass rest=torch.optim.Adam for them"
             )
         found = found if self.settings.uncovered is None else filled(found)
-        self.core = with_method(self.given, found, self.settings.uncovered)
+        core = with_method(self.given, found, self.settings.uncovered)
+        _unpooled(core, found)
+        self.core = core
         return found
 
     @property
@@ -131,6 +135,17 @@ class Planning(Resumes):
         """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
         mixing = {name for name in self.mixing if name in self.plan.layers}
         return coverage(self.plan, self.blocks(), self.core, mixing)
+
+
+def _unpooled(core: kf.Preconditioner, plan: Plan) -> None:
+    """ValueError where a layer's record holds rows of two kinds and its method takes an example's rows for one."""
+    for name, layer in plan.layers.items():
+        if isinstance(layer.kind, Tied) and core.network is None and pools(core.assigned.of(name)):
+            parameters = ", ".join(layer.paths.values())
+            raise ValueError(
+                f"{parameters} is table and output layer: its record holds rows of both, and sharing=kfaccore.reduce "
+                f"would mix them; pass methods {{'{name}': kfaccore.KFAC(), ...}} with another sharing for this layer"
+            )
 
 
 def _owned(x: Any) -> Any:

@@ -46,7 +46,7 @@ def with_method(core: kf.Preconditioner, plan: Plan, method: kf.Diagonal | None)
     given = core.methods
     known = given if isinstance(given, Mapping) else dict.fromkeys(plan.layers, given)
     methods = {**known, **dict.fromkeys(names, method)}
-    return kf.Preconditioner(methods, core.clocks, core.schedules, None, core.rule, core.comm, core.donate, core.widest)
+    return replace(core, methods=methods)
 
 
 def called(plan: Plan) -> list[tuple[str, Call]]:
