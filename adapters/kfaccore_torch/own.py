@@ -10,6 +10,7 @@ import array_api_compat as aac
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.batch import mean
 from kfaccore_torch.draw import pulled
 
 if TYPE_CHECKING:
@@ -68,7 +69,10 @@ def own_apart(
     return drawn, {name: [replace(r, g=r.g[-1:, ...]) for r in given] for name, given in each.items()}
 
 
-def mean_loss(values: Sequence[tuple[float, float]]) -> float | None:
-    """The loss of a batch from (n, value) of its micro-batches; None of none."""
+def mean_loss(engine: Engine, values: Sequence[tuple[float, float]]) -> float | None:
+    """The loss of a batch from (n, value) of its micro-batches, on all ranks; None where no rule asks for it."""
+    if not engine.core.rule.wants_own or not engine.due:
+        return None
     total = sum(n for n, _ in values)
-    return sum(n * value for n, value in values) / total if total else None
+    value = sum(n * value for n, value in values) / total if total else 0.0
+    return mean(engine, value, total)

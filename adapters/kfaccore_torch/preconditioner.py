@@ -189,7 +189,7 @@ class Preconditioner:
             if engine.due and grads:
                 records, grads = self._gathered(grads)
             records, own = own_apart(engine, records)
-            beside = {"loss": mean_loss(self._values), "own": own, "lengths": lengths}
+            beside = {"loss": mean_loss(engine, self._values), "own": own, "lengths": lengths}
             directions = engine.step(records, grads, **beside) if grads else {}
             covered = [p.grad for name in directions for p in engine.plan.layers[name].parameters.values()]
             overflow = self._scale.overflow(covered, engine.core.comm.world)
