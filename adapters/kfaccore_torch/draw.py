@@ -69,23 +69,13 @@ def drawn(
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
     layers = engine.plan.layers
-    fisher = engine.settings.fisher
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
     observed = engine.observer.look(sight, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
-    draws = given
-    if fisher is kf.type2 and given is None:
-        _check_room(heads, observed)
-    if draws is None:
-        draws = engine.objective.draws(fisher, engine.settings.draws, batch.f, batch.target, rng, observed.split)
-    draws = list(draws) if isinstance(draws, list | tuple) else [draws]
-    draws = draws if times == 1 else [v * times for v in draws]
-    if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
-        _check_own(engine, observed)
-        draws = _signed(draws, observed, rng)
+    draws = _draws(engine, heads, observed, batch, rng, given, times)
     rows = [pulled(heads, observed, v) for v in zip(*draws, strict=True)]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
     grads = [
@@ -101,6 +91,30 @@ def drawn(
     unit = engine.share(batch) * times * times
     own = _recorded(engine, observed, last, batch, n / unit, exact, set(seen.calls), records)
     return Drawn(records, observed, own)
+
+
+def _draws(
+    engine: Engine,
+    heads: list[torch.Tensor],
+    observed: Observed,
+    batch: Batch,
+    rng: np.random.Generator,
+    given: Any,
+    times: float,
+) -> list[torch.Tensor]:
+    """Draws at the prediction, (draws, *shape) a head: those `given`, or of the settings."""
+    fisher = engine.settings.fisher
+    draws = given
+    if fisher is kf.type2 and given is None:
+        _check_room(heads, observed)
+    if draws is None:
+        draws = engine.objective.draws(fisher, engine.settings.draws, batch.f, batch.target, rng, observed.split)
+    draws = list(draws) if isinstance(draws, list | tuple) else [draws]
+    draws = draws if times == 1 else [v * times for v in draws]
+    if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
+        _check_own(engine, observed)
+        draws = _signed(draws, observed, rng)
+    return draws
 
 
 def _alike(last: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
