@@ -12,6 +12,7 @@ nn = torch.nn
 F = torch.nn.functional
 
 import kfaccore_torch as kt  # noqa: E402
+from kfaccore_torch.own import apart  # noqa: E402
 from torch_oracle import close, empirical, ggn  # noqa: E402
 
 CE = nn.CrossEntropyLoss()
@@ -186,6 +187,7 @@ def test_a_rule_that_leaves_examples_out_measures_a_tied_table_all_the_same(shel
                 f = model(x)
             made.loss(f, y).backward()
             made.step()
+        assert "table" not in apart(made.engine)
         found.append(kf.flatten(made.engine.state.layers["table"]))
     first, second = found
     assert any(np.asarray(value).any() for name, value in first.items() if "G" in name)
