@@ -58,8 +58,14 @@ class KFACModel(keras.Model):
         return self.inner(inputs, training=training, **({"mask": mask} if takes and mask is not None else {}))
 
     def compile(self, optimizer: Any = "sgd", loss: Any = None, **options: Any) -> None:
-        """As keras.Model.compile; the loss may also be of kfaccore, or a kfaccore.Joint for several outputs."""
+        """As keras.Model.compile; the loss may also be of kfaccore, or a kfaccore.Joint for several outputs.
+
+        Where layers were thawed since, the curvature begins anew, as the optimizer does.
+        """
         self._ours = loss if isinstance(loss, OURS) else None
+        if self.engine is not None and self.engine.plan.changed(self.inner.trainable_variables):
+            self.engine = None
+        self._eagerly = None
         super().compile(optimizer, None if self._ours is not None else loss, **options)
 
     def get_compile_config(self) -> dict[str, Any]:
