@@ -289,6 +289,20 @@ def test_layers_may_be_frozen_later_and_thawed():
         ours.step(data()[0][:7], data()[1][:7])
 
 
+def test_a_saved_model_may_be_thawed(tmp_path):
+    """Its curvature is of fewer layers: it begins anew, and says so."""
+    model = compiled()
+    model.inner.layers[0].trainable = False
+    fitted(model, 1)
+    model.save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    model.inner.layers[0].trainable = True
+    model.compile(SGD(0.1), crossentropy())
+    with pytest.warns(UserWarning, match=r"\['a'\] are trained now and were not"):
+        fitted(model, 1)
+    assert model.engine.state.step == 4
+
+
 def test_another_loss_may_be_compiled():
     model = kt.KFACModel(network(), **CLOCKS)
     model.compile(SGD(0.1), crossentropy())
