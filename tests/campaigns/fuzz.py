@@ -98,7 +98,7 @@ def verdict(row: Row, case: Case, namespace: Namespace) -> str:
     """ "ok", "coded" or the name of the promise that was broken."""
     inputs = (case.a, case.g, case.v)
     given = tuple(map(namespace.put, inputs))
-    cycles = ENOUGH.get(row.name, row.method.cycles * (4 if row.name in STARTS_FROM_ONE else 1))
+    cycles = ENOUGH.get(row.name, row.method.cycles * (10 if row.name in STARTS_FROM_ONE else 1))
     try:
         found = cycles_of.direction(row.method, N, given, case.damping, cycles, namespace.name == "jax")
     except Exception as error:
