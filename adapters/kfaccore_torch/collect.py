@@ -17,6 +17,7 @@ import torch
 import kfaccore as kf
 
 Array = Any
+_EVEN = 0.01  # of the largest: what half precision tells apart
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Shot:
     total     whether its loss is a sum, whose n all micro-batches share
     found     layer -> Records or Stats, one a loss that was differentiated
     void      why nothing in it counts
+    slopes    what arrived at each of its losses when they were differentiated
     """
 
     n: float = 0.0
@@ -34,6 +36,7 @@ class Shot:
     found: dict[str, list[Any]] = field(default_factory=dict)
     void: str = ""
     used: bool = False
+    slopes: list[torch.Tensor] = field(default_factory=list)
 
 
 def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
@@ -42,6 +45,8 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
     A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
     on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks.
     """
+    for shot in shots:
+        _check_even(shot)
     counted = [shot for shot in shots if shot.n > 0]
     all_n = sum(shot.n for shot in counted)
     parts = len(counted) * world if counted and counted[0].total else 1
@@ -53,6 +58,19 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
             given = shot.found[name]
             records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
     return records
+
+
+def _check_even(shot: Shot) -> None:
+    """ValueError for losses on one forward that were multiplied by different numbers past `pre.loss`: their curvatures
+    were measured before, and would count alike. Read on the host, where there are several losses, and nowhere else."""
+    if len(shot.slopes) < 2:
+        return
+    slopes = torch.stack([slope.double() for slope in shot.slopes]).tolist()
+    if max(slopes) - min(slopes) > _EVEN * max(abs(slope) for slope in slopes):
+        raise ValueError(
+            f"losses of one forward were multiplied by {[round(slope, 6) for slope in slopes]} on their way to "
+            f"backward, and their curvatures would count alike: give each its own, pre.loss(f, target, weight=...)"
+        )
 
 
 def complain(shots: list[Shot], formed: int, captured: bool, world: int) -> None:
@@ -134,6 +152,7 @@ def _count(
     let_go()
     if not any(other is shot for other in shots):
         shots.append(shot)
+    shot.slopes.append(grad.detach())
     for name, one in found.items():
         shot.found.setdefault(name, []).append(one)
     found.clear()
