@@ -31,7 +31,7 @@ lint: $(TEST)/ready
 
 # Every block of code on the pages is run; an error, a warning or a link that leads nowhere fails it.
 docs: $(TEST)/docs
-	$(TEST)/bin/python -m sphinx -W --keep-going -q -j 2 -d docs/_build/doctrees docs docs/_build/html
+	$(TEST)/bin/python -m sphinx -E -W --keep-going -q -j 2 -d docs/_build/doctrees docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: $(TEST)/ready
