@@ -67,7 +67,7 @@ class Preconditioner:
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
-        self._values: list[tuple[float, float]] = []  # n and value of each, for rules that ask
+        self._values: list[tuple[float, float]] = []  # n of its forward, once, and n value of each, for rules that ask
         self._terms = Terms()
         self._scale = Scale()
 
@@ -135,12 +135,13 @@ class Preconditioner:
         if n <= 0:
             shot.void = self.engine.void(batch)
             return counted(value, self._shots, shot, {})
+        again = shot.n > 0
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
         more = own_draw(self.engine, value, batch)
         if more is not None:
-            self._values.append((n, float(value.detach())))
+            self._values.append((0.0 if again else n, shot.n * float(value.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             times = (shot.n / n) ** 0.5
             found = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
