@@ -157,7 +157,7 @@ def test_a_method_of_mean_rows_is_refused_by_name(method):
     """The mean of a head's inputs and a table's gradients would be the mean of two kinds."""
     model, (x, y) = Language(), batch()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="table.* is table and output layer"):
+    with pytest.raises(ValueError, match=r"table.* is table and output layer"):
         kt.Optimizer(model, CE, core=kf.Preconditioner(method, step=kf.SelfTuning())).step(x, y)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 

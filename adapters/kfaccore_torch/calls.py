@@ -27,6 +27,7 @@ class Call:
     before     nodes of the input, where it has a graph
     narrow     the same call before its output was widened by an addition
     arrange    (..., *shape) -> (..., *rows, d), blocks before the rows, where axes alone do not say it
+    factor     what the parameter was multiplied with before, None where it was not
     """
 
     x: torch.Tensor
@@ -40,6 +41,11 @@ class Call:
     before: tuple[Any, ...] = ()
     narrow: Call | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    factor: float | torch.Tensor | None = None
+
+    def of_parameter(self, g: torch.Tensor) -> torch.Tensor:
+        """A gradient of the output as the parameter sees it."""
+        return g if self.factor is None else g * self.factor
 
     @property
     def node(self) -> Any:
@@ -63,11 +69,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Mark:
-    """What an operation takes a parameter for: a layer kind without bias, and the parts that are weight and bias."""
+    """What an operation takes a parameter for: a layer kind without bias, and the parts that are weight and bias.
+
+    scaled   whether one of them is multiplied with a number first, so that weight and bias are no one matrix
+    """
 
     kind: Any
     weight: Ref | None
     bias: Ref | None = None
+    scaled: bool = False
+
+    def __post_init__(self) -> None:
+        if any(ref is not None and ref.factor is not None for ref in (self.weight, self.bias)):
+            object.__setattr__(self, "scaled", True)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kfaccore import Window
 from kfaccore.layers import Conv, Embedding, Gain, Linear
 from kfaccore_torch.attention import attention
 from kfaccore_torch.calls import Call, Mark, Use
+from kfaccore_torch.joined import joined, uses
 from kfaccore_torch.plan import Plan
 from kfaccore_torch.provenance import followed
 from kfaccore_torch.recurrent import RECURRENT, unfused
@@ -55,7 +56,15 @@ class Capture(TorchFunctionMode):
         self.odd: dict[str, str] = {}  # parameters in calls that are no layer's
         self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> nodes of its input
         self.empty: set[str] = set()  # parameters called on no rows
+        self.spent = False  # whether a loss of this forward was differentiated
         self._embedded: dict[int, tuple[weakref.ref, int, Use]] = {}  # outputs, the use and its place
+
+    def let_go(self) -> None:
+        """Forget all calls, whose inputs would outlive the backward that is about to free them."""
+        self.uses = []
+        self.inputs = {}
+        self._embedded = {}
+        self.spent = True
 
     @property
     def calls(self) -> dict[str, list[Call]]:
@@ -87,14 +96,17 @@ class Capture(TorchFunctionMode):
         if not _recording(output):
             return
         weight, bias = (followed(given.get(name), self.known) for name in ("weight", "bias"))
-        if (weight is None and bias is None) or not _plain(func, weight):
+        parts = {name: joined(given.get(name) if func is F.linear else None, self.known) for name in ("weight", "bias")}
+        pieces = [piece for found, _ in parts.values() for piece in found]
+        if (weight is None and bias is None and not pieces) or not _plain(func, weight):
             return
         edge = _edge(output)
-        told = {"weight": weight, "bias": bias}
-        graphs = [given["input"], *(given.get(name) for name, ref in told.items() if ref is None)]
+        whole = {"weight": weight is not None or parts["weight"][0], "bias": bias is not None or parts["bias"][0]}
+        graphs = [given["input"], *(given.get(name) for name, seen in whole.items() if not seen)]
         before = [get_gradient_edge(x).node for x in graphs if x is not None and x.requires_grad]
+        before += [node for _, others in parts.values() for node in others]
         self.inputs.setdefault(edge.node, []).extend(before)
-        refs = [ref for ref in told.values() if ref is not None]
+        refs = [ref for ref in (weight, bias, *(piece.ref for piece in pieces)) if ref is not None]
         if output.numel() == 0:
             self.empty.update(ref.name for ref in refs)
             return
@@ -102,8 +114,11 @@ class Capture(TorchFunctionMode):
             why = "embeddings with max_norm, scale_grad_by_freq or sparse gradients are not the plain product"
             self.odd.update({ref.name: why for ref in refs})
             return
-        mark = Mark(_kind(func, weight, given), weight, bias)
-        use = Use(mark, _call(func, _ROLES.get(func, Gain), given, output, edge))
+        call = _call(func, _ROLES.get(func, Gain), given, output, edge)
+        self.uses += uses(parts["weight"][0], parts["bias"][0], call)
+        if weight is None and bias is None:
+            return
+        use = Use(Mark(_kind(func, weight, given), weight, bias), call)
         self.uses.append(use)
         if func is F.embedding:
             self._embedded[id(output)] = weakref.ref(output), len(self.uses) - 1, use
@@ -199,7 +214,8 @@ def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[
     if func is F.group_norm:
         return cache(lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps))
     if given.get("training"):
-        return cache(lambda: F.batch_norm(x, None, None, training=True, **eps))
+        # `F.batch_norm` would ask for memory to keep what a backward needs
+        return cache(lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, given.get("eps", 1e-5))[0])
     # copies: running statistics move on with the next batch
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()

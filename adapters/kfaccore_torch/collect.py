@@ -117,15 +117,21 @@ def _overlap(x: Any, y: Any) -> bool:
     return hasattr(x, "dtype") and type(x) is type(y) and not isinstance(x, np.generic)
 
 
-def counted(value: torch.Tensor, shots: list[Shot], shot: Shot, found: dict[str, Any]) -> torch.Tensor:
-    """The loss; once it is differentiated, what was `found` with it counts among the `shots` of the step."""
+def counted(
+    value: torch.Tensor, shots: list[Shot], shot: Shot, found: dict[str, Any], let_go: Callable[[], None]
+) -> torch.Tensor:
+    """The loss; once it is differentiated, what was `found` with it counts among the `shots` of the step, and the
+    forward is let go of."""
     if value.requires_grad:
-        value.register_hook(partial(_count, shots, shot, found))
+        value.register_hook(partial(_count, shots, shot, found, let_go))
     return value
 
 
-def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:
+def _count(
+    shots: list[Shot], shot: Shot, found: dict[str, Any], let_go: Callable[[], None], grad: torch.Tensor
+) -> None:
     """A loss is differentiated: what it left counts, once."""
+    let_go()
     if not any(other is shot for other in shots):
         shots.append(shot)
     for name, one in found.items():

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 import kfaccore as kf
-from kfaccore_torch.bridge import HALF, ordered
+from kfaccore_torch.arriving import Made, arriving, waiting
+from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.layout import stands_together
+from kfaccore_torch.layout import dealt_anyhow, stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
-from kfaccore_torch.places import joined
+from kfaccore_torch.places import Together, joined, plainly
+from kfaccore_torch.probe import probe
 from kfaccore_torch.rows import check_unwritten, record
 
 if TYPE_CHECKING:
@@ -36,15 +39,6 @@ class Batch:
     ids: torch.Tensor | None = None
 
 
-class Drawn(NamedTuple):
-    """Records of the draws, what was observed of the calls, and records of the same rows with the last draw that the
-    caller pulled."""
-
-    records: dict[str, kf.Record]
-    observed: Observed
-    own: dict[str, kf.Record]
-
-
 def drawn(
     engine: Engine,
     seen: Capture,
@@ -54,8 +48,8 @@ def drawn(
     exact: bool = False,
     given: Any = None,
     times: float = 1.0,
-    more: Callable[[Observed], Sequence[torch.Tensor | None]] | None = None,
-) -> Drawn:
+    more: list[torch.Tensor] | None = None,
+) -> tuple[dict[str, kf.Record], Observed]:
     """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
 
     n      of the records
@@ -63,47 +57,54 @@ def drawn(
            method needs that (`layout.stands_together`), and elsewhere they stand as their shape suggests
     given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
     times  factor on the draws
-    more   a draw that the caller pulls: gradients of the training loss at the outputs of the observed calls, for
-           records of their own, whose n is therefore over its share
+    more   a last draw a head, (1, *f.shape), taken as it is
     """
+    heads, observed, draws = asked(engine, seen, batch, turn, given, times, more)
+    return _whole(engine, heads, observed, draws, partial(whole_record, engine, batch, n, exact), batch.told, seen)
+
+
+def measured(
+    engine: Engine,
+    seen: Capture,
+    batch: Batch,
+    turn: int,
+    n: float,
+    times: float = 1.0,
+    more: list[torch.Tensor] | None = None,
+    copies: bool = True,
+) -> tuple[dict[str, Any], Observed]:
+    """What waits for the step, by layer, in the place of the records of `drawn`: Stats, or where the step needs rows
+    those, copied if `copies`. Of one draw nothing is kept but what is made of it, the moment it exists."""
+    heads, observed, draws = asked(engine, seen, batch, turn, None, times, more)
+    made = partial(whole_record, engine, batch, n, False)
+    if len(draws[0]) == 1:
+        found, observed = arriving(engine, observed, heads, [v[0] for v in draws], made, copies)
+        batch.told.check(set(found), set(seen.calls))
+        return found, observed
+    records, observed = _whole(engine, heads, observed, draws, made, batch.told, seen)
+    return waiting(engine, records, copies), observed
+
+
+def asked(
+    engine: Engine,
+    seen: Capture,
+    batch: Batch,
+    turn: int,
+    given: Any,
+    times: float,
+    more: list[torch.Tensor] | None,
+) -> tuple[list[torch.Tensor], Observed, list[torch.Tensor]]:
+    """Heads, what is observed of the calls behind them, and the draws at each head."""
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
     layers = engine.plan.layers
+    fisher = engine.settings.fisher
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
-    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
+    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
-    draws = _draws(engine, heads, observed, batch, rng, given, times)
-    rows = [pulled(heads, observed, v) for v in zip(*draws, strict=True)]
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
-    grads = [
-        _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
-    ]
-    observed = engine.observer.again(observed, layers, heads, grads)
-    last = None if more is None else _alike(more(observed), grads)
-    if last is not None:
-        observed = engine.observer.again(observed, layers, heads, last)
-    records = _recorded(engine, observed, grads, batch, n, exact, set(seen.calls))
-    if last is None:
-        return Drawn(records, observed, {})
-    unit = engine.share(batch) * times * times
-    own = _recorded(engine, observed, last, batch, n / unit, exact, set(seen.calls), records)
-    return Drawn(records, observed, own)
-
-
-def _draws(
-    engine: Engine,
-    heads: list[torch.Tensor],
-    observed: Observed,
-    batch: Batch,
-    rng: np.random.Generator,
-    given: Any,
-    times: float,
-) -> list[torch.Tensor]:
-    """Draws at the prediction, (draws, *shape) a head: those `given`, or of the settings."""
-    fisher = engine.settings.fisher
     draws = given
     if fisher is kf.type2 and given is None:
         _check_room(heads, observed)
@@ -114,58 +115,77 @@ def _draws(
     if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
         _check_own(engine, observed)
         draws = _signed(draws, observed, rng)
-    return draws
+    if more is not None:
+        draws = [torch.cat([v, last.to(v)]) for v, last in zip(draws, more, strict=True)]
+    return heads, observed, draws
 
 
-def _alike(last: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """A last draw, (1, *shape) a call: of those that the others reach, so that rows are the same."""
-    pairs = zip(last, grads, strict=True)
-    return [None if g is None else (torch.zeros_like(g[:1]) if x is None else x[None]) for x, g in pairs]
-
-
-def _recorded(
+def _whole(
     engine: Engine,
+    heads: list[torch.Tensor],
     observed: Observed,
-    grads: list[Any],
+    draws: list[torch.Tensor],
+    made: Made,
+    told: Told,
+    seen: Capture,
+) -> tuple[dict[str, kf.Record], Observed]:
+    """Records of all draws at once."""
+    grads = at_calls(engine, heads, observed, draws)
+    observed = engine.observer.again(observed, engine.plan.layers, heads, grads)
+    found = by_layer(observed, grads, made)
+    told.check(set(found), set(seen.calls))
+    return found, observed
+
+
+def at_calls(
+    engine: Engine, heads: list[torch.Tensor], observed: Observed, draws: list[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Draws at the outputs of all calls, (draws, *shape) each."""
+    rows = [_pulled(heads, observed, v) for v in zip(*draws, strict=True)]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
+    pairs = zip(columns, observed.calls, strict=True)
+    return [_stacked(column, call, engine.like.dtype) for column, (_, call) in pairs]
+
+
+def by_layer(observed: Observed, grads: Sequence[torch.Tensor | None], made: Made) -> dict[str, kf.Record]:
+    """The record of each layer that was reached."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for i, ((name, _), g) in enumerate(zip(observed.calls, grads, strict=True)):
+        if g is not None:
+            parts.setdefault(name, {})[i] = g
+    return {name: made(observed, name, given) for name, given in parts.items()}
+
+
+def whole_record(
+    engine: Engine,
     batch: Batch,
     n: float,
     exact: bool,
-    called: set[str],
+    observed: Observed,
+    name: str,
+    parts: dict[int, torch.Tensor],
     like: Mapping[str, kf.Record] = MappingProxyType({}),
-) -> dict[str, kf.Record]:
-    """Records of the calls that the draws reached; with the rows of those they are `like`."""
-    by_layer: dict[str, list[tuple]] = {}
+) -> kf.Record:
+    """The record of a layer from the draws at its calls that they reached, by the number of the call; with the rows of
+    the one it is `like`."""
     blocks = engine.blocks() if observed.mixing and not exact else {}
-    for (name, call), owned, g in zip(observed.calls, observed.owned, grads, strict=True):
+    calls = []
+    places = []
+    for i in sorted(parts):
+        owned = observed.owned[i]
         place = owned.place
         if owned.mixes:
             place = joined(place, exact or stands_together(engine.core, blocks, name))
-        if g is not None:
-            by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
-    batch.told.check(set(by_layer), called)
-    found = {}
+        if isinstance(place, Together) and not exact and dealt_anyhow(engine.core, blocks, name):
+            place = plainly(place, observed.split.examples)
+        calls.append(observed.calls[i][1])
+        places.append(place)
+    masks = [batch.told.mask_of(name, place) for place in places]
+    grads = [parts[i] for i in sorted(parts)]
     with ordered(engine.namespace, engine.device):
-        for name, parts in by_layer.items():
-            calls, gs, places, masks = zip(*parts, strict=True)
-            layer = engine.plan.layers[name]
-            found[name] = record(layer, calls, gs, places, n, engine.namespace, masks, batch.ids, like.get(name))
-    return found
-
-
-def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:
-    """The loss's own gradient as the first draw of a question, if it moves every row: what it gives the parameters
-    is then known too. Else nothing, and the question is asked with random numbers."""
-    if batch.f is None or engine.core.comm.world > 1 or heads[0].dtype in HALF:
-        return None, ()
-    try:
-        own = engine.objective.draws(kf.empirical, 1, batch.f, batch.target, None)
-    except (ValueError, TypeError, AttributeError):  # soft labels, or none
-        return None, ()
-    own = [v[0] for v in (own if isinstance(own, list) else [own])]
-    n = engine.objective.share(batch.f, batch.target)
-    if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
-        return None, ()
-    return [v / n for v in own], engine.plan.trained
+        return record(
+            engine.plan.layers[name], calls, grads, places, n, engine.namespace, masks, batch.ids, like.get(name)
+        )
 
 
 def _check_own(engine: Engine, observed: Observed) -> None:
@@ -203,7 +223,7 @@ def _check_room(heads: list[torch.Tensor], observed: Observed) -> None:
         )
 
 
-def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tensor]) -> tuple:
+def _pulled(heads: list[torch.Tensor], observed: Observed, v: tuple) -> tuple:
     """One draw at the outputs of all calls."""
     edges = [call.edge for _, call in observed.calls]
     given = [x.to(f) for x, f in zip(v, heads, strict=True)]
@@ -216,7 +236,7 @@ def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | Non
         return torch.zeros((0, *call.shape), dtype=dtype, device=call.x.device)
     if column[0] is None:
         return None
-    return column[0][None] if len(column) == 1 else torch.stack(column)
+    return call.of_parameter(column[0][None] if len(column) == 1 else torch.stack(column))
 
 
 def _signed(draws: list[torch.Tensor], observed: Observed, rng: Any) -> list[torch.Tensor]:

@@ -53,7 +53,7 @@ def repeated(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter]) -> 
         # (r s) is r copies of s: their axes apart are those of an expansion
         shape = (*times[:fresh], *(n for pair in zip(times[fresh:], own, strict=True) for n in pair))
         apart = tuple(axis for own_axis in ref.view.axes for axis in ((), own_axis))
-        ref = Ref(ref.name, View(apart, ref.view.offset))
+        ref = replace(ref, view=View(apart, ref.view.offset))
     found = _use(node, ref, tuple(known[ref.name].shape), shape, None)
     return found if isinstance(found, str) else [found]
 
@@ -100,18 +100,19 @@ def _use(node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], slop
     if len(axes) < 2:
         lone = View((tuple(fine for axis in view.axes for fine in axis),), view.offset)
         kind = Bias(d) if slope is None else Gain(d)
-        return Use(Mark(kind, Ref(ref.name, lone)), call)
-    return _table(node, view, ref.name, own, shape, call)
+        return Use(Mark(kind, replace(ref, view=lone)), call)
+    return _table(node, replace(ref, view=view), own, shape, call)
 
 
-def _table(node: Any, view: View, name: str, own: tuple[int, ...], shape: tuple[int, ...], call: Call) -> Use | str:
+def _table(node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], call: Call) -> Use | str:
     """A part with several axes: rows of the table that its last axis makes of the whole parameter."""
     last = tuple(n for n in own if n > 1)[-1]
+    view = ref.view
     feature = max(i for i, n in enumerate(view.shape) if n > 1)
     if view.axes[feature] != ((last, 1),):
         return f"{node.name()} along several axes whose last is not the parameter's"
     index = _index(view, own, shape, feature, last)
-    table = Ref(name, View.whole((prod(own) // last, last)))
+    table = replace(ref, view=View.whole((prod(own) // last, last)))
     return Use(Mark(Embedding(prod(own) // last, last), table), replace(call, x=index))
 
 

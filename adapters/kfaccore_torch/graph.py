@@ -10,17 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 
-from kfaccore_torch.provenance import moves_only, through
+from kfaccore_torch.provenance import output_shape, passes, shift, through
 from kfaccore_torch.views import Ref
 
 MOVES = re.compile(
     "Index|Gather|Scatter|Sort|Topk|Kthvalue|Select.*Masked|MaskedSelect|Take|^Put|Unique|Segment|Embedding"
 )
 PRODUCTS = re.compile("^(Mm|Bmm|Addmm|Baddbmm|Sparse|Spmm)")
+_FACTORS = ("Mm", "Bmm", "Addmm", "Baddbmm", "Mv", "Convolution")
 _SAVED = {
     "SelectBackward0": ("_saved_dim", "_saved_index"),
     "SliceBackward0": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
@@ -107,7 +109,7 @@ def operations(
             for user in dict.fromkeys(users):
                 if user in graph.called:
                     odd[name] = "it goes into the input of a layer's call"
-                elif moves_only(user):
+                elif passes(user) or (shift(user) is not None and _taken(user, graph, known, name)):
                     waiting.append((user, user if user.name().startswith("ExpandBackward") else same))
                 elif same is not None and not explains(user.name()):
                     found[same] = _refs(same, known)  # an expansion to one example, which a larger batch would show
@@ -130,7 +132,7 @@ def _through_products(node: Any, graph: Behind, known: dict[int, str], found: di
         for user in dict.fromkeys(users):
             if user in graph.called:
                 return
-            if moves_only(user):
+            if passes(user):
                 waiting.append(user)
             else:
                 products.append(user)
@@ -140,15 +142,47 @@ def _through_products(node: Any, graph: Behind, known: dict[int, str], found: di
         passed.add(node)
 
 
+def _taken(node: Any, graph: Behind, known: dict[int, str], name: str) -> bool:
+    """Whether all that a parameter and a constant added to it go into takes the parameter, as `1 + gain` is taken by
+    the rows it multiplies. Else the sum is the operation: what is added may be the data themselves."""
+    waiting = [node]
+    while waiting:
+        users = graph.above.get(waiting.pop(), [])
+        if not users:
+            return False
+        for user in dict.fromkeys(users):
+            if user in graph.called:
+                return False
+            if passes(user) or shift(user) is not None:
+                waiting.append(user)
+            elif name not in {ref.name for ref in _refs(user, known).values()}:
+                return False
+    return True
+
+
 def _refs(node: Any, known: dict[int, str]) -> dict[int, Ref]:
-    """Parts of parameters among the arguments of an operation."""
+    """Parts of parameters among the arguments of an operation; with a constant added where the operation repeats it,
+    or is a product with nothing else of the model's."""
     repeats = node.name().startswith(("Bmm", "Baddbmm"))
-    refs = {}
-    for i, (child, number) in enumerate(node.next_functions):
-        ref = None if child is None else through(child, number, known, repeats)
-        if ref is not None:
-            refs[i] = ref
-    return refs
+    product = node.name().startswith(_FACTORS)
+    refs: dict[int, Ref] = {}
+    for shifts in (False, True):
+        if shifts and product and refs:
+            break
+        for i, (child, number) in enumerate(node.next_functions):
+            if child is None or i in refs or (shifts and not product and not _repeats(node, child, number)):
+                continue
+            ref = through(child, number, known, repeats, shifts)
+            if ref is not None:
+                refs[i] = ref
+    return dict(sorted(refs.items()))
+
+
+def _repeats(node: Any, child: Any, number: int) -> bool:
+    """Whether an argument is smaller than what comes out."""
+    if child.name().endswith("AccumulateGrad"):
+        return False
+    return prod(output_shape(child, number)) < prod(output_shape(node))
 
 
 def _turned(below: dict[Any, list[Any]]) -> dict[Any, list[Any]]:

@@ -104,9 +104,10 @@ class Plan:
             weight = self.places.get(use.mark.weight) if use.mark.weight is not None else None
             joint = weight is not None and self._has(weight, use.mark.bias)
             bias = self.places.get(use.mark.bias) if use.mark.bias is not None and not joint else None
-            for name in (weight, bias):
-                if name is not None:
-                    found.setdefault(name, []).append(use.call)
+            for name, ref in ((weight, use.mark.weight), (bias, use.mark.bias)):
+                if name is not None and ref is not None:
+                    call = use.call if ref.factor is None else replace(use.call, factor=ref.factor)
+                    found.setdefault(name, []).append(call)
         return found
 
     def _has(self, name: str, bias: Ref | None) -> bool:
@@ -204,7 +205,7 @@ def _owners(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         for role in ("weight", "in_proj_weight"):
-            p = module._parameters.get(role)
+            p = dict(module.named_parameters(recurse=False)).get(role)
             if p is not None and id(p) in names:
                 found.setdefault(names[id(p)], path or type(module).__name__.lower())
     return found

@@ -51,7 +51,8 @@ class Planning(Resumes):
             raise ValueError(f"strict: {len(lost)} parameters are not covered\n{reasons}")
         if found.seen and not found.layers and self.settings.uncovered is None:
             name = type(unwrapped(self.model)).__name__
-            raise ValueError(f"no parameter of {name} is covered; see kfaccore_torch.plan")
+            why = "; ".join(f"{parameter}: {reason}" for parameter, reason in list(found.uncovered.items())[:3])
+            raise ValueError(f"no parameter of {name} is covered ({why}); see kfaccore_torch.plan")
         if self.settings.uncovered is not None and kf.own_gradients(self.given) and found.seen and found.rest:
             method = self.given.network or self.given.methods
             raise ValueError(

@@ -19,7 +19,7 @@ from kfaccore_torch.draw import Batch
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
-from kfaccore_torch.own import mean_loss, own_apart, own_draw, together
+from kfaccore_torch.own import mean_loss, own_apart, own_draw
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
@@ -130,24 +130,26 @@ class Preconditioner:
         if self._open is None:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         seen, told, shot = self._open
+        if seen.spent:
+            raise ValueError("the forward behind this loss was differentiated: form all its losses before backward()")
         batch = Batch(f, target, told)
         n = self.engine.share(batch)
         if n <= 0:
             shot.void = self.engine.void(batch)
-            return counted(value, self._shots, shot, {})
+            return counted(value, self._shots, shot, {}, seen.let_go)
         again = shot.n > 0
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
-        more = own_draw(self.engine, value, batch)
+        more = own_draw(self.engine, value, batch, shot.n / n)  # waits as a last draw
         if more is not None:
             self._values.append((0.0 if again else n, shot.n * float(value.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             times = (shot.n / n) ** 0.5
-            found = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
+            found, observed = self.engine.measured(seen, batch, self._formed, shot.n, times=times, more=more)
         self._formed += 1
-        value = counted(value, self._shots, shot, self.engine.waiting(together(found)))
-        self._terms.expect(value, found.observed.expected, self.engine.plan.trained)
+        value = counted(value, self._shots, shot, found, seen.let_go)
+        self._terms.expect(value, observed.expected, self.engine.plan.trained)
         return value
 
     def extra(self, term: torch.Tensor) -> torch.Tensor:
@@ -189,6 +191,7 @@ class Preconditioner:
             records = None
             if engine.due and grads:
                 records, grads = self._gathered(grads)
+            self._open = None  # the calls' inputs have done their part
             records, own = own_apart(engine, records)
             beside = {"loss": mean_loss(engine, self._values), "own": own, "lengths": lengths}
             directions = engine.step(records, grads, **beside) if grads else {}

@@ -40,8 +40,8 @@ def matrix_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found
     call = replace(_call(node, x.reshape(*rows, d_in), rows), arrange=arrange)
     bias = refs.get(0) if added and not turned and node._saved_beta == 1 else None
     fits = bias is not None and bias.view.reshaped((d_out,)) is not None and prod(bias.view.shape) == d_out
-    bias = Ref(bias.name, bias.view.reshaped((d_out,))) if fits and bias is not None else None  # type: ignore[arg-type]
-    return [Use(Mark(Linear(d_in, d_out, bias=False), Ref(ref.name, view), bias), call)]
+    bias = replace(bias, view=bias.view.reshaped((d_out,))) if fits and bias is not None else None  # type: ignore[arg-type]
+    return [Use(Mark(Linear(d_in, d_out, bias=False), replace(ref, view=view), bias), call)]
 
 
 def _columns(g: torch.Tensor) -> torch.Tensor:
@@ -49,14 +49,18 @@ def _columns(g: torch.Tensor) -> torch.Tensor:
 
 
 def vector_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:
-    """Mv: rows times a vector that is a parameter."""
-    if 1 not in refs or 0 in refs:
-        return f"{node.name()} of a matrix and a vector"
+    """Mv: rows times a vector that is a parameter, or a parameter times one row."""
+    if 0 in refs and 1 in refs:
+        return f"{node.name()} of two parameters"
+    if 0 in refs:
+        d_out, d_in = refs[0].view.shape
+        call = replace(_call(node, node._saved_vec.detach()[None], (1,)), arrange=lambda g: g[..., None, :])
+        return [Use(Mark(Linear(d_in, d_out, bias=False), refs[0]), call)]
     view = refs[1].view
     x = node._saved_self.detach()
     call = replace(_call(node, x, (len(x),)), arrange=lambda g: g[..., None])
     row = View(((), *view.axes), view.offset)
-    return [Use(Mark(Linear(x.shape[1], 1, bias=False), Ref(refs[1].name, row)), call)]
+    return [Use(Mark(Linear(x.shape[1], 1, bias=False), replace(refs[1], view=row)), call)]
 
 
 def stacked_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:
@@ -85,12 +89,12 @@ def stacked_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Foun
     rows = tuple(x.shape[1:-1])
     if blocks > 1:
         call = replace(_call(node, x, rows), arrange=spread)
-        return [Use(Mark(Stack(blocks, d_in, d_out), Ref(ref.name, view)), call)]
+        return [Use(Mark(Stack(blocks, d_in, d_out), replace(ref, view=view)), call)]
     rows = lead if lead is not None and prod(lead) == prod(rows) and not turned else rows
     flat = View(view.axes[1:], view.offset)
     arrange = _reshaped(spread, (*rows, d_out))
     call = replace(_call(node, x.reshape(*rows, d_in), rows), arrange=arrange)
-    return [Use(Mark(Linear(d_in, d_out, bias=False), Ref(ref.name, flat)), call)]
+    return [Use(Mark(Linear(d_in, d_out, bias=False), replace(ref, view=flat)), call)]
 
 
 def _gathered(x: torch.Tensor, sizes: tuple[int, ...], kept: tuple[int, ...]) -> torch.Tensor:
@@ -138,7 +142,7 @@ def convolution(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:
     options = {name: getattr(node, f"_saved_{name}") for name in names}
     kind = Conv(Window(kernel), (x.shape[1], shape[1]), groups, bias=False, channels_first=True)
     call = replace(_call(node, x, (shape[0], *shape[2:])), options=options, channel=-1 - axes)
-    return [Use(Mark(kind, Ref(refs[1].name, view), refs.get(2)), call)]
+    return [Use(Mark(kind, replace(refs[1], view=view), refs.get(2)), call)]
 
 
 def _bias_call(node: Any) -> Call:
@@ -172,7 +176,7 @@ def looked_up(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:
     if name.startswith("EmbeddingBackward"):
         padding = node._saved_padding_idx
         call = replace(call, options={"padding_idx": None if padding >= 2**63 else padding})
-    return [Use(Mark(Embedding(size, d), Ref(refs[0].name, table)), call)]
+    return [Use(Mark(Embedding(size, d), replace(refs[0], view=table)), call)]
 
 
 def _call(node: Any, x: torch.Tensor, rows: tuple[int, ...]) -> Call:

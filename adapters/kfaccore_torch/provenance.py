@@ -1,4 +1,8 @@
-"""The part of a parameter that a tensor is, followed through what autograd kept of it."""
+"""The part of a parameter that a tensor is, followed through what autograd kept of it.
+
+Operations that move or cast its elements are passed, and those that multiply all of them with one number, which the
+part keeps as its factor. A constant added to it changes nothing of J.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +14,35 @@ import torch
 from kfaccore_torch.views import Ref, View
 
 _PLAIN = ("ToCopyBackward", "CloneBackward", "AliasBackward")
+_ELEMENTS = ("NegBackward", "MulBackward", "DivBackward", "AddBackward", "SubBackward", "RsubBackward")
 _RESHAPES = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "UnsqueezeBackward", "SqueezeBackward")
 
 
 def followed(x: torch.Tensor | None, known: dict[int, str]) -> Ref | None:
-    """The part of a known parameter that a tensor is, through any transposes, slices, reshapes and casts."""
+    """The part of a known parameter that a tensor is, through any transposes, slices, reshapes, casts, factors and
+    constants added."""
     if x is None:
         return None
     if x.grad_fn is None:
         return Ref(known[id(x)], View.whole(x.shape)) if id(x) in known else None
-    return through(x.grad_fn, x.output_nr, known)
+    return through(x.grad_fn, x.output_nr, known, shifts=True)
 
 
-def through(node: Any, output: int, known: dict[int, str], repeats: bool = False) -> Ref | None:
-    """As `followed`, of a node's output; with `repeats` also through expansions."""
+def through(node: Any, output: int, known: dict[int, str], repeats: bool = False, shifts: bool = False) -> Ref | None:
+    """As `followed`, of a node's output; with `repeats` also through expansions, with `shifts` also through constants
+    added."""
     chain: list[tuple[Any, int]] = []
+    factor: float | torch.Tensor | None = None
     while not node.name().endswith("AccumulateGrad"):
-        if not (moves_only(node) or (repeats and node.name().startswith("ExpandBackward"))):
+        child = 0
+        slope = scale(node) or (shift(node) if shifts else None)
+        if slope is not None:
+            child, value = slope
+            factor = value if factor is None else factor * value
+        elif not (moves_only(node) or (repeats and node.name().startswith("ExpandBackward"))):
             return None
         chain.append((node, output))
-        node, output = node.next_functions[0]
+        node, output = node.next_functions[child]
         if node is None:
             return None
     name = known.get(id(node.variable))
@@ -40,7 +53,47 @@ def through(node: Any, output: int, known: dict[int, str], repeats: bool = False
         view = _step(view, link, number)
         if view is None:
             return None
-    return Ref(name, view) if view is not None else None
+    return Ref(name, view, factor) if view is not None else None
+
+
+def passes(node: Any) -> bool:
+    """Whether a part of a parameter stays one through an operation."""
+    return moves_only(node) or scale(node) is not None
+
+
+def scale(node: Any) -> tuple[int, float | torch.Tensor] | None:
+    """(argument, number) of an operation that multiplies one argument with a number."""
+    name = node.name()
+    if name.startswith("NegBackward"):
+        return 0, -1.0
+    if not name.startswith(("MulBackward", "DivBackward")):
+        return None
+    child = _only(node)
+    saved = None if child is None else getattr(node, "_saved_self" if child else "_saved_other", None)
+    if child is None or saved is None or saved.ndim > 0:
+        return None
+    number = float(saved) if saved.device.type == "cpu" else saved.detach()  # elsewhere it is not waited for
+    if name.startswith("MulBackward"):
+        return child, number
+    return None if child else (0, 1 / number)
+
+
+def shift(node: Any) -> tuple[int, float] | None:
+    """(argument, sign) of an operation that adds a constant to one argument, or takes one from the other."""
+    name = node.name()
+    child = _only(node)
+    if child is None or not name.startswith(("AddBackward", "SubBackward", "RsubBackward")):
+        return None
+    alpha = float(getattr(node, "_saved_alpha", 1))
+    if name.startswith("RsubBackward"):
+        return child, -alpha
+    return child, (1.0 if child == 0 else alpha if name.startswith("Add") else -alpha)
+
+
+def _only(node: Any) -> int | None:
+    """The one argument of an operation that has a gradient."""
+    given = [i for i, (child, _) in enumerate(node.next_functions) if child is not None]
+    return given[0] if len(given) == 1 else None
 
 
 def moves_only(node: Any) -> bool:
@@ -60,12 +113,19 @@ def _step(view: View, node: Any, number: int) -> View | None:
     name = node.name()
     if name.startswith(_PLAIN):
         return view
+    if name.startswith(_ELEMENTS):
+        return view if view.shape == output_shape(node) else None
     if name.startswith(_RESHAPES):
         return view.reshaped(output_shape(node, number))
     if name.startswith("ExpandBackward"):
         return view.expanded(output_shape(node, number))
     kind = next(start for start in _STEPS if name.startswith(start))
     return _STEPS[kind](view, node, number)
+
+
+def axis_of(node: Any, ndim: int) -> int:
+    """The axis that an operation works along."""
+    return _signed(node._saved_dim, ndim)
 
 
 def _signed(axis: int, ndim: int) -> int:

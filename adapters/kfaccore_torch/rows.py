@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -96,7 +97,8 @@ def by_rows(layer: Layer, call: Call, g: torch.Tensor) -> torch.Tensor:
     g = call.features_last(detached(g).reshape(call.shape), d)
     if isinstance(layer.kind, Stack):
         g = g.movedim(0, -2)
-    return g.reshape(-1, d)
+    count = prod(call.rows)
+    return g.reshape(count, g.numel() // max(1, count))
 
 
 def _together(place: Place) -> Together:
@@ -130,13 +132,20 @@ def _part(
     if not whole:
         pass
     elif isinstance(kind, Bias | Rest):
-        a = to_core(g.new_ones((*g.shape[1:3], 1)), namespace)
+        a = to_core(_one(g.dtype, g.device).expand(*g.shape[1:3], 1), namespace)
     elif isinstance(kind, Stack):
         x = detached(call.x)
         a = to_core(place.put(x.reshape(len(x), *place.rows, kind.d_in)), namespace)
     else:
         a = rows(layer, call, place, namespace)
     return Part(a, to_core(g, namespace), exists)
+
+
+@lru_cache(maxsize=8)
+def _one(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a lone bias or gain is multiplied with: one number for all its rows."""
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=dtype, device=device)
 
 
 def scaled(call: Call, g: torch.Tensor, d: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ def _joint(marks: list[Mark], odd: Mapping[str, str]) -> dict[Ref | None, Ref]:
             biases.setdefault(mark.weight, set()).add(mark.bias)
         if mark.bias is not None:
             weights.setdefault(mark.bias, set()).add(mark.weight)
-    alone = {mark.weight for mark in marks if mark.weight is not None and not isinstance(mark.kind, Linear | Conv)}
+    alone = {mark.weight for mark in marks if mark.scaled or not isinstance(mark.kind, Linear | Conv)}
     found: dict[Ref | None, Ref] = {}
     for weight, given in biases.items():
         bias = next(iter(given))

@@ -32,7 +32,7 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     named = {name: p for name, p, _ in seen.plan.made_of}
     uses = _reached(seen, graph)
     found, odd = explained(graph, seen.known, named, min(len(f) for f in heads)) if graph.met else ([], {})
-    if not uses and not found and not seen.empty:
+    if not uses and not graph.met and not seen.empty:
         raise ValueError(
             "no captured call lies behind this prediction: run the model whose parameters these are inside `with "
             "pre.capture():`, and hand over what that run returned"

@@ -17,13 +17,13 @@ Table = dict[str, Any]
 
 def written(plan: Plan) -> Table:
     """The table of a plan, of numbers, texts and lists alone."""
-    marks = [[_kind(mark.kind), _ref(mark.weight), _ref(mark.bias)] for mark in plan.marks]
+    marks = [[_kind(mark.kind), _ref(mark.weight), _ref(mark.bias), mark.scaled] for mark in plan.marks]
     return {"seen": plan.seen, "marks": marks, "odd": dict(plan.odd)}
 
 
 def read(table: Table, plan: Plan) -> Plan:
     """The plan of a model that a table says; ValueError where the table is of other parameters."""
-    marks = tuple(Mark(_kind_of(kind), _ref_of(w), _ref_of(b)) for kind, w, b in table["marks"])
+    marks = tuple(Mark(_kind_of(kind), _ref_of(w), _ref_of(b), any(scaled)) for kind, w, b, *scaled in table["marks"])
     named = {name: tuple(p.shape) for name, p, _ in plan.made_of}
     missing = {ref.name for mark in marks for ref in (mark.weight, mark.bias) if ref is not None} - named.keys()
     if missing:

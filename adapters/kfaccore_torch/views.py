@@ -7,7 +7,7 @@ Transposes, slices, splits, reshapes and casts of a parameter are followed on wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -34,6 +34,7 @@ class View:
         return tuple(prod(n for n, _ in axis) for axis in self.axes)
 
     def permuted(self, order: Sequence[int]) -> View:
+        """The axes in another order."""
         return View(tuple(self.axes[i] for i in order), self.offset)
 
     def narrowed(self, axis: int, start: int, size: int, step: int = 1) -> View | None:
@@ -151,10 +152,14 @@ def _merged(axis: Sequence[Fine]) -> tuple[Fine, ...]:
 
 @dataclass(frozen=True)
 class Ref:
-    """Part of a parameter of the model, by the parameter's name."""
+    """Part of a parameter of the model, by the parameter's name.
+
+    factor   what it was multiplied with before it was used, None where it was not
+    """
 
     name: str
     view: View
+    factor: float | torch.Tensor | None = field(default=None, compare=False)
 
 
 def overlapping(views: Iterator[View] | list[View], numel: int) -> bool:

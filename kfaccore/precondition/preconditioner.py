@@ -12,7 +12,7 @@ from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
-from kfaccore.precondition.due import Due, either, strikes
+from kfaccore.precondition.due import Due, clocked
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined
 from kfaccore.precondition.groups import Grads, NetworkMethod
@@ -108,7 +108,7 @@ class Preconditioner:
 
     def due(self, state: State) -> Due:
         """What the clocks ask of the next step; flags are traced where the state's step is."""
-        return Due(strikes(state.step, self.clocks.update), strikes(state.step, self.clocks.refresh))
+        return clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
@@ -201,7 +201,7 @@ class Preconditioner:
             return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
 
         hypers = self.schedules.hypers(grads, state.step, told_by_rule)
-        due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
+        due = due.whole(self.rule.restart(motion))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         together = self.assigned.together(blocks) if grads else {}
@@ -217,7 +217,7 @@ class Preconditioner:
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
-        info = Info(due.update, due.refresh, codes, infos, told, dict(known.damping), norms(updates, groups))
+        info = Info(due.update, due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
         return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def gather(self, state: State) -> State:
