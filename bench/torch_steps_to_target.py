@@ -23,7 +23,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import Claim, arguments, at_most, claim, finish
+from draws_on import draws_on
+from report import Claim, at_most, claim, finish, parser
 from sklearn.datasets import load_digits
 from torch import nn
 from trained_starts import mlp, trained_starts
@@ -202,9 +203,17 @@ def row(name: str, label: str, found: list[tuple[float, float]]) -> list:
 
 
 def main() -> None:
-    given = arguments(__doc__)
+    options = parser(__doc__)
+    options.add_argument("--draws-on", action="store_true", help="instead: draws on parts of the batch, see draws_on")
+    given = options.parse_args()
     rows: list = []
     claims: list[Claim] = []
+    columns = ("task", "optimiser", "steps, or ends, of the seeds", "median CPU seconds, or largest batch loss")
+    if given.draws_on:
+        chosen = {name: task for name, task in tasks().items() if not given.quick or name == "cnn"}
+        draws_on(chosen, run, FEW, rows, claims)
+        finish("Steps to the target by the share that is drawn on", columns, rows, claims, given.json)
+        return
     package = importlib.util.find_spec("pytorch_optimizer") is not None
     kinds = ("adam", "muon", *(("soap", "shampoo") if package else ()))
     for name, task in tasks().items():
@@ -229,7 +238,6 @@ def main() -> None:
         fewest = min(middle(trials) for _, trials in found.values())
         claims.append(at_most(share, middle(mine) / fewest, 1))
     trained_starts({"mlp": mlp, "cnn": cnn, "vit": ViT}, FEW, rows, claims, given.quick)
-    columns = ("task", "optimiser", "steps, or ends, of the seeds", "median CPU seconds, or largest batch loss")
     finish("Steps to the target", columns, rows, claims, given.json)
 
 

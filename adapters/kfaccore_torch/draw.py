@@ -19,6 +19,7 @@ from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Together, joined, plainly
 from kfaccore_torch.rows import check_unwritten, record
+from kfaccore_torch.share import Part, parts
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
@@ -56,7 +57,9 @@ def drawn(
     times  factor on the draws
     more   a last draw a head, (1, *f.shape), taken as it is
     """
-    heads, observed, draws = _asked(engine, seen, batch, turn, given, times, more)
+    if engine.settings.draws_on < 1:
+        raise ValueError("records are of a whole batch: leave draws_on at 1")
+    heads, observed, draws, _ = _asked(engine, seen, batch, turn, given, times, more)
     return _whole(engine, heads, observed, draws, partial(_record, engine, batch, n, exact), batch.told, seen)
 
 
@@ -72,8 +75,11 @@ def measured(
 ) -> tuple[dict[str, Any], Observed]:
     """What waits for the step, by layer, in the place of the records of `drawn`: Stats, or where the step needs rows
     those, copied if `copies`. Of one draw nothing is kept but what is made of it, the moment it exists."""
-    heads, observed, draws = _asked(engine, seen, batch, turn, None, times, more)
-    made = partial(_record, engine, batch, n, False)
+    heads, observed, draws, part = _asked(engine, seen, batch, turn, None, times, more)
+    made: Made = partial(_record, engine, batch, n, False)
+    if part is not None:
+        draws = part.alone(draws)
+        made = partial(_in_part, part, partial(_record, engine, batch, n / part.parts, False))
     if len(draws[0]) == 1:
         found, observed = arriving(engine, observed, heads, [v[0] for v in draws], made, copies)
         batch.told.check(set(found), set(seen.calls))
@@ -90,8 +96,9 @@ def _asked(
     given: Any,
     times: float,
     more: list[torch.Tensor] | None,
-) -> tuple[list[torch.Tensor], Observed, list[torch.Tensor]]:
-    """Heads, what is observed of the calls behind them, and the draws at each head."""
+) -> tuple[list[torch.Tensor], Observed, list[torch.Tensor], Part | None]:
+    """Heads, what is observed of the calls behind them, the draws at each head, and the part of the batch that counts;
+    None for all of it. Draws are the same whatever part it is."""
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
     layers = engine.plan.layers
@@ -114,7 +121,8 @@ def _asked(
         draws = _signed(draws, observed, rng)
     if more is not None:
         draws = [torch.cat([v, last.to(v)]) for v, last in zip(draws, more, strict=True)]
-    return heads, observed, draws
+    many = parts(engine.settings.draws_on)
+    return heads, observed, draws, Part.drawn(observed.split, many, rng) if many > 1 else None
 
 
 def _whole(
@@ -168,6 +176,14 @@ def _record(
     grads = [parts[i] for i in sorted(parts)]
     with ordered(engine.namespace, engine.device):
         return record(engine.plan.layers[name], calls, grads, places, n, engine.namespace, masks, batch.ids)
+
+
+def _in_part(part: Part, made: Made, observed: Observed, name: str, parts: dict[int, torch.Tensor]) -> kf.Record:
+    """The record of a layer on a part of the batch. Rows that mix examples all take part: those of other examples have
+    gradients too."""
+    record = made(observed, name, parts)
+    mixes = any(observed.owned[i].mixes for i in parts)
+    return record if mixes or record.batch != part.split.examples else part.of(record)
 
 
 def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:
