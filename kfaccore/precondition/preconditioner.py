@@ -41,7 +41,7 @@ class Preconditioner(OnRanks):
     network    TwoLevel(KFAC()), Tridiagonal(): one method for all the layers it covers; `methods` has the others
     step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), GridSearch(), Quadratic(),
                Fixed(lr, momentum, rescale); the default hands directions on
-    donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
+    donate     let updates on NumPy and torch reuse the buffers of the state passed in, which must then not be used again
     widest     a wider side of a layer has a diagonal factor: no matrix of its square is made. A method whose memory is
                linear in the width keeps the side as it is: give that layer BrandKFAC() for a low-rank one
     stacked    whether layers of equal method and sizes are one call: None decides by cost, True takes all, False none
