@@ -45,7 +45,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "precondition": FLOOR | {"fisher", "method", "options", "solution", "step"},
     "step": FLOOR | {"linalg", "method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
-    "posterior": FLOOR | {"method", "factors", "linalg"},
+    "posterior": FLOOR | {"method", "factors", "linalg", "written"},
     "analysis": FLOOR | {"method", "settle", "factors", "linalg", "posterior", "written"},
     "saved": FLOOR | {"io", "method", "methods", "posterior", "precondition"},
 }

@@ -29,6 +29,7 @@ class Part:
 
     @property
     def layout(self) -> Layout:
+        """Axes of blocks, outputs and inputs in the leaf."""
         return Layout.from_axes((*self.blocks, *self.outs, *self.ins), self.offset)
 
     @property
@@ -63,6 +64,7 @@ class Layer:
 
     @property
     def block(self) -> Block:
+        """Sizes for the core; the bias is a column."""
         blocks, d_out, d_in = self.weight.shape
         return Block(d_out, d_in + (self.bias is not None), blocks, self.diagonal)
 

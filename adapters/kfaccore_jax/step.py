@@ -71,7 +71,8 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
 
-    `update` takes the batch's records and more: see the page of this module.
+    `update(grads, state, params, records=, value=, value_fn=, fresh=)` takes the batch's records, for rules that judge
+    their step the loss and a function of the parameters that computes it, and whether to refresh where that is static.
 
     methods, clocks, schedules, step, network and widest as in kfaccore.Preconditioner, or all of them at once as
     `core`; a schedule sees a traced step, as optax's do. The default method is KFAC().

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfaccore import (
     Block,
@@ -27,7 +28,7 @@ from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn
 from kfaccore_jax.replicas import Axes, check_axes, share_of
-from kfaccore_jax.state import KFACState
+from kfaccore_jax.state import Codes, KFACState
 from kfaccore_jax.trees import register
 
 
@@ -51,14 +52,23 @@ class Transformation:
         check_leaves(self.plan, params)
         blocks = self.blocks(params)
         leaves = [x for x in jax.tree.leaves(params) if followed(x)]
-        like = jnp.zeros((), jnp.promote_types(jnp.result_type(*leaves), jnp.float32))
+        dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
         if self.axes:
-            self.check_sums(blocks, like)
-        core = register(self.core(blocks).init(blocks, like))
-        codes = {name: jnp.full((b.blocks,), int(Code.IDENTITY), jnp.int32) for name, b in blocks.items()}
+            self.check_sums(blocks, jnp.zeros((), dtype))
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        core = register(self.core(blocks).init(blocks, jnp.zeros((), dtype)) if traced else self.made(blocks, dtype))
+        order = tuple(name for stack in core.layers.stacks for name in stack)
+        codes = register(Codes.start(blocks, order, int(Code.IDENTITY)))
         core = replace(core, step=jnp.asarray(0), motion=arrays(core.motion))
         rest = () if self.rest is None else started(self.rest, self.leaves_left(params))
         return placed_like(KFACState(core, codes, jnp.zeros(len(Code), jnp.int32), rest), params)
+
+    def made(self, blocks: Mapping[str, Block], dtype: Any) -> Any:
+        """The core's first state, made on the host: eager JAX would compile an operation for every shape in it."""
+        core = self.core(blocks)
+        core = replace(core, stacked=True if core.stacked is None else core.stacked)  # as JAX has it by itself
+        found = register(core.init(blocks, np.zeros((), dtype)))
+        return jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, found)
 
     def check_sums(self, blocks: Mapping[str, Block], like: Any) -> None:
         """ValueError naming the method whose Stats do not add up over devices or micro-batches."""
@@ -124,7 +134,7 @@ class Transformation:
             due = self.due(core, before, given, fresh)
             loss, own = told
             directions, after, info = core.do(due, before, given, found, fisher, damping, loss=loss, own=own)
-            return tree_of(self.plan, grads, directions), register(after), dict(info.codes)
+            return tree_of(self.plan, grads, directions), register(after), state.codes.after(info)
 
         products = {name: x for name, x in (factored or {}).items() if name in blocks}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
@@ -133,8 +143,7 @@ class Transformation:
         rest = state.rest
         if self.rest is not None:
             moves, rest = self._rest_moved(moves, grads, state.rest, params)
-        seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in codes.values()])
-        counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
+        counts = state.counts + jnp.sum(codes.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         if value_fn is not None and self.step.judges:
             losses = losses_of(moves, value, value_fn, params)
             losses = losses if axes is None else axes.mean(losses, share)
@@ -188,7 +197,7 @@ class Transformation:
         clocks = core.due(state)
         decided = fresh is not None and not self.step.needs_records
         update = bool(records) if decided else clocks.update if records else False
-        return Due(update, clocks.refresh if fresh is None else fresh)
+        return replace(clocks, update=update) if fresh is None else Due(update, fresh)
 
 
 def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block], uncovered: Method) -> Mapping[str, Method] | None:

@@ -16,6 +16,7 @@ from kfaccore_tensorflow.judge import fitting
 from kfaccore_tensorflow.optimizer import take_step
 from kfaccore_tensorflow.step import Engine, Settings
 
+STEPS = ("train_step", "compute_loss", "test_step", "predict_step", "compute_metrics")
 OURS = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian, kf.Joint)
 
 
@@ -28,10 +29,12 @@ class KFACModel(keras.Model):
 
     The optimizer given to `compile` applies the updates: SGD(1.0) when the step is SelfTuning() or LineSearch(), which
     set their own rate. The loss must be a Keras loss on logits. A saved file holds the curvature's state too, so
-    training resumes where it stopped.
+    training resumes where it stopped. ValueError for a model with a train_step or the like of its own, which would not
+    be called.
     """
 
     def __init__(self, model: Any, name: str | None = None, **settings: Any) -> None:
+        _plain(model)
         super().__init__(name=name or f"kfac_{model.name}")
         self.inner = model
         self.settings = Settings(**settings)
@@ -100,7 +103,7 @@ class KFACModel(keras.Model):
             loss, f = self._stepped((x, y, weight), optimizer)
         for metric in self.metrics:
             if metric.name == "loss":
-                metric.update_state(loss)
+                metric.update_state(loss, sample_weight=_examples(x))
         return self.compute_metrics(x, y, f, sample_weight=weight)
 
     def _stepped(self, data: tuple[Any, Any, Any], optimizer: Any) -> tuple[Any, Any]:
@@ -158,3 +161,18 @@ class KFACModel(keras.Model):
         if self._waiting is not None and self.engine is not None and self.engine.ready:
             self.engine.restore(self._waiting)
             self._waiting = None
+
+
+def _examples(x: Any) -> Any:
+    """How many there are in a batch of inputs: what Keras weighs the mean loss of an epoch with."""
+    return tf.shape(next(leaf for leaf in tf.nest.flatten(x) if leaf is not None))[0]
+
+
+def _plain(model: Any) -> None:
+    """ValueError for a model that says itself how it trains or is evaluated: what wraps it would replace that."""
+    own = [name for name in STEPS if getattr(type(model), name, None) is not getattr(keras.Model, name)]
+    if isinstance(model, keras.Model) and own:
+        raise ValueError(
+            f"{type(model).__name__} has a {' and a '.join(own)} of its own, which KFACModel would replace: override "
+            f"that in a subclass of KFACModel instead, or train it in a loop with kfaccore_tensorflow.Optimizer"
+        )

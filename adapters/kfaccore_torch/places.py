@@ -107,6 +107,7 @@ class Together:
 
     @property
     def positions(self) -> tuple[int, ...]:
+        """All rows as positions of one example."""
         return (prod(self.rows),)
 
     def put(self, x: torch.Tensor) -> torch.Tensor:

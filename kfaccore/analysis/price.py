@@ -79,9 +79,10 @@ class Pace:
     factors: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, label: str, work: float) -> float:
+        """What so much work of a kind should take on this machine."""
         return self.factors.get(label, _UNSEEN) * work / rate()
 
     def saw(self, label: str, work: float, seconds: float) -> None:
         """Learn from a layer; small ones, whose time is that of calls, teach nothing."""
-        if work > 1e8:
+        if work > 1e7:
             self.factors[label] = seconds * rate() / work

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import typer
 
-from kfaccore.cli.fail import fail
+from kfaccore.written import written
 
 
 def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
@@ -27,7 +27,7 @@ def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
     panels[0].set_ylabel("mean loss")
     panels[0].legend(frameon=False)
     figure.suptitle(title)
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -45,7 +45,7 @@ def spectra(found: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
         panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {kind}")
         panel.grid(alpha=0.3)
     panels[0][0].legend(frameon=False, fontsize="small")
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -68,7 +68,7 @@ def gains(summary: dict[str, dict[str, float]], path: Path) -> None:
     panels[0].set_ylabel("gain: share of the best decrease")
     points, labels = panels[0].get_legend_handles_labels()
     figure.legend(points, labels, loc="outside right upper", frameon=False)
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -95,16 +95,17 @@ def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: s
     panels[2].grid(alpha=0.3, which="both")
     panels[2].legend(frameon=False)
     figure.suptitle(title)
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
-def _saved(figure: Any, path: Path) -> None:
-    """Exit 2 for a path that cannot be written, or of a kind of picture there is not."""
+def saved(figure: Any, path: Path) -> None:
+    """To `path`, whole or not at all. OSError where it cannot be written, or is of a kind of picture there is not."""
     try:
-        figure.savefig(path, dpi=150)
+        with written(path) as file:
+            figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        fail(f"{path} could not be drawn: {error}")
+        raise OSError(f"{path} could not be drawn: {error}") from error
 
 
 def pyplot(path: Path) -> ModuleType | None:

@@ -21,6 +21,7 @@ class Progress:
         self.newest = ""
 
     def layer(self, name: str, index: int, count: int) -> None:
+        """A layer begins."""
         self.where = f"[{index + 1}/{count}] {name}"
 
     def method(self, layer: str, method: str) -> None:
@@ -45,6 +46,7 @@ class Progress:
             sys.stderr.write(f"{text}\n")
 
     def end(self) -> None:
+        """Wipe the line."""
         if self.live:
             self._over("")
 

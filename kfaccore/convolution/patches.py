@@ -44,10 +44,12 @@ class Patches:
 
     @property
     def blocks(self) -> int:
+        """Groups of channels, each with a matrix of its own."""
         return self.image.shape[0]
 
     @property
     def spatial(self) -> tuple[int, ...]:
+        """Sizes of the image without batch and channels."""
         return tuple(self.image.shape[2:-1])
 
     @property

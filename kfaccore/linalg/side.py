@@ -24,10 +24,12 @@ class Scale:
 
     @classmethod
     def of_factor(cls, x: Array) -> Scale:
+        """Of a factor, or of a diagonal one."""
         return cls(namespace(x).mean(diagonal(x), axis=-1), lambda: top_eigenvalue(x))
 
     @classmethod
     def of_eigenvalues(cls, values: Array) -> Scale:
+        """Of a factor given by its eigenvalues (blocks, d)."""
         xp = namespace(values)
         return cls(xp.mean(values, axis=-1), lambda: xp.max(values, axis=-1))
 

@@ -12,7 +12,7 @@ from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
-from kfaccore.precondition.due import Due, either, strikes
+from kfaccore.precondition.due import Due, clocked
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined
 from kfaccore.precondition.groups import Grads, NetworkMethod
@@ -20,7 +20,7 @@ from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
 from kfaccore.precondition.parts import Several
-from kfaccore.precondition.placement import agree, check, common
+from kfaccore.precondition.placement import agree, check, common, costs
 from kfaccore.precondition.ranks import OnRanks
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
@@ -41,7 +41,7 @@ class Preconditioner(OnRanks):
     network    TwoLevel(KFAC()), Tridiagonal(): one method for all the layers it covers; `methods` has the others
     step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), GridSearch(), Quadratic(),
                Fixed(lr, momentum, rescale); the default hands directions on
-    donate     let updates on NumPy and torch reuse the buffers of the state passed in, which must then not be used again
+    donate     let updates on NumPy and torch reuse the state's own buffers; the state passed in must not be used again
     widest     a wider side of a layer has a diagonal factor: no matrix of its square is made. A method whose memory is
                linear in the width keeps the side as it is: give that layer BrandKFAC() for a low-rank one
     stacked    whether layers of equal method and sizes are one call: None decides by cost, True takes all, False none
@@ -112,7 +112,7 @@ class Preconditioner(OnRanks):
 
     def due(self, state: State) -> Due:
         """What the clocks ask of the next step; flags are traced where the state's step is."""
-        return Due(strikes(state.step, self.clocks.update), strikes(state.step, self.clocks.refresh))
+        return clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
@@ -208,7 +208,7 @@ class Preconditioner(OnRanks):
             return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
 
         hypers = self.schedules.hypers(grads, state.step, told_by_rule)
-        due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
+        due = due.whole(self.rule.restart(motion))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         together = self.assigned.together(blocks) if grads else {}
@@ -224,7 +224,7 @@ class Preconditioner(OnRanks):
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
-        info = Info(due.update, due.refresh, codes, infos, told, dict(known.damping), norms(updates, groups))
+        info = Info(due.update, due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
         return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def _stacked(self, state: State) -> Layers:

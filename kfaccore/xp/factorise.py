@@ -24,14 +24,16 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     and NONFINITE (the returned matrix is the identity). Never an LU: Cholesky and its inverse throughout.
     """
     xp = namespace(x)
+    if is_tracer(x) and widest(x) == x.dtype:  # one attempt in the program, which the loop repeats
+        return _repaired(x, xp.zeros_like(x), xp.zeros(x.shape[:1], dtype=xp.bool), 0.0)
     inverse, ok, good = _attempt(x)
     if good:  # where it can be seen, the usual case costs nothing more
         return inverse, xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
-    return _repaired(x, inverse, ok)
+    return _repaired(x, inverse, ok, 1.0)
 
 
-def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
-    """`spd_inverse` from its first attempt on: further ones for the blocks that are not `ok`."""
+def _repaired(x: Array, inverse: Array, ok: Array, first: float) -> tuple[Array, Array]:
+    """`spd_inverse` from its attempt `first` on, for the blocks that are not `ok`."""
     xp = namespace(x)
     finite = all_finite(x)
     eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
@@ -52,10 +54,12 @@ def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
         newly = good & ~ok & finite
         inverse = select(newly, xp.astype(retry, x.dtype), inverse)
         how = choose(attempt < 2, Code.FLOAT64, Code.JITTERED)
-        return inverse, xp.where(newly, how, code), ok | newly, attempt + 1.0
+        how = how if first else choose(attempt < 1, Code.OK, how)
+        following = attempt + (1.0 if first else xp.where(attempt < 1, 2.0, 1.0))  # no wider dtype: on to the jitter
+        return inverse, xp.where(newly, how, code), ok | newly, xp.astype(following, attempt.dtype)
 
-    first = xp.asarray(1.0, dtype=x.dtype, device=device_of(x))
-    inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, first), _ATTEMPTS - 1)
+    start = xp.asarray(first, dtype=x.dtype, device=device_of(x))
+    inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, start), _ATTEMPTS - 1)
     failed = choose(finite, Code.INDEFINITE, Code.NONFINITE)
     return select(ok, inverse, xp.zeros_like(x) + eye), xp.where(ok, code, failed)
 
