@@ -106,9 +106,9 @@ def record(name, a, g, n):
     return kf.Record(kf.Ids(a, 7) if BLOCKS[name].diagonal_in else a, g, n)
 
 
-def walk(comm, method, steps=5, bad=None):
+def walk(comm, method, steps=5, bad=None, staggered=False):
     """Directions, codes and states of some steps, each rank with its share of the examples."""
-    numbers = kf.Clocks(2, 3), kf.Schedules(0.1, 0.9)
+    numbers = kf.Clocks(2, 3, staggered=staggered), kf.Schedules(0.1, 0.9)
     pre = kf.Preconditioner(method, *numbers, comm=comm, stacked=True)
     state = pre.init(BLOCKS, np.zeros(1))
     found = []
@@ -144,6 +144,18 @@ def test_every_rank_steps_as_one_process(method, world, fraction):
         for (path, x), y in zip(tree.items(gathered), tree.leaves(whole), strict=True):
             if "Q" not in path and "/S" not in path:  # eigenvectors have no sign
                 np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-10, err_msg=path)
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5])
+def test_pieces_of_a_refresh_are_of_their_ranks(fraction):
+    """Layers that take turns: what a rank does not hold is not refreshed there, and stays hollow."""
+    (wanted, _, whole), *_ = together(1, 1, lambda comm: walk(comm, kf.KFAC(), 7, staggered=True))
+    ranks = together(4, fraction, lambda comm: walk(comm, kf.KFAC(), 7, staggered=True))
+    assert sum(held(state) for _, state, _ in ranks) < 1.3 * max(1, 4 * fraction) * held(whole)
+    for found, _, _ in ranks:
+        for (x, _), (y, _) in zip(found, wanted, strict=True):
+            for name in BLOCKS:
+                np.testing.assert_allclose(x[name], y[name], rtol=1e-9, atol=1e-11)
 
 
 def test_each_rank_holds_its_own():

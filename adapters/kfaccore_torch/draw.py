@@ -12,12 +12,13 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
-from kfaccore_torch.bridge import HALF, ordered
+from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.layout import dealt_anyhow, stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Together, joined, plainly
+from kfaccore_torch.probe import probe
 from kfaccore_torch.rows import check_unwritten, record
 from kfaccore_torch.share import Part, parts
 
@@ -106,7 +107,7 @@ def _asked(
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
-    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
+    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
     draws = given
@@ -184,22 +185,6 @@ def _in_part(part: Part, made: Made, observed: Observed, name: str, parts: dict[
     record = made(observed, name, parts)
     mixes = any(observed.owned[i].mixes for i in parts)
     return record if mixes or record.batch != part.split.examples else part.of(record)
-
-
-def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:
-    """The loss's own gradient as the first draw of a question, if it moves every row: what it gives the parameters
-    is then known too. Else nothing, and the question is asked with random numbers."""
-    if batch.f is None or engine.core.comm.world > 1 or heads[0].dtype in HALF:
-        return None, ()
-    try:
-        own = engine.objective.draws(kf.empirical, 1, batch.f, batch.target, None)
-    except (ValueError, TypeError, AttributeError):  # soft labels, or none
-        return None, ()
-    own = [v[0] for v in (own if isinstance(own, list) else [own])]
-    n = engine.objective.share(batch.f, batch.target)
-    if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
-        return None, ()
-    return [v / n for v in own], engine.plan.trained
 
 
 def _check_own(engine: Engine, observed: Observed) -> None:

@@ -47,23 +47,29 @@ class Receivers:
 
     @property
     def rank(self) -> int:
+        """This process."""
         return self.comm.rank
 
     @property
     def world(self) -> int:
+        """How many there are."""
         return self.comm.world
 
     @property
     def fraction(self) -> float:
+        """Share of the ranks that solve for each layer."""
         return self.comm.fraction
 
     def all_reduce(self, tree: Tree) -> Tree:
+        """The sum over all ranks, on those that receive."""
         return self.comm.reduce(tree, self.ranks)
 
     def reduce(self, tree: Tree, ranks: tuple[int, ...]) -> Tree:
+        """As the communicator does."""
         return self.comm.reduce(tree, ranks)
 
     def broadcast(self, tree: Tree, ranks: tuple[int, ...]) -> Tree:
+        """As the communicator does."""
         return self.comm.broadcast(tree, ranks)
 
 

@@ -20,7 +20,7 @@ from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
 from kfaccore.precondition.parts import Several
-from kfaccore.precondition.placement import agree, check, common, costs
+from kfaccore.precondition.placement import check, common, costs
 from kfaccore.precondition.ranks import OnRanks
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
@@ -193,12 +193,7 @@ class Preconditioner(OnRanks):
         batches = checked(self, due, state, records or {}, grads)
         if batches:
             fitting(self, fisher)
-        stacked = self._stacked(state)
-        shards = self._shards(state.layers, dict(state.blocks))
-        if shards is not None:
-            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(stacked.states)[0])
-            stacked = shards.placed(stacked, dict(state.places))
-            state = replace(state, places=shards.places)
+        stacked, state = self._placed(self._stacked(state), state, grads)
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)

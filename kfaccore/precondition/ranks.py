@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from kfaccore import tree
 from kfaccore.method import Block
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.comm import Communicator
-from kfaccore.precondition.placement import assign, costs
+from kfaccore.precondition.placement import agree, assign, costs
 from kfaccore.precondition.sharding import Shards
+from kfaccore.precondition.stacks import Layers
 from kfaccore.precondition.state import State
 from kfaccore.step import Rule
 
@@ -25,6 +27,15 @@ class OnRanks:
         """The state with averages and inverses of all ranks, to be saved by any of them; every rank must call it."""
         shards = self._shards(state.layers, dict(state.blocks))
         return state if shards is None else replace(state, layers=shards.whole(state.layers, dict(state.places)))
+
+    def _placed(self, layers: Layers, state: State, grads: Mapping[str, object]) -> tuple[Layers, State]:
+        """Stacks and state of a step with these gradients, each on its ranks; ValueError where the ranks do not agree
+        on what takes part."""
+        shards = self._shards(state.layers, dict(state.blocks))
+        if shards is None:
+            return layers, state
+        agree(self.comm, set(grads), tuple(state.layers), tree.leaves(layers.states)[0])
+        return shards.placed(layers, dict(state.places)), replace(state, places=shards.places)
 
     def _shards(self, names: Iterable[str], blocks: Mapping[str, Block]) -> Shards | None:
         """The ranks of layers; None where there is one."""
