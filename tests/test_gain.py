@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore.analysis import compare, fits, ranked
+from kfaccore.analysis import compare, fits, measure, ranked
 from kfaccore.analysis.costs import fitted
 from kfaccore.analysis.distance import probed
+from kfaccore.analysis.exact import ExactBlock
 from kfaccore.analysis.figures import Figures
 from kfaccore.methods import CATALOGUE
 from rows import arrays
@@ -65,6 +66,48 @@ def test_gain_is_the_dense_one(rng, layer):
         assert f.length == pytest.approx(length, rel=1e-8), f.method
         assert f.gain_error == 0.0
         assert f.gain <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("layer", ["fc", "masked", "conv", "grouped"])
+def test_products_of_j_are_the_same_whether_it_is_held_or_not(rng, layer):
+    record = records(rng)[layer]
+    held, streamed = (ExactBlock(record, held=numbers) for numbers in (1 << 22, 0))
+    v = rng.normal(size=held.shape)
+    assert all(part.held for part in held.parts)
+    assert not any(part.held for part in streamed.parts)
+    J = record.examples().reshape(record.draws, record.blocks, record.batch, -1)
+    for block in range(record.blocks):
+        rows = J[:, block].reshape(-1, J.shape[-1])
+        for exact in (held, streamed):
+            np.testing.assert_allclose(
+                exact.grams[block], rows @ rows.T, rtol=0, atol=1e-12 * np.abs(rows @ rows.T).max()
+            )
+            want = rows.T @ (rows @ v[block].ravel()) / record.n
+            np.testing.assert_allclose(exact.matvec(v)[block].ravel(), want, rtol=0, atol=1e-12 * np.abs(want).max())
+    assert held.curvature(v) == pytest.approx(streamed.curvature(v), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "tekfac", "kpsvd", "deflation", "brand-r"])
+def test_what_is_fitted_and_timed_at_once_is_judged_as_what_is_fitted_twice(rng, monkeypatch, name):
+    """Slow methods are timed while they are fitted: what lives in the basis of the refresh is measured after it."""
+    record = {"x": records(rng)["plain"]}
+    (apart,) = compare(record, {name: METHODS[name]}, damping=0.2, repeats=1)
+    monkeypatch.setattr(measure, "SLOW", -1.0)
+    monkeypatch.setattr(measure, "SMALL", 0)
+    (once,) = compare(record, {name: METHODS[name]}, damping=0.2, repeats=1)
+    assert once.gain == pytest.approx(apart.gain, rel=1e-10)
+    assert once.inverse_error == pytest.approx(apart.inverse_error, rel=1e-10)
+    assert once.error == pytest.approx(apart.error, rel=1e-10)
+    assert once.bytes == apart.bytes
+    assert all(seconds > 0 for seconds in once.seconds.values())
+
+
+def test_coefficients_of_examples_are_not_solved_for_where_they_take_too_much(rng):
+    """FNGD holds J J^T: 3,000 rows take 216 MB with what factorises it."""
+    record = {"x": kf.Record(rng.normal(size=(3000, 3)), rng.normal(size=(3000, 2)), 3000.0)}
+    (found,) = compare(record, {"fngd": METHODS["fngd"]}, damping=0.2, repeats=1, peak=1 << 27)
+    assert found.note.startswith("not measured: it needs about 0.1 GiB (--peak)")
+    assert np.isnan(found.gain)
 
 
 class Longer(kf.KFAC):

@@ -30,7 +30,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "outline": {"xp", "tree"},
     "written": set(),
     "io": {"xp", "tree", "outline", "written"},
-    "record": {"xp", "convolution", "io"},
+    "record": {"tree", "xp", "convolution", "io"},
     "fisher": {"xp", "record"},
     "linalg": FLOOR | {"damping"},
     "damping": FLOOR | {"linalg", "options"},
@@ -45,7 +45,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "precondition": FLOOR | {"fisher", "method", "options", "solution", "step"},
     "step": FLOOR | {"linalg", "method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
-    "posterior": FLOOR | {"method", "factors", "linalg"},
+    "posterior": FLOOR | {"method", "factors", "linalg", "written"},
     "analysis": FLOOR | {"method", "settle", "factors", "linalg", "posterior", "written"},
     "saved": FLOOR | {"io", "method", "methods", "posterior", "precondition"},
 }

@@ -95,10 +95,12 @@ def test_orderings_on_200_random_records(rng):
 
 @pytest.mark.parametrize("shared", [1, 3])
 @pytest.mark.parametrize("chunk", [1 << 22, 60])
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("way", [sandwich._by_rows, sandwich._formed])
-def test_products_of_the_rearranged_block(rng, monkeypatch, shared, chunk, way):
-    """KPSVD-1: Z vec(V) and Z^T vec(U) from rows, in one piece and in chunks, both ways of doing it."""
+def test_products_of_the_rearranged_block(rng, monkeypatch, shared, chunk, way, once):
+    """KPSVD-1: Z vec(V) and Z^T vec(U) from rows, in one piece and in chunks, both ways of doing it, and from J."""
     monkeypatch.setattr("kfaccore.xp.chunks.HELD", chunk)
+    monkeypatch.setattr(sandwich, "_pays", lambda x, y: once)
     monkeypatch.setattr(sandwich, "_by_rows", way)
     monkeypatch.setattr(sandwich, "_formed", way)
     record = many(rng, 2, shared=shared)
@@ -111,6 +113,13 @@ def test_products_of_the_rearranged_block(rng, monkeypatch, shared, chunk, way):
             Z = rearrange(kf.dense(record)[block] * record.n, 3, 4)
             assert apart(sums.G[block].ravel(), Z @ right[block].ravel()) < 1e-13
             assert apart(sums.A[block].ravel(), Z.T @ left[block].ravel()) < 1e-13
+
+
+def test_j_is_made_once_where_it_is_less_to_hold_than_the_rows():
+    wide, narrow = (np.ones((1, 1, 5, shared, d)) for shared, d in ((400, 8), (2, 8)))
+    assert sandwich._pays(wide, np.ones((2, 1, 5, 400, 6)))
+    assert not sandwich._pays(narrow, np.ones((2, 1, 5, 2, 6)))
+    assert not sandwich._pays(np.ones((1, 1, 5, 20, 60)), np.ones((1, 1, 5, 20, 60)))
 
 
 def test_rearranging_a_kronecker_product_is_an_isometry(rng):

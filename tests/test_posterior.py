@@ -428,6 +428,27 @@ def dense_of(P, xp):
     return xp.get(P.matvec({"w": xp.put(units)})["w"]).reshape(OUT * D, OUT * D)
 
 
+@EAGER
+@pytest.mark.parametrize("precision", [0.0, 0.3])
+def test_two_kronecker_products_are_merged_without_an_iteration(rng, xp, precision):
+    """One iteration is allowed: without a precision none is needed, with one it is too few."""
+    posteriors = []
+    for count in (9, 11):
+        record = kf.Record(xp.put(rng.normal(size=(count, D))), xp.put(rng.normal(size=(count, OUT))), float(count))
+        mean = {"w": xp.put(rng.normal(size=(OUT, D)))}
+        posteriors.append(kf.Posterior(mean, kf.fit(kf.KFAC(), [{"w": record}]), precision, 2.0 * count))
+    L = [dense_of(P, xp) for P in posteriors]
+    right = sum(a @ xp.get(P.mean["w"]).ravel() for a, P in zip(L, posteriors, strict=True))
+    want = np.linalg.solve(L[0] + L[1], right).reshape(OUT, D)
+    mean, codes = kf.merge(posteriors, CG(Residual(1e-13), 1))
+    if precision:
+        assert xp.get(codes["w"]).tolist() == [int(kf.Code.UNCONVERGED)]
+        assert np.abs(xp.get(mean["w"]) - want).max() > 1e-6
+        mean, codes = kf.merge(posteriors, TIGHT)
+    assert xp.get(codes["w"]).tolist() == [int(kf.Code.OK)]
+    close(xp.get(mean["w"]), want)
+
+
 def test_merging_other_models(network):
     mean, records = network
     P = kf.Posterior(mean, kf.fit(kf.EKFAC(), [records]), 0.3)

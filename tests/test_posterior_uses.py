@@ -11,7 +11,7 @@ import kfaccore as kf
 from conftest import NAMESPACES
 from kfaccore.analysis import operator
 from kfaccore.linalg import side
-from kfaccore.posterior import Projected, bridge, cosine, lds, monte_carlo_link, passes, probit, regression
+from kfaccore.posterior import Projected, bridge, cosine, influence, lds, monte_carlo_link, passes, probit, regression
 from kfaccore.record.chunks import parts
 
 FITTED = {
@@ -161,6 +161,65 @@ def test_scores_over_batches_and_memory(rng):
     self_influence = P.covariance(records, diagonal=True)
     crossed = P.cross(records, records)
     np.testing.assert_allclose(self_influence.T.ravel(), np.diag(crossed), rtol=1e-11)
+
+
+class Interrupted:
+    """Batches that end with Ctrl-C the first time they are asked for."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.asked = 0
+
+    def __iter__(self):
+        self.asked += 1
+        yield from self.batches[:2] if self.asked == 1 else self.batches
+        if self.asked == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 900}, {"rank": 2}])
+def test_scores_on_disk_go_on_where_they_were_stopped(rng, tmp_path, monkeypatch, options):
+    records = batch(rng, 7)
+    queries = batch(np.random.default_rng(1), 5)
+    P = posterior(records)
+    given = pieces(records, 3)
+    want = kf.scores(P, queries, given, **options)
+    parts = passes(P, queries, **options)
+    made = []
+    block = influence._block
+    monkeypatch.setattr(influence, "_block", lambda *a: made.append(1) or block(*a))
+    stopped = Interrupted(given)
+    path = tmp_path / "scores.npy"
+    with pytest.raises(KeyboardInterrupt):
+        kf.scores(P, queries, stopped, out=path, **options)
+    assert len(made) == 2
+    assert not path.exists()
+    got = kf.scores(P, queries, stopped, out=path, **options)
+    assert len(made) == 3 * parts  # none of the first two again
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.load(path), want)
+    assert [child.name for child in tmp_path.iterdir()] == ["scores.npy"]
+
+
+def test_scores_on_disk_are_of_what_they_were_asked_for(rng, tmp_path):
+    """Blocks of another posterior or of other batches are left alone."""
+    records = batch(rng, 7)
+    queries = batch(np.random.default_rng(1), 5)
+    P = posterior(records)
+    other = replace(P, precision=1.7)
+    given = pieces(records, 3)
+    path = tmp_path / "scores.npy"
+    with pytest.raises(KeyboardInterrupt):
+        kf.scores(P, queries, Interrupted(given), out=path)
+    turned = [given[1], given[0], given[2]]
+    np.testing.assert_array_equal(kf.scores(other, queries, turned, out=path), kf.scores(other, queries, turned))
+    each = kf.Posterior({"b": P.mean["b"]}, kf.Curvature({"b": P.curvature.layers["b"]}), 0.3)
+    asked = (each, {"b": queries["b"]}, [{"b": r["b"]} for r in given])
+    np.testing.assert_array_equal(
+        kf.scores(*asked, positions=True, out=path, memory=1), kf.scores(*asked, positions=True, memory=1)
+    )
+    with pytest.raises(ValueError, match=r"need the name of an \.npy"):
+        kf.scores(P, queries, given, out=tmp_path / "scores.csv")
 
 
 def test_scores_that_cannot_be_had(rng):

@@ -14,10 +14,9 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import kept
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
-from kfaccore_torch.draw import Batch, drawn
+from kfaccore_torch.draw import Batch, Drawn, drawn, measured
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
@@ -107,22 +106,17 @@ class Engine(Planning):
             return f"the batch is empty: the prediction has shape {shapes[0]}"
         return "all labels of the batch are ignored (ignore_index), so no example counts and n is 0"
 
-    def records(
-        self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any
-    ) -> tuple[dict[str, kf.Record], Observed]:
+    def records(self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any) -> Drawn:
         """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
-        records, observed = drawn(self, seen, batch, turn, n, exact, **how)
-        self.mixing |= observed.mixing
-        return records, observed
-
-    def waiting(self, records: dict[str, kf.Record]) -> dict[str, Any]:
-        """What is kept until the step: Stats, or copies of rows where the step needs rows."""
-        found = {}
-        with torch.no_grad(), ordered(self.namespace, self.device):
-            for name, one in records.items():
-                stats = kf.measured(self.core, self.state, name, one)
-                found[name] = kept(one if stats is None else stats, one)
+        found = drawn(self, seen, batch, turn, n, exact, **how)
+        self.mixing |= found.observed.mixing
         return found
+
+    def measured(self, seen: Capture, batch: Batch, turn: int, n: float, **how: Any) -> tuple[dict[str, Any], Observed]:
+        """What waits for the step in the place of `records`: Stats, or copies of rows; see `draw.measured`."""
+        found, observed = measured(self, seen, batch, turn, n, **how)
+        self.mixing |= observed.mixing
+        return found, observed
 
     def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:
         """Records and gradients of one step, n its share: a layer that no example reached, such as an expert without

@@ -8,21 +8,21 @@ from itertools import pairwise
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Block, Hyper, Method, State
+from kfaccore.method import Block, Hyper, Method, S, State, T
 from kfaccore.record import Record
 from kfaccore.settle import cycle
-from kfaccore.xp.arrays import Array, to_host
+from kfaccore.xp.arrays import Array, from_host, namespace, to_host
 
-ENOUGH = 0.03  # seconds of rounds after which no more are timed
+ENOUGH = 0.005  # seconds of rounds after which no more are timed
 CLOCKS = ("update", "refresh", "solve")
+Seconds = dict[str, float]
 
 
-def fitted(method: Method, record: Record, damping: float, probe: np.ndarray | None = None) -> State:
+def fitted(method: Method[S, T], record: Record, damping: float, probe: np.ndarray | None = None) -> S:
     """State of `method` on one record without memory; with a probe, its sweeps go on until F~ probe moves by less than
     1e-8 of itself, at most 3,000 times."""
     hyper = Hyper(0, 0.0, damping)
-    state = _settled(method, record, hyper)
-    state = method.update(state, method.measure(state, record, hyper), hyper)
+    state = _updated(method, cycle(method, _swept(method, record, hyper), record, hyper), record, hyper)
     if probe is None or method.cycles == 1:
         return state
     try:
@@ -30,7 +30,7 @@ def fitted(method: Method, record: Record, damping: float, probe: np.ndarray | N
     except (ValueError, TypeError):  # inverses only: no F~ that could stand still
         return state
     for _ in range(3000):
-        state = method.update(state, method.measure(state, record, hyper), hyper)
+        state = _updated(method, state, record, hyper)
         new = to_host(method.matvec(state, probe, hyper))
         if np.linalg.norm(new - old) <= 1e-8 * np.linalg.norm(new):
             break
@@ -38,33 +38,19 @@ def fitted(method: Method, record: Record, damping: float, probe: np.ndarray | N
     return method.refresh(state, hyper)
 
 
-def _settled(method: Method, record: Record, hyper: Hyper) -> State:
-    """What `settle` comes to before its last update: methods of more than one round iterate on their averages alone, so
-    that only the last of their refreshes counts."""
-    state = method.init(Block.of(record), record.g)
-    for _ in range(method.cycles - 1):
-        state = method.update(state, method.measure(state, record, hyper), hyper)
-    return cycle(method, state, record, hyper)
-
-
 def costs(
-    method: Method, record: Record, grad: Array, hyper: Hyper, repeats: int, warm: bool = True
-) -> tuple[dict[str, float], int, State]:
-    """Median seconds of one update (measure included), refresh and solve, taken in turn as a step takes them, fewer
-    than `repeats` rounds once they took `ENOUGH` seconds together; bytes of the state; and the state.
+    method: Method[S, T], state: S, record: Record, grad: Array, hyper: Hyper, repeats: int
+) -> tuple[Seconds, int]:
+    """Median seconds of one update (measure included), refresh and solve, and bytes of the state.
 
-    One round goes before those that are timed; without `warm` all but the last that settle the method, so that the
-    state is that of `fitted`.
+    state   a settled one, which `like_record` has brought to where the record is: nothing needs to be warmed up
+
+    They are taken in turn as a step takes them, fewer than `repeats` rounds once they took `ENOUGH` seconds together.
     """
-    state = method.init(Block.of(record), record.g)
-    if warm:
-        state = cycle(method, state, record, hyper)
-    elif method.cycles > 1:
-        state = _settled(method, record, hyper)
     times: dict[str, list[float]] = {name: [] for name in CLOCKS}
     while len(times["solve"]) < repeats and sum(map(sum, times.values())) < ENOUGH:
         marks = [time.perf_counter()]
-        state = method.update(state, method.measure(state, record, hyper), hyper)
+        state = _updated(method, state, record, hyper)
         marks.append(time.perf_counter())
         state = method.refresh(state, hyper)
         marks.append(time.perf_counter())
@@ -72,5 +58,50 @@ def costs(
         marks.append(time.perf_counter())
         for name, (start, end) in zip(times, pairwise(marks), strict=True):
             times[name].append(end - start)
-    seconds = {name: float(np.median(values)) for name, values in times.items()}
-    return seconds, sum(to_host(leaf).nbytes for leaf in tree.leaves(state)), state
+    return {name: float(np.median(values)) for name, values in times.items()}, size(state)
+
+
+def fitted_and_timed(method: Method[S, T], record: Record, grad: Array, hyper: Hyper) -> tuple[S, Seconds, int]:
+    """The state of `fitted`, the seconds that its own last update and refresh took, and one solve; bytes of the state.
+
+    For what is too slow to be done twice.
+    """
+    state = _updated(method, _swept(method, record, hyper), record, hyper)
+    marks = [time.perf_counter()]
+    state = method.refresh(state, hyper)
+    marks.append(time.perf_counter())
+    state = _updated(method, state, record, hyper)  # what lives in the basis of the refresh
+    marks.append(time.perf_counter())
+    to_host(method.solve(state, grad, hyper, record).direction)
+    marks.append(time.perf_counter())
+    refresh, update, solve = (end - start for start, end in pairwise(marks))
+    return state, {"update": update, "refresh": refresh, "solve": solve}, size(state)
+
+
+def size(state: State) -> int:
+    """Bytes of a state."""
+    return sum(to_host(leaf).nbytes for leaf in tree.leaves(state))
+
+
+def like_record(state: S, record: Record) -> S:
+    """A state of the host where the record is, its floating leaves in the dtype of the record."""
+
+    def moved(leaf: Array) -> Array:
+        here = from_host(np.asarray(leaf), record.g)
+        floating = np.issubdtype(np.asarray(leaf).dtype, np.floating)
+        return namespace(record.g).astype(here, record.g.dtype) if floating else here
+
+    return tree.map(moved, state)
+
+
+def _swept(method: Method[S, T], record: Record, hyper: Hyper) -> S:
+    """Before the last cycle: methods of more than one round iterate on their averages alone, so that only the last of
+    their refreshes counts."""
+    state = method.init(Block.of(record), record.g)
+    for _ in range(method.cycles - 1):
+        state = _updated(method, state, record, hyper)
+    return state
+
+
+def _updated(method: Method[S, T], state: S, record: Record, hyper: Hyper) -> S:
+    return method.update(state, method.measure(state, record, hyper), hyper)

@@ -19,6 +19,7 @@ from kfaccore.convolution.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.record.squares import squares
 from kfaccore.xp.arrays import Array, to_host
+from kfaccore.xp.chunks import HELD
 
 ROWS = 4096
 ITERATIONS = 500
@@ -37,9 +38,10 @@ class Solved:
 class ExactBlock:
     """F of one record; every block of the layer is a record of its own here, and norms sum over blocks."""
 
-    def __init__(self, record: Record, limit: int = ROWS, wide: bool = True) -> None:
+    def __init__(self, record: Record, limit: int = ROWS, wide: bool = True, held: int = HELD) -> None:
+        """limit, wide, held   rows of J for which nothing is estimated; float64 inputs; numbers J may have"""
         self.record = hosted(record, wide)
-        self.parts = [Rows(_block(self.record, i)) for i in range(record.blocks)]
+        self.parts = [Rows(_block(self.record, i), held // record.blocks) for i in range(record.blocks)]
         self.rows = record.draws * record.batch
         self.exact = self.rows <= limit
         self.shape = (record.blocks, record.d_out, record.d_in)

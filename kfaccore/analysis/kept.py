@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore import tree
 from kfaccore.analysis.figures import Figures
 from kfaccore.method import Method
 from kfaccore.record import Factored, Record
+from kfaccore.record.digest import digest
 from kfaccore.written import written
-from kfaccore.xp.arrays import Array, to_host
+from kfaccore.xp.arrays import Array
 
-SCHEMA = 1
+SCHEMA = 2  # 1: figures of EKFAC and TEKFAC on large layers were those of their basis alone
 Row = dict[str, Any]
 
 
@@ -59,7 +59,7 @@ class Kept:
             return dict.fromkeys(methods, "")
         import kfaccore
 
-        content = _digest(record, grad)
+        content = digest(record, grad, (record.blocks, record.d_out, record.d_in))
         shared = (SCHEMA, kfaccore.__version__, platform.node(), self.backend, content, settings)
         return {label: _hashed(repr((*shared, label, spelt(method)))) for label, method in methods.items()}
 
@@ -118,24 +118,6 @@ def spelt(value: object) -> str:
     if isinstance(value, FunctionType | BuiltinFunctionType | type):
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value)
-
-
-def _digest(record: Record, grad: Array | Factored | None) -> str:
-    """Of every array of a layer, its shape and dtype, and what is no array."""
-    parts = blake2b(digest_size=16)
-    inputs = record.a
-    parts.update(repr((type(inputs).__name__, float(record.n))).encode())
-    for name, leaf in tree.items((inputs, record.g, record.mask, () if grad is None else grad)):
-        if leaf is None or is_dataclass(leaf):
-            continue
-        parts.update(name.encode())
-        if isinstance(leaf, int | float | str | bool):
-            parts.update(repr(leaf).encode())
-            continue
-        host = np.ascontiguousarray(to_host(leaf))
-        parts.update(repr((host.shape, host.dtype.str)).encode())
-        parts.update(host.reshape(-1).view(np.uint8).data)
-    return parts.hexdigest()
 
 
 def _hashed(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kfaccore.analysis.costs import costs, fitted
+from kfaccore.analysis.costs import costs, fitted, fitted_and_timed, like_record
 from kfaccore.analysis.distance import distance, probed
 from kfaccore.analysis.figures import LATER, Figures, gain
 from kfaccore.analysis.fitted import on_host
@@ -76,10 +76,11 @@ def _measured(target: Target, known: Figures, method: Method, survey: Survey, co
     start = time.perf_counter()
     try:
         if own:
-            seconds, size, state = costs(method, record, grad, hyper, 1, warm=False)
+            state, seconds, size = fitted_and_timed(method, record, grad, hyper)
         else:
             state = fitted(method, record, target.damping, target.probe(0) if survey.converged else None)
-            seconds, size, _ = costs(method, came, like(target.grad, came.g), hyper, survey.repeats)
+            its = like_record(state, came)
+            seconds, size = costs(method, its, came, like(target.grad, came.g), hyper, survey.repeats)
         solution = method.solve(state, grad, hyper, record)
         survey.pace.saw(known.method, cost.work * method.cycles, time.perf_counter() - start)
     except (ValueError, TypeError) as error:

@@ -1,7 +1,8 @@
 """J of one block of a layer, a row an example and draw, on the host: products with it, and J J^T.
 
 Inputs come some columns at a time in float64, whatever they are kept in, and a convolution's are never unfolded: a
-kernel position is a slice of the image. Nothing of the size of J exists.
+kernel position is a slice of the image. Nothing of the size of J exists, but where it is at most `held` numbers and an
+example has more positions than draws: there it is made once, and a product costs 2 K d_in d_out.
 Cost: a product 2 K S d_in d_out for K = draws batch rows and S positions; J J^T K (K + S) d_in d_out,
 K^2 (d_in + d_out) without shared positions, for ids the sum over them of (their rows)^2 d_out.
 """
@@ -9,6 +10,7 @@ K^2 (d_in + d_out) without shared positions, for ids the sum over them of (their
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from kfaccore.convolution.patches import Patches
 from kfaccore.convolution.window import offsets
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import to_host
-from kfaccore.xp.chunks import at_once, spans
+from kfaccore.xp.chunks import HELD, at_once, spans
 
 Columns = tuple[slice, np.ndarray]  # which, and they: (batch, shared, columns)
 
@@ -24,14 +26,27 @@ Columns = tuple[slice, np.ndarray]  # which, and they: (batch, shared, columns)
 class Rows:
     """J of a host record of one block; g (draws, batch, shared, d_out) is zero where a position does not exist."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, held: int = HELD) -> None:
         self.record = record
         self.g = to_host(record.g)[:, 0].astype(np.float64, copy=False)
         self.draws, self.batch, self.shared, self.d_out = self.g.shape
         self.count = self.draws * self.batch
+        # one position, or ids: products without J cost no more
+        many = self.shared > self.draws and not isinstance(record.a, Ids)
+        self.held = many and self.count * self.d_out * record.d_in <= held
+
+    @cached_property
+    def J(self) -> np.ndarray:
+        """(K, d_out d_in), rows ordered by draw, then example; only where `held`."""
+        J = np.empty((self.draws, self.batch, self.d_out, self.record.d_in))
+        for span, columns in self._columns():
+            J[..., span] = self.g.mT @ columns
+        return J.reshape(self.count, -1)
 
     def image(self, v: np.ndarray) -> np.ndarray:
         """J v, (draws, batch), for v (d_out, d_in)."""
+        if self.held:
+            return (self.J @ v.reshape(-1)).reshape(self.draws, self.batch)
         a = self.record.a
         if isinstance(a, Ids):
             z = v.T[to_host(a.index)]
@@ -43,6 +58,8 @@ class Rows:
 
     def pulled(self, w: np.ndarray) -> np.ndarray:
         """J^T w, (d_out, d_in), for w (draws, batch)."""
+        if self.held:
+            return (w.reshape(-1) @ self.J).reshape(self.d_out, -1)
         g = np.einsum("vbso,vb->bso", self.g, w).reshape(-1, self.d_out)
         found = np.zeros((self.d_out, self.record.d_in))
         a = self.record.a
@@ -55,6 +72,8 @@ class Rows:
 
     def gram(self) -> np.ndarray:
         """J J^T, (K, K), rows ordered by draw, then example."""
+        if self.held:
+            return self.J @ self.J.T
         if isinstance(self.record.a, Ids):
             return self._gram_of_ids(to_host(self.record.a.index))
         K = self.count

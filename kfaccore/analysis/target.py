@@ -11,8 +11,9 @@ from kfaccore.analysis.exact import ROWS, ExactBlock, Solved
 from kfaccore.convolution.patches import Patches
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.xp.arrays import Array, from_host, namespace, to_host
+from kfaccore.xp.chunks import HELD
 
-PROBES = 32
+PROBES = 16
 FEWEST = 4
 GIB = 1 << 30
 _TAME = 100  # powers of two up to which squares of squares stay far from the ends of float64
@@ -60,11 +61,13 @@ class Target:
         self.limits = limits
         self.wide = 8 * size * 12 <= limits.room
         self.tame, self.unit = _tamed(record, self.wide)
-        self.exact = ExactBlock(self.tame, limits.rows_of(record), self.wide)
+        # a sixteenth of the room for J, in numbers of eight bytes
+        self.exact = ExactBlock(self.tame, limits.rows_of(record), self.wide, min(HELD, limits.room // 128))
         self.damping = self._damping(damping)
         self.grad = self._gradient(grad)
         self._known: Solved | None = None
         self._images: list[np.ndarray] = []
+        self._signs: list[np.ndarray] = []
         # F z of so many are held, in single precision where they would be few
         held = limits.room / 4 / size
         self.single = held / 8 < PROBES
@@ -94,8 +97,9 @@ class Target:
 
     def probe(self, index: int) -> np.ndarray:
         """A Rademacher vector, the same one whenever it is asked for."""
-        signs = np.random.default_rng(index).integers(0, 2, self.exact.shape, dtype=np.int8)
-        return 2.0 * signs - 1.0
+        while len(self._signs) <= index:  # kept in a byte each
+            self._signs.append(np.random.default_rng(len(self._signs)).integers(0, 2, self.exact.shape, dtype=np.int8))
+        return 2.0 * self._signs[index] - 1.0
 
     def images(self, count: int) -> list[np.ndarray]:
         """F z of the first probes, made once; in single precision where memory is short."""

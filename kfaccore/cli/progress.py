@@ -21,6 +21,7 @@ class Progress:
         self.newest = ""
 
     def layer(self, name: str, index: int, count: int) -> None:
+        """A layer begins."""
         self.where = f"[{index + 1}/{count}] {name}"
 
     def method(self, layer: str, method: str) -> None:
@@ -39,12 +40,8 @@ class Progress:
         sys.stderr.write(f"{self.where}: {self.newest}\n")
         sys.stderr.flush()
 
-    def trouble(self, text: str) -> None:
-        """A layer that could not be read."""
-        if not self.quiet and not self.live:
-            sys.stderr.write(f"{text}\n")
-
     def end(self) -> None:
+        """Wipe the line."""
         if self.live:
             self._over("")
 

@@ -7,18 +7,21 @@ Cost: Q T d_in d_out a layer of one position, (Q + S) T d_in d_out of S.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from functools import reduce
+from functools import cache, reduce
 from math import ceil
 from operator import add
 
 from kfaccore import xp as kernels
 from kfaccore.linalg import forms
+from kfaccore.posterior.blocks import Blocks
 from kfaccore.posterior.checks import check_records
 from kfaccore.posterior.gaussian import Posterior, Records
 from kfaccore.posterior.lowrank import Thin, thin
 from kfaccore.record import Record
 from kfaccore.record.chunks import parts
+from kfaccore.record.digest import digest
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
 
@@ -32,6 +35,7 @@ def scores(
     memory: int = 1 << 30,
     rank: int | None = None,
     positions: bool = False,
+    out: str | os.PathLike | None = None,
 ) -> Array:
     """score[q, t] (Q, T) of every query and every example of `batches`, in their order; draws outermost.
 
@@ -40,6 +44,8 @@ def scores(
     memory      bytes that the queries times L^-1 may take: more pass over `batches` several times
     rank        keep so many singular terms of each query in a layer, r (d_in + d_out) numbers instead of d_in d_out
     positions   (Q, T, shared): what each position of an example adds; they add up to the example's
+    out         an .npy that the scores are written to, and read from: a block for each batch, in OUT.parts until all
+                are there, so that memory holds one, and a run that was stopped computes only what is missing
 
     ValueError for layers that differ, for records without gradients, and for batches that cannot be iterated again
     where one pass is not enough.
@@ -56,6 +62,8 @@ def scores(
             f"a pass: give a list, an object whose __iter__ starts anew, or more memory"
         )
     draws = next(iter(queries.values())).draws
+    if out is not None:
+        return _on_disk(P, groups, batches, rank, positions, out).joined(draws)
     found = [_one_pass(P, group, batches, rank, positions) for group in groups]
     xp = namespace(found[0])
     apart = [xp.reshape(x, (draws, -1, *x.shape[1:])) for x in found]
@@ -90,14 +98,49 @@ def _groups(P: Posterior, queries: Records, memory: int, rank: int | None) -> It
 
 def _one_pass(P: Posterior, group: Records, batches: Iterable[Records], rank: int | None, positions: bool) -> Array:
     """The scores of one group of queries, (draws * queries, T)."""
-    ready: Ready = P.queries(group) if rank is None else thin(P, group, rank)
-    found = []
+    ready = _ready(P, group, rank)
+    found = [_block(ready, batch, positions) for batch in _checked(P, batches, positions)]
+    return namespace(found[0]).concat(found, axis=1) if len(found) > 1 else found[0]
+
+
+def _on_disk(
+    P: Posterior,
+    groups: list[Records],
+    batches: Iterable[Records],
+    rank: int | None,
+    positions: bool,
+    out: str | os.PathLike,
+) -> Blocks:
+    """As `_one_pass` for every group, block by block; a group whose blocks are all there is not even solved for."""
+    blocks = Blocks(out)
+    of = digest(P, rank, positions)
+    for group in groups:
+        blocks.group()
+        mine = digest(of, group)
+        solved = cache(lambda group=group: _ready(P, group, rank))
+        for batch in _checked(P, batches, positions):
+            blocks.put(digest(mine, batch), lambda batch=batch, solved=solved: _block(solved(), batch, positions))
+    return blocks
+
+
+def _checked(P: Posterior, batches: Iterable[Records], positions: bool) -> Iterator[Records]:
+    """The batches, at least one."""
+    batch = None
     for batch in batches:
         check_records(P.curvature.layers, batch, positions)
-        found.append(reduce(add, [_crossed(ready[name], record, positions) for name, record in batch.items()]))
-    if not found:
+        yield batch
+    if batch is None:
         raise ValueError("batches gave nothing: need at least one {layer: Record}, again in every pass")
-    return namespace(found[0]).concat(found, axis=1) if len(found) > 1 else found[0]
+
+
+def _ready(P: Posterior, group: Records, rank: int | None) -> Ready:
+    """L^-1 times the queries' gradients, or their leading terms."""
+    return P.queries(group) if rank is None else thin(P, group, rank)
+
+
+def _block(ready: Ready, batch: Records, positions: bool) -> Array:
+    """The scores of one group and one batch."""
+    return reduce(add, [_crossed(ready[name], record, positions) for name, record in batch.items()])
 
 
 def _crossed(U: Array | Thin, record: Record, positions: bool) -> Array:

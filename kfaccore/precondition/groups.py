@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from kfaccore.method import Block, Hyper, State, T
 from kfaccore.precondition.comm import Communicator
-from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, working
+from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, refused, working
 from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import reduced
 from kfaccore.record import Factored, Record
@@ -128,8 +128,8 @@ class Together:
         turns = zip(*given.values(), strict=True)
         stats = [self._measured(state, dict(zip(given, turn, strict=True)), hypers) for turn in turns]
         total = reduced(comm, reduce(self.method.combine, stats))
-        refused = {name: found.bad > 0 for name, found in total.items()}
-        return self.method.update(state, total, of(self.names, hypers), donate), refused | self._fine(state, refused)
+        bad = {name: refused(found) for name, found in total.items()}
+        return self.method.update(state, total, of(self.names, hypers), donate), bad | self._fine(state, bad)
 
     def _measured(self, state: Layered, batch: dict[str, Any], hypers: Hypers) -> dict[str, Any]:
         """Stats of one micro-batch, in the dtype of the states they will move."""

@@ -12,7 +12,7 @@ from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
-from kfaccore.precondition.due import Due, either, strikes
+from kfaccore.precondition.due import Due, clocked
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined
 from kfaccore.precondition.groups import Grads, NetworkMethod
@@ -108,7 +108,7 @@ class Preconditioner:
 
     def due(self, state: State) -> Due:
         """What the clocks ask of the next step; flags are traced where the state's step is."""
-        return Due(strikes(state.step, self.clocks.update), strikes(state.step, self.clocks.refresh))
+        return clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
@@ -159,7 +159,8 @@ class Preconditioner:
                   `own_gradients` the gradients of the loss itself
         loss      of this batch before the step, penalty included: for rules that bound what they promise
         own       {layer: Record, or micro-batches}: the rows of `records` with the loss's own gradients in g, one draw,
-                  where `rule.wants_own`. A layer that is not in it, as its rows mix examples, is judged as it is
+                  where `rule.wants_own`; n may be another, g / n counts. A layer that is not in it, as its rows mix
+                  examples, is judged as it is
         lengths   {layer: norm}, for rescale=Graft()
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
@@ -200,7 +201,7 @@ class Preconditioner:
             return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
 
         hypers = self.schedules.hypers(grads, state.step, told_by_rule)
-        due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
+        due = due.whole(self.rule.restart(motion))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         together = self.assigned.together(blocks) if grads else {}
@@ -216,7 +217,7 @@ class Preconditioner:
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
-        info = Info(due.update, due.refresh, codes, infos, told, dict(known.damping), norms(updates, groups))
+        info = Info(due.update, due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
         return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def gather(self, state: State) -> State:

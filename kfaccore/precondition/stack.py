@@ -10,7 +10,7 @@ from typing import Any
 from kfaccore import tree
 from kfaccore.method import Hyper, Method, RowsAtSolve, State, Stats, declares
 from kfaccore.precondition.comm import Communicator
-from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, named, working
+from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, named, refused, working
 from kfaccore.precondition.groups import Batches, Grads, Hypers, of
 from kfaccore.precondition.parts import Parts, Rows
 from kfaccore.precondition.placement import reduced
@@ -53,7 +53,7 @@ class Stack:
     ) -> tuple[State, Array]:
         total = reduced(comm, stats)
         with self._named():
-            return self.method.update(state, total, self._hyper(hypers, state), donate), total.bad > 0
+            return self.method.update(state, total, self._hyper(hypers, state), donate), refused(total)
 
     def _apart(
         self, state: State, stats: Sequence[Stats], hypers: Hypers, comm: Communicator, donate: bool

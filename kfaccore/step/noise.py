@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfaccore.linalg.shares import critical_batch
+from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
 from kfaccore.step.model import counts, expansion, inner
@@ -51,6 +52,7 @@ class Noise:
         records: Mapping[str, Record],
         known: Known,
         first: Number,
+        comm: Communicator = Serial(),  # noqa: B008 frozen
     ) -> dict[str, Number]:
         """The length of a step along this batch's own direction x: `scale` = slope / (x^T F x + damping |x|^2) with
         own shares left out, no longer than the reach and the loss allow, at most 1.
@@ -58,12 +60,12 @@ class Noise:
         For an optimizer that comes after, whose momentum is the average.
         """
         names = known.own.layers(records) if self.own else []
-        examples = counts(records)[1]
+        examples = counts(records, comm)[1]
         left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
         if left is not None:
             left = left._replace(factor=remaining(True, examples))
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
-        found = expansion(records, grads, (x, x), left=left)
+        found = expansion(records, grads, (x, x), comm, left)
         norms = sum(known.damping[name] * inner({name: d}, {name: d}) for name, d in x.items())
         F = found.F[:1, :1]
         down = found.down[:1]

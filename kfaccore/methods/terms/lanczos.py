@@ -24,7 +24,7 @@ from kfaccore.linalg import side
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.terms import rearranged, two_terms
 from kfaccore.methods.terms.bidiagonal import leading
-from kfaccore.methods.terms.sandwich import sandwich
+from kfaccore.methods.terms.sandwich import products
 from kfaccore.methods.terms.two_terms import Term, TwoTerms
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
@@ -61,7 +61,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Lanczos(TwoTerms[State]):
-    """Two Kronecker terms by Golub-Kahan; see the module. Rows of micro-batches are gathered, not added.
+    """x solves (G1 (x) A1 + G2 (x) A2) vec(x) = vec(V), the two nearest terms of each update's F by Golub-Kahan.
+
+    V and x (blocks, d_out, d_in). Rows of micro-batches are gathered, not added. Exact when F is a sum of two Kronecker
+    products. Code INDEFINITE where the sum is not positive definite. Koroko et al. 2022, arxiv.org/abs/2201.10285.
 
     krylov       new vectors a cycle, of which there are at most `restarts`; a residual then over `tolerance` (relative
                  to the largest singular value) is UNCONVERGED
@@ -146,14 +149,15 @@ class Lanczos(TwoTerms[State]):
         unit_a, size_a = _scaled(stats.a[None, ...])  # inputs have one "draw"
         unit_g, size_g = _scaled(stats.g)
         n = factors.positive(stats.n)[:, None]
+        outputs, inputs = products(unit_a, unit_g)
 
         def times(v: Array) -> Array:
             v = xp.reshape(v, (blocks, d_in, d_in))
-            return xp.reshape(sandwich(unit_a, unit_g, v), (blocks, -1)) / n
+            return xp.reshape(outputs(v), (blocks, -1)) / n
 
         def transposed(u: Array) -> Array:
             u = xp.reshape(u, (blocks, d_out, d_out))
-            return xp.reshape(sandwich(unit_g, unit_a, u), (blocks, -1)) / n
+            return xp.reshape(inputs(u), (blocks, -1)) / n
 
         A = state.A[:, 0, ...]
         right = side.identity(A) / float(d_in) ** 0.5 + rearranged.generic(A)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from kfaccore import factors, tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
-from kfaccore.methods.terms.sandwich import sandwich
+from kfaccore.methods.terms.sandwich import products
 from kfaccore.record import Record
 from kfaccore.record.chunks import input_chunks
 from kfaccore.xp.arrays import Array, device_of, namespace, scalar, select
@@ -61,7 +61,8 @@ def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
     for start, a in input_chunks(record):
         a = a[None, ...]  # inputs have one "draw"
         g = record.g[:, :, start : start + a.shape[2], ...]
-        parts.append(Sweep(sandwich(a, g, V, positive), sandwich(g, a, U, positive)))
+        outputs, inputs = products(a, g)
+        parts.append(Sweep(outputs(V, positive), inputs(U, positive)))
     return reduce(tree.add, parts)
 
 

@@ -7,11 +7,14 @@ Source: Van Loan & Pitsianis 1993 for the rearrangement; Koroko et al. 2022 (220
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, namespace
+
+Product = Callable[..., Array]  # (matrix, positive=False)
 
 
 def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
@@ -31,8 +34,38 @@ def sandwich(x: Array, y: Array, v: Array, positive: bool = False) -> Array:
     one = _by_rows if by_rows <= formed else _formed
     held = shared * (shared + d + e) if by_rows <= formed else 2 * d * e
     spans = kernels.spans(batch, kernels.at_once(blocks * draws * held))
-    total = reduce(add, (one(x[:, :, span, ...], y[:, :, span, ...], v) for span in spans))
-    return (total + total.mT) / 2  # rounding would grow into an antisymmetric part under iteration
+    return _symmetric(reduce(add, (one(x[:, :, span, ...], y[:, :, span, ...], v) for span in spans)))
+
+
+def products(x: Array, y: Array) -> tuple[Product, Product]:
+    """(V -> sum of J V J^T, U -> sum of J^T U J) of `sandwich`, for many V and U: J of every example is made once where
+    it and its transpose are no more to hold than the rows, and a product of it costs no more: 2 d e (d + e) times
+    draws an example."""
+    if not _pays(x, y):
+        return (lambda v, positive=False: sandwich(x, y, v, positive)), (
+            lambda u, positive=False: sandwich(y, x, u, positive)
+        )
+    j = namespace(x).matmul(y.mT, x)
+    across = _aligned(j)
+    along = _aligned(j.mT)
+    return (lambda v, positive=False: _symmetric(_through(across, v))), (
+        lambda u, positive=False: _symmetric(_through(along, u))
+    )
+
+
+def _pays(x: Array, y: Array) -> bool:
+    """Whether `products` makes J."""
+    draws = max(x.shape[0], y.shape[0])
+    shared, d = x.shape[3:]
+    e = y.shape[-1]
+    smaller = 2 * draws * d * e <= shared * (x.shape[0] * d + y.shape[0] * e)
+    by_rows = shared * (x.shape[0] * d * (d + shared) + y.shape[0] * e * (e + shared))
+    return shared > 1 and smaller and draws * d * e * (d + e) <= by_rows
+
+
+def _symmetric(total: Array) -> Array:
+    """Rounding would grow into an antisymmetric part under iteration."""
+    return (total + total.mT) / 2
 
 
 def _weighted(x: Array, y: Array, v: Array, positive: bool) -> Array:
@@ -53,9 +86,18 @@ def _by_rows(x: Array, y: Array, v: Array) -> Array:
 
 
 def _formed(x: Array, y: Array, v: Array) -> Array:
-    """J of every draw and example, (draws, blocks, batch, e, d)."""
-    xp = namespace(x)
-    j = xp.permute_dims(xp.matmul(y.mT, x), (1, 3, 0, 2, 4))
+    """From J of every draw and example."""
+    return _through(_aligned(namespace(x).matmul(y.mT, x)), v)
+
+
+def _aligned(j: Array) -> Array:
+    """J (draws, blocks, batch, e, d) as (blocks, e, draws, batch, d): rows of J J^T, each in one piece."""
+    return namespace(j).permute_dims(j, (1, 3, 0, 2, 4))
+
+
+def _through(j: Array, v: Array) -> Array:
+    """Sum of J V J^T over what lies between e and d."""
+    xp = namespace(j)
     flat = xp.reshape(j, (j.shape[0], -1, j.shape[-1]))
     left, right = (xp.reshape(z, (*j.shape[:2], -1)) for z in (xp.matmul(flat, v), flat))
     return xp.matmul(left, right.mT)
