@@ -136,7 +136,7 @@ def _torch_inverse(x: Any) -> tuple[Array, Array, bool]:
     ok = (miss <= 50 * x.shape[-1] ** 0.5 * tiny * largest(diagonal)) & (low < 0)
     good = bool(ok.all())
     if not good:  # torch raises for a zero pivot, which is data here
-        lower = torch.where(ok[:, None, None], lower, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+        lower = torch.where(ok[:, None, None], lower, torch.eye(x.shape[-1], dtype=x.dtype, device=device_of(x)))
     return torch.cholesky_inverse(lower), ok, good
 
 
