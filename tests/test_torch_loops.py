@@ -589,6 +589,21 @@ def test_weights_given_past_the_loss_are_named():
     pre.step()
 
 
+@pytest.mark.parametrize(("weights", "named"), [((1, 0.1), True), ((1, 1), False), ((3 / 8, 5 / 8), False)])
+def test_forwards_that_weigh_otherwise_than_their_examples_are_named(weights, named):
+    x, y = batch()
+    model = mlp()
+    pre = pre_of(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for part, weight in zip((slice(0, 3), slice(3, 8)), weights, strict=True):
+            with pre.capture():
+                f = model(x[part])
+            (weight * pre.loss(f, y[part])).backward()
+        pre.step()
+    assert any("curvatures count by [3.0, 5.0]" in str(w.message) for w in told) == named
+
+
 def test_a_term_without_curvature_is_noticed_once():
     x, y = batch()
     for declare in (False, True):

@@ -129,7 +129,7 @@ class KeepingFixed(kf.Fixed):
 
 
 def test_own_gradients_of_two_losses_on_one_forward():
-    """Of class weights that differ, so that their shares do."""
+    """They add up, and so do the losses."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
@@ -137,12 +137,32 @@ def test_own_gradients_of_two_losses_on_one_forward():
     x = torch.randn(6, 5).double()
     with pre.capture():
         f = net(x)
-    (pre.loss(f, torch.tensor([0, 1, 2, 0, 1, 2])) + pre.loss(f, torch.tensor([1, 1, 1, 0, 1, 2]))).backward()
+    total = pre.loss(f, torch.tensor([0, 1, 2, 0, 1, 2])) + pre.loss(f, torch.tensor([1, 1, 1, 0, 1, 2]))
+    total.backward()
     pre.step()
+    assert SEEN["known"].loss == pytest.approx(float(total.detach()), rel=1e-12)
     for layer, record in SEEN["known"].own.records.items():
         found = adjoint(record, np.ones((1, record.batch))) / record.n
         grad = SEEN["grads"][layer]
         np.testing.assert_allclose(found.reshape(grad.shape), grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_of_micro_batches_of_a_sum_is_their_sum():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 3)).double()
+    core = kf.Preconditioner(kf.KFAC(), step=KeepingFixed(rescale=kf.Noise()))
+    pre = kt.Preconditioner(net, nn.CrossEntropyLoss(reduction="sum"), core)
+    x = torch.randn(6, 5).double()
+    y = torch.arange(6) % 3
+    total = 0.0
+    for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+        with pre.capture():
+            f = net(a)
+        value = pre.loss(f, b)
+        value.backward()
+        total += float(value.detach())
+    pre.step()
+    assert SEEN["known"].loss == pytest.approx(total, rel=1e-12)
 
 
 def plain(core, optimizer, graft=False, parts=1):

@@ -13,13 +13,15 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
-from kfaccore_torch.bridge import HALF, ordered
+from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.layout import dealt_anyhow, stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Together, joined, plainly
+from kfaccore_torch.probe import probe
 from kfaccore_torch.rows import check_unwritten, record
+from kfaccore_torch.share import Part, parts
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
@@ -67,7 +69,9 @@ def drawn(
     more   a draw that the caller pulls: gradients of the training loss at the outputs of the observed calls, for
            records of their own, whose n is therefore over its share
     """
-    heads, observed, draws = _asked(engine, seen, batch, turn, given, times)
+    if engine.settings.draws_on < 1:
+        raise ValueError("records are of a whole batch: leave draws_on at 1")
+    heads, observed, draws, _ = _asked(engine, seen, batch, turn, given, times)
     found = _whole(engine, heads, observed, draws, partial(_record, engine, batch, n, exact), more)
     batch.told.check(set(found.records), set(seen.calls))
     if more is None:
@@ -81,13 +85,16 @@ def measured(
 ) -> tuple[dict[str, Any], Observed]:
     """What waits for the step, by layer, in the place of the records of `drawn`: Stats, or where the step needs rows
     those, copied if `copies`. Of one draw nothing is kept but what is made of it, the moment it exists."""
-    heads, observed, draws = _asked(engine, seen, batch, turn, None, times)
+    heads, observed, draws, part = _asked(engine, seen, batch, turn, None, times)
+    made: Made = partial(_record, engine, batch, n, False)
+    if part is not None:
+        draws = part.alone(draws)
+        made = partial(_in_part, part, partial(_record, engine, batch, n / part.parts, False))
     if len(draws[0]) == 1:
-        made = partial(_record, engine, batch, n, False)
         found, observed = arriving(engine, observed, heads, [v[0] for v in draws], made, copies)
         batch.told.check(set(found), set(seen.calls))
         return found, observed
-    whole = _whole(engine, heads, observed, draws, partial(_record, engine, batch, n, False))
+    whole = _whole(engine, heads, observed, draws, made)
     batch.told.check(set(whole.records), set(seen.calls))
     return waiting(engine, whole.records, copies), whole.observed
 
@@ -116,18 +123,21 @@ def _whole(
 
 def _asked(
     engine: Engine, seen: Capture, batch: Batch, turn: int, given: Any, times: float
-) -> tuple[list[torch.Tensor], Observed, list[torch.Tensor]]:
-    """Heads, what is observed of the calls behind them, and the draws at each head."""
+) -> tuple[list[torch.Tensor], Observed, list[torch.Tensor], Part | None]:
+    """Heads, what is observed of the calls behind them, the draws at each head, and the part of the batch that counts;
+    None for all of it. Draws are the same whatever part it is."""
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
     layers = engine.plan.layers
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
-    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
+    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
-    return heads, observed, _draws(engine, heads, observed, batch, rng, given, times)
+    draws = _draws(engine, heads, observed, batch, rng, given, times)
+    many = parts(engine.settings.draws_on)
+    return heads, observed, draws, Part.drawn(observed.split, many, rng) if many > 1 else None
 
 
 def _draws(
@@ -214,20 +224,14 @@ def _record(
         return record(engine.plan.layers[name], calls, grads, places, n, engine.namespace, masks, batch.ids, like)
 
 
-def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:
-    """The loss's own gradient as the first draw of a question, if it moves every row: what it gives the parameters
-    is then known too. Else nothing, and the question is asked with random numbers."""
-    if batch.f is None or engine.core.comm.world > 1 or heads[0].dtype in HALF:
-        return None, ()
-    try:
-        own = engine.objective.draws(kf.empirical, 1, batch.f, batch.target, None)
-    except (ValueError, TypeError, AttributeError):  # soft labels, or none
-        return None, ()
-    own = [v[0] for v in (own if isinstance(own, list) else [own])]
-    n = engine.objective.share(batch.f, batch.target)
-    if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
-        return None, ()
-    return [v / n for v in own], engine.plan.trained
+def _in_part(
+    part: Part, made: Made, observed: Observed, name: str, parts: dict[int, torch.Tensor], like: kf.Record | None = None
+) -> kf.Record:
+    """The record of a layer on a part of the batch. Rows that mix examples all take part: those of other examples have
+    gradients too."""
+    record = made(observed, name, parts, like)
+    mixes = any(observed.owned[i].mixes for i in parts)
+    return record if mixes or record.batch != part.split.examples else part.of(record)
 
 
 def _check_own(engine: Engine, observed: Observed) -> None:

@@ -86,9 +86,11 @@ def own_apart(
 
 
 def mean_loss(engine: Engine, values: Sequence[tuple[float, float]]) -> float | None:
-    """The loss of a batch from (n, value) of its micro-batches, on all ranks; None where no rule asks for it."""
+    """The loss of a batch on all ranks, from n of each forward, counted once, and n value of its losses, which add up
+    as they are where the loss is a sum; None where no rule asks for it."""
     if not engine.core.rule.wants_own or not engine.due:
         return None
     total = sum(n for n, _ in values)
-    value = sum(n * value for n, value in values) / total if total else 0.0
+    value = sum(value for _, value in values)
+    value = value if engine.objective.total else value / total if total else 0.0
     return mean(engine, value, total)

@@ -68,7 +68,7 @@ class Preconditioner:
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
-        self._values: list[tuple[float, float]] = []  # n and value of each, for rules that ask
+        self._values: list[tuple[float, float]] = []  # n of its forward, once, and n value of each, for rules that ask
         self._terms = Terms()
         self._scale = Scale()
 
@@ -141,13 +141,14 @@ class Preconditioner:
         if n <= 0:
             shot.void = self.engine.void(batch)
             return counted(weighted, self._shots, shot, {}, seen.let_go)
+        again = shot.n > 0
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
         times = (weight * shot.n / n) ** 0.5
         more = own_draw(self.engine, value, batch)  # waits as a last draw
         if more is not None:
-            self._values.append((n, float(weighted.detach())))
+            self._values.append((0.0 if again else n, shot.n * float(weighted.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             if more is None:
                 found, observed = self.engine.measured(seen, batch, self._formed, shot.n, times=times)
