@@ -26,9 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 import kfaccore as kf
 import kfaccore_torch as kt
+from kfaccore import tree
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST = 1.15  # of SGD's peak
+OWN = 0.35  # of the state of one process
 
 
 class Alive(TorchDispatchMode):
@@ -140,6 +142,35 @@ def step(model: nn.Module, loss: nn.Module, x: torch.Tensor, y: torch.Tensor, pr
     pre.step()
 
 
+@dataclass(frozen=True)
+class Rank:
+    """One of several ranks, as `init` asks of it: nothing is sent."""
+
+    rank: int
+    world: int = 4
+    fraction: float = 0.25
+
+    def all_reduce(self, tree: Any) -> Any:
+        return tree
+
+    def reduce(self, tree: Any, ranks: tuple[int, ...]) -> Any:
+        return tree
+
+    def broadcast(self, tree: Any, ranks: tuple[int, ...]) -> Any:
+        return tree
+
+
+def held(width: int) -> tuple[int, list[int]]:
+    """Bytes of averages and inverses of a GPT-2-shaped network in one process, and on each of four ranks."""
+    blocks = {name: layer.kind.block() for name, layer in kt.plan(GPT2(width)).layers.items()}
+    found = []
+    for comm in (kf.Serial(), *(Rank(rank) for rank in range(4))):
+        state = kf.Preconditioner(kf.KFAC(), comm=comm).init(blocks, torch.zeros(1))
+        storages = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in tree.leaves(state.layers.states)}
+        found.append(sum(storages.values()))
+    return found[0], found[1:]
+
+
 def main() -> None:
     options = arguments(__doc__)
     rows: list[list[Any]] = []
@@ -153,7 +184,13 @@ def main() -> None:
             rows.append([case.name, kind, most / 2**20, state / 2**20, share])
             if refresh > 1:
                 claims.append(at_most(f"{case.name}: peak of an update less the state, over SGD's", share, MOST))
-    columns = ["network", "step", "peak, MiB", "of it averages and inverses, MiB", "without them over SGD's"]
+    one, ranks = held(64 if options.quick else 256)
+    for rank, size in enumerate(ranks):
+        rows.append(["GPT-2-shaped", f"state of rank {rank} of 4, fraction 1/4", "-", size / 2**20, size / one])
+    claims.append(
+        at_most("GPT-2-shaped, 4 ranks, fraction 1/4: state of a rank over one process's", max(ranks) / one, OWN)
+    )
+    columns = ["network", "step", "peak, MiB", "averages and inverses, MiB", "peak without them over SGD's, or share"]
     where = "torch's allocator" if DEVICE.type == "cuda" else "storages alive, traced"
     finish(f"Memory of a K-FAC step ({where})", columns, rows, claims, options.json)
 

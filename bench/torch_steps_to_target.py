@@ -21,7 +21,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import Claim, arguments, at_most, claim, finish
+from draws_on import draws_on
+from report import Claim, at_most, claim, finish, parser
 from torch import nn
 from torch_rivals import RATES, present, rival
 from torch_tasks import Task, ViT, cnn, curved, digits, language
@@ -182,9 +183,18 @@ def curves(rows: list, claims: list[Claim], quick: bool) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__)
+    options = parser(__doc__)
+    options.add_argument("--draws-on", action="store_true", help="instead: draws on parts of the batch, see draws_on")
+    given = options.parse_args()
     rows: list = []
     claims: list[Claim] = []
+    if given.draws_on:
+        tasks = digits() | language()
+        chosen = {name: task for name, task in tasks.items() if not given.quick or name == "cnn"}
+        draws_on(chosen, run, FEW, rows, claims)
+        columns = ("task", "optimiser", "steps, or ends, of the seeds", "median CPU seconds, or largest batch loss")
+        finish("Steps to the target by the share that is drawn on", columns, rows, claims, given.json)
+        return
     for name, task in (digits() | language()).items():
         limit = f"{name}: median steps"
         if given.quick and name not in QUICK:

@@ -215,7 +215,8 @@ def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[
         return cache(lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps))
     if given.get("training"):
         # `F.batch_norm` would ask for memory to keep what a backward needs
-        return cache(lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, given.get("eps", 1e-5))[0])
+        eps = given.get("eps", 1e-5)
+        return cache(lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)[0])
     # copies: running statistics move on with the next batch
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()

@@ -65,6 +65,14 @@ class Distributed:
         """Leafwise sum over ranks."""
         return self._travel(tree, lambda buffer: dist.all_reduce(buffer, group=self.group))
 
+    def reduce(self, tree: Any, ranks: tuple[int, ...]) -> Any:
+        """Leafwise sum over ranks, on `ranks` alone."""
+        if len(ranks) == self.world:
+            return self.all_reduce(tree)
+        owner = self._global(ranks[0])
+        found = self._travel(tree, lambda buffer: dist.reduce(buffer, owner, group=self.group))
+        return self.broadcast(found, ranks) if self.rank in ranks else tree
+
     def broadcast(self, tree: Any, ranks: tuple[int, ...]) -> Any:
         """The tree of ranks[0] on all of `ranks`."""
         if self.rank not in ranks or len(ranks) == 1:

@@ -122,8 +122,7 @@ class Backward:
             if g is None:
                 continue
             a = rows(layers[name], call, place, engine.namespace)
-            seen = call.of_parameter(detached(g))
-            given = to_core(output_rows(layers[name], call, seen, place), engine.namespace)
+            given = to_core(output_rows(layers[name], call, call.of_parameter(detached(g)), place), engine.namespace)
             if wanted.resting:
                 ids = None if self.batch.ids is None else to_core(self.batch.ids, engine.namespace)
                 given = kf.weighted(engine.core, engine.state, {name: given}, ids)[name]

@@ -1,4 +1,4 @@
-"""What the first question about the rows of a batch is asked with."""
+"""The draw that a question of whose row is whose begins with."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kfaccore.method import Block, Hyper
-from kfaccore.precondition.comm import Communicator
+from kfaccore.precondition.comm import Communicator, Receivers, receives
 from kfaccore.precondition.due import Due, Flag, Piece, gated
 from kfaccore.precondition.groups import Batches, Grads, Group, of
 from kfaccore.precondition.parts import Parts
@@ -23,13 +23,14 @@ Hypers = Mapping[str, Hyper]
 @dataclass(frozen=True)
 class Road:
     """What is due, the ranks, which of them solve for which layer, and whether buffers may be reused; on several ranks
-    the layers' blocks too, as their methods have them."""
+    the layers' blocks too, as their methods have them, and which ranks hold their states."""
 
     due: Due
     comm: Communicator
     work: Mapping[str, tuple[int, ...]]
     donate: bool
     blocks: Mapping[str, Block] = field(default_factory=dict)
+    holders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def run(
         self, groups: Sequence[Group], states: Sequence[object], batches: Batches, grads: Grads, hypers: Hypers
@@ -48,10 +49,10 @@ class Road:
             for group, state, (_, refused) in zip(groups, refreshed, moved, strict=True):
                 ranks = self.work[group.names[0]]
                 if self.comm.rank in ranks:
-                    solved = group.solve(state, grads, hypers, batches)
+                    solved = group.marked(group.solve(state, grads, hypers, batches), refused)
                 else:
                     solved = group.unsolved(state, grads)
-                found.append(group.parts(sent(self.comm, solved, ranks), refused, grads))
+                found.append(group.parts(sent(self.comm, solved, ranks), grads))
                 after.append(solved.state)
             return found, after
 
@@ -61,7 +62,13 @@ class Road:
         if self.due.update is False or not given:
             return state, None
         no = (state, None if self.due.update is True else group.accepted(state))
-        return gated(self.due.update, lambda: group.updated(state, given, hypers, self.comm, self.donate), no)
+        comm = self._to(group)
+        return gated(self.due.update, lambda: group.updated(state, given, hypers, comm, self.donate), no)
+
+    def _to(self, group: Group) -> Communicator:
+        """What sums the group's statistics where its states are."""
+        ranks = self.holders.get(group.names[0], ())
+        return Receivers(self.comm, ranks) if 0 < len(ranks) < self.comm.world else self.comm
 
     def _in_part(self, piece: Piece, groups: Sequence[Group], states: list[Any], hypers: Hypers) -> list[Any]:
         """The states after a refresh of the layers of a piece, in one call for those of a stack; a network-level method
@@ -70,6 +77,8 @@ class Road:
         ours: list[tuple[int, Group]] = []
         for i, group in enumerate(groups):
             names = tuple(name for name in group.names if name in piece.names)
+            if not receives(self._to(group)):
+                continue  # its state lies elsewhere
             if isinstance(group, Stack):
                 ours += [(i, Stack(names, group.method))] if names else []
             elif group.names[0] in names:
