@@ -135,6 +135,8 @@ class Preconditioner:
         if self._open is None:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         seen, told, shot = self._open
+        if seen.spent:
+            raise ValueError("the forward behind this loss was differentiated: form all its losses before backward()")
         batch = Batch(f, target, told)
         n = self.engine.share(batch)
         if n <= 0:
