@@ -47,7 +47,8 @@ def recorded(
         found, observed = engine.measured(seen, batch, 0, n, copies=False)
         return found, {}, observed
     records, observed = engine.records(seen, batch, 0, n, more=more)
-    return *(parted(records, engine.mixing) if more else (records, {})), observed
+    drawn, own = parted(records, engine.mixing) if more else (records, {})
+    return drawn, own, observed
 
 
 def own_apart(
