@@ -10,9 +10,9 @@ DEMO = .venv-demo
 TEST = .venv-test
 ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
-	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn
+	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs
 
-.PHONY: demo test lint docs bench zoo mutants campaigns clean test-release \
+.PHONY: demo test lint docs bench zoo zoo-tensorflow mutants campaigns clean test-release \
 	test-jax-matrix test-torch-matrix test-numpy-matrix test-tensorflow-matrix
 
 demo: $(DEMO)/ready
@@ -31,7 +31,7 @@ lint: $(TEST)/ready
 
 # Every block of code on the pages is run; an error, a warning or a link that leads nowhere fails it.
 docs: $(TEST)/docs
-	$(TEST)/bin/python -m sphinx -W --keep-going -q -j 2 -d docs/_build/doctrees docs docs/_build/html
+	$(TEST)/bin/python -m sphinx -E -W --keep-going -q -j 2 -d docs/_build/doctrees docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 bench: $(TEST)/ready
@@ -41,6 +41,10 @@ bench: $(TEST)/ready
 zoo: $(ZOO)/ready
 	status=0; for name in torch_zoo torch_loops; do $(ZOO)/bin/python bench/$$name.py $(ARGS) || status=1; done; \
 		exit $$status
+
+# Keras models: TensorFlow is in the environment of the tests.
+zoo-tensorflow: $(TEST)/ready
+	$(TEST)/bin/python bench/tf_zoo.py $(ARGS)
 
 mutants: $(TEST)/ready
 	$(TEST)/bin/python tests/mutants.py

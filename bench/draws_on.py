@@ -46,12 +46,14 @@ def draws_on(tasks: Mapping[str, Any], run: Run, seeds: Sequence[int], rows: lis
         whole = math.inf
         for share in SHARES:
             first = {rate: run(task, 0, lambda m, q, r=rate, s=share: ours(s, r, m, q)) for rate in RATES}
-            rate = min(first, key=lambda r: first[r])
+            rate = min(first, key=lambda r: (first[r].steps, first[r].seconds))
             rest = [run(task, seed, lambda m, q, r=rate, s=share: ours(s, r, m, q)) for seed in seeds[1:]]
             found = [first[rate], *rest]
-            steps = median(steps for steps, _ in found)
-            told = ", ".join(f"{steps:g}" for steps, _ in found)
-            rows.append([name, f"kfac + sgd {rate:g}, draws on {share:g}", told, median(s for _, s in found)])
+            steps = median(trial.steps for trial in found)
+            told = ", ".join(f"{trial.steps:g}" for trial in found)
+            rows.append(
+                [name, f"kfac + sgd {rate:g}, draws on {share:g}", told, median(trial.seconds for trial in found)]
+            )
             whole = steps if share == 1 else whole
             if share == 0.5:
                 worst = max(worst, math.inf if math.isinf(steps) else steps / whole)

@@ -23,6 +23,7 @@ version = release
 
 extensions = ["myst_nb", "runs", "reference"]
 exclude_patterns = ["_build", "_ext", "jupyter_execute"]
+smartquotes = False  # -- is an option of a command, not a dash
 nitpicky = True  # a name that leads nowhere is an error
 
 myst_enable_extensions = ["colon_fence"]
@@ -36,16 +37,15 @@ nb_execution_timeout = 300
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars
 
-# ipykernel tells programs that its cells are a terminal in colour, which a page is not.
 profile = HERE / "_build" / "ipython" / "profile_default"
 (profile / "startup").mkdir(parents=True, exist_ok=True)
-(profile / "startup" / "plain.py").write_text(
-    "import os\nos.environ.pop('FORCE_COLOR', None)\nos.environ['TERM'] = 'dumb'\n"
-)
+(profile / "startup" / "plain.py").write_text((HERE / "_ext" / "cells.py").read_text())
 (profile / "ipython_kernel_config.py").write_text("c = get_config()\nc.IPKernelApp.log_level = 'ERROR'\n")
 
 html_theme = "furo"
 html_title = f"kfaccore {release}"
 html_theme_options = {"top_of_page_buttons": []}
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_sourcelink = False

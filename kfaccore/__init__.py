@@ -78,7 +78,7 @@ from kfaccore.step.noise import Noise
 from kfaccore.step.rescale import Graft, KLClip, NormConstraint
 from kfaccore.xp import Code
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CGFAC",

@@ -239,3 +239,35 @@ def test_the_survey_spends_shares_of_its_time():
     assert 24.0 < made.left <= 25.0
     made.grant(1.0)
     assert 99.0 < made.left <= 100.0
+
+
+@pytest.mark.parametrize("verb", [("compare",), ("compare", "--json"), ("advise", "--memory", "1MB")])
+def test_a_file_of_which_nothing_can_be_read_shows_only_why(tmp_path, verb):
+    """Every layer that could not be read once, and no table of nothing."""
+    path = tmp_path / "bad.npz"
+    g = np.ones((6, 3))
+    np.savez(path, **{"fc.a": np.ones((5, 4)), "fc.g": g, "head.a": np.ones((6, 4)), "head.g": g * np.nan})
+    result = run(*verb[:1], path, *verb[1:])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("batch is 5 in a") == 1
+    assert result.stderr.count("layer 'head': its g holds values that are not finite") == 1
+
+
+def test_layers_that_can_be_read_are_shown_beside_one_that_cannot(tmp_path, rng):
+    path = tmp_path / "one.npz"
+    np.savez(
+        path, **{"fc.a": np.ones((5, 4)), "fc.g": np.ones((6, 3)), "x.a": np.eye(4), "x.g": rng.normal(size=(4, 2))}
+    )
+    result = run("compare", path, "--methods", CHEAP)
+    assert result.exit_code == 2
+    assert "x: 2 x 4" in result.stdout
+    assert "layer 'fc'" in result.stderr
+
+
+def test_a_gradient_of_zero_is_said_to_gain_nothing(tmp_path, rng):
+    path = tmp_path / "still.npz"
+    np.savez(path, **{"fc.a": np.ones((5, 4)), "fc.g": np.zeros((5, 3))})
+    result = run("advise", path, "--memory", "1MB", "--methods", CHEAP)
+    assert result.exit_code == 0
+    assert "nothing to gain on fc: the gradient is zero there" in result.stdout

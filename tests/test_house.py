@@ -30,7 +30,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "outline": {"xp", "tree"},
     "written": set(),
     "io": {"xp", "tree", "outline", "written"},
-    "record": {"xp", "convolution", "io"},
+    "record": {"tree", "xp", "convolution", "io"},
     "fisher": {"xp", "record"},
     "linalg": FLOOR | {"damping"},
     "damping": FLOOR | {"linalg", "options"},

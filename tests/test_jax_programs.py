@@ -107,3 +107,43 @@ def test_codes_are_one_array_that_reads_as_a_mapping(tmp_path):
     kf.save(path, {"codes": dict(codes)})  # as files of before have them, by name
     back = codes.rebuilt(kf.load(path)["codes"])
     np.testing.assert_array_equal(back.table, codes.table)
+
+
+def test_grafting_takes_the_length_of_another_optimizer():
+    params = {"w": numbers(0, 3, 4), "b": numbers(1, 4), "v": numbers(2, 4, 2), "odd": numbers(3, 2)}
+
+    def apply(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"] * jnp.sum(params["odd"] ** 2)
+
+    x = numbers(4, 6, 3)
+    plan = kj.plan(apply, params, x)
+    assert plan.uncovered == ("odd",)
+    other = optax.adam(0.05)
+    tx = kj.kfac(plan, graft=other)
+    plain = kj.kfac(plan)
+    state = tx.init(params)
+    beside = other.init(params)
+    free = plain.init(params)
+    for step in range(3):
+        captured = kj.capture(plan, params, x)
+        records = captured.records(numbers(10 + step, 1, 6, 2), 6.0)
+        grads = captured.gradients(numbers(20 + step, 6, 2))
+        moves, state = tx.update(grads, state, params, records=records)
+        directions, free = plain.update(grads, free, params, records=records)
+        updates, beside = other.update(grads, beside, params)
+        np.testing.assert_allclose(moves["odd"], -updates["odd"], rtol=1e-12)
+        for names in (("w", "b"), ("v",)):
+            length = np.sqrt(sum(np.sum(np.square(updates[name])) for name in names))
+            size = np.sqrt(sum(np.sum(np.square(directions[name])) for name in names))
+            for name in names:
+                np.testing.assert_allclose(moves[name], directions[name] * length / size, rtol=1e-10)
+    signed = kj.kfac(plan, graft=optax.scale(2.0))  # a transformation that keeps the sign
+    moves, _ = signed.update(grads, signed.init(params), params, records=records)
+    np.testing.assert_allclose(moves["odd"], 2.0 * grads["odd"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("given", [{"step": kf.Fixed(0.1)}, {"rest": optax.scale_by_adam()}])
+def test_grafting_is_refused_beside_what_contradicts_it(given):
+    plan, _, _ = layers(2)
+    with pytest.raises(ValueError, match="graft"):
+        kj.kfac(plan, graft=optax.adam(0.1), **given)

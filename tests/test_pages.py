@@ -54,3 +54,14 @@ def test_blocks_are_python(page):
 def test_notebooks_say_so(page):
     text = page.read_text()
     assert ("{code-cell}" in text) == text.startswith("---\nfile_format: mystnb\n")
+
+
+def test_figures_have_command_machine_and_date():
+    """Every section of the benchmarks names the script that prints its figures; the page says where and when."""
+    first, *sections = (DOCS / "benchmarks.md").read_text().split("\n## ")
+    assert re.search(r"machine: 2 shared CPU cores.*date: \w+ 20\d\d", first)
+    assert [part.split("\n")[0] for part in sections if not re.search(r"`python bench/\w+\.py", part)] == []
+    loses = (DOCS / "loses.md").read_text().split("\n## ")[0]
+    rows = [line for line in loses.splitlines() if line.startswith("| ")][2:]
+    assert rows
+    assert all("`python bench/" in row for row in rows)

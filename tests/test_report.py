@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import kfaccore as kf
+from kfaccore.analysis import sides
 from rows import arrays
 
 
@@ -69,6 +71,33 @@ def test_dead_units_and_features_twice(rng):
     (row,) = kf.analysis.report({"x": (a, g)}).rows
     assert (row.dead_inputs, row.dead_outputs, row.duplicated) == (1, 1, 2)
     assert row.condition_a == np.inf
+
+
+@pytest.mark.parametrize("layer", ["fc", "conv", "plain"])
+def test_of_a_side_too_wide_only_the_diagonal_is_made(rng, monkeypatch, layer):
+    record = records(rng)[layer]
+    monkeypatch.setattr(sides, "WIDEST", 1)
+    for side, rows in (
+        (sides.side_of_inputs(record), record.rows()[None]),
+        (sides.side_of_gradients(record), record.g),
+    ):
+        weight = record.n if rows is record.g else record.batch * record.shared
+        np.testing.assert_allclose(side.diagonal, (rows**2).sum((0, 2, 3)) / weight, rtol=1e-12)
+        assert side.matrix is None
+    (row,) = kf.analysis.report({layer: record}).rows
+    assert np.isnan([row.condition_a, row.rank_g, row.duplicated]).all()
+    assert row.condition > 1
+
+
+def test_a_wide_layer_takes_no_square_of_its_width(rng):
+    record = kf.Record(rng.normal(size=(3, 6000)), rng.normal(size=(3, 4000)), 3.0)
+    tracemalloc.start()
+    (row,) = kf.analysis.report({"x": record}).rows
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6000**2  # an eighth of A
+    assert (row.dead_inputs, row.dead_outputs) == (0, 0)
+    assert 0 < row.kronecker < 1
 
 
 def test_every_source_gives_one_report(xp, tmp_path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 
 import kfaccore as kf
+from kfaccore import tree
 
 SIZES = {"a": (3, 4), "b": (3, 4), "c": (5, 2), "d": (3, 4), "e": (2, 6)}
 STEPS = 14
@@ -147,3 +151,49 @@ def test_under_jit_the_device_decides_which_piece():
         directions, state = step(state, records, grads)
         for name in SIZES:
             np.testing.assert_allclose(directions[name], want[number][name], rtol=1e-9)
+
+
+class Thread:
+    """A rank of two that are threads: what each hands in lies in `table`, which all read between two barriers."""
+
+    world = 2
+
+    def __init__(self, rank, fraction, table, barrier):
+        self.rank = rank
+        self.fraction = fraction
+        self.table = table
+        self.barrier = barrier
+
+    def _gathered(self, given):
+        self.table[self.rank] = given
+        self.barrier.wait(timeout=60)
+        found = list(self.table)
+        self.barrier.wait(timeout=60)
+        return found
+
+    def all_reduce(self, given):
+        return tree.map(lambda x, y: x + y, *self._gathered(given))
+
+    def broadcast(self, given, ranks):
+        found = self._gathered(given)
+        return found[ranks[0]] if self.rank in ranks else given
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_ranks_refresh_their_own_layers_of_a_piece(fraction):
+    clocks = kf.Clocks(2, 4, staggered=True)
+    want = [run(made(clocks))]
+    table = [None, None]
+    barrier = Barrier(2)
+
+    def rank(number):
+        return run(made(clocks, comm=Thread(number, fraction, table, barrier)))
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(rank, range(2)))
+    # both ranks hold the same batch: the sums and their denominators double, the means stay
+    for directions, flags in found:
+        assert flags == want[0][1]
+        for got, one in zip(directions, want[0][0], strict=True):
+            for name in SIZES:
+                np.testing.assert_allclose(got[name], one[name], rtol=1e-11)

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from kfaccore.step.known import Known
 
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 kt = pytest.importorskip("kfaccore_tensorflow")
 L = keras.layers
 SEEN: dict = {}
+NOTHING = Known()
 
 
 class Keeping(kf.SelfTuning):
     """Remembers what the last step was given."""
 
-    def __call__(self, motion, directions, grads, records, l2, known):
+    def __call__(self, motion, directions, grads, records, l2=0.0, known=NOTHING):
         SEEN.update(grads=grads, known=known, records=records)
         return super().__call__(motion, directions, grads, records, l2, known)
 
@@ -104,9 +106,9 @@ def test_own_gradients_add_up_to_the_gradient(name, rng):
 class Asked(kf.SelfTuning):
     """Remembers what it was asked to judge."""
 
-    def judge(self, motion, share, before, found):
-        SEEN.update(share=share, before=before, found=found)
-        return super().judge(motion, share, before, found)
+    def judge(self, motion, share, before, after):
+        SEEN.update(before=before, after=after)
+        return super().judge(motion, share, before, after)
 
 
 def test_a_step_is_judged_under_the_draws_it_was_made_with(rng):
@@ -125,6 +127,6 @@ def test_a_step_is_judged_under_the_draws_it_was_made_with(rng):
     after = [v.numpy() for v in before]
     for v, old in zip(before, start, strict=True):
         v.assign(old)
-    assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["found"], rel=1e-12)
+    assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["after"], rel=1e-12)
     for v, new in zip(before, after, strict=True):
         assert np.array_equal(v.numpy(), new) or "moving" in v.path  # one draw of the seeds, as one pass takes

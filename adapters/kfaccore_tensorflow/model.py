@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from inspect import signature
 from typing import Any
 
@@ -14,6 +15,7 @@ from kfaccore_tensorflow.config import decoded, encoded
 from kfaccore_tensorflow.heads import objective, output_names
 from kfaccore_tensorflow.judge import fitting
 from kfaccore_tensorflow.optimizer import take_step
+from kfaccore_tensorflow.resume import parts_in
 from kfaccore_tensorflow.step import Engine, Settings
 
 STEPS = ("train_step", "compute_loss", "test_step", "predict_step", "compute_metrics")
@@ -58,8 +60,14 @@ class KFACModel(keras.Model):
         return self.inner(inputs, training=training, **({"mask": mask} if takes and mask is not None else {}))
 
     def compile(self, optimizer: Any = "sgd", loss: Any = None, **options: Any) -> None:
-        """As keras.Model.compile; the loss may also be of kfaccore, or a kfaccore.Joint for several outputs."""
+        """As keras.Model.compile; the loss may also be of kfaccore, or a kfaccore.Joint for several outputs.
+
+        Where layers were thawed since, the curvature begins anew, as the optimizer does.
+        """
         self._ours = loss if isinstance(loss, OURS) else None
+        if self.engine is not None and self.engine.plan.changed(self.inner.trainable_variables):
+            self.engine = None
+        self._eagerly = None
         super().compile(optimizer, None if self._ours is not None else loss, **options)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -158,9 +166,18 @@ class KFACModel(keras.Model):
         self._restore()
 
     def _restore(self) -> None:
-        if self._waiting is not None and self.engine is not None and self.engine.ready:
+        """Puts a loaded state back once there is a plan; with a warning not where layers were thawed since."""
+        if self._waiting is None or self.engine is None or not self.engine.ready:
+            return
+        saved = set(parts_in(self._waiting))
+        new = sorted({part.name for part in self.engine.plan.parts} - saved)
+        if saved and new and len(saved) + len(new) == len(self.engine.plan.parts):
+            warnings.warn(
+                f"{new} are trained now and were not when this was saved: the curvature begins anew", stacklevel=3
+            )
+        else:
             self.engine.restore(self._waiting)
-            self._waiting = None
+        self._waiting = None
 
 
 def _examples(x: Any) -> Any:

@@ -167,6 +167,8 @@ class Engine:
 
     def updates(self, given: Pass, variables: Sequence, gradients: list) -> list:
         """`gradients` of the loss of a forward pass with those of covered variables turned into the core's updates."""
+        if given.loss is None:
+            raise TypeError("updates need the loss of the batch; see Pass")
         place = {id(v): i for i, v in enumerate(variables)}
         self.plan.check(variables)
         used = {key for key, i in place.items() if gradients[i] is not None}

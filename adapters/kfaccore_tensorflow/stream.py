@@ -52,7 +52,7 @@ class Stream:
         self.training = training
         self.engine = Engine(loss, Settings(fisher=fisher, **settings), names=output_names(model))
         self.engine.signs = False
-        self._traced: dict[Any, tuple[Callable, Tensors]] = {}
+        self._traced: dict[Any, tuple[Callable, list[Tensors]]] = {}
 
     @property
     def coverage(self) -> Plan:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ROOM = 1 << 22  # numbers of small records that wait for their like
 _SMALL = 2  # a small one is at most this part of them
 _SHARE = 32  # and at most this part of all calls' outputs
-Made = Callable[[Observed, str, dict[int, torch.Tensor]], kf.Record]  # of (call's number -> its one draw)
+Made = Callable[..., kf.Record]  # of what was observed, a layer, {call's number: its draws}, and a record it is like
 
 
 class Measured:

@@ -16,7 +16,7 @@ from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
-from kfaccore_torch.draw import Batch, drawn, measured
+from kfaccore_torch.draw import Batch, Drawn, drawn, measured
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
@@ -114,13 +114,11 @@ class Engine(Planning):
             return f"the batch is empty: the prediction has shape {shapes[0]}"
         return "all labels of the batch are ignored (ignore_index), so no example counts and n is 0"
 
-    def records(
-        self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any
-    ) -> tuple[dict[str, kf.Record], Observed]:
+    def records(self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any) -> Drawn:
         """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
-        records, observed = drawn(self, seen, batch, turn, n, exact, **how)
-        self.mixing |= observed.mixing
-        return records, observed
+        found = drawn(self, seen, batch, turn, n, exact, **how)
+        self.mixing |= found.observed.mixing
+        return found
 
     def measured(self, seen: Capture, batch: Batch, turn: int, n: float, **how: Any) -> tuple[dict[str, Any], Observed]:
         """What waits for the step in the place of `records`: Stats, or copies of rows; see `draw.measured`."""

@@ -39,7 +39,8 @@ def signature(thing: Callable[..., Any]) -> str:
         starred = starred or p.kind is p.VAR_POSITIONAL
         mark = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         parts.append(f"{mark}{p.name}" + ("" if p.default is p.empty else f"={default(p.default)}"))
-    return f"({', '.join(parts)})"
+    line = f"({', '.join(parts)})"
+    return line if len(line) < 90 else "(\n" + "".join(f"    {part},\n" for part in parts) + ")"
 
 
 def text(thing: Any) -> str:

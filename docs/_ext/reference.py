@@ -62,7 +62,7 @@ def prose(text: str) -> str:
     """A docstring as Markdown: what is indented is code, and what Markdown would take for its own is not."""
     lines: list[str] = []
     code = False
-    for line in text.splitlines():
+    for line in re.sub(r"^(\S(?:\S| (?! ))*   +\S.*)((?:\n {6,}\S.*)+)", joined, text, flags=re.MULTILINE).splitlines():
         indented = line.startswith(("    ", ">>> "))
         if indented and not code:
             lines += ["", "```none"]
@@ -75,9 +75,14 @@ def prose(text: str) -> str:
     return "\n".join([*lines, "```"] if code else lines)
 
 
+def joined(option: re.Match[str]) -> str:
+    """An option and the lines that continue it, as one."""
+    return " ".join([option[1], *(line.strip() for line in option[2].splitlines())])
+
+
 def plain(line: str) -> str:
     """Signs of formulas kept from Markdown, outside backquotes; `name   what it is` becomes an item of a list."""
-    if re.match(r"\S+( \| \S+)?   +\S", line):  # name   what it is
+    if re.match(r"\S(\S| (?! ))*   +\S", line):
         name, rest = re.split(r"   +", line, maxsplit=1)
         return f"- `{name}`: {plain(rest)}"
     parts = re.split(r"(`[^`]*`)", line)
@@ -91,7 +96,7 @@ def entry(thing: Described, room: str, depth: int = 3) -> str:
     lines += [prose(thing["text"]), ""]
     for member in thing["members"]:
         if member["text"]:
-            lines += [f"`.{member['name']}{member['signature']}`", "", prose(member["text"]), ""]
+            lines += [f"`.{member['name']}{' '.join(member['signature'].split())}`", "", prose(member["text"]), ""]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.method import Block, Method, declares
+from kfaccore.method import Block, Method, Resting, declares
 from kfaccore.method import Matrix as HoldsBlock
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array
@@ -49,7 +49,10 @@ def price(method: Method, record: Record) -> Price:
     products = positions * (record.d_in**2 + record.draws * record.d_out**2) * record.blocks
     products = 0 if not square else rows * size * size if J else products
     work = _DECOMPOSED * decomposed / 2 + products + 4.0 * rows * record.shared * size
-    return Price(3 * state + _WORK * largest + J + 4 * 8 * size, work)
+    # coefficients of examples are solved for: J J^T with two copies to factorise
+    examples = rows if declares(method, Resting) else 0
+    work += examples**2 * (examples + record.d_in + record.d_out)
+    return Price(3 * state + _WORK * largest + J + 4 * 8 * size + 3 * 8 * examples**2, work)
 
 
 def _is_square(leaf: Shape) -> bool:

@@ -1,7 +1,7 @@
 """What the curvature of each layer looks like, from its records alone.
 
-A = mean over rows of a a^T and G = (1/n) sum over rows of g g^T are those of `expand`; F is the exact block. Noise is
-left blank: it is of the loss's own gradients, and records do not say that theirs are.
+A and G are those of `sides`, F is the exact block. Noise is left blank: it is of the loss's own gradients, and records
+do not say that theirs are.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore import factors
 from kfaccore.analysis.exact import ExactBlock, hosted
 from kfaccore.analysis.kept import finite
 from kfaccore.analysis.kronecker import share_of_first_term
-from kfaccore.analysis.spectrum import Spectrum, spectrum
-from kfaccore.record import Ids, Record
+from kfaccore.analysis.sides import side_of_gradients, side_of_inputs
+from kfaccore.analysis.spectrum import Spectrum
+from kfaccore.record import Record
 from kfaccore.record.stored import Stored
-from kfaccore.xp.arrays import Array, to_host
+from kfaccore.xp.arrays import Array
 
-WIDEST = 2560  # of a dense side whose eigenvalues are found
 ROWS = 2048  # of J up to which the spectrum of F is
-_ALIKE = 1e-10  # how far from 1 the squared cosine of two columns may be that are one feature twice
 
 Given = Mapping[str, Record | tuple[Array, Array]] | str | PathLike[str]
 HEADS = {  # field of a row: how it is headed
@@ -55,7 +53,7 @@ class Row:
     rank*         effective rank, exp of the entropy of the eigenvalues' shares
     kronecker     share of ||F||^2 in the first term of its best sum of Kronecker products; 1: it is one
     dead_inputs, dead_outputs    columns of a, units of the output, that are zero in every row
-    duplicated    columns of a that are a multiple of an earlier one
+    duplicated    columns of a that are a multiple of an earlier one; NaN where A is too wide to be made
     """
 
     layer: str
@@ -71,7 +69,7 @@ class Row:
     kronecker: float
     dead_inputs: int
     dead_outputs: int
-    duplicated: int
+    duplicated: float
     parameters: int
     noise: float = float("nan")
 
@@ -143,17 +141,14 @@ def _of_layer(name: str, record: Record) -> tuple[Row, dict[str, np.ndarray]]:
     if record.draws == 0:
         raise ValueError(f"the record of layer {name!r} has no draws: its F is not defined")
     host = hosted(record)
-    gram = to_host(factors.gram_of_inputs(host))
-    A = gram / np.maximum(to_host(factors.valid_rows(host)), 1.0).reshape(-1, *(1,) * (gram.ndim - 1))
-    G = to_host(factors.gram_of_gradients(host)) / host.n
-    if not (np.isfinite(A).all() and np.isfinite(G).all()):
+    A = side_of_inputs(host)
+    G = side_of_gradients(host)
+    if not (A.finite and G.finite):
         raise ValueError(f"layer {name!r}: a or g holds values that are not finite")
     exact = ExactBlock(host, ROWS, wide=True)
     of_f = [_of_rows(rows, exact) for rows in exact.grams] if exact.exact else []
-    found = {"A": _spectra(A), "G": _spectra(G), "F": of_f}
+    found = {"A": A.spectra, "G": G.spectra, "F": of_f}
     blocks = f"{record.blocks} x " if record.blocks > 1 else ""
-    inputs = A if A.ndim == 2 else np.diagonal(A, axis1=1, axis2=2)
-    outputs = np.diagonal(G, axis1=1, axis2=2)
     row = Row(
         name,
         f"{blocks}{record.d_out} x {record.d_in}",
@@ -163,17 +158,12 @@ def _of_layer(name: str, record: Record) -> tuple[Row, dict[str, np.ndarray]]:
         *_worst(of_f, positive=True),
         trace=exact.trace,
         kronecker=share_of_first_term(exact),
-        dead_inputs=int((inputs == 0).sum()),
-        dead_outputs=int((outputs == 0).sum()),
+        dead_inputs=A.dead,
+        dead_outputs=G.dead,
         parameters=record.blocks * record.d_out * record.d_in,
-        duplicated=0 if isinstance(record.a, Ids) else sum(_duplicates(block) for block in A),
+        duplicated=A.duplicated,
     )
     return row, {kind: np.sort(np.concatenate([s.values for s in of])) for kind, of in found.items() if of}
-
-
-def _spectra(factor: np.ndarray) -> list[Spectrum]:
-    """One a block; none for a dense factor that is too wide."""
-    return [] if factor.ndim == 3 and factor.shape[-1] > WIDEST else spectrum(factor)
 
 
 def _of_rows(gram: np.ndarray, exact: ExactBlock) -> Spectrum:
@@ -192,14 +182,6 @@ def _worst(found: Sequence[Spectrum], positive: bool = False) -> tuple[float, fl
         found = [s for s in found if s.values.size] or [Spectrum(np.zeros(1))]
     worst = max(found, key=lambda s: s.condition)
     return worst.condition, worst.effective_rank
-
-
-def _duplicates(A: np.ndarray) -> int:
-    """Columns whose squared cosine with an earlier one is 1."""
-    sizes = np.diagonal(A)
-    alike = (1 - _ALIKE) * np.outer(sizes, sizes) <= A**2
-    alike &= (sizes > 0)[:, None] & (sizes > 0)[None, :]
-    return int(np.tril(alike, -1).any(axis=1).sum())
 
 
 def _cells(row: Row) -> str:

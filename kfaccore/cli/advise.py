@@ -107,6 +107,9 @@ def _shown(answer: Any, found: Any, by: str, memory: bool, update: int, refresh:
     unfit = _unfit(found)
     if unfit:
         told.append(f"no method fits {', '.join(unfit)}: no gain reaches {FITS} there")
+    still = [layer for layer, method in answer.methods.items() if rows[layer, method].best == 0]
+    if still:
+        told.append(f"nothing to gain on {', '.join(still)}: the gradient is zero there")
     left = found.left_out()
     if left:
         told.append(f"not all methods were measured in time on {', '.join(left)}: run it again, or --budget 0")

@@ -13,19 +13,34 @@ import typer
 from kfaccore.written import written
 
 
-def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
-    """Loss against steps and against training seconds."""
+def curves(found: dict[str, dict[str, list]], title: str, path: Path, batch: int) -> None:
+    """Loss against steps and against training seconds; of methods that know the noise of their batches rho, and the
+    critical batch beside the `batch` they have."""
     plt = pyplot(path)
     if plt is None:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, key, label in zip(panels, ("step", "seconds"), ("step", "training time [s]"), strict=True):
+    noisy = {name: curve for name, curve in found.items() if "rho" in curve}
+    count = 4 if noisy else 2
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 4), layout="constrained")
+    panels[1].sharey(panels[0])
+    for panel, key, label in zip(panels, ("step", "seconds"), ("step", "training time [s]"), strict=False):
         for name, curve in found.items():
             panel.plot(curve[key], curve["loss"], label=name, linewidth=1.8)
         panel.set(xlabel=label, yscale="log")
-        panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("mean loss")
     panels[0].legend(frameon=False)
+    for panel, key in zip(panels[2:], ("rho", "critical_batch"), strict=False):
+        for name, curve in noisy.items():
+            values = [np.nan if x is None else x for x in curve[key]]
+            panel.plot(curve["step"], values, label=name, color=f"C{[*found].index(name)}", linewidth=1.8)
+        panel.set(xlabel="step")
+    if noisy:
+        panels[2].set(ylim=(0, 1.02), title="rho: share of a batch's slope that is real")
+        panels[3].axhline(batch, color="0.4", linestyle="--", label="batch")
+        panels[3].set(yscale="log", title="critical batch")
+        panels[3].legend(frameon=False)
+    for panel in panels:
+        panel.grid(alpha=0.3, which="both")
     figure.suptitle(title)
     saved(figure, path)
     plt.close(figure)

@@ -40,11 +40,6 @@ class Progress:
         sys.stderr.write(f"{self.where}: {self.newest}\n")
         sys.stderr.flush()
 
-    def trouble(self, text: str) -> None:
-        """A layer that could not be read."""
-        if not self.quiet and not self.live:
-            sys.stderr.write(f"{text}\n")
-
     def end(self) -> None:
         """Wipe the line."""
         if self.live:

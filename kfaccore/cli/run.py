@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore import Preconditioner, __version__, describe, load, save
+from kfaccore import Info, Preconditioner, __version__, describe, load, save
 from kfaccore.cli import resumed
 from kfaccore.cli.pause import Pause
 from kfaccore.cli.results import Writers, put_text
@@ -17,7 +17,8 @@ EVALUATIONS = 40  # points of a curve
 
 
 class Run:
-    """Curves of each method: evaluated loss at steps and training seconds; the first method's state is kept."""
+    """Curves of each method: evaluated loss at steps and training seconds, and what its steps tell of the noise of
+    their batches; the first method's state is kept."""
 
     def __init__(self, name: str, task: Any, steps: int, seed: int, xp: Any) -> None:
         self.name = name
@@ -63,8 +64,9 @@ class Run:
                         codes[code.name] = codes.get(code.name, 0) + count
                     if progress.step % every == 0 or progress.step == self.steps or not math.isfinite(progress.loss):
                         value = mean_loss(network, progress.params, self.evaluation, loss)
-                        for key, number in zip(curve, (progress.step, progress.seconds, value), strict=True):
-                            curve[key].append(number)
+                        point = {"step": progress.step, "seconds": progress.seconds, "loss": value}
+                        for key, number in (point | _noise(progress.info)).items():
+                            curve.setdefault(key, []).append(number)
                         bar.update(row, loss=value)
                     bar.advance(row)
                     if not math.isfinite(progress.loss):
@@ -95,7 +97,7 @@ class Run:
         if self.kept is not None:
             found["run.safetensors"] = self._save
         if self.curves:
-            found["curves.png"] = lambda path: curves(self.curves, self.name, path)
+            found["curves.png"] = lambda path: curves(self.curves, self.name, path, self.task.batch)
         return found
 
     def show(self, out: Path | None) -> None:
@@ -137,3 +139,10 @@ class Run:
         fresh = optimiser.init(self.task.network.blocks(), next(iter(params.values())))
         tree = load(path, like={"params": params, "state": fresh})
         return tree["params"], tree["state"], resumed.start(path, tree["state"].step, self.steps)
+
+
+def _noise(info: Info | None) -> dict[str, float | None]:
+    """rho and critical_batch of a step that knows them; None where the batch shows no gradient beyond its noise."""
+    told = {} if info is None else info.step
+    found = {key: float(told[key]) for key in ("rho", "critical_batch") if key in told}
+    return {key: x if math.isfinite(x) else None for key, x in found.items()}  # JSON has no infinity

@@ -20,6 +20,7 @@ from kfaccore.record import Record
 from kfaccore.record.stored import Stored
 
 BUDGET = 15.0  # seconds
+FEW = 5  # layers that could not be read, one by one
 Methods = dict[str, Method]
 Moved = Callable[[Record], Record]  # to where methods run
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -32,7 +33,7 @@ class Found:
     figures: list[Figures] = field(default_factory=list)
     shapes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    bad: str = ""
+    bad: list[str] = field(default_factory=list)
     interrupted: bool = False
 
     def put(self, row: Figures) -> None:
@@ -50,7 +51,8 @@ class Found:
         if self.interrupted:
             raise typer.Exit(INTERRUPTED)
         if self.bad:
-            fail(self.bad)
+            more = f" (and {len(self.bad) - FEW} more layers)" if len(self.bad) > FEW else ""
+            fail("\nkfaccore: ".join(self.bad[:FEW]) + more)
 
 
 def opened(paths: list[Path], peak: int) -> Stored:
@@ -128,6 +130,8 @@ def measured(
         found.interrupted = True
         found.notes.append("stopped: what was measured until then is shown and kept")
     told.end()
+    if not found.figures and not found.interrupted:
+        found.end()  # nothing to show but why
     survey.kept.write()
     if survey.kept.trouble:
         found.notes.append(survey.kept.trouble)
@@ -155,8 +159,7 @@ def _pass(
                 told.row(row)
         except ValueError as error:
             text = str(error)
-            found.bad = found.bad or (text if repr(name) in text else f"layer {name!r}: {text}")
-            told.trouble(found.bad)
+            found.bad.append(text if repr(name) in text else f"layer {name!r}: {text}")
         if time.perf_counter() - written > 5:
             survey.kept.write()
             written = time.perf_counter()

@@ -74,6 +74,10 @@ def top_eigenvalue(x: Array) -> Array:
 def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
     """(x + shift I)^-1 and a code, for shift (blocks,)."""
     xp = namespace(x)
+    if not is_diagonal(x) and x.shape[-1] == 1:  # of gains and biases alone, of which a network has many
+        row = x[..., 0]
+        found, code = inverse(row, shift)
+        return found[..., None], choose((row - row != 0)[:, 0], Code.NONFINITE, code)
     if not is_diagonal(x):
         return kernels.spd_inverse(kernels.shifted(x, shift))
     shifted = x + shift[:, None]

@@ -163,7 +163,8 @@ class Preconditioner(OnRanks):
                   `own_gradients` the gradients of the loss itself
         loss      of this batch before the step, penalty included: for rules that bound what they promise
         own       {layer: Record, or micro-batches}: the rows of `records` with the loss's own gradients in g, one draw,
-                  where `rule.wants_own`. A layer that is not in it, as its rows mix examples, is judged as it is
+                  where `rule.wants_own`; n may be another, g / n counts. A layer that is not in it, as its rows mix
+                  examples, is judged as it is
         lengths   {layer: norm}, for rescale=Graft()
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
