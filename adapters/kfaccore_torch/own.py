@@ -11,8 +11,8 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.batch import mean
-from kfaccore_torch.draw import pulled
 from kfaccore_torch.kinds import Tied
+from kfaccore_torch.pulls import pulled
 
 if TYPE_CHECKING:
     from kfaccore_torch.capture import Capture
