@@ -4,14 +4,16 @@ export OPENBLAS_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 
 PYTHON ?= python3
+, := ,
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO = .venv-demo
 TEST = .venv-test
 ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
-	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn
+	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs
 
-.PHONY: demo test lint bench zoo mutants campaigns test-jax-matrix clean
+.PHONY: demo test lint docs bench zoo zoo-tensorflow mutants campaigns clean test-release \
+	test-jax-matrix test-torch-matrix test-numpy-matrix test-tensorflow-matrix
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore train digits-autoencoder --method kfac --against adam,sgd --out runs/demo
@@ -27,6 +29,11 @@ lint: $(TEST)/ready
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/pyright
 
+# Every block of code on the pages is run; an error, a warning or a link that leads nowhere fails it.
+docs: $(TEST)/docs
+	$(TEST)/bin/python -m sphinx -E -W --keep-going -q -j 2 -d docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: $(TEST)/ready
 	status=0; for name in $(BENCHES); do $(TEST)/bin/python bench/$$name.py || status=1; done; exit $$status
 
@@ -35,17 +42,36 @@ zoo: $(ZOO)/ready
 	status=0; for name in torch_zoo torch_loops; do $(ZOO)/bin/python bench/$$name.py $(ARGS) || status=1; done; \
 		exit $$status
 
+# Keras models: TensorFlow is in the environment of the tests.
+zoo-tensorflow: $(TEST)/ready
+	$(TEST)/bin/python bench/tf_zoo.py $(ARGS)
+
 mutants: $(TEST)/ready
 	$(TEST)/bin/python tests/mutants.py
 
-# The long forms of tests/campaigns; the short ones run in `make test`.
+# The long forms of tests/campaigns, two at a time; the short ones run in `make test`.
 campaigns: $(TEST)/ready
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 10000
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace torch
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace strict
-	$(TEST)/bin/python tests/campaigns/fuzz.py --count 2000 --namespace jax --shapes 5
+	$(MAKE) --keep-going --output-sync=target --jobs=2 $(CAMPAIGNS)
+
+FUZZ = $(TEST)/bin/python tests/campaigns/fuzz.py --count
+CAMPAIGNS = fuzz-strict fuzz-jax fuzz-numpy-0 fuzz-numpy-1 fuzz-torch hostile kill ranks numerics terminals
+.PHONY: $(CAMPAIGNS)
+fuzz-numpy-0 fuzz-numpy-1:
+	$(FUZZ) 10000 --part $(@:fuzz-numpy-%=%)/2
+fuzz-torch fuzz-strict:
+	$(FUZZ) 2000 --namespace $(@:fuzz-%=%)
+fuzz-jax:
+	$(FUZZ) 2000 --namespace jax --shapes 5
+hostile:
 	$(TEST)/bin/python tests/campaigns/hostile.py --count 1000
+kill:
 	$(TEST)/bin/python tests/campaigns/kill.py --count 100
+ranks:
+	$(TEST)/bin/python tests/campaigns/ranks.py --count 10
+numerics:
+	$(TEST)/bin/python tests/campaigns/numerics.py --count 20
+terminals:
+	$(TEST)/bin/python tests/campaigns/terminals.py --count 400
 
 $(DEMO)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
@@ -64,16 +90,46 @@ $(TEST)/ready: pyproject.toml constraints.txt
 	$(TEST)/bin/python $(PIP) -e '.[dev,torch,jax,jax-models,tensorflow]'
 	touch $@
 
-# The oldest JAX that pyproject.toml allows and the newest that this Python takes, beside the other pins; flax 0.11 takes
-# jax 0.6 but cannot scan with it.
+$(TEST)/docs: $(TEST)/ready
+	$(TEST)/bin/python $(PIP) -e '.[docs]'
+	touch $@
+
+# Oldest and newest: $(call versions,environment,what constraints.txt does not pin,extras,pins,REQUIRE,tests)
+define versions
+	$(PYTHON) -m venv $(1)
+	grep -vE '^($(2))==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(1)/constraints.txt -e '.[$(3)]' $(4)
+	REQUIRE=$(5) $(1)/bin/python -m pytest $(6)
+endef
+
+# The oldest JAX that pyproject.toml allows and the newest that this Python takes; flax 0.11 takes jax 0.6 but cannot
+# scan with it.
+JAX = jax|jaxlib|flax|optax|equinox|dm-haiku
 test-jax-matrix:
-	for v in 0.6.0 newest; do \
-		env=.venv-jax-$$v; wanted="jax==$$v flax<0.11"; [ $$v != newest ] || wanted=jax; \
-		$(PYTHON) -m venv $$env && \
-		grep -vE '^(jax|jaxlib|flax|optax|equinox|dm-haiku)==' constraints.txt > $$env/constraints.txt && \
-		$$env/bin/python -m pip install --quiet --disable-pip-version-check -c $$env/constraints.txt \
-			-e '.[test,jax,jax-models]' keras $$wanted && \
-		REQUIRE=jax $$env/bin/python -m pytest tests/test_jax_*.py || exit 1; done
+	$(call versions,.venv-jax-oldest,$(JAX),test$(,)jax$(,)jax-models,keras jax==0.6.0 'flax<0.11',jax,tests/test_jax_*.py)
+	$(call versions,.venv-jax-newest,$(JAX),test$(,)jax$(,)jax-models,keras jax,jax,tests/test_jax_*.py)
+
+test-torch-matrix:
+	$(call versions,.venv-torch-oldest,torch,test$(,)torch,torch==2.6.0,torch,tests/test_torch_*.py)
+	$(call versions,.venv-torch-newest,torch,test$(,)torch,torch,torch,tests/test_torch_*.py)
+
+# What runs on NumPy's arrays alone: the laws, the core, the command line.
+NUMPY_TESTS = tests --ignore-glob='*/test_torch*' --ignore-glob='*/test_jax*' --ignore-glob='*/test_tensorflow*'
+test-numpy-matrix:
+	$(call versions,.venv-numpy-oldest,numpy|scipy,test,numpy==2.0.0 scipy==1.16.0,,$(NUMPY_TESTS))
+	$(call versions,.venv-numpy-newest,numpy|scipy,test,numpy scipy,,$(NUMPY_TESTS))
+
+# TensorFlow 2.18 wants a NumPy below 2.1.
+KERAS = tensorflow-cpu|keras|numpy|scipy
+test-tensorflow-matrix:
+	$(call versions,.venv-tf-oldest,$(KERAS),test$(,)tensorflow,tensorflow-cpu==2.18.0 keras==3.10.0,tensorflow,tests/test_tensorflow*.py)
+	$(call versions,.venv-tf-newest,$(KERAS),test$(,)tensorflow,tensorflow-cpu keras,tensorflow,tests/test_tensorflow*.py)
+
+# The wheel and the sdist, each in an empty environment of each Python that there is, used from an empty folder.
+test-release: $(TEST)/ready
+	rm -rf dist
+	$(TEST)/bin/python -m build
+	$(TEST)/bin/python tests/campaigns/release.py dist/*.whl dist/*.tar.gz
 
 clean:
-	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-jax-* runs dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-*-oldest .venv-*-newest runs dist build docs/_build docs/generated .pytest_cache .ruff_cache .hypothesis

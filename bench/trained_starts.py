@@ -94,9 +94,10 @@ def mlp() -> nn.Module:
 
 
 def trained_starts(
-    nets: dict[str, Callable[[], nn.Module]], seeds: Sequence[int], rows: list, claims: list[Claim], quick: bool
-) -> None:
-    """Of several networks, on their own labels and on changed ones."""
+    nets: dict[str, Callable[[], nn.Module]], seeds: Sequence[int], claims: list[Claim], quick: bool
+) -> list[list]:
+    """Of several networks, on their own labels and on changed ones: rows of a table, (task, optimiser, ends, top)."""
+    rows: list[list] = []
     for name, make in nets.items():
         for what, changed in (("same labels", False), ("5 % changed", True)):
             label = f"{name} from a trained start, {what}"
@@ -113,3 +114,4 @@ def trained_starts(
             )
             for (figure, limit), value in zip(TRAINED.items(), figures, strict=True):
                 claims.append(at_most(f"{label}: {figure}", value, limit))
+    return rows

@@ -65,7 +65,7 @@ from kfaccore.precondition.footprint import Footprint
 from kfaccore.precondition.info import Info
 from kfaccore.precondition.preconditioner import Preconditioner
 from kfaccore.precondition.schedule import Clocks, Schedules
-from kfaccore.precondition.waiting import measured
+from kfaccore.precondition.waiting import measured, measured_together
 from kfaccore.precondition.weighting import own_gradients, weighted
 from kfaccore.record import Factored, Ids, Record, dense
 from kfaccore.record.files import load_records, save_records
@@ -78,7 +78,7 @@ from kfaccore.step.noise import Noise
 from kfaccore.step.rescale import Graft, KLClip, NormConstraint
 from kfaccore.xp import Code
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CGFAC",
@@ -177,6 +177,7 @@ __all__ = [
     "mean_eigenvalue",
     "mean_mean",
     "measured",
+    "measured_together",
     "merge",
     "metadata",
     "monte_carlo",

@@ -84,8 +84,8 @@ class Sums:
 
     @property
     def bad(self) -> Array:
-        """1 for each block with a record that is not finite, (blocks,)."""
-        return namespace(self.G).astype(~self.finite, self.G.dtype)
+        """Which blocks have a record that is not finite, (blocks,) bool."""
+        return ~self.finite
 
 
 def init(block: Block, like: Array) -> dict[str, Array]:
@@ -119,8 +119,8 @@ class Sides(Protocol):
 def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
     """Stats of one record, diagonal where the factors of `like` are; zero draws give G = I by definition."""
     found = sums(record, sharing, like)
-    rows = found.rows + namespace(found.bad).zeros_like(found.bad)
-    return Stats(found.A, rows, found.G, per_block(found.n, found.bad), found.bad)
+    bad = namespace(found.G).astype(found.bad, found.G.dtype)
+    return Stats(found.A, per_block(found.rows, bad), found.G, per_block(found.n, bad), bad)
 
 
 def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Sums:

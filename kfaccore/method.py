@@ -33,7 +33,8 @@ class State(Protocol):
 
 @runtime_checkable
 class Stats(Protocol):
-    """A frozen dataclass of sums and their denominators; `bad` (blocks,) counts the non-finite records in them."""
+    """A frozen dataclass of sums and their denominators; `bad` (blocks,) counts the non-finite records in them or,
+    as a bool, says whether there are any."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 

@@ -112,8 +112,11 @@ def coupled(a: np.ndarray, g: np.ndarray, n: float, damping: float) -> np.ndarra
     found = []
     for A, G in zip(*expanded(a, g, n), strict=True):
         P = np.eye(len(A))
-        for _ in range(300):
+        for _ in range(3000):
             Q = np.linalg.inv((np.trace(P @ A) * G + damping * np.trace(P) * np.eye(len(G))) / len(A))
+            before = P
             P = np.linalg.inv((np.trace(Q @ G) * A + damping * np.trace(Q) * np.eye(len(A))) / len(G))
+            if np.abs(P - before).max() <= 1e-15 * np.abs(P).max():
+                break
         found.append(np.linalg.inv(np.kron(Q, P)))
     return np.stack(found)

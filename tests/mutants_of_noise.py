@@ -40,5 +40,19 @@ OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
         "g",
         "test_own_shares.py",
     ),
+    (
+        "own n ignored",
+        "step/own.py",
+        "unit = number(drawn[name].n) / number(mine.n)",
+        "unit = 1.0",
+        "test_own_shares.py",
+    ),
+    (
+        "draws by rows, own by examples",
+        "linalg/shares.py",
+        "return _times(_times(h, self.A).mT, self.G).mT",
+        "return _times(h, self.A)",
+        "test_own_shares.py",
+    ),
     ("a bad batch moves damping", "step/self_tuning.py", "grown = pick(told, ", "grown = pick(True, ", "test_noise.py"),
 ]

@@ -32,14 +32,24 @@ def promised(code: str) -> list[str]:
     return re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
 
 
-def runs_as_printed(code: str, folder: Path) -> None:
-    """Skips where a framework is missing; TensorFlow beside other frameworks can abort a process: each has its own."""
+def missing(code: str) -> list[str]:
+    """The frameworks that a snippet imports and this environment lacks."""
     words = set(re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE))
-    for name in sorted({ADAPTERS.get(word, word) for word in words} & NEEDS):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
+    wanted = sorted({ADAPTERS.get(word, word) for word in words} & NEEDS)
+    return [name for name in wanted if importlib.util.find_spec(name) is None]
+
+
+def printed(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a snippet in a process of its own: TensorFlow beside other frameworks can abort one."""
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def runs_as_printed(code: str, folder: Path) -> None:
+    """Skips where a framework is missing."""
+    for name in missing(code):
+        pytest.skip(f"{name} is not installed")
+    done = printed(code, folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == promised(code)

@@ -38,6 +38,13 @@ def test_train_writes_table_picture_and_files(trained):
     assert [row["method"] for row in summary["methods"]] == ["kfac", "adam"]
     assert summary["methods"][0]["codes"] == {"OK": 12 * 8}
     assert summary["curves"]["kfac"]["step"][-1] == 12
+    curve = summary["curves"]["kfac"]
+    told = kf.load(out / "run.safetensors")["state"]["motion"]["seen"]
+    own, slope = told["own"], told["slope"]
+    assert curve["critical_batch"][-1] == pytest.approx(512 * own / slope - 1, rel=1e-9)
+    assert len(curve["rho"]) == len(curve["step"])
+    assert curve["rho"][-1] == pytest.approx(1 / (1 + curve["critical_batch"][-1] / 512), rel=1e-9)
+    assert "rho" not in summary["curves"]["adam"]
     for word in ("kfac", "adam", "final loss"):
         assert word in result.stdout
 

@@ -187,7 +187,12 @@ def test_taps_record_what_the_interpreter_finds():
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("name", "library"), [("flax_optax", "flax"), ("equinox_loop", "equinox")])
+RECIPES = ("packed_graphs", "ppo_two_heads", "wave_function", "pinn")
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("flax_optax", "flax"), ("equinox_loop", "equinox"), *((name, "jax") for name in RECIPES)]
+)
 def test_examples_train(name, library):
     pytest.importorskip(library)
     module = importlib.import_module(f"kfaccore_jax.examples.{name}")

@@ -178,6 +178,23 @@ def test_no_step_promises_more_than_the_loss(c):
     assert promised(np.array([1.0, 0.0]), F, down, None)[0] == 1.0
 
 
+def test_of_the_loss_as_much_is_believed_as_is_real_but_a_quarter(rng):
+    noise = Noise()
+    assert [noise.believed(2.0, rho) for rho in (0.0, 0.25, 0.5, 1.0)] == [0.5, 0.5, 1.0, 2.0]
+    assert noise.believed(None, 0.5) is None
+    batch, known, motion = settled(rng)
+    x = {
+        n: method.solve(state, batch.grads[n], hyper).direction
+        for n, (method, state, hyper) in known.own.solving.items()
+    }
+    rule = SelfTuning(memory=0.0, noise=Noise(reach=math.inf))
+    for own, real in ((20.0, False), (0.2, True)):
+        before = replace(motion, seen=Seen(1.0, own), steps=3, damping=1e-9)
+        _, _, found = rule(before, x, batch.grads, batch.drawn, 0.0, replace(known, loss=1e-6))
+        assert (found["rho"] > 0.25) == real
+        assert found["predicted"] == pytest.approx(-max(0.25, found["rho"]) * 1e-6, rel=1e-5)
+
+
 def trained(pre, steps, batch, bad=lambda k: False, seed=0):
     """(losses, state, infos) of the small network on one linear task."""
     rng = np.random.default_rng(seed)
@@ -338,7 +355,9 @@ def test_the_length_of_noise_is_the_minimum_of_the_model_without_own_shares(rng)
     assert {"rho", "critical_batch", "with_own"} <= info.step.keys()
 
 
-@pytest.mark.parametrize("wrong", [{"average": 1.0}, {"average": -0.1}, {"reach": 0.0}, {"every": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"average": 1.0}, {"average": -0.1}, {"reach": 0.0}, {"every": 0}, {"promise": 0.0}, {"promise": 1.5}]
+)
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"Noise.{next(iter(wrong))} is"):
         Noise(**wrong)

@@ -7,7 +7,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore.linalg.shares import shares
-from kfaccore.step.own import solve_of
+from kfaccore.step.own import Own, solve_of
 from rows import METHODS
 
 HYPER = kf.Hyper(0, 0.9, 0.03)
@@ -78,3 +78,28 @@ def test_shares_are_one_solve_an_example(name, rng):
         np.testing.assert_allclose(s, want, rtol=1e-12, atol=1e-12 * np.abs(want).max(), err_msg=kind)
         assert q == pytest.approx(total, rel=1e-12), kind
     assert tried >= len(KINDS) - 2  # only an embedding may be refused
+
+
+def test_the_loss_s_own_gradients_count_over_their_own_n(rng):
+    """g / n is what they are, whatever the n of the draws."""
+    method = kf.KFAC()
+    drawn, own, state = layer("positions", method, rng)
+    solving = {"x": (method, state, HYPER)}
+    found = Own({"x": own}, solving).shares({"x": drawn}, {"x": 0.2})
+    halved = Own({"x": kf.Record(own.a, own.g / 4, own.n / 4)}, solving).shares({"x": drawn}, {"x": 0.2})
+    np.testing.assert_allclose(found.s, halved.s, rtol=1e-14)
+    assert found.q == pytest.approx(halved.q, rel=1e-14)
+
+
+@pytest.mark.parametrize("solve", ["inverses", "eigensystem"])
+def test_rows_or_examples_whichever_is_smaller(rng, solve, monkeypatch):
+    """Both ways are one number."""
+    method = kf.KFAC() if solve == "inverses" else kf.EKFAC()
+    drawn, own, state = layer("many positions", method, rng)
+    given = solve_of(method, state, HYPER)
+    assert not given.by_rows(own.shared, own.d_in, own.d_out)
+    by_examples = shares(drawn, own, given)
+    monkeypatch.setattr(type(given), "by_rows", lambda *_: True)
+    by_rows = shares(drawn, own, given)
+    np.testing.assert_allclose(by_examples[0], by_rows[0], rtol=1e-12)
+    assert by_examples[1] == pytest.approx(by_rows[1], rel=1e-12)

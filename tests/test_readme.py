@@ -1,4 +1,4 @@
-"""The pages: their code runs and prints what they say, their links lead somewhere, their names exist."""
+"""The pages: links lead somewhere, names and files exist. `make docs` runs their code, test_house.py README's."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 
 import kfaccore
-from snippets import ADAPTERS, blocks, promised, runs_as_printed, snippets
+from snippets import ADAPTERS, blocks, promised
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-
-
-SNIPPETS = [code for page in PAGES[1:] for code in snippets(str(page.relative_to(ROOT)))]  # README's: test_house.py
+WRITTEN = [path for path in sorted(ROOT.glob("docs/**/*.md")) if not {"_build", "generated"} & set(path.parts)]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
+INCLUDED = {"docs/contributing.md": "CONTRIBUTING.md", "docs/changes.md": "CHANGELOG.md"}
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-@pytest.mark.parametrize("code", SNIPPETS)
-def test_code_prints_what_the_page_says(code, tmp_path):
-    runs_as_printed(code, tmp_path)
 
 
 def test_readme_is_short_and_shows_torch_and_numpy():
@@ -50,6 +44,9 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
+        if "generated" in target.parts:
+            continue  # there once `make docs` has written it, and then checked
+        target = ROOT / INCLUDED.get(str(target.relative_to(ROOT)), target)
         assert target.exists(), link
         assert target.is_relative_to(ROOT), link
         assert not anchor or anchor in anchors(target), link

@@ -15,7 +15,9 @@ import kfaccore as kf
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 kt = pytest.importorskip("kfaccore_tensorflow")
+slopes_of = pytest.importorskip("kfaccore_tensorflow.slopes")
 L = keras.layers
+ACTIVATIONS = {"Softplus", "Softsign", "Relu", "Relu6", "LeakyRelu", "Elu", "Selu"}
 IMAGE = (6, 5, 4)
 WORDS = (3, 4)
 
@@ -97,6 +99,21 @@ class Scale(L.Layer):
         return x * self.gain
 
 
+class Changed(L.Layer):
+    """Gains that are changed on their way, by several paths too, and a matrix times a number."""
+
+    def build(self, shape):
+        self.gains = [self.add_weight(shape=(4,), name=f"gain{i}", initializer="normal") for i in range(5)]
+        self.matrix = self.add_weight(shape=(4, 4), name="matrix", initializer="normal")
+
+    def call(self, x):
+        one, two, three, four, five = (tf.convert_to_tensor(g) for g in self.gains)
+        x = x * (one * tf.sigmoid(one)) + (two + two)
+        x = x / (1 + tf.square(three))
+        x = x * (four / tf.norm(tf.constant([3.0, 4.0], x.dtype)) - tf.square(four) * 0.3)
+        return tf.matmul(x * (1 - tf.abs(five)), -2 * self.matrix / 3 + self.matrix)
+
+
 def sequence(*layers, shape=IMAGE):
     """Layers and a head of two numbers."""
     return lambda: keras.Sequential([keras.Input(shape), *(layer() for layer in layers), L.Flatten(), L.Dense(2)])
@@ -142,6 +159,7 @@ CASES = {
     "rms norm": (sequence(lambda: L.RMSNormalization(), **TEXT), words),
     "prelu": (sequence(lambda: L.PReLU(shared_axes=[1])), images),
     "scaled": (sequence(Scale), images),
+    "changed": (sequence(Changed, **TEXT), words),
     "distributed": (sequence(lambda: L.TimeDistributed(L.Dense(3, "tanh")), **TEXT), words),
     "distributed conv": (
         sequence(lambda: L.Reshape((3, 2, 5, 4)), lambda: L.TimeDistributed(L.Conv2D(2, 2))),
@@ -223,3 +241,27 @@ def test_records_are_the_slopes_of_each_example(make, inputs, rng):
         got = np.moveaxis(np.asarray(found[part.name].examples()), 1, 2)
         assert kf.Block.of(found[part.name]) == plan.blocks()[part.name]
         np.testing.assert_allclose(got, want, atol=1e-10 * max(np.abs(want).max(), 1e-4), rtol=0, err_msg=part.name)
+
+
+@pytest.mark.parametrize("name", sorted({*slopes_of.FUNCTIONS, *slopes_of.BINARY}))
+def test_slopes_are_those_of_tensorflow(name):
+    """Of every function that may change a weight, and of products and sums of it with itself."""
+    values = (
+        np.array([-1.3, -0.4, 0.3, 0.9, 7.0]) if name not in ("Log", "Log1p", "Sqrt", "Rsqrt") else np.arange(1.0, 6.0)
+    )
+    other = np.array([0.7, 1.1, -2.0, 0.4, 3.0])
+    pairs = [("x", "x"), ("x", "other"), ("other", "x")] if name in slopes_of.BINARY else [("x",)]
+    for pair in pairs:
+
+        @tf.function
+        def both(x, other, pair=pair):
+            given = {"x": x, "other": other}
+            names = ("features",) if name in ACTIVATIONS else ("x", "y")
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = getattr(tf.raw_ops, name)(**{n: given[which] for n, which in zip(names, pair, strict=False)})
+            factor = slopes_of.Factor(y.op, x, slopes_of.Layout.of((5,)))
+            return tf.broadcast_to(factor.slope(), [5]), tape.gradient(y, x)
+
+        found, want = both(tf.constant(values), tf.constant(other))
+        np.testing.assert_allclose(found, 0 if want is None else want, rtol=1e-12, atol=1e-14, err_msg=str(pair))

@@ -199,3 +199,9 @@ def test_another_backend_of_keras_is_refused(backend, instead, monkeypatch):
         runpy.run_path(kt.__file__)
     assert f"; on '{backend}'" in str(error.value)
     assert instead in str(error.value)
+
+
+def test_a_batch_without_examples_is_refused():
+    net = keras.Sequential([keras.Input((4,)), L.Dense(3)])
+    with pytest.raises(ValueError, match=r"the batch has inputs of shape \(0, 4\); need at least one example"):
+        kt.Optimizer(net, kf.SoftmaxCrossEntropy()).step(np.zeros((0, 4)), np.zeros(0, int))

@@ -148,9 +148,11 @@ def test_a_tied_table_is_one_block_of_both_uses(rng):
     state = step.engine.state.layers["words"]
     block = np.kron(np.asarray(state.G[0]), np.asarray(state.A[0]))
     assert np.linalg.eigvalsh(block)[0] >= 0
+    apart = kf.settle(kf.KFAC(), record, 1, 0.1)  # draws as positions of their own, not as examples: the same block
+    np.testing.assert_allclose(np.kron(np.asarray(apart.G[0]), np.asarray(apart.A[0])), block, atol=1e-12)
     hidden = np.einsum("ri,rj->ij", x, x)
     counts = np.bincount(ids.ravel(), minlength=7)
-    own = np.asarray(record.g)[:, 0, :, :2].reshape(-1, 4)  # output gradients of the look-ups: positions 0 and 1
+    own = np.asarray(record.g)[:, 0, :, : 2 * record.draws].reshape(-1, 4)  # output gradients of the look-ups
     A1, G1 = np.diag(counts), own.T @ own
     Q, H = 6 * np.eye(7), hidden  # squared error: one output at a time, at each of 6 positions
     # A has 12 rows, 6 of each use, and n = 3; the block is of these four products

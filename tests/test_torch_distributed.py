@@ -121,22 +121,26 @@ def test_every_world_size_and_fraction_equals_one_process(world, fractions, tmp_
 
 
 def test_under_ddp(tmp_path):
-    """Hooks of DistributedDataParallel average the gradient, ours sum statistics; the draws wake none."""
+    """Hooks of DistributedDataParallel average the gradient, ours sum statistics and the model of a length by noise;
+    the draws wake none."""
     body = """
-    net = model()
-    wrapped = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), core(comm=comm()), fisher=kf.type2)
-    optimizer = torch.optim.SGD(net.parameters(), 0.3, 0.9)
-    for step in range(5):
-        x, y = batch(step, 12)
-        optimizer.zero_grad()
-        with pre.capture():
-            f = wrapped(mine(x, False))
-        pre.loss(f, mine(y, False)).backward()
-        pre.step()
-        optimizer.step()
+    found = []
+    for rule, rate in ((kf.Fixed(), 0.3), (kf.Fixed(rescale=kf.Noise()), 1.0)):
+        net = model()
+        wrapped = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+        pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), core(comm=comm(), step=rule), fisher=kf.type2)
+        optimizer = torch.optim.SGD(net.parameters(), rate, 0.9)
+        for step in range(5):
+            x, y = batch(step, 12)
+            optimizer.zero_grad()
+            with pre.capture():
+                f = wrapped(mine(x, False))
+            pre.loss(f, mine(y, False)).backward()
+            pre.step()
+            optimizer.step()
+        found += [*net.parameters()] + [torch.tensor(float(x)) for x in pre.info.step.values()]
     if rank == 0:
-        torch.save(list(net.parameters()), f"{folder}/found.pt")
+        torch.save(found, f"{folder}/found.pt")
     """
     found = []
     for world in (1, 2):

@@ -554,6 +554,56 @@ def test_two_losses_on_one_forward_add():
     same({n: p.grad for n, p in model.named_parameters()}, run(mse, whole, (x, {"u": y, "v": z})))
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_weighted_losses_on_one_forward(share):
+    """Mixed labels: F is the sum of both losses' own F by their weights, here of J^T H J."""
+    x, y = batch()
+    z = y.flip(0)
+    model = nn.Linear(x.shape[1], 3)
+    pre = pre_of(model)
+    with pre.capture():
+        f = model(x)
+    (pre.loss(f, y, weight=share) + pre.loss(f, z, weight=1 - share)).backward()
+    (layer,) = pre.engine.plan.layers.values()
+    before = layer.matrix({role: p.grad.clone() for role, p in layer.parameters.items()})
+    pre.step()
+    after = layer.matrix({role: p.grad for role, p in layer.parameters.items()})
+    block = ggn(model, lambda f: share * CE(f, y) + (1 - share) * CE(f, z), x, layer)[0] + 0.1 * np.eye(15)
+    wanted = np.linalg.solve(block, np.asarray(before).reshape(-1))
+    np.testing.assert_allclose(np.asarray(after).reshape(-1), wanted, rtol=1e-9)
+
+
+def test_weights_given_past_the_loss_are_named():
+    x, y = batch()
+    model = nn.Linear(x.shape[1], 3)
+    pre = pre_of(model, CE)
+    with pre.capture():
+        f = model(x)
+    (0.3 * pre.loss(f, y) + 0.7 * pre.loss(f, y.flip(0))).backward()
+    with pytest.raises(ValueError, match="multiplied by"):
+        pre.step()
+    pre.discard()
+    with pre.capture():
+        f = model(x)
+    (2.0 * (pre.loss(f, y) + pre.loss(f, y.flip(0)))).backward()  # one factor for both, as a scaler's
+    pre.step()
+
+
+@pytest.mark.parametrize(("weights", "named"), [((1, 0.1), True), ((1, 1), False), ((3 / 8, 5 / 8), False)])
+def test_forwards_that_weigh_otherwise_than_their_examples_are_named(weights, named):
+    x, y = batch()
+    model = mlp()
+    pre = pre_of(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for part, weight in zip((slice(0, 3), slice(3, 8)), weights, strict=True):
+            with pre.capture():
+                f = model(x[part])
+            (weight * pre.loss(f, y[part])).backward()
+        pre.step()
+    assert any("curvatures count by [3.0, 5.0]" in str(w.message) for w in told) == named
+
+
 def test_a_term_without_curvature_is_noticed_once():
     x, y = batch()
     for declare in (False, True):

@@ -81,6 +81,90 @@ def test_own_gradients_add_up_to_the_gradient(name, target):
     assert (optimizer.info.step["with_own"] > 0) == mixed
 
 
+@pytest.mark.parametrize("name", ["tied", "images"])
+def test_own_gradients_are_those_of_one_example(name):
+    """Of every example alone, from the loss itself; and a step asks autograd twice, for the draw and for the loss."""
+    rng = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net, x = CASES[name](rng)
+    net, x = net.double(), x if x.dtype == torch.int64 else x.double()
+    y = torch.randint(3, (6,), generator=rng)
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(weight=weight)
+    optimizer = kt.Optimizer(net, loss, kf.Preconditioner(kf.KFAC(), step=Keeping()))
+    alone = [nn.functional.cross_entropy(net(x[i : i + 1]), y[i : i + 1], weight, reduction="sum") for i in range(6)]
+    layers = optimizer.engine.plan.layers
+    parameters = [p for layer in layers.values() for p in layer.parameters.values()]
+    each = [torch.autograd.grad(value, parameters) for value in alone]
+    optimizer.step(x, y)
+    own = SEEN["known"].own
+    for layer, record in own.records.items():
+        roles = layers[layer].parameters
+        for i, grads in enumerate(each):
+            at = {id(p): g for p, g in zip(parameters, grads, strict=True)}
+            wanted = optimizer.engine.matrix(layers[layer], {role: at[id(p)] for role, p in roles.items()})
+            found = adjoint(record, np.eye(6)[i][None]) / record.n
+            np.testing.assert_allclose(found.reshape(wanted.shape), wanted / float(weight[y].sum()), atol=1e-12)
+
+
+def test_a_step_asks_autograd_once_a_draw_and_once_for_the_loss(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = kt.Optimizer(net, nn.CrossEntropyLoss())
+    x, y = torch.randn(24, 5), torch.arange(24) % 3
+    optimizer.step(x, y)  # whose rows are whose is asked here
+    asked = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **how: asked.append(1) or grad(*given, **how))
+    optimizer.step(x, y)
+    assert len(asked) == 2
+
+
+class KeepingFixed(kf.Fixed):
+    """As `Keeping`, for loops that differentiate the loss themselves."""
+
+    def __call__(self, motion, directions, grads, records, l2, known):
+        SEEN.update(grads=grads, known=known, records=records)
+        return super().__call__(motion, directions, grads, records, l2, known)
+
+
+def test_own_gradients_of_two_losses_on_one_forward():
+    """They add up, and so do the losses."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+    pre = kt.Preconditioner(net, loss, kf.Preconditioner(kf.KFAC(), step=KeepingFixed(rescale=kf.Noise())))
+    x = torch.randn(6, 5).double()
+    with pre.capture():
+        f = net(x)
+    total = pre.loss(f, torch.tensor([0, 1, 2, 0, 1, 2])) + pre.loss(f, torch.tensor([1, 1, 1, 0, 1, 2]))
+    total.backward()
+    pre.step()
+    assert SEEN["known"].loss == pytest.approx(float(total.detach()), rel=1e-12)
+    for layer, record in SEEN["known"].own.records.items():
+        found = adjoint(record, np.ones((1, record.batch))) / record.n
+        grad = SEEN["grads"][layer]
+        np.testing.assert_allclose(found.reshape(grad.shape), grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_of_micro_batches_of_a_sum_is_their_sum():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 3)).double()
+    core = kf.Preconditioner(kf.KFAC(), step=KeepingFixed(rescale=kf.Noise()))
+    pre = kt.Preconditioner(net, nn.CrossEntropyLoss(reduction="sum"), core)
+    x = torch.randn(6, 5).double()
+    y = torch.arange(6) % 3
+    total = 0.0
+    for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+        with pre.capture():
+            f = net(a)
+        value = pre.loss(f, b)
+        value.backward()
+        total += float(value.detach())
+    pre.step()
+    assert SEEN["known"].loss == pytest.approx(total, rel=1e-12)
+
+
 def plain(core, optimizer, graft=False, parts=1):
     """Six steps of the plain loop on a small classifier: (losses, preconditioner, model)."""
     torch.manual_seed(0)

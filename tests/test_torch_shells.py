@@ -395,8 +395,8 @@ def test_records_cost_nothing_when_not_due():
     model, (x, y) = mlp(), labelled()
     pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core(update=3))
     calls = []
-    records = pre.engine.records
-    pre.engine.records = lambda *given, **more: calls.append(pre.engine.state.step) or records(*given, **more)
+    measured = pre.engine.measured
+    pre.engine.measured = lambda *given, **more: calls.append(pre.engine.state.step) or measured(*given, **more)
     for _ in range(7):
         directions(model, x, y, pre=pre)
     assert calls == [0, 3, 6]

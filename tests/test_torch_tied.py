@@ -12,6 +12,7 @@ nn = torch.nn
 F = torch.nn.functional
 
 import kfaccore_torch as kt  # noqa: E402
+from kfaccore_torch.own import apart  # noqa: E402
 from torch_oracle import close, empirical, ggn  # noqa: E402
 
 CE = nn.CrossEntropyLoss()
@@ -166,3 +167,29 @@ def test_other_layers_may_share_by_means():
     model, (x, y) = Language(), batch()
     methods = dict.fromkeys(kt.plan(model, x).layers, kf.KFAC(sharing=kf.reduce)) | {"table": kf.KFAC()}
     assert np.isfinite(kt.Optimizer(model, CE, core=kf.Preconditioner(methods, step=kf.SelfTuning())).step(x, y))
+
+
+@pytest.mark.parametrize("shell", ["Optimizer", "Preconditioner"])
+def test_a_rule_that_leaves_examples_out_measures_a_tied_table_all_the_same(shell):
+    """Its draws are so many times the examples: none of them is the loss's own."""
+    found = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        model, (x, y) = Language(), batch()
+        noise = kf.Noise(own=own)
+        if shell == "Optimizer":
+            made = kt.Optimizer(model, CE, core=kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning(noise=noise)))
+            made.step(x, y)
+        else:
+            core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), step=kf.Fixed(0.1, rescale=noise))
+            made = kt.Preconditioner(model, CE, core)
+            with made.capture():
+                f = model(x)
+            made.loss(f, y).backward()
+            made.step()
+        assert "table" not in apart(made.engine)
+        found.append(kf.flatten(made.engine.state.layers["table"]))
+    first, second = found
+    assert any(np.asarray(value).any() for name, value in first.items() if "G" in name)
+    for name, value in first.items():
+        np.testing.assert_allclose(np.asarray(value), np.asarray(second[name]), rtol=1e-12, err_msg=name)

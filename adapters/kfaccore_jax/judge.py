@@ -31,13 +31,17 @@ def arrays(motion: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(type(x))) if isinstance(x, int | float) else x, motion)
 
 
-def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
-    """The state of `rest`; ValueError where it turns the gradient round."""
+def turns(tx: Any) -> bool:
+    """Whether an optax transformation turns a gradient round, as a whole optimizer does."""
     with jax.ensure_compile_time_eval():
         zero = {"x": jnp.zeros((1,))}
         one = {"x": jnp.ones((1,))}
-        turned = float(rest.update(one, rest.init(zero), zero)[0]["x"][0])
-    if turned < 0:
+        return float(tx.update(one, tx.init(zero), zero)[0]["x"][0]) < 0
+
+
+def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
+    """The state of `rest`; ValueError where it turns the gradient round."""
+    if turns(rest):
         raise ValueError(
             "rest turns gradients round, as a whole optimizer does; kfac() gives directions of the gradient's sign, so "
             "take the part before the rate, such as optax.scale_by_adam() of optax.adam"

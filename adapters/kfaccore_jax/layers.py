@@ -29,6 +29,7 @@ class Part:
 
     @property
     def layout(self) -> Layout:
+        """Axes of blocks, outputs and inputs in the leaf."""
         return Layout.from_axes((*self.blocks, *self.outs, *self.ins), self.offset)
 
     @property
@@ -63,6 +64,7 @@ class Layer:
 
     @property
     def block(self) -> Block:
+        """Sizes for the core; the bias is a column."""
         blocks, d_out, d_in = self.weight.shape
         return Block(d_out, d_in + (self.bias is not None), blocks, self.diagonal)
 
@@ -154,13 +156,13 @@ def _overlap(keys: list[tuple], groups: Groups, leaf: Any) -> str:
         if found is None:
             return "elements used that are no box of the leaf"
         if hit is not None:
-            box = hit.reshape(found[0])[found[1]]
-            if box.any():
+            box = hit.reshape(found[0])
+            if box[found[1]].any():
                 kinds = sorted({k[0] for k in keys})
                 if len({k[-1] for k in keys}) > 1:
                     return f"{' and '.join(kinds)} on rows of examples and on rows that all of them share"
                 return f"used as {' and '.join(kinds)}" if len(kinds) > 1 else f"{kinds[0]} in two arrangements"
-            box[...] = True
+            box[found[1]] = True  # a leaf of one element has no slice in its index
     return ""
 
 

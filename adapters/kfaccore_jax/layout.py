@@ -32,6 +32,7 @@ class Layout:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
+        """(size, stride) of each axis."""
         return tuple(zip(self.shape, self.strides, strict=True))
 
     @property
@@ -40,9 +41,11 @@ class Layout:
         return any(s == 0 and n > 1 for n, s in self.axes)
 
     def transpose(self, order: tuple[int, ...]) -> Layout:
+        """The axes in another order."""
         return Layout.from_axes(tuple(self.axes[i] for i in order), self.offset)
 
     def squeeze(self, dimensions: tuple[int, ...]) -> Layout:
+        """Without the axes named, which have size 1."""
         drop = {d % len(self.shape) for d in dimensions}
         return Layout.from_axes(tuple(x for i, x in enumerate(self.axes) if i not in drop), self.offset)
 
@@ -58,6 +61,7 @@ class Layout:
         return self.broadcast(shape, tuple(range(len(shape) - len(self.shape), len(shape))))
 
     def slice(self, start: tuple[int, ...], limit: tuple[int, ...], step: tuple[int, ...] | None = None) -> Layout:
+        """Entries from `start` to `limit` in steps, along each axis."""
         step = step or (1,) * len(start)
         axes = tuple((-(-(b - a) // k), s * k) for a, b, k, (_, s) in zip(start, limit, step, self.axes, strict=True))
         return Layout.from_axes(axes, self.offset + sum(a * s for a, s in zip(start, self.strides, strict=True)))

@@ -34,6 +34,7 @@ class Row:
 
     @property
     def covered(self) -> bool:
+        """Whether the leaf has a block."""
         return not self.reason
 
 

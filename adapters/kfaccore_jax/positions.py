@@ -27,6 +27,7 @@ class Longer:
 
     @classmethod
     def of(cls, plan: Plan, params: Any, args: tuple, here: Mapping[str, Shape], sizes: tuple[int, ...]) -> Longer:
+        """Trace the model with each axis of positions stretched."""
         found = []
         for axis, size in enumerate(sizes, start=1):
             found.append(_traced(plan, params, _stretched(plan, args, axis, size)))

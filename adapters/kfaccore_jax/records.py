@@ -45,10 +45,12 @@ class Drawn(dict):
         self.own = dict(own or {})
 
     def tree_flatten(self) -> tuple[tuple, tuple]:
+        """Arrays, and the names they belong to, for jax."""
         return (*self.values(), self.share, self.rest, self.own), (tuple(self), self.fisher)
 
     @classmethod
     def tree_unflatten(cls, structure: tuple, values: tuple) -> Drawn:
+        """The records again."""
         names, fisher = structure
         *records, share, rest, own = values
         return cls(dict(zip(names, records, strict=True)), fisher, share, rest, own)

@@ -32,6 +32,10 @@ class Axes:
         """Leafwise sum over devices."""
         return jax.lax.psum(tree, self.names)
 
+    def reduce(self, tree: Tree, ranks: tuple[int, ...]) -> Tree:
+        """Every device gets the sum."""
+        return self.all_reduce(tree)
+
     def broadcast(self, tree: Tree, ranks: tuple[int, ...]) -> Tree:
         """Every device has the same already."""
         return tree

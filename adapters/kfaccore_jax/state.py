@@ -2,19 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from kfaccore import Block, Info
+
+
+@dataclass(frozen=True, eq=False)
+class Codes(Mapping[str, Any]):
+    """{block of parameters: its codes (blocks,)}, one array in which a block is cut out when it is asked for: an output
+    for each would be a kernel for each, compiled one by one.
+
+    table   all codes, in the order of `names`
+    sizes   how many each has
+    """
+
+    table: Any
+    names: tuple[str, ...] = field(default=(), metadata={"static": True})
+    sizes: tuple[int, ...] = field(default=(), metadata={"static": True})
+
+    @classmethod
+    def start(cls, blocks: Mapping[str, Block], order: tuple[str, ...], code: int) -> Codes:
+        """The same code everywhere; `order` says which blocks come first, the others follow."""
+        names = (*order, *(name for name in blocks if name not in order))
+        sizes = tuple(blocks[name].blocks for name in names)
+        return cls(jnp.full((sum(sizes),), code, jnp.int32), names, sizes)
+
+    def after(self, info: Info) -> Codes:
+        """Those of a step, in the same order."""
+        runs = info.code_runs()
+        if tuple(name for names, _ in runs for name in names) != self.names:
+            runs = [((name,), info.codes[name]) for name in self.names]
+        table = jnp.concatenate([jnp.reshape(codes, (-1,)) for _, codes in runs])
+        return Codes(table.astype(jnp.int32), self.names, self.sizes)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        place = self.names.index(name)
+        start = sum(self.sizes[:place])
+        return self.table[start : start + self.sizes[place]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def rebuilt(self, new: Mapping[str, Any]) -> Codes:
+        """These blocks with other codes, as a file gives them: by name."""
+        return replace(self, table=jnp.concatenate([jnp.asarray(new[name]) for name in self.names]))
 
 
 class KFACState(NamedTuple):
     """The Preconditioner's state, the code of each block after the last step, how often each code came up, and the
-    state of `rest`."""
+    states of `rest` and `graft`."""
 
     core: Any
-    codes: dict[str, Any]
+    codes: Codes
     counts: Any
     rest: Any = ()
+    graft: Any = ()
 
 
 def state_of(state: Any) -> KFACState:

@@ -45,6 +45,7 @@ from kfaccore import (
     monte_carlo,
 )
 from kfaccore_jax.capture import capture
+from kfaccore_jax.grafting import rule_of
 from kfaccore_jax.plan import Plan
 from kfaccore_jax.state import counts_of
 from kfaccore_jax.transform import Transformation
@@ -68,10 +69,12 @@ def kfac(
     axis_name: str | tuple[str, ...] | None = None,
     uncovered: Method | None = None,
     rest: optax.GradientTransformation | None = None,
+    graft: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
 
-    `update` takes the batch's records and more: see the page of this module.
+    `update(grads, state, params, records=, value=, value_fn=, fresh=)` takes the batch's records, for rules that judge
+    their step the loss and a function of the parameters that computes it, and whether to refresh where that is static.
 
     methods, clocks, schedules, step, network and widest as in kfaccore.Preconditioner, or all of them at once as
     `core`; a schedule sees a traced step, as optax's do. The default method is KFAC().
@@ -85,6 +88,10 @@ def kfac(
                Identity(), and Diagonal() under a step that needs every parameter, as SelfTuning does
     rest       an optax transformation for those leaves instead, which must keep the sign: optax.scale_by_adam()
 
+    graft      an optax optimizer, of either sign, that gives each layer the length of its step: the direction stays the
+               method's (Fixed(rescale=Graft()), the step it sets), and leaves without a layer move as `graft` moves
+               them. update needs params if graft does; optax.scale(-1.0) comes after it
+
     Parameters that optax.masked or optax.partition hide are left out: of a layer with one of weight and bias hidden
     the other one is preconditioned by itself. optax.MultiSteps is refused: it hands on the records of the last
     micro-batch alone; `kfaccore_jax.accumulate` adds them up.
@@ -96,8 +103,9 @@ def kfac(
         _only(core, beside | {"step": (step, Fixed()), "network": (network, None), "widest": (widest, 8192)})
     else:
         methods = KFAC() if methods is None and network is None else methods
-        core = Preconditioner(methods, clocks, schedules, network, step, widest=widest)
-    rule = Transformation(plan, core, _names(axis_name), _uncovered(core, uncovered, rest), rest)
+        core = Preconditioner(methods, clocks, schedules, network, rule_of(step, graft, rest), widest=widest)
+    rule_of(core.rule, graft, rest)
+    rule = Transformation(plan, core, _names(axis_name), _uncovered(core, uncovered, rest), rest, graft)
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
 
 

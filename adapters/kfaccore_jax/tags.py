@@ -33,10 +33,12 @@ class Param:
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """Which scans stacked the leaf."""
         return tuple(depth for depth, _, _ in self.stack)
 
     @property
     def blocks(self) -> tuple[Axis, ...]:
+        """(size, stride) of the stacked axes."""
         return tuple((n, s) for _, n, s in self.stack)
 
 
@@ -58,6 +60,7 @@ class Joined:
 
     @property
     def sizes(self) -> list[int]:
+        """Lengths of the parts along the joined axis."""
         return [int(x.shape[self.axis]) for x in self.values]
 
 

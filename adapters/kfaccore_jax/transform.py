@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfaccore import (
     Block,
@@ -20,6 +21,7 @@ from kfaccore import (
     Record,
     Serial,
 )
+from kfaccore_jax.grafting import beside, grafted
 from kfaccore_jax.judge import arrays, judged, losses_of, started
 from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
 from kfaccore_jax.names import named
@@ -27,7 +29,7 @@ from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn
 from kfaccore_jax.replicas import Axes, check_axes, share_of
-from kfaccore_jax.state import KFACState
+from kfaccore_jax.state import Codes, KFACState
 from kfaccore_jax.trees import register
 
 
@@ -40,6 +42,7 @@ class Transformation:
     axes: tuple[str, ...] | None
     uncovered: Method
     rest: Any
+    graft: Any = None
 
     @property
     def step(self) -> Any:
@@ -51,14 +54,24 @@ class Transformation:
         check_leaves(self.plan, params)
         blocks = self.blocks(params)
         leaves = [x for x in jax.tree.leaves(params) if followed(x)]
-        like = jnp.zeros((), jnp.promote_types(jnp.result_type(*leaves), jnp.float32))
+        dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
         if self.axes:
-            self.check_sums(blocks, like)
-        core = register(self.core(blocks).init(blocks, like))
-        codes = {name: jnp.full((b.blocks,), int(Code.IDENTITY), jnp.int32) for name, b in blocks.items()}
+            self.check_sums(blocks, jnp.zeros((), dtype))
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        core = register(self.core(blocks).init(blocks, jnp.zeros((), dtype)) if traced else self.made(blocks, dtype))
+        order = tuple(name for stack in core.layers.stacks for name in stack)
+        codes = register(Codes.start(blocks, order, int(Code.IDENTITY)))
         core = replace(core, step=jnp.asarray(0), motion=arrays(core.motion))
         rest = () if self.rest is None else started(self.rest, self.leaves_left(params))
-        return placed_like(KFACState(core, codes, jnp.zeros(len(Code), jnp.int32), rest), params)
+        graft = () if self.graft is None else self.graft.init(params)
+        return placed_like(KFACState(core, codes, jnp.zeros(len(Code), jnp.int32), rest, graft), params)
+
+    def made(self, blocks: Mapping[str, Block], dtype: Any) -> Any:
+        """The core's first state, made on the host: eager JAX would compile an operation for every shape in it."""
+        core = self.core(blocks)
+        core = replace(core, stacked=True if core.stacked is None else core.stacked)  # as JAX has it by itself
+        found = register(core.init(blocks, np.zeros((), dtype)))
+        return jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, found)
 
     def check_sums(self, blocks: Mapping[str, Block], like: Any) -> None:
         """ValueError naming the method whose Stats do not add up over devices or micro-batches."""
@@ -122,25 +135,25 @@ class Transformation:
         ) -> tuple[Any, Any, dict]:
             found = matrices(self.plan, grads, blocks) | factored
             due = self.due(core, before, given, fresh)
-            loss, own = told
-            directions, after, info = core.do(due, before, given, found, fisher, damping, loss=loss, own=own)
-            return tree_of(self.plan, grads, directions), register(after), dict(info.codes)
+            directions, after, info = core.do(due, before, given, found, fisher, damping, **told)
+            return tree_of(self.plan, grads, directions), register(after), state.codes.after(info)
 
         products = {name: x for name, x in (factored or {}).items() if name in blocks}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
         told = self._told(records, grads, value, axes, share)
+        graft = state.graft
+        if self.graft is not None:
+            taken, told["lengths"], graft = grafted(self.graft, self.plan, blocks, grads, state.graft, params)
         moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told)
-        rest = state.rest
-        if self.rest is not None:
-            moves, rest = self._rest_moved(moves, grads, state.rest, params)
-        seen = jnp.concatenate([jnp.reshape(code, (-1,)) for code in codes.values()])
-        counts = state.counts + jnp.sum(seen[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
+        moves = moves if self.graft is None else beside(self.plan, moves, taken)
+        moves, rest = self._rest_moved(moves, grads, state.rest, params)
+        counts = state.counts + jnp.sum(codes.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         if value_fn is not None and self.step.judges:
             losses = losses_of(moves, value, value_fn, params)
             losses = losses if axes is None else axes.mean(losses, share)
             moves, motion = judged(self.step, state.core.motion, after.motion, moves, losses)
             after = replace(after, motion=motion)
-        return moves, KFACState(after, codes, counts, rest)
+        return moves, KFACState(after, codes, counts, rest, graft)
 
     def given_records(self, records: Mapping[str, Any] | None, grads: Any, blocks: Mapping[str, Block]) -> dict:
         """{block: what was measured} of the layers and leaves at hand."""
@@ -153,16 +166,17 @@ class Transformation:
         given |= {name: record for name, record in beside.items() if name in blocks and name not in here}
         return {name: record for name, record in given.items() if name in blocks}
 
-    def _told(self, records: Any, grads: Any, value: Any, axes: Any, share: Any) -> tuple[Any, dict]:
+    def _told(self, records: Any, grads: Any, value: Any, axes: Any, share: Any) -> dict[str, Any]:
         """What a rule that judges is told of the loss: its value, and records of its own gradients, which are one
         device's and so left out where several sum."""
         if not self.step.judges:
-            return None, {}
+            return {}
         if axes is not None:
-            return axes.mean(value, share), {}
+            return {"loss": axes.mean(value, share)}
         own = records.own if isinstance(records, Drawn) else {}
         here = held(self.plan, named(grads))
-        return value, {item.layer.name: item.record(own[item.full]) for item in here if item.full in own}
+        found = {item.layer.name: item.record(own[item.full]) for item in here if item.full in own}
+        return {"loss": value, "own": found}
 
     def _wanting(
         self, given: Mapping[str, Any], fresh: bool | None, damping: Any, value: Any, value_fn: Any, params: Any
@@ -177,6 +191,8 @@ class Transformation:
 
     def _rest_moved(self, moves: Any, grads: Any, before: Any, params: Any) -> tuple[Any, Any]:
         """The tree with what `rest` makes of the leaves it has, and its state."""
+        if self.rest is None:
+            return moves, before
         known = None if params is None else self.leaves_left(params)
         found, after = self.rest.update(self.leaves_left(grads), before, known)
         leaves = named(moves) | found
@@ -188,7 +204,7 @@ class Transformation:
         clocks = core.due(state)
         decided = fresh is not None and not self.step.needs_records
         update = bool(records) if decided else clocks.update if records else False
-        return Due(update, clocks.refresh if fresh is None else fresh)
+        return replace(clocks, update=update) if fresh is None else Due(update, fresh)
 
 
 def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block], uncovered: Method) -> Mapping[str, Method] | None:

@@ -33,6 +33,7 @@ class Walk:
         return replace(self, prefix=prefix)
 
     def probes_of(self, place: int) -> dict[str, Any]:
+        """The probes of calls inside one equation."""
         prefix = f"{self.prefix}{place}."
         return {key: probe for key, probe in (self.probes or {}).items() if key.startswith(prefix)}
 
@@ -45,6 +46,7 @@ class Walk:
             self.leaks.setdefault(leaf, []).extend(places)
 
     def leak(self, tags: list[Tag], place: str) -> None:
+        """Note that leaves went into an operation that no rule follows."""
         leaves = [tag.leaf for tag in tags if isinstance(tag, Param)]
         leaves += [one.leaf for tag in tags if isinstance(tag, Joined) for one in tag.tags]
         several = len(leaves) > 1 and place in ("mul", "add", "sub", "div", "concatenate", "dot_general", "max", "min")

@@ -29,6 +29,7 @@ class Activation:
         raise NotImplementedError
 
     def forward(self, W: None, x: Array, owned: bool = False) -> tuple[Array, Array]:
+        """(outputs, what `backward` needs)."""
         y = x if owned and not self.needs_input else aac.array_namespace(x).asarray(x, copy=True)
         inner = features(y)
         inner[...] = self.value(features(x))
@@ -49,6 +50,8 @@ def features(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class Tanh(Activation):
+    """tanh z, entry by entry."""
+
     def value(self, x: Array) -> Array:
         return aac.array_namespace(x).tanh(x)
 
@@ -58,6 +61,8 @@ class Tanh(Activation):
 
 @dataclass(frozen=True)
 class ReLU(Activation):
+    """max(z, 0), entry by entry."""
+
     def value(self, x: Array) -> Array:
         xp = aac.array_namespace(x)
         return xp.where(x > 0, x, xp.zeros_like(x))
@@ -68,6 +73,8 @@ class ReLU(Activation):
 
 @dataclass(frozen=True)
 class Sigmoid(Activation):
+    """1 / (1 + exp(-z)), entry by entry."""
+
     def value(self, x: Array) -> Array:
         return 0.5 * (1.0 + aac.array_namespace(x).tanh(0.5 * x))
 

@@ -26,6 +26,7 @@ class SGD:
         return {name: aac.array_namespace(W).zeros_like(W) for name, W in params.items()}
 
     def step(self, params: dict[str, Array], grads: dict[str, Array], state: dict[str, Array], step: int) -> None:
+        """In place: v <- momentum v + gradient, W <- (1 - lr weight_decay) W - lr v."""
         for name, W in params.items():
             g = grads[name]
             if self.weight_decay:
@@ -56,6 +57,7 @@ class Adam:
         }
 
     def step(self, params: dict[str, Array], grads: dict[str, Array], state: dict[str, Any], step: int) -> None:
+        """In place: Adam's step with corrected moments, weight decay decoupled."""
         first, second = self.decays
         rate = self.lr * (1 - second ** (step + 1)) ** 0.5 / (1 - first ** (step + 1))
         eps = self.eps * (1 - second ** (step + 1)) ** 0.5

@@ -28,6 +28,7 @@ class Conv2d:
         return (*self.window.outputs(inputs[:-1]), self.channels)
 
     def block(self, inputs: tuple[int, ...]) -> Block:
+        """Sizes for the core: d_in is kernel, channels and the bias."""
         return Block(self.channels, prod(self.window.kernel) * inputs[-1] + 1)
 
     def init(self, rng: np.random.Generator, inputs: tuple[int, ...]) -> np.ndarray:
@@ -36,6 +37,7 @@ class Conv2d:
         return rng.uniform(-1.0, 1.0, (self.channels, d_in + 1)) / np.sqrt(d_in)
 
     def forward(self, W: Array, x: Array) -> tuple[Array, Array]:
+        """(outputs, inputs), images (batch, *spatial, channels)."""
         xp = aac.array_namespace(x)
         parts = [a[0, ...] @ W.T for a in self._rows(x)]
         return xp.reshape(xp.concat(parts), (x.shape[0], *self.shape(tuple(x.shape[1:])))), x
@@ -59,6 +61,7 @@ class Conv2d:
         return xp.asarray(out[:, *inner, :], copy=True)
 
     def activations(self, saved: Array) -> Patches:
+        """The inputs as `Patches`, with a last column of ones for the bias."""
         return Patches(saved, self.window, bias=True)
 
     def gradient(self, saved: Array, gy: Array, n: float, factored: bool) -> Array:
@@ -88,9 +91,11 @@ class AvgPool:
         return (*(h // self.size for h in inputs[:-1]), inputs[-1])
 
     def forward(self, W: None, x: Array) -> tuple[Array, None]:
+        """(means of the windows, nothing to keep)."""
         return aac.array_namespace(x).mean(_squares(x, self.size), axis=(2, 4)), None
 
     def backward(self, W: None, saved: None, gy: Array) -> Array:
+        """Each window's gradient, spread evenly."""
         xp = aac.array_namespace(gy)
         return xp.repeat(xp.repeat(gy, self.size, axis=1), self.size, axis=2) / self.size**2
 
@@ -100,6 +105,7 @@ class MaxPool(AvgPool):
     """Largest of size x size squares that do not overlap; ties share the gradient."""
 
     def forward(self, W: None, x: Array) -> tuple[Array, Array]:
+        """(largest of each window, the share of it that each entry has)."""
         xp = aac.array_namespace(x)
         squares = _squares(x, self.size)
         top = xp.max(squares, axis=(2, 4), keepdims=True)
@@ -108,6 +114,7 @@ class MaxPool(AvgPool):
         return top[:, :, 0, :, 0, :], share
 
     def backward(self, W: None, saved: Array, gy: Array) -> Array:
+        """Each window's gradient by those shares, for any number of draws folded into the batch."""
         xp = aac.array_namespace(gy)
         spread = xp.repeat(xp.repeat(gy, self.size, axis=1), self.size, axis=2)
         return xp.reshape(xp.reshape(spread, (-1, *saved.shape)) * saved, spread.shape)

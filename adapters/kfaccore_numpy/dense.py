@@ -34,6 +34,7 @@ class Dense:
         return (self.d_out,)
 
     def block(self, inputs: tuple[int, ...]) -> Block:
+        """Sizes for the core: d_in counts the bias."""
         return Block(self.d_out, inputs[0] + 1)
 
     def init(self, rng: np.random.Generator, inputs: tuple[int, ...]) -> np.ndarray:
@@ -41,6 +42,7 @@ class Dense:
         return rng.uniform(-1.0, 1.0, (self.d_out, inputs[0] + 1)) / np.sqrt(inputs[0])
 
     def forward(self, W: Array, x: Array) -> tuple[Array, Array]:
+        """(x W^T with a last column of ones, inputs), the bias being the last column of W."""
         y = with_ones(x.shape[0], self.d_out, x)
         if isinstance(x, np.ndarray):
             np.matmul(x, W.T, out=y[:, :-1])
@@ -49,9 +51,11 @@ class Dense:
         return y, x
 
     def backward(self, W: Array, saved: Array, gy: Array) -> Array:
+        """Output gradients times W without the bias."""
         return gy @ W[:, : W.shape[1] - 1]
 
     def activations(self, saved: Array) -> Array:
+        """The inputs, whose last column is the ones of the bias."""
         return saved
 
     def gradient(self, saved: Array, gy: Array, n: float, factored: bool) -> Array | Factored:
@@ -69,10 +73,12 @@ class Flatten:
         return (prod(inputs),)
 
     def forward(self, W: None, x: Array) -> tuple[Array, tuple[int, ...]]:
+        """(a row an example with a last column of ones, the shape that came)."""
         d = prod(x.shape[1:])
         y = with_ones(x.shape[0], d, x)
         y[:, :d] = aac.array_namespace(x).reshape(x, (x.shape[0], d))
         return y, tuple(x.shape[1:])
 
     def backward(self, W: None, saved: tuple[int, ...], gy: Array) -> Array:
+        """Gradients in the shape that came."""
         return aac.array_namespace(gy).reshape(gy, (gy.shape[0], *saved))

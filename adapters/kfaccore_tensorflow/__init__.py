@@ -14,11 +14,13 @@ from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.heads import Several, objective
 from kfaccore_tensorflow.losses import Objective
+from kfaccore_tensorflow.matrices import assign, matrices
 from kfaccore_tensorflow.model import KFACModel
 from kfaccore_tensorflow.optimizer import Optimizer
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.records import records, unread
 from kfaccore_tensorflow.step import Engine, Settings
+from kfaccore_tensorflow.stream import Stream, measured, outputs
 from kfaccore_tensorflow.trace import coverage
 
 __all__ = [
@@ -30,8 +32,13 @@ __all__ = [
     "Plan",
     "Settings",
     "Several",
+    "Stream",
+    "assign",
     "coverage",
+    "matrices",
+    "measured",
     "objective",
+    "outputs",
     "records",
     "tap",
     "to_numpy",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.kinds import Seen
 from kfaccore_tensorflow.places import Place, factors, owned, suggested
 from kfaccore_tensorflow.plan import Part
-from kfaccore_tensorflow.rows import Given, Shape, record, seen
+from kfaccore_tensorflow.rows import Given, record, seen
 
 if TYPE_CHECKING:
     from kfaccore_tensorflow.step import Engine
@@ -54,44 +55,78 @@ def _asking(f: np.ndarray, examples: int) -> np.ndarray:
     return np.stack([v, v * factors(examples).astype(f.dtype).reshape(-1, *(1,) * (f.ndim - 1))])
 
 
-def recorded(
-    engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exact: bool = False
-) -> dict[str, kf.Record] | None:
+@dataclass(frozen=True)
+class Taken:
+    """Records of the draws, and of the loss's own gradients where a rule has a use for them."""
+
+    drawn: dict[str, kf.Record]
+    own: dict[str, kf.Record]
+
+
+def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exact: bool = False) -> Taken | None:
     """{part: Record} from what `gathered` gave; None where the clock wanted no records.
 
     exact   rows that mix examples make one example, so that `dense` has the right mean; else they stand as their sizes
             suggest
+
+    Parts whose rows mix examples, that are read whole, or whose inputs are drawn (a tied table) have no own gradients
+    by example.
     """
-    flat = iter(arrays)
-    n, examples, asked = (float(x) for x in next(flat))
-    if n <= 0:
+    batch = _Batch.of(tensors, arrays)
+    if batch.n <= 0:
         return None
-    masks = [next(flat) for _ in tensors.masks]
-    x = [None if t is None else next(flat) for t in tensors.x]
-    change = [None if t is None else next(flat) for t in tensors.change]
-    g = list(flat)
-    given: dict[str, list[Seen]] = {part.name: [] for part in tensors.parts}
-    for (part, shape), operand, changed, rows in zip(_calls(tensors), x, change, g, strict=False):  # wholes come last
-        given[part.name].append(seen(part, shape, Given(operand, changed, rows)))
-    if asked:
-        look(engine, {name: [one.of(slice(ASK)) for one in each] for name, each in given.items()}, int(examples))
-    found = {}
-    wholes = iter(g[len(x) :])
+    if batch.asked:
+        look(engine, {name: [one.of(slice(ASK)) for one in each] for name, each in batch.given.items()}, batch.examples)
+    taken = Taken({}, {})
+    stacked = not exact and not engine.preconditioner.rule.needs_records  # which models all layers under the same draws
     for part in tensors.parts:
         if part.whole:
-            found[part.name] = _whole(next(wholes)[int(asked) :], n)
+            taken.drawn[part.name] = _whole(batch.wholes[part.name][batch.asked :], batch.n)
             continue
-        rest = [one.of(slice(int(asked), None)) for one in given[part.name]]
         shapes = tensors.shapes[part.name]
-        where = _placed(engine, part, rest, int(examples))
-        if exact and any(place.mixes for place in where):
+        last = bool(tensors.own)
+        apart = any(shape.turned for shape in shapes)
+        rest = [one.of(slice(batch.asked, -1 if last and apart else None)) for one in batch.given[part.name]]
+        where = _placed(engine, part, rest, batch.examples)
+        mixes = any(place.mixes for place in where)
+        if exact and mixes:
             where = [Place(None, mixes=True)] * len(where)
-        found[part.name] = record(part, shapes, rest, where, masks, n, int(examples), stacked=not exact)
-    return found
+        both = record(part, shapes, rest, where, batch.masks, batch.n, batch.examples, stacked)
+        taken.drawn[part.name] = both if apart or not last else replace(both, g=both.g[:-1, ...])
+        if last and not mixes and not apart:
+            taken.own[part.name] = replace(both, g=both.g[-1:, ...])
+    return taken
 
 
-def _calls(tensors: Tensors) -> Iterator[tuple[Part, Shape]]:
-    return ((part, shape) for part in tensors.parts if not part.whole for shape in tensors.shapes[part.name])
+@dataclass(frozen=True)
+class _Batch:
+    """Arrays of one forward pass: rows of the calls of each part, draws first, of which the first `asked` ask and the
+    last is the loss's own where it was asked for; and gradients of the parts that are read whole."""
+
+    n: float
+    examples: int
+    asked: int
+    masks: list[np.ndarray]
+    given: dict[str, list[Seen]]
+    wholes: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, tensors: Tensors, arrays: Sequence[np.ndarray]) -> _Batch:
+        flat = iter(arrays)
+        n, examples, asked = (float(x) for x in next(flat))
+        masks = [next(flat) for _ in tensors.masks]
+        x = [None if t is None else next(flat) for t in tensors.x]
+        slopes = [[next(flat) for _ in each] for each in tensors.slopes]
+        g = [next(flat) for _ in tensors.g]
+        for i, own in enumerate(flat):
+            g[i] = np.concatenate([g[i], np.asarray(n, own.dtype) * own[None]])
+        given: dict[str, list[Seen]] = {part.name: [] for part in tensors.parts if not part.whole}
+        if n > 0:
+            calls = ((part, shape) for part in tensors.parts for shape in tensors.shapes.get(part.name, ()))
+            for (part, shape), operand, each, rows in zip(calls, x, slopes, g[: len(x)], strict=True):
+                given[part.name].append(seen(part, shape, Given(operand, each, rows)))
+        wholes = zip((part.name for part in tensors.parts if part.whole), g[len(x) :], strict=True)
+        return cls(n, int(examples), int(asked), masks, given, dict(wholes))
 
 
 def _whole(g: np.ndarray, n: float) -> kf.Record:

@@ -12,7 +12,7 @@ from typing import Any
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.moves import SILENT, moved
 from kfaccore_tensorflow.rules import read
-from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use
+from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use, merged
 
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
@@ -37,11 +37,12 @@ def followed(graph: Any, outputs: Iterable[Tensor], variables: Iterable[Any]) ->
         found.append(one)
         handle = inside.get(id(variable.value.handle))
         if handle is not None:
-            heads.append((one, Hot(handle, Layout.of(variable.shape), handle)))
+            heads.append((one, Hot(handle, Layout.of(variable.shape))))
     hot: set[int] = set()
     for one, head in heads:
         _follow(one, head, reach, hot)
     for one in found:
+        one.uses = merged(one.uses)
         alone = [use for use in one.uses if use.x is None or id(use.x) not in hot]
         if len(alone) < len(one.uses):
             one.reasons.append("it is multiplied with another parameter")
@@ -80,10 +81,7 @@ def _step(one: Followed, op: Operation, here: Hot) -> list[Hot]:
         return []
     going = moved(op, here)
     if going is not None:
-        going = list(going)
-        if op.type == "ReadVariableOp":
-            going = [replace(hot, read=hot.tensor) for hot in going]
-        return going
+        return list(going)
     one.uses.append(_called(op, here) if op.type in CALLS else read(op, here))
     return []
 
@@ -96,7 +94,7 @@ def _called(op: Operation, here: Hot) -> Use:
     graph = body.graph
     place = next(i for i, x in enumerate(op.inputs) if x is here.tensor)
     inner = Followed(None)
-    head = Hot(graph.inputs[place], here.layout, graph.inputs[place])
+    head = Hot(graph.inputs[place], here.layout)
     _follow(inner, head, reaching([graph.outputs[0]]), set())
     if inner.reasons or len(inner.uses) != 1:
         return read(op, here)
@@ -105,8 +103,7 @@ def _called(op: Operation, here: Hot) -> Use:
     x = use.x if use.x is None else outer.get(id(_origin(use.x)))
     if (use.x is not None and x is None) or _origin(graph.outputs[0]) is not use.out or use.hot.changed:
         return read(op, here)
-    # a variable that is read inside has no value outside: its change, of which there is none, is not asked for
-    return replace(use, hot=replace(here, changed=max(here.changed, use.hot.changed)), x=x, out=op.outputs[0])
+    return replace(use, hot=here, x=x, out=op.outputs[0])
 
 
 def _origin(tensor: Tensor) -> Tensor:

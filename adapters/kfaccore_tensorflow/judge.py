@@ -18,8 +18,7 @@ from kfaccore_tensorflow.step import Engine
 def judge(engine: Engine, before: Any, value: Callable[[], Any], variables: Sequence[Any], old: Sequence[Any]) -> None:
     """Sets `variables`, just updated from `old`, to what stays; `before` is the loss without the updates.
 
-    value   the loss of the batch, traced: a model that draws at random while it trains, as dropout does, is judged
-            under other draws than it was stepped with
+    value   the loss of the batch, traced: under the draws that it was stepped with, where the model draws at random
     """
     with tf.control_dependencies([v.value for v in variables]):
         new = [tf.identity(v) for v in variables]

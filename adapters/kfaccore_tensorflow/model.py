@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from inspect import signature
 from typing import Any
 
@@ -14,8 +15,10 @@ from kfaccore_tensorflow.config import decoded, encoded
 from kfaccore_tensorflow.heads import objective, output_names
 from kfaccore_tensorflow.judge import fitting
 from kfaccore_tensorflow.optimizer import take_step
+from kfaccore_tensorflow.resume import parts_in
 from kfaccore_tensorflow.step import Engine, Settings
 
+STEPS = ("train_step", "compute_loss", "test_step", "predict_step", "compute_metrics")
 OURS = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian, kf.Joint)
 
 
@@ -28,10 +31,12 @@ class KFACModel(keras.Model):
 
     The optimizer given to `compile` applies the updates: SGD(1.0) when the step is SelfTuning() or LineSearch(), which
     set their own rate. The loss must be a Keras loss on logits. A saved file holds the curvature's state too, so
-    training resumes where it stopped.
+    training resumes where it stopped. ValueError for a model with a train_step or the like of its own, which would not
+    be called.
     """
 
     def __init__(self, model: Any, name: str | None = None, **settings: Any) -> None:
+        _plain(model)
         super().__init__(name=name or f"kfac_{model.name}")
         self.inner = model
         self.settings = Settings(**settings)
@@ -55,8 +60,14 @@ class KFACModel(keras.Model):
         return self.inner(inputs, training=training, **({"mask": mask} if takes and mask is not None else {}))
 
     def compile(self, optimizer: Any = "sgd", loss: Any = None, **options: Any) -> None:
-        """As keras.Model.compile; the loss may also be of kfaccore, or a kfaccore.Joint for several outputs."""
+        """As keras.Model.compile; the loss may also be of kfaccore, or a kfaccore.Joint for several outputs.
+
+        Where layers were thawed since, the curvature begins anew, as the optimizer does.
+        """
         self._ours = loss if isinstance(loss, OURS) else None
+        if self.engine is not None and self.engine.plan.changed(self.inner.trainable_variables):
+            self.engine = None
+        self._eagerly = None
         super().compile(optimizer, None if self._ours is not None else loss, **options)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -100,7 +111,7 @@ class KFACModel(keras.Model):
             loss, f = self._stepped((x, y, weight), optimizer)
         for metric in self.metrics:
             if metric.name == "loss":
-                metric.update_state(loss)
+                metric.update_state(loss, sample_weight=_examples(x))
         return self.compute_metrics(x, y, f, sample_weight=weight)
 
     def _stepped(self, data: tuple[Any, Any, Any], optimizer: Any) -> tuple[Any, Any]:
@@ -155,6 +166,30 @@ class KFACModel(keras.Model):
         self._restore()
 
     def _restore(self) -> None:
-        if self._waiting is not None and self.engine is not None and self.engine.ready:
+        """Puts a loaded state back once there is a plan; with a warning not where layers were thawed since."""
+        if self._waiting is None or self.engine is None or not self.engine.ready:
+            return
+        saved = set(parts_in(self._waiting))
+        new = sorted({part.name for part in self.engine.plan.parts} - saved)
+        if saved and new and len(saved) + len(new) == len(self.engine.plan.parts):
+            warnings.warn(
+                f"{new} are trained now and were not when this was saved: the curvature begins anew", stacklevel=3
+            )
+        else:
             self.engine.restore(self._waiting)
-            self._waiting = None
+        self._waiting = None
+
+
+def _examples(x: Any) -> Any:
+    """How many there are in a batch of inputs: what Keras weighs the mean loss of an epoch with."""
+    return tf.shape(next(leaf for leaf in tf.nest.flatten(x) if leaf is not None))[0]
+
+
+def _plain(model: Any) -> None:
+    """ValueError for a model that says itself how it trains or is evaluated: what wraps it would replace that."""
+    own = [name for name in STEPS if getattr(type(model), name, None) is not getattr(keras.Model, name)]
+    if isinstance(model, keras.Model) and own:
+        raise ValueError(
+            f"{type(model).__name__} has a {' and a '.join(own)} of its own, which KFACModel would replace: override "
+            f"that in a subclass of KFACModel instead, or train it in a loop with kfaccore_tensorflow.Optimizer"
+        )

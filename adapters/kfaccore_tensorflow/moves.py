@@ -8,13 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from kfaccore_tensorflow.layout import Layout
-from kfaccore_tensorflow.uses import AS_IT_IS, BY_ONE_NUMBER, ELEMENTWISE, Hot, Operation, Tensor, Unread
+from kfaccore_tensorflow.slopes import BINARY, FUNCTIONS
+from kfaccore_tensorflow.uses import BY_ONE_NUMBER, ELEMENTWISE, Hot, Operation, Tensor, Unread
 
 SILENT = {"Shape", "Size", "Rank", "ZerosLike", "OnesLike", "StopGradient", "PreventGradient", "VariableShape"}
 SAME = {"ReadVariableOp", "Identity", "Cast", "EnsureShape", "CheckNumerics", "Snapshot"}
-FUNCTIONS = {"Exp", "Softplus", "Sigmoid", "Tanh", "Square", "Sqrt", "Rsqrt", "Reciprocal", "Inv", "Abs", "Relu", "Elu"}
-FUNCTIONS |= {"Log", "Log1p", "Expm1", "Sin", "Cos", "Erf", "Softsign", "Relu6", "LeakyRelu", "Selu"}
-BINARY = {"Mul", "Add", "AddV2", "Sub", "RealDiv"}
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...] | None:
@@ -33,10 +31,8 @@ def moved(op: Operation, hot: Hot) -> Iterator[Hot] | None:
     out = op.outputs[0]
     if op.type in SAME:
         return iter([hot.on(out)])
-    if op.type == "Neg":
-        return iter([hot.on(out, changed=BY_ONE_NUMBER)])
     if op.type in FUNCTIONS:
-        return iter([hot.on(out, changed=ELEMENTWISE)])
+        return iter([hot.by(op, BY_ONE_NUMBER if op.type == "Neg" else ELEMENTWISE)])
     if op.type in BINARY and out.shape.num_elements() == hot.layout.size:
         return iter([_combined(op, hot)])
     return None
@@ -45,16 +41,16 @@ def moved(op: Operation, hot: Hot) -> Iterator[Hot] | None:
 def _combined(op: Operation, hot: Hot) -> Hot:
     shape = shape_of(op.outputs[0])
     assert shape is not None
-    other = next(x for x in op.inputs if x is not hot.tensor) if len({id(x) for x in op.inputs}) > 1 else hot.tensor
+    layout = hot.layout.reshaped(shape)
+    twice = op.inputs[0] is op.inputs[1]
     first = op.inputs[0] is hot.tensor
-    changed = ELEMENTWISE
-    if op.type in ("Add", "AddV2") or (op.type == "Sub" and first):
-        changed = AS_IT_IS
-    elif op.type == "Sub" or (
-        other is not hot.tensor and other.shape.num_elements() == 1 and (first or "Mul" in op.type)
-    ):
-        changed = BY_ONE_NUMBER
-    return hot.on(op.outputs[0], hot.layout.reshaped(shape), changed)
+    sums = op.type in ("Add", "AddV2") or (op.type == "Sub" and first)
+    if sums and not twice:
+        return hot.on(op.outputs[0], layout)
+    other = op.inputs[1] if first else op.inputs[0]
+    number = not twice and other.shape.num_elements() == 1 and (first or op.type == "Mul")
+    alike = sums or op.type == "Sub" or number
+    return hot.by(op, BY_ONE_NUMBER if alike else ELEMENTWISE, layout)
 
 
 def _reshaped(op: Operation, hot: Hot) -> Iterator[Hot]:

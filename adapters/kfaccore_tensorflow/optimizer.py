@@ -11,11 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
+from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.heads import output_names
 from kfaccore_tensorflow.judge import fitting, judge
 from kfaccore_tensorflow.observe import observe
+from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
+from kfaccore_tensorflow.tensors import Pass, wanted_own
 from kfaccore_tensorflow.trace import known
 
 
@@ -46,7 +49,11 @@ class Optimizer:
         self._graph = tf.function(self._traced, reduce_retracing=True, autograph=False)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
-        """One update on a batch; the loss before it, 0-d."""
+        """One update on a batch; the loss before it, 0-d. ValueError for a batch without examples."""
+        first = next((leaf for leaf in tf.nest.flatten(x) if leaf is not None), None)
+        there = isinstance(first, np.ndarray) or (tf.is_tensor(first) and first.shape.rank)
+        if there and first.shape[0] == 0:
+            raise ValueError(f"the batch has inputs of shape {tuple(first.shape)}; need at least one example")
         return self._graph(x, y, sample_weight)
 
     @property
@@ -88,6 +95,7 @@ def take_step(
     """(loss before, prediction) of one applied update, while a graph is traced."""
     x, y, weight = data
     x = tf.nest.map_structure(_of_any_batch, x)
+    watch = Watch(model)
     with tf.GradientTape(persistent=True) as tape:
         with tap(model) as scopes:
             f = model(x, training=True)
@@ -95,15 +103,25 @@ def take_step(
         seen = observe(model, tf.compat.v1.get_default_graph(), list(heads.values()), scopes)
         engine.adopt(seen.plan)
         loss = loss_of(f, y, weight)
+    pinned = watch.pinned()
     variables = model.trainable_variables
-    gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
-    new = engine.updates(seen, heads, tape, (y, weight), variables, gradients)
+    outputs = wanted_own(engine, seen)
+    found = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, [*variables, *outputs])]
+    gradients = found[: len(variables)]
+    slopes = zip(outputs, found[len(variables) :], strict=True)
+    own = {id(out): widened(tf.zeros_like(out) if g is None else g) for out, g in slopes}
+    new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     judged = engine.settings.step.judges
     old = [tf.identity(v) for v in variables] if judged else []
     with tf.control_dependencies(old):
         optimizer.apply(new, variables)
     if judged:
-        judge(engine, loss, lambda: loss_of(model(x, training=True), y, weight), variables, old)
+
+        def again() -> Any:
+            with pinned.again():
+                return loss_of(model(x, training=True), y, weight)
+
+        judge(engine, loss, again, variables, old)
     return loss, f
 
 

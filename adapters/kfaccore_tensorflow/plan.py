@@ -87,16 +87,23 @@ class Plan:
             )
         return self
 
-    def check(self, variables: Iterable[Variable]) -> None:
-        """ValueError unless `variables`, those now trained, are variables of the plan, a part's all or none."""
+    def changed(self, variables: Iterable[Variable]) -> list[str]:
+        """What of `variables`, those now trained, is not of the plan, and parts that are trained in part."""
         now = {id(v): v for v in variables}
         split = [p.name for p in self.parts if len({id(v) in now for v in p.variables.values()}) == 2]
         known = {id(v) for p in self.parts for v in p.variables.values()}
         known |= {id(v) for refused, _ in self.refused.values() for v in refused}
         known |= {id(v) for unused in self.unused.values() for v in unused}
-        changed = [*split, *(v.path for key, v in now.items() if key not in known)]
+        return [*split, *(v.path for key, v in now.items() if key not in known)]
+
+    def check(self, variables: Iterable[Variable]) -> None:
+        """ValueError where they have `changed`."""
+        changed = self.changed(variables)
         if changed:
-            raise ValueError(f"what is trained has changed since the plan was made, at {changed}: make a new one")
+            raise ValueError(
+                f"what is trained has changed since the plan was made, at {changed}: compile the model again, or "
+                f"make a new Optimizer"
+            )
 
     def __str__(self) -> str:
         rows = [(p.name, _shapes(p.variables.values()), ", ".join(p.how)) for p in self.parts]

@@ -14,7 +14,7 @@ from kfaccore_tensorflow.bridge import to_numpy
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.step import Engine, Settings
-from kfaccore_tensorflow.tensors import Tensors, gathered
+from kfaccore_tensorflow.tensors import Pass, Tensors, gathered
 
 
 def records(
@@ -45,13 +45,14 @@ def _taken(engine: Engine, model: Any, x: Any, data: tuple[Any, Any], training: 
         heads = engine.objective.heads(f)
         seen = observe(model, tf.compat.v1.get_default_graph(), list(heads.values()), scopes)
         engine.adopt(seen.plan)
-        kept.append(gathered(engine, engine.plan.parts, seen, tape, heads, data))
+        kept.append(gathered(engine, engine.plan.parts, Pass(seen, heads, tape, *data)))
         return kept[-1].flat()
 
     tensors = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
     x, data = tf.nest.map_structure(tensors, (x, data))
     arrays = [to_numpy(t) for t in tf.function(forward, autograph=False)(x, data)]
-    return draw.recorded(engine, kept[0], arrays, exact=True) or {}
+    taken = draw.recorded(engine, kept[0], arrays, exact=True)
+    return {} if taken is None else taken.drawn
 
 
 def unread(model: Any, x: Any, tolerance: float = 1e-3) -> dict[str, float]:

@@ -29,6 +29,14 @@ def restored(given: bytes, like: Any, names: Sequence[str]) -> Any:
         return kf.load(path, like=like)
 
 
+def parts_in(given: bytes) -> list[str]:
+    """The layers of such a file."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "state")
+        path.write_bytes(given)
+        return list(kf.metadata(path).get("parts", []))
+
+
 def _renamed(tree: Any, names: dict[str, str]) -> Any:
     """The same tree, its dicts of layers keyed by other names."""
     if not isinstance(tree, dict):

@@ -10,8 +10,10 @@ import numpy as np
 
 import kfaccore as kf
 from kfaccore_tensorflow.kinds import Elementwise, Kind, Lookup, Seen
+from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.places import Place
 from kfaccore_tensorflow.plan import Part
+from kfaccore_tensorflow.slopes import change
 
 
 @dataclass(frozen=True)
@@ -19,24 +21,24 @@ class Shape:
     """What is known of a call when a graph is traced.
 
     turned    whether its matrix is the part's transposed
-    factor    how its change is told: "" for none, "number", or "elements" (of the part's matrix)
+    paths     layouts of the factors that changed it, of each way it came; none where it came as it is
     masks     (place among the batch's masks, step or None) of each layer call around it, the innermost first
     together  calls of this number are one layer call: their rows are summed
     """
 
     kind: Kind
     turned: bool = False
-    factor: str = ""
+    paths: tuple[tuple[Layout, ...], ...] = ()
     masks: tuple[tuple[int, int | None], ...] = ()
     together: int = -1
 
 
 @dataclass(frozen=True)
 class Given:
-    """The arrays of one call: the other operand, how the weight was changed, and output gradients, draws first."""
+    """The arrays of one call: the other operand, slopes of what changed the weight, output gradients, draws first."""
 
     x: np.ndarray | None
-    change: np.ndarray | None
+    slopes: Sequence[np.ndarray]
     g: np.ndarray
 
 
@@ -46,13 +48,14 @@ def seen(part: Part, shape: Shape, given: Given) -> Seen:
     if isinstance(shape.kind, Lookup) and x is not None:
         x = x.astype(np.int64)
     found = shape.kind.rows(x, given.g, part.bias and not isinstance(shape.kind, Elementwise))
-    if given.change is None:
+    if not shape.paths:
         return found
-    change = part.matrices["weight"].of(given.change)  # (blocks, d_out, d_in)
-    if shape.factor == "number":
-        return Seen(found.a, found.g * change.reshape(-1)[0])
+    weight = part.variables["weight"]
+    matrix = part.matrices["weight"].of(change(shape.paths, given.slopes, weight.shape))  # (blocks, d_out, d_in)
+    if not isinstance(shape.kind, Elementwise):  # all elements changed alike, else there would be no record
+        return Seen(found.a, found.g * matrix.reshape(-1)[0])
     rows = (1,) * len(found.rows)
-    return Seen(found.a, found.g * change[..., 0].reshape(1, len(change), *rows, change.shape[1]))
+    return Seen(found.a, found.g * matrix[..., 0].reshape(1, len(matrix), *rows, matrix.shape[1]))
 
 
 def record(
@@ -70,7 +73,8 @@ def record(
     places     where the rows of each call stand
     masks      (examples, positions) of the layers' calls
     examples   how many there are; a part whose rows are no one's own has a record of one
-    stacked    draws of a part that is used both ways are more examples: as positions they would count as rows of A
+    stacked    draws of a part that is used both ways are more examples, else positions of each draw's own, which keeps
+               draws apart and takes as many times the memory
     """
     if any(place.axis is None for place in places):
         places = [Place(None, mixes=True)] * len(places)
@@ -154,17 +158,18 @@ def _balanced(pieces: list[_Piece]) -> None:
     """
 
     def size(x: Any) -> float:
-        rows = x.unfold() if isinstance(x, kf.Patches) else x
-        return float(np.sum(np.square(np.asarray(rows), dtype=np.float64)))
+        return float(np.sum(np.square(_unfolded(x), dtype=np.float64)))
 
     straight = [piece for piece in pieces if not piece.turned]
     turned = [piece for piece in pieces if piece.turned]
-    tr_a = sum(size(piece.a) for piece in straight)
+    tr_a = sum(size(piece.a) for piece in straight) * len(pieces[0].g)
     tr_g = sum(size(piece.g) for piece in straight)
     tr_h = sum(size(piece.a) for piece in turned) * len(pieces[0].g)
     tr_q = sum(size(piece.g) for piece in turned)
     known = tr_a * tr_h > 0 and tr_q * tr_g > 0
     s = (tr_a * tr_h / (tr_q * tr_g)) ** 0.25 if known else 1.0
+    for piece in straight:
+        _apart(piece)
     for piece in turned:
         _turn(piece, s)
 
@@ -172,7 +177,7 @@ def _balanced(pieces: list[_Piece]) -> None:
 def _stacked(piece: _Piece) -> _Piece:
     """One draw of draws times as many examples."""
     draws, blocks, examples, positions, d = piece.g.shape
-    a = np.asarray(piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a)
+    a = _unfolded(piece.a)
     g = np.moveaxis(piece.g, 0, 1).reshape(1, blocks, draws * examples, positions, d)
     exists = None if piece.exists is None else np.tile(piece.exists, (draws, 1))
     return _Piece(np.tile(a, (1, draws, 1, 1)), g, piece.turned, exists)
@@ -180,16 +185,34 @@ def _stacked(piece: _Piece) -> _Piece:
 
 def _turn(piece: _Piece, s: float) -> None:
     """Output gradients become inputs and the other way: each draw has positions of its own, as inputs have no draws."""
-    inputs = np.asarray(piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a)
+    inputs = _unfolded(piece.a)
     draws, blocks, examples, positions, _ = piece.g.shape
-    a = np.moveaxis(piece.g, 0, 2).reshape(blocks, examples, draws * positions, piece.g.shape[-1]) * s
-    g = np.zeros((draws, blocks, examples, draws, positions, inputs.shape[-1]), piece.g.dtype)
-    for draw in range(draws):
-        g[draw, :, :, draw] = inputs / s
-    piece.a = a
-    piece.g = g.reshape(draws, blocks, examples, draws * positions, g.shape[-1])
+    piece.a = np.moveaxis(piece.g, 0, 2).reshape(blocks, examples, draws * positions, piece.g.shape[-1]) * s
+    piece.g = _by_draw(np.broadcast_to(inputs / s, (draws, *inputs.shape)))
     if piece.exists is not None:
         piece.exists = np.tile(piece.exists, (1, draws))
+
+
+def _apart(piece: _Piece) -> None:
+    """Positions of each draw's own for rows that have not changed sides: as often as those that have."""
+    draws = len(piece.g)
+    piece.a = np.tile(_unfolded(piece.a), (1, 1, draws, 1))
+    piece.g = _by_draw(piece.g)
+    if piece.exists is not None:
+        piece.exists = np.tile(piece.exists, (1, draws))
+
+
+def _by_draw(rows: np.ndarray) -> np.ndarray:
+    """(draws, blocks, examples, positions, d) at positions (draws, positions) that are zero in other draws."""
+    draws, blocks, examples, positions, d = rows.shape
+    g = np.zeros((draws, blocks, examples, draws, positions, d), rows.dtype)
+    for draw in range(draws):
+        g[draw, :, :, draw] = rows[draw]
+    return g.reshape(draws, blocks, examples, draws * positions, d)
+
+
+def _unfolded(a: Any) -> np.ndarray:
+    return np.asarray(a.unfold() if isinstance(a, kf.Patches) else a)
 
 
 def _joined(part: Part, pieces: list[_Piece], n: float) -> kf.Record:
@@ -204,5 +227,5 @@ def _joined(part: Part, pieces: list[_Piece], n: float) -> kf.Record:
     if part.lookup:
         index = np.concatenate([piece.a.index for piece in pieces], axis=1)
         return kf.Record(kf.Ids(index, pieces[0].a.size), g, n, exists)
-    a = [np.asarray(piece.a.unfold() if isinstance(piece.a, kf.Patches) else piece.a) for piece in pieces]
+    a = [_unfolded(piece.a) for piece in pieces]
     return kf.Record(np.concatenate(a, axis=2), g, n, exists)

@@ -16,12 +16,12 @@ import kfaccore as kf
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor, widened
 from kfaccore_tensorflow.heads import objective
-from kfaccore_tensorflow.observe import Observed
+from kfaccore_tensorflow.matrices import of_plan, put
 from kfaccore_tensorflow.places import Place
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.rest import spanned
 from kfaccore_tensorflow.resume import restored, saved
-from kfaccore_tensorflow.tensors import Tensors, gathered
+from kfaccore_tensorflow.tensors import Pass, Tensors, gathered
 
 LATER = (1, 101, 1009, 10007, 1000003)  # steps at which it is asked whether a method rests
 
@@ -140,25 +140,11 @@ class Engine:
 
     def tree(self) -> dict[str, Any]:
         """{"params": {part: matrix, 2-D if there is one block}, "state": state}."""
-        params = {}
-        for part in self.plan.parts:
-            matrix = part.matrix({role: to_numpy(v.value) for role, v in part.variables.items()})
-            params[part.name] = matrix[0] if len(matrix) == 1 else matrix
-        return {"params": params, "state": self.state}
+        return {"params": of_plan(self.plan), "state": self.state}
 
     def replant(self, tree: dict[str, Any]) -> None:
         """The inverse of `tree`."""
-        new: dict[int, tuple[Any, np.ndarray]] = {}
-        for part in self.plan.parts:
-            for role, v in part.variables.items():
-                value = np.array(to_numpy(v.value)) if id(v) not in new else new[id(v)][1]
-                placed = part.arrays(np.asarray(tree["params"][part.name]))
-                mask = part.arrays(
-                    np.ones(part.matrix({r: to_numpy(u.value) for r, u in part.variables.items()}).shape)
-                )
-                new[id(v)] = (v, np.where(mask[role] > 0, placed[role], value))
-        for v, value in new.values():
-            v.assign(to_tensor(value, v.dtype))
+        put([(part, np.asarray(tree["params"][part.name])) for part in self.plan.parts])
         self.state = tree["state"]
 
     def penalty(self) -> Any:
@@ -179,21 +165,20 @@ class Engine:
         """Puts back what `saved` gave; ValueError when it is the state of other layers or settings."""
         self.state = restored(given, self.state, [part.name for part in self.plan.parts])
 
-    def updates(self, seen: Observed, heads: dict, tape: Any, data: Any, variables: Sequence, gradients: list) -> list:
-        """`gradients` of the loss with those of covered variables turned into the core's updates.
-
-        seen    the forward pass that made `heads` inside the persistent `tape`
-        data    (target, sample weight or None)
-        """
+    def updates(self, given: Pass, variables: Sequence, gradients: list) -> list:
+        """`gradients` of the loss of a forward pass with those of covered variables turned into the core's updates."""
+        if given.loss is None:
+            raise TypeError("updates need the loss of the batch; see Pass")
         place = {id(v): i for i, v in enumerate(variables)}
         self.plan.check(variables)
-        given = {key for key, i in place.items() if gradients[i] is not None}
-        used = [part for part in self.plan.parts if all(id(v) in given for v in part.variables.values())]
-        tensors = gathered(self, used, seen, tape, heads, data)
-        where = list(dict.fromkeys(place[id(v)] for part in used for v in part.variables.values()))
+        used = {key for key, i in place.items() if gradients[i] is not None}
+        parts = [part for part in self.plan.parts if all(id(v) in used for v in part.variables.values())]
+        tensors = gathered(self, parts, given)
+        where = list(dict.fromkeys(place[id(v)] for part in parts for v in part.variables.values()))
         grads = [widened(gradients[i]) for i in where]
-        core = partial(self._core, used, tensors, [variables[i] for i in where])
-        found = tf.py_function(core, [*tensors.flat(), *grads], [tf.float64, *(g.dtype for g in grads)])
+        core = partial(self._core, parts, tensors, [variables[i] for i in where])
+        flat = [tf.cast(given.loss, tf.float64), *tensors.flat(), *grads]
+        found = tf.py_function(core, flat, [tf.float64, *(g.dtype for g in grads)])
         shrink = found.pop(0)
         new = list(gradients)
         for i, update in zip(where, found, strict=True):
@@ -203,20 +188,28 @@ class Engine:
             new[i] = tf.cast(update, gradients[i].dtype)
         return new
 
-    def _core(self, parts: list[Part], tensors: Tensors, variables: list, *flat: Any) -> list[Any]:
+    def _core(self, parts: list[Part], tensors: Tensors, variables: list, loss: Any, *flat: Any) -> list[Any]:
         """The factor of decoupled weight decay, then updates of the variables.
 
         flat   what `gathered` gave, and the variables' gradients
         """
         arrays = [to_numpy(x) for x in flat]
         count = len(arrays) - len(variables)
-        records = draw.recorded(self, tensors, arrays[:count])
+        taken = draw.recorded(self, tensors, arrays[:count])
         gradients = dict(zip(map(id, variables), arrays[count:], strict=True))
         grads = {p.name: p.matrix({role: gradients[id(v)] for role, v in p.variables.items()}) for p in parts}
-        directions, self.state, self.info = self.preconditioner.step(self.state, records, grads, self.fisher)
+        directions = self._directions(taken, grads, float(loss))
         new = {id(v): np.zeros(tuple(v.shape), gradients[id(v)].dtype) for v in variables}
         for part in parts:
             for role, x in part.arrays(np.asarray(directions[part.name])).items():
                 new[id(part.variables[role])] += x
+        assert self.info is not None
         shrink = float(self.info.step["alpha"]) * self.settings.schedules.weight_decay
         return [to_tensor(shrink, tf.float64), *(to_tensor(x) for x in new.values())]
+
+    def _directions(self, taken: draw.Taken | None, grads: dict[str, np.ndarray], loss: float) -> dict[str, Any]:
+        records, own = (None, {}) if taken is None else (taken.drawn, taken.own)
+        directions, self.state, self.info = self.preconditioner.step(
+            self.state, records, grads, self.fisher, loss=loss, own=own
+        )
+        return directions

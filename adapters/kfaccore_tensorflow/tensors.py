@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,7 +15,6 @@ from kfaccore_tensorflow.losses import masked
 from kfaccore_tensorflow.observe import Call, Observed
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.rows import Shape
-from kfaccore_tensorflow.uses import BY_ONE_NUMBER, ELEMENTWISE
 
 if TYPE_CHECKING:
     from kfaccore_tensorflow.step import Engine
@@ -29,8 +28,9 @@ class Tensors:
 
     parts     the parts it went through; `shapes` of their calls in turn
     count     (n, examples, draws that ask whose row is whose)
-    x, change a call each, or None
+    x         a call each, or None; `slopes` of each call's factors
     g         a call each, draws first; then a variable each of parts without records
+    own       a call each, the gradients of the loss itself, or none
     """
 
     parts: tuple[Part, ...]
@@ -38,17 +38,38 @@ class Tensors:
     count: Tensor
     masks: list[Tensor]
     x: list[Tensor | None]
-    change: list[Tensor | None]
+    slopes: list[list[Tensor]]
     g: list[Tensor]
+    own: list[Tensor]
 
     def flat(self) -> list[Tensor]:
         """Those there are, in order."""
-        some = [x for x in (*self.x, *self.change) if x is not None]
-        return [self.count, *self.masks, *some, *self.g]
+        some = [x for x in self.x if x is not None]
+        some += [slope for slopes in self.slopes for slope in slopes]
+        return [self.count, *self.masks, *some, *self.g, *self.own]
 
 
-def gathered(engine: Engine, parts: Sequence[Part], seen: Observed, tape: Any, heads: dict, data: Any) -> Tensors:
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, made inside the persistent `tape`, and what it is trained on.
+
+    heads    predictions by output; `target`, and sample `weight` or None, as the objective takes them
+    loss     of the batch, penalty included; None where nothing is trained
+    own      {id of a call's output: the gradient of the loss there}
+    """
+
+    seen: Observed
+    heads: dict[str, Tensor]
+    tape: Any
+    target: Any
+    weight: Any
+    loss: Tensor | None = None
+    own: dict[int, Tensor] = field(default_factory=dict)
+
+
+def gathered(engine: Engine, parts: Sequence[Part], given: Pass) -> Tensors:
     """Output gradients of all calls of `parts` under the draws of this step, zeros where the clock wants none."""
+    seen = given.seen
     parts = tuple(part for part in parts if part.whole or seen.calls.get(part.name))
     masks: dict[int, tuple[int, Tensor]] = {}
     shapes = {part.name: _shapes(seen.calls[part.name], masks) for part in parts if not part.whole}
@@ -57,21 +78,26 @@ def gathered(engine: Engine, parts: Sequence[Part], seen: Observed, tape: Any, h
     half = [p.name for p in parts if any(c.use.out.dtype == tf.float16 for c in seen.calls.get(p.name, ()))]
     if half:
         raise ValueError(f"parts {half[:5]} are float16, whose gradients underflow: use the policy mixed_bfloat16")
-    change = [_change(call) for call in calls]
+    slopes = [_slopes(call) for call in calls]
     wholes = [part.variables["weight"] for part in parts if part.whole]
-    count, g = _gradients(engine, tape, heads, data, outputs, wholes)
+    count, g = _gradients(engine, given, [*outputs, *(v.value for v in wholes)])
     x = [None if call.use.x is None else widened(call.use.x) for call in calls]
-    return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, change, g)
+    own = [given.own[id(out)] for out in outputs] if given.own else []
+    return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, slopes, g, own)
 
 
-def _change(call: Call) -> Tensor | None:
-    """d tensor / d variable of a weight that was changed on its way, each element by itself."""
-    hot = call.use.hot
-    if not hot.changed:
-        return None
-    # of the graph, not of the tape: that would go back through all that the factors on the way are made of
-    (found,) = tf.gradients(hot.tensor, [hot.read], [tf.ones_like(hot.tensor)])
-    return widened(tf.zeros_like(hot.read) if found is None else found)
+def wanted_own(engine: Engine, seen: Observed) -> list[Tensor]:
+    """Outputs of calls where the gradient of the loss itself is of use to the step's rule."""
+    if not engine.preconditioner.rule.wants_own or engine.objective.drawless(engine.fisher):
+        return []
+    return [call.use.out for part in engine.plan.parts for call in seen.calls.get(part.name, ())]
+
+
+def _slopes(call: Call) -> list[Tensor]:
+    """Of all factors by which a weight was changed on its way."""
+    if not call.use.hot.changed:
+        return []
+    return [widened(factor.slope()) for path in call.use.hot.paths for factor in path]
 
 
 def _shapes(calls: Sequence[Call], masks: dict[int, tuple[int, Tensor]]) -> tuple[Shape, ...]:
@@ -95,39 +121,36 @@ def _shapes(calls: Sequence[Call], masks: dict[int, tuple[int, Tensor]]) -> tupl
                 step = len(steps) - 1 - step if backwards else step
             mine.append((place, step))
         together = call.scopes[0].start if call.scopes else -1
-        factor = {BY_ONE_NUMBER: "number", ELEMENTWISE: "elements"}.get(call.use.hot.changed, "")
-        found.append(Shape(call.use.kind, call.turned, factor, tuple(mine), together))
+        hot = call.use.hot
+        paths = tuple(tuple(factor.layout for factor in path) for path in hot.paths) if hot.changed else ()
+        found.append(Shape(call.use.kind, call.turned, paths, tuple(mine), together))
     return tuple(found)
 
 
-def _gradients(
-    engine: Engine, tape: Any, heads: dict, data: Any, outputs: list[Tensor], wholes: list[Any]
-) -> tuple[Tensor, list[Tensor]]:
-    """(n, examples, asking draws), and gradients under each draw of each output and of each variable of `wholes`."""
-    target, weight = data
-    values = list(heads.values())
+def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """`count` of Tensors, and gradients of each source under each draw."""
+    values = list(given.heads.values())
     kinds = [tf.float32 if f.dtype in HALF else f.dtype for f in values]
-    targets = engine.objective.by_head(target, heads)
-    weights = engine.objective.by_head(weight, heads)
+    targets = engine.objective.by_head(given.target, given.heads)
+    weights = engine.objective.by_head(given.weight, given.heads)
     weights = [masked(f, w) for f, w in zip(values, weights, strict=True)]
     present = [x for x in (*targets, *weights) if x is not None]
     some = tuple(x is not None for x in (*targets, *weights))
-    sources = [*outputs, *(v.value for v in wholes)]
 
     def one(drawn: Sequence[Tensor]) -> list[Tensor]:
         cast = [tf.cast(v, f.dtype) for v, f in zip(drawn, values, strict=True)]
-        found = tape.gradient(values, sources, output_gradients=cast)
+        found = given.tape.gradient(values, sources, output_gradients=cast)
         return [widened(tf.zeros_like(o) if g is None else g) for o, g in zip(sources, found, strict=True)]
 
     def wanted() -> list[Tensor]:
-        ask = lambda *given: draw.drawn(engine, some, list(given))  # noqa: E731
+        ask = lambda *arrays: draw.drawn(engine, some, list(arrays))  # noqa: E731
         count, *drawn = tf.py_function(ask, [*map(widened, values), *present], [tf.float64, *kinds])
+        count = tf.ensure_shape(count, (3,))
         drawn = [tf.ensure_shape(v, (None, *f.shape)) for v, f in zip(drawn, values, strict=True)]
         signature = [tf.TensorSpec(o.shape, tf.float32 if o.dtype in HALF else o.dtype) for o in sources]
         if engine.objective.drawless(engine.fisher):
-            return [tf.ensure_shape(count, (3,)), *_none(sources)]
-        g = tf.map_fn(one, drawn, fn_output_signature=signature, parallel_iterations=1)
-        return [tf.ensure_shape(count, (3,)), *g]
+            return [count, *_none(sources)]
+        return [count, *tf.map_fn(one, drawn, fn_output_signature=signature, parallel_iterations=1)]
 
     count, *g = _on_the_clock(engine, values[0], wanted, lambda: [tf.zeros(3, tf.float64), *_none(sources)])
     return count, g

@@ -24,6 +24,7 @@ class Terms:
 
     @property
     def blocks(self) -> str:
+        """Letters of all three: a matrix each."""
         return "".join(c for c in self.out if c in self.x and c in self.weight)
 
     @property
@@ -32,10 +33,12 @@ class Terms:
 
     @property
     def ins(self) -> str:
+        """Letters that are summed."""
         return "".join(c for c in self.x if c in self.weight and c not in self.out)
 
     @property
     def outs(self) -> str:
+        """Letters of weight and output alone."""
         return "".join(c for c in self.out if c in self.weight and c not in self.x)
 
     def refusal(self) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +56,15 @@ class Capture(TorchFunctionMode):
         self.odd: dict[str, str] = {}  # parameters in calls that are no layer's
         self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> nodes of its input
         self.empty: set[str] = set()  # parameters called on no rows
+        self.spent = False  # whether a loss of this forward was differentiated
         self._embedded: dict[int, tuple[weakref.ref, int, Use]] = {}  # outputs, the use and its place
+
+    def let_go(self) -> None:
+        """Forget all calls, whose inputs would outlive the backward that is about to free them."""
+        self.uses = []
+        self.inputs = {}
+        self._embedded = {}
+        self.spent = True
 
     @property
     def calls(self) -> dict[str, list[Call]]:
@@ -198,18 +207,20 @@ def _edge(output: torch.Tensor) -> GradientEdge:
 
 
 def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Computes the normalised input again, when it is needed."""
+    """Computes the normalised input again, when it is needed, once."""
     eps = {"eps": given["eps"]} if "eps" in given else {}
     if func is F.layer_norm or func is F.rms_norm:
-        return lambda: func(x, given["normalized_shape"], **eps)
+        return cache(lambda: func(x, given["normalized_shape"], **eps))
     if func is F.group_norm:
-        return lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps)
+        return cache(lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps))
     if given.get("training"):
-        return lambda: F.batch_norm(x, None, None, training=True, **eps)
+        # `F.batch_norm` would ask for memory to keep what a backward needs
+        eps = given.get("eps", 1e-5)
+        return cache(lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)[0])
     # copies: running statistics move on with the next batch
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()
-    return lambda: F.batch_norm(x, mean, var, **eps)
+    return cache(lambda: F.batch_norm(x, mean, var, **eps))
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

@@ -6,7 +6,9 @@ step, when it is known how many losses and micro-batches there were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import kfaccore as kf
 
 Array = Any
+_EVEN = 0.01  # of the largest: what half precision tells apart
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Shot:
     total     whether its loss is a sum, whose n all micro-batches share
     found     layer -> Records or Stats, one a loss that was differentiated
     void      why nothing in it counts
+    slopes    what arrived at each of its losses when they were differentiated
     """
 
     n: float = 0.0
@@ -34,6 +38,7 @@ class Shot:
     found: dict[str, list[Any]] = field(default_factory=dict)
     void: str = ""
     used: bool = False
+    slopes: list[torch.Tensor] = field(default_factory=list)
 
 
 def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
@@ -42,7 +47,10 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
     A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
     on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks.
     """
+    for shot in shots:
+        _check_even(shot)
     counted = [shot for shot in shots if shot.n > 0]
+    _check_shares(counted)
     all_n = sum(shot.n for shot in counted)
     parts = len(counted) * world if counted and counted[0].total else 1
     records: dict[str, list[Any]] = {}
@@ -53,6 +61,49 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
             given = shot.found[name]
             records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
     return records
+
+
+def _check_even(shot: Shot) -> None:
+    """ValueError for losses on one forward that were multiplied by different numbers past `pre.loss`: their curvatures
+    were measured before, and would count alike. Read on the host, where there are several losses, and nowhere else."""
+    if len(shot.slopes) < 2:
+        return
+    slopes = _read(shot.slopes)
+    if not _alike(slopes):
+        raise ValueError(
+            f"losses of one forward were multiplied by {_shown(slopes)} on their way to backward, and their "
+            f"curvatures would count alike: give each its own, pre.loss(f, target, weight=...)"
+        )
+
+
+def _check_shares(shots: list[Shot]) -> None:
+    """A warning for forwards whose losses were multiplied by numbers that are neither equal nor as their shares n, so
+    that gradients and curvatures weigh them differently."""
+    if len(shots) < 2:
+        return
+    slopes = _read([shot.slopes[0] for shot in shots])
+    if _alike(slopes) or _alike([slope / shot.n for slope, shot in zip(slopes, shots, strict=True)]):
+        return
+    warnings.warn(
+        f"the losses of {len(shots)} forwards were multiplied by {_shown(slopes)} on their way to backward, but their "
+        f"curvatures count by {_shown([shot.n for shot in shots])}: give each its own, pre.loss(f, target, weight=...)",
+        stacklevel=2,
+    )
+
+
+def _read(slopes: list[torch.Tensor]) -> list[float]:
+    return torch.stack([slope.double() for slope in slopes]).tolist()
+
+
+def _alike(numbers: Sequence[float]) -> bool:
+    """Equal as far as half precision tells; scales that overflowed are not told apart."""
+    if not all(map(math.isfinite, numbers)):
+        return True
+    return max(numbers) - min(numbers) <= _EVEN * max(map(abs, numbers))
+
+
+def _shown(numbers: Sequence[float]) -> list[float]:
+    return [float(f"{number:.4g}") for number in numbers]
 
 
 def complain(shots: list[Shot], formed: int, captured: bool, world: int) -> None:
@@ -117,17 +168,24 @@ def _overlap(x: Any, y: Any) -> bool:
     return hasattr(x, "dtype") and type(x) is type(y) and not isinstance(x, np.generic)
 
 
-def counted(value: torch.Tensor, shots: list[Shot], shot: Shot, found: dict[str, Any]) -> torch.Tensor:
-    """The loss; once it is differentiated, what was `found` with it counts among the `shots` of the step."""
+def counted(
+    value: torch.Tensor, shots: list[Shot], shot: Shot, found: dict[str, Any], let_go: Callable[[], None]
+) -> torch.Tensor:
+    """The loss; once it is differentiated, what was `found` with it counts among the `shots` of the step, and the
+    forward is let go of."""
     if value.requires_grad:
-        value.register_hook(partial(_count, shots, shot, found))
+        value.register_hook(partial(_count, shots, shot, found, let_go))
     return value
 
 
-def _count(shots: list[Shot], shot: Shot, found: dict[str, Any], grad: torch.Tensor) -> None:
+def _count(
+    shots: list[Shot], shot: Shot, found: dict[str, Any], let_go: Callable[[], None], grad: torch.Tensor
+) -> None:
     """A loss is differentiated: what it left counts, once."""
+    let_go()
     if not any(other is shot for other in shots):
         shots.append(shot)
+    shot.slopes.append(grad.detach())
     for name, one in found.items():
         shot.found.setdefault(name, []).append(one)
     found.clear()

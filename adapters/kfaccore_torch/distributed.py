@@ -7,7 +7,6 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import kfaccore as kf
+from kfaccore_torch.rollcall import RollCall
 
 Array = Any
 _UNSAID = kf.Preconditioner(
@@ -42,6 +42,7 @@ class Distributed:
     world: int = field(init=False)
     _parts: dict[frozenset[int], Any] = field(init=False, repr=False)
     _turn: list[int] = field(init=False, repr=False)
+    _roll: RollCall = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not dist.is_initialized():
@@ -57,10 +58,20 @@ class Distributed:
                 parts[frozenset(ranks)] = dist.new_group([self._global(r) for r in ranks])
         put(self, "_parts", parts)
         put(self, "_turn", [0])
+        ranks = tuple(map(self._global, range(self.world)))
+        put(self, "_roll", RollCall(_store(), self._global(self.rank), ranks))
 
     def all_reduce(self, tree: Any) -> Any:
         """Leafwise sum over ranks."""
         return self._travel(tree, lambda buffer: dist.all_reduce(buffer, group=self.group))
+
+    def reduce(self, tree: Any, ranks: tuple[int, ...]) -> Any:
+        """Leafwise sum over ranks, on `ranks` alone."""
+        if len(ranks) == self.world:
+            return self.all_reduce(tree)
+        owner = self._global(ranks[0])
+        found = self._travel(tree, lambda buffer: dist.reduce(buffer, owner, group=self.group))
+        return self.broadcast(found, ranks) if self.rank in ranks else tree
 
     def broadcast(self, tree: Any, ranks: tuple[int, ...]) -> Any:
         """The tree of ranks[0] on all of `ranks`."""
@@ -72,8 +83,7 @@ class Distributed:
 
     def failed(self, error: Exception) -> None:
         """Leave word for the other ranks that this one stops."""
-        with suppress(RuntimeError):  # the store's host may be gone: then nobody is left to read it
-            _store().set(f"kfaccore/failed/{self.rank}", f"{error}"[:500])
+        self._roll.failed(error)
 
     def same(self, text: str) -> None:
         """ValueError on all ranks if a description differs, with the ranks that are not as most are."""
@@ -104,32 +114,14 @@ class Distributed:
             places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
             buffer = torch.cat([tensors[i].reshape(-1) for i in places])
             try:
-                _store().set(f"kfaccore/turn/{self.rank}", str(self._turn[0]))
+                self._roll.enters(self._turn[0])
                 collective(buffer)
             except RuntimeError as error:
-                raise RuntimeError(f"rank {self.rank} stops, for {self._blame()}: {error}") from error
+                why = self._roll.blame(self._turn[0])
+                raise RuntimeError(f"rank {self._roll.rank} stops, for {why}: {error}") from error
             for i, part in zip(places, buffer.split([tensors[i].numel() for i in places]), strict=True):
                 found[i] = _like(part.reshape(tensors[i].shape), leaves[i])
         return _rebuilt(tree, iter(found))
-
-    def _blame(self) -> str:
-        """Which ranks left word, fell behind or give no sign of life."""
-        words = []
-        behind = []
-        mine = self._turn[0]
-        try:
-            for rank in (r for r in range(self.world) if r != self.rank):
-                failed = f"kfaccore/failed/{rank}"
-                turn = f"kfaccore/turn/{rank}"
-                if _store().check([failed]):
-                    words.append(f"rank {rank} failed with: {_store().get(failed).decode()}")
-                elif not _store().check([turn]) or int(_store().get(turn)) < mine:
-                    behind.append(rank)
-        except RuntimeError:
-            return "rank 0, which hosts the store, is gone"
-        if behind:
-            words.append(f"ranks {behind} died or hang before collective {mine}")
-        return "; ".join(words) or "a rank died inside the collective"
 
 
 def over_ranks(core: kf.Preconditioner, model: torch.nn.Module) -> kf.Preconditioner:

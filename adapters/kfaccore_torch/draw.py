@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 import kfaccore as kf
-from kfaccore_torch.bridge import HALF, ordered
+from kfaccore_torch.arriving import Made, arriving, waiting
+from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.layout import stands_together
+from kfaccore_torch.layout import dealt_anyhow, stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
-from kfaccore_torch.places import joined
+from kfaccore_torch.places import Together, joined, plainly
+from kfaccore_torch.probe import probe
 from kfaccore_torch.rows import check_unwritten, record
+from kfaccore_torch.share import Part, parts
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
@@ -34,6 +39,15 @@ class Batch:
     ids: torch.Tensor | None = None
 
 
+class Drawn(NamedTuple):
+    """Records of the draws, what was observed of the calls, and records of the same rows with the last draw that the
+    caller pulled."""
+
+    records: dict[str, kf.Record]
+    observed: Observed
+    own: dict[str, kf.Record]
+
+
 def drawn(
     engine: Engine,
     seen: Capture,
@@ -43,8 +57,8 @@ def drawn(
     exact: bool = False,
     given: Any = None,
     times: float = 1.0,
-    more: list[torch.Tensor] | None = None,
-) -> tuple[dict[str, kf.Record], Observed]:
+    more: Callable[[Observed], Sequence[torch.Tensor | None]] | None = None,
+) -> Drawn:
     """One record a layer that was called, from draws backpropagated to the edges; `.grad` is never touched.
 
     n      of the records
@@ -52,18 +66,91 @@ def drawn(
            method needs that (`layout.stands_together`), and elsewhere they stand as their shape suggests
     given  draws (draws, *f.shape) instead of those of the settings, or a list of them a head
     times  factor on the draws
-    more   a last draw a head, (1, *f.shape), taken as it is
+    more   a draw that the caller pulls: gradients of the training loss at the outputs of the observed calls, for
+           records of their own, whose n is therefore over its share
     """
+    if engine.settings.draws_on < 1:
+        raise ValueError("records are of a whole batch: leave draws_on at 1")
+    heads, observed, draws, _ = _asked(engine, seen, batch, turn, given, times)
+    found = _whole(engine, heads, observed, draws, partial(_record, engine, batch, n, exact), more)
+    batch.told.check(set(found.records), set(seen.calls))
+    if more is None:
+        return found
+    unit = engine.share(batch) * times * times  # of the draws, whose n the own gradients have too
+    return found._replace(own={name: replace(own, n=n / unit) for name, own in found.own.items()})
+
+
+def measured(
+    engine: Engine, seen: Capture, batch: Batch, turn: int, n: float, times: float = 1.0, copies: bool = True
+) -> tuple[dict[str, Any], Observed]:
+    """What waits for the step, by layer, in the place of the records of `drawn`: Stats, or where the step needs rows
+    those, copied if `copies`. Of one draw nothing is kept but what is made of it, the moment it exists."""
+    heads, observed, draws, part = _asked(engine, seen, batch, turn, None, times)
+    made: Made = partial(_record, engine, batch, n, False)
+    if part is not None:
+        draws = part.alone(draws)
+        made = partial(_in_part, part, partial(_record, engine, batch, n / part.parts, False))
+    if len(draws[0]) == 1:
+        found, observed = arriving(engine, observed, heads, [v[0] for v in draws], made, copies)
+        batch.told.check(set(found), set(seen.calls))
+        return found, observed
+    whole = _whole(engine, heads, observed, draws, made)
+    batch.told.check(set(whole.records), set(seen.calls))
+    return waiting(engine, whole.records, copies), whole.observed
+
+
+def _whole(
+    engine: Engine,
+    heads: list[torch.Tensor],
+    observed: Observed,
+    draws: list[torch.Tensor],
+    made: Made,
+    more: Callable[[Observed], Sequence[torch.Tensor | None]] | None = None,
+) -> Drawn:
+    """Records of all draws at once, and of the one that `more` pulls."""
+    layers = engine.plan.layers
+    grads = _pulled(engine, heads, observed, draws)
+    observed = engine.observer.again(observed, layers, heads, grads)
+    last = None if more is None else _alike(more(observed), observed, grads)
+    if last is not None:
+        observed = engine.observer.again(observed, layers, heads, last)
+    records = {name: made(observed, name, parts) for name, parts in _by_layer(observed, grads).items()}
+    if last is None:
+        return Drawn(records, observed, {})
+    own = {name: made(observed, name, parts, records[name]) for name, parts in _by_layer(observed, last).items()}
+    return Drawn(records, observed, own)
+
+
+def _asked(
+    engine: Engine, seen: Capture, batch: Batch, turn: int, given: Any, times: float
+) -> tuple[list[torch.Tensor], Observed, list[torch.Tensor], Part | None]:
+    """Heads, what is observed of the calls behind them, the draws at each head, and the part of the batch that counts;
+    None for all of it. Draws are the same whatever part it is."""
     heads = _checked(engine.objective.heads(batch.f))
     sight = engine.sight(seen, heads)
     layers = engine.plan.layers
-    fisher = engine.settings.fisher
     for name, calls in seen.calls.items():
         for call in calls:
             check_unwritten(layers[name], call)
-    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: _probe(engine, heads, batch))
+    observed = engine.observer.look(sight, layers, heads, batch.told, lambda: probe(engine, heads, batch))
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
+    draws = _draws(engine, heads, observed, batch, rng, given, times)
+    many = parts(engine.settings.draws_on)
+    return heads, observed, draws, Part.drawn(observed.split, many, rng) if many > 1 else None
+
+
+def _draws(
+    engine: Engine,
+    heads: list[torch.Tensor],
+    observed: Observed,
+    batch: Batch,
+    rng: np.random.Generator,
+    given: Any,
+    times: float,
+) -> list[torch.Tensor]:
+    """Draws at the prediction, (draws, *shape) a head: those `given`, or of the settings."""
+    fisher = engine.settings.fisher
     draws = given
     if fisher is kf.type2 and given is None:
         _check_room(heads, observed)
@@ -74,59 +161,77 @@ def drawn(
     if observed.mixing and fisher in (kf.type2, kf.empirical) and given is None:
         _check_own(engine, observed)
         draws = _signed(draws, observed, rng)
-    if more is not None:
-        draws = [torch.cat([v, last.to(v)]) for v, last in zip(draws, more, strict=True)]
-    rows = [_pulled(heads, observed, v) for v in zip(*draws, strict=True)]
+    return draws
+
+
+def _pulled(
+    engine: Engine, heads: list[torch.Tensor], observed: Observed, draws: list[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """All draws at the outputs of all calls, (draws, *shape) each."""
+    rows = [pulled(heads, observed, v) for v in zip(*draws, strict=True)]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
-    grads = [
+    return [
         _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
     ]
-    observed = engine.observer.again(observed, layers, heads, grads)
-    return _recorded(engine, observed, grads, batch, n, exact, set(seen.calls)), observed
 
 
-def _recorded(
-    engine: Engine,
-    observed: Observed,
-    grads: list[Any],
-    batch: Batch,
-    n: float,
-    exact: bool,
-    called: set[str],
-) -> dict[str, kf.Record]:
-    """Records of the calls that the draws reached."""
-    by_layer: dict[str, list[tuple]] = {}
-    blocks = engine.blocks() if observed.mixing and not exact else {}
-    for (name, call), owned, g in zip(observed.calls, observed.owned, grads, strict=True):
-        place = owned.place
-        if owned.mixes:
-            place = joined(place, exact or stands_together(engine.core, blocks, name))
-        if g is not None:
-            by_layer.setdefault(name, []).append((call, g, place, batch.told.mask_of(name, place)))
-    batch.told.check(set(by_layer), called)
-    found = {}
-    with ordered(engine.namespace, engine.device):
-        for name, parts in by_layer.items():
-            calls, gs, places, masks = zip(*parts, strict=True)
-            layer = engine.plan.layers[name]
-            found[name] = record(layer, calls, gs, places, n, engine.namespace, masks, batch.ids)
+def _alike(
+    last: Sequence[torch.Tensor | None], observed: Observed, grads: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """A last draw, (1, *shape) a call: of those that the others reach, so that rows are the same."""
+    found: list[torch.Tensor | None] = []
+    for x, g, (_, call) in zip(last, grads, observed.calls, strict=True):
+        found.append(None if g is None else torch.zeros_like(g[:1]) if x is None else call.of_parameter(x[None]))
     return found
 
 
-def _probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any, tuple]:
-    """The loss's own gradient as the first draw of a question, if it moves every row: what it gives the parameters
-    is then known too. Else nothing, and the question is asked with random numbers."""
-    if batch.f is None or engine.core.comm.world > 1 or heads[0].dtype in HALF:
-        return None, ()
-    try:
-        own = engine.objective.draws(kf.empirical, 1, batch.f, batch.target, None)
-    except (ValueError, TypeError, AttributeError):  # soft labels, or none
-        return None, ()
-    own = [v[0] for v in (own if isinstance(own, list) else [own])]
-    n = engine.objective.share(batch.f, batch.target)
-    if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
-        return None, ()
-    return [v / n for v in own], engine.plan.trained
+def _by_layer(observed: Observed, grads: Sequence[torch.Tensor | None]) -> dict[str, dict[int, torch.Tensor]]:
+    """Gradients of the calls that the draws reached, by layer and number of the call."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for i, ((name, _), g) in enumerate(zip(observed.calls, grads, strict=True)):
+        if g is not None:
+            found.setdefault(name, {})[i] = g
+    return found
+
+
+def _record(
+    engine: Engine,
+    batch: Batch,
+    n: float,
+    exact: bool,
+    observed: Observed,
+    name: str,
+    parts: dict[int, torch.Tensor],
+    like: kf.Record | None = None,
+) -> kf.Record:
+    """The record of a layer from the draws at its calls that they reached, by the number of the call; with the rows of
+    the record it is `like`."""
+    blocks = engine.blocks() if observed.mixing and not exact else {}
+    calls = []
+    places = []
+    for i in sorted(parts):
+        owned = observed.owned[i]
+        place = owned.place
+        if owned.mixes:
+            place = joined(place, exact or stands_together(engine.core, blocks, name))
+        if isinstance(place, Together) and not exact and dealt_anyhow(engine.core, blocks, name):
+            place = plainly(place, observed.split.examples)
+        calls.append(observed.calls[i][1])
+        places.append(place)
+    masks = [batch.told.mask_of(name, place) for place in places]
+    grads = [parts[i] for i in sorted(parts)]
+    with ordered(engine.namespace, engine.device):
+        return record(engine.plan.layers[name], calls, grads, places, n, engine.namespace, masks, batch.ids, like)
+
+
+def _in_part(
+    part: Part, made: Made, observed: Observed, name: str, parts: dict[int, torch.Tensor], like: kf.Record | None = None
+) -> kf.Record:
+    """The record of a layer on a part of the batch. Rows that mix examples all take part: those of other examples have
+    gradients too."""
+    record = made(observed, name, parts, like)
+    mixes = any(observed.owned[i].mixes for i in parts)
+    return record if mixes or record.batch != part.split.examples else part.of(record)
 
 
 def _check_own(engine: Engine, observed: Observed) -> None:
@@ -164,7 +269,7 @@ def _check_room(heads: list[torch.Tensor], observed: Observed) -> None:
         )
 
 
-def _pulled(heads: list[torch.Tensor], observed: Observed, v: tuple) -> tuple:
+def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tensor]) -> tuple:
     """One draw at the outputs of all calls."""
     edges = [call.edge for _, call in observed.calls]
     given = [x.to(f) for x, f in zip(v, heads, strict=True)]

@@ -11,7 +11,9 @@ def carried(old: Any, new: Any, names: set[str]) -> Any:
     layers = {name: old.layers[name] if name in names and name in old.layers else x for name, x in new.layers.items()}
     motion = _motion(old.motion, new.motion, names)
     same = [name for name, _ in old.blocks] == [name for name, _ in new.blocks] and names >= {n for n, _ in new.blocks}
-    return replace(new, step=old.step, layers=layers, motion=motion, network=old.network if same else new.network)
+    network = old.network if same else new.network
+    places = tuple((name, ranks) for name, ranks in old.places if name in names)  # new layers are nowhere yet
+    return replace(new, step=old.step, layers=layers, motion=motion, network=network, places=places)
 
 
 def _motion(old: Any, new: Any, names: set[str]) -> Any:

@@ -21,9 +21,16 @@ def stands_together(core: kf.Preconditioner, blocks: dict[str, kf.Block], name: 
     A rule that judges steps by examples is given rows an example all the same, and a network-level method too: these
     are biased there, and marked.
     """
-    if core.rule.needs_records or name in core.assigned.together(blocks):
-        return False
-    return not _indifferent(core.assigned.of(name))
+    return not _needs_examples(core, blocks, name) and not _indifferent(core.assigned.of(name))
+
+
+def dealt_anyhow(core: kf.Preconditioner, blocks: dict[str, kf.Block], name: str) -> bool:
+    """Whether nothing but a method that sees the same in rows however they are dealt is given those of a layer."""
+    return not _needs_examples(core, blocks, name) and _indifferent(core.assigned.of(name))
+
+
+def _needs_examples(core: kf.Preconditioner, blocks: dict[str, kf.Block], name: str) -> bool:
+    return core.rule.needs_records or name in core.assigned.together(blocks)
 
 
 @cache

@@ -97,7 +97,7 @@ class Observer:
         self, observed: Observed, layers: dict[str, Layer], heads: Sequence[torch.Tensor], grads: Sequence[Any]
     ) -> Observed:
         """The same, with maps asked for once more where draws moved rows that no draw had moved before."""
-        asked = [i for i, g in enumerate(grads) if g is not None and _wakes(observed, layers, i, g)]
+        asked = [i for i, g in enumerate(grads) if g is not None and wakes(observed, layers, i, g)]
         if not asked:
             return observed
         question = _Question(heads, [observed.calls[i] for i in asked], layers, None)
@@ -196,7 +196,8 @@ def _varies(owned: Owned, call: Call, graph: Behind) -> bool:
     return call.node in graph.moved or (not owned.shaped and call.node in graph.mixed)
 
 
-def _wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor) -> bool:
+def wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor) -> bool:
+    """Whether draws (draws, *shape) move rows of the i-th call that no draw had moved before."""
     owned = observed.owned[i]
     name, call = observed.calls[i]
     if owned.undecided is None or owned.mixes or len(g) == 0:

@@ -14,7 +14,7 @@ from kfaccore_torch.batch import mean, met, summed
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
-from kfaccore_torch.gradients import gradients
+from kfaccore_torch.gradients import Backward
 from kfaccore_torch.masks import Told
 from kfaccore_torch.moves import moves, penalty
 from kfaccore_torch.outputs import Output, picked
@@ -125,9 +125,10 @@ class Optimizer:
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
-                records, own, observed = self._recorded(seen, batch, value, n)
+                backward = Backward(engine, value, seen, batch, l2, self.scaler)
+                records, own, observed = self._recorded(seen, batch, backward, n)
                 with ordered(engine.namespace, engine.device):
-                    grads, rest = gradients(engine, value, seen, observed, batch, l2, self.scaler)
+                    grads, rest = backward.gradients(observed)
         if self._overflowed():
             return mean(engine, float(value.detach()), n) + penalty(engine, l2)
         before, share, grads = met(engine, float(value.detach()), grads, n)
@@ -158,9 +159,9 @@ class Optimizer:
     def _predicted(self, inputs: Any) -> Any:
         return picked(called(self.model, inputs), self.output)
 
-    def _recorded(self, seen: Any, batch: Batch, value: torch.Tensor, n: float) -> tuple:
+    def _recorded(self, seen: Any, batch: Batch, backward: Backward, n: float) -> tuple:
         """As `recorded`; the plan then is that of all ranks."""
-        found = recorded(self.engine, seen, batch, value, n)
+        found = recorded(self.engine, seen, batch, backward, n)
         if self.engine.due:
             self.engine.agree()
             self._follow_rest()

@@ -2,64 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import array_api_compat as aac
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.batch import mean
+from kfaccore_torch.draw import pulled
+from kfaccore_torch.kinds import Tied
 
 if TYPE_CHECKING:
     from kfaccore_torch.capture import Capture
-    from kfaccore_torch.draw import Batch
+    from kfaccore_torch.draw import Batch, Drawn
+    from kfaccore_torch.gradients import Backward
     from kfaccore_torch.observe import Observed
     from kfaccore_torch.step import Engine
 
 
-def own_draw(engine: Engine, value: torch.Tensor, batch: Batch, times: float = 1.0) -> list[torch.Tensor] | None:
-    """Gradients of the per-example loss at the prediction's heads, (1, *f.shape) each, from the training loss itself:
-    whatever its labels are, the gradient is the sum of theirs over n. None where the rule has no use for them."""
+Pull = Callable[["Observed"], Sequence[torch.Tensor | None]]  # to the outputs of all calls
+
+
+def own_draw(engine: Engine, value: torch.Tensor, batch: Batch) -> Pull | None:
+    """What pulls the training loss back to the outputs of all calls, for loops that differentiate it themselves. None
+    where the rule has no use for it."""
     if not engine.core.rule.wants_own:
         return None
     heads = engine.objective.heads(batch.f)
-    share = engine.share(batch) * times
     found = torch.autograd.grad(value, heads, retain_graph=True, allow_unused=True)
-    return [(torch.zeros_like(f) if g is None else g.detach() * share)[None] for g, f in zip(found, heads, strict=True)]
-
-
-def parted(records: Mapping[str, kf.Record], mixing: set[str]) -> tuple[dict[str, kf.Record], dict[str, kf.Record]]:
-    """(draws, own) of records whose last draw is the loss's own; layers whose rows mix examples have none."""
-    drawn = {name: replace(record, g=record.g[:-1, ...]) for name, record in records.items()}
-    own = {name: replace(record, g=record.g[-1:, ...]) for name, record in records.items() if name not in mixing}
-    return drawn, own
+    own = [torch.zeros_like(f) if g is None else g.detach() for g, f in zip(found, heads, strict=True)]
+    return lambda observed: pulled(heads, observed, own)
 
 
 def recorded(
-    engine: Engine, seen: Capture, batch: Batch, value: torch.Tensor, n: float
+    engine: Engine, seen: Capture, batch: Batch, backward: Backward, n: float
 ) -> tuple[dict[str, kf.Record] | None, dict[str, kf.Record], Observed | None]:
     """Records where the step needs them, the same rows with the loss's own gradients where its rule wants them, and
-    what was observed of the calls."""
+    what was observed of the calls. Layers whose rows mix examples have no gradients by example."""
     if not engine.due or n <= 0:
         return {} if engine.due else None, {}, None
-    more = own_draw(engine, value, batch)
-    records, observed = engine.records(seen, batch, 0, n, more=more)
-    return *(parted(records, engine.mixing) if more else (records, {})), observed
+    if not engine.core.rule.wants_own and not engine.core.rule.needs_records:
+        found, observed = engine.measured(seen, batch, 0, n, copies=False)
+        return found, {}, observed
+    more = backward.outputs if engine.core.rule.wants_own else None
+    records, observed, own = engine.records(seen, batch, 0, n, more=more)
+    return records, {name: own[name] for name in own.keys() & apart(engine)}, observed
+
+
+def apart(engine: Engine) -> set[str]:
+    """Layers that have gradients by example: not where rows mix examples, and not tied tables, whose draws are so many
+    times the examples."""
+    return {name for name in engine.plan.layers.keys() - engine.mixing if not _tied(engine, name)}
+
+
+def _tied(engine: Engine, name: str) -> bool:
+    return isinstance(engine.plan.layers[name].kind, Tied)
+
+
+def together(engine: Engine, found: Drawn) -> dict[str, kf.Record]:
+    """Records with the loss's own gradients, of one n with the draws, as a last draw, to wait for a step as one."""
+    own = {name: record for name, record in found.own.items() if not _tied(engine, name)}
+    return {name: _last(r, own[name]) if name in own else r for name, r in found.records.items()}
+
+
+def _last(drawn: kf.Record, own: kf.Record) -> kf.Record:
+    g = own.g * (drawn.n / own.n)
+    return replace(drawn, g=aac.array_namespace(g).concat([drawn.g, g], axis=0))
 
 
 def own_apart(
     engine: Engine, records: dict[str, Any] | None
 ) -> tuple[dict[str, Any] | None, dict[str, list[kf.Record]]]:
-    """As `parted`, of what waited for a step."""
+    """What waited `together` for a step, as (draws, own); layers whose rows mix examples have none of their own."""
     if records is None or not engine.core.rule.wants_own:
         return records, {}
-    mixing = engine.mixing
-    pairs = {name: [parted({name: record}, mixing) for record in given] for name, given in records.items()}
-    drawn = {name: [drawn[name] for drawn, _ in found] for name, found in pairs.items()}
-    return drawn, {name: [own[name] for _, own in found] for name, found in pairs.items() if name not in mixing}
+    whole = {name: given for name, given in records.items() if _tied(engine, name)}
+    both = {name: given for name, given in records.items() if name not in whole}
+    drawn = whole | {name: [replace(r, g=r.g[:-1, ...]) for r in given] for name, given in both.items()}
+    each = {name: given for name, given in both.items() if name not in engine.mixing}
+    return drawn, {name: [replace(r, g=r.g[-1:, ...]) for r in given] for name, given in each.items()}
 
 
-def mean_loss(values: Sequence[tuple[float, float]]) -> float | None:
-    """The loss of a batch from (n, value) of its micro-batches; None of none."""
+def mean_loss(engine: Engine, values: Sequence[tuple[float, float]]) -> float | None:
+    """The loss of a batch on all ranks, from n of each forward, counted once, and n value of its losses, which add up
+    as they are where the loss is a sum; None where no rule asks for it."""
+    if not engine.core.rule.wants_own or not engine.due:
+        return None
     total = sum(n for n, _ in values)
-    return sum(n * value for n, value in values) / total if total else None
+    value = sum(value for _, value in values)
+    value = value if engine.objective.total else value / total if total else 0.0
+    return mean(engine, value, total)

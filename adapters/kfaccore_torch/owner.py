@@ -57,6 +57,7 @@ class Asked:
 
     @classmethod
     def of(cls, first: torch.Tensor) -> Asked:
+        """From the rows' gradients of the first draw; rows of rounding alone do not count."""
         size = first.abs().amax(1)
         largest = size.max() if len(size) else size.sum()
         return cls(first, size, size > 4 * torch.finfo(first.dtype).eps * largest)

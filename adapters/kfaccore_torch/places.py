@@ -107,6 +107,7 @@ class Together:
 
     @property
     def positions(self) -> tuple[int, ...]:
+        """All rows as positions of one example."""
         return (prod(self.rows),)
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,3 +153,10 @@ def joined(place: Place, exact: bool) -> Place:
     """The place of rows that mix examples: all together, or, where a rule needs rows an example, as shapes suggest."""
     like = place if isinstance(place, Axes) else place.like if isinstance(place, Together) else None
     return like if like is not None and not exact else Together(place.rows, like)
+
+
+def plainly(place: Together, examples: int) -> Place:
+    """Rows of one example dealt to as many as their first axis has, where that is the number of `examples`: what does
+    not look at examples then sees a convolution's image, and no copy."""
+    plain = Axes(place.rows, 0, examples)
+    return plain if place.rows[0] == examples and examples > 1 else place

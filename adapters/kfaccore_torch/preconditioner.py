@@ -11,6 +11,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
+from kfaccore_torch.arriving import waiting
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, counted, gathered
@@ -19,7 +20,7 @@ from kfaccore_torch.draw import Batch
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
-from kfaccore_torch.own import mean_loss, own_apart, own_draw
+from kfaccore_torch.own import mean_loss, own_apart, own_draw, together
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
@@ -67,7 +68,7 @@ class Preconditioner:
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
-        self._values: list[tuple[float, float]] = []  # n and value of each, for rules that ask
+        self._values: list[tuple[float, float]] = []  # n of its forward, once, and n value of each, for rules that ask
         self._terms = Terms()
         self._scale = Scale()
 
@@ -110,23 +111,28 @@ class Preconditioner:
             yield
         self._open = seen, Told(mask, masks or {}, examples), Shot()
 
-    def loss(self, f: Any, target: Any) -> torch.Tensor:
-        """The training loss at the captured prediction; more than one on a forward add up.
+    def loss(self, f: Any, target: Any, weight: float = 1.0) -> torch.Tensor:
+        """The training loss at the captured prediction times `weight`; more than one on a forward add up, and so do
+        their curvatures, each with its weight.
 
         Raises ValueError if the forward was not captured.
         """
         f = picked(f, self.output)
         self.engine.objective.heads(f)
-        return self.attach(self.engine.objective.value(f, target), f, target)
+        return self.attach(self.engine.objective.value(f, target), f, target, weight)
 
-    def attach(self, value: torch.Tensor, f: Any, target: Any) -> torch.Tensor:
+    def attach(self, value: torch.Tensor, f: Any, target: Any, weight: float = 1.0) -> torch.Tensor:
         """As `loss`, for a loss that was formed elsewhere, by a model that is given its labels: `value`, which is the
-        loss named above at f and target up to a factor, is handed back, and counts once it is differentiated."""
+        loss named above at f and target up to a factor, is handed back times `weight`, and counts once it is
+        differentiated."""
+        if not weight > 0:
+            raise ValueError(f"weight is {weight}; need a positive number: leave out a loss that does not count")
         f = picked(f, self.output)
-        if value.requires_grad:
-            value.register_hook(self._scale.note)
+        weighted = value if weight == 1.0 else value * weight
+        if weighted.requires_grad:
+            weighted.register_hook(self._scale.note)
         if not self.engine.due or not torch.is_grad_enabled():
-            return value
+            return weighted
         if self._open is None:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         seen, told, shot = self._open
@@ -134,20 +140,27 @@ class Preconditioner:
         n = self.engine.share(batch)
         if n <= 0:
             shot.void = self.engine.void(batch)
-            return counted(value, self._shots, shot, {})
+            return counted(weighted, self._shots, shot, {}, seen.let_go)
+        again = shot.n > 0
         shot.n = shot.n or n
         shot.total = self.engine.objective.total
         # a second loss on one forward: draws by the root of the ratio, so that one n serves both
-        more = own_draw(self.engine, value, batch, shot.n / n)  # waits as a last draw
+        times = (weight * shot.n / n) ** 0.5
+        more = own_draw(self.engine, value, batch)  # waits as a last draw
         if more is not None:
-            self._values.append((n, float(value.detach())))
+            self._values.append((0.0 if again else n, shot.n * float(weighted.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
-            times = (shot.n / n) ** 0.5
-            records, observed = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
+            if more is None:
+                found, observed = self.engine.measured(seen, batch, self._formed, shot.n, times=times)
+            else:
+                drawn = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
+                found = waiting(self.engine, together(self.engine, drawn))
+                observed = drawn.observed
         self._formed += 1
-        value = counted(value, self._shots, shot, self.engine.waiting(records))
-        self._terms.expect(value, observed.expected, self.engine.plan.trained)
-        return value
+        expected = [g if g is None else g * weight for g in observed.expected]
+        weighted = counted(weighted, self._shots, shot, found, seen.let_go)
+        self._terms.expect(weighted, expected, self.engine.plan.trained)
+        return weighted
 
     def extra(self, term: torch.Tensor) -> torch.Tensor:
         """Declares a term of the loss that has no curvature here, such as a KL divergence or a penalty: it is handed
@@ -188,8 +201,9 @@ class Preconditioner:
             records = None
             if engine.due and grads:
                 records, grads = self._gathered(grads)
+            self._open = None  # the calls' inputs have done their part
             records, own = own_apart(engine, records)
-            beside = {"loss": mean_loss(self._values), "own": own, "lengths": lengths}
+            beside = {"loss": mean_loss(engine, self._values), "own": own, "lengths": lengths}
             directions = engine.step(records, grads, **beside) if grads else {}
             covered = [p.grad for name in directions for p in engine.plan.layers[name].parameters.values()]
             overflow = self._scale.overflow(covered, engine.core.comm.world)

@@ -55,7 +55,7 @@ def records(
         n = engine.share(batch)
         if n <= 0:
             raise ValueError(f"no records: {engine.void(batch)}")
-        found, _ = engine.records(seen, batch, 0, n / parts if engine.objective.total else n, True, given=given)
+        found, *_ = engine.records(seen, batch, 0, n / parts if engine.objective.total else n, True, given=given)
         wanted = [(name, role) for name in found for role in engine.plan.layers[name].parameters]
         parameters = [engine.plan.layers[name].parameters[role] for name, role in wanted]
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)

@@ -12,6 +12,7 @@ from kfaccore_torch.plan import unwrapped
 
 
 def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Torch's generators, of the CPU and of a CUDA device."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 

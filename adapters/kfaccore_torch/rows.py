@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -42,6 +43,7 @@ def record(
     namespace: str,
     masks: Sequence[torch.Tensor | None],
     ids: Any = None,
+    like: Record | None = None,
 ) -> Record:
     """One record of all calls; several calls are more positions of the same examples.
 
@@ -49,12 +51,13 @@ def record(
     places  where the rows of each call stand
     masks   a call each, (batch, positions) of positions that exist, or none
     ids     (batch,) places of the examples in the dataset
+    like    a record of the same calls and places, whose rows are taken as they are
     """
     if len({place.examples for place in places}) > 1:  # some rows are shared: then all are of one example
         together = [place if isinstance(place, Together) else _together(place) for place in places]
         pairs = zip(masks, places, strict=True)
         masks = [None if m is None or isinstance(place, Groups) else m.reshape(1, -1) for m, place in pairs]
-        return record(layer, calls, grads, together, n, namespace, masks)
+        return record(layer, calls, grads, together, n, namespace, masks, like=like)
     if isinstance(layer.kind, Tied) and len(grads[0]):
         found = both(layer.kind, calls, grads, places, masks)
         known = ids is not None and len(found.a) == len(ids)
@@ -68,8 +71,10 @@ def record(
         places = [places[i] for i in heads]
         masks = [masks[i] for i in heads]
     given = zip(calls, grads, places, masks, strict=True)
-    parts = [_part(layer, call, g, place, mask, namespace) for call, g, place, mask in given]
+    parts = [_part(layer, call, g, place, mask, namespace, like is None) for call, g, place, mask in given]
     part = parts[0] if len(parts) == 1 else _joined(parts)
+    if like is not None:
+        return replace(like, g=part.g, n=n)
     exists = None if part.exists is None else to_core(part.exists, namespace)
     known = ids is not None and places[0].examples == len(ids)
     return Record(part.a, part.g, n, mask=exists, ids=to_core(ids, namespace) if known else None)
@@ -100,8 +105,16 @@ def _together(place: Place) -> Together:
     return Together(place.rows, place if isinstance(place, Axes) else None)
 
 
-def _part(layer: Layer, call: Call, g: torch.Tensor, place: Place, mask: torch.Tensor | None, namespace: str) -> Part:
-    """a and g of one call, and what exists of it."""
+def _part(
+    layer: Layer,
+    call: Call,
+    g: torch.Tensor,
+    place: Place,
+    mask: torch.Tensor | None,
+    namespace: str,
+    whole: bool = True,
+) -> Part:
+    """a and g of one call, and what exists of it; a may be missing where it is not to be `whole`."""
     kind = layer.kind
     g = detached(g).reshape(g.shape[0], *call.shape)
     exists = _both(place.mask(), mask)
@@ -115,14 +128,24 @@ def _part(layer: Layer, call: Call, g: torch.Tensor, place: Place, mask: torch.T
     if isinstance(kind, Gain):
         g = scaled(call, g, kind.d)
     g = _each(g.reshape(*g.shape[: g.ndim - 1 - len(place.rows)], *place.rows, g.shape[-1]), place)
-    if isinstance(kind, Bias | Rest):
-        a = to_core(g.new_ones((*g.shape[1:3], 1)), namespace)
+    a: Any = None
+    if not whole:
+        pass
+    elif isinstance(kind, Bias | Rest):
+        a = to_core(_one(g.dtype, g.device).expand(*g.shape[1:3], 1), namespace)
     elif isinstance(kind, Stack):
         x = detached(call.x)
         a = to_core(place.put(x.reshape(len(x), *place.rows, kind.d_in)), namespace)
     else:
         a = rows(layer, call, place, namespace)
     return Part(a, to_core(g, namespace), exists)
+
+
+@lru_cache(maxsize=8)
+def _one(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a lone bias or gain is multiplied with: one number for all its rows."""
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=dtype, device=device)
 
 
 def scaled(call: Call, g: torch.Tensor, d: int) -> torch.Tensor:
@@ -193,6 +216,8 @@ def _joined(parts: list[Part]) -> Part:
         ]
         exists = torch.cat([x.to(every[0].device) for x in every], 1)
     a: Any
+    if parts[0].a is None:
+        return Part(None, xp.concat(gs, axis=-2), None)
     if isinstance(parts[0].a, Ids):
         a = Ids(xp.concat([part.a.index for part in parts], axis=1), parts[0].a.size)
     else:

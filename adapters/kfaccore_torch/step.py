@@ -14,10 +14,9 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import kept
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
-from kfaccore_torch.draw import Batch, drawn
+from kfaccore_torch.draw import Batch, Drawn, drawn, measured
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
@@ -25,6 +24,7 @@ from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
 from kfaccore_torch.rows import absent
 from kfaccore_torch.settle import Layer
+from kfaccore_torch.share import check_whole, parts
 
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
@@ -36,6 +36,9 @@ class Settings:
     fisher      kfaccore's monte_carlo (default), type2, empirical or forward_only; each draw costs one backward,
                 without weight gradients, on steps that update statistics; forward_only takes none, so G = I
     draws       of monte_carlo
+    draws_on    share of a batch's examples that draws and statistics are taken on, 1 / k: one of k equal parts, drawn
+                by the seed, whose n is 1 / k of the batch's, so that factors are unbiased. Statistics cost a k-th; the
+                backward still passes the whole graph. Rules that judge their step refuse it
     seed        draws are a function of (seed, step, micro-batch, rank)
     namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and CuPy for one on CUDA
     samples     size of the dataset, for methods that remember examples
@@ -48,6 +51,7 @@ class Settings:
 
     fisher: Callable = kf.monte_carlo
     draws: int = 1
+    draws_on: float = 1.0
     seed: int = 0
     namespace: str | None = None
     samples: int = 0
@@ -61,6 +65,7 @@ class Settings:
             raise ValueError(f"fisher is {self.fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; need at least 1")
+        parts(self.draws_on)
         if self.uncovered is not None and self.fisher is kf.forward_only:
             raise ValueError(f"uncovered={self.uncovered} is made of draws, and fisher=forward_only takes none")
 
@@ -78,6 +83,8 @@ class Engine(Planning):
         self.mixing: set[str] = set()
         self.called: set[str] = set()  # layers seen in a forward since the last step
         self.new = False  # whether layers joined since the last step, which must not wait for the clocks
+        if settings.draws_on < 1:
+            check_whole(core)
         if kf.own_gradients(core) and settings.fisher is not kf.empirical:
             method = core.network or core.methods
             raise ValueError(f"{method} takes the loss's own gradients: pass fisher=kfaccore.empirical")
@@ -107,22 +114,17 @@ class Engine(Planning):
             return f"the batch is empty: the prediction has shape {shapes[0]}"
         return "all labels of the batch are ignored (ignore_index), so no example counts and n is 0"
 
-    def records(
-        self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any
-    ) -> tuple[dict[str, kf.Record], Observed]:
+    def records(self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any) -> Drawn:
         """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
-        records, observed = drawn(self, seen, batch, turn, n, exact, **how)
-        self.mixing |= observed.mixing
-        return records, observed
-
-    def waiting(self, records: dict[str, kf.Record]) -> dict[str, Any]:
-        """What is kept until the step: Stats, or copies of rows where the step needs rows."""
-        found = {}
-        with torch.no_grad(), ordered(self.namespace, self.device):
-            for name, one in records.items():
-                stats = kf.measured(self.core, self.state, name, one)
-                found[name] = kept(one if stats is None else stats, one)
+        found = drawn(self, seen, batch, turn, n, exact, **how)
+        self.mixing |= found.observed.mixing
         return found
+
+    def measured(self, seen: Capture, batch: Batch, turn: int, n: float, **how: Any) -> tuple[dict[str, Any], Observed]:
+        """What waits for the step in the place of `records`: Stats, or copies of rows; see `draw.measured`."""
+        found, observed = measured(self, seen, batch, turn, n, **how)
+        self.mixing |= observed.mixing
+        return found, observed
 
     def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:
         """Records and gradients of one step, n its share: a layer that no example reached, such as an expert without
@@ -134,7 +136,12 @@ class Engine(Planning):
         with ordered(self.namespace, self.device):
             for name in missing:
                 if self.core.comm.world > 1 or name in together:
-                    found[name] = absent(self.plan.layers[name], n or _NEXT_TO_NOTHING, self.like, self.namespace)
+                    found[name] = absent(
+                        self.plan.layers[name],
+                        n * self.settings.draws_on or _NEXT_TO_NOTHING,
+                        self.like,
+                        self.namespace,
+                    )
         return found, {name: g for name, g in grads.items() if name in found}
 
     def matrix(self, layer: Layer, tensors: dict[str, torch.Tensor]) -> Any:

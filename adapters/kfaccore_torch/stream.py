@@ -76,7 +76,7 @@ class Stream:
             n = float(len(f)) if draws is not None else engine.share(batch)
             if n <= 0:
                 raise ValueError(f"batch {number} has no records: {engine.void(batch)}; leave it out")
-            found, _ = engine.records(seen, batch, number, n, True, given=draws)
+            found, *_ = engine.records(seen, batch, number, n, True, given=draws)
         return _completed(engine, found, n, len(f) if isinstance(f, torch.Tensor) else 1)
 
     def _asked(self, f: Any, target: Any) -> tuple[Any, Any, torch.Tensor | None]:

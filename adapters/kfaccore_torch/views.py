@@ -34,6 +34,7 @@ class View:
         return tuple(prod(n for n, _ in axis) for axis in self.axes)
 
     def permuted(self, order: Sequence[int]) -> View:
+        """The axes in another order."""
         return View(tuple(self.axes[i] for i in order), self.offset)
 
     def narrowed(self, axis: int, start: int, size: int, step: int = 1) -> View | None:

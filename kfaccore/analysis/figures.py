@@ -24,7 +24,8 @@ MARGIN = 0.01  # by this much of the best decrease
 class Figures:
     """One method on one layer; figures a method cannot have are NaN and `note` says why.
 
-    gain, length   see the module; gain_error is how far off `gain` may be where `best` is not exact
+    gain, length   (g.x~)^2 / (x~.(F + damping I)x~ g.x), the share of the best decrease that x~ reaches at its best
+                   length, and that length; gain_error is how far off `gain` may be where `best` is not exact
     best           g.x, twice the best decrease of the model: what a gain is a share of
     norm, size     ||F|| (or the probes' estimate) and ||x||, which weigh layers against each other
     own            it solves with the very batch it is judged by, so that its gain says nothing about the next one

@@ -82,6 +82,7 @@ class Pace:
     factors: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, label: str, work: float) -> float:
+        """What so much work of a kind should take on this machine."""
         return self.factors.get(label, _UNSEEN) * work / rate()
 
     def saw(self, label: str, work: float, seconds: float) -> None:

@@ -44,6 +44,7 @@ class NetworkOperator:
         return sum(layer.trace() for layer in self.layers.values())
 
     def logdet(self) -> Figure:
+        """Sum over layers."""
         return sum(layer.logdet() for layer in self.layers.values())
 
     def eigvalsh(self) -> Array:
@@ -59,6 +60,7 @@ class NetworkOperator:
         return effective_rank(xp.concat([xp.reshape(x, (-1,)) for x in values]))
 
     def effective_dimension(self) -> Figure:
+        """Sum over layers."""
         return sum(layer.effective_dimension() for layer in self.layers.values())
 
     def split(self, flat: np.ndarray) -> dict[str, np.ndarray]:

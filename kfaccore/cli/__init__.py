@@ -1,15 +1,16 @@
 """The `kfaccore` command: one file a verb.
 
-Exit codes: 0 ok, 1 a claim failed, 2 bad input, 3 did not finish, 130 Ctrl-C.
+Exit codes: 0 ok, 1 a claim failed, 2 bad input, 3 did not finish, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,7 +18,7 @@ from kfaccore import __version__
 from kfaccore.cli.advise import advise
 from kfaccore.cli.compare import compare
 from kfaccore.cli.doctor import doctor
-from kfaccore.cli.fail import BAD_INPUT, FAILED, INTERRUPTED
+from kfaccore.cli.fail import BAD_INPUT, FAILED, INTERRUPTED, TERMINATED
 from kfaccore.cli.influence import influence
 from kfaccore.cli.inspect import inspect
 from kfaccore.cli.laplace import laplace
@@ -46,9 +47,13 @@ def kfaccore(
 
 def main() -> None:
     """Entry point of the `kfaccore` script: whatever happens ends with a line and an exit code, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: what is opened next would take its number, and be printed into
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # terminals that lack a character
+    signal.signal(signal.SIGTERM, _terminated)
     code = FAILED
     try:
         code = _run()
@@ -75,6 +80,11 @@ def _run() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _terminated(*_: object) -> NoReturn:
+    """SIGTERM takes what is half written along."""
+    sys.exit(TERMINATED)
 
 
 def _close() -> None:

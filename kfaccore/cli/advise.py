@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from kfaccore.cli import options
 from kfaccore.cli.fail import fail
 from kfaccore.cli.options import chosen, survey
+from kfaccore.cli.results import text
 from kfaccore.cli.survey import BUDGET, UNITS, quantity
 from kfaccore.cli.table import duration, lines, size
 
@@ -75,12 +75,10 @@ def _python(methods: dict[str, Any], update: int, refresh: int) -> str:
 
 
 def _as_json(found: Any, answer: Any, feasible: bool, budget: float, line: str, by: str) -> str:
-    from kfaccore.analysis.kept import finite
-
     told = {"feasible": feasible, "budget": budget, "cost": answer.cost, "error": answer.error}
     told |= {"gain": answer.gain} if by == "gain" else {}
     told |= {"fits_none": _unfit(found), "methods": answer.methods, "python": line, "notes": found.notes}
-    return json.dumps(finite({**told, "interrupted": found.interrupted}), indent=2, allow_nan=False)
+    return text({**told, "interrupted": found.interrupted})
 
 
 def _unfit(found: Any) -> list[str]:

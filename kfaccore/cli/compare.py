@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +12,10 @@ import typer
 
 from kfaccore.analysis.figures import Figures
 from kfaccore.cli import options
-from kfaccore.cli.fail import fail
+from kfaccore.cli.fail import fail, or_fail
 from kfaccore.cli.options import chosen, survey
 from kfaccore.cli.ranking import Summary, shown
+from kfaccore.cli.results import text
 from kfaccore.cli.survey import BUDGET, Found
 
 
@@ -56,7 +56,8 @@ def compare(
     if plot is not None:
         from kfaccore.cli.plot import gains
 
-        gains(summary, plot)
+        with or_fail():
+            gains(summary, plot)
         typer.echo(f"plot: {plot}", err=not plain)
     for line in broken:
         typer.echo(f"violated: {line}", err=not plain)
@@ -70,13 +71,12 @@ def compare(
 def _as_json(found: Found, summary: Summary, broken: list[str], update: int, refresh: int) -> str:
     """All figures; NaN and infinity are null."""
     from kfaccore.analysis import fits
-    from kfaccore.analysis.kept import finite
 
-    rows = [finite({**asdict(f), "per_step": f.per_step(update, refresh)}) for f in found.figures]
+    rows = [{**asdict(f), "per_step": f.per_step(update, refresh)} for f in found.figures]
     layers = dict.fromkeys(f.layer for f in found.figures)
     fitted = {name: fits([f for f in found.figures if f.layer == name]) for name in layers}
-    told = {"layers": rows, "methods": finite(summary), "fits": fitted, "violations": broken, "notes": found.notes}
-    return json.dumps({**told, "interrupted": found.interrupted}, indent=2, allow_nan=False)
+    told = {"layers": rows, "methods": summary, "fits": fitted, "violations": broken, "notes": found.notes}
+    return text({**told, "interrupted": found.interrupted})
 
 
 def _as_csv(found: Found, update: int, refresh: int) -> str:

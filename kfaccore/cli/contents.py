@@ -105,7 +105,8 @@ def told(meta: Mapping[str, object], covered: int) -> Iterator[str]:
         yield f"{covered:,} parameters are covered by Kronecker factors; the file does not say how many there are"
     clocks = meta.get("clocks", {})
     if isinstance(clocks, Mapping) and clocks:
-        yield "clocks: " + ", ".join(f"{name} every {steps} steps" for name, steps in clocks.items())
+        every = ", ".join(f"{name} every {steps} steps" for name, steps in clocks.items() if name != "staggered")
+        yield f"clocks: {every}{', staggered' if clocks.get('staggered') else ''}"
     uncovered = meta.get("uncovered")
     for name, why in uncovered.items() if isinstance(uncovered, Mapping) else ():
         count, reason = why if isinstance(why, list) and len(why) == 2 else ("?", why)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from kfaccore.cli.results import text
 
 FRAMEWORKS = ("numpy", "scipy", "array-api-strict", "torch", "jax", "tensorflow", "cupy")
 
@@ -35,7 +36,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     }
     report["advice"] = _advice(report)
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(text(report))
     else:
         _show(report)
     if not all(report["factorisations"].values()) or "failed" in report["dlpack"].values():

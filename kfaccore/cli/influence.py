@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from kfaccore.cli.fail import fail
+from kfaccore.cli.fail import fail, or_fail
+from kfaccore.cli.results import text
 from kfaccore.cli.trained import Trained, examples, interrupted, mean_eigenvalues, read
 
 
@@ -41,14 +41,15 @@ def influence(
     rows = [_row(number, asked[1], data[1], line, top, chosen.classes) for number, line in enumerate(effects)]
     meta = {"task": chosen.meta["task"], "method": method, "damping": dampings, "train": len(data[0])}
     if as_json:
-        typer.echo(json.dumps({**meta, "queries": rows}, indent=2))
+        typer.echo(text({**meta, "queries": rows}))
     else:
         _show(rows, meta)
     if plot:
         from kfaccore.cli.pictures import influence as draw
 
         target = chosen.folder / "influence.png"
-        draw(rows, asked[0], data[0], target)
+        with or_fail():
+            draw(rows, asked[0], data[0], target)
         typer.echo(f"picture: {target}", err=as_json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from kfaccore.cli.contents import Contents, told
-from kfaccore.cli.fail import fail
+from kfaccore.cli.fail import fail, or_fail
+from kfaccore.cli.results import text
 from kfaccore.cli.table import lines
 
 WIDEST = 2560  # of a dense factor that is decomposed without being asked
@@ -48,7 +48,7 @@ def _records(file: Path, plot: bool, as_json: bool) -> None:
     found = report(file)
     if as_json:
         layers = found.to_dict()["layers"]
-        typer.echo(json.dumps({"meta": _plain(stored.meta), "layers": layers}, indent=2, allow_nan=False))
+        typer.echo(text({"meta": stored.meta, "layers": layers}))
     else:
         sizes = [row.parameters for row in found.rows]
         typer.echo("\n".join([f"records of {_title(file, stored.meta)}", *_report_lines(found)]))
@@ -82,7 +82,7 @@ def _state(held: Contents, plot: bool, full: bool, as_json: bool) -> None:
         total = held.meta.get("parameters")
         share = covered / total if isinstance(total, int) and total > 0 else None
         whole = {"meta": held.meta, "layers": rows, "covered": share, "held": held.held()}
-        typer.echo(json.dumps(_plain(whole), indent=2, allow_nan=False))
+        typer.echo(text(whole))
     else:
         typer.echo("\n".join([_title(held.path, held.meta), *_table(rows), *told(held.meta, covered)]))
     if plot:
@@ -92,17 +92,12 @@ def _state(held: Contents, plot: bool, full: bool, as_json: bool) -> None:
         _drawn(held.path, flat, as_json)
 
 
-def _plain(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    from kfaccore.analysis.kept import finite
-
-    return finite(tree)
-
-
 def _drawn(file: Path, spectra: Any, as_json: bool) -> None:
     from kfaccore.cli.plot import spectra as draw
 
     target = file.with_name(file.stem + "-spectra.png")
-    draw(spectra, target)
+    with or_fail():
+        draw(spectra, target)
     typer.echo(f"spectra: {target}", err=as_json)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from kfaccore.cli.fail import fail
+from kfaccore.cli.fail import fail, or_fail
+from kfaccore.cli.results import text
 from kfaccore.cli.trained import Trained, accuracy, batches, interrupted, needs_classes, read
 
 BINS = 10
@@ -35,14 +35,15 @@ def laplace(
         interrupted()
     curves = found.pop("curves")
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(text(found))
     else:
         _show(found)
     if plot:
         from kfaccore.cli.pictures import reliability
 
         target = chosen.folder / "laplace.png"
-        reliability(curves, found["task"], target)
+        with or_fail():
+            reliability(curves, found["task"], target)
         typer.echo(f"picture: {target}", err=as_json)
 
 

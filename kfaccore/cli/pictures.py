@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.cli.plot import pyplot
+from kfaccore.cli.plot import pyplot, saved
 
 QUERIES, SIDE = 6, 5  # rows, and examples on either side
 
@@ -30,7 +30,7 @@ def influence(rows: list[dict], asked: np.ndarray, data: np.ndarray, path: Path)
             for panel, found in zip(line[start : start + side], row[kind], strict=False):
                 _image(panel, data[found["example"]], f"{found.get('label', '')}  {found['effect']:+.2g}", colour)
     figure.suptitle("most helpful (green) and most harmful (red) examples: label, effect on the log odds", fontsize=10)
-    figure.savefig(path, dpi=150)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -58,7 +58,7 @@ def reliability(curves: dict[str, dict[str, list[float]]], title: str, path: Pat
         panel.scatter(curve["confidence"], curve["right"], s=sizes, color=line.get_color(), alpha=0.6)
     panel.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02), title=title)
     panel.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -74,5 +74,5 @@ def pruning(found: dict, path: Path) -> None:
     panel.invert_xaxis()
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    saved(figure, path)
     plt.close(figure)

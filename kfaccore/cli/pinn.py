@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore import Preconditioner, __version__, describe, load, metadata, save
-from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
-from kfaccore.cli.pause import Pause
+from kfaccore import Preconditioner, __version__, describe, load, save
+from kfaccore.cli import resumed
+from kfaccore.cli.fail import fail
+from kfaccore.cli.pause import Pause, stopped
+from kfaccore.cli.results import Writers, end, put_text
 
 EVALUATIONS = 60  # of the error, over a run
 POINTS = 9000  # held out
@@ -91,16 +92,14 @@ class PINNRun:
             "curves": self.curves,
         }
 
-    def write(self, out: Path) -> None:
-        """run.json, run.safetensors and curves.png in `out`, whatever was reached."""
-        (out / "run.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
+    def writers(self) -> Writers:
+        """How run.json, run.safetensors and curves.png are written, whatever was reached."""
+        found = {"run.json": put_text(self.summary())}
         if self.kept is not None:
-            self._save(out / "run.safetensors")
+            found["run.safetensors"] = self._save
         if self.params:
-            from kfaccore.cli.plot import solution
-
-            name = next(iter(self.params))
-            solution(self.pinn, self.params[name], self.curves, f"{self.name}, {name}", out / "curves.png")
+            found["curves.png"] = self._draw
+        return found
 
     def show(self, out: Path | None) -> None:
         """The table, and where the files are."""
@@ -120,6 +119,11 @@ class PINNRun:
         if out is not None:
             console.print(", ".join(str(path) for path in sorted(out.iterdir())), soft_wrap=True)
 
+    def diverged(self) -> str:
+        """Why a method's last figure is no number, or nothing."""
+        found = all(math.isfinite(row["relative"]) for row in self.summary()["methods"])
+        return "" if found else "its error is not finite"
+
     def _note(self, name: str, solver: Any, params: Any, progress: Any) -> None:
         """Codes, and what is to be saved."""
         self.params[name] = params
@@ -135,6 +139,12 @@ class PINNRun:
         for key, value in zip(curve, found, strict=True):
             curve[key].append(value)
         return relative
+
+    def _draw(self, path: Path) -> None:
+        from kfaccore.cli.plot import solution
+
+        name = next(iter(self.params))
+        solution(self.pinn, self.params[name], self.curves, f"{self.name}, {name}", path)
 
     def _save(self, path: Path) -> None:
         solver, params, progress = self.kept  # type: ignore[misc]
@@ -155,16 +165,7 @@ class PINNRun:
 
         if isinstance(solver, LBFGS):
             raise ValueError(f"--resume continues a run that keeps a state, which {name} does not")
-        meta = metadata(path)
-        if (meta.get("task"), meta.get("method")) != (self.name, name):
-            raise ValueError(
-                f"{path} is a run of {meta.get('method')} on {meta.get('task')}, not {name} on {self.name}"
-            )
-        if meta.get("seed") != self.seed:
-            raise ValueError(f"{path} is a run of --seed {meta.get('seed')}; --seed is {self.seed}")
-        start = meta.get("step")
-        if not isinstance(start, int) or start >= self.steps:
-            raise ValueError(f"{path} has taken {start} steps already; --steps is {self.steps}, need more")
+        start = resumed.start(path, resumed.told(path, self.name, name, self.seed).get("step"), self.steps)
         tree = load(path, like={"params": params, "state": initial_state(self.pinn, params, solver)})
         return tree["params"], tree["state"], start
 
@@ -184,8 +185,6 @@ def train_pinn(
     name: str, methods: list[str], steps: int, seed: int, out: Path | None, resume: Path | None, as_json: bool
 ) -> None:
     """Train every method on the problem `name` from the same start and batches, and report."""
-    import typer
-
     from kfaccore_numpy.equations.tasks import PINN_TASKS, SOLVERS
 
     task = PINN_TASKS[name]
@@ -193,18 +192,12 @@ def train_pinn(
         if method not in SOLVERS:
             fail(f"no method {method!r} for {name}; there are {', '.join(SOLVERS)}")
     trial = PINNRun(name, task, steps or task.steps, seed)
-    finished = True
+    code = 0
     try:
         for index, method in enumerate(methods):
             trial.train(method, task.solver(method), resume if index == 0 else None, quiet=as_json)
-    except KeyboardInterrupt:
-        finished = False
+    except KeyboardInterrupt as error:
+        code = stopped(error)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    if out is not None:
-        trial.write(out)
-    typer.echo(json.dumps(trial.summary(), indent=2)) if as_json else trial.show(out)
-    if not finished:
-        raise typer.Exit(INTERRUPTED)
-    if not all(math.isfinite(row["relative"]) for row in trial.summary()["methods"]):
-        fail("a run diverged: its error is not finite", UNFINISHED)
+    end(trial, out, as_json, code)

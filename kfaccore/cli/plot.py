@@ -10,24 +10,39 @@ from typing import Any
 import numpy as np
 import typer
 
-from kfaccore.cli.fail import fail
+from kfaccore.written import written
 
 
-def curves(found: dict[str, dict[str, list]], title: str, path: Path) -> None:
-    """Loss against steps and against training seconds."""
+def curves(found: dict[str, dict[str, list]], title: str, path: Path, batch: int) -> None:
+    """Loss against steps and against training seconds; of methods that know the noise of their batches rho, and the
+    critical batch beside the `batch` they have."""
     plt = pyplot(path)
     if plt is None:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, key, label in zip(panels, ("step", "seconds"), ("step", "training time [s]"), strict=True):
+    noisy = {name: curve for name, curve in found.items() if "rho" in curve}
+    count = 4 if noisy else 2
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 4), layout="constrained")
+    panels[1].sharey(panels[0])
+    for panel, key, label in zip(panels, ("step", "seconds"), ("step", "training time [s]"), strict=False):
         for name, curve in found.items():
             panel.plot(curve[key], curve["loss"], label=name, linewidth=1.8)
         panel.set(xlabel=label, yscale="log")
-        panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("mean loss")
     panels[0].legend(frameon=False)
+    for panel, key in zip(panels[2:], ("rho", "critical_batch"), strict=False):
+        for name, curve in noisy.items():
+            values = [np.nan if x is None else x for x in curve[key]]
+            panel.plot(curve["step"], values, label=name, color=f"C{[*found].index(name)}", linewidth=1.8)
+        panel.set(xlabel="step")
+    if noisy:
+        panels[2].set(ylim=(0, 1.02), title="rho: share of a batch's slope that is real")
+        panels[3].axhline(batch, color="0.4", linestyle="--", label="batch")
+        panels[3].set(yscale="log", title="critical batch")
+        panels[3].legend(frameon=False)
+    for panel in panels:
+        panel.grid(alpha=0.3, which="both")
     figure.suptitle(title)
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -45,7 +60,7 @@ def spectra(found: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
         panel.set(xlabel="index", yscale="log", title=f"eigenvalues of {kind}")
         panel.grid(alpha=0.3)
     panels[0][0].legend(frameon=False, fontsize="small")
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -68,7 +83,7 @@ def gains(summary: dict[str, dict[str, float]], path: Path) -> None:
     panels[0].set_ylabel("gain: share of the best decrease")
     points, labels = panels[0].get_legend_handles_labels()
     figure.legend(points, labels, loc="outside right upper", frameon=False)
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
@@ -95,16 +110,17 @@ def solution(pinn: Any, params: Any, found: dict[str, dict[str, list]], title: s
     panels[2].grid(alpha=0.3, which="both")
     panels[2].legend(frameon=False)
     figure.suptitle(title)
-    _saved(figure, path)
+    saved(figure, path)
     plt.close(figure)
 
 
-def _saved(figure: Any, path: Path) -> None:
-    """Exit 2 for a path that cannot be written, or of a kind of picture there is not."""
+def saved(figure: Any, path: Path) -> None:
+    """To `path`, whole or not at all. OSError where it cannot be written, or is of a kind of picture there is not."""
     try:
-        figure.savefig(path, dpi=150)
+        with written(path) as file:
+            figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        fail(f"{path} could not be drawn: {error}")
+        raise OSError(f"{path} could not be drawn: {error}") from error
 
 
 def pyplot(path: Path) -> ModuleType | None:

@@ -21,6 +21,7 @@ class Progress:
         self.newest = ""
 
     def layer(self, name: str, index: int, count: int) -> None:
+        """A layer begins."""
         self.where = f"[{index + 1}/{count}] {name}"
 
     def method(self, layer: str, method: str) -> None:
@@ -40,6 +41,7 @@ class Progress:
         sys.stderr.flush()
 
     def end(self) -> None:
+        """Wipe the line."""
         if self.live:
             self._over("")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from kfaccore.cli.fail import fail
+from kfaccore.cli.fail import fail, or_fail
+from kfaccore.cli.results import text
 from kfaccore.cli.trained import Trained, accuracy, interrupted, mean_eigenvalues, needs_classes, read
 
 POINTS = 6
@@ -37,14 +37,15 @@ def prune(
     except KeyboardInterrupt:
         interrupted()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(text(found))
     else:
         _show(found)
     if plot:
         from kfaccore.cli.pictures import pruning
 
         target = chosen.folder / "prune.png"
-        pruning(found, target)
+        with or_fail():
+            pruning(found, target)
         typer.echo(f"picture: {target}", err=as_json)
 
 

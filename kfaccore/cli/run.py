@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kfaccore import Preconditioner, __version__, describe, load, metadata, save
+from kfaccore import Info, Preconditioner, __version__, describe, load, save
+from kfaccore.cli import resumed
 from kfaccore.cli.pause import Pause
+from kfaccore.cli.results import Writers, put_text
 
 EVALUATIONS = 40  # points of a curve
 
 
 class Run:
-    """Curves of each method: evaluated loss at steps and training seconds; the first method's state is kept."""
+    """Curves of each method: evaluated loss at steps and training seconds, and what its steps tell of the noise of
+    their batches; the first method's state is kept."""
 
     def __init__(self, name: str, task: Any, steps: int, seed: int, xp: Any) -> None:
         self.name = name
@@ -62,8 +64,9 @@ class Run:
                         codes[code.name] = codes.get(code.name, 0) + count
                     if progress.step % every == 0 or progress.step == self.steps or not math.isfinite(progress.loss):
                         value = mean_loss(network, progress.params, self.evaluation, loss)
-                        for key, number in zip(curve, (progress.step, progress.seconds, value), strict=True):
-                            curve[key].append(number)
+                        point = {"step": progress.step, "seconds": progress.seconds, "loss": value}
+                        for key, number in (point | _noise(progress.info)).items():
+                            curve.setdefault(key, []).append(number)
                         bar.update(row, loss=value)
                     bar.advance(row)
                     if not math.isfinite(progress.loss):
@@ -86,15 +89,16 @@ class Run:
         meta = {"task": self.name, "seed": self.seed, "batch": self.task.batch, "version": __version__}
         return {**meta, "methods": rows, "curves": self.curves}
 
-    def write(self, out: Path) -> None:
-        """run.json, run.safetensors and curves.png in `out`, whatever was reached."""
-        (out / "run.json").write_text(json.dumps(self.summary(), indent=2) + "\n")
-        if self.kept is not None:
-            self._save(out / "run.safetensors")
-        if self.curves:
-            from kfaccore.cli.plot import curves
+    def writers(self) -> Writers:
+        """How run.json, run.safetensors and curves.png are written, whatever was reached."""
+        from kfaccore.cli.plot import curves
 
-            curves(self.curves, self.name, out / "curves.png")
+        found = {"run.json": put_text(self.summary())}
+        if self.kept is not None:
+            found["run.safetensors"] = self._save
+        if self.curves:
+            found["curves.png"] = lambda path: curves(self.curves, self.name, path, self.task.batch)
+        return found
 
     def show(self, out: Path | None) -> None:
         """The table, and where the files are."""
@@ -113,6 +117,11 @@ class Run:
         if out is not None:
             console.print(", ".join(str(path) for path in sorted(out.iterdir())), soft_wrap=True)
 
+    def diverged(self) -> str:
+        """Why a method's last figure is no number, or nothing."""
+        found = all(math.isfinite(row["final"]) for row in self.summary()["methods"])
+        return "" if found else "its loss is not finite"
+
     def _save(self, path: Path) -> None:
         optimiser, params, state = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
@@ -126,11 +135,14 @@ class Run:
     def _resumed(self, path: Path, name: str, optimiser: Any, params: Any) -> tuple[Any, Any, int]:
         if not isinstance(optimiser, Preconditioner):
             raise ValueError(f"--resume continues a preconditioned method, not {name}")
-        meta = metadata(path)
-        if (meta.get("task"), meta.get("method")) != (self.name, name):
-            raise ValueError(
-                f"{path} is a run of {meta.get('method')} on {meta.get('task')}, not {name} on {self.name}"
-            )
+        resumed.told(path, self.name, name, self.seed)
         fresh = optimiser.init(self.task.network.blocks(), next(iter(params.values())))
         tree = load(path, like={"params": params, "state": fresh})
-        return tree["params"], tree["state"], tree["state"].step
+        return tree["params"], tree["state"], resumed.start(path, tree["state"].step, self.steps)
+
+
+def _noise(info: Info | None) -> dict[str, float | None]:
+    """rho and critical_batch of a step that knows them; None where the batch shows no gradient beyond its noise."""
+    told = {} if info is None else info.step
+    found = {key: float(told[key]) for key in ("rho", "critical_batch") if key in told}
+    return {key: x if math.isfinite(x) else None for key, x in found.items()}  # JSON has no infinity

@@ -50,10 +50,12 @@ def duration(seconds: float) -> str:
 
 
 def width() -> int:
+    """Columns of the terminal; 100 where there is none."""
     return shutil.get_terminal_size((100, 24)).columns
 
 
 def height() -> int:
+    """Lines of the terminal; 24 where there is none."""
     return shutil.get_terminal_size((100, 24)).lines
 
 

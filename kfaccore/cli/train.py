@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kfaccore.cli.fail import INTERRUPTED, UNFINISHED, fail
+from kfaccore.cli.fail import fail
+from kfaccore.cli.pause import stopped
+from kfaccore.cli.results import end, folder
 
 
 def train(
@@ -46,30 +47,19 @@ def train(
     runs = [_optimiser(name, chosen, step, penalties) for name in methods]
     xp = _backend(backend)
     if out is not None:
-        _folder(out)
+        folder(out)
     trial = Run(task, chosen, steps or chosen.steps, seed, xp)
-    finished = True
+    code = 0
     try:
         for index, (name, optimiser) in enumerate(runs):
             trial.train(name, optimiser, resume if index == 0 else None, quiet=as_json)
-    except KeyboardInterrupt:
-        finished = False
+    except KeyboardInterrupt as error:
+        code = stopped(error)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    _close(trial, out, as_json, finished)
-
-
-def _close(trial: Any, out: Path | None, as_json: bool, finished: bool) -> None:
-    """Files, table or JSON, and the exit code of a run that did not end well."""
-    if out is not None:
-        trial.write(out)
-    typer.echo(json.dumps(trial.summary(), indent=2)) if as_json else trial.show(out)
     if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & set(os.environ):
         typer.echo("hint: small networks train up to 10 times faster with OMP_NUM_THREADS=1", err=True)
-    if not finished:
-        raise typer.Exit(INTERRUPTED)
-    if not all(math.isfinite(row["final"]) for row in trial.summary()["methods"]):
-        fail("a run diverged: its loss is not finite", UNFINISHED)
+    end(trial, out, as_json, code)
 
 
 def _check(penalties: dict[str, float]) -> None:
@@ -103,7 +93,7 @@ def _equation(
     if given:
         fail(f"{', '.join(given)}: not for {task}, a differential equation, whose methods set their own step")
     if out is not None:
-        _folder(out)
+        folder(out)
     train_pinn(task, ["pinn-kfac", *methods[1:]] if methods[0] == "kfac" else methods, out=out, **options)
 
 
@@ -139,10 +129,3 @@ def _backend(name: str) -> Any:
     else:
         fail(f"--backend is {name!r}; there are numpy and cupy")
     return xp
-
-
-def _folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out}: {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from kfaccore.cli.fail import INTERRUPTED, fail
+from kfaccore.record.npz import Npz
 
 if TYPE_CHECKING:
     from kfaccore.posterior import Curvature
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kfaccore.xp.arrays import Array
 
 BATCH = 256
+UNPACKED = 1 << 30  # bytes that the arrays of a compressed .npz may take
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,25 @@ def read(run: Path) -> Trained:
         meta = metadata(file)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    if meta.get("task") not in TASKS or "params" not in tree:
+    task = TASKS.get(str(meta.get("task")))
+    if task is None:
         fail(f"{file} is a run of {meta.get('task')!r}; need one of {', '.join(TASKS)}")
-    params = {name: tree["params"][name] for name in TASKS[meta["task"]].network.blocks()}
-    return Trained(file.parent, TASKS[meta["task"]], params, meta)
+    wanted = task.network.init(np.random.default_rng(0), np.asarray)
+    held = tree.get("params") if isinstance(tree, Mapping) else None
+    held = held if isinstance(held, Mapping) else {}
+    for name, like in wanted.items():
+        if np.shape(held.get(name)) != like.shape or np.asarray(held[name]).dtype.kind != "f":
+            fail(f"{file} holds no parameters of {meta['task']}: {name} has to be an array of floats {like.shape}")
+    return Trained(file.parent, task, {name: held[name] for name in wanted}, meta)
 
 
 def examples(option: str, file: Path, run: Trained) -> tuple[np.ndarray, np.ndarray]:
     """x and y of an .npz that fit the run's network, or exit 2."""
     try:
-        with np.load(file) as found:
-            x, y = found["x"], found["y"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        found = Npz(file, UNPACKED)
+        x = found["x"]
+        y = found["y"]
+    except (OSError, ValueError) as error:
         fail(f"{option} {file}: {error}; need an .npz of x and y")
     inputs = run.task.network.inputs
     if x.shape[1:] != inputs or len(x) != len(y) or not len(x):

@@ -18,9 +18,10 @@ from operator import add
 import numpy as np
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, is_numpy, namespace
+from kfaccore.xp.arrays import Array, is_numpy, is_tracer, namespace
 
 _SPECTRUM_BYTES = 1 << 26  # float32 spectra held at once
+_LEAST = 1 << 22  # and where every byte of a device counts, as many as the image has, but not under this
 _GROUP = 1 << 19  # entries of spectra and power spectra worked on at once
 
 
@@ -73,7 +74,8 @@ def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
     batch = x.shape[0]
     channels = x.shape[-1]
     size = transform_sizes(tuple(x.shape[1:-1]), kernel)
-    chunks = -(-batch * prod(size) * channels * 4 // _SPECTRUM_BYTES)
+    held = _SPECTRUM_BYTES if is_numpy(x) else min(_SPECTRUM_BYTES, max(_LEAST, 4 * prod(x.shape)))
+    chunks = -(-batch * prod(size) * channels * 4 // held)
     spans = kernels.spans(batch, max(1, -(-batch // chunks)))  # as few as fit, of nearly equal size
     spectra = (kernels.rfftn(x[span, ...], size, axes) for span in spans)
     turned = (xp.permute_dims(spectrum, (*axes, 0, x.ndim - 1)) for spectrum in spectra)
@@ -84,7 +86,7 @@ def _correlations(x: Array, kernel: tuple[int, ...]) -> Array:
 def _displacements(spectrum: Array, size: tuple[int, ...], kernel: tuple[int, ...]) -> Array:
     """R from spectra (frequencies..., batch, C): the power spectrum's inverse transform at |D| < kernel alone.
 
-    On NumPy a few rows of frequencies at a time, so that power spectra stay in cache.
+    A few rows of frequencies at a time, on NumPy so that power spectra stay in cache, elsewhere for their memory.
     """
     xp = namespace(spectrum)
     first, *rest = (
@@ -94,7 +96,8 @@ def _displacements(spectrum: Array, size: tuple[int, ...], kernel: tuple[int, ..
     rows = spectrum.shape[0]
     channels = spectrum.shape[-1]
     held = prod(spectrum.shape[1:]) + prod(spectrum.shape[1:-2]) * channels**2
-    group = kernels.at_once(held, _GROUP) if is_numpy(spectrum) else rows
+    room = _GROUP if is_numpy(spectrum) else max(_GROUP // 4, prod(spectrum.shape) // 4)
+    group = rows if is_tracer(spectrum) else kernels.at_once(held, room)
     total = None
     for span in kernels.spans(rows, group):
         part = spectrum[span, ...]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
-from operator import iadd
+from operator import add, iadd
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram, rows_held
@@ -17,6 +17,9 @@ from kfaccore.convolution.window import Window, offsets, unfold
 from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, widen
 
 __all__ = ["Patches", "Window"]
+
+_PIECE = 1 << 19  # numbers of an image whose autocorrelation is taken at once, NumPy aside
+_PIECES = 8  # but no more of them
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,12 @@ class Patches:
 
     @property
     def blocks(self) -> int:
+        """Groups of channels, each with a matrix of its own."""
         return self.image.shape[0]
 
     @property
     def spatial(self) -> tuple[int, ...]:
+        """Sizes of the image without batch and channels."""
         return tuple(self.image.shape[2:-1])
 
     @property
@@ -97,7 +102,16 @@ class Patches:
                 f"shorter than the kernel, and stride or dilation 1: use gram_by_chunks"
             )
         xp = namespace(self.image)
-        return xp.stack([self._block_gram(self.image[block, ...]) for block in range(self.blocks)])
+        batch = self.image.shape[1]
+        size = prod(self.image.shape[1:])
+        # phases, spectra and what is padded are each as large as the image; where calls are launched, each piece costs
+        most = 1 if is_numpy(self.image) else _PIECES if str(device_of(self.image)) == "cpu" else 2
+        pieces = min(most, -(-size // _PIECE), batch)
+        grams = []
+        for block in range(self.blocks):
+            images = (self.image[block, span, ...] for span in kernels.spans(batch, -(-batch // pieces)))
+            grams.append(reduce(add, (self._block_gram(image) for image in images)))
+        return xp.stack(grams)
 
     def rows(self, chunk: int) -> Iterator[Array]:
         """Unfolded rows (blocks, examples, shared, d_in) of `chunk` consecutive examples at a time."""
@@ -132,5 +146,5 @@ class Patches:
         axes = tuple(range(2, total.ndim - 1))
         parts = [xp.sum(part, axis=axes)[0, 0, ...] for part in offsets(total, self.window)]
         sums = xp.concat(parts)[:, None]
-        count = xp.zeros((1, 1), dtype=A.dtype, device=device_of(A)) + float(prod(self.shape[1:3]))
+        count = xp.zeros((1, 1), dtype=A.dtype, device=device_of(A)) + float(image.shape[0] * self.shape[2])
         return xp.concat([xp.concat([A, sums], axis=1), xp.concat([sums.mT, count], axis=1)])

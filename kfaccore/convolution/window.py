@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
+from kfaccore.xp.arrays import Array, is_numpy, namespace
+from kfaccore.xp.border import bordered
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,7 @@ class Window:
 
 def pad(image: Array, padding: tuple[tuple[int, int], ...]) -> Array:
     """Zeros around the spatial axes of (blocks, batch, *spatial, C)."""
-    xp = namespace(image)
-    for axis, (low, high) in enumerate(padding, start=2):
-        sides = []
-        for width in (low, high):
-            shape = (*image.shape[:axis], width, *image.shape[axis + 1 :])
-            sides.append(xp.zeros(shape, dtype=image.dtype, device=device_of(image)))
-        if low or high:
-            image = xp.concat([sides[0], image, sides[1]], axis=axis)
-    return image
+    return bordered(image, padding, 2)
 
 
 def unfold(image: Array, w: Window, bias: bool) -> Array:
@@ -87,7 +80,7 @@ def unfold(image: Array, w: Window, bias: bool) -> Array:
     parts = list(_offsets(padded, w, w.outputs(tuple(image.shape[2:-1]))))
     if bias:
         parts.append(xp.ones_like(parts[0][..., :1]))
-    rows = xp.concat(parts, axis=-1)
+    rows = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
     return xp.reshape(rows, (*image.shape[:2], -1, rows.shape[-1]))
 
 

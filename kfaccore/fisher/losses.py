@@ -54,9 +54,12 @@ class SoftmaxCrossEntropy:
         xp = namespace(f)
         return -xp.sum(self._soft(f, target, mask) * _log_softmax(f))
 
-    def normaliser(self, f: Array, target: Array, mask: Array | None = None) -> Array:
-        """Sum of the label weights of the valid positions, 0-d (their number without class weights)."""
+    def normaliser(self, f: Array, target: Array | None, mask: Array | None = None) -> Array:
+        """Sum of the label weights of the valid positions, 0-d (their number without class weights: then target may be
+        None)."""
         xp = namespace(f)
+        if target is None:
+            return xp.sum(self._scale(f, None, mask))
         hard = SoftmaxCrossEntropy(0.0, self.weights, self.ignore)
         return xp.sum(hard._soft(f, target, mask))
 

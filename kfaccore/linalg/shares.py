@@ -1,7 +1,8 @@
 """What an example's own direction does to it: z_bt = (P h_b) a_bt, h_b = sum_s g_bs a_bs^T its own gradient.
 
 J_vb P h_b = sum_t g~_vbt . z_bt for any draw g~ of it, and h_b . P h_b = sum_t g_bt . z_bt. Positions s, t are those of
-one example; nothing of size examples x parameters is kept beyond a chunk.
+one example; nothing of size examples x parameters is kept beyond a chunk. Where examples have more positions than the
+layer is wide, h_b is smaller than its rows, and P h_b itself is formed.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Protocol
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, namespace, shared_first
 from kfaccore.xp.chunks import at_once, spans
 from kfaccore.xp.numbers import Number, pick
+
+_FORMED = 2  # products a position that forming J of an own and a drawn gradient takes
 
 
 class Solve(Protocol):
@@ -22,6 +25,14 @@ class Solve(Protocol):
 
     def outputs(self, own: Record) -> Array:
         """z (blocks, batch, shared, d_out) of a record of one draw, the loss's own gradients."""
+        ...
+
+    def applied(self, h: Array) -> Array:
+        """P h_b for h (blocks, batch, d_out, d_in)."""
+        ...
+
+    def by_rows(self, shared: int, d_in: int, d_out: int) -> bool:
+        """Whether `outputs` takes fewer products than forming h_b and `applied`."""
         ...
 
 
@@ -49,6 +60,15 @@ class Inverted:
             return xp.matmul(xp.matmul(turned, a.mT), g)
         return xp.matmul(turned, xp.matmul(a.mT, g))
 
+    def applied(self, h: Array) -> Array:
+        """G h A."""
+        return _times(_times(h, self.A).mT, self.G).mT
+
+    def by_rows(self, shared: int, d_in: int, d_out: int) -> bool:
+        """Rows through both inverses and pairs of positions, against examples through both inverses."""
+        rows = shared * (d_in * d_in + d_out * d_out) + shared * min(shared * (d_in + d_out), 2 * d_in * d_out)
+        return rows <= d_in * d_out * (d_in + d_out + _FORMED * shared)
+
 
 @dataclass(frozen=True)
 class Rotated:
@@ -71,6 +91,16 @@ class Rotated:
             z = self._alone(a, g) if own.shared == 1 else xp.matmul(a, (xp.matmul(g.mT, a) / self._each()).mT)
         return _times(z, side.transposed(self.Qg))
 
+    def applied(self, h: Array) -> Array:
+        """Into the basis, over the values, and back."""
+        turned = _times(_times(h, self.Qa).mT, self.Qg).mT / self._each()
+        return _times(_times(turned, side.transposed(self.Qa)).mT, side.transposed(self.Qg)).mT
+
+    def by_rows(self, shared: int, d_in: int, d_out: int) -> bool:
+        """Rows into the basis, outputs back, against examples into it and back."""
+        rows = shared * (d_in * d_in + 2 * d_out * d_out + 2 * d_in * d_out)
+        return rows <= d_in * d_out * (2 * d_in + 2 * d_out + _FORMED * shared)
+
     def _alone(self, a: Array, g: Array) -> Array:
         """Of rows that are examples: g_o sum_i a_i^2 / values_oi."""
         squares = (a * a)[:, :, 0, :]
@@ -91,9 +121,17 @@ def shares(drawn: Record, own: Record, solve: Solve) -> tuple[Array, Array]:
     q = xp.sum(own.g[:0, ...])
     for span in spans(own.batch, at_once(_held(own))):
         part = _part(own, span)
-        z = solve.outputs(part)
-        found.append(xp.sum(xp.vecdot(drawn.g[:, :, span, ...], z[None, ...]), axis=(1, 3)))
-        q = q + xp.sum(part.g[0, ...] * z)
+        g = drawn.g[:, :, span, ...]
+        if own.shared == 1 or isinstance(own.a, Ids) or solve.by_rows(own.shared, own.d_in, own.d_out):
+            mine = part.g[0, ...]
+            z = solve.outputs(part)
+        else:
+            a = part.rows()
+            g = xp.matmul(g.mT, a[None, ...])  # J of each draw
+            mine = xp.matmul(part.g[0, ...].mT, a)  # h
+            z = solve.applied(mine)
+        found.append(xp.sum(xp.vecdot(g, z[None, ...]), axis=(1, 3)))
+        q = q + xp.sum(xp.vecdot(mine, z))
     return xp.concat(found, axis=1), q
 
 
@@ -132,8 +170,10 @@ def _taken(table: Array, index: Array) -> Array:
 
 
 def _times(rows: Array, x: Array) -> Array:
-    """Rows (blocks, batch, shared, d) times a side (blocks, d, d) or (blocks, d)."""
+    """Rows (blocks, batch, shared, d) times a side (blocks, d, d) or (blocks, d), in the order they lie in memory."""
     xp = namespace(rows)
+    if shared_first(rows):
+        return xp.moveaxis(_times(xp.moveaxis(rows, -2, -3), x), -2, -3)
     flat = xp.reshape(rows, (rows.shape[0], -1, rows.shape[-1]))
     return xp.reshape(side.times(flat, x), rows.shape)
 

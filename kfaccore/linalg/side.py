@@ -24,10 +24,12 @@ class Scale:
 
     @classmethod
     def of_factor(cls, x: Array) -> Scale:
+        """Of a factor, or of a diagonal one."""
         return cls(namespace(x).mean(diagonal(x), axis=-1), lambda: top_eigenvalue(x))
 
     @classmethod
     def of_eigenvalues(cls, values: Array) -> Scale:
+        """Of a factor given by its eigenvalues (blocks, d)."""
         xp = namespace(values)
         return cls(xp.mean(values, axis=-1), lambda: xp.max(values, axis=-1))
 
@@ -72,6 +74,10 @@ def top_eigenvalue(x: Array) -> Array:
 def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
     """(x + shift I)^-1 and a code, for shift (blocks,)."""
     xp = namespace(x)
+    if not is_diagonal(x) and x.shape[-1] == 1:  # of gains and biases alone, of which a network has many
+        row = x[..., 0]
+        found, code = inverse(row, shift)
+        return found[..., None], choose((row - row != 0)[:, 0], Code.NONFINITE, code)
     if not is_diagonal(x):
         return kernels.spd_inverse(kernels.shifted(x, shift))
     shifted = x + shift[:, None]

@@ -42,7 +42,12 @@ class State:
 
 @dataclass(frozen=True)
 class GlobalFNGD(Each, Coefficients):
-    """Coefficients shared by all layers; see the module. Fields as FNGD's; sharing whole | reduce."""
+    """x_l = sum_i c_i J_li with (K + n damping I) c = 1, K = sum over layers of <J_li, J_lj>: layers not taken apart.
+
+    The natural gradient of the whole network's empirical Fisher; gradients and directions are {layer: (blocks, d_out,
+    d_in)}. Exact while coefficients are computed. Fields as FNGD's; sharing whole | reduce.
+    Ou et al. 2024, arxiv.org/abs/2403.03473.
+    """
 
     method: FNGD = field(init=False, repr=False)
 

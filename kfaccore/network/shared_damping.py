@@ -35,7 +35,10 @@ class State:
 
 @dataclass(frozen=True)
 class SharedDamping(Each[State]):
-    """TKFAC or TEKFAC over convolutions and dense layers; see the module.
+    """TKFAC or TEKFAC, dense layers damped in units of the largest convolution: damping times the largest lambda_l.
+
+    lambda_l = max(tr F_l, floor) / (d_out d_in) of layers whose method has damping=Adaptive(floor), the convolutions,
+    which are damped by their own. ValueError where no layer has. Gao et al. 2020, arxiv.org/abs/2011.13609.
 
     method   TKFAC | TEKFAC, or a mapping from layer to one of them; Adaptive damping tells which are convolutions
     """

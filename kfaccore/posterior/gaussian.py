@@ -30,7 +30,7 @@ Records = Mapping[str, Record]
 @tree.kept
 @dataclass(frozen=True)
 class Posterior:
-    """N(mean, (scale F~ + precision I)^-1); see the module.
+    """N(mean, (scale F~ + precision I)^-1), a Gaussian over the parameters of the layers, each with a block of its own.
 
     mean        {layer: (blocks, d_out, d_in)}; a plain layer's may be (d_out, d_in)
     curvature   F~ of the mean loss

@@ -31,7 +31,7 @@ def describe(
         "method": ", ".join(sorted(kinds)),
         "damping": {name: float(np.max(to_host(hyper.damping))) for name, hyper in hypers.items()},
         "blocks": {name: asdict(block) for name, block in blocks.items()},
-        "clocks": {"update": core.clocks.update, "refresh": core.clocks.refresh},
+        "clocks": {name: value for name, value in asdict(core.clocks).items() if value},
     }
     if model:
         found["model"] = model

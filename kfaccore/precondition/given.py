@@ -72,6 +72,12 @@ def in_dtype(stats: T, like: Array | None) -> T:
     return tree.map(lambda x: x if isinstance(x, int | float) else namespace(x).astype(x, like.dtype), stats)
 
 
+def refused(stats: Stats) -> Array:
+    """Where Stats are not usable, (blocks,) bool: their `bad` counts records, or says so at once."""
+    bad = stats.bad
+    return bad if namespace(bad).isdtype(bad.dtype, "bool") else bad > 0
+
+
 def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) -> Array:
     """A direction in the dtype of its gradient, where the state's wider one made it wider."""
     wanted = grad.g.dtype if isinstance(grad, Factored) else grad.dtype

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from kfaccore.method import Block, Hyper, State, T
 from kfaccore.precondition.comm import Communicator
-from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, working
+from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, refused, working
 from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import reduced
 from kfaccore.record import Factored, Record
@@ -101,8 +101,12 @@ class Group(Protocol[N, K]):
         """Zeros shaped like the directions, on a rank that another sends them to."""
         ...
 
-    def parts(self, solved: Solution, refused: K | None, grads: Grads) -> Parts:
-        """Directions, codes and information by layer; `refused` as `updated` gave it, or None."""
+    def marked(self, solved: Solution, refused: K | None) -> Solution:
+        """With the code of what was refused, as `updated` gave it; None for nothing."""
+        ...
+
+    def parts(self, solved: Solution, grads: Grads) -> Parts:
+        """Directions, codes and information by layer."""
         ...
 
 
@@ -128,8 +132,8 @@ class Together:
         turns = zip(*given.values(), strict=True)
         stats = [self._measured(state, dict(zip(given, turn, strict=True)), hypers) for turn in turns]
         total = reduced(comm, reduce(self.method.combine, stats))
-        refused = {name: found.bad > 0 for name, found in total.items()}
-        return self.method.update(state, total, of(self.names, hypers), donate), refused | self._fine(state, refused)
+        bad = {name: refused(found) for name, found in total.items()}
+        return self.method.update(state, total, of(self.names, hypers), donate), bad | self._fine(state, bad)
 
     def _measured(self, state: Layered, batch: dict[str, Any], hypers: Hypers) -> dict[str, Any]:
         """Stats of one micro-batch, in the dtype of the states they will move."""
@@ -164,9 +168,12 @@ class Together:
         zeros: dict[str, Any] = {name: namespace(x).zeros_like(x) for name, x in ours.items()}
         return Solution(zeros, {name: state.layers[name].code for name in zeros}, state, {})
 
-    def parts(self, solved: Solution, refused: dict[str, Array] | None, grads: Grads) -> Parts:
+    def marked(self, solved: Solution, refused: dict[str, Array] | None) -> Solution:
         codes = dict(solved.code)
         for name, flag in (refused or {}).items():
             if name in codes:
                 codes[name] = choose(flag, Code.NONFINITE, codes[name])
-        return Parts(solved.direction, codes, {self.label: solved.info})
+        return replace(solved, code=codes)
+
+    def parts(self, solved: Solution, grads: Grads) -> Parts:
+        return Parts(solved.direction, dict(solved.code), {self.label: solved.info})

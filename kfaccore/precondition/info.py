@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.precondition.parts import Parts, Rows, Several
+from kfaccore.precondition.parts import Parts, Rows, Several, runs
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, to_host
 from kfaccore.xp.gram import squares
@@ -30,9 +30,13 @@ class Info:
     damping: dict[str, float | Array] = field(default_factory=dict)
     squares: Mapping[str, Array] = field(default_factory=dict)
 
+    def code_runs(self) -> list[tuple[tuple[str, ...], Array]]:
+        """(layers, the codes of all their blocks) as the step left them: one array for the layers of a stack."""
+        return list(runs(self.codes))
+
     def counts(self) -> dict[Code, int]:
         """How many blocks ended with each code; reads the codes to the host."""
-        codes = [to_host(code) for code in self.codes.values()]
+        codes = [to_host(code) for _, code in self.code_runs()]
         found, how_many = np.unique(np.concatenate(codes), return_counts=True) if codes else ((), ())
         return {Code(int(code)): int(count) for code, count in zip(found, how_many, strict=True)}
 

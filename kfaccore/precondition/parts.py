@@ -55,6 +55,18 @@ class Several(Mapping[str, V], Generic[V]):
         return len(self.names)
 
 
+def runs(mapping: Mapping[str, Array]) -> Iterator[tuple[tuple[str, ...], Array]]:
+    """(layers, their arrays end to end) as they lie, so that those of a stack are never cut."""
+    if isinstance(mapping, Several):
+        for inner in mapping.mappings:
+            yield from runs(inner)
+    elif isinstance(mapping, Rows):
+        yield mapping.names, namespace(mapping.table).reshape(mapping.table, (-1, *mapping.table.shape[2:]))
+    else:
+        for name, x in mapping.items():
+            yield (name,), x
+
+
 @dataclass(frozen=True)
 class Parts:
     """A group's directions, codes (blocks,) and information by layer; `whole` has all directions of a stack."""

@@ -8,7 +8,7 @@ Source: Pauloski et al. 2021 (2107.01739), with the greedy assignment, longest f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -127,9 +127,11 @@ def exchanged(
     methods: Mapping[str, Method],
     work: dict[str, tuple[int, ...]],
     blocks: Mapping[str, Block],
+    whole: Collection[str] = (),
 ) -> Mapping[str, S]:
     """States after a refresh by their owners, on all ranks of `work`, or on all there are where the next `measure`
-    needs them; only what `refresh` writes travels. `blocks` as the methods were given them."""
+    needs them; only what `refresh` writes travels, of the layers `whole` all. `blocks` as the methods were given
+    them."""
     if comm.world == 1:
         return states
     states = dict(states)
@@ -137,8 +139,10 @@ def exchanged(
     everyone = range(comm.world)
     to = {n: (w[0], *(r for r in everyone if r != w[0])) if seen[n][1] else w for n, w in work.items() if n in states}
     for ranks in sorted(set(to.values())):
+        if comm.rank not in ranks:
+            continue
         names = [name for name in states if to[name] == ranks]
-        send = {name: seen[name][0] for name in names}
+        send = {name: [name in whole or wanted for wanted in seen[name][0]] for name in names}
         packed = {name: _packed(states[name]) for name in names}
         parcel = {n: [x for x, wanted in zip(packed[n], send[n], strict=True) if wanted] for n in names}
         parcel = comm.broadcast(parcel, ranks)

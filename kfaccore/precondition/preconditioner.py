@@ -12,7 +12,7 @@ from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
-from kfaccore.precondition.due import Due, either, strikes
+from kfaccore.precondition.due import Due, clocked
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined
 from kfaccore.precondition.groups import Grads, NetworkMethod
@@ -20,7 +20,8 @@ from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
 from kfaccore.precondition.parts import Several
-from kfaccore.precondition.placement import agree, assign, check, common, costs, exchanged
+from kfaccore.precondition.placement import check, common, costs
+from kfaccore.precondition.ranks import OnRanks
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
@@ -32,7 +33,7 @@ from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 @dataclass(frozen=True, init=False)
-class Preconditioner:
+class Preconditioner(OnRanks):
     """Turns records and gradients of all layers into updates; holds numbers only, state is returned.
 
     methods    one method for all layers, or a mapping from layer to method
@@ -40,7 +41,7 @@ class Preconditioner:
     network    TwoLevel(KFAC()), Tridiagonal(): one method for all the layers it covers; `methods` has the others
     step       from directions to updates, kept as `rule`: SelfTuning(), LineSearch(), GridSearch(), Quadratic(),
                Fixed(lr, momentum, rescale); the default hands directions on
-    donate     let NumPy updates reuse the buffers of the state passed in, which must then not be used again
+    donate     let updates on NumPy and torch reuse the state's own buffers; the state passed in must not be used again
     widest     a wider side of a layer has a diagonal factor: no matrix of its square is made. A method whose memory is
                linear in the width keeps the side as it is: give that layer BrandKFAC() for a low-rank one
     stacked    whether layers of equal method and sizes are one call: None decides by cost, True takes all, False none
@@ -88,11 +89,14 @@ class Preconditioner:
         check(methods, self.comm)
         given = self.assigned.narrowed(blocks)
         layers = started(methods, given, self._stacks(methods, given, like), like)
+        shards = self._shards(methods, blocks)
+        layers = layers if shards is None else shards.kept(layers)
         xp = namespace(like)
         shapes = {name: (block.blocks, block.d_out, block.d_in) for name, block in blocks.items()}
         zeros = {n: xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for n, shape in shapes.items()}
         network = self.network.init(together, like) if self.network is not None and together else ()
-        return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()))
+        places = () if shards is None else shards.places
+        return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()), places)
 
     def memory(self, blocks: Mapping[str, Block], like: Array | None = None) -> dict[str, int]:
         """Bytes of each layer's state, before a run; nothing of that size is allocated.
@@ -108,7 +112,7 @@ class Preconditioner:
 
     def due(self, state: State) -> Due:
         """What the clocks ask of the next step; flags are traced where the state's step is."""
-        return Due(strikes(state.step, self.clocks.update), strikes(state.step, self.clocks.refresh))
+        return clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
@@ -159,7 +163,8 @@ class Preconditioner:
                   `own_gradients` the gradients of the loss itself
         loss      of this batch before the step, penalty included: for rules that bound what they promise
         own       {layer: Record, or micro-batches}: the rows of `records` with the loss's own gradients in g, one draw,
-                  where `rule.wants_own`. A layer that is not in it, as its rows mix examples, is judged as it is
+                  where `rule.wants_own`; n may be another, g / n counts. A layer that is not in it, as its rows mix
+                  examples, is judged as it is
         lengths   {layer: norm}, for rescale=Graft()
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
@@ -189,8 +194,7 @@ class Preconditioner:
         batches = checked(self, due, state, records or {}, grads)
         if batches:
             fitting(self, fisher)
-        if self.comm.world > 1:
-            agree(self.comm, set(grads), tuple(state.layers), tree.leaves(self._stacked(state).states)[0])
+        stacked, state = self._placed(self._stacked(state), state, grads)
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
@@ -200,12 +204,12 @@ class Preconditioner:
             return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
 
         hypers = self.schedules.hypers(grads, state.step, told_by_rule)
-        due = replace(due, refresh=either(due.refresh, self.rule.restart(motion)))
+        due = due.whole(self.rule.restart(motion))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         together = self.assigned.together(blocks) if grads else {}
-        lineup = Lineup.of(self.assigned, grads, together, self._stacked(state), state.network)
-        road = Road(due, self.comm, self._work(given), self.donate, given)
+        lineup = Lineup.of(self.assigned, grads, together, stacked, state.network)
+        road = Road(due, self.comm, self._work(given), self.donate, given, dict(state.places))
         groups, states = road.run(lineup.groups, lineup.states, batches, {**grads, **averaged}, hypers)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
@@ -216,21 +220,8 @@ class Preconditioner:
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
-        info = Info(due.update, due.refresh, codes, infos, told, dict(known.damping), norms(updates, groups))
+        info = Info(due.update, due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
         return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
-
-    def gather(self, state: State) -> State:
-        """The state with the inverses of all ranks, to be saved by any of them; every rank must call it."""
-        ranks = tuple(range(self.comm.world))
-        given = self.assigned.narrowed(dict(state.blocks))
-        work = self._work(given)
-        everyone = {name: (w[0], *(r for r in ranks if r != w[0])) for name, w in work.items()}
-        methods = {name: self.assigned.of(name) for name in state.layers}
-        return replace(state, layers=exchanged(self.comm, state.layers, methods, everyone, given))
-
-    def _work(self, given: Mapping[str, Block]) -> dict[str, tuple[int, ...]]:
-        """The ranks of each layer, whose blocks are as its method has them; all where own shares are asked for."""
-        return assign(costs(given), self.comm.world, 1.0 if self.rule.wants_own else self.comm.fraction)
 
     def _stacked(self, state: State) -> Layers:
         """The states by stack, also where someone put others in the place of some layers."""

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from kfaccore.method import Block, Hyper
-from kfaccore.precondition.comm import Communicator
-from kfaccore.precondition.due import Due, gated
+from kfaccore.precondition.comm import Communicator, Receivers, receives
+from kfaccore.precondition.due import Due, Flag, Piece, gated
 from kfaccore.precondition.groups import Batches, Grads, Group, of
 from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import exchanged, sent
 from kfaccore.precondition.stack import Stack
+from kfaccore.precondition.stacks import part, put
 
 Hypers = Mapping[str, Hyper]
 
@@ -22,13 +23,14 @@ Hypers = Mapping[str, Hyper]
 @dataclass(frozen=True)
 class Road:
     """What is due, the ranks, which of them solve for which layer, and whether buffers may be reused; on several ranks
-    the layers' blocks too, as their methods have them."""
+    the layers' blocks too, as their methods have them, and which ranks hold their states."""
 
     due: Due
     comm: Communicator
     work: Mapping[str, tuple[int, ...]]
     donate: bool
     blocks: Mapping[str, Block] = field(default_factory=dict)
+    holders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def run(
         self, groups: Sequence[Group], states: Sequence[object], batches: Batches, grads: Grads, hypers: Hypers
@@ -39,17 +41,18 @@ class Road:
         """
         with np.errstate(all="ignore"):  # what is not finite comes back as a code
             moved = [self._updated(g, s, batches, hypers) for g, s in zip(groups, states, strict=True)]
-            refreshed = [self._refreshed(g, s, hypers) for g, (s, _) in zip(groups, moved, strict=True)]
-            refreshed = self._exchanged(groups, refreshed)
+            refreshed = self._all_refreshed(groups, [state for state, _ in moved], self.due.refresh, hypers)
+            for piece in self.due.pieces:
+                refreshed = self._in_part(piece, groups, refreshed, hypers)
             found = []
             after = []
             for group, state, (_, refused) in zip(groups, refreshed, moved, strict=True):
                 ranks = self.work[group.names[0]]
                 if self.comm.rank in ranks:
-                    solved = group.solve(state, grads, hypers, batches)
+                    solved = group.marked(group.solve(state, grads, hypers, batches), refused)
                 else:
                     solved = group.unsolved(state, grads)
-                found.append(group.parts(sent(self.comm, solved, ranks), refused, grads))
+                found.append(group.parts(sent(self.comm, solved, ranks), grads))
                 after.append(solved.state)
             return found, after
 
@@ -59,17 +62,55 @@ class Road:
         if self.due.update is False or not given:
             return state, None
         no = (state, None if self.due.update is True else group.accepted(state))
-        return gated(self.due.update, lambda: group.updated(state, given, hypers, self.comm, self.donate), no)
+        comm = self._to(group)
+        return gated(self.due.update, lambda: group.updated(state, given, hypers, comm, self.donate), no)
 
-    def _refreshed(self, group: Group, state: Any, hypers: Hypers) -> Any:
+    def _to(self, group: Group) -> Communicator:
+        """What sums the group's statistics where its states are."""
+        ranks = self.holders.get(group.names[0], ())
+        return Receivers(self.comm, ranks) if 0 < len(ranks) < self.comm.world else self.comm
+
+    def _in_part(self, piece: Piece, groups: Sequence[Group], states: list[Any], hypers: Hypers) -> list[Any]:
+        """The states after a refresh of the layers of a piece, in one call for those of a stack; a network-level method
+        goes with the first of its layers."""
+        found = list(states)
+        ours: list[tuple[int, Group]] = []
+        for i, group in enumerate(groups):
+            names = tuple(name for name in group.names if name in piece.names)
+            if not receives(self._to(group)):
+                continue  # its state lies elsewhere
+            if isinstance(group, Stack):
+                ours += [(i, Stack(names, group.method))] if names else []
+            elif group.names[0] in names:
+                ours.append((i, group))
+
+        def renewed() -> list[Any]:
+            cuts = [part(states[i], groups[i].names, group.names) for i, group in ours]
+            new = self._all_refreshed([group for _, group in ours], cuts, True, hypers)
+            pairs = zip(ours, new, strict=True)
+            return [put(states[i], groups[i].names, group.names, fresh) for (i, group), fresh in pairs]
+
+        after = gated(piece.refresh, renewed, [states[i] for i, _ in ours])
+        for (i, _), state in zip(ours, after, strict=True):
+            found[i] = state
+        return found
+
+    def _all_refreshed(self, groups: Sequence[Group], states: list[Any], flag: Flag, hypers: Hypers) -> list[Any]:
+        """The states after a refresh where the flag holds, on every rank that needs them."""
+        if flag is False:
+            return states
+        states = [self._refreshed(g, s, flag, hypers) for g, s in zip(groups, states, strict=True)]
+        return self._exchanged(groups, states)
+
+    def _refreshed(self, group: Group, state: Any, flag: Flag, hypers: Hypers) -> Any:
         """The state after a refresh by its owner."""
-        if self.due.refresh is False or self.work[group.names[0]][0] != self.comm.rank:
+        if self.work[group.names[0]][0] != self.comm.rank:
             return state
-        return gated(self.due.refresh, lambda: group.refresh(state, hypers), state)
+        return gated(flag, lambda: group.refresh(state, hypers), state)
 
     def _exchanged(self, groups: Sequence[Group], states: list[Any]) -> list[Any]:
         """The states after a refresh with what other ranks made; network-level methods run in one process."""
-        if self.due.refresh is False or self.comm.world == 1:
+        if self.comm.world == 1:
             return states
         methods = {group.label: group.method for group in groups if isinstance(group, Stack)}
         named = dict(zip((group.label for group in groups), states, strict=True))

@@ -10,6 +10,7 @@ from kfaccore.method import Hyper
 from kfaccore.xp.arrays import Array
 
 Schedule = Callable[..., float]
+PIECES = 8  # more would refresh too few matrices at once for a GPU: 8 cut the longest step to a third
 
 
 def constant(value: float) -> Schedule:
@@ -46,14 +47,29 @@ def at(value: float | Schedule, step: int | Array) -> float:
 
 @dataclass(frozen=True)
 class Clocks:
-    """Statistics every `update` steps, inverses every `refresh` steps, both at step 0."""
+    """Statistics every `update` steps, inverses every `refresh` steps, both at step 0.
+
+    staggered   after step 0 the layers are refreshed in pieces of equal cost, up to `PIECES` of them, spread over the
+                steps of a period that do not update (over all, where all update): each layer once every `refresh`
+                steps, as before, and no step pays for all. A refresh that a rule asks for is one of all layers, and a
+                network-level method is one layer
+    """
 
     update: int = 1
     refresh: int = 5
+    staggered: bool = False
 
     def __post_init__(self) -> None:
         if self.update < 1 or self.refresh < 1:
             raise ValueError(f"{self}: need at least 1 step between updates and refreshes")
+
+    def slots(self) -> tuple[int, ...]:
+        """The steps of a period at which pieces are refreshed: at most `PIECES`, evenly spread; (0,) unstaggered."""
+        if not self.staggered:
+            return (0,)
+        free = [step for step in range(self.refresh) if step % self.update] or list(range(self.refresh))
+        count = min(PIECES, len(free))
+        return tuple(free[i * len(free) // count] for i in range(count))
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,13 @@ def _alike(turn: Sequence[Any]) -> bool:
     """Whether records are arrays of one shape, with one n and the same examples."""
     if not all(isinstance(x, Record) and not isinstance(x.a, Ids | Patches) for x in turn):
         return False
-    kinds = {(tuple(x.a.shape), tuple(x.g.shape), x.g.dtype, _number(x.n), id(x.mask), id(x.ids)) for x in turn}
-    return len(kinds) == 1
+    return len({outline(x) for x in turn}) == 1
+
+
+def outline(x: Record) -> object:
+    """What records must have in common to stand side by side."""
+    a: Any = x.a.index if isinstance(x.a, Ids) else x.a
+    return tuple(a.shape), tuple(x.g.shape), x.g.dtype, _number(x.n), id(x.mask), id(x.ids)
 
 
 def _large(turn: Sequence[Record]) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 from kfaccore import tree
 from kfaccore.method import Hyper, Method, RowsAtSolve, State, Stats, declares
-from kfaccore.precondition.comm import Communicator
-from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, named, working
+from kfaccore.precondition.comm import Communicator, receives
+from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, named, refused, working
 from kfaccore.precondition.groups import Batches, Grads, Hypers, of
 from kfaccore.precondition.parts import Parts, Rows
 from kfaccore.precondition.placement import reduced
@@ -44,6 +44,8 @@ class Stack:
             mine, refused = ours._moved(mine, merged(stats), hypers, comm, donate)
         else:  # rows of batches of different sizes: one by one
             mine, refused = ours._apart(mine, stats, hypers, comm, donate)
+        if not receives(comm):
+            return state, self.accepted(state)
         if ours.names == self.names:
             return mine, refused
         return put(state, self.names, ours.names, mine), put(self.accepted(state), self.names, ours.names, refused)
@@ -52,8 +54,10 @@ class Stack:
         self, state: State, stats: Stats, hypers: Hypers, comm: Communicator, donate: bool
     ) -> tuple[State, Array]:
         total = reduced(comm, stats)
+        if not receives(comm):
+            return state, self.accepted(state)
         with self._named():
-            return self.method.update(state, total, self._hyper(hypers, state), donate), total.bad > 0
+            return self.method.update(state, total, self._hyper(hypers, state), donate), refused(total)
 
     def _apart(
         self, state: State, stats: Sequence[Stats], hypers: Hypers, comm: Communicator, donate: bool
@@ -149,7 +153,12 @@ class Stack:
         like = like.dense() if isinstance(like, Factored) else like
         return Solution(namespace(like).zeros_like(like), state.code, state, {})
 
-    def parts(self, solved: Solution, refused: Array | None, grads: Grads) -> Parts:
+    def marked(self, solved: Solution, refused: Array | None) -> Solution:
+        if refused is None:
+            return solved
+        return replace(solved, code=filled(solved.code, refused, int(Code.NONFINITE)))
+
+    def parts(self, solved: Solution, grads: Grads) -> Parts:
         x = solved.direction
         each = x.shape[0] // len(self.names)
         flat = [_flat(grads[name]) for name in self.names]
@@ -157,9 +166,8 @@ class Stack:
         directions = dict(zip(self.names, cut, strict=True))
         if any(flat) and not all(flat):
             directions = {n: d[0, ...] if f else d for (n, d), f in zip(directions.items(), flat, strict=True)}
-        code = solved.code if refused is None else filled(solved.code, refused, int(Code.NONFINITE))
         infos = {name: self._info(solved.info, i) for i, name in enumerate(self.names)}
-        return Parts(directions, Rows.of_blocks(self.names, code), infos, x)
+        return Parts(directions, Rows.of_blocks(self.names, solved.code), infos, x)
 
     def _info(self, info: dict[str, Array], place: int) -> dict[str, Array]:
         """One layer's; a number of all is that of each."""

@@ -150,6 +150,8 @@ def part(state: Tree, whole: Names, names: Sequence[str]) -> Tree:
     if tuple(names) == whole:
         return state
     places = [whole.index(name) for name in names]
+    if places == list(range(places[0], places[0] + len(places))):  # side by side: a view
+        return tree.map(lambda x: _cut(x, places[0], len(whole), len(places)), state)
     return tree.map(lambda x: together([_cut(x, i, len(whole)) for i in places]), state)
 
 
@@ -169,7 +171,12 @@ def put(state: Tree, whole: Names, names: Sequence[str], new: Tree) -> Tree:
     return tree.map(mixed, state, new)
 
 
-def _cut(x: Array, place: int, count: int) -> Array:
-    """The blocks of one of `count` layers."""
+def cut_out(stats: Tree, place: int, count: int) -> Tree:
+    """The Stats of one of `count` layers from those of all; numbers are of each."""
+    return tree.map(lambda x: x if isinstance(x, int | float) else _cut(x, place, count), stats)
+
+
+def _cut(x: Array, place: int, count: int, many: int = 1) -> Array:
+    """The blocks of one of `count` layers, or of as `many` from there on."""
     each = x.shape[0] // count
-    return x[place * each : (place + 1) * each, ...]
+    return x[place * each : (place + many) * each, ...]

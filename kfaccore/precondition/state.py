@@ -13,10 +13,11 @@ from kfaccore.method import Block
 @dataclass(frozen=True)
 class State:
     """Steps taken, one method state a layer, the step's own buffers, that of a network-level method; `blocks` is
-    structure."""
+    structure, as is which ranks hold each layer's, where there are several."""
 
     step: int
     layers: Mapping[str, Any]
     motion: Any
     network: Any = ()
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
+    places: tuple[tuple[str, tuple[int, ...]], ...] = tree.static(default=())

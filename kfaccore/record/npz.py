@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import IO
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
+
+_BROKEN = (OSError, BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error)  # archives
+_WRONG = (ValueError, KeyError, MemoryError)  # arrays
 
 
 class Npz:
@@ -40,7 +44,7 @@ class Npz:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError, BadZipFile, EOFError, NotImplementedError, RuntimeError, KeyError) as error:
+        except (*_BROKEN, *_WRONG) as error:
             raise ValueError(f"{self.path} is not a readable .npz of arrays: {error}") from error
 
 

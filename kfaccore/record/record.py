@@ -105,26 +105,32 @@ class Record:
 
     @property
     def draws(self) -> int:
+        """Draws of g; 0 says that G = I."""
         return self.g.shape[0]
 
     @property
     def blocks(self) -> int:
+        """Matrices that share this code path."""
         return self.g.shape[1]
 
     @property
     def batch(self) -> int:
+        """Examples of the loss."""
         return self.g.shape[2]
 
     @property
     def shared(self) -> int:
+        """Positions an example has, at most."""
         return self.g.shape[3]
 
     @property
     def d_out(self) -> int:
+        """Width of g."""
         return self.g.shape[4]
 
     @property
     def d_in(self) -> int:
+        """Width of a, the bias's column counted."""
         return self.a.size if isinstance(self.a, Ids) else self.a.shape[-1]
 
     def rows(self) -> Array:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from kfaccore.method import Hyper, declares
+from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored
 from kfaccore.step.known import Known
 from kfaccore.step.model import Penalty, Records
@@ -20,11 +21,15 @@ _FIRST = "first loss"  # beside the buffers
 
 @dataclass(frozen=True)
 class Fixed:
-    """lr, momentum and a rule for the common factor s; the default hands the directions on unchanged."""
+    """lr, momentum and a rule for the common factor s; the default hands the directions on unchanged.
+
+    comm   ranks whose records add up to the batch, for a rule that models the loss; set by `over`
+    """
 
     lr: float = 1.0
     momentum: float = 0.0
     rescale: Rescale = field(default=Unchanged())
+    comm: Communicator = Serial()  # noqa: RUF009 frozen
 
     judges: ClassVar[bool] = False
     traced: ClassVar[bool] = True
@@ -39,6 +44,10 @@ class Fixed:
     def wants_own(self) -> bool:
         """As `needs_records`."""
         return self.needs_records
+
+    def over(self, comm: Communicator) -> Fixed:
+        """The rule for ranks whose records add up to the batch, all of which call it with the same directions."""
+        return replace(self, comm=comm)
 
     def init(self, zeros: dict[str, Array]) -> dict[str, Array]:
         """State: one buffer a layer, none without momentum; the loss before the first step where a model has a use for
@@ -112,7 +121,7 @@ class Fixed:
             return dict.fromkeys(directions, scale), motion, {"scale": scale}
         seen: Any = records  # no terms: a rule that needs records of them says so
         first = first_loss(number(motion[_FIRST]), known.loss)
-        told = self.rescale.modelled(directions, grads, seen, known, first)
+        told = self.rescale.modelled(directions, grads, seen, known, first, self.comm)
         like = motion[_FIRST]
         kept = namespace(like).zeros_like(like) + scalar(first, like)
         scales = {name: scalar(told["scale"], d) for name, d in directions.items()}

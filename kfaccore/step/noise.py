@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfaccore.linalg.shares import critical_batch
+from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
 from kfaccore.step.model import counts, expansion, inner
@@ -26,18 +27,24 @@ class Noise:
     reach     most that a step may change the model's predictions, x^T F x, over the loss of the first step
     every     where rho stays above .9, own shares are gathered at every so manieth step only
     own       whether examples are left out of the model that judges their own direction
+    promise   most of the loss that a step may promise to take off, as a share of it, where slopes are all noise; rho
+              where that is more. The draws of a net that is sure of itself hold next to no curvature, and its model
+              then promises whatever the few examples ask that contradict it
     """
 
     average: float = 0.8
     reach: float = 0.02
     every: int = 10
     own: bool = True
+    promise: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 <= self.average < 1:
             raise ValueError(f"Noise.average is {self.average}; need a share in [0, 1): it stays in a step")
         if not self.reach > 0:
             raise ValueError(f"Noise.reach is {self.reach}; need a positive number, math.inf for no bound")
+        if not 0 < self.promise <= 1:
+            raise ValueError(f"Noise.promise is {self.promise}; need a share of the loss in (0, 1]")
         if self.every < 1:
             raise ValueError(f"Noise.every is {self.every}; need at least 1, the steps between two measurements")
 
@@ -51,6 +58,7 @@ class Noise:
         records: Mapping[str, Record],
         known: Known,
         first: Number,
+        comm: Communicator = Serial(),  # noqa: B008 frozen
     ) -> dict[str, Number]:
         """The length of a step along this batch's own direction x: `scale` = slope / (x^T F x + damping |x|^2) with
         own shares left out, no longer than the reach and the loss allow, at most 1.
@@ -58,12 +66,12 @@ class Noise:
         For an optimizer that comes after, whose momentum is the average.
         """
         names = known.own.layers(records) if self.own else []
-        examples = counts(records)[1]
+        examples = counts(records, comm)[1]
         left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
         if left is not None:
             left = left._replace(factor=remaining(True, examples))
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
-        found = expansion(records, grads, (x, x), left=left)
+        found = expansion(records, grads, (x, x), comm, left)
         norms = sum(known.damping[name] * inner({name: d}, {name: d}) for name, d in x.items())
         F = found.F[:1, :1]
         down = found.down[:1]
@@ -72,9 +80,9 @@ class Noise:
         alpha = pick(good, number(down[0]) / pick(good, below, 1.0), 0.0)
         step = stack([pick(alpha < 1.0, alpha, 1.0)])
         step = self.shortened(step, F if found.batch is None else found.batch[:1, :1], first)
-        step = promised(step, F, down, known.loss)
         slope = number(down[0]) if found.slope is None else found.slope
         seen = Seen(slope - found.own, found.own)
+        step = promised(step, F, down, self.believed(known.loss, seen.rho(examples)))
         return {"scale": number(step[0]), **seen.told(examples), "with_own": len(records) - len(names)}
 
     def shortened(self, step: Array, F: Array, first: Number) -> Array:
@@ -83,6 +91,12 @@ class Noise:
         most = self.reach * first
         long = (most > 0) & (change > most)
         return step * pick(long, root(pick(long, most, 1.0) / pick(long, change, 1.0)), 1.0)
+
+    def believed(self, loss: Number | None, rho: Number) -> Number | None:
+        """Most that a step may promise to take off the loss: a share of it, max(promise, rho)."""
+        if loss is None:
+            return None
+        return pick(rho > self.promise, rho, self.promise) * loss
 
 
 def promised(step: Array, F: Array, down: Array, loss: Number | None) -> Array:

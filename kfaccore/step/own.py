@@ -35,7 +35,8 @@ class Left(NamedTuple):
 class Own:
     """What a step was given beside records and gradients, and how the layers solve.
 
-    records  {layer: Record} whose g are the loss's own gradients, one draw, for the rows of the layer's record
+    records  {layer: Record} whose g are the loss's own gradients, one draw, for the rows of the layer's record; g / n
+             counts: n may be another than the record's
     solving  {layer: method, state and numbers of its P}; a layer that is missing in either is not left out
     """
 
@@ -52,9 +53,11 @@ class Own:
         total: list[Array] = []
         q: Number = 0.0
         for name, weight in weights.items():
-            s, own = shares(drawn[name], self.records[name], solve_of(*self.solving[name]))
-            total = [weight * numbers(s) + sum(total)]
-            q = q + weight * number(own)
+            mine = self.records[name]
+            s, own = shares(drawn[name], mine, solve_of(*self.solving[name]))
+            unit = number(drawn[name].n) / number(mine.n)
+            total = [weight * unit * numbers(s) + sum(total)]
+            q = q + weight * unit * unit * number(own)
         return Left(total[0], q)
 
 

@@ -8,6 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Protocol
 
+from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
 from kfaccore.xp.arrays import Array, namespace, scalar
@@ -43,8 +44,10 @@ class Modelled(Protocol):
         records: Mapping[str, Record],
         known: Known,
         first: Number,
+        comm: Communicator,
     ) -> dict[str, Number]:
-        """`scale` for all directions, and more to tell; `first` is the loss before the first step, 0 if not known."""
+        """`scale` for all directions, and more to tell; `first` is the loss before the first step, 0 if not known.
+        Records and own gradients are those of this rank of `comm`, all else is of the whole batch."""
         ...
 
 

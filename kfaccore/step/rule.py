@@ -83,10 +83,12 @@ class ByLoss:
 
     @property
     def needs_records(self) -> bool:
+        """No: the loss alone decides."""
         return False
 
     @property
     def wants_own(self) -> bool:
+        """No: nothing is left out."""
         return False
 
 
@@ -95,6 +97,7 @@ class ByModel:
 
     @property
     def needs_records(self) -> bool:
+        """Yes: the model is of the step's own records."""
         return True
 
 

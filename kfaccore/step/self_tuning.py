@@ -146,7 +146,8 @@ class SelfTuning(ByModel):
         step = stack([*capped(alpha, mu, self.cap)])
         first = first_loss(motion.first, known.loss)
         step = self.noise.shortened(step, F if found.batch is None else found.batch, first)
-        step = promised(step, F, found.down, known.loss)
+        seen = own.seen(motion.seen, found, examples)
+        step = promised(step, F, found.down, self.noise.believed(known.loss, seen.rho(examples)))
         alpha = number(step[0])
         mu = number(step[1])
         updates = {name: combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
@@ -163,9 +164,9 @@ class SelfTuning(ByModel):
             steps=motion.steps + 1,
             code=int(code) if isinstance(code, Code) else code,
             first=first,
-            seen=own.seen(motion.seen, found, examples),
+            seen=seen,
         )
-        told = _told(motion, after, code) | after.seen.told(examples) | {"with_own": own.whole}
+        told = _told(motion, after, code) | seen.told(examples) | {"with_own": own.whole}
         return {name: _like(v, directions[name]) for name, v in updates.items()}, after, told
 
     def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:

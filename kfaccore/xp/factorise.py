@@ -24,21 +24,23 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     and NONFINITE (the returned matrix is the identity). Never an LU: Cholesky and its inverse throughout.
     """
     xp = namespace(x)
-    inverse, ok = _attempt(x)
-    if not is_tracer(x) and bool(xp.all(ok)):  # where it can be seen, the usual case costs nothing more
+    if is_tracer(x) and widest(x) == x.dtype:  # one attempt in the program, which the loop repeats
+        return _repaired(x, xp.zeros_like(x), xp.zeros(x.shape[:1], dtype=xp.bool), 0.0)
+    inverse, ok, good = _attempt(x)
+    if good:  # where it can be seen, the usual case costs nothing more
         return inverse, xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
-    return _repaired(x, inverse, ok)
+    return _repaired(x, inverse, ok, 1.0)
 
 
-def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
-    """`spd_inverse` from its first attempt on: further ones for the blocks that are not `ok`."""
+def _repaired(x: Array, inverse: Array, ok: Array, first: float) -> tuple[Array, Array]:
+    """`spd_inverse` from its attempt `first` on, for the blocks that are not `ok`."""
     xp = namespace(x)
     finite = all_finite(x)
     eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
     ok = ok & finite
     zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
     wide = widest(x)
-    mean = xp.mean(xp.linalg.diagonal(x), axis=-1)
+    mean = xp.mean(_diagonal(x), axis=-1)
 
     def unfinished(carry):
         return ~xp.all(carry[2] | ~finite)
@@ -47,14 +49,17 @@ def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
         inverse, code, ok, attempt = carry
         jitter = eps(x.dtype, xp) * 10.0 ** (2.0 * attempt - 3.0)
         shift = xp.where(attempt < 2, xp.zeros_like(jitter), jitter) * mean
-        retry, good = _attempt(xp.astype(select(ok, xp.zeros_like(x) + eye, x) + shift[:, None, None] * eye, wide))
+        tried = xp.astype(select(ok, xp.zeros_like(x) + eye, x) + shift[:, None, None] * eye, wide)
+        retry, good, _ = _attempt(tried)
         newly = good & ~ok & finite
         inverse = select(newly, xp.astype(retry, x.dtype), inverse)
         how = choose(attempt < 2, Code.FLOAT64, Code.JITTERED)
-        return inverse, xp.where(newly, how, code), ok | newly, attempt + 1.0
+        how = how if first else choose(attempt < 1, Code.OK, how)
+        following = attempt + (1.0 if first else xp.where(attempt < 1, 2.0, 1.0))  # no wider dtype: on to the jitter
+        return inverse, xp.where(newly, how, code), ok | newly, xp.astype(following, attempt.dtype)
 
-    first = xp.asarray(1.0, dtype=x.dtype, device=device_of(x))
-    inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, first), _ATTEMPTS - 1)
+    start = xp.asarray(first, dtype=x.dtype, device=device_of(x))
+    inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, start), _ATTEMPTS - 1)
     failed = choose(finite, Code.INDEFINITE, Code.NONFINITE)
     return select(ok, inverse, xp.zeros_like(x) + eye), xp.where(ok, code, failed)
 
@@ -82,24 +87,28 @@ def widest(x: Array) -> object:
     return xp.float64 if jax.config.jax_enable_x64 else xp.float32
 
 
-def _attempt(x: Array) -> tuple[Array, Array]:
-    """One Cholesky inverse of each block and whether it can be trusted; what failed may hold anything."""
+def _attempt(x: Array) -> tuple[Array, Array, bool]:
+    """One Cholesky inverse of each block, whether it can be trusted, and whether all are seen to be: one read on the
+    host, none of a tracer. What failed may hold anything."""
+    if aac.is_torch_array(x) and x.shape[-1] > 1:
+        return _torch_inverse(x)
+    inverse, ok = _inverse(x)
+    return inverse, ok, not is_tracer(x) and bool(namespace(x).all(ok))
+
+
+def _inverse(x: Array) -> tuple[Array, Array]:
+    """`_attempt` without its last."""
     xp = namespace(x)
     if is_numpy(x):
         pairs = [_lapack_inverse(block) for block in x]
         return np.stack([p[0] for p in pairs]), np.array([p[1] for p in pairs])
-    if aac.is_torch_array(x):
-        import torch
-
-        lower, _ = torch.linalg.cholesky_ex(x)
-        ok = _trusted(lower, x)
-        eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
-        # torch raises for a zero pivot, which is data here
-        return torch.cholesky_inverse(xp.where(ok[:, None, None], lower, eye)), ok
+    if x.shape[-1] == 1:  # gains and lone biases have an A of one number
+        ok = (x > 0) & (x < float("inf"))
+        return 1.0 / xp.where(ok, x, xp.ones_like(x)), ok[:, 0, 0]
     if aac.is_jax_array(x):
         import jax
 
-        lower = xp.linalg.cholesky(x)
+        lower = jax.lax.linalg.cholesky(x, symmetrize_input=False)
         eye = xp.zeros_like(x) + xp.eye(x.shape[-1], dtype=x.dtype)
         return jax.scipy.linalg.cho_solve((lower, True), eye), _trusted(lower, x)
     if aac.is_cupy_array(x):
@@ -110,6 +119,25 @@ def _attempt(x: Array) -> tuple[Array, Array]:
         halves = [solve_triangular(block, eye, lower=True) for block in lower]
         return xp.stack([half.T @ half for half in halves]), _trusted(lower, x)
     return _standard_inverse(x)
+
+
+def _torch_inverse(x: Any) -> tuple[Array, Array, bool]:
+    """`_attempt` of torch: the usual case copies nothing."""
+    import torch
+
+    lower, _ = torch.linalg.cholesky_ex(x)
+    diagonal = x.diagonal(dim1=-2, dim2=-1)
+    pivots = lower.diagonal(dim1=-2, dim2=-1)
+    tiny = torch.finfo(x.dtype).eps
+    # as `_trusted`, in the fewest operations
+    rows = torch.linalg.vector_norm(lower, dim=-1)
+    miss = largest(torch.addcmul(diagonal, rows, rows, value=-1))
+    low = torch.addcmul(diagonal, pivots, pivots, value=-1 / (_PIVOT * tiny)).amax(-1)
+    ok = (miss <= 50 * x.shape[-1] ** 0.5 * tiny * largest(diagonal)) & (low < 0)
+    good = bool(ok.all())
+    if not good:  # torch raises for a zero pivot, which is data here
+        lower = torch.where(ok[:, None, None], lower, torch.eye(x.shape[-1], dtype=x.dtype, device=device_of(x)))
+    return torch.cholesky_inverse(lower), ok, good
 
 
 def _standard_inverse(x: Array) -> tuple[Array, Array]:
@@ -134,12 +162,21 @@ def _standard_inverse(x: Array) -> tuple[Array, Array]:
 def _trusted(lower: Array, x: Array) -> Array:
     """diag(L L^T) = diag(x), and no pivot is rounding noise: catches failures that left finite numbers behind."""
     xp = namespace(x)
-    diagonal = xp.linalg.diagonal(x)
+    diagonal = _diagonal(x)
     tiny = eps(x.dtype, xp)
     miss = largest(xp.sum(lower * lower, axis=-1) - diagonal)
     ok = miss <= 50 * x.shape[-1] ** 0.5 * tiny * largest(diagonal)
-    pivots = xp.linalg.diagonal(lower)
+    pivots = _diagonal(lower)
     return ok & xp.all(pivots * pivots > _PIVOT * tiny * diagonal, axis=-1)
+
+
+def _diagonal(x: Array) -> Array:
+    """The diagonals (blocks, d); a masked sum on tracers, where a gather would be kernels of its own."""
+    xp = namespace(x)
+    if not is_tracer(x):
+        return xp.linalg.diagonal(x)
+    here = xp.eye(x.shape[-1], dtype=x.dtype) > 0
+    return xp.sum(xp.where(here, x, xp.zeros_like(x)), axis=-1)
 
 
 def _lapack_inverse(x: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -94,11 +94,13 @@ def average(
 ) -> Array:
     """keep * old + add * total where `ok`, `old` elsewhere: the moving average of factors.
 
-    old, total (blocks, ...); keep, add numbers or (blocks,) arrays; ok (blocks,) bool. `donate=True` lets NumPy
-    overwrite `old`.
+    old, total (blocks, ...); keep, add numbers or (blocks,) arrays; ok (blocks,) bool. `donate=True` lets NumPy and
+    torch overwrite `old`.
     """
     keep = _per_block(keep, old)
     add = _per_block(add, old)
+    if donate and aac.is_torch_array(old):
+        return _written(old, _moved(old, keep, add, total), _per_block(ok, old))
     if not (is_numpy(old) and is_numpy(total)):
         return namespace(old).where(_per_block(ok, old), _moved(old, keep, add, total), old)
     out = old if donate and old.flags.writeable else np.empty(old.shape, old.dtype)
@@ -118,8 +120,17 @@ def _moved(x: Array, keep: float | Array, add: float | Array, y: Array) -> Array
     """keep x + add y, two operations where a namespace has the second as one."""
     foreign: Any = x
     if aac.is_torch_array(foreign) and isinstance(add, int | float):
-        return (foreign * keep).add(y, alpha=add)
+        return (foreign * keep).add_(y, alpha=add)  # into the product, which nobody else has
     return keep * x + add * y
+
+
+def _written(old: Array, new: Array, ok: Array | float) -> Array:
+    """`new` where `ok` into the memory of a torch `old`: what an update holds beside a state is one factor's."""
+    import torch
+
+    out: Any = old
+    known: Any = ok
+    return torch.where(known, new, out, out=out)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _axpby(x: np.ndarray, y: np.ndarray, a: float, b: float, out: np.ndarray) -> None:

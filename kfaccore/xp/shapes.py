@@ -33,14 +33,17 @@ class Shape:
 
     @property
     def ndim(self) -> int:
+        """How many axes there are."""
         return len(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """What an array of this shape and dtype takes."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
     def mT(self) -> Shape:
+        """The last two axes exchanged."""
         return Shape((*self.shape[:-2], self.shape[-1], self.shape[-2]), self.dtype)
 
     def __array_namespace__(self, api_version: str | None = None) -> Namespace:
@@ -92,14 +95,17 @@ class Namespace:
 
     @property
     def linalg(self) -> Namespace:
+        """The standard's, of shapes."""
         return self
 
     def zeros(self, shape: int | tuple[int, ...], dtype: DType = float32, device: object = None) -> Shape:
+        """The standard's, of shapes."""
         return Shape((shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype))
 
     ones = zeros
 
     def full(self, shape: tuple[int, ...], value: float, dtype: DType = float32, device: object = None) -> Shape:
+        """The standard's, of shapes."""
         return self.zeros(shape, dtype)
 
     def eye(
@@ -110,37 +116,47 @@ class Namespace:
     def arange(
         self, start: int, stop: int | None = None, step: int = 1, dtype: DType = int64, device: object = None
     ) -> Shape:
+        """The standard's, of shapes."""
         return self.zeros(len(range(start) if stop is None else range(start, stop, step)), dtype)
 
     def asarray(self, x: Operand, dtype: DType | None = None, device: object = None) -> Shape:
+        """The standard's, of shapes."""
         kept = np.asarray(x).dtype if not isinstance(x, Shape) else x.dtype
         return Shape(np.shape(x) if not isinstance(x, Shape) else x.shape, dtype or kept)
 
     def astype(self, x: Shape, dtype: DType, copy: bool = True) -> Shape:
+        """The standard's, of shapes."""
         return Shape(x.shape, np.dtype(dtype))
 
     def reshape(self, x: Shape, shape: tuple[int, ...]) -> Shape:
+        """The standard's, of shapes."""
         return Shape(_outline(x).reshape(shape).shape, x.dtype)
 
     def broadcast_to(self, x: Shape, shape: tuple[int, ...]) -> Shape:
+        """The standard's, of shapes."""
         return Shape(tuple(shape), x.dtype)
 
     def diagonal(self, x: Shape) -> Shape:
+        """The standard's, of shapes."""
         return Shape((*x.shape[:-2], min(x.shape[-2:])), x.dtype)
 
     def stack(self, parts: Sequence[Shape], axis: int = 0) -> Shape:
+        """The standard's, of shapes."""
         inner = list(parts[0].shape)
         inner.insert(axis % (len(inner) + 1), len(parts))
         return Shape(tuple(inner), parts[0].dtype)
 
     def matmul(self, x: Shape, y: Shape) -> Shape:
+        """The standard's, of shapes."""
         lead = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
         return Shape((*lead, x.shape[-2], y.shape[-1]), x.dtype)
 
     def vecdot(self, x: Shape, y: Shape, axis: int = -1) -> Shape:
+        """The standard's, of shapes."""
         return self.sum(elementwise(x, y), axis)
 
     def sum(self, x: Shape, axis: Axes = None, keepdims: bool = False) -> Shape:
+        """The standard's, of shapes."""
         axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
         gone = {i % x.ndim for i in axes}
         if keepdims:

@@ -27,7 +27,7 @@ import kfaccore as kf
 FREE = 2 << 20  # bytes that reading may take beside four times the file
 UNPACKED = 300 << 20  # the limit of an .npz, and some room
 HUGE = [10**15, 2 * 10**9, -1, 0, 1.5, "7", None, [], {}, [[[[1]]]], True, float("1e300")]
-READERS: list[Callable[[Path], object]] = [kf.load, kf.metadata, kf.load_records]
+READERS: list[Callable[[Path], object]] = [kf.load, kf.metadata, kf.load_records, kf.saved]
 
 
 def originals(rng: np.random.Generator, folder: Path) -> list[Path]:
@@ -43,8 +43,18 @@ def originals(rng: np.random.Generator, folder: Path) -> list[Path]:
     kf.save_records(folder / "records.safetensors", records, model="a model", clocks=[1, 2])
     state = kf.settle(kf.EKFAC(), records["dense"])
     kf.save(folder / "state.safetensors", {"params": {"dense": g[0, 0, 0]}, "state": state}, task="t")
+    pre = kf.Preconditioner(kf.EKFAC())
+    run = pre.init({"dense": kf.Block.of(records["dense"])}, records["dense"].g)
+    run = pre.step(run, {"dense": records["dense"]}, {"dense": np.ones((2, 5))})[1]
+    told = kf.describe(pre, run) | {"method": "ekfac"}
+    kf.save(
+        folder / "run.safetensors",
+        {"params": {"dense": np.ones((2, 5))}, "state": run},
+        **told,
+    )
     arrays = {"dense.a": rng.normal(size=(4, 3, 5)), "dense.g": g[0, 0], "dense.n": np.array(4.0)}
     np.savez(folder / "records.npz", **arrays)
+    np.savez_compressed(folder / "packed.npz", **arrays)
     return sorted(folder.iterdir())
 
 
@@ -56,7 +66,7 @@ def mutated(data: bytes, suffix: str, rng: np.random.Generator) -> bytes:
     if kind == 1:
         flipped = bytearray(data)
         for _ in range(rng.integers(1, 9)):
-            flipped[rng.integers(min(len(flipped), 1500))] = int(rng.integers(256))
+            flipped[rng.integers(min(len(flipped), int(rng.choice([1500, 10**9]))))] = int(rng.integers(256))
         return bytes(flipped)
     if kind == 2:
         at = int(rng.integers(len(data)))

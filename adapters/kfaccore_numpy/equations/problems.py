@@ -30,9 +30,11 @@ class Data:
     wanted = (True, False, False)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
+        """u - y."""
         return u.value[..., 0] - y  # type: ignore[index]
 
     def seeds(self, u: Coefficients, x: Array) -> Array:
+        """Derivative of the residual by the coefficients: 1 in the value."""
         return _seeds(self.slots, x, value=1.0)
 
 
@@ -45,9 +47,11 @@ class Poisson:
     wanted = (False, False, True)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
+        """Laplacian of u, plus y."""
         return u.second[..., 0] + y  # type: ignore[index]
 
     def seeds(self, u: Coefficients, x: Array) -> Array:
+        """Derivative of the residual by the coefficients: 1 in the Laplacian."""
         return _seeds(self.slots, x, second=1.0)
 
 
@@ -61,9 +65,11 @@ class Heat:
     wanted = (False, True, True)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
+        """u_t - rate times the Laplacian of u, less y."""
         return u.first[..., 0, :, 0] - self.rate * u.second[..., 0] - y  # type: ignore[index]
 
     def seeds(self, u: Coefficients, x: Array) -> Array:
+        """Derivative of the residual by the coefficients: 1 in u_t, -rate in the Laplacian."""
         g = _seeds(self.slots, x, second=-self.rate)
         g[1, ...] = 1.0
         return g
@@ -81,6 +87,7 @@ class LogFokkerPlanck:
     wanted = (False, True, True)
 
     def residual(self, u: Coefficients, x: Array, y: Array) -> Array:
+        """The equation of the logarithm of the density, less y."""
         slope = u.first[..., 0]  # type: ignore[index]
         space = slope[..., 1:, :]
         where = x[:, 1:].T
@@ -89,6 +96,7 @@ class LogFokkerPlanck:
         return slope[..., 0, :] - 0.5 * (self.slots.d - 1) - drift - u.second[..., 0] - y  # type: ignore[index]
 
     def seeds(self, u: Coefficients, x: Array) -> Array:
+        """Derivative of the residual by the coefficients, at these coefficients."""
         g = _seeds(self.slots, x, second=-1.0)
         g[1, ...] = 1.0
         g[2 : self.slots.d + 1, :, 0] = -0.5 * x[:, 1:].T - 2.0 * u.first[1:, :, 0]  # type: ignore[index]
@@ -121,6 +129,7 @@ class Problem:
 
     @property
     def d(self) -> int:
+        """How many coordinates there are."""
         return len(self.box)
 
     @property

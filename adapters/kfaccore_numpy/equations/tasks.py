@@ -44,6 +44,7 @@ class PINNTask:
     rows: int = 0
 
     def pinn(self) -> PINN:
+        """The network and the problem."""
         return PINN.of(PROBLEMS[self.problem], *self.widths)
 
     def solver(self, name: str) -> Solver | LBFGS:

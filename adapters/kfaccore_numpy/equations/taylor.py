@@ -56,6 +56,7 @@ class Slots:
 
     @property
     def count(self) -> int:
+        """How many coefficients a point has."""
         return 1 + self.first * self.d + (self.second is not None)
 
     def contract(self, first: Array) -> Array:

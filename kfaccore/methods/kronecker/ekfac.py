@@ -28,7 +28,14 @@ from kfaccore.xp.arrays import Array
 
 @dataclass(frozen=True)
 class EKFAC(Moments):
-    """Eigenvalue-corrected K-FAC; see the module. `sharing` shapes the basis only, never the moments."""
+    """EKFAC: x = Qg [(Qg^T V Qa) / (S + damping)] Qa^T, S = (1/n) sum of (Qg^T J Qa)^2 entry by entry.
+
+    Qa, Qg are the eigenvectors of K-FAC's factors at the last refresh, J a gradient of one example; V, x and S are
+    (blocks, d_out, d_in). Exact when F is diagonal in that basis; never further from F in Frobenius norm than K-FAC.
+    Right after a refresh S is K-FAC's, until the next update. George et al. 2018, arxiv.org/abs/1806.03884.
+
+    sharing   expand | reduce | any function from record to record: shapes the basis only, never the moments
+    """
 
     sharing: Callable[[Record], Record] = expand
     cycles: ClassVar[int] = 1

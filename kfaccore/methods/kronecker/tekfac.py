@@ -30,7 +30,10 @@ from kfaccore.xp.arrays import Array, namespace
 
 @dataclass(frozen=True)
 class TEKFAC(Moments):
-    """Eigenvalue-corrected TKFAC; see the module.
+    """TEKFAC: x = Qg [(Qg^T V Qa) / (S + damping)] Qa^T, S = (1/n) sum of (Qg^T J Qa)^2 entry by entry.
+
+    Qa, Qg are the eigenvectors of TKFAC's factors at the last refresh; V, x and S are (blocks, d_out, d_in). Exact when
+    F is diagonal in that basis. Gao et al. 2020, arxiv.org/abs/2011.13609.
 
     sharing   shapes the basis only, never the moments
     damping   as_given (dense layers) | Adaptive(floor), in units of the mean of S (the paper's for convolutions)

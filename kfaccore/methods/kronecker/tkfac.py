@@ -44,7 +44,11 @@ class State:
 
 @dataclass(frozen=True)
 class TKFAC(Product[State]):
-    """Trace-restricted K-FAC; see the module.
+    """TKFAC: x = (G + d_g I)^-1 V (A + d_a I)^-1 with A, G the partial traces of F over the root of its trace.
+
+    A = (1/n) sum |g|^2 a a^T / sqrt(delta), G = (1/n) sum |a|^2 g g^T / sqrt(delta), delta = tr F: the product keeps
+    F's trace, as K-FAC's does not. V and x (blocks, d_out, d_in). Exact when F is a Kronecker product.
+    Gao et al. 2021, arxiv.org/abs/2011.10741.
 
     sharing   expand | reduce | any function from record to record
     inverse   cholesky (separable splits, damping baked at refresh) | eigh (every split, newest damping)

@@ -39,7 +39,10 @@ class State:
 
 @dataclass(frozen=True)
 class BrandKFAC(Grown[State]):
-    """Low-rank factors by Brand's updates; see the module.
+    """K-FAC by leading modes grown from rows: U D U^T <- decay U D U^T + (1 - decay) X^T X / rows at each update, cut.
+
+    x = (Ug Dg Ug^T + d_g I)^-1 V (Ua Da Ua^T + d_a I)^-1; no (d, d) array exists. V and x (blocks, d_out, d_in).
+    Equal to K-FAC while nothing is cut. Puiu 2022, arxiv.org/abs/2210.08494.
 
     sharing   expand | reduce
     rank      fixed | adaptive_brand | Rank(cap, start, ...)

@@ -61,7 +61,10 @@ class Correction:
 
 @dataclass(frozen=True)
 class BrandCKFAC(Kept[State]):
-    """BrandKFAC whose refresh corrects modes; see the module. Fields as there, and
+    """BrandKFAC whose refresh puts the eigenpairs of A in span(U[:, chosen]) in the place of a share of its modes.
+
+    |A - U D U^T|_F never grows by it. Shapes, errors and fields as BrandKFAC's, and (Puiu 2022,
+    arxiv.org/abs/2210.08494)
 
     correction    Correction(share, seed)
     """

@@ -45,7 +45,10 @@ class State:
 
 @dataclass(frozen=True)
 class BrandRKFAC(Kept[State]):
-    """BrandKFAC whose refresh is a sketch; see the module. Fields as there, and
+    """BrandKFAC between refreshes; a refresh sketches the modes anew from averages A and G that are kept as well.
+
+    What truncation lost comes back, for the memory of K-FAC. Shapes, errors and fields as BrandKFAC's, and
+    (Puiu 2022, arxiv.org/abs/2210.08494)
 
     sketch    symmetric | singular, or either class with passes, oversample and seed
     """

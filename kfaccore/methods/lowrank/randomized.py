@@ -49,7 +49,10 @@ class State:
 
 @dataclass(frozen=True)
 class RandomizedKFAC(Modes[State], Additive):
-    """K-FAC with sketched factors; see the module.
+    """K-FAC by leading modes: x = (Ug Dg Ug^T + d_g I)^-1 V (Ua Da Ua^T + d_a I)^-1, modes by a sketch at each refresh.
+
+    V and x (blocks, d_out, d_in); Ua (blocks, d_in, rank). Equal to K-FAC while the factors have at most `rank`
+    eigenvalues that are not zero. Puiu 2022, arxiv.org/abs/2206.15397.
 
     sharing   expand | reduce
     rank      fixed | adaptive | Rank(cap, start, ...)

@@ -42,7 +42,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Diagonal(Additive):
-    """Diagonal of the Fisher, of per-example gradients summed over shared; see the module."""
+    """x = V / (D + damping), D = (1/n) sum over draws and examples of J^2 entry by entry.
+
+    J is summed over shared positions first; V, x and D are (blocks, d_out, d_in). Exact when F is diagonal. ValueError
+    for a record of zero draws. Amari 1998, natural gradient.
+    """
 
     cycles: ClassVar[int] = 1
 

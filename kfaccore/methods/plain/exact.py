@@ -43,7 +43,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Exact(Additive):
-    """The dense damped block; see the module. Refuses layers of more than `largest` parameters."""
+    """vec(x) = (F + damping I)^-1 vec(V), F = (1/n) sum vec(J) vec(J)^T the dense block (blocks, d, d), d = d_out d_in.
+
+    V and x (blocks, d_out, d_in). Always exact within the layer. ValueError for a layer of more than `largest`
+    parameters. Amari 1998, natural gradient.
+    """
 
     largest: int = 8192
     cycles: ClassVar[int] = 1

@@ -34,7 +34,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Identity(Additive):
-    """The gradient itself; see the module."""
+    """x = V, for parameters that keep their plain gradient; takes no records, and the damping does not scale it.
+
+    V and x (blocks, d_out, d_in); code OK from the start.
+    """
 
     cycles: ClassVar[int] = 1
     unmeasured: ClassVar[bool] = True

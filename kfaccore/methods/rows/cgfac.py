@@ -64,7 +64,10 @@ class State:
 
 @dataclass(frozen=True)
 class CGFAC:
-    """Matrix-free natural gradient by conjugate gradients; see the module.
+    """(F~ + damping I) x = V by conjugate gradients on products with the newest rows; no d x d array exists.
+
+    V and x (blocks, d_out, d_in); `iterations` and `residual` are in the solution's info, code UNCONVERGED at the
+    limit. Exact at convergence where its operator is. Chen 2021, arxiv.org/abs/2101.00218.
 
     operator    Kron(...) | KronFactored(...) | Empirical(...)
     solver      CG(stop, limit, warm, jacobi) | InRows()

@@ -51,7 +51,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class FNGD(Additive, Coefficients):
-    """Shared coefficients of per-example gradients; see the module.
+    """x = sum_i c_i J_i with (K + n damping I) c = 1, K_ij = <J_i, J_j>: the batch's own natural gradient.
+
+    J (batch, d_out, d_in) are gradients of the training loss itself (pass fisher=empirical). After an epoch of `steps`
+    the coefficients are shared and `weighted` puts them on output gradients: no solve. x (blocks, d_out, d_in). Exact
+    while they are computed. Ou et al. 2024, arxiv.org/abs/2403.03473.
 
     share      mean_vector | position | sample | scalar_rate
     steps      steps of an epoch; 0 computes coefficients at every step

@@ -55,7 +55,10 @@ class State:
 
 @dataclass(frozen=True)
 class SKFAC:
-    """Low-rank K-FAC; see the module.
+    """K-FAC's x = (G + d_g I)^-1 V (A + d_a I)^-1, each side of fewer rows m than its width by Woodbury in m x m.
+
+    (Y^T Y / m + d I)^-1 = (I - Y^T (Y Y^T + m d I)^-1 Y) / d for rows Y (m, d). V and x (blocks, d_out, d_in). Exact
+    where K-FAC is. Tang et al. 2021, SKFAC (CVPR).
 
     sharing   expand | reduce | mean_mean | sum_sum | Subsample(...): convolutions have batch x positions rows under
               expand, so only the others keep them fewer than d

@@ -80,7 +80,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class SINGD(Additive):
-    """Structured inverse-free natural gradient; see the module.
+    """x = C C^T V K K^T with roots K (d_in, d_in) and C (d_out, d_out) of the inverses, moved by products alone.
+
+    m <- momentum m + w [c H_K + e K^T K - I], K <- K (I - rate m), H_K = K^T A K; C likewise. V and x (blocks, d_out,
+    d_in). No inverse, no F~: `matvec` refuses. Exact at its fixed point. Lin et al. 2024, arxiv.org/abs/2312.05705.
 
     sharing            expand | reduce
     inputs, outputs    structures of K and C; of a diagonal side, such as an embedding's, diagonal whatever is asked

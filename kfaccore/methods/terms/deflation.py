@@ -54,7 +54,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Deflation(TwoTerms[State], Additive):
-    """Two Kronecker terms by power iteration; see the module.
+    """x solves (G1 (x) A1 + G2 (x) A2) vec(x) = vec(V), the two nearest Kronecker terms of F by power iteration.
+
+    The first is KPSVD's, the second the same iteration on what is left. V and x (blocks, d_out, d_in). Exact when F is
+    a sum of two Kronecker products. Code INDEFINITE where the sum is not positive definite.
+    Koroko et al. 2022, arxiv.org/abs/2201.10285.
 
     split        pi | equal | per_factor | Relative(...): damping of the first term
     indefinite   absolute | first_term: what stands for the denominators of a sum that is not positive definite

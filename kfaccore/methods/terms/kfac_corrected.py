@@ -49,12 +49,16 @@ class Stats:
 
     @property
     def bad(self) -> Array:
+        """How many records were not finite, (blocks,)."""
         return self.factors.bad
 
 
 @dataclass(frozen=True)
 class KFACCorrected(TwoTerms[State], Additive):
-    """K-FAC and one Kronecker correction; see the module.
+    """x solves (G (x) A + C (x) D) vec(x) = vec(V): K-FAC's product and the one nearest to what it leaves of F.
+
+    V and x (blocks, d_out, d_in). Exact wherever K-FAC is. Code INDEFINITE where the sum is not positive definite.
+    Koroko et al. 2022, arxiv.org/abs/2201.10285.
 
     sharing      shapes K-FAC's factors only, never the residual
     split        pi | equal | per_factor | Relative(...): damping of the first term

@@ -53,7 +53,14 @@ class Stats:
 
 @dataclass(frozen=True)
 class KPSVD(Additive):
-    """Nearest Kronecker product; see the module. `inverse` and `split` as for KFAC."""
+    """x = (G + d_g I)^-1 V (A + d_a I)^-1 with G (x) A the Kronecker product nearest to F, by power iteration.
+
+    One sweep an update: P = (1/n) sum J V J^T, Q = (1/n) sum J^T U J, s = <U, P>; the block is P (x) Q / s. V and x
+    (blocks, d_out, d_in). Exact when F is a Kronecker product; none is nearer at convergence. Refuses embeddings.
+    Koroko et al. 2022, arxiv.org/abs/2201.10285.
+
+    inverse, split   as for KFAC
+    """
 
     inverse: Inverse = cholesky
     split: Split = pi

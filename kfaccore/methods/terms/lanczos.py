@@ -61,7 +61,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Lanczos(TwoTerms[State]):
-    """Two Kronecker terms by Golub-Kahan; see the module. Rows of micro-batches are gathered, not added.
+    """x solves (G1 (x) A1 + G2 (x) A2) vec(x) = vec(V), the two nearest terms of each update's F by Golub-Kahan.
+
+    V and x (blocks, d_out, d_in). Rows of micro-batches are gathered, not added. Exact when F is a sum of two Kronecker
+    products. Code INDEFINITE where the sum is not positive definite. Koroko et al. 2022, arxiv.org/abs/2201.10285.
 
     krylov       new vectors a cycle, of which there are at most `restarts`; a residual then over `tolerance` (relative
                  to the largest singular value) is UNCONVERGED

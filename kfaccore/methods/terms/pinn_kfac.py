@@ -61,12 +61,17 @@ class Stats:
 
     @property
     def bad(self) -> Array:
+        """How many records were not finite, (blocks,)."""
         return fold(add, (term.bad for term in self.terms))
 
 
 @dataclass(frozen=True)
 class PINNKFAC(Additive):
-    """Kronecker factors a loss term; see the module.
+    """x solves sum_t (G_t + damping I) x (A_t + damping I) = V, one pair of K-FAC's factors a loss term t.
+
+    A record is a tuple of Records, one a term, each with its n. V and x (blocks, d_out, d_in). Two terms are solved by
+    whitening, more by conjugate gradients (code UNCONVERGED at the limit). Exact for one term where K-FAC is.
+    Dangel, Mueller & Zeinhofer 2024, arxiv.org/abs/2405.15603.
 
     terms      number of loss terms; with 1 a record need not be a tuple
     start      weight of the identity the averages start from: 1 is the paper's, 0 the average of what was seen

@@ -67,4 +67,5 @@ class Stats:
 
     @property
     def bad(self) -> Array:
+        """How many records were not finite, (blocks,)."""
         return self.factors.bad

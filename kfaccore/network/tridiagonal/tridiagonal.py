@@ -38,7 +38,11 @@ from kfaccore.xp.codes import Code, choose
 
 @dataclass(frozen=True)
 class Tridiagonal:
-    """Block-tridiagonal K-FAC; see the module. Dense layers, or convolutions of as many positions each.
+    """x = Xi^T Lambda Xi g over a chain of layers: an inverse whose inverse has K-FAC's F~ on three diagonals.
+
+    F~_ij = G_ij (x) A_ij between neighbours; gradients and directions are {layer: (blocks, d_out, d_in)}. Dense layers,
+    or convolutions of as many positions each. Exact for two layers that see one example. Martens & Grosse 2015, section
+    4.3, arxiv.org/abs/1503.05671.
 
     order     names of the chain; () for all layers as they come. Others are left to `methods`
     sharing   expand | reduce; split: pi | equal | per_factor | Relative(...)

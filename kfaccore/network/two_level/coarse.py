@@ -134,10 +134,12 @@ class Krylov:
 
     @property
     def residual(self) -> bool:
+        """As the space it grows from."""
         return self.space.residual
 
     @property
     def turns(self) -> bool:
+        """As the space it grows from."""
         return self.space.turns
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Powers:

@@ -55,7 +55,11 @@ class State:
 
 @dataclass(frozen=True)
 class TwoLevel(Each[State]):
-    """A coarse correction between layers on top of a block method; see the module.
+    """z = z0 + c R^T F_c^-1 R (g - F_d z0): a block method's z0 = M^-1 g, corrected in the span of the rows of R.
+
+    F_d = F + damping I is the whole network's on this step's records, met in products; F_c = R F_d R^T. Gradients and
+    directions are {layer: (blocks, d_out, d_in)}. Exact when R spans the space. Takes records at every step.
+    Koroko et al. 2023, arxiv.org/abs/2303.18083; Tselepidis et al. 2020, arxiv.org/abs/2011.00573.
 
     method        the block method, or a mapping from layer to method
     space         Nicolaides | Spectral | Directions | Residual | Krylov(Nicolaides() or Residual()) | Enriched(count) |

@@ -1,0 +1,53 @@
+"""What a forward pass changes beside its outputs: statistics of normalisations, states of seeds and of recurrence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+Tensor = Any
+Variable = Any
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Variables that a pass changed, with their values before it and after."""
+
+    variables: Sequence[Variable]
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Another pass, in the graph that is being traced, which draws what the first one drew and leaves no trace."""
+        for v, value in zip(self.variables, self.before, strict=True):
+            v.assign(value)
+        yield
+        for v, value in zip(self.variables, self.after, strict=True):
+            v.assign(value)
+
+
+class Watch:
+    """Of a model, from the beginning of a pass on; its values are those of the moment it was made."""
+
+    def __init__(self, model: Any) -> None:
+        self.graph = tf.compat.v1.get_default_graph()
+        self.start = len(self.graph.get_operations())
+        self.variables = list(model.non_trainable_variables)
+        self.values = [tf.identity(v) for v in self.variables]
+
+    def pinned(self) -> Pinned:
+        """What has changed since."""
+        inside = {id(outside): tensor for outside, tensor in self.graph.captures}
+        written = set()
+        for op in self.graph.get_operations()[self.start :]:
+            if op.type != "ReadVariableOp":  # any other may write, a call of a function too
+                written |= {id(x) for x in op.inputs if x.dtype == tf.resource}
+        handles = [inside.get(id(v.value.handle)) for v in self.variables]
+        changed = [i for i, handle in enumerate(handles) if id(handle) in written]
+        variables = [self.variables[i] for i in changed]
+        return Pinned(variables, [self.values[i] for i in changed], [tf.identity(v) for v in variables])

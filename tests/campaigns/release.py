@@ -1,0 +1,80 @@
+"""A release as users get it: each file installed into an empty environment of each Python, used from an empty folder.
+
+    python tests/campaigns/release.py dist/*.whl dist/*.tar.gz
+
+Prints a line a file and Python, and exits 1 if one does not install or run. Pythons are those
+found as python3.11 and so on; at least one must be there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kfaccore import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14", "python3.15")
+SHELLS = ("kfaccore_numpy", "kfaccore_torch", "kfaccore_jax", "kfaccore_tensorflow")
+PRESENT = f"""
+import importlib.util
+import kfaccore
+assert kfaccore.__version__ == {__version__!r}, kfaccore.__version__
+assert "site-packages" in kfaccore.__file__, kfaccore.__file__
+for name in {SHELLS}:
+    assert importlib.util.find_spec(name) is not None, name
+for name in ("adapters", "bench", "tests"):
+    assert importlib.util.find_spec(name) is None, name
+"""
+USES = (
+    ("-c", PRESENT),
+    ("-m", "kfaccore", "--version"),
+    ("-m", "kfaccore_numpy.examples.from_npz"),
+    ("-m", "kfaccore", "inspect", "layer.npz"),
+    ("-m", "kfaccore", "train", "digits-classifier", "--steps", "5", "--out", "run"),
+    ("-m", "kfaccore", "inspect", "run/run.safetensors"),
+)
+
+
+def runs(python: str | Path, *arguments: str, folder: Path) -> str:
+    """What went wrong, "" if nothing did."""
+    command = [str(python), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else f"{' '.join(arguments)}: {(done.stderr or done.stdout)[-600:]}"
+
+
+def installable(name: str) -> bool:
+    """Whether this Python is there and starts; a shim of a version manager may do neither."""
+    return bool(shutil.which(name)) and not runs(name, "-c", "pass", folder=ROOT)
+
+
+def tried(file: Path, python: str) -> str:
+    """Install the file with what the demo needs, and use it; what went wrong first."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        wrong = runs(python, "-m", "venv", "env", folder=here)
+        own = here / "env" / "bin" / "python"
+        empty = here / "empty"
+        empty.mkdir()
+        wrong = wrong or runs(own, "-m", "pip", "install", "--quiet", f"{file}[demo]", folder=here)
+        for use in USES:
+            wrong = wrong or runs(own, *use, folder=empty)
+    return wrong
+
+
+def main(files: list[str]) -> int:
+    found = [python for python in PYTHONS if installable(python)]
+    wrong = 0 if found and files else 1
+    for file in files:
+        for python in found:
+            what = tried(Path(file).resolve(), python)
+            wrong += bool(what)
+            print(f"{Path(file).name} on {python}: {what or 'installs and runs'}", flush=True)
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""What rules of the step are told beside records: the loss, and its own gradients by example."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from kfaccore.step.known import Known
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+kt = pytest.importorskip("kfaccore_tensorflow")
+L = keras.layers
+SEEN: dict = {}
+NOTHING = Known()
+
+
+class Keeping(kf.SelfTuning):
+    """Remembers what the last step was given."""
+
+    def __call__(self, motion, directions, grads, records, l2=0.0, known=NOTHING):
+        SEEN.update(grads=grads, known=known, records=records)
+        return super().__call__(motion, directions, grads, records, l2, known)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """Models in float64."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    keras.utils.set_random_seed(3)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def images():
+    layers = (L.Conv2D(4, 3, padding="same"), L.BatchNormalization(), L.ReLU(), L.DepthwiseConv2D(2))
+    return keras.Sequential([keras.Input((5, 5, 2)), *layers, L.Flatten(), L.Dense(3)])
+
+
+class Tied(keras.Model):
+    """Padded words, their mask, and logits by the table of the words."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = L.Embedding(7, 4, mask_zero=True)
+        self.inner = L.Dense(4, "tanh")
+
+    def call(self, ids):
+        return tf.matmul(self.inner(self.words(ids)), self.words.embeddings, transpose_b=True)
+
+
+def with_losses():
+    """A model that adds a loss of its prediction to the one it is trained on."""
+
+    class Shrunk(L.Layer):
+        def call(self, f):
+            self.add_loss(0.1 * tf.reduce_mean(tf.square(f)))
+            return f
+
+    return keras.Sequential([keras.Input((4,)), L.Dense(5, "tanh"), L.Dense(3), Shrunk()])
+
+
+CROSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+CASES = {  # model, loss, inputs, targets, parts with own gradients
+    "images": (images, CROSS, lambda rng: rng.normal(size=(6, 5, 5, 2)), lambda rng: rng.integers(0, 3, 6), 4),
+    "tied": (Tied, CROSS, lambda rng: rng.integers(0, 7, (6, 5)), lambda rng: rng.integers(0, 7, (6, 5)), 1),
+    "soft labels, losses of its own": (
+        with_losses,
+        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1),
+        lambda rng: rng.normal(size=(6, 4)),
+        lambda rng: rng.dirichlet(np.ones(3), 6),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_own_gradients_add_up_to_the_gradient(name, rng):
+    """Under sample weights and whatever the labels are. Rows before BatchNorm mix examples, and those of a tied table
+    are drawn: neither has any of its own."""
+    make, loss, inputs, targets, parts = CASES[name]
+    model = make()
+    x = inputs(rng)
+    y = targets(rng)
+    model(x[:1])
+    ours = kt.Optimizer(model, loss, core=kf.Preconditioner(kf.KFAC(), step=Keeping()), draws=2)
+    value = ours.step(x, y, None if name == "tied" else np.arange(1.0, 7.0) / 3)
+    known, grads, drawn = SEEN["known"], SEEN["grads"], SEEN["records"]
+    assert float(known.loss) == pytest.approx(float(value), rel=1e-12)
+    assert len(known.own.records) == parts < len(grads) + (name == "soft labels, losses of its own")
+    for part, record in known.own.records.items():
+        found = np.einsum("dbnso,bnsi->boi", record.g, record.rows()) / record.n
+        np.testing.assert_allclose(found, grads[part].reshape(found.shape), rtol=1e-9, atol=1e-12)
+    assert {record.draws for record in drawn.values()} == {2}
+    assert ours.info.step["with_own"] == len(grads) - parts
+
+
+class Asked(kf.SelfTuning):
+    """Remembers what it was asked to judge."""
+
+    def judge(self, motion, share, before, after):
+        SEEN.update(before=before, after=after)
+        return super().judge(motion, share, before, after)
+
+
+def test_a_step_is_judged_under_the_draws_it_was_made_with(rng):
+    """The second forward pass drops the same units, and what the first one left behind stays: statistics move once."""
+    layers = [L.Dense(6), L.BatchNormalization(momentum=0.5), L.Dropout(0.5), L.Dense(3)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    x = rng.normal(size=(8, 4))
+    y = rng.integers(0, 3, 8)
+    before = model.non_trainable_variables
+    start = [v.numpy() for v in before]
+    first = np.array(model.layers[0](x)).mean(0)
+    ours = kt.Optimizer(model, CROSS, step=Asked())
+    value = float(ours.step(x, y))
+    assert SEEN["before"] == value
+    np.testing.assert_allclose(model.layers[1].moving_mean.numpy(), first / 2, rtol=1e-12)
+    after = [v.numpy() for v in before]
+    for v, old in zip(before, start, strict=True):
+        v.assign(old)
+    assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["after"], rel=1e-12)
+    for v, new in zip(before, after, strict=True):
+        assert np.array_equal(v.numpy(), new) or "moving" in v.path  # one draw of the seeds, as one pass takes
