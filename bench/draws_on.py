@@ -51,7 +51,9 @@ def draws_on(tasks: Mapping[str, Any], run: Run, seeds: Sequence[int], rows: lis
             found = [first[rate], *rest]
             steps = median(trial.steps for trial in found)
             told = ", ".join(f"{trial.steps:g}" for trial in found)
-            rows.append([name, f"kfac + sgd {rate:g}, draws on {share:g}", told, median(trial.seconds for trial in found)])
+            rows.append(
+                [name, f"kfac + sgd {rate:g}, draws on {share:g}", told, median(trial.seconds for trial in found)]
+            )
             whole = steps if share == 1 else whole
             if share == 0.5:
                 worst = max(worst, math.inf if math.isinf(steps) else steps / whole)
