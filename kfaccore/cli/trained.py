@@ -95,7 +95,8 @@ def read(run: Path) -> Trained:
     held = tree.get("params") if isinstance(tree, Mapping) else None
     held = held if isinstance(held, Mapping) else {}
     for name, like in wanted.items():
-        if np.shape(held.get(name)) != like.shape or np.asarray(held[name]).dtype.kind != "f":
+        x = held.get(name)
+        if not isinstance(x, np.ndarray) or x.shape != like.shape or x.dtype.kind != "f":
             fail(f"{file} holds no parameters of {meta['task']}: {name} has to be an array of floats {like.shape}")
     return Trained(file.parent, task, {name: held[name] for name in wanted}, meta)
 

@@ -108,7 +108,7 @@ TROUBLES = [
     Trouble("labels at random", _contradictions, left=2.0),
     Trouble("one example of a thousandfold size", _outlier, left=np.inf),
     Trouble("inputs that jump", _jumps, left=np.inf),
-    Trouble("batches of zeros", _zeros),
+    Trouble("batches of zeros", _zeros, left=np.inf),
     Trouble("batches of one", _single, left=np.inf),
 ]
 
