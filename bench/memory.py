@@ -166,7 +166,8 @@ def held(width: int) -> tuple[int, list[int]]:
     found = []
     for comm in (kf.Serial(), *(Rank(rank) for rank in range(4))):
         state = kf.Preconditioner(kf.KFAC(), comm=comm).init(blocks, torch.zeros(1))
-        storages = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in tree.leaves(state.layers.states)}
+        kept = [x.untyped_storage() for x in tree.leaves(state.layers)]
+        storages = {storage.data_ptr(): storage.nbytes() for storage in kept}
         found.append(sum(storages.values()))
     return found[0], found[1:]
 

@@ -20,6 +20,7 @@ from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Together, joined, plainly
 from kfaccore_torch.probe import probe
+from kfaccore_torch.pulled import alike, all_pulled, by_layer
 from kfaccore_torch.rows import check_unwritten, record
 from kfaccore_torch.share import Part, parts
 
@@ -109,15 +110,15 @@ def _whole(
 ) -> Drawn:
     """Records of all draws at once, and of the one that `more` pulls."""
     layers = engine.plan.layers
-    grads = _pulled(engine, heads, observed, draws)
+    grads = all_pulled(engine, heads, observed, draws)
     observed = engine.observer.again(observed, layers, heads, grads)
-    last = None if more is None else _alike(more(observed), observed, grads)
+    last = None if more is None else alike(more(observed), observed, grads)
     if last is not None:
         observed = engine.observer.again(observed, layers, heads, last)
-    records = {name: made(observed, name, parts) for name, parts in _by_layer(observed, grads).items()}
+    records = {name: made(observed, name, parts) for name, parts in by_layer(observed, grads).items()}
     if last is None:
         return Drawn(records, observed, {})
-    own = {name: made(observed, name, parts, records[name]) for name, parts in _by_layer(observed, last).items()}
+    own = {name: made(observed, name, parts, records[name]) for name, parts in by_layer(observed, last).items()}
     return Drawn(records, observed, own)
 
 
@@ -162,36 +163,6 @@ def _draws(
         _check_own(engine, observed)
         draws = _signed(draws, observed, rng)
     return draws
-
-
-def _pulled(
-    engine: Engine, heads: list[torch.Tensor], observed: Observed, draws: list[torch.Tensor]
-) -> list[torch.Tensor | None]:
-    """All draws at the outputs of all calls, (draws, *shape) each."""
-    rows = [pulled(heads, observed, v) for v in zip(*draws, strict=True)]
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
-    return [
-        _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
-    ]
-
-
-def _alike(
-    last: Sequence[torch.Tensor | None], observed: Observed, grads: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
-    """A last draw, (1, *shape) a call: of those that the others reach, so that rows are the same."""
-    found: list[torch.Tensor | None] = []
-    for x, g, (_, call) in zip(last, grads, observed.calls, strict=True):
-        found.append(None if g is None else torch.zeros_like(g[:1]) if x is None else call.of_parameter(x[None]))
-    return found
-
-
-def _by_layer(observed: Observed, grads: Sequence[torch.Tensor | None]) -> dict[str, dict[int, torch.Tensor]]:
-    """Gradients of the calls that the draws reached, by layer and number of the call."""
-    found: dict[str, dict[int, torch.Tensor]] = {}
-    for i, ((name, _), g) in enumerate(zip(observed.calls, grads, strict=True)):
-        if g is not None:
-            found.setdefault(name, {})[i] = g
-    return found
 
 
 def _record(
@@ -267,22 +238,6 @@ def _check_room(heads: list[torch.Tensor], observed: Observed) -> None:
             f"{MOST_BYTES:,} (kfaccore_torch.draw.MOST_BYTES). Take fisher=kfaccore.monte_carlo, which is unbiased for "
             f"it, smaller examples or batches, or hand draws of your own to kfaccore_torch.records(draws=...)"
         )
-
-
-def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tensor]) -> tuple:
-    """One draw at the outputs of all calls."""
-    edges = [call.edge for _, call in observed.calls]
-    given = [x.to(f) for x, f in zip(v, heads, strict=True)]
-    return torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
-
-
-def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | None:
-    """Draws of one call, (draws, *shape); None where it does not reach the prediction."""
-    if not column:
-        return torch.zeros((0, *call.shape), dtype=dtype, device=call.x.device)
-    if column[0] is None:
-        return None
-    return call.of_parameter(column[0][None] if len(column) == 1 else torch.stack(column))
 
 
 def _signed(draws: list[torch.Tensor], observed: Observed, rng: Any) -> list[torch.Tensor]:

@@ -10,9 +10,10 @@ import array_api_compat as aac
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.arriving import waiting
 from kfaccore_torch.batch import mean
-from kfaccore_torch.draw import pulled
 from kfaccore_torch.kinds import Tied
+from kfaccore_torch.pulled import pulled
 
 if TYPE_CHECKING:
     from kfaccore_torch.capture import Capture
@@ -59,6 +60,16 @@ def apart(engine: Engine) -> set[str]:
 
 def _tied(engine: Engine, name: str) -> bool:
     return isinstance(engine.plan.layers[name].kind, Tied)
+
+
+def taken(
+    engine: Engine, seen: Capture, batch: Batch, turn: int, n: float, times: float, more: Pull | None
+) -> tuple[dict[str, Any], Observed]:
+    """What waits for the step of one loss, with the loss's own gradients where there are `more`."""
+    if more is None:
+        return engine.measured(seen, batch, turn, n, times=times)
+    drawn = engine.records(seen, batch, turn, n, times=times, more=more)
+    return waiting(engine, together(engine, drawn)), drawn.observed
 
 
 def together(engine: Engine, found: Drawn) -> dict[str, kf.Record]:

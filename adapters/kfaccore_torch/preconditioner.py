@@ -11,7 +11,6 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
-from kfaccore_torch.arriving import waiting
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, counted, gathered
@@ -20,7 +19,7 @@ from kfaccore_torch.draw import Batch
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
-from kfaccore_torch.own import mean_loss, own_apart, own_draw, together
+from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
@@ -136,6 +135,8 @@ class Preconditioner:
         if self._open is None:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         seen, told, shot = self._open
+        if seen.spent:
+            raise ValueError("the forward behind this loss was differentiated: form all its losses before backward()")
         batch = Batch(f, target, told)
         n = self.engine.share(batch)
         if n <= 0:
@@ -150,12 +151,7 @@ class Preconditioner:
         if more is not None:
             self._values.append((0.0 if again else n, shot.n * float(weighted.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
-            if more is None:
-                found, observed = self.engine.measured(seen, batch, self._formed, shot.n, times=times)
-            else:
-                drawn = self.engine.records(seen, batch, self._formed, shot.n, times=times, more=more)
-                found = waiting(self.engine, together(self.engine, drawn))
-                observed = drawn.observed
+            found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
         expected = [g if g is None else g * weight for g in observed.expected]
         weighted = counted(weighted, self._shots, shot, found, seen.let_go)
