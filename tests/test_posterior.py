@@ -484,5 +484,10 @@ def test_reading_of_a_batch(network):
             trace = np.einsum("nbi,bij,nbj->", away, M, away) / (r.batch - 1)
             true = np.einsum("bi,bij,bj->", g, M, g) - trace / r.batch
             assert value == pytest.approx(trace / true if true > 0 else np.inf, rel=1e-9)
+    # a share of the mean that is no count of the examples changes no noise: gradients are over it, too
+    shares = {name: replace(r, n=3 * r.n) for name, r in own.items()}
+    again = reading(P, shares, {name: g / 3 for name, g in grads.items()})
+    for name in own:
+        assert again[name].noise == pytest.approx(found[name].noise, rel=1e-9)
     with pytest.raises(ValueError, match="has 2 draws of 7 examples; need one draw"):
         reading(P, records, grads)
