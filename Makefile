@@ -129,7 +129,7 @@ test-tensorflow-matrix:
 test-release: $(TEST)/ready
 	rm -rf dist
 	$(TEST)/bin/python -m build
-	$(TEST)/bin/python tests/campaigns/release.py dist/*.whl dist/*.tar.gz
+	$(TEST)/bin/python tests/campaigns/release.py $(PYTHONS:%=--python %) dist/*.whl dist/*.tar.gz
 
 clean:
 	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-*-oldest .venv-*-newest runs dist build docs/_build docs/generated .pytest_cache .ruff_cache .hypothesis

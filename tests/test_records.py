@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import struct
+
 import numpy as np
 import pytest
 
@@ -119,3 +123,29 @@ def test_other_files(rng, tmp_path):
         kf.save_records(tmp_path / name, {name: kf.Record(np.ones((3, 2)), np.ones((3, 2)), 3.0)})
     with pytest.raises(ValueError, match=r"two has layers \['two'\], .*one has \['one'\]"):
         kf.load_records(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("size", [2 * 10**9, 10**15, 2**62, -1])
+def test_a_size_that_is_only_said_is_not_allocated(rng, tmp_path, size):
+    path = tmp_path / "x.safetensors"
+    record = kf.Record(kf.Ids(rng.integers(0, 9, size=(4, 3)), 9), rng.normal(size=(1, 1, 4, 3, 2)), 4.0)
+    kf.save_records(path, {"words": record})
+    tree = kf.load(path)
+    tree["records"]["words"]["size"] = np.array(size)
+    kf.save(path, tree)
+    for read in (kf.load_records, kf.analysis.report):
+        with pytest.raises(ValueError, match="layer 'words': "):
+            read(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "BF16", "C64", "no"])
+def test_dtypes_that_numpy_does_not_have(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    size = {"BF16": 2, "C64": 8}.get(dtype, 1)
+    text = {"__metadata__": {"kfaccore": "1", "meta": "{}"}}
+    text["a"] = {"dtype": dtype, "shape": [4], "data_offsets": [0, 4 * size]}
+    header = json.dumps(text).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * size))
+    for read in (kf.load, kf.load_records):
+        with contextlib.suppress(ValueError):
+            read(path)

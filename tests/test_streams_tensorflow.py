@@ -97,7 +97,7 @@ def test_streams_of_a_model(model, batches):
     V = np.concatenate([np.asarray(P.covariance(records)) for records in every])
     solved = P.solve({name: g.reshape(2 * 7, *P.curvature.layers[name].shape) for name, g in want.items()})
     dense = sum(
-        np.einsum("vbd,wbd->bvw", want[k].reshape(2, 7, -1), np.reshape(x, (2, 7, -1))) for k, x in solved.items()
+        np.einsum("vbd,wbd->bvw", want[k].reshape(2, 7, -1), np.asarray(x).reshape(2, 7, -1)) for k, x in solved.items()
     )
     np.testing.assert_allclose(V, dense, rtol=1e-9, atol=1e-12)
 

@@ -24,6 +24,8 @@ def restored(given: bytes, like: Any, names: Sequence[str]) -> Any:
         path = Path(folder, "state")
         path.write_bytes(given)
         theirs = kf.metadata(path).get("parts", [])
+        if not isinstance(theirs, list) or not all(isinstance(name, str) for name in theirs):
+            raise ValueError(f"the state has damaged metadata: parts is {theirs!r:.80}; need names of layers")
         if set(theirs) != set(names) and len(theirs) == len(names):
             kf.save(path, _renamed(kf.load(path), dict(zip(theirs, names, strict=True))))
         return kf.load(path, like=like)

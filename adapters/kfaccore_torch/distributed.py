@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -81,6 +82,12 @@ class Distributed:
         owner = self._global(ranks[0])
         return self._travel(tree, lambda buffer: dist.broadcast(buffer, owner, group=part))
 
+    def gathered(self, thing: Any) -> list[Any]:
+        """What each rank gives, a picklable thing, in the order of ranks."""
+        found: list[Any] = [None] * self.world
+        self._enter(lambda: dist.all_gather_object(found, thing, group=self.group))
+        return found
+
     def failed(self, error: Exception) -> None:
         """Leave word for the other ranks that this one stops."""
         self._roll.failed(error)
@@ -103,22 +110,26 @@ class Distributed:
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
+    def _enter(self, collective: Callable[[], Any]) -> None:
+        """Take part in a collective; RuntimeError naming the ranks that keep it from its end."""
+        self._turn[0] += 1
+        try:
+            self._roll.enters(self._turn[0])
+            collective()
+        except RuntimeError as error:
+            why = self._roll.blame(self._turn[0])
+            raise RuntimeError(f"rank {self._roll.rank} stops, for {why}: {error}") from error
+
     def _travel(self, tree: Any, collective: Callable[[torch.Tensor], Any]) -> Any:
         """Leaves of one dtype in one buffer through a collective, and back."""
         leaves: list[Array] = []
         _collect(tree, leaves)
         tensors = [_tensor(x) for x in leaves]
         found: list[Any] = [None] * len(leaves)
-        self._turn[0] += 1
         for dtype in sorted({t.dtype for t in tensors}, key=str):
             places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
             buffer = torch.cat([tensors[i].reshape(-1) for i in places])
-            try:
-                self._roll.enters(self._turn[0])
-                collective(buffer)
-            except RuntimeError as error:
-                why = self._roll.blame(self._turn[0])
-                raise RuntimeError(f"rank {self._roll.rank} stops, for {why}: {error}") from error
+            self._enter(partial(collective, buffer))
             for i, part in zip(places, buffer.split([tensors[i].numel() for i in places]), strict=True):
                 found[i] = _like(part.reshape(tensors[i].shape), leaves[i])
         return _rebuilt(tree, iter(found))

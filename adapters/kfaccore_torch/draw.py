@@ -20,7 +20,7 @@ from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Together, joined, plainly
 from kfaccore_torch.probe import probe
-from kfaccore_torch.pulls import alike, all_pulled, by_layer
+from kfaccore_torch.pulled import alike, all_pulled, by_layer
 from kfaccore_torch.rows import check_unwritten, record
 from kfaccore_torch.share import Part, parts
 

@@ -230,11 +230,18 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; ValueError, and no change, if it is another model's."""
-        if (self._make_rest is not None) < ("rest" in state):
+        given = isinstance(state, Mapping) and "rest" in state
+        if (self._make_rest is not None) < given:
             raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
-        self.engine.load_state_dict(state)
-        self._follow_rest()
-        if (self.rest is not None) != ("rest" in state):
-            raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
-        if self.rest is not None:
-            self.rest.load_state_dict(state["rest"])
+        before = self.rest
+        try:
+            with self.engine.unless_damaged():
+                self.engine.load_state_dict(state)
+                self._follow_rest()
+                if (self.rest is not None) != given:
+                    raise ValueError("one of state and optimizer has parameters outside K-FAC and the other has not")
+                if self.rest is not None:
+                    self.rest.load_state_dict(state["rest"])
+        except ValueError:
+            self.rest = before
+            raise

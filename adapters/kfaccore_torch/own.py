@@ -13,7 +13,7 @@ import kfaccore as kf
 from kfaccore_torch.arriving import waiting
 from kfaccore_torch.batch import mean
 from kfaccore_torch.kinds import Tied
-from kfaccore_torch.pulls import pulled
+from kfaccore_torch.pulled import pulled
 
 if TYPE_CHECKING:
     from kfaccore_torch.capture import Capture
@@ -62,22 +62,20 @@ def _tied(engine: Engine, name: str) -> bool:
     return isinstance(engine.plan.layers[name].kind, Tied)
 
 
+def taken(
+    engine: Engine, seen: Capture, batch: Batch, turn: int, n: float, times: float, more: Pull | None
+) -> tuple[dict[str, Any], Observed]:
+    """What waits for the step of one loss, with the loss's own gradients where there are `more`."""
+    if more is None:
+        return engine.measured(seen, batch, turn, n, times=times)
+    drawn = engine.records(seen, batch, turn, n, times=times, more=more)
+    return waiting(engine, together(engine, drawn)), drawn.observed
+
+
 def together(engine: Engine, found: Drawn) -> dict[str, kf.Record]:
     """Records with the loss's own gradients, of one n with the draws, as a last draw, to wait for a step as one."""
     own = {name: record for name, record in found.own.items() if not _tied(engine, name)}
     return {name: _last(r, own[name]) if name in own else r for name, r in found.records.items()}
-
-
-def waits(
-    engine: Engine, seen: Capture, batch: Batch, turn: int, n: float, times: float, more: Pull | None
-) -> tuple[dict[str, Any], Observed]:
-    """What waits for a step, by layer, with the loss's own gradients as a last draw where the rule has a use for them;
-    and what was observed of the calls."""
-    with torch.autocast(engine.device.type, enabled=False):  # draws go backward, which is not for it
-        if more is None:
-            return engine.measured(seen, batch, turn, n, times=times)
-        drawn = engine.records(seen, batch, turn, n, times=times, more=more)
-        return waiting(engine, together(engine, drawn)), drawn.observed
 
 
 def _last(drawn: kf.Record, own: kf.Record) -> kf.Record:

@@ -111,8 +111,7 @@ class Planning(Resumes):
         total, squares = comm.all_reduce([np.array([number, number**2], np.float64)])[0].tolist()
         if squares * comm.world == total**2:  # no variance: equal everywhere
             return
-        tables: list[Any] = [None] * comm.world
-        torch.distributed.all_gather_object(tables, written(self.plan), group=comm.group)
+        tables = comm.gathered(written(self.plan))
         marks = dict.fromkeys(mark for table in tables for mark in read(table, self.plan).marks)
         odd = {name: why for table in reversed(tables) for name, why in table["odd"].items()}
         self.adopt(remade(self.plan, tuple(marks), odd, any(table["seen"] for table in tables)))

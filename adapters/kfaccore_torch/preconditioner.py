@@ -19,7 +19,7 @@ from kfaccore_torch.draw import Batch
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
-from kfaccore_torch.own import mean_loss, own_apart, own_draw, waits
+from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.step import Engine, Settings
@@ -150,7 +150,8 @@ class Preconditioner:
         more = own_draw(self.engine, value, batch)  # waits as a last draw
         if more is not None:
             self._values.append((0.0 if again else n, shot.n * float(weighted.detach())))
-        found, observed = waits(self.engine, seen, batch, self._formed, shot.n, times, more)
+        with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
+            found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
         expected = [g if g is None else g * weight for g in observed.expected]
         weighted = counted(weighted, self._shots, shot, found, seen.let_go)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,11 +49,15 @@ class Resumes:
         }
 
     def load_state_dict(self, found: dict[str, Any]) -> None:
-        """Continue from `state_dict`. Raises ValueError, changing nothing, if layers, shapes or dtypes differ."""
-        if found.get("kfaccore") != 1:
-            raise ValueError(f"not a state of kfaccore: it has the keys {sorted(found)[:5]}")
+        """Continue from `state_dict`. Raises ValueError, changing nothing, if layers, shapes or dtypes differ, or if it
+        is damaged."""
+        version = found.get("kfaccore") if isinstance(found, Mapping) else None
+        if type(version) is not int or version != 1:
+            shown = sorted(map(str, found))[:5] if isinstance(found, Mapping) else type(found).__name__
+            raise ValueError(f"not a state of kfaccore, which is what state_dict returned: it has the keys {shown}")
         with self._as_saved(found.get("layers")):
-            self.state = kf.unflatten({path: x.numpy() for path, x in found["state"].items()}, self.state)
+            arrays = {path: x.numpy() for path, x in found["state"].items()}
+            self.state = kf.unflatten(arrays, self.state)
 
     def save(self, path: Any, **meta: Any) -> None:
         """Parameters as matrices and the state in one file that every adapter reads; every rank must call it."""
@@ -82,17 +86,26 @@ class Resumes:
 
     @contextmanager
     def _as_saved(self, table: Table | None) -> Iterator[None]:
-        """The plan that a state was saved with; the old one, and all that goes with it, if loading fails inside."""
-        names = ("plan", "core", "_state", "observer", "new")
-        before = {name: getattr(self, name) for name in names}
-        try:
+        """The plan that a state was saved with; what was before if loading fails inside."""
+        new = self.new
+        with self.unless_damaged():
             if table is not None:
                 found = read(table, self.plan)
                 if (found.marks, found.odd) != (self.plan.marks, self.plan.odd):
                     self.adopt(found)
             yield
-        except Exception:
+        self.new = new
+
+    @contextmanager
+    def unless_damaged(self) -> Iterator[None]:
+        """The old plan and state, and all that goes with them, if loading fails inside; then ValueError."""
+        names = ("plan", "core", "_state", "observer", "new")
+        before = {name: getattr(self, name) for name in names}
+        try:
+            yield
+        except Exception as error:
             for name, value in before.items():
                 setattr(self, name, value)
-            raise
-        self.new = before["new"]
+            if isinstance(error, ValueError | OSError):
+                raise
+            raise ValueError(f"the state is damaged: {type(error).__name__}: {error}") from error

@@ -45,6 +45,7 @@ class RollCall:
 
     @property
     def others(self) -> list[int]:
+        """The ranks but this one."""
         return [rank for rank in self.ranks if rank != self.rank]
 
     def enters(self, turn: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from kfaccore import Window
@@ -23,12 +24,44 @@ def written(plan: Plan) -> Table:
 
 def read(table: Table, plan: Plan) -> Plan:
     """The plan of a model that a table says; ValueError where the table is of other parameters."""
+    _check_plain(table)
     marks = tuple(Mark(_kind_of(kind), _ref_of(w), _ref_of(b), any(scaled)) for kind, w, b, *scaled in table["marks"])
     named = {name: tuple(p.shape) for name, p, _ in plan.made_of}
     missing = {ref.name for mark in marks for ref in (mark.weight, mark.bias) if ref is not None} - named.keys()
     if missing:
         raise ValueError(f"the state is of another model: it has layers of {sorted(missing)[:5]}, which are not here")
+    for mark in marks:
+        for ref in filter(None, (mark.weight, mark.bias)):
+            _check_inside(ref, named[ref.name])
     return remade(plan, marks, dict(table["odd"]), bool(table["seen"]))
+
+
+def _check_plain(table: object) -> None:
+    """ValueError where a table is not made of whole numbers, texts and lists."""
+    if not isinstance(table, Mapping) or not {"seen", "marks", "odd"} <= set(table):
+        raise ValueError(f"the state is damaged: its layers are {table!r:.60}, need `seen`, `marks` and `odd`")
+    if not isinstance(table["seen"], bool) or not isinstance(table["odd"], Mapping):
+        raise ValueError("the state is damaged: `seen` is to be true or false, `odd` reasons by name")
+    if not all(isinstance(text, str) for pair in table["odd"].items() for text in pair):
+        raise ValueError("the state is damaged: `odd` holds what is no text")
+    for mark in table["marks"]:
+        kind, weight, bias, *scaled = mark
+        if not _plain([kind, weight, bias]) or not all(isinstance(flag, bool) for flag in scaled):
+            raise ValueError(f"the state is damaged: a layer is {mark!r:.80}, need numbers, texts and lists")
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, str) or (type(value) is int and 0 <= value < 2**63)
+
+
+def _check_inside(ref: Ref, shape: tuple[int, ...]) -> None:
+    """ValueError for a view that is not within its parameter."""
+    fine = [pair for axis in ref.view.axes for pair in axis]
+    last = ref.view.offset + sum((n - 1) * stride for n, stride in fine)
+    if any(n < 1 for n, _ in fine) or last >= prod(shape):
+        raise ValueError(f"the state is damaged: it has elements of {ref.name!r} that shape {shape} does not have")
 
 
 def _kind(kind: Any) -> list[Any]:

@@ -28,6 +28,7 @@ class Side:
 
     @property
     def finite(self) -> bool:
+        """Whether all of it is finite."""
         return bool(np.isfinite(self.diagonal if self.matrix is None else self.matrix).all())
 
     @property

@@ -109,6 +109,6 @@ def _copied(padded: np.ndarray, w: Window, bias: bool) -> np.ndarray:
     inner = views.shape[2 + len(axes) :]
     size = prod(inner)
     rows = np.empty((*views.shape[:2], *outputs, size + bias), padded.dtype)
-    rows[..., :size].reshape(*views.shape[:2], *outputs, *inner, copy=False)[...] = views
+    rows[..., :size].reshape(*views.shape[:2], *outputs, *inner)[...] = views  # splitting one axis is always a view
     rows[..., size:] = 1
     return rows.reshape(*views.shape[:2], -1, size + bias)

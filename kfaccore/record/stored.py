@@ -24,7 +24,8 @@ class Stored(Mapping[str, Record]):
     """{layer: Record} of one file or several, joined as micro-batches; nothing is read before it is asked for.
 
     meta       of the first file; an .npz has none
-    unpacked   bytes that the arrays of a compressed .npz may take; four times the file where that is more
+    unpacked   bytes that the arrays of a compressed .npz, and the diagonal factor of an embedding that is only said to
+               be large, may take; four times the file where that is more
 
     Raises ValueError, naming file and layer, for what is not a record; FileNotFoundError when there is no file.
     """
@@ -65,6 +66,7 @@ class _File:
 
     def __init__(self, path: Path, unpacked: int) -> None:
         self.path = path
+        self.unpacked = unpacked
         packed = path.suffix == ".npz"
         self.source = Npz(path, unpacked) if packed else Opened(path)
         self.meta = {} if isinstance(self.source, Npz) else self.source.meta
@@ -89,9 +91,17 @@ class _File:
         wanted = [leaf for leaf in self.layers[name] if leaf != "grad"]
         try:
             leaves: dict[str, Any] = {leaf: self.leaf(name, leaf) for leaf in wanted}
+            self._check_size(leaves)
             return _record(leaves, self.windows.get(name))
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError, IndexError, MemoryError) as error:
             raise ValueError(f"{self.path}: layer {name!r}: {error}") from error
+
+    def _check_size(self, leaves: Mapping[str, np.ndarray]) -> None:
+        """ValueError for an embedding whose factor would dwarf the file: its size is a number that anyone can write."""
+        size = int(leaves.get("size", 0))
+        limit = max(self.unpacked, 4 * self.path.stat().st_size)
+        if 8 * size > limit:
+            raise ValueError(f"size {size} takes {8 * size} bytes a factor, and {limit} are allowed: raise `unpacked`")
 
 
 def _dotted(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:

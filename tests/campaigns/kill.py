@@ -1,4 +1,4 @@
-"""Kills: a process that saves without end is killed at a random moment, again and again.
+"""Kills: a process that saves without end is ended by a signal at a random moment, again and again.
 
 `python tests/campaigns/kill.py [--count N] [--seed S]`. What is promised: the file is whole and is one of those that
 were saved, however the writer ended, and the next save leaves nothing beside it.
@@ -27,15 +27,17 @@ while True:
     kf.save(sys.argv[1], {"first": np.full(50_000, number), "last": np.full(50_000, number)}, number=number)
     print(number, flush=True)
 """
+SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
-def killed(path: Path, number: int, lines: int) -> int:
-    """Kill a writer that starts at `number` once it has said so many lines; the last number that it surely saved."""
+def killed(path: Path, number: int, lines: int, by: int) -> int:
+    """End a writer that starts at `number` by a signal once it has said so many lines; the last number that it surely
+    saved."""
     command = [sys.executable, "-c", WRITER, str(path), str(number)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as writer:
         assert writer.stdout is not None
         said = [int(writer.stdout.readline()) for _ in range(lines)]
-        writer.send_signal(signal.SIGKILL)
+        writer.send_signal(by)
         rest = [int(line) for line in writer.stdout.read().split()]
     return max(said + rest)
 
@@ -48,7 +50,7 @@ def campaign(count: int, seed: int) -> list[str]:
         path = Path(name) / "state.safetensors"
         saved = 0
         for kill in range(count):
-            saved = killed(path, saved, int(rng.integers(1, 4)))
+            saved = killed(path, saved, int(rng.integers(1, 4)), int(rng.choice(SIGNALS)))
             found = kf.load(path)
             number = kf.metadata(path)["number"]
             whole = (found["first"] == number).all() and (found["last"] == number).all()

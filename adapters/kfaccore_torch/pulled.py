@@ -1,4 +1,4 @@
-"""Draws pulled back to the outputs of calls, and what they are there by layer."""
+"""Draws at the outputs of the calls: pulled back from the prediction, stacked, and by layer."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def all_pulled(
     ]
 
 
+def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """Draws of one call, (draws, *shape); None where it does not reach the prediction."""
+    if not column:
+        return torch.zeros((0, *call.shape), dtype=dtype, device=call.x.device)
+    if column[0] is None:
+        return None
+    return call.of_parameter(column[0][None] if len(column) == 1 else torch.stack(column))
+
+
 def alike(
     last: Sequence[torch.Tensor | None], observed: Observed, grads: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:
@@ -48,12 +57,3 @@ def by_layer(observed: Observed, grads: Sequence[torch.Tensor | None]) -> dict[s
         if g is not None:
             found.setdefault(name, {})[i] = g
     return found
-
-
-def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | None:
-    """Draws of one call, (draws, *shape); None where it does not reach the prediction."""
-    if not column:
-        return torch.zeros((0, *call.shape), dtype=dtype, device=call.x.device)
-    if column[0] is None:
-        return None
-    return call.of_parameter(column[0][None] if len(column) == 1 else torch.stack(column))
