@@ -83,6 +83,7 @@ def test_a_state_made_on_the_host_is_the_traced_one(method):
 
 
 def test_codes_are_one_array_that_reads_as_a_mapping(tmp_path):
+    flax = pytest.importorskip("flax.serialization")
     params = {"w": numbers(0, 2, 3, 3), "v": numbers(1, 3, 2), "n": numbers(2, 5)}
 
     def apply(params, x):
@@ -103,6 +104,8 @@ def test_codes_are_one_array_that_reads_as_a_mapping(tmp_path):
     assert codes["w"].tolist() == [kf.Code.OK, kf.Code.OK]
     assert codes["v"].tolist() == [kf.Code.NONFINITE]
     assert codes["n"].tolist() == [kf.Code.OK]
+    assert set(flax.to_state_dict(codes)) == {"w", "v", "n"}
+    np.testing.assert_array_equal(flax.from_bytes(codes, flax.to_bytes(codes)).table, codes.table)
     path = tmp_path / "codes.safetensors"
     kf.save(path, {"codes": dict(codes)})  # as files of before have them, by name
     back = codes.rebuilt(kf.load(path)["codes"])

@@ -174,7 +174,13 @@ class Thread:
     def all_reduce(self, given):
         return tree.map(lambda x, y: x + y, *self._gathered(given))
 
+    def reduce(self, given, ranks):
+        total = self.all_reduce(given)
+        return total if self.rank in ranks else given
+
     def broadcast(self, given, ranks):
+        if len(ranks) == 1:  # only those who receive call it
+            return given
         found = self._gathered(given)
         return found[ranks[0]] if self.rank in ranks else given
 

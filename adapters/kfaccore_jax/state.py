@@ -60,13 +60,12 @@ class Codes(Mapping[str, Any]):
 
 class KFACState(NamedTuple):
     """The Preconditioner's state, the code of each block after the last step, how often each code came up, and the
-    states of `rest` and `graft`."""
+    state of `rest` or `graft`."""
 
     core: Any
     codes: Codes
     counts: Any
     rest: Any = ()
-    graft: Any = ()
 
 
 def state_of(state: Any) -> KFACState:

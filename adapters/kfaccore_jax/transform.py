@@ -63,14 +63,15 @@ class Transformation:
         codes = register(Codes.start(blocks, order, int(Code.IDENTITY)))
         core = replace(core, step=jnp.asarray(0), motion=arrays(core.motion))
         rest = () if self.rest is None else started(self.rest, self.leaves_left(params))
-        graft = () if self.graft is None else self.graft.init(params)
-        return placed_like(KFACState(core, codes, jnp.zeros(len(Code), jnp.int32), rest, graft), params)
+        rest = rest if self.graft is None else self.graft.init(params)
+        return placed_like(KFACState(core, codes, jnp.zeros(len(Code), jnp.int32), rest), params)
 
     def made(self, blocks: Mapping[str, Block], dtype: Any) -> Any:
         """The core's first state, made on the host: eager JAX would compile an operation for every shape in it."""
         core = self.core(blocks)
         core = replace(core, stacked=True if core.stacked is None else core.stacked)  # as JAX has it by itself
-        found = register(core.init(blocks, np.zeros((), dtype)))
+        like: Any = np.zeros((), dtype)
+        found = register(core.init(blocks, like))
         return jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, found)
 
     def check_sums(self, blocks: Mapping[str, Block], like: Any) -> None:
@@ -132,7 +133,7 @@ class Transformation:
 
         def stepped(
             grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any
-        ) -> tuple[Any, Any, dict]:
+        ) -> tuple[Any, Any, Codes]:
             found = matrices(self.plan, grads, blocks) | factored
             due = self.due(core, before, given, fresh)
             directions, after, info = core.do(due, before, given, found, fisher, damping, **told)
@@ -141,19 +142,20 @@ class Transformation:
         products = {name: x for name, x in (factored or {}).items() if name in blocks}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
         told = self._told(records, grads, value, axes, share)
-        graft = state.graft
+        rest = state.rest
+        taken = None
         if self.graft is not None:
-            taken, told["lengths"], graft = grafted(self.graft, self.plan, blocks, grads, state.graft, params)
+            taken, told["lengths"], rest = grafted(self.graft, self.plan, blocks, grads, rest, params)
         moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told)
         moves = moves if self.graft is None else beside(self.plan, moves, taken)
-        moves, rest = self._rest_moved(moves, grads, state.rest, params)
+        moves, rest = self._rest_moved(moves, grads, rest, params)
         counts = state.counts + jnp.sum(codes.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         if value_fn is not None and self.step.judges:
             losses = losses_of(moves, value, value_fn, params)
             losses = losses if axes is None else axes.mean(losses, share)
             moves, motion = judged(self.step, state.core.motion, after.motion, moves, losses)
             after = replace(after, motion=motion)
-        return moves, KFACState(after, codes, counts, rest, graft)
+        return moves, KFACState(after, codes, counts, rest)
 
     def given_records(self, records: Mapping[str, Any] | None, grads: Any, blocks: Mapping[str, Block]) -> dict:
         """{block: what was measured} of the layers and leaves at hand."""

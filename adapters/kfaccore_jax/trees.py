@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from kfaccore import Factored, Ids, Patches, Record
+from kfaccore_jax.state import Codes
 
 _known: set[type] = set()
 _written: set[type] = set()
@@ -64,6 +65,10 @@ def _for_flax(kind: type) -> None:
         return
     _written.add(kind)
     children = _names(kind)[0]
+
+    if issubclass(kind, Codes):  # by name, as in files of before
+        flax.register_serialization_state(kind, dict, lambda x, state: x.rebuilt(state))
+        return
 
     def to_dict(x: Any) -> dict[str, Any]:
         return {name: flax.to_state_dict(getattr(x, name)) for name in children}

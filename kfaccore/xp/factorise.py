@@ -40,7 +40,7 @@ def _repaired(x: Array, inverse: Array, ok: Array, first: float) -> tuple[Array,
     ok = ok & finite
     zero = xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
     wide = widest(x)
-    mean = xp.mean(_diagonal(x), axis=-1)
+    mean = xp.mean(xp.linalg.diagonal(x), axis=-1)
 
     def unfinished(carry):
         return ~xp.all(carry[2] | ~finite)
@@ -162,21 +162,12 @@ def _standard_inverse(x: Array) -> tuple[Array, Array]:
 def _trusted(lower: Array, x: Array) -> Array:
     """diag(L L^T) = diag(x), and no pivot is rounding noise: catches failures that left finite numbers behind."""
     xp = namespace(x)
-    diagonal = _diagonal(x)
+    diagonal = xp.linalg.diagonal(x)
     tiny = eps(x.dtype, xp)
     miss = largest(xp.sum(lower * lower, axis=-1) - diagonal)
     ok = miss <= 50 * x.shape[-1] ** 0.5 * tiny * largest(diagonal)
-    pivots = _diagonal(lower)
+    pivots = xp.linalg.diagonal(lower)
     return ok & xp.all(pivots * pivots > _PIVOT * tiny * diagonal, axis=-1)
-
-
-def _diagonal(x: Array) -> Array:
-    """The diagonals (blocks, d); a masked sum on tracers, where a gather would be kernels of its own."""
-    xp = namespace(x)
-    if not is_tracer(x):
-        return xp.linalg.diagonal(x)
-    here = xp.eye(x.shape[-1], dtype=x.dtype) > 0
-    return xp.sum(xp.where(here, x, xp.zeros_like(x)), axis=-1)
 
 
 def _lapack_inverse(x: np.ndarray) -> tuple[np.ndarray, bool]:
