@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, device_of, eps, namespace
+from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, is_tracer, namespace
 from kfaccore.xp.codes import Code, choose
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def top_eigenvalue(x: Array) -> Array:
 def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
     """(x + shift I)^-1 and a code, for shift (blocks,)."""
     xp = namespace(x)
-    if not is_diagonal(x) and x.shape[-1] == 1:  # of gains and biases alone, of which a network has many
+    as_numbers = is_numpy(x) or is_tracer(x)  # elsewhere `spd_inverse` does it in fewer operations
+    if as_numbers and not is_diagonal(x) and x.shape[-1] == 1:  # of gains and biases alone, which are many
         row = x[..., 0]
         found, code = inverse(row, shift)
         return found[..., None], choose((row - row != 0)[:, 0], Code.NONFINITE, code)
