@@ -1,8 +1,8 @@
 """One-line mutants of the step that knows the noise of its batch."""
 
 OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
-    ("weight of own shares", "step/own.py", "weight * numbers(s)", "numbers(s)", "test_noise.py"),
-    ("weight of the slope's", "step/own.py", "weight * number(own)", "number(own)", "test_noise.py"),
+    ("weight of own shares", "step/own.py", "weight * unit * numbers(s)", "unit * numbers(s)", "test_noise.py"),
+    ("weight of the slope's", "step/own.py", "weight * unit * unit * number(own)", "unit * unit * number(own)", "test_noise.py"),
     (
         "B over B - 1",
         "step/own.py",
