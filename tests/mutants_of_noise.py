@@ -2,7 +2,13 @@
 
 OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
     ("weight of own shares", "step/own.py", "weight * unit * numbers(s)", "unit * numbers(s)", "test_noise.py"),
-    ("weight of the slope's", "step/own.py", "weight * unit * unit * number(own)", "unit * unit * number(own)", "test_noise.py"),
+    (
+        "weight of the slope's",
+        "step/own.py",
+        "weight * unit * unit * number(own)",
+        "unit * unit * number(own)",
+        "test_noise.py",
+    ),
     (
         "B over B - 1",
         "step/own.py",
