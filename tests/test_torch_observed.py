@@ -12,6 +12,8 @@ nn = torch.nn
 F = torch.nn.functional
 
 import kfaccore_torch as kt  # noqa: E402
+from kfaccore_torch.draw import Batch  # noqa: E402
+from kfaccore_torch.masks import Told  # noqa: E402
 from torch_oracle import close, empirical, ggn  # noqa: E402
 from torch_uses import OBSERVED  # noqa: E402
 
@@ -53,3 +55,22 @@ def test_records_are_of_the_network_function(name):
             total[layer.paths[role]] += torch.as_tensor(np.array(part)).reshape(total[layer.paths[role]].shape)
     for path, g in wanted.items():  # parts add up to the parameter
         torch.testing.assert_close(total[path], g, rtol=1e-10, atol=1e-12)
+
+
+@observed
+def test_a_draw_leaves_what_its_records_give(name):
+    """Measured inside the draw's own backward, where nodes know what that backward asks for."""
+    model, x, y = of_name(name)
+    pre = kt.Preconditioner(model, CE, kf.KFAC())
+    engine = pre.engine
+    found = []
+    for way in (engine.measured, engine.records, engine.measured):  # the first also asks whose row is whose
+        with engine.captured() as seen:
+            f = model(x)
+        found.append(way(seen, Batch(f, y, Told(None, {}, None)), 0, 4.0)[0])
+    hyper = engine.core.schedules.hyper("", 0)
+    assert found[2].keys() == found[1].keys() == engine.plan.layers.keys()
+    for layer, record in found[1].items():
+        wanted = kf.flatten(kf.KFAC().measure(engine.state.layers[layer], record, hyper))
+        for path, value in kf.flatten(found[2][layer]).items():
+            np.testing.assert_allclose(value, wanted[path], rtol=1e-12, atol=1e-13, err_msg=f"{layer} {path}")

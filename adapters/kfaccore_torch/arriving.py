@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import kfaccore as kf
 from kfaccore_torch.bridge import ordered
 from kfaccore_torch.calls import Call
 from kfaccore_torch.collect import kept
+from kfaccore_torch.elementwise import Slope
 from kfaccore_torch.observe import Observed, wakes
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ def arriving(
 ) -> tuple[dict[str, Any], Observed]:
     """What waits for the step of one draw `v` at the heads, by layer that it reached, and what was observed."""
     layers = engine.plan.layers
+    observed = _ready(observed)
     outputs = sum(prod(call.shape) for _, call in observed.calls)
     measured = Measured(engine, min(_ROOM, outputs // _SHARE), copies)
     arrivals = _Arrivals(observed, layers, made, measured)
@@ -136,6 +139,21 @@ def arriving(
         measured.take(name, made(observed, name, parts))
     measured.flush()
     return measured.found, observed
+
+
+def _ready(observed: Observed) -> Observed:
+    """With the slopes that only a backward of their own tells: inside the draw's there is none."""
+    calls = []
+    for name, call in observed.calls:
+        slope = call.normalised
+        if isinstance(slope, Slope) and slope.factor is None:
+            call = replace(call, normalised=partial(_same, slope()))
+        calls.append((name, call))
+    return replace(observed, calls=tuple(calls))
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _last(calls: Sequence[Call]) -> list[int]:

@@ -34,7 +34,7 @@ def met(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter], examples
         # with nothing repeated there is no axis of examples: a constant, or another parameter, changes it for them all
         if prod(ref.view.shape) == prod(shape) and (examples > 1 or (not others and len(refs) > 1)):
             return f"{node.name()} by itself, before it meets an example"
-        slope = None if _unit(node) else _Slope(node, i)
+        slope = None if _unit(node) else Slope(node, i)
         found = _use(node, ref, tuple(known[ref.name].shape), shape, slope)
         if isinstance(found, str):
             return found
@@ -64,14 +64,25 @@ def _unit(node: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Slope:
-    """What the operation multiplies an output gradient with for its `index`-th input: its own backward says it."""
+class Slope:
+    """What the operation multiplies an output gradient with for its `index`-th input: the other factor of a product;
+    of other operations their own backward says it, which inside another backward has only what that one asks for."""
 
     node: Any
     index: int
 
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """The other factor of a product, as it was kept."""
+        if not self.node.name().startswith("MulBackward"):
+            return None
+        return getattr(self.node, "_saved_self" if self.index else "_saved_other", None)
+
     def __call__(self) -> torch.Tensor:
         shape = output_shape(self.node)
+        factor = self.factor
+        if factor is not None:
+            return factor.detach().to(self.node._input_metadata[0].dtype).expand(shape)
         like = self.node._input_metadata[0]
         ones = torch.ones(shape, dtype=like.dtype, device=like.device)
         found = self.node(ones)
