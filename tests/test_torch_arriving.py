@@ -14,6 +14,7 @@ nn = torch.nn
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import kfaccore_torch as kt  # noqa: E402
 from kfaccore_torch.draw import Batch  # noqa: E402
@@ -78,6 +79,43 @@ def test_a_draw_leaves_the_statistics_of_its_records(method, namespace, draws):
         pairs = zip(kf.flatten(ours[name]).values(), kf.flatten(stats).values(), strict=True)
         for a, b in pairs:
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+class Scaled(nn.Module):
+    """A layer between a norm by hand and a gain, which a checkpoint may run again."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.again = again
+        self.first, self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.gain, self.scale = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+
+    def block(self, x):
+        h = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (1 + self.gain)
+        return x + torch.tanh(self.inner(0.5 * h)) / self.scale
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.head(checkpoint(self.block, x, use_reentrant=False) if self.again else self.block(x))
+
+
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC()], ids=["kfac", "ekfac"])
+def test_a_checkpoint_changes_nothing(method):
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = Scaled(again).double()
+        pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), kf.Preconditioner(method, kf.Clocks(1, 1)))
+        for _ in range(2):
+            model.zero_grad()
+            with pre.capture():
+                f = model(torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3))
+            pre.loss(f, torch.tensor([0, 1, 2, 1, 0, 2])).backward()
+            pre.step()
+        assert pre.report().share == 1
+        found.append([p.grad.clone() for p in model.parameters()])
+    for plain, run_again in zip(*found, strict=True):
+        torch.testing.assert_close(run_again, plain, rtol=1e-12, atol=1e-14)
 
 
 class Alive(TorchDispatchMode):

@@ -142,13 +142,12 @@ def arriving(
 
 
 def _ready(observed: Observed) -> Observed:
-    """With the slopes that only a backward of their own tells: inside the draw's there is none."""
+    """With the slopes that autograd tells: inside the draw's backward their nodes know only what that one asks for, and
+    what a checkpoint kept can be looked at once."""
     calls = []
     for name, call in observed.calls:
         slope = call.normalised
-        if isinstance(slope, Slope) and slope.factor is None:
-            call = replace(call, normalised=partial(_same, slope()))
-        calls.append((name, call))
+        calls.append((name, replace(call, normalised=partial(_same, slope())) if isinstance(slope, Slope) else call))
     return replace(observed, calls=tuple(calls))
 
 

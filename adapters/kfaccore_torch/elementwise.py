@@ -65,8 +65,8 @@ def _unit(node: Any) -> bool:
 
 @dataclass(frozen=True)
 class Slope:
-    """What the operation multiplies an output gradient with for its `index`-th input: the other factor of a product;
-    of other operations their own backward says it, which inside another backward has only what that one asks for."""
+    """What the operation multiplies an output gradient with for its `index`-th input: the other factor of a product,
+    which takes no memory; of other operations their own backward says it."""
 
     node: Any
     index: int
