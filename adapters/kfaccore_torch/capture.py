@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -207,20 +206,20 @@ def _edge(output: torch.Tensor) -> GradientEdge:
 
 
 def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Computes the normalised input again, when it is needed, once."""
+    """Computes the normalised input again, when it is needed."""
     eps = {"eps": given["eps"]} if "eps" in given else {}
     if func is F.layer_norm or func is F.rms_norm:
-        return cache(lambda: func(x, given["normalized_shape"], **eps))
+        return lambda: func(x, given["normalized_shape"], **eps)
     if func is F.group_norm:
-        return cache(lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps))
+        return lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps)
     if given.get("training"):
         # `F.batch_norm` would ask for memory to keep what a backward needs
         eps = given.get("eps", 1e-5)
-        return cache(lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)[0])
+        return lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)[0]
     # copies: running statistics move on with the next batch
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()
-    return cache(lambda: F.batch_norm(x, mean, var, **eps))
+    return lambda: F.batch_norm(x, mean, var, **eps)
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

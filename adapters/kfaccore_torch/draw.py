@@ -20,7 +20,7 @@ from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Together, joined, plainly
 from kfaccore_torch.probe import probe
-from kfaccore_torch.pulled import alike, all_pulled, by_layer
+from kfaccore_torch.pulled import alike, all_pulled, by_layer, remembering
 from kfaccore_torch.rows import check_unwritten, record
 from kfaccore_torch.share import Part, parts
 
@@ -114,7 +114,7 @@ def _whole(
     observed = engine.observer.again(observed, layers, heads, grads)
     last = None if more is None else alike(more(observed), observed, grads)
     if last is not None:
-        observed = engine.observer.again(observed, layers, heads, last)
+        observed = remembering(engine.observer.again(observed, layers, heads, last))
     records = {name: made(observed, name, parts) for name, parts in by_layer(observed, grads).items()}
     if last is None:
         return Drawn(records, observed, {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,3 +59,12 @@ def by_layer(observed: Observed, grads: Sequence[torch.Tensor | None]) -> dict[s
         if g is not None:
             found.setdefault(name, {})[i] = g
     return found
+
+
+def remembering(observed: Observed) -> Observed:
+    """With normalised inputs that are computed once for all records of a call."""
+    calls = []
+    for name, call in observed.calls:
+        known = None if call.normalised is None else cache(call.normalised)
+        calls.append((name, replace(call, normalised=known)))
+    return replace(observed, calls=tuple(calls))
