@@ -74,3 +74,18 @@ def test_a_draw_leaves_what_its_records_give(name):
         wanted = kf.flatten(kf.KFAC().measure(engine.state.layers[layer], record, hyper))
         for path, value in kf.flatten(found[2][layer]).items():
             np.testing.assert_allclose(value, wanted[path], rtol=1e-12, atol=1e-13, err_msg=f"{layer} {path}")
+
+
+def test_a_joined_vector_is_named():
+    """`F.linear` takes a vector too, whose product has no axis of outputs."""
+
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.head = nn.Parameter(torch.rand(1)), nn.Parameter(torch.rand(2)), nn.Linear(1, 3)
+
+        def forward(self, x):
+            return self.head(F.linear(x, torch.cat([self.first, self.last]))[:, None])
+
+    plan = kt.plan(Vector(), torch.rand(4, 3))
+    assert plan.uncovered == dict.fromkeys(["first", "last"], "it goes into CatBackward0")

@@ -95,7 +95,9 @@ class Capture(TorchFunctionMode):
         if not _recording(output):
             return
         weight, bias = (followed(given.get(name), self.known) for name in ("weight", "bias"))
-        parts = {name: joined(given.get(name) if func is F.linear else None, self.known) for name in ("weight", "bias")}
+        axes = {"weight": 2, "bias": 1}
+        linear = {name: given.get(name) if func is F.linear else None for name in axes}
+        parts = {name: joined(linear[name], axes[name], self.known) for name in axes}
         pieces = [piece for found, _ in parts.values() for piece in found]
         if (weight is None and bias is None and not pieces) or not _plain(func, weight):
             return

@@ -71,19 +71,12 @@ class Slope:
     node: Any
     index: int
 
-    @property
-    def factor(self) -> torch.Tensor | None:
-        """The other factor of a product, as it was kept."""
-        if not self.node.name().startswith("MulBackward"):
-            return None
-        return getattr(self.node, "_saved_self" if self.index else "_saved_other", None)
-
     def __call__(self) -> torch.Tensor:
         shape = output_shape(self.node)
-        factor = self.factor
-        if factor is not None:
-            return factor.detach().to(self.node._input_metadata[0].dtype).expand(shape)
         like = self.node._input_metadata[0]
+        if self.node.name().startswith("MulBackward"):
+            other = self.node._saved_self if self.index else self.node._saved_other
+            return other.detach().to(like.dtype).expand(shape)
         ones = torch.ones(shape, dtype=like.dtype, device=like.device)
         found = self.node(ones)
         found = found[self.index] if isinstance(found, tuple) else found

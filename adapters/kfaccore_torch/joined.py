@@ -28,10 +28,10 @@ class Piece:
     stop: int
 
 
-def joined(x: torch.Tensor | None, known: dict[int, str]) -> tuple[list[Piece], list[Any]]:
+def joined(x: torch.Tensor | None, axes: int, known: dict[int, str]) -> tuple[list[Piece], list[Any]]:
     """Parts of known parameters in a tensor that joins several, and the nodes of all else in it; nothing where it is no
-    such tensor, or where more than one of them is a constant, whose sizes autograd does not keep."""
-    if x is None or x.grad_fn is None or not x.grad_fn.name().startswith("CatBackward"):
+    such tensor of so many axes, or where more than one of them is a constant, whose sizes autograd does not keep."""
+    if x is None or x.ndim != axes or x.grad_fn is None or not x.grad_fn.name().startswith("CatBackward"):
         return [], []
     node = x.grad_fn
     axis = axis_of(node, x.ndim)
