@@ -27,7 +27,7 @@ from kfaccore.step.motion import Average, Motion
 from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, combined, minimum
 from kfaccore.step.rule import ByModel
-from kfaccore.step.sharpness import sharpness
+from kfaccore.step.sharpness import sharpness, unforgotten
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
@@ -141,6 +141,7 @@ class SelfTuning(ByModel):
         found = self.model(records, grads, pair, **left)
         norms = _gram(*pair)
         F = found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms)
+        F = unforgotten(F, motion.bent)
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         step = stack([*capped(alpha, mu, self.cap)])
@@ -165,6 +166,7 @@ class SelfTuning(ByModel):
             code=int(code) if isinstance(code, Code) else code,
             first=first,
             seen=seen,
+            bent=pick(sound, number(step @ F @ step), motion.bent),
         )
         told = _told(motion, after, code) | seen.told(examples) | {"with_own": own.whole}
         return {name: _like(v, directions[name]) for name, v in updates.items()}, after, told
@@ -187,9 +189,11 @@ class SelfTuning(ByModel):
         look = good & moved & seen & (motion.steps % self.every == 0)
         kept = pick(moved, _bounded(motion.damping * pick(look, factor, 1.0)), motion.damping)
         grown = pick(told, _least(motion.damping * self.grow, _MOST), motion.damping)
+        stays = good | (motion.code == int(Code.NONFINITE))
         return pick(good, share, 0.0), replace(
             motion,
-            previous=_kept(good | (motion.code == int(Code.NONFINITE)), motion.previous),
+            previous=_kept(stays, motion.previous),
+            bent=pick(stays, motion.bent, 0.0),
             damping=pick(good, kept, grown),
             ratio=pick(look, ratio, motion.ratio),
             rejected=motion.rejected + pick(good, 0, 1),

@@ -104,12 +104,12 @@ TROUBLES = [
     Trouble("scales of a regression", exponent=0.5, classes=False),
     Trouble("extreme scales of a classifier", left=1.2, exponent=6.0),
     Trouble("extreme scales of a regression", left=1.2, exponent=6.0, classes=False),
-    Trouble("one example over and over", _one_of_all, left=np.inf),
+    Trouble("one example over and over", _one_of_all, left=3.0),
     Trouble("labels at random", _contradictions, left=2.0),
     Trouble("one example of a thousandfold size", _outlier, left=np.inf),
     Trouble("inputs that jump", _jumps, left=np.inf),
-    Trouble("batches of zeros", _zeros, left=np.inf),
-    Trouble("batches of one", _single, left=np.inf),
+    Trouble("batches of zeros", _zeros, left=2.0),
+    Trouble("batches of one", _single, left=3.0),
 ]
 
 
