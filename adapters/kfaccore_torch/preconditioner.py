@@ -11,7 +11,6 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
-from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, counted, gathered
 from kfaccore_torch.distributed import over_ranks
@@ -185,7 +184,7 @@ class Preconditioner:
             raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
         if engine.due:
             engine.agree()
-        with torch.no_grad(), ordered(engine.namespace, engine.device):
+        with torch.no_grad(), engine.working():
             for name, layer in engine.plan.layers.items():
                 found = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
                 if found and len(found) < len(layer.parameters):

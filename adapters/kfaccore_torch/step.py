@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore.xp.precision import wanted
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
@@ -22,6 +23,7 @@ from kfaccore_torch.losses import FISHERS, objective
 from kfaccore_torch.observe import Observed, Observer
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
+from kfaccore_torch.precision import by_layer
 from kfaccore_torch.rows import absent
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.share import check_whole, parts
@@ -39,8 +41,11 @@ class Settings:
     draws_on    share of a batch's examples that draws and statistics are taken on, 1 / k: one of k equal parts, drawn
                 by the seed, whose n is 1 / k of the batch's, so that factors are unbiased. Statistics cost a k-th; the
                 backward still passes the whole graph. Rules that judge their step refuse it
-    seed        draws are a function of (seed, step, micro-batch, rank)
-    namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and CuPy for one on CUDA
+    seed        draws are a function of (seed, step, micro-batch, rank), on a GPU another than on the CPU
+    namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and torch on any other device
+    precision   a kfaccore.Precision of statistics and solves. Without it everything is in the working dtype, but on
+                CUDA, where each layer has what its own product was seen to have: float32 where that runs in float32,
+                bfloat16 rows and TF32 solves where it runs in TF32 or half precision
     samples     size of the dataset, for methods that remember examples
     rows        most rows of a batch, for methods that keep rows; 0 leaves it to the method
     skip        patterns of parameter names to leave uncovered
@@ -54,6 +59,7 @@ class Settings:
     draws_on: float = 1.0
     seed: int = 0
     namespace: str | None = None
+    precision: kf.Precision | None = None
     samples: int = 0
     rows: int = 0
     skip: tuple[str, ...] = ()
@@ -82,6 +88,7 @@ class Engine(Planning):
         self.observer = Observer()
         self.mixing: set[str] = set()
         self.called: set[str] = set()  # layers seen in a forward since the last step
+        self.products: dict[str, str] = {}  # parameter -> how its product was made when it was last seen
         self.new = False  # whether layers joined since the last step, which must not wait for the clocks
         if settings.draws_on < 1:
             check_whole(core)
@@ -96,7 +103,22 @@ class Engine(Planning):
         self.namespace = chosen(settings.namespace, self.device)
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
         self._state: Any = None
+        self._precision: tuple[Any, dict[str, str], dict[str, kf.Precision] | None] | None = None
         self.info: kf.Info | None = None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around work of the core: its place in the device's queue, and the precision of its products."""
+        precision = self.settings.precision or self.observed_precision()
+        with ordered(self.namespace, self.device), wanted(precision):
+            yield
+
+    def observed_precision(self) -> dict[str, kf.Precision] | None:
+        """By layer, as calls showed it."""
+        seen = self.plan, self.products
+        if self._precision is None or self._precision[0] is not seen[0] or self._precision[1] is not seen[1]:
+            self._precision = (*seen, by_layer(self.plan.layers, self.products))
+        return self._precision[2]
 
     @property
     def due(self) -> bool:
@@ -133,7 +155,7 @@ class Engine(Planning):
         missing = [name for name in grads if name not in records]
         together = self.core.network.covers(self.blocks()) if self.core.network is not None else ()
         found = dict(records)
-        with ordered(self.namespace, self.device):
+        with self.working():
             for name in missing:
                 if self.core.comm.world > 1 or name in together:
                     found[name] = absent(
@@ -218,6 +240,8 @@ class Engine(Planning):
         with eagerly(self.model), seen:
             yield seen
         self.called |= set(seen.calls)
+        if seen.products != self.products:
+            self.products = {**self.products, **seen.products}
 
 
 def _nonzero(grad: Any) -> bool:

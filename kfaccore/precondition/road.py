@@ -16,6 +16,7 @@ from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import exchanged, sent
 from kfaccore.precondition.stack import Stack
 from kfaccore.precondition.stacks import part, put
+from kfaccore.xp import precision
 
 Hypers = Mapping[str, Hyper]
 
@@ -99,7 +100,8 @@ class Road:
         """The states after a refresh where the flag holds, on every rank that needs them."""
         if flag is False:
             return states
-        states = [self._refreshed(g, s, flag, hypers) for g, s in zip(groups, states, strict=True)]
+        with precision.exact():
+            states = [self._refreshed(g, s, flag, hypers) for g, s in zip(groups, states, strict=True)]
         return self._exchanged(groups, states)
 
     def _refreshed(self, group: Group, state: Any, flag: Flag, hypers: Hypers) -> Any:

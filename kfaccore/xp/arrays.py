@@ -54,6 +54,12 @@ def device_of(x: Array) -> Any:
     return aac.device(x)
 
 
+def on_gpu(x: object) -> bool:
+    """Whether `x` is an array of CuPy, or of torch on CUDA."""
+    known: Any = x
+    return aac.is_cupy_array(x) or (aac.is_torch_array(x) and known.is_cuda)
+
+
 def widen(x: Array, what: str) -> Array:
     """`x` as float32 or float64: half precision is widened at the door, anything else is refused.
 
