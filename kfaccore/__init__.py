@@ -77,7 +77,7 @@ from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadrat
 from kfaccore.step.noise import Noise
 from kfaccore.step.rescale import Graft, KLClip, NormConstraint
 from kfaccore.xp import Code
-from kfaccore.xp.precision import Precision
+from kfaccore.xp.precision import Precision, precisely
 
 __version__ = "0.2.0"
 
@@ -187,6 +187,7 @@ __all__ = [
     "own_gradients",
     "per_factor",
     "pi",
+    "precisely",
     "reduce",
     "save",
     "save_records",

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import kfaccore as kf
-from kfaccore.xp.precision import wanted
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
@@ -103,6 +102,7 @@ class Engine(Planning):
         self.namespace = chosen(settings.namespace, self.device)
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
         self._state: Any = None
+        self._blocks = None
         self._precision: tuple[Any, dict[str, str], dict[str, kf.Precision] | None] | None = None
         self.info: kf.Info | None = None
 
@@ -110,7 +110,7 @@ class Engine(Planning):
     def working(self) -> Iterator[None]:
         """Around work of the core: its place in the device's queue, and the precision of its products."""
         precision = self.settings.precision or self.observed_precision()
-        with ordered(self.namespace, self.device), wanted(precision):
+        with ordered(self.namespace, self.device), kf.precisely(precision):
             yield
 
     def observed_precision(self) -> dict[str, kf.Precision] | None:

@@ -36,9 +36,12 @@ def _pointwise(image: Array, window: Window, outputs: tuple[int, ...], bias: boo
     """Of a kernel of one position: pixels are the rows."""
     xp = namespace(image)
     image = image[(slice(None), slice(None), *(slice(None, None, s) for s in window.stride), slice(None))]
-    rows = xp.reshape(image, (*image.shape[:2], prod(outputs), image.shape[-1]))
-    if not bias and gpu.by_image_pays(rows):
-        return gpu.gram_by_image(rows[None, ...])
+    shape = (*image.shape[:2], prod(outputs), image.shape[-1])
+    if not bias and max(window.stride) == 1:  # a view
+        rows = xp.reshape(image, (1, *shape))
+        if gpu.by_image_pays(rows):
+            return gpu.gram_by_image(rows)
+    rows = xp.reshape(gpu.narrowed(image), shape)
     if bias:
         rows = xp.concat([rows, xp.ones_like(rows[..., :1])], axis=-1)
     return gpu.gram(xp.reshape(rows, (rows.shape[0], -1, rows.shape[-1])))

@@ -6,13 +6,12 @@ four times that of 3080. Of tensors on a CPU the arithmetic is the same, where t
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import array_api_compat as aac
 
 from kfaccore.xp.arrays import Array, namespace
-from kfaccore.xp.precision import BFLOAT16, FLOAT32, TF32, products, statistics
+from kfaccore.xp.precision import BFLOAT16, FLOAT32, TF32, products, statistics, torch_from
 
 ALIGNED = 8  # columns: 16 bytes of bfloat16
 _WIDE = 2048  # columns from which block rows up to the diagonal, and their mirror image, are cheaper in float32
@@ -42,6 +41,17 @@ def _gram(x: Any, how: str | None) -> Any:
     return _rounded(x)[:, :d, :d]
 
 
+def narrowed(x: Array) -> Array:
+    """Rows of torch on CUDA in bfloat16 where they will be read so: before they are laid out, which moves half the
+    bytes then."""
+    known: Any = x
+    if not (aac.is_torch_array(x) and known.is_cuda and statistics() == BFLOAT16):
+        return x
+    import torch
+
+    return known.bfloat16() if known.dtype == torch.float32 else x
+
+
 def aligned(x: Any, dtype: Any, ones: bool = False) -> Any:
     """Rows (..., d) as tensors of `dtype`, with a last column of `ones`, and zeros up to an aligned width."""
     d = x.shape[-1]
@@ -56,23 +66,44 @@ def aligned(x: Any, dtype: Any, ones: bool = False) -> Any:
     return out
 
 
+def product(x: Array, y: Array) -> Array:
+    """x y of (blocks, m, k) and (blocks, k, n) of torch on CUDA, all three in rows whose length matrix units take: of
+    769 columns a product in TF32 takes twice as long otherwise."""
+    import torch
+
+    a: Any = x
+    b: Any = y
+    if a.ndim != 3 or b.ndim != 3 or len(a) != len(b) or a.dtype != torch.float32:
+        return a @ b
+    out = padded_rows(a, (len(a), a.shape[1], b.shape[2]))
+    return torch.bmm(_in_padded_rows(a), _in_padded_rows(b), out=out)
+
+
+def padded_rows(like: Any, shape: tuple[int, ...]) -> Any:
+    """An array of `shape` whose rows begin at aligned places: a view of longer rows, where that is needed."""
+    d = shape[-1]
+    return like.new_empty((*shape[:-1], -(-d // ALIGNED) * ALIGNED))[..., :d]
+
+
+def _in_padded_rows(x: Any) -> Any:
+    """x, copied unless its rows or its columns begin at aligned places."""
+    rows, columns = x.stride()[-2:]
+    if (columns == 1 and rows % ALIGNED == 0) or (rows == 1 and columns % ALIGNED == 0):
+        return x
+    return padded_rows(x, x.shape).copy_(x)
+
+
 def _rounded(x: Any) -> Any:
     """x^T x of bfloat16 rows, or of float32 ones in TF32, with float32 sums."""
     import torch
 
-    if x.dtype == torch.bfloat16 and x.is_cuda and _widens(torch.__version__):
+    if x.dtype == torch.bfloat16 and x.is_cuda and torch_from(2, 8):
         if len(x) == 1:
             return torch.mm(x[0].mT, x[0], out_dtype=torch.float32)[None]
         return torch.bmm(x.mT, x, out_dtype=torch.float32)
     with products(TF32):
         x = x.float()  # TF32 holds bfloat16's bits, so that its products are those
         return x.mT @ x
-
-
-@cache
-def _widens(version: str) -> bool:
-    """Whether torch multiplies bfloat16 into float32."""
-    return tuple(int(part) for part in version.split(".")[:2]) >= (2, 8)
 
 
 def _mirrored(x: Any) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kfaccore.xp.arrays import Array
+from kfaccore.xp.arrays import Array, device_of
+from kfaccore.xp.gpu import padded_rows
 
 LEAF = 256  # widest block that the library inverts, in a batch; twice as wide alone
 _FEW = 6  # a library's batched kernels pay from here on
@@ -42,7 +43,7 @@ def _halves(x: Any, leaf: int) -> tuple[Any, Any, Any]:
     root[:, :m, :m] = P
     root[:, m:, :m] = S
     root[:, m:, m:] = Q
-    found = torch.empty_like(root)
+    found = padded_rows(x, x.shape)
     low = torch.bmm(Q.mT, S)
     found[:, :m, :m] = torch.baddbmm(first, S.mT, S)
     found[:, m:, :m] = low
@@ -59,6 +60,6 @@ def _alone(x: Any) -> tuple[Any, Any, Any]:
         parts = [_alone(one) for one in x.split(1)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
     lower, failed = torch.linalg.cholesky_ex(x)
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=device_of(x)).expand_as(x)
     root = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return torch.bmm(root.mT, root), root, failed == 0
+    return torch.bmm(root.mT, root, out=padded_rows(x, x.shape)), root, failed == 0

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 FLOAT32 = "float32"
@@ -42,7 +43,7 @@ class Precision:
 
     def in_force(self) -> AbstractContextManager[None]:
         """A `with` inside which products are made so."""
-        return wanted(self)
+        return precisely(self)
 
 
 Wanted = Precision | Mapping[str, Precision] | None  # of all layers, by layer, or what the process allows
@@ -50,8 +51,8 @@ _NOW: ContextVar[Wanted] = ContextVar("kfaccore_precision", default=None)
 
 
 @contextmanager
-def wanted(precision: Wanted) -> Iterator[None]:
-    """Inside, this is in force."""
+def precisely(precision: Wanted) -> Iterator[None]:
+    """Inside, this is in force: one precision for all layers, or one by layer; None for what the process allows."""
     token = _NOW.set(precision)
     try:
         yield
@@ -62,7 +63,7 @@ def wanted(precision: Wanted) -> Iterator[None]:
 @contextmanager
 def measuring(names: Sequence[str]) -> Iterator[None]:
     """Inside, rows are those of these layers; of several that are measured in one call the strictest counts."""
-    with wanted(_of(names)):
+    with precisely(_of(names)):
         yield
 
 
@@ -120,10 +121,18 @@ def _torch_switch() -> Any:
     if torch is None or not torch.cuda.is_available():
         return None
     flags = torch.backends.cuda.matmul
-    if not hasattr(flags, "fp32_precision"):  # before torch 2.9
+    if not torch_from(2, 9):
         return lambda how: _swapped(flags, "allow_tf32", how == TF32 if isinstance(how, str) else how)
     names = {FLOAT32: "ieee"}
     return lambda how: _swapped(flags, "fp32_precision", names.get(how, how))
+
+
+@cache
+def torch_from(major: int, minor: int) -> bool:
+    """Whether torch is of this version or a later one."""
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (major, minor)
 
 
 def _cupy_switch() -> Any:
