@@ -178,7 +178,7 @@ class Preconditioner:
         lengths   {layer: norm} of the directions, for rescale=Graft(); `graft` fills it from an optimizer
         """
         engine = self.engine
-        grads = {}
+        given = {}
         if engine.replan() and self._shots:
             self.discard()
             raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
@@ -192,7 +192,8 @@ class Preconditioner:
                         continue  # the ranks find out together which of them disagree
                     raise ValueError(f"layer {name!r} has a gradient for {sorted(found)} only, of {list(layer.paths)}")
                 if found:
-                    grads[name] = engine.matrix(layer, found)
+                    given[name] = found
+            grads = engine.matrices(given)
             records = None
             if engine.due and grads:
                 records, grads = self._gathered(grads)

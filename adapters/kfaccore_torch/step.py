@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.assembled import matrices, tensors
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
@@ -170,6 +171,18 @@ class Engine(Planning):
         """Tensors like a layer's parameters, by role -> its matrix in the core's namespace."""
         return layer.matrix({role: to_core(x, self.namespace) for role, x in tensors.items()})
 
+    def matrices(self, given: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """`matrix` of many layers."""
+        if self.namespace == "torch":
+            return matrices(self.plan.layers, given)
+        return {name: self.matrix(self.plan.layers[name], found) for name, found in given.items()}
+
+    def tensors_of(self, given: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+        """`tensors` of many layers."""
+        if self.namespace == "torch":
+            return tensors(self.plan.layers, given)
+        return {name: self.tensors(self.plan.layers[name], matrix) for name, matrix in given.items()}
+
     def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any], **beside: Any) -> dict[str, Any]:
         """The core's step, with its loss, own and lengths; state and info move on."""
         due = kf.Due(True, True) if self.new else self.core.due(self.state)  # new layers do not wait for the clocks
@@ -221,9 +234,9 @@ class Engine(Planning):
         """Directions into `.grad`: whole parameters in one operation, parts of one each by itself."""
         into: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        for name, matrix in directions.items():
+        for name, found in self.tensors_of(directions).items():
             layer = self.plan.layers[name]
-            for role, x in self.tensors(layer, matrix).items():
+            for role, x in found.items():
                 grad = layer.parameters[role].grad
                 if layer.partial(role):
                     layer.write(role, grad, x)  # pyright: ignore[reportArgumentType]
