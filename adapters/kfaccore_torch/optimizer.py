@@ -22,7 +22,8 @@ from kfaccore_torch.records import called
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scaler
-from kfaccore_torch.step import Engine, Settings
+from kfaccore_torch.settings import Settings
+from kfaccore_torch.step import Engine
 
 
 class Optimizer:

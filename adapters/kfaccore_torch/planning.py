@@ -27,7 +27,7 @@ from kfaccore_torch.sight import Sight, sighted
 from kfaccore_torch.table import read, written
 
 if TYPE_CHECKING:
-    from kfaccore_torch.step import Settings
+    from kfaccore_torch.settings import Settings
 
 
 class Planning(Resumes):

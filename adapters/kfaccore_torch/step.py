@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,61 +19,18 @@ from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.draw import Batch, Drawn, drawn, measured
 from kfaccore_torch.kinds import Rest
-from kfaccore_torch.losses import FISHERS, objective
+from kfaccore_torch.launched import Launch
+from kfaccore_torch.losses import objective
 from kfaccore_torch.observe import Observed, Observer
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
 from kfaccore_torch.precision import by_layer
 from kfaccore_torch.rows import absent
+from kfaccore_torch.settings import Settings
 from kfaccore_torch.settle import Layer
-from kfaccore_torch.share import check_whole, parts
+from kfaccore_torch.share import check_whole
 
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How labels are drawn and where the core runs.
-
-    fisher      kfaccore's monte_carlo (default), type2, empirical or forward_only; each draw costs one backward,
-                without weight gradients, on steps that update statistics; forward_only takes none, so G = I
-    draws       of monte_carlo
-    draws_on    share of a batch's examples that draws and statistics are taken on, 1 / k: one of k equal parts, drawn
-                by the seed, whose n is 1 / k of the batch's, so that factors are unbiased. Statistics cost a k-th; the
-                backward still passes the whole graph. Rules that judge their step refuse it
-    seed        draws are a function of (seed, step, micro-batch, rank), on a GPU another than on the CPU
-    namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and torch on any other device
-    precision   a kfaccore.Precision of statistics and solves. Without it everything is in the working dtype, but on
-                CUDA, where each layer has what its own product was seen to have: float32 where that runs in float32,
-                bfloat16 rows and TF32 solves where it runs in TF32 or half precision
-    samples     size of the dataset, for methods that remember examples
-    rows        most rows of a batch, for methods that keep rows; 0 leaves it to the method
-    skip        patterns of parameter names to leave uncovered
-    strict      ValueError when a forward shows that a trainable parameter is not covered
-    uncovered   kfaccore.Diagonal() gives parameters that are not covered a diagonal curvature from the same draws;
-                without it they keep their plain gradient
-    """
-
-    fisher: Callable = kf.monte_carlo
-    draws: int = 1
-    draws_on: float = 1.0
-    seed: int = 0
-    namespace: str | None = None
-    precision: kf.Precision | None = None
-    samples: int = 0
-    rows: int = 0
-    skip: tuple[str, ...] = ()
-    strict: bool = False
-    uncovered: kf.Diagonal | None = None
-
-    def __post_init__(self) -> None:
-        if self.fisher not in FISHERS:
-            raise ValueError(f"fisher is {self.fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
-        if self.draws < 1:
-            raise ValueError(f"draws is {self.draws}; need at least 1")
-        parts(self.draws_on)
-        if self.uncovered is not None and self.fisher is kf.forward_only:
-            raise ValueError(f"uncovered={self.uncovered} is made of draws, and fisher=forward_only takes none")
 
 
 class Engine(Planning):
@@ -105,7 +62,8 @@ class Engine(Planning):
         self._state: Any = None
         self._blocks = None
         self._precision: tuple[Any, dict[str, str], dict[str, kf.Precision] | None] | None = None
-        self.info: kf.Info | None = None
+        self.launch = Launch()
+        self._info: kf.Info | Callable[[], kf.Info] | None = None
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -193,12 +151,30 @@ class Engine(Planning):
             raise
         self.new = False
         self.called = set()
-        marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(grads)}
+        self._info = self.marked(info, grads)
+        return updates
+
+    @property
+    def info(self) -> kf.Info | None:
+        """What the last step did."""
+        self._info = self._info() if callable(self._info) else self._info
+        return self._info
+
+    def tell(self, made: Callable[[], kf.Info]) -> None:
+        """How the information of the last step is made, if it is asked for."""
+        self._info = made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was recorded on a device."""
+        return {**self.__dict__, "launch": Launch(), "_info": self.info}
+
+    def marked(self, info: kf.Info, names: Iterable[str]) -> kf.Info:
+        """With what is known of the layers here."""
+        marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(names)}
         for name in marks:
             if isinstance(self.plan.layers[name].kind, Rest):
                 marks[name]["diagonal"] = np.asarray(True)
-        self.info = replace(info, layers={**info.layers, **marks})
-        return updates
+        return replace(info, layers={**info.layers, **marks})
 
     def check_seen(self, records: Mapping[str, Any], grads: dict[str, Any]) -> None:
         """ValueError for a gradient that no captured call explains: it would keep an old batch's curvature."""

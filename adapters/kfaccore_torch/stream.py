@@ -20,7 +20,8 @@ from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.records import called
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.rows import absent
-from kfaccore_torch.step import Engine, Settings
+from kfaccore_torch.settings import Settings
+from kfaccore_torch.step import Engine
 
 Array = Any
 
