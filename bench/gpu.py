@@ -65,7 +65,7 @@ class Run:
         self.pre = None
         if namespace:
             core = kf.Preconditioner(kf.KFAC(), kf.Clocks(2, len(KINDS)), donate=True)
-            settings = {"skip": case.skip, "namespace": namespace, **settings}
+            settings = {"skip": case.skip, "namespace": namespace, "precision": case.precision, **settings}
             self.pre = kt.Preconditioner(self.model, case.loss, core, **settings)
 
     def step(self) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import kfaccore as kf
 import kfaccore_torch as kt
 from kfaccore.xp.precision import exact
+from kfaccore_torch import launched
 
 pytestmark = [
     pytest.mark.device,
@@ -69,6 +70,31 @@ def test_directions_are_those_of_the_cpu(method, namespace):
     want = moved("cpu", method, namespace="torch")
     for name, x in moved("cuda", method, namespace=namespace).items():
         torch.testing.assert_close(x, want[name], rtol=1e-8, atol=1e-10 * float(want[name].abs().max()))
+
+
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.SINGD()], ids=lambda m: type(m).__name__)
+def test_a_graph_gives_the_step(method, monkeypatch):
+    """Twenty steps with updates and refreshes, recorded and not, agree."""
+    found = []
+    for records in (True, False):
+        if not records:
+            monkeypatch.setattr(launched, "records_on", lambda device: False)
+        model = net().cuda()
+        core = kf.Preconditioner(method, kf.Clocks(4, 8), kf.Schedules(damping=1e-2), donate=True)
+        pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core, precision=kf.Precision())
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(20):
+            x = torch.randn(16, 3, 16, 16, generator=generator).cuda()
+            y = torch.randint(0, 4, (16,), generator=generator).cuda()
+            model.zero_grad()
+            with pre.capture():
+                f = model(x)
+            pre.loss(f, y).backward()
+            pre.step()
+        assert (pre.engine.launch.recorded is not None) == records
+        found.append([p.grad for p in model.parameters()])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)  # sums of convolutions' gradients come in any order
 
 
 def test_torch_is_the_default():

@@ -130,4 +130,4 @@ def test_copies_leave_the_graph_behind(graphs):
     _, pre = steps(7, core(kf.KFAC()))
     again = pickle.loads(pickle.dumps(pre))
     assert again.info.metrics() == pre.info.metrics()
-    assert again.engine.launch._found is None
+    assert again.engine.launch.recorded is None

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -19,12 +20,27 @@ import kfaccore as kf
 from kfaccore_torch.collect import mapped
 
 if TYPE_CHECKING:
+    from kfaccore_torch.plan import Plan
     from kfaccore_torch.step import Engine
 
 MOST_BYTES = 128 * 2**20  # of gradients: of more, the device has so much to do that launches hide behind it
 METHODS = (kf.KFAC, kf.TKFAC, kf.EKFAC, kf.TEKFAC, kf.SINGD, kf.IKFAC, kf.Diagonal)  # nothing is read on the host
 Given = Mapping[str, Mapping[str, torch.Tensor]]
 Replay = Callable[[], None]
+X = TypeVar("X")
+
+
+@dataclass(frozen=True, eq=False)
+class Same(Generic[X]):
+    """An object as a key: equal to itself alone."""
+
+    it: X
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.it is other.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
 
 
 @dataclass
@@ -43,7 +59,7 @@ class Launch:
 
     def __init__(self) -> None:
         self._key: object = None  # of what is recorded, or was met last
-        self._found: Recorded | None = None
+        self.recorded: Recorded | None = None
         self._refused: list[object] = []  # keys of steps that cannot be recorded
 
     def step(self, engine: Engine, given: Given) -> bool:
@@ -53,37 +69,51 @@ class Launch:
             return False
         if key != self._key:
             self._key = key
-            self._found = None
+            self.recorded = None
             return False
-        if self._found is not None and not _follows(engine, self._found):
-            self._found = None
-        if self._found is None:
-            self._found = _recorded(engine, given)
-        if self._found is None:
+        if self.recorded is not None and not _follows(engine, self.recorded):
+            self.recorded = None
+        if self.recorded is None:
+            self.recorded = _recorded(engine, given)
+        if self.recorded is None:
             self._refused.append(key)
             return False
-        _played(engine, self._found, _flat(given))
+        _played(engine, self.recorded, _flat(given))
         return True
 
 
 def _key(engine: Engine, given: Given) -> object:
     """What a step was recorded for; None where it is not to be."""
-    core = engine.core
-    sizes = [x.numel() * x.element_size() for x in _flat(given)]
-    small = 0 < sum(sizes) <= MOST_BYTES
-    if not small or not records_on(engine.device) or engine.namespace != "torch" or core.comm.world > 1:
+    if not given or not _records(Same(engine.core), Same(engine.plan), tuple(given)):
         return None
-    if engine.due or core.due(engine.state) != kf.Due(False, False) or core.network is not None or core.rule.judges:
+    if engine.namespace != "torch" or not records_on(engine.device) or engine.new:
         return None
-    if core.rule.needs_records or not all(type(core.assigned.of(name)) in METHODS for name in given):
+    if engine.core.due(engine.state) != kf.Due(False, False):
         return None
-    layers = engine.plan.layers
-    if any(layers[name].partial(role) for name, roles in given.items() for role in roles):
-        return None
-    hypers = core.schedules.hypers(given, engine.state.step, lambda hyper: hyper)
+    hypers = engine.core.schedules.hypers(given, engine.state.step, lambda hyper: hyper)
     numbers = tuple((name, hyper.damping) for name, hyper in hypers.items())
-    shapes = tuple((tuple(x.shape), x.stride(), x.dtype) for x in _flat(given))
-    return engine.plan, core, numbers, shapes, engine.settings.precision or engine.observed_precision()
+    shapes = tuple((x.shape, x.stride(), x.dtype) for x in _flat(given))
+    return (
+        Same(engine.plan),
+        Same(engine.core),
+        numbers,
+        shapes,
+        engine.settings.precision or engine.observed_precision(),
+    )
+
+
+@lru_cache(maxsize=4)
+def _records(of_core: Same[kf.Preconditioner], of_plan: Same[Plan], names: tuple[str, ...]) -> bool:
+    """Whether steps of these layers are small, and a function of gradients and inverses alone."""
+    core = of_core.it
+    plan = of_plan.it
+    if core.comm.world > 1 or core.network is not None or core.rule.judges or core.rule.needs_records:
+        return False
+    layers = [plan.layers[name] for name in names]
+    if any(layer.partial(role) for layer in layers for role in layer.parameters):
+        return False
+    size = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters.values())
+    return size <= MOST_BYTES and all(type(core.assigned.of(name)) in METHODS for name in names)
 
 
 def records_on(device: torch.device) -> bool:

@@ -61,6 +61,7 @@ class Engine(Planning):
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
         self._state: Any = None
         self._blocks = None
+        self._due: tuple[Any, kf.Preconditioner, bool] | None = None
         self._precision: tuple[Any, dict[str, str], dict[str, kf.Precision] | None] | None = None
         self.launch = Launch()
         self._info: kf.Info | Callable[[], kf.Info] | None = None
@@ -81,8 +82,10 @@ class Engine(Planning):
 
     @property
     def due(self) -> bool:
-        """Whether the next step uses records."""
-        return self.new or self.core.wants_records(self.state)
+        """Whether the next step uses records; of one state it is asked once."""
+        if self._due is None or self._due[0] is not self.state or self._due[1] is not self.core:
+            self._due = self.state, self.core, self.core.wants_records(self.state)
+        return self.new or self._due[2]
 
     def share(self, batch: Batch) -> float:
         """n of a batch, 0 where nothing in it counts."""

@@ -117,10 +117,8 @@ def any_bad(x: Array) -> Array:
 
 def _summary(x: Array, xp: Any) -> Array:
     """A number a row (..., many) that is finite where the row is: one reduction, no array of flags."""
-    if aac.is_torch_array(x):
+    if aac.is_torch_array(x) or aac.is_cupy_array(x):  # `cupy.all` is 10-50 times slower
         return largest(x)
-    if aac.is_cupy_array(x):
-        return xp.sum(x, axis=-1)  # of numbers near the largest it may overflow; `cupy.all` is 10-50 times slower
     with np.errstate(invalid="ignore"):  # of namespaces made of NumPy
         return xp.sum(x * 0.0, axis=-1)
 
