@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from gpu_models import Case, cases
+from gpu_parts import errors, inverses, norms
 from report import Claim, at_most, finish, parser
 from torch.profiler import ProfilerActivity, profile
 
@@ -64,8 +65,9 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, 0.9)
         self.pre = None
         if namespace:
+            skip = case.skip if case.norms else (*case.skip, *norms(self.model))
             core = kf.Preconditioner(kf.KFAC(), kf.Clocks(2, len(KINDS)), donate=True)
-            settings = {"skip": case.skip, "namespace": namespace, "precision": case.precision, **settings}
+            settings = {"skip": skip, "namespace": namespace, "precision": case.precision, **settings}
             self.pre = kt.Preconditioner(self.model, case.loss, core, **settings)
 
     def step(self) -> None:
@@ -98,6 +100,13 @@ def products(case: Case) -> Iterator[None]:
 def idle() -> None:
     if GPU:
         torch.cuda.synchronize()
+
+
+def fresh() -> None:
+    """Nothing of a run before is left on the device."""
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
 
 
 def timed(run: Run) -> float:
@@ -162,10 +171,11 @@ def table(case: Case, namespaces: list[str], cycles: int, verbose: bool) -> tupl
     rows: list[list[Any]] = []
     claims: list[Claim] = []
     with products(case):
+        fresh()
         sgd = measured(Run(case, None), ("plain",), 3 * cycles)["plain"]
         rows.append([case.name, "SGD", "", sgd.wall, sgd.busy, sgd.kernels, sgd.reads, sgd.peak, "", ""])
         for namespace in namespaces:
-            gc.collect()
+            fresh()
             run = Run(case, namespace)
             found = measured(run, KINDS, cycles)
             state = sum(one.state for one in run.pre.memory().values()) / GIB if run.pre else 0.0
@@ -179,7 +189,7 @@ def table(case: Case, namespaces: list[str], cycles: int, verbose: bool) -> tupl
                     print(f"    {case.name} {namespace} {kind}: {ms:.2f} ms {count} x {name[:90]}")
             rows.append([case.name, namespace, "10/100", seldom[1], seldom[0], "", "", "", state, ""])
             rows.append([case.name, namespace, "1/10", often[1], often[0], "", "", "", state, ""])
-            if namespace == "torch" and GPU:
+            if namespace == "torch" and GPU and case.limits:
                 claims += claimed(case, sgd, found, seldom, often, state)
             del run
     return rows, claims
@@ -223,6 +233,16 @@ def main() -> None:
         more, told = table(case, given.namespaces, given.cycles, given.verbose)
         rows += more
         claims += told
+    if not given.cases:
+        more, told = inverses()
+        rows += more
+        claims += told if GPU else []
+    for case in cases(small=not GPU):
+        if case.accuracy and not given.cases:
+            fresh()
+            more, told = errors(case)
+            rows += more
+            claims += told if GPU else []
     columns = ["network", "namespace", "step", "wall", "busy", "kernels", "host reads", "peak GiB", "state GiB", ""]
     finish("K-FAC over SGD on a GPU (SGD's rows in ms)", columns, rows, claims, given.json)
 

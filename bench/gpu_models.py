@@ -20,7 +20,9 @@ class Case:
 
     matmul   whether dense products run in TF32; convolutions do, as torch ships it
     half     bfloat16 autocast, and channels-last images
-    skip     parameters that K-FAC leaves alone
+    skip     parameters that K-FAC leaves alone, beside those of norms
+    accuracy   whether errors of each precision are measured on it
+    norms    whether gains and biases of norms are covered too, as they are by default
     precision   of statistics and solves, where it is not what the user's own products have
     limits   claims: {"10/100": device-busy over SGD's, "wall": eager, "1/10": device-busy}
     """
@@ -32,6 +34,8 @@ class Case:
     matmul: bool = False
     half: bool = False
     skip: tuple[str, ...] = ()
+    norms: bool = False
+    accuracy: bool = False
     precision: kf.Precision | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
 
@@ -78,12 +82,20 @@ def cases(small: bool) -> list[Case]:
     loose = kf.Precision("bfloat16", "tf32")
     dense: dict[str, Any] = {"model": lambda: autoencoder(small), "loss": nn.MSELoss(), "precision": loose}
     return [
-        Case("ResNet-50 float32", **seen, limits={"10/100": 1.15, "wall": 1.2, "1/10": 2.1}),
+        Case("ResNet-50 float32", **seen, accuracy=True, limits={"10/100": 1.15, "wall": 1.2, "1/10": 2.1}),
+        Case("ResNet-50 float32, norms too", **seen, norms=True),
         Case("ResNet-50 bfloat16", **seen, half=True, limits={"10/100": 1.22, "wall": 1.3}),
-        Case("transformer float32", **words_of, limits={"10/100": 1.3}),
+        Case("transformer float32", **words_of, accuracy=True, limits={"10/100": 1.3}),
         Case("transformer float32, TF32 solves", **words_of, precision=loose, limits={"10/100": 1.15, "1/10": 1.7}),
+        Case("transformer float32, TF32 solves, norms too", **words_of, precision=loose, norms=True),
         Case("transformer TF32", **words_of, matmul=True, limits={"10/100": 1.3, "wall": 1.4}),
         Case("transformer bfloat16", **words_of, half=True, limits={"10/100": 1.5}),
-        Case("autoencoder 4096", **dense, batch=many(64 if small else 4096), limits={"10/100": 1.35, "wall": 1.6}),
+        Case(
+            "autoencoder 4096",
+            **dense,
+            accuracy=True,
+            batch=many(64 if small else 4096),
+            limits={"10/100": 1.35, "wall": 1.6},
+        ),
         Case("autoencoder 512", **dense, batch=many(16 if small else 512), limits={"10/100": 1.9, "wall": 1.9}),
     ]

@@ -14,6 +14,7 @@ from kfaccore.linalg import kron, side
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, eps, is_numpy, namespace, select
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.gpu import laid_out
 
 if TYPE_CHECKING:
     from kfaccore.damping import Split
@@ -132,7 +133,7 @@ def accepted(new: T, code: Array, old: T, old_code: Array, weight: Array) -> tup
     failed = (code >= int(Code.INDEFINITE)) | (weight == 0)
     first = old_code == int(Code.IDENTITY)
     kept = choose(first, Code.IDENTITY, Code.PREVIOUS)
-    return tree.map(lambda n, o: select(failed, o, n), new, old), xp.where(failed, kept, code)
+    return tree.map(lambda n, o: laid_out(select(failed, o, n)), new, old), xp.where(failed, kept, code)
 
 
 def _clipped(values: Array) -> Array:

@@ -29,6 +29,8 @@ def measured(pre: Preconditioner, state: State, name: str, record: Record) -> St
 
 def measured_together(pre: Preconditioner, state: State, records: Mapping[str, Record]) -> dict[str, Stats | None]:
     """As `measured`, of several layers: those of one stack whose records are of one shape in one call."""
+    if len(records) == 1:
+        return {name: measured(pre, state, name, record) for name, record in records.items()}
     found: dict[str, Stats | None] = {}
     for stack, names in _runs(pre, state, records):
         turns = records_of_turn([[records[name]] for name in names]) if len(names) > 1 else []

@@ -153,19 +153,7 @@ def select(condition: Array, yes: Array, no: Array) -> Array:
             return no
     xp = namespace(yes, no)
     condition = xp.reshape(condition, (*condition.shape, *(1,) * (yes.ndim - condition.ndim)))
-    foreign: Any = no
-    if aac.is_torch_array(foreign) and foreign.is_cuda and foreign.ndim > 1 and not foreign.is_contiguous():
-        return _chosen(condition, yes, foreign)
     return xp.where(condition, yes, no)
-
-
-def _chosen(condition: Any, yes: Any, no: Any) -> Array:
-    """`torch.where` into rows that begin where those of `no` do."""
-    import torch
-
-    length = no.stride(-2) if no.stride(-1) == 1 else no.shape[-1]
-    out = no.new_empty((*no.shape[:-1], max(length, no.shape[-1])))[..., : no.shape[-1]]
-    return torch.where(condition, yes, no, out=out)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def blanked(condition: Array, x: Array) -> Array:

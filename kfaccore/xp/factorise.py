@@ -103,8 +103,10 @@ def widest(x: Array) -> object:
 def _attempt(x: Array) -> tuple[Array, Array, bool]:
     """One Cholesky inverse of each block, whether it can be trusted, and whether all are seen to be: one read on the
     host, none of a tracer. What failed may hold anything."""
+    if on_gpu(x) and x.shape[-1] > 1:
+        return _halved(x)
     if aac.is_torch_array(x) and x.shape[-1] > 1:
-        return _halved(x) if on_gpu(x) else _torch_inverse(x)
+        return _torch_inverse(x)
     inverse, ok = _inverse(x)
     return inverse, ok, not is_tracer(x) and bool(namespace(x).all(ok))
 
@@ -124,13 +126,6 @@ def _inverse(x: Array) -> tuple[Array, Array]:
         lower = jax.lax.linalg.cholesky(x, symmetrize_input=False)
         eye = xp.zeros_like(x) + xp.eye(x.shape[-1], dtype=x.dtype)
         return jax.scipy.linalg.cho_solve((lower, True), eye), _trusted(lower, x)
-    if aac.is_cupy_array(x):
-        from cupyx.scipy.linalg import solve_triangular
-
-        lower = xp.linalg.cholesky(x)
-        eye = xp.eye(x.shape[-1], dtype=x.dtype)
-        halves = [solve_triangular(block, eye, lower=True) for block in lower]
-        return xp.stack([half.T @ half for half in halves]), _trusted(lower, x)
     return _standard_inverse(x)
 
 
@@ -154,13 +149,13 @@ def _torch_inverse(x: Any) -> tuple[Array, Array, bool]:
 
 
 def _halved(x: Any) -> tuple[Array, Array, bool]:
-    """`_attempt` of torch on CUDA."""
+    """`_attempt` on a GPU."""
     inverse, root, positive = halves.inverse(x)
     xp = namespace(x)
     diagonal = xp.linalg.diagonal(x)
     reciprocal = xp.linalg.diagonal(root)  # of the pivots
-    ok = positive & (reciprocal * reciprocal * diagonal < 1 / (_PIVOT * eps(x.dtype, xp))).all(-1)
-    return inverse, ok, bool(ok.all())
+    ok = positive & xp.all(reciprocal * reciprocal * diagonal < 1 / (_PIVOT * eps(x.dtype, xp)), axis=-1)
+    return inverse, ok, bool(xp.all(ok))
 
 
 def _standard_inverse(x: Array) -> tuple[Array, Array]:

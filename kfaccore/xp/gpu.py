@@ -17,6 +17,7 @@ ALIGNED = 8  # columns: 16 bytes of bfloat16
 _WIDE = 2048  # columns from which block rows up to the diagonal, and their mirror image, are cheaper in float32
 _BLOCK_ROWS = 4
 _BY_IMAGE = 28 * 28  # positions from which a product an image is cheaper than laying out rows
+_WHOLE = "whole"  # an attribute of what `cut` gives
 _HELD = 1 << 25  # numbers of the products of all images
 
 
@@ -24,8 +25,9 @@ def gram(x: Array) -> Array:
     """x^T x of rows (blocks, rows, d) of torch, or of CuPy: (blocks, d, d)."""
     how = statistics()
     if aac.is_cupy_array(x):
-        with products(TF32 if how == BFLOAT16 else how):  # the nearest that CuPy multiplies
-            return namespace(x).matmul(x.mT, x)
+        with products(TF32 if how == BFLOAT16 else how):  # the nearest that CuPy multiplies, in products of two axes
+            grams = [x[i, ...].T @ x[i, ...] for i in range(x.shape[0])]
+        return namespace(x).stack(grams) if len(grams) > 1 else grams[0][None, ...]
     return _gram(x, how)
 
 
@@ -67,30 +69,49 @@ def aligned(x: Any, dtype: Any, ones: bool = False) -> Any:
 
 
 def product(x: Array, y: Array) -> Array:
-    """x y of (blocks, m, k) and (blocks, k, n) of torch on CUDA, all three in rows whose length matrix units take: of
-    769 columns a product in TF32 takes twice as long otherwise."""
+    """x y of (blocks, m, k) and (blocks, k, n) of torch on CUDA, with zeros up to sizes that matrix units take: of 769
+    columns a product in TF32 takes three times as long as of 776."""
     import torch
 
     a: Any = x
     b: Any = y
     if a.ndim != 3 or b.ndim != 3 or len(a) != len(b) or a.dtype != torch.float32:
         return a @ b
-    out = padded_rows(a, (len(a), a.shape[1], b.shape[2]))
-    return torch.bmm(_in_padded_rows(a), _in_padded_rows(b), out=out)
+    return cut(torch.bmm(_whole(a), _whole(b)), a.shape[1], b.shape[2])
 
 
-def padded_rows(like: Any, shape: tuple[int, ...]) -> Any:
-    """An array of `shape` whose rows begin at aligned places: a view of longer rows, where that is needed."""
-    d = shape[-1]
-    return like.new_empty((*shape[:-1], -(-d // ALIGNED) * ALIGNED))[..., :d]
+def cut(whole: Any, rows: int, columns: int) -> Any:
+    """The first rows and columns of matrices whose others are zero, which `product` will find behind them."""
+    if whole.shape[-2:] == (rows, columns):
+        return whole
+    found = whole[:, :rows, :columns]
+    vars(found)[_WHOLE] = whole
+    return found
 
 
-def _in_padded_rows(x: Any) -> Any:
-    """x, copied unless its rows or its columns begin at aligned places."""
-    rows, columns = x.stride()[-2:]
-    if (columns == 1 and rows % ALIGNED == 0) or (rows == 1 and columns % ALIGNED == 0):
+def zeros(like: Any, rows: int, columns: int) -> Any:
+    """Zeros of rows and columns as long as matrix units want them, for matrices of that size; to be `cut`."""
+    return like.new_zeros((len(like), -(-rows // ALIGNED) * ALIGNED, -(-columns // ALIGNED) * ALIGNED))
+
+
+def laid_out(x: Array) -> Array:
+    """Matrices that many products will read, with the zeros behind them that `product` wants; others as they are."""
+    known: Any = x
+    fits = x.ndim == 3 and aac.is_torch_array(x) and known.is_cuda and str(x.dtype) == "torch.float32"
+    return cut(_whole(known), *x.shape[1:]) if fits else x
+
+
+def _whole(x: Any) -> Any:
+    """x and its zeros: itself, what it was cut out of, or a copy."""
+    rows, columns = x.shape[1:]
+    if rows % ALIGNED == 0 and columns % ALIGNED == 0:
         return x
-    return padded_rows(x, x.shape).copy_(x)
+    known = vars(x).get(_WHOLE)
+    if known is not None and known.data_ptr() == x.data_ptr() and known.stride() == x.stride():
+        return known
+    out = zeros(x, rows, columns)
+    out[:, :rows, :columns] = x
+    return out
 
 
 def _rounded(x: Any) -> Any:
