@@ -112,7 +112,7 @@ def decompositions(A: Array, G: Array) -> Asks[tuple[Answer, Answer]]:
 
 def times(v: Array, x: Array) -> Array:
     """v x: (blocks, m, d) times the factor."""
-    return v * x[:, None, :] if is_diagonal(x) else namespace(v).matmul(v, x)
+    return v * x[:, None, :] if is_diagonal(x) else kernels.product(v, x)
 
 
 def transposed(x: Array) -> Array:

@@ -17,6 +17,7 @@ from kfaccore.precondition.placement import exchanged, sent
 from kfaccore.precondition.renewal import renewed
 from kfaccore.precondition.stack import Stack
 from kfaccore.precondition.stacks import part, put
+from kfaccore.xp import precision
 
 Hypers = Mapping[str, Hyper]
 
@@ -102,7 +103,8 @@ class Road:
             return states
         ours = [i for i, group in enumerate(groups) if self.work[group.names[0]][0] == self.comm.rank]
         mine = [states[i] for i in ours]
-        after = gated(flag, lambda: renewed([groups[i] for i in ours], mine, hypers), mine)
+        with precision.exact():
+            after = gated(flag, lambda: renewed([groups[i] for i in ours], mine, hypers), mine)
         found = dict(enumerate(states)) | dict(zip(ours, after, strict=True))
         return self._exchanged(groups, list(found.values()))
 

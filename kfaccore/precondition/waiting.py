@@ -14,6 +14,7 @@ from kfaccore.precondition.preconditioner import Preconditioner, State
 from kfaccore.precondition.side_by_side import outline, records_of_turn, shared
 from kfaccore.precondition.stacks import Layers, cut_out, part
 from kfaccore.record import Record
+from kfaccore.xp import precision
 
 
 def measured(pre: Preconditioner, state: State, name: str, record: Record) -> Stats | None:
@@ -21,7 +22,8 @@ def measured(pre: Preconditioner, state: State, name: str, record: Record) -> St
     needs the rows themselves, which must then be kept."""
     if pre.rule.needs_records or name not in state.layers or declares(pre.assigned.of(name), RowsAtSolve):
         return None
-    with np.errstate(all="ignore"):  # what is not finite is counted by the Stats
+    # what is not finite is counted by the Stats
+    with precision.measuring((name,)), np.errstate(all="ignore"):
         return pre.assigned.of(name).measure(state.layers[name], record, pre.schedules.hyper(name, state.step))
 
 
@@ -69,6 +71,6 @@ def _of_stack(
     like = working(mine)
     hypers = [pre.schedules.hyper(name, state.step) for name in names]
     hyper = shared(hypers, record.blocks, record.g if like is None else like)
-    with named(*names), np.errstate(all="ignore"):
+    with named(*names), precision.measuring(names), np.errstate(all="ignore"):
         stats = pre.assigned.of(stack[0]).measure(mine, record, hyper)
     return {name: cut_out(stats, i, len(names)) for i, name in enumerate(names)}

@@ -9,7 +9,20 @@ import numpy as np
 from scipy.linalg import lapack
 from scipy.linalg import qr as scipy_qr
 
-from kfaccore.xp.arrays import Array, all_finite, device_of, eps, is_numpy, is_tracer, largest, loop, namespace, select
+from kfaccore.xp import halves
+from kfaccore.xp.arrays import (
+    Array,
+    all_finite,
+    device_of,
+    eps,
+    is_numpy,
+    is_tracer,
+    largest,
+    loop,
+    namespace,
+    on_gpu,
+    select,
+)
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.gram import mirror
 
@@ -91,7 +104,7 @@ def _attempt(x: Array) -> tuple[Array, Array, bool]:
     """One Cholesky inverse of each block, whether it can be trusted, and whether all are seen to be: one read on the
     host, none of a tracer. What failed may hold anything."""
     if aac.is_torch_array(x) and x.shape[-1] > 1:
-        return _torch_inverse(x)
+        return _halved(x) if on_gpu(x) else _torch_inverse(x)
     inverse, ok = _inverse(x)
     return inverse, ok, not is_tracer(x) and bool(namespace(x).all(ok))
 
@@ -138,6 +151,16 @@ def _torch_inverse(x: Any) -> tuple[Array, Array, bool]:
     if not good:  # torch raises for a zero pivot, which is data here
         lower = torch.where(ok[:, None, None], lower, torch.eye(x.shape[-1], dtype=x.dtype, device=device_of(x)))
     return torch.cholesky_inverse(lower), ok, good
+
+
+def _halved(x: Any) -> tuple[Array, Array, bool]:
+    """`_attempt` of torch on CUDA."""
+    inverse, root, positive = halves.inverse(x)
+    xp = namespace(x)
+    diagonal = xp.linalg.diagonal(x)
+    reciprocal = xp.linalg.diagonal(root)  # of the pivots
+    ok = positive & (reciprocal * reciprocal * diagonal < 1 / (_PIVOT * eps(x.dtype, xp))).all(-1)
+    return inverse, ok, bool(ok.all())
 
 
 def _standard_inverse(x: Array) -> tuple[Array, Array]:

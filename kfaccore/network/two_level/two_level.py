@@ -38,8 +38,9 @@ from kfaccore.network.two_level.vectors import Outer, Vector, dense, unit
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import outputs
 from kfaccore.solution import Solution
-from kfaccore.xp.arrays import Array, namespace, plus
+from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.memory import plus
 
 _NOWHERE: Mapping[str, Turned] = MappingProxyType({})
 
