@@ -16,6 +16,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose, precision
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Asks
 
 Hypers = Mapping[str, Hyper]
 Grads = Mapping[str, Array | Factored]
@@ -89,8 +90,8 @@ class Group(Protocol[N, K]):
         """The tree of an update that refused nothing."""
         ...
 
-    def refresh(self, state: N, hypers: Hypers) -> N:
-        """Inverses from averages."""
+    def refreshing(self, state: N, hypers: Hypers) -> Asks[N]:
+        """Inverses from averages, in steps."""
         ...
 
     def solve(self, state: N, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
@@ -153,7 +154,9 @@ class Together:
     def accepted(self, state: Layered) -> dict[str, Array]:
         return self._fine(state, {})
 
-    def refresh(self, state: Layered, hypers: Hypers) -> Layered:
+    def refreshing(self, state: Layered, hypers: Hypers) -> Asks[Layered]:
+        """In one step: a network-level method asks for its own layers' by itself."""
+        yield ()
         return self.method.refresh(state, of(self.names, hypers))
 
     def solve(self, state: Layered, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:

@@ -17,9 +17,11 @@ from kfaccore.precondition.placement import reduced
 from kfaccore.precondition.side_by_side import gradients, kind_of, records_of_turn, shared
 from kfaccore.precondition.stacks import Names, mergeable, merged, part, put
 from kfaccore.record import Factored, Record
+from kfaccore.refreshing import steps
 from kfaccore.solution import Solution
 from kfaccore.xp import Code, precision
 from kfaccore.xp.arrays import Array, filled, namespace
+from kfaccore.xp.asking import Asks
 from kfaccore.xp.blocks import parted, unstacked
 
 
@@ -93,9 +95,9 @@ class Stack:
     def accepted(self, state: State) -> Array:
         return namespace(state.code).zeros_like(state.code) > 0
 
-    def refresh(self, state: State, hypers: Hypers) -> State:
+    def refreshing(self, state: State, hypers: Hypers) -> Asks[State]:
         with self._named():
-            return self.method.refresh(state, self._hyper(hypers, state))
+            return (yield from steps(self.method, state, self._hyper(hypers, state)))
 
     def solve(self, state: State, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         kinds: dict[object, list[str]] = {}
