@@ -144,10 +144,12 @@ def kept(stats: Any, record: kf.Record) -> Any:
 
 
 def mapped(function: Callable[[str, Any], Any], x: Any, name: str = "") -> Any:
-    """function(field's name, leaf) of every leaf of dataclasses, tuples and lists."""
+    """function(field's name, leaf) of every leaf of dataclasses, dicts, tuples and lists."""
     if is_dataclass(x) and not isinstance(x, type):
         inner = [f.name for f in fields(x) if not f.metadata.get("static")]
         return replace(x, **{field: mapped(function, getattr(x, field), field) for field in inner})
+    if isinstance(x, dict):
+        return {key: mapped(function, child, key) for key, child in x.items()}
     if isinstance(x, tuple | list):
         return type(x)(mapped(function, child, name) for child in x)
     return function(name, x)
