@@ -50,8 +50,8 @@ class Preconditioner:
     Several micro-batches before one step are several captures, each with its loss; several losses on one forward add
     their curvatures. Statistics are taken when a loss is formed and count once it is differentiated. A sum loss is one
     sum over micro-batches and ranks: under DistributedDataParallel, which averages, multiply it by the ranks. Clip
-    gradients before `step` to bound the gradient, after it to bound the direction. With a GradScaler `step`
-    comes before `scaler.step`, after `scaler.unscale_` or without: what overflows is left for the scaler to see.
+    before `step` to bound the gradient, after it to bound the direction. With a GradScaler `step` comes before
+    `scaler.step`, after `scaler.unscale_` or without: what overflows is left for it to see.
     """
 
     def __init__(self, model: nn.Module, loss: Any, core: Any = None, output: Output = None, **settings: Any) -> None:
@@ -60,7 +60,7 @@ class Preconditioner:
         if core.rule.judges:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
         if core.schedules.weight_decay or core.schedules.penalised:
-            raise ValueError("weight decay and l2 are the optimizer's here: set them there")
+            raise ValueError("weight decay and l2 are the optimizer's: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine)
         self.output = output
@@ -97,8 +97,7 @@ class Preconditioner:
         mask      (batch, positions), true where a position exists: padding is left out of the factors of every layer
                   whose rows have such positions
         masks     pattern of layer names -> a mask for those layers instead
-        examples  whose row is whose, where it is known: the example of each row, (rows,), for the layers that have as
-                  many, or pattern -> (rows,); it is asked of autograd otherwise
+        examples  the example of each row, (rows,), for layers that have as many, or pattern -> (rows,)
         """
         self._open = None
         if self.engine.replan():
@@ -179,12 +178,12 @@ class Preconditioner:
         lengths   {layer: norm}, for rescale=Graft(); `graft` fills it from an optimizer
         """
         engine = self.engine
-        given = {}
         if engine.replan() and self._shots:
             self.discard()
             raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
         if engine.due:
             engine.agree()
+        given = {}
         with torch.no_grad(), engine.working():
             for name, layer in engine.plan.layers.items():
                 found = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
