@@ -104,18 +104,18 @@ def _unrolled(layer: Layer, mask: Tensor | None, call: Callable[[], Any]) -> Any
     if layer.unroll:  # so the model is everywhere
         return call()
     zeroed = layer.zero_output_for_mask
-    here = zeroed and layer.go_backwards and layer.return_sequences and mask is not None
+    there = mask if zeroed and layer.go_backwards and layer.return_sequences else None
     layer.unroll = True
     try:
-        layer.zero_output_for_mask = zeroed and not here
+        layer.zero_output_for_mask = zeroed and there is None
         found = call()
     finally:
         layer.unroll = False
         layer.zero_output_for_mask = zeroed
-    if not here:
+    if there is None:
         return found
     outputs, *states = tf.nest.flatten(found)
-    there = tf.reverse(tf.cast(mask, tf.bool), [1])
+    there = tf.reverse(tf.cast(there, tf.bool), [1])
     for _ in range(outputs.shape.rank - 2):
         there = there[..., None]
     outputs = tf.where(there, outputs, tf.zeros_like(outputs))
