@@ -90,10 +90,10 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """Twelve blocks between an embedding and a last norm; the head is tied to no layer and left out of K-FAC."""
 
-    def __init__(self, width: int = 16, vocabulary: int = 40) -> None:
+    def __init__(self, width: int = 16, vocabulary: int = 40, heads: int = 2) -> None:
         super().__init__()
         self.wte = nn.Embedding(vocabulary, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(12)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(12)))
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
 

@@ -77,6 +77,7 @@ from kfaccore.step import Fixed, GridSearch, IterateAverage, LineSearch, Quadrat
 from kfaccore.step.noise import Noise
 from kfaccore.step.rescale import Graft, KLClip, NormConstraint
 from kfaccore.xp import Code
+from kfaccore.xp.precision import Precision, precisely
 
 __version__ = "0.2.0"
 
@@ -129,6 +130,7 @@ __all__ = [
     "NormConstraint",
     "Patches",
     "Posterior",
+    "Precision",
     "Preconditioner",
     "Quadratic",
     "RandomizedKFAC",
@@ -185,6 +187,7 @@ __all__ = [
     "own_gradients",
     "per_factor",
     "pi",
+    "precisely",
     "reduce",
     "save",
     "save_records",

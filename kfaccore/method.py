@@ -11,15 +11,16 @@ What a method may offer is a capability: a Protocol below, a line of `CAPABILITI
 from __future__ import annotations
 
 from dataclasses import Field, dataclass
-from functools import cache
-from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from kfaccore import tree
+from kfaccore.declared import declares, names
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.asking import Asks
 
-__all__ = ["CAPABILITIES", "Block", "Hyper", "Method", "State", "Stats", "declares"]
+__all__ = ["CAPABILITIES", "Block", "Hyper", "Method", "State", "Stats", "declares", "names"]
 
 
 class State(Protocol):
@@ -45,7 +46,6 @@ class Stats(Protocol):
 S = TypeVar("S", bound=State)
 T = TypeVar("T", bound=Stats)
 R = TypeVar("R", bound=State, contravariant=True)  # a state that is only read
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,16 @@ class Unit(Protocol[R]):
         ...
 
 
+class Refreshing(Protocol[S]):
+    """A refresh that hands its matrices out: those of one size, of all layers, are worked on in one call."""
+
+    in_steps: ClassVar[bool]
+
+    def refreshing(self, state: S, hyper: Hyper) -> Asks[S]:
+        """`refresh` as a generator: it yields `Ask`s, is sent their answers, and returns the state."""
+        ...
+
+
 CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     RowsAtSolve: "precondition",
     OwnGradients: "every shell; the command line",
@@ -226,19 +236,8 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     Matrix: "posterior, analysis",
     MovesWithBasis: "posterior",
     Unit: "SharedDamping",
+    Refreshing: "precondition; TwoLevel, SharedDamping",
 }
-
-
-def declares(method: object, capability: type[C]) -> TypeGuard[C]:
-    """Whether a method has all names of a capability, and does not say False to it."""
-    return not any(getattr(method, name, False) is False for name in names(capability))
-
-
-@cache
-def names(capability: type) -> tuple[str, ...]:
-    """The attributes that a capability is made of."""
-    found = {**vars(capability).get("__annotations__", {}), **vars(capability)}
-    return tuple(name for name in found if not name.startswith("_"))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import os
 for _name in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{_name}_NUM_THREADS", "1")
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it would take most of a GPU's memory, in each process
+
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +100,14 @@ def xp(request: pytest.FixtureRequest) -> Namespace:
 def rng() -> np.random.Generator:
     """The same numbers in every test."""
     return np.random.default_rng(20)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m device` runs what needs a GPU, and nothing else."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if any(getattr(value, "name", None) == "cupy" for value in params.values()):
+            item.add_marker("device")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,7 +19,7 @@ PROBES_ALLOWED = {  # files that look at arrays, trees or modules of others
     "kfaccore/tree.py": "named tuples",
     "kfaccore/io.py": "leaves that may be numbers",
     "kfaccore/options.py": "what was given for an option",
-    "kfaccore/method.py": "`declares` itself",
+    "kfaccore/declared.py": "`declares` itself",
     "kfaccore/xp/half.py": "dtypes of a namespace",
     "kfaccore/cli/doctor.py": "libraries of this machine",
 }

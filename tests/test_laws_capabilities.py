@@ -16,6 +16,7 @@ from conftest import FEW
 from kfaccore import method as contract
 from kfaccore import tree
 from kfaccore.method import CAPABILITIES, declares
+from kfaccore.xp.asking import alone, lockstep
 from rows import METHODS, arrays
 from test_laws import DAMPING, N, close
 
@@ -180,7 +181,20 @@ def moments_follow_the_basis(case, rng):
     assert close(case.xp.get(solve(again, case.xp.put(case.v), HYPER).direction), second)
 
 
+def refreshes_in_step_are_refreshes_alone(case, rng):
+    """Three layers, the second of which is beyond repair: each has the state and the codes of its refresh alone."""
+    another = (case.other(rng), *case.given[1:]) if declares(case.method, contract.Terms) else case.other(rng)
+    broken = tree.map(lambda x: x * float("nan") if "float" in str(x.dtype) else x, case.state)
+    states = [case.state, broken, kf.settle(case.method, another, damping=DAMPING)]
+    apart = [case.method.refresh(state, HYPER) for state in states]
+    in_step = alone(lockstep([case.method.refreshing(state, HYPER) for state in states]))
+    for found, wanted in zip(in_step, apart, strict=True):
+        for x, y in zip(tree.leaves(found), tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(case.xp.get(x), case.xp.get(y), rtol=1e-12, atol=1e-12)
+
+
 LAWS = {
+    contract.Refreshing: refreshes_in_step_are_refreshes_alone,
     contract.MovesWithBasis: moments_follow_the_basis,
     contract.LinearSides: linear_sides_grow_with_the_width,
     contract.RowsAtSolve: rows_at_solve_are_used_there,

@@ -13,7 +13,8 @@ import kfaccore as kf
 from kfaccore import network as net
 from kfaccore.linalg.inverse import floored
 from kfaccore.network.two_level.vectors import Outer
-from kfaccore.xp.arrays import blanked, plus, same
+from kfaccore.xp.arrays import blanked
+from kfaccore.xp.memory import plus, same
 from test_two_level import (
     DAMPING,
     SHAPES,

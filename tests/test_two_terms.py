@@ -10,6 +10,7 @@ import pytest
 import kfaccore as kf
 from kfaccore.methods.terms import two_terms
 from kfaccore.settle import cycle
+from kfaccore.xp.asking import alone
 from rows import arrays
 
 TWO = [kf.Deflation(), kf.KFACCorrected(), kf.Lanczos()]
@@ -53,7 +54,7 @@ def test_whitening_is_the_dense_solve(xp, rng, split):
     v, ok = rng.normal(size=(2, 3, 4)), np.zeros(2, np.int32)
     *_, dense = damped_sum(first, second, split, 3.0)
     terms = [tuple(xp.put(x) for x in term) for term in (first, second)]
-    parts, code = two_terms.refresh(*terms, split, 3.0)
+    parts, code = alone(two_terms.refreshing(*terms, split, 3.0))
     direction, solved, smallest = two_terms.solve(parts, xp.put(v), kf.absolute, xp.put(ok))
     want = np.stack([np.linalg.solve(m, x.ravel()).reshape(3, 4) for m, x in zip(dense, v, strict=True)])
     assert apart(xp.get(direction), want) < 1e-12
@@ -68,7 +69,7 @@ def test_the_smallest_denominator_and_both_answers(rng):
     second = second[0], second[1] * np.array([1e-3, 3.0])[:, None, None]
     v, ok = rng.normal(size=(2, 3, 4)), np.zeros(2, np.int32)
     A, G, dense = damped_sum(first, second, kf.pi, 0.1)
-    parts, _ = two_terms.refresh(first, second, kf.pi, 0.1)
+    parts, _ = alone(two_terms.refreshing(first, second, kf.pi, 0.1))
     plain = np.stack([np.kron(g, a) for g, a in zip(G, A, strict=True)])
     spectra = []
     for block in range(2):

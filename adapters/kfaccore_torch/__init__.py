@@ -8,7 +8,7 @@ from kfaccore_torch.plan import Plan
 from kfaccore_torch.preconditioner import Preconditioner
 from kfaccore_torch.records import records, save_records
 from kfaccore_torch.report import Coverage
-from kfaccore_torch.step import Settings
+from kfaccore_torch.settings import Settings
 from kfaccore_torch.stream import Stream, assign, matrices, measured, outputs
 
 __all__ = [

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kfaccore as kf
-from kfaccore_torch.bridge import ordered
 from kfaccore_torch.calls import Call
 from kfaccore_torch.collect import kept
 from kfaccore_torch.elementwise import Slope
@@ -64,7 +63,7 @@ class Measured:
     def _measure(self, records: dict[str, kf.Record]) -> None:
         """Stats, or copies of rows where the step needs rows."""
         engine = self.engine
-        with torch.no_grad(), ordered(engine.namespace, engine.device):
+        with torch.no_grad(), engine.working():
             for name, stats in kf.measured_together(engine.core, engine.state, records).items():
                 record = records[name]
                 waits = record if stats is None else stats

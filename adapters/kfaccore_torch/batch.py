@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from kfaccore_torch.bridge import ordered
 from kfaccore_torch.step import Engine
 
 
@@ -22,7 +21,7 @@ def met(engine: Engine, value: float, grads: dict[str, Any], n: float) -> tuple[
     n, value, *present = comm.all_reduce([torch.tensor([own, value, *present], dtype=torch.float64)])[0].tolist()
     whole = 1.0 if engine.objective.total else n
     met = {name: grads.get(name) for name, count in zip(layers, present, strict=True) if count}
-    with ordered(engine.namespace, engine.device):
+    with engine.working():
         for name in (name for name, g in met.items() if g is None):
             zeros = {role: torch.zeros_like(p) for role, p in layers[name].parameters.items()}
             met[name] = engine.matrix(layers[name], zeros)
@@ -36,7 +35,7 @@ def summed(engine: Engine, grads: dict, rest: tuple, share: float) -> tuple[dict
         return grads, rest
     pairs = zip(engine.plan.rest.values(), rest, strict=True)
     others = [torch.zeros_like(p) if g is None else g * share for p, g in pairs]
-    with ordered(engine.namespace, engine.device):
+    with engine.working():
         summed, others = comm.all_reduce(({name: g * share for name, g in grads.items()}, others))
     return summed, tuple(others)
 

@@ -1,7 +1,8 @@
 """Between torch and the namespace the core runs in: views out, copies in.
 
-`numpy` for tensors on the CPU, `cupy` for CUDA, `torch` for no conversion at all on either. Half precision is widened
-to float32 inside torch and never crosses; the lazy conjugate and negative bits, which DLPack loses, are resolved first.
+`numpy` for tensors on the CPU, `torch` for no conversion at all there or on any device, `cupy` on CUDA. Half precision
+is widened to float32 inside torch and never crosses; the lazy conjugate and negative bits, which DLPack loses, are
+resolved first.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ NAMESPACES = ("numpy", "cupy", "torch")
 
 def chosen(namespace: str | None, device: torch.device) -> str:
     """The namespace asked for, or the default of a device; ValueError where the two do not fit."""
-    found = namespace or {"cpu": "numpy", "cuda": "cupy"}.get(device.type, "torch")
+    found = namespace or ("numpy" if device.type == "cpu" else "torch")
     if found not in NAMESPACES:
         raise ValueError(f"namespace is {found!r}; need one of {NAMESPACES}")
     need = {"numpy": "cpu", "cupy": "cuda"}.get(found, device.type)
     if device.type != need:
         raise ValueError(f"namespace {found!r} serves tensors on {need}, the model is on {device}; try 'torch'")
     if found == "cupy" and importlib.util.find_spec("cupy") is None:
-        raise ValueError("the model is on CUDA but CuPy is not installed: install it, or ask for namespace='torch'")
+        raise ValueError("namespace is 'cupy', and CuPy is not installed: install it, or leave namespace at torch")
     return found
 
 

@@ -24,6 +24,7 @@ from kfaccore_torch.attention import attention
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.joined import joined, uses
 from kfaccore_torch.plan import Plan
+from kfaccore_torch.precision import product_of
 from kfaccore_torch.provenance import followed
 from kfaccore_torch.recurrent import RECURRENT, unfused
 from kfaccore_torch.views import Ref
@@ -55,6 +56,7 @@ class Capture(TorchFunctionMode):
         self.odd: dict[str, str] = {}  # parameters in calls that are no layer's
         self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> nodes of its input
         self.empty: set[str] = set()  # parameters called on no rows
+        self.products: dict[str, str] = {}  # parameter -> how its product is made, on CUDA
         self.spent = False  # whether a loss of this forward was differentiated
         self._embedded: dict[int, tuple[weakref.ref, int, Use]] = {}  # outputs, the use and its place
 
@@ -115,6 +117,9 @@ class Capture(TorchFunctionMode):
             why = "embeddings with max_norm, scale_grad_by_freq or sparse gradients are not the plain product"
             self.odd.update({ref.name: why for ref in refs})
             return
+        product = product_of(func, output)
+        if product is not None:
+            self.products.update((ref.name, product) for ref in refs)
         call = _call(func, _ROLES.get(func, Gain), given, output, edge)
         self.uses += uses(parts["weight"][0], parts["bias"][0], call)
         if weight is None and bias is None:

@@ -13,7 +13,6 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
-from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.layout import dealt_anyhow, stands_together
 from kfaccore_torch.masks import Told
@@ -191,7 +190,7 @@ def _record(
         places.append(place)
     masks = [batch.told.mask_of(name, place) for place in places]
     grads = [parts[i] for i in sorted(parts)]
-    with ordered(engine.namespace, engine.device):
+    with engine.working():
         return record(engine.plan.layers[name], calls, grads, places, n, engine.namespace, masks, batch.ids, like)
 
 

@@ -138,7 +138,7 @@ class Backward:
                 tensors.setdefault(name, {})[role] = g + self.l2[name] * p.detach() if self.l2 else g
         layers = engine.plan.layers
         whole = {name: given for name, given in tensors.items() if len(given) == len(layers[name].parameters)}
-        return {name: engine.matrix(layers[name], given) for name, given in whole.items()}
+        return engine.matrices(whole)
 
 
 def _placed(seen: Capture, observed: Observed | None) -> dict[str, list[tuple[Call, Place]]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -113,9 +114,24 @@ def _drawn(core: Any, fisher: Callable, count: int, f: torch.Tensor, target: Any
     if fisher is kf.forward_only:
         return f.new_zeros((0, *f.shape))
     if fisher is kf.monte_carlo:
-        noise = torch.from_numpy(kf.draw_noise(core, tuple(f.shape), count, rng)).to(f)
-        return kf.monte_carlo(core, f, noise, target)
+        noise = kf.draw_noise(core, tuple(f.shape), count, rng if f.device.type == "cpu" else _OnDevice(rng, f))
+        return kf.monte_carlo(core, f, torch.as_tensor(noise).to(f), target)
     return kf.type2(core, f, target) if fisher is kf.type2 else kf.empirical(core, f, target)
+
+
+class _OnDevice:
+    """Noise made where the prediction lies, from a seed of a generator on the host: a copy would wait for the host to
+    make it, longer than a step takes."""
+
+    def __init__(self, rng: np.random.Generator, like: torch.Tensor) -> None:
+        self.how: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self.how["generator"] = torch.Generator(like.device).manual_seed(int(rng.integers(2**62)))
+
+    def standard_normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, **self.how)
+
+    def random(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.rand(shape, **self.how)
 
 
 def _flat(f: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

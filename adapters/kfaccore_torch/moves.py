@@ -16,9 +16,9 @@ def moves(engine: Engine, updates: Mapping[str, Any]) -> list[tuple[nn.Parameter
     found: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
     told = engine.info.step if engine.info else {}
     shrink = float(told["alpha"]) * engine.core.schedules.weight_decay
-    for name, matrix in updates.items():
+    for name, given in engine.tensors_of(updates).items():
         layer = engine.plan.layers[name]
-        for role, x in engine.tensors(layer, matrix).items():
+        for role, x in given.items():
             p = layer.parameters[role]
             x = x + shrink * layer.own(role, p.detach()) if shrink else x
             found[id(p)] = p, found[id(p)][1] + x if id(p) in found else x  # parts of one parameter

@@ -11,7 +11,6 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
 from kfaccore_torch.batch import mean, met, summed
-from kfaccore_torch.bridge import ordered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
@@ -23,7 +22,8 @@ from kfaccore_torch.records import called
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scaler
-from kfaccore_torch.step import Engine, Settings
+from kfaccore_torch.settings import Settings
+from kfaccore_torch.step import Engine
 
 
 class Optimizer:
@@ -127,7 +127,7 @@ class Optimizer:
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
                 backward = Backward(engine, value, seen, batch, l2, self.scaler)
                 records, own, observed = self._recorded(seen, batch, backward, n)
-                with ordered(engine.namespace, engine.device):
+                with engine.working():
                     grads, rest = backward.gradients(observed)
         if self._overflowed():
             return mean(engine, float(value.detach()), n) + penalty(engine, l2)
@@ -190,7 +190,7 @@ class Optimizer:
     ) -> None:
         """Take the core's step, and back what its rule judges too long by the loss `again`."""
         engine = self.engine
-        with torch.no_grad(), ordered(engine.namespace, engine.device):
+        with torch.no_grad(), engine.working():
             found = moves(engine, engine.step(records, grads, loss=before, own=own))
             old = [p.detach().clone() for p, _ in found] if engine.core.rule.judges else []
             for p, move in found:

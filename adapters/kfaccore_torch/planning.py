@@ -27,7 +27,7 @@ from kfaccore_torch.sight import Sight, sighted
 from kfaccore_torch.table import read, written
 
 if TYPE_CHECKING:
-    from kfaccore_torch.step import Settings
+    from kfaccore_torch.settings import Settings
 
 
 class Planning(Resumes):
@@ -41,7 +41,9 @@ class Planning(Resumes):
     settings: Settings
     called: set[str]
     like: torch.Tensor
+    plan: Plan
     _state: Any
+    _blocks: tuple[Plan, dict[str, kf.Block]] | None
 
     def _planned(self, found: Plan) -> Plan:
         """A plan as the settings want it, and the core that goes with it; ValueError where they do not allow it."""
@@ -127,9 +129,12 @@ class Planning(Resumes):
         self.new = self.new or bool(set(self.plan.layers) - kept_on)
 
     def blocks(self) -> dict[str, kf.Block]:
-        """Sizes of the layers, with the capacities of the settings."""
-        capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
-        return {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
+        """Sizes of the layers, with the capacities of the settings; of one plan they are made once."""
+        if self._blocks is None or self._blocks[0] is not self.plan:
+            capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
+            found = {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
+            self._blocks = self.plan, found
+        return self._blocks[1]
 
     def report(self) -> Coverage:
         """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""

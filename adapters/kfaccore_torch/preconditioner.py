@@ -11,7 +11,6 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
-from kfaccore_torch.bridge import ordered
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, counted, gathered
 from kfaccore_torch.distributed import over_ranks
@@ -22,7 +21,8 @@ from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
-from kfaccore_torch.step import Engine, Settings
+from kfaccore_torch.settings import Settings
+from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms
 
 
@@ -50,8 +50,8 @@ class Preconditioner:
     Several micro-batches before one step are several captures, each with its loss; several losses on one forward add
     their curvatures. Statistics are taken when a loss is formed and count once it is differentiated. A sum loss is one
     sum over micro-batches and ranks: under DistributedDataParallel, which averages, multiply it by the ranks. Clip
-    gradients before `step` to bound the gradient, after it to bound the direction. With a GradScaler `step`
-    comes before `scaler.step`, after `scaler.unscale_` or without: what overflows is left for the scaler to see.
+    before `step` to bound the gradient, after it to bound the direction. With a GradScaler `step` comes before
+    `scaler.step`, after `scaler.unscale_` or without: what overflows is left for it to see.
     """
 
     def __init__(self, model: nn.Module, loss: Any, core: Any = None, output: Output = None, **settings: Any) -> None:
@@ -60,14 +60,14 @@ class Preconditioner:
         if core.rule.judges:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
         if core.schedules.weight_decay or core.schedules.penalised:
-            raise ValueError("weight decay and l2 are the optimizer's here: set them there")
+            raise ValueError("weight decay and l2 are the optimizer's: set them there")
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine)
         self.output = output
         self._open: tuple[Capture, Told, Shot] | None = None
         self._shots: list[Shot] = []
         self._formed = 0  # losses since the last step, differentiated or not
-        self._values: list[tuple[float, float]] = []  # n of its forward, once, and n value of each, for rules that ask
+        self._values: list[tuple[float, float]] = []  # n of its forward, once, and n value of each
         self._terms = Terms()
         self._scale = Scale()
 
@@ -97,8 +97,7 @@ class Preconditioner:
         mask      (batch, positions), true where a position exists: padding is left out of the factors of every layer
                   whose rows have such positions
         masks     pattern of layer names -> a mask for those layers instead
-        examples  whose row is whose, where it is known: the example of each row, (rows,), for the layers that have as
-                  many, or pattern -> (rows,); it is asked of autograd otherwise
+        examples  the example of each row, (rows,), for layers that have as many, or pattern -> (rows,)
         """
         self._open = None
         if self.engine.replan():
@@ -176,16 +175,16 @@ class Preconditioner:
     def step(self, lengths: Mapping[str, float] | None = None) -> None:
         """Replace gradients by directions, in place. Parameters without a gradient are left alone.
 
-        lengths   {layer: norm} of the directions, for rescale=Graft(); `graft` fills it from an optimizer
+        lengths   {layer: norm}, for rescale=Graft(); `graft` fills it from an optimizer
         """
         engine = self.engine
-        grads = {}
         if engine.replan() and self._shots:
             self.discard()
             raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
         if engine.due:
             engine.agree()
-        with torch.no_grad(), ordered(engine.namespace, engine.device):
+        given = {}
+        with torch.no_grad(), engine.working():
             for name, layer in engine.plan.layers.items():
                 found = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
                 if found and len(found) < len(layer.parameters):
@@ -193,20 +192,22 @@ class Preconditioner:
                         continue  # the ranks find out together which of them disagree
                     raise ValueError(f"layer {name!r} has a gradient for {sorted(found)} only, of {list(layer.paths)}")
                 if found:
-                    grads[name] = engine.matrix(layer, found)
-            records = None
-            if engine.due and grads:
-                records, grads = self._gathered(grads)
-            self._open = None  # the calls' inputs have done their part
-            records, own = own_apart(engine, records)
-            beside = {"loss": mean_loss(engine, self._values), "own": own, "lengths": lengths}
-            directions = engine.step(records, grads, **beside) if grads else {}
-            covered = [p.grad for name in directions for p in engine.plan.layers[name].parameters.values()]
-            overflow = self._scale.overflow(covered, engine.core.comm.world)
-            engine.write(directions)
-            if overflow is not None:
-                covered[0].add_(overflow)
+                    given[name] = found
+            covered = [g for found in given.values() for g in found.values()]
+            with self._scale.shown(covered, engine.core.comm.world):
+                if lengths is not None or not engine.launch.step(engine, given):
+                    self._step(engine.matrices(given), lengths)
         self.discard()
+
+    def _step(self, grads: dict[str, Any], lengths: Mapping[str, float] | None) -> None:
+        """Gradients into directions, with the statistics that are due."""
+        engine = self.engine
+        records, grads = self._gathered(grads) if engine.due and grads else (None, grads)
+        self._open = None  # the calls' inputs have done their part
+        records, own = own_apart(engine, records)
+        if grads:
+            before = mean_loss(engine, self._values)
+            engine.write(engine.step(records, grads, loss=before, own=own, lengths=lengths))
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:
         """The whole step of `optimizer`, with K-FAC's direction in the place of its own in every covered layer, which

@@ -15,7 +15,8 @@ from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.resume import of_model
-from kfaccore_torch.step import Engine, Settings
+from kfaccore_torch.settings import Settings
+from kfaccore_torch.step import Engine
 
 
 def records(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,14 @@ class Scale:
         scaled = self.seen > world if self.seen.dtype in HALF else (self.seen > world) & (self.seen < math.inf)
         norm = torch.stack(torch._foreach_norm(grads)).sum()
         return torch.where(scaled.to(norm.device) & ~norm.isfinite(), math.inf, 0.0)
+
+    @contextmanager
+    def shown(self, grads: Sequence[torch.Tensor], world: int) -> Iterator[None]:
+        """Around what turns gradients into directions, in place: the overflow is seen in the first of them after."""
+        overflow = self.overflow(grads, world)
+        yield
+        if overflow is not None:
+            grads[0].add_(overflow)
 
 
 class Scaler:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,62 +12,25 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.assembled import matrices, tensors
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.draw import Batch, Drawn, drawn, measured
 from kfaccore_torch.kinds import Rest
-from kfaccore_torch.losses import FISHERS, objective
+from kfaccore_torch.launched import Launch
+from kfaccore_torch.losses import objective
 from kfaccore_torch.observe import Observed, Observer
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
+from kfaccore_torch.precision import by_layer
 from kfaccore_torch.rows import absent
+from kfaccore_torch.settings import Settings
 from kfaccore_torch.settle import Layer
-from kfaccore_torch.share import check_whole, parts
+from kfaccore_torch.share import check_whole
 
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How labels are drawn and where the core runs.
-
-    fisher      kfaccore's monte_carlo (default), type2, empirical or forward_only; each draw costs one backward,
-                without weight gradients, on steps that update statistics; forward_only takes none, so G = I
-    draws       of monte_carlo
-    draws_on    share of a batch's examples that draws and statistics are taken on, 1 / k: one of k equal parts, drawn
-                by the seed, whose n is 1 / k of the batch's, so that factors are unbiased. Statistics cost a k-th; the
-                backward still passes the whole graph. Rules that judge their step refuse it
-    seed        draws are a function of (seed, step, micro-batch, rank)
-    namespace   "numpy", "cupy" or "torch"; by default NumPy for a model on the CPU and CuPy for one on CUDA
-    samples     size of the dataset, for methods that remember examples
-    rows        most rows of a batch, for methods that keep rows; 0 leaves it to the method
-    skip        patterns of parameter names to leave uncovered
-    strict      ValueError when a forward shows that a trainable parameter is not covered
-    uncovered   kfaccore.Diagonal() gives parameters that are not covered a diagonal curvature from the same draws;
-                without it they keep their plain gradient
-    """
-
-    fisher: Callable = kf.monte_carlo
-    draws: int = 1
-    draws_on: float = 1.0
-    seed: int = 0
-    namespace: str | None = None
-    samples: int = 0
-    rows: int = 0
-    skip: tuple[str, ...] = ()
-    strict: bool = False
-    uncovered: kf.Diagonal | None = None
-
-    def __post_init__(self) -> None:
-        if self.fisher not in FISHERS:
-            raise ValueError(f"fisher is {self.fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
-        if self.draws < 1:
-            raise ValueError(f"draws is {self.draws}; need at least 1")
-        parts(self.draws_on)
-        if self.uncovered is not None and self.fisher is kf.forward_only:
-            raise ValueError(f"uncovered={self.uncovered} is made of draws, and fisher=forward_only takes none")
 
 
 class Engine(Planning):
@@ -82,6 +45,7 @@ class Engine(Planning):
         self.observer = Observer()
         self.mixing: set[str] = set()
         self.called: set[str] = set()  # layers seen in a forward since the last step
+        self.products: dict[str, str] = {}  # parameter -> how its product was made when it was last seen
         self.new = False  # whether layers joined since the last step, which must not wait for the clocks
         if settings.draws_on < 1:
             check_whole(core)
@@ -96,12 +60,32 @@ class Engine(Planning):
         self.namespace = chosen(settings.namespace, self.device)
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
         self._state: Any = None
-        self.info: kf.Info | None = None
+        self._blocks = None
+        self._due: tuple[Any, kf.Preconditioner, bool] | None = None
+        self._precision: tuple[Any, dict[str, str], dict[str, kf.Precision] | None] | None = None
+        self.launch = Launch()
+        self._info: kf.Info | Callable[[], kf.Info] | None = None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around work of the core: its place in the device's queue, and the precision of its products."""
+        precision = self.settings.precision or self.observed_precision()
+        with ordered(self.namespace, self.device), kf.precisely(precision):
+            yield
+
+    def observed_precision(self) -> dict[str, kf.Precision] | None:
+        """By layer, as calls showed it."""
+        seen = self.plan, self.products
+        if self._precision is None or self._precision[0] is not seen[0] or self._precision[1] is not seen[1]:
+            self._precision = (*seen, by_layer(self.plan.layers, self.products))
+        return self._precision[2]
 
     @property
     def due(self) -> bool:
-        """Whether the next step uses records."""
-        return self.new or self.core.wants_records(self.state)
+        """Whether the next step uses records; of one state it is asked once."""
+        if self._due is None or self._due[0] is not self.state or self._due[1] is not self.core:
+            self._due = self.state, self.core, self.core.wants_records(self.state)
+        return self.new or self._due[2]
 
     def share(self, batch: Batch) -> float:
         """n of a batch, 0 where nothing in it counts."""
@@ -133,7 +117,7 @@ class Engine(Planning):
         missing = [name for name in grads if name not in records]
         together = self.core.network.covers(self.blocks()) if self.core.network is not None else ()
         found = dict(records)
-        with ordered(self.namespace, self.device):
+        with self.working():
             for name in missing:
                 if self.core.comm.world > 1 or name in together:
                     found[name] = absent(
@@ -148,6 +132,18 @@ class Engine(Planning):
         """Tensors like a layer's parameters, by role -> its matrix in the core's namespace."""
         return layer.matrix({role: to_core(x, self.namespace) for role, x in tensors.items()})
 
+    def matrices(self, given: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """`matrix` of many layers."""
+        if self.namespace == "torch":
+            return matrices(self.plan.layers, given)
+        return {name: self.matrix(self.plan.layers[name], found) for name, found in given.items()}
+
+    def tensors_of(self, given: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+        """`tensors` of many layers."""
+        if self.namespace == "torch":
+            return tensors(self.plan.layers, given)
+        return {name: self.tensors(self.plan.layers[name], matrix) for name, matrix in given.items()}
+
     def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any], **beside: Any) -> dict[str, Any]:
         """The core's step, with its loss, own and lengths; state and info move on."""
         due = kf.Due(True, True) if self.new else self.core.due(self.state)  # new layers do not wait for the clocks
@@ -158,12 +154,30 @@ class Engine(Planning):
             raise
         self.new = False
         self.called = set()
-        marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(grads)}
+        self._info = self.marked(info, grads)
+        return updates
+
+    @property
+    def info(self) -> kf.Info | None:
+        """What the last step did."""
+        self._info = self._info() if callable(self._info) else self._info
+        return self._info
+
+    def tell(self, made: Callable[[], kf.Info]) -> None:
+        """How the information of the last step is made, if it is asked for."""
+        self._info = made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was recorded on a device."""
+        return {**self.__dict__, "launch": Launch(), "_info": self.info}
+
+    def marked(self, info: kf.Info, names: Iterable[str]) -> kf.Info:
+        """With what is known of the layers here."""
+        marks = {name: {**info.layers.get(name, {}), "mixes": np.asarray(True)} for name in self.mixing & set(names)}
         for name in marks:
             if isinstance(self.plan.layers[name].kind, Rest):
                 marks[name]["diagonal"] = np.asarray(True)
-        self.info = replace(info, layers={**info.layers, **marks})
-        return updates
+        return replace(info, layers={**info.layers, **marks})
 
     def check_seen(self, records: Mapping[str, Any], grads: dict[str, Any]) -> None:
         """ValueError for a gradient that no captured call explains: it would keep an old batch's curvature."""
@@ -199,9 +213,9 @@ class Engine(Planning):
         """Directions into `.grad`: whole parameters in one operation, parts of one each by itself."""
         into: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        for name, matrix in directions.items():
+        for name, found in self.tensors_of(directions).items():
             layer = self.plan.layers[name]
-            for role, x in self.tensors(layer, matrix).items():
+            for role, x in found.items():
                 grad = layer.parameters[role].grad
                 if layer.partial(role):
                     layer.write(role, grad, x)  # pyright: ignore[reportArgumentType]
@@ -218,6 +232,8 @@ class Engine(Planning):
         with eagerly(self.model), seen:
             yield seen
         self.called |= set(seen.calls)
+        if seen.products != self.products:
+            self.products = {**self.products, **seen.products}
 
 
 def _nonzero(grad: Any) -> bool:

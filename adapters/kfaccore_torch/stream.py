@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 import kfaccore as kf
-from kfaccore_torch.bridge import ordered, to_torch
+from kfaccore_torch.bridge import to_torch
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
 from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.records import called
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.rows import absent
-from kfaccore_torch.step import Engine, Settings
+from kfaccore_torch.settings import Settings
+from kfaccore_torch.step import Engine
 
 Array = Any
 
@@ -146,7 +147,7 @@ def matrices(model: nn.Module, namespace: str | None = None, skip: tuple[str, ..
     """{layer: matrix} of the covered parameters, copies: the `mean` of a `kfaccore.Posterior`."""
     engine = _engine(model, kf.Gaussian(), Settings(namespace=namespace, skip=skip))
     found = {}
-    with torch.no_grad(), ordered(engine.namespace, engine.device):
+    with torch.no_grad(), engine.working():
         for name, layer in engine.plan.layers.items():
             found[name] = engine.matrix(layer, {role: p.detach().clone() for role, p in layer.parameters.items()})
     return found
@@ -196,7 +197,7 @@ def _completed(engine: Engine, found: dict[str, kf.Record], n: float, examples: 
     """All layers in the order of the plan; J = 0 where the batch did not reach one."""
     draws = next(iter(found.values())).draws if found else 1
     every = {}
-    with ordered(engine.namespace, engine.device):
+    with engine.working():
         for name, layer in engine.plan.layers.items():
             nothing = absent(layer, n, engine.like, engine.namespace)
             every[name] = found[name] if name in found else _empty(nothing, draws, examples)

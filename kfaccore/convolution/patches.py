@@ -13,8 +13,9 @@ from operator import add, iadd
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram, rows_held
+from kfaccore.convolution.pieces import gram_by_windows
 from kfaccore.convolution.window import Window, offsets, unfold
-from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, on_gpu, widen
 
 __all__ = ["Patches", "Window"]
 
@@ -62,8 +63,10 @@ class Patches:
         """Sum over examples and positions of a a^T, (blocks, d_in, d_in), by the cheapest exact way.
 
         FFT autocorrelation with border corrections where it pays (1-d and 2-d), else sums over cache-sized chunks of
-        unfolded patches.
+        unfolded patches; on a GPU over pieces of them, in the precision in force.
         """
+        if on_gpu(self.image):
+            return gram_by_windows(self.image, self.window, self.bias)
         pays = fft_pays(self.window, tuple(self.image.shape), is_numpy(self.image))
         return self.gram_by_fft() if pays else self.gram_by_chunks()
 

@@ -7,13 +7,12 @@ Source: Martens 2020 (1412.1193); Dangel et al. 2025 (2507.05127) for the catalo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from kfaccore.fisher.losses import Gaussian, Loss, SoftmaxCrossEntropy
 from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
-if TYPE_CHECKING:
-    import numpy as np
+N = TypeVar("N", covariant=True)
 
 
 def type2(loss: Any, f: Any, target: Any = None, mask: Any = None, signs: Array | None = None) -> Any:
@@ -66,8 +65,20 @@ def forward_only(f: Any) -> Any:
     return namespace(f).zeros((0, *f.shape), dtype=widen(f, "f").dtype, device=device_of(f))
 
 
-def draw_noise(loss: Loss, shape: tuple[int, ...], draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise for `monte_carlo` on a prediction of `shape`, from a NumPy generator seeded by (seed, step)."""
+class Generator(Protocol[N]):
+    """What noise is drawn from: a NumPy generator, or one that makes arrays elsewhere."""
+
+    def standard_normal(self, size: tuple[int, ...], /) -> N:
+        """Standard normal numbers."""
+        ...
+
+    def random(self, size: tuple[int, ...], /) -> N:
+        """Uniform numbers in [0, 1)."""
+        ...
+
+
+def draw_noise(loss: Loss, shape: tuple[int, ...], draws: int, rng: Generator[N]) -> N:
+    """Noise for `monte_carlo` on a prediction of `shape`, from a generator seeded by (seed, step)."""
     if isinstance(loss, Gaussian):
         return rng.standard_normal((draws, *shape))
     return rng.random((draws, *(shape[:-1] if isinstance(loss, SoftmaxCrossEntropy) else shape)))

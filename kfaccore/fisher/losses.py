@@ -60,6 +60,8 @@ class SoftmaxCrossEntropy:
         xp = namespace(f)
         if target is None:
             return xp.sum(self._scale(f, None, mask))
+        if self.weights is None:
+            return xp.sum(xp.astype(self._valid(f, target, mask), f.dtype))
         hard = SoftmaxCrossEntropy(0.0, self.weights, self.ignore)
         return xp.sum(hard._soft(f, target, mask))
 
@@ -86,7 +88,8 @@ class SoftmaxCrossEntropy:
         _check_noise(noise, f.shape[:-1], "uniform")
         p = _softmax(f)
         below = xp.cumulative_sum(p, axis=-1)
-        y = xp.sum(xp.astype(noise[..., None] >= below[None, ..., :-1], xp.int32), axis=-1)
+        # counted in bytes: all classes of all positions are many
+        y = xp.sum(xp.astype(noise[..., None] >= below[None, ..., :-1], xp.uint8), axis=-1, dtype=xp.int32)
         return (p[None, ...] - _onehot(y, f)) * self._scale(f, target, mask)[None, ...]
 
     def _soft(self, f: Array, target: Array, mask: Array | None) -> Array:
@@ -104,6 +107,8 @@ class SoftmaxCrossEntropy:
     def _scale(self, f: Array, target: Array | None, mask: Array | None) -> Array:
         """Root of each position's total label weight (*f.shape[:-1], 1): what a draw is multiplied by."""
         xp = namespace(f)
+        if target is not None and self.weights is None:  # labels add up to one
+            return xp.astype(self._valid(f, target, mask), f.dtype)[..., None]
         if target is not None:
             return xp.sqrt(xp.sum(self._soft(f, target, mask), axis=-1, keepdims=True))
         if self.weights is not None or self.ignore is not None:

@@ -6,6 +6,7 @@ from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
+from kfaccore.xp import gpu
 from kfaccore.xp.arrays import Array, device_of, namespace, scalar
 
 
@@ -30,7 +31,9 @@ def gram_of_gradients(record: Record, diagonal: bool = False) -> Array:
     if record.draws == 0:
         like = side.zeros(record.blocks, record.d_out, diagonal, record.g)
         return side.identity(like) * scalar(record.n, like)
-    return side.gram(rows_of(record.g), diagonal)
+    if not diagonal and gpu.by_image_pays(record.g):
+        return gpu.gram_by_image(record.g)
+    return side.gram(rows_of(record.g if diagonal else gpu.narrowed(record.g)), diagonal)
 
 
 def gram_of_inputs(record: Record, diagonal: bool = False) -> Array:
@@ -46,4 +49,5 @@ def gram_of_inputs(record: Record, diagonal: bool = False) -> Array:
         return record.a.gram_diagonal(record.mask)
     if isinstance(record.a, Patches) and record.mask is None:
         return record.a.gram()
-    return side.gram(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), diagonal)
+    rows = record.rows()
+    return side.gram(xp.reshape(rows if diagonal else gpu.narrowed(rows), (record.blocks, -1, record.d_in)), diagonal)

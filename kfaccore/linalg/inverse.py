@@ -13,7 +13,9 @@ from kfaccore import tree
 from kfaccore.linalg import kron, side
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, eps, is_numpy, namespace, select
+from kfaccore.xp.asking import Asks
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.gpu import laid_out
 
 if TYPE_CHECKING:
     from kfaccore.damping import Split
@@ -66,8 +68,8 @@ class Inverse(Protocol):
         """Before the first refresh: a solve leaves the gradient alone."""
         ...
 
-    def refresh(self, A: Array, G: Array, split: Split, damping: float | Array) -> tuple[Parts, Array]:
-        """Parts of these factors, and a code (blocks,)."""
+    def refreshing(self, A: Array, G: Array, split: Split, damping: float | Array) -> Asks[tuple[Parts, Array]]:
+        """Parts of these factors, and a code (blocks,), in steps."""
         ...
 
 
@@ -80,10 +82,9 @@ class Cholesky:
     def init(self, A: Array, G: Array) -> Inverses:
         return Inverses(side.identity(A), side.identity(G))
 
-    def refresh(self, A: Array, G: Array, split: Split, damping: float | Array) -> tuple[Inverses, Array]:
+    def refreshing(self, A: Array, G: Array, split: Split, damping: float | Array) -> Asks[tuple[Inverses, Array]]:
         d_a, d_g = split.shifts(side.Scale.of_factor(A), side.Scale.of_factor(G), damping)
-        A, code_a = side.inverse(A, d_a)
-        G, code_g = side.inverse(G, d_g)
+        (A, code_a), (G, code_g) = yield from side.inverses(A, d_a, G, d_g)
         return Inverses(A, G), namespace(code_a).maximum(code_a, code_g)
 
 
@@ -99,11 +100,10 @@ class Eigh:
         g = xp.ones_like(side.diagonal(G))
         return Eigenpairs(a, g, side.identity(A), side.identity(G))
 
-    def refresh(
+    def refreshing(
         self, A: Array, G: Array, split: Split | None = None, damping: float | Array = 0.0
-    ) -> tuple[Eigenpairs, Array]:
-        a, Qa, code_a = side.eigh(A)
-        g, Qg, code_g = side.eigh(G)
+    ) -> Asks[tuple[Eigenpairs, Array]]:
+        (a, Qa, code_a), (g, Qg, code_g) = yield from side.decompositions(A, G)
         return Eigenpairs(_clipped(a), _clipped(g), Qa, Qg), namespace(code_a).maximum(code_a, code_g)
 
 
@@ -132,7 +132,7 @@ def accepted(new: T, code: Array, old: T, old_code: Array, weight: Array) -> tup
     failed = (code >= int(Code.INDEFINITE)) | (weight == 0)
     first = old_code == int(Code.IDENTITY)
     kept = choose(first, Code.IDENTITY, Code.PREVIOUS)
-    return tree.map(lambda n, o: select(failed, o, n), new, old), xp.where(failed, kept, code)
+    return tree.map(lambda n, o: laid_out(select(failed, o, n)), new, old), xp.where(failed, kept, code)
 
 
 def _clipped(values: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kfaccore import xp as kernels
 from kfaccore.linalg import side
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, namespace, scalar
@@ -66,4 +67,4 @@ def solve(vectors_g: Array, grad: Array | Factored, vectors_a: Array, denominato
 
 
 def _from_left(x: Array, v: Array) -> Array:
-    return x[:, :, None] * v if side.is_diagonal(x) else namespace(v).matmul(x, v)
+    return x[:, :, None] * v if side.is_diagonal(x) else kernels.product(x, v)

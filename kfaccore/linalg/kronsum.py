@@ -17,6 +17,7 @@ from kfaccore import xp as kernels
 from kfaccore.linalg import kron, side
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.asking import Ask, Asks, alone
 from kfaccore.xp.codes import Code, choose
 
 Carry = tuple[Array, Array, Array, Array, Array]  # x, residual r, search p, <r, z> (blocks,), iterations ()
@@ -63,8 +64,12 @@ def whitened(values: Array, vectors: Array, code: Array, U: Array) -> tuple[Arra
 
 def pair(G1: Array, A1: Array, G2: Array, A2: Array) -> tuple[Pair, Array]:
     """The exact inverse of G1 (x) A1 + G2 (x) A2 and a code, (blocks, ...) each."""
-    Kg, sg, code_g = whiten(G1, G2)
-    Ka, sa, code_a = whiten(A1, A2)
+    return alone(pairing(G1, A1, G2, A2))
+
+
+def pairing(G1: Array, A1: Array, G2: Array, A2: Array) -> Asks[tuple[Pair, Array]]:
+    """`pair` in steps."""
+    (Kg, sg, code_g), (Ka, sa, code_a) = yield Ask(whiten, (G1, G2)), Ask(whiten, (A1, A2))
     return Pair(Kg, Ka, 1.0 + sg[:, :, None] * sa[:, None, :]), namespace(code_g).maximum(code_g, code_a)
 
 

@@ -13,8 +13,9 @@ from typing import Protocol
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, namespace, shared_first
+from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.chunks import at_once, spans
+from kfaccore.xp.memory import shared_first
 from kfaccore.xp.numbers import Number, pick
 
 _FORMED = 2  # products a position that forming J of an own and a drawn gradient takes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, is_tracer, namespace
+from kfaccore.xp.asking import Answer, Ask, Asks
 from kfaccore.xp.codes import Code, choose
 
 if TYPE_CHECKING:
@@ -97,9 +98,21 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
     return x, xp.ones_like(x), xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
 
 
+def inverses(A: Array, d_a: Array, G: Array, d_g: Array) -> Asks[tuple[Answer, Answer]]:
+    """`inverse` of both sides of a block, asked for in one round."""
+    found_A, found_G = yield Ask(inverse, (A, d_a)), Ask(inverse, (G, d_g))
+    return found_A, found_G
+
+
+def decompositions(A: Array, G: Array) -> Asks[tuple[Answer, Answer]]:
+    """`eigh` of both sides of a block, asked for in one round."""
+    found_A, found_G = yield Ask(eigh, (A,)), Ask(eigh, (G,))
+    return found_A, found_G
+
+
 def times(v: Array, x: Array) -> Array:
     """v x: (blocks, m, d) times the factor."""
-    return v * x[:, None, :] if is_diagonal(x) else namespace(v).matmul(v, x)
+    return v * x[:, None, :] if is_diagonal(x) else kernels.product(v, x)
 
 
 def transposed(x: Array) -> Array:

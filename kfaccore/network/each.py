@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from kfaccore.method import Block, Hyper, Method, State, Stats
 from kfaccore.methods import KFAC
 from kfaccore.record import Record
+from kfaccore.refreshing import steps
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, scalar
+from kfaccore.xp.asking import alone, lockstep
 
 Hypers = Mapping[str, Hyper]
 NetworkSolution = Solution[dict[str, Array]]
@@ -50,6 +52,11 @@ class Each(Generic[L]):
         for name, found in stats.items():
             moved[name] = self._of(name).update(state.layers[name], found, hypers[name], donate)
         return replace(state, layers={**state.layers, **moved})
+
+    def _refreshed(self, layers: Mapping[str, State], hypers: Hypers) -> dict[str, State]:
+        """The states of some layers after a refresh: matrices of one size in one call."""
+        callers = [steps(self._of(name), layer, hypers[name]) for name, layer in layers.items()]
+        return dict(zip(layers, alone(lockstep(callers)), strict=True))
 
     def matvec(self, state: L, v: Mapping[str, Array], hypers: Hypers) -> dict[str, Array]:
         """The block methods' F~ v; a correction between layers has none without records."""

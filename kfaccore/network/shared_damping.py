@@ -55,17 +55,12 @@ class SharedDamping(Each[State]):
         return State(layers, namespace(like).ones((1,), dtype=like.dtype, device=device_of(like)), sizes)
 
     def refresh(self, state: State, hypers: Hypers) -> State:
-        new = {}
-        for name, layer in state.layers.items():
-            if self._adapts(name):
-                new[name] = self._of(name).refresh(layer, hypers[name])
+        new = self._refreshed({name: x for name, x in state.layers.items() if self._adapts(name)}, hypers)
         xp = namespace(state.beta)
         beta = reduce(xp.maximum, (xp.max(self._unit_of(name).unit(x), keepdims=True) for name, x in new.items()))
         state = replace(state, beta=xp.astype(beta, state.beta.dtype))
-        damped = self._damped(state, hypers)
-        for name, layer in state.layers.items():
-            if name not in new:
-                new[name] = self._of(name).refresh(layer, damped[name])
+        others = {name: x for name, x in state.layers.items() if name not in new}
+        new |= self._refreshed(others, self._damped(state, hypers))
         return replace(state, layers={name: new[name] for name in state.layers})
 
     def solve(

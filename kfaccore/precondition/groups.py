@@ -14,8 +14,9 @@ from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import reduced
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
-from kfaccore.xp import Code, choose
+from kfaccore.xp import Code, choose, precision
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Asks
 
 Hypers = Mapping[str, Hyper]
 Grads = Mapping[str, Array | Factored]
@@ -89,8 +90,8 @@ class Group(Protocol[N, K]):
         """The tree of an update that refused nothing."""
         ...
 
-    def refresh(self, state: N, hypers: Hypers) -> N:
-        """Inverses from averages."""
+    def refreshing(self, state: N, hypers: Hypers) -> Asks[N]:
+        """Inverses from averages, in steps."""
         ...
 
     def solve(self, state: N, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
@@ -133,14 +134,17 @@ class Together:
         stats = [self._measured(state, dict(zip(given, turn, strict=True)), hypers) for turn in turns]
         total = reduced(comm, reduce(self.method.combine, stats))
         bad = {name: refused(found) for name, found in total.items()}
-        return self.method.update(state, total, of(self.names, hypers), donate), bad | self._fine(state, bad)
+        with precision.exact():
+            moved = self.method.update(state, total, of(self.names, hypers), donate)
+        return moved, bad | self._fine(state, bad)
 
     def _measured(self, state: Layered, batch: dict[str, Any], hypers: Hypers) -> dict[str, Any]:
         """Stats of one micro-batch, in the dtype of the states they will move."""
         records: Any = {name: given for name, given in batch.items() if isinstance(given, Record | tuple)}
         found = {name: given for name, given in batch.items() if name not in records}
         if records:
-            found |= self.method.measure(state, records, of(self.names, hypers))
+            with precision.measuring(self.names):
+                found |= self.method.measure(state, records, of(self.names, hypers))
         return {name: in_dtype(stats, working(state.layers[name])) for name, stats in found.items()}
 
     def _fine(self, state: Layered, but: Mapping[str, object]) -> dict[str, Array]:
@@ -150,14 +154,17 @@ class Together:
     def accepted(self, state: Layered) -> dict[str, Array]:
         return self._fine(state, {})
 
-    def refresh(self, state: Layered, hypers: Hypers) -> Layered:
+    def refreshing(self, state: Layered, hypers: Hypers) -> Asks[Layered]:
+        """In one step: a network-level method asks for its own layers' by itself."""
+        yield ()
         return self.method.refresh(state, of(self.names, hypers))
 
     def solve(self, state: Layered, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         given = of(self.names, batches) if self.method.needs_records else {}
         whole = {name: joined(records) for name, records in given.items() if records}
         ours = of(self.names, grads)
-        found = self.method.solve(state, ours, of(self.names, hypers), whole or None)
+        with precision.solving(self.names):
+            found = self.method.solve(state, ours, of(self.names, hypers), whole or None)
         directions = {}
         for name, x in found.direction.items():
             directions[name] = like_gradient(x, ours[name], working(state.layers[name]))

@@ -11,7 +11,7 @@ import numpy as np
 from kfaccore.precondition.parts import Parts, Rows, Several, runs
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, to_host
-from kfaccore.xp.gram import squares
+from kfaccore.xp.gram import squares_of
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ class Info:
 def norms(updates: Mapping[str, Array], groups: Sequence[Parts]) -> Mapping[str, Array]:
     """The squared norm of each layer's update, in one operation for all of a stack whose directions the step's rule
     handed on; nothing is read on the host."""
-    found: list[Mapping[str, Array]] = []
+    stacks: list[Rows] = []
     for group in groups:
         names = tuple(name for name in group.directions if name in updates)
         if group.whole is not None and all(updates[name] is group.directions[name] for name in names):
-            found.append(Rows(names, squares(Rows.of_blocks(names, group.whole).table)))
+            stacks.append(Rows.of_blocks(names, group.whole))
         else:
-            found.append({name: squares(updates[name][None, ...])[0, ...] for name in names})
-    return Several(tuple(updates), tuple(found))
+            stacks += [Rows((name,), updates[name][None, ...]) for name in names]
+    norms = squares_of([rows.table for rows in stacks])
+    return Several(tuple(updates), tuple(Rows(rows.names, x) for rows, x in zip(stacks, norms, strict=True)))

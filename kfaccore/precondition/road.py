@@ -14,8 +14,10 @@ from kfaccore.precondition.due import Due, Flag, Piece, gated
 from kfaccore.precondition.groups import Batches, Grads, Group, of
 from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import exchanged, sent
+from kfaccore.precondition.renewal import renewed
 from kfaccore.precondition.stack import Stack
 from kfaccore.precondition.stacks import part, put
+from kfaccore.xp import precision
 
 Hypers = Mapping[str, Hyper]
 
@@ -84,13 +86,13 @@ class Road:
             elif group.names[0] in names:
                 ours.append((i, group))
 
-        def renewed() -> list[Any]:
+        def after_turn() -> list[Any]:
             cuts = [part(states[i], groups[i].names, group.names) for i, group in ours]
             new = self._all_refreshed([group for _, group in ours], cuts, True, hypers)
             pairs = zip(ours, new, strict=True)
             return [put(states[i], groups[i].names, group.names, fresh) for (i, group), fresh in pairs]
 
-        after = gated(piece.refresh, renewed, [states[i] for i, _ in ours])
+        after = gated(piece.refresh, after_turn, [states[i] for i, _ in ours])
         for (i, _), state in zip(ours, after, strict=True):
             found[i] = state
         return found
@@ -99,14 +101,12 @@ class Road:
         """The states after a refresh where the flag holds, on every rank that needs them."""
         if flag is False:
             return states
-        states = [self._refreshed(g, s, flag, hypers) for g, s in zip(groups, states, strict=True)]
-        return self._exchanged(groups, states)
-
-    def _refreshed(self, group: Group, state: Any, flag: Flag, hypers: Hypers) -> Any:
-        """The state after a refresh by its owner."""
-        if self.work[group.names[0]][0] != self.comm.rank:
-            return state
-        return gated(flag, lambda: group.refresh(state, hypers), state)
+        ours = [i for i, group in enumerate(groups) if self.work[group.names[0]][0] == self.comm.rank]
+        mine = [states[i] for i in ours]
+        with precision.exact():
+            after = gated(flag, lambda: renewed([groups[i] for i in ours], mine, hypers), mine)
+        found = dict(enumerate(states)) | dict(zip(ours, after, strict=True))
+        return self._exchanged(groups, list(found.values()))
 
     def _exchanged(self, groups: Sequence[Group], states: list[Any]) -> list[Any]:
         """The states after a refresh with what other ranks made; network-level methods run in one process."""

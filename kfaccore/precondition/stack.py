@@ -17,9 +17,11 @@ from kfaccore.precondition.placement import reduced
 from kfaccore.precondition.side_by_side import gradients, kind_of, records_of_turn, shared
 from kfaccore.precondition.stacks import Names, mergeable, merged, part, put
 from kfaccore.record import Factored, Record
+from kfaccore.refreshing import steps
 from kfaccore.solution import Solution
-from kfaccore.xp import Code
+from kfaccore.xp import Code, precision
 from kfaccore.xp.arrays import Array, filled, namespace
+from kfaccore.xp.asking import Asks
 from kfaccore.xp.blocks import parted, unstacked
 
 
@@ -56,7 +58,7 @@ class Stack:
         total = reduced(comm, stats)
         if not receives(comm):
             return state, self.accepted(state)
-        with self._named():
+        with self._named(), precision.exact():
             return self.method.update(state, total, self._hyper(hypers, state), donate), refused(total)
 
     def _apart(
@@ -73,11 +75,11 @@ class Stack:
         turns = records_of_turn(list(given.values()))
         if turns:
             hyper = self._hyper(hypers, state)
-            with self._named():
+            with self._named(), precision.measuring(self.names):
                 return [self._total(state, turns, hyper)]
         stats = []
         for name, batches in given.items():
-            with named(name):
+            with named(name), precision.measuring((name,)):
                 raw = any(isinstance(x, Record | tuple) for x in batches)
                 mine = part(state, self.names, (name,)) if raw else state
                 stats.append(self._total(mine, batches, hypers[name]))
@@ -93,9 +95,9 @@ class Stack:
     def accepted(self, state: State) -> Array:
         return namespace(state.code).zeros_like(state.code) > 0
 
-    def refresh(self, state: State, hypers: Hypers) -> State:
+    def refreshing(self, state: State, hypers: Hypers) -> Asks[State]:
         with self._named():
-            return self.method.refresh(state, self._hyper(hypers, state))
+            return (yield from steps(self.method, state, self._hyper(hypers, state)))
 
     def solve(self, state: State, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
         kinds: dict[object, list[str]] = {}
@@ -124,7 +126,7 @@ class Stack:
         rows = self._rows(batches) if declares(self.method, RowsAtSolve) else None
         if rows is not None and len(rows) > 1:
             return self._one_by_one(state, grads, hypers, batches)
-        with self._named():
+        with self._named(), precision.solving(self.names):
             record = rows[0] if rows else None
             method: Any = self.method
             found: Solution = method.solve(state, gradients(ours), self._hyper(hypers, state), record)

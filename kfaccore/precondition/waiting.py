@@ -14,6 +14,7 @@ from kfaccore.precondition.preconditioner import Preconditioner, State
 from kfaccore.precondition.side_by_side import outline, records_of_turn, shared
 from kfaccore.precondition.stacks import Layers, cut_out, part
 from kfaccore.record import Record
+from kfaccore.xp import precision
 
 
 def measured(pre: Preconditioner, state: State, name: str, record: Record) -> Stats | None:
@@ -21,12 +22,15 @@ def measured(pre: Preconditioner, state: State, name: str, record: Record) -> St
     needs the rows themselves, which must then be kept."""
     if pre.rule.needs_records or name not in state.layers or declares(pre.assigned.of(name), RowsAtSolve):
         return None
-    with np.errstate(all="ignore"):  # what is not finite is counted by the Stats
+    # what is not finite is counted by the Stats
+    with precision.measuring((name,)), np.errstate(all="ignore"):
         return pre.assigned.of(name).measure(state.layers[name], record, pre.schedules.hyper(name, state.step))
 
 
 def measured_together(pre: Preconditioner, state: State, records: Mapping[str, Record]) -> dict[str, Stats | None]:
     """As `measured`, of several layers: those of one stack whose records are of one shape in one call."""
+    if len(records) == 1:
+        return {name: measured(pre, state, name, record) for name, record in records.items()}
     found: dict[str, Stats | None] = {}
     for stack, names in _runs(pre, state, records):
         turns = records_of_turn([[records[name]] for name in names]) if len(names) > 1 else []
@@ -69,6 +73,6 @@ def _of_stack(
     like = working(mine)
     hypers = [pre.schedules.hyper(name, state.step) for name in names]
     hyper = shared(hypers, record.blocks, record.g if like is None else like)
-    with named(*names), np.errstate(all="ignore"):
+    with named(*names), precision.measuring(names), np.errstate(all="ignore"):
         stats = pre.assigned.of(stack[0]).measure(mine, record, hyper)
     return {name: cut_out(stats, i, len(names)) for i, name in enumerate(names)}

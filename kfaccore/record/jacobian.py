@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from kfaccore import xp as kernels
 from kfaccore.record.record import Ids, Record
-from kfaccore.xp.arrays import Array, is_tracer, namespace, shared_first
+from kfaccore.xp.arrays import Array, is_tracer, namespace
+from kfaccore.xp.memory import shared_first
 
 
 def outputs(record: Record, *vs: Array) -> list[Array]:

@@ -13,7 +13,8 @@ import numpy as np
 
 from kfaccore.convolution.patches import Patches
 from kfaccore.record.record import Ids, Record
-from kfaccore.xp.arrays import Array, device_of, namespace, shared_first
+from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.memory import shared_first
 
 Records = TypeVar("Records", Record, tuple[Record, ...])  # one a term of the loss
 

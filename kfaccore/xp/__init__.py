@@ -14,7 +14,6 @@ from kfaccore.xp.arrays import (
     namespace,
     scalar,
     select,
-    shared_first,
     shifted,
     to_host,
     widen,
@@ -24,8 +23,9 @@ from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.eigen import eigh
 from kfaccore.xp.factorise import qr, spd_inverse, widest
 from kfaccore.xp.fourier import fast_length, rfftn
-from kfaccore.xp.gram import average, gram, gram_diagonal, quadratic
+from kfaccore.xp.gram import average, gram, gram_diagonal, product, quadratic
 from kfaccore.xp.half import to_bfloat16
+from kfaccore.xp.memory import shared_first
 from kfaccore.xp.scatter import add_at, segment_sum
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "is_numpy",
     "loop",
     "namespace",
+    "product",
     "qr",
     "quadratic",
     "rfftn",

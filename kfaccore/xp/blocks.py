@@ -12,12 +12,35 @@ from kfaccore.xp.arrays import Array, is_numpy, is_tracer, namespace
 
 def together(arrays: Sequence[Array], axis: int = 0) -> Array:
     """Arrays that have a blocks axis joined along it; one alone is handed on as it is."""
-    return arrays[0] if len(arrays) == 1 else namespace(*arrays).concat(list(arrays), axis=axis)
+    if len(arrays) == 1:
+        return arrays[0]
+    if axis == 0 and aac.is_torch_array(arrays[0]):
+        known = _end_to_end(arrays)
+        if known is not None:
+            return known.flatten(0, 1)
+    return namespace(*arrays).concat(list(arrays), axis=axis)
 
 
 def stacked(arrays: Sequence[Array]) -> Array:
     """Arrays without a blocks axis as the blocks of one; one alone is a view."""
-    return arrays[0][None, ...] if len(arrays) == 1 else namespace(*arrays).stack(list(arrays))
+    if len(arrays) == 1:
+        return arrays[0][None, ...]
+    known = _end_to_end(arrays) if aac.is_torch_array(arrays[0]) else None
+    return namespace(*arrays).stack(list(arrays)) if known is None else known
+
+
+def _end_to_end(arrays: Sequence[Array]) -> Any | None:
+    """Contiguous tensors that follow each other in one memory as a stack without a copy; None for others."""
+    parts: list[Any] = list(arrays)
+    first = parts[0]
+    start = first.storage_offset()
+    for i, x in enumerate(parts):
+        follows = x.storage_offset() == start + i * first.numel() and x.is_contiguous()
+        if not follows or x.shape != first.shape or x.dtype != first.dtype or x.is_cpu != first.is_cpu:
+            return None
+        if x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
 
 
 def unstacked(x: Array) -> Sequence[Array]:

@@ -9,7 +9,20 @@ import numpy as np
 from scipy.linalg import lapack
 from scipy.linalg import qr as scipy_qr
 
-from kfaccore.xp.arrays import Array, all_finite, device_of, eps, is_numpy, is_tracer, largest, loop, namespace, select
+from kfaccore.xp import halves
+from kfaccore.xp.arrays import (
+    Array,
+    all_finite,
+    device_of,
+    eps,
+    is_numpy,
+    is_tracer,
+    largest,
+    loop,
+    namespace,
+    on_gpu,
+    select,
+)
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.gram import mirror
 
@@ -90,6 +103,8 @@ def widest(x: Array) -> object:
 def _attempt(x: Array) -> tuple[Array, Array, bool]:
     """One Cholesky inverse of each block, whether it can be trusted, and whether all are seen to be: one read on the
     host, none of a tracer. What failed may hold anything."""
+    if on_gpu(x) and x.shape[-1] > 1:
+        return _halved(x)
     if aac.is_torch_array(x) and x.shape[-1] > 1:
         return _torch_inverse(x)
     inverse, ok = _inverse(x)
@@ -111,13 +126,6 @@ def _inverse(x: Array) -> tuple[Array, Array]:
         lower = jax.lax.linalg.cholesky(x, symmetrize_input=False)
         eye = xp.zeros_like(x) + xp.eye(x.shape[-1], dtype=x.dtype)
         return jax.scipy.linalg.cho_solve((lower, True), eye), _trusted(lower, x)
-    if aac.is_cupy_array(x):
-        from cupyx.scipy.linalg import solve_triangular
-
-        lower = xp.linalg.cholesky(x)
-        eye = xp.eye(x.shape[-1], dtype=x.dtype)
-        halves = [solve_triangular(block, eye, lower=True) for block in lower]
-        return xp.stack([half.T @ half for half in halves]), _trusted(lower, x)
     return _standard_inverse(x)
 
 
@@ -138,6 +146,16 @@ def _torch_inverse(x: Any) -> tuple[Array, Array, bool]:
     if not good:  # torch raises for a zero pivot, which is data here
         lower = torch.where(ok[:, None, None], lower, torch.eye(x.shape[-1], dtype=x.dtype, device=device_of(x)))
     return torch.cholesky_inverse(lower), ok, good
+
+
+def _halved(x: Any) -> tuple[Array, Array, bool]:
+    """`_attempt` on a GPU."""
+    inverse, root, positive = halves.inverse(x)
+    xp = namespace(x)
+    diagonal = xp.linalg.diagonal(x)
+    reciprocal = xp.linalg.diagonal(root)  # of the pivots
+    ok = positive & xp.all(reciprocal * reciprocal * diagonal < 1 / (_PIVOT * eps(x.dtype, xp)), axis=-1)
+    return inverse, ok, bool(xp.all(ok))
 
 
 def _standard_inverse(x: Array) -> tuple[Array, Array]:

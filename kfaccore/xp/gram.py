@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat as aac
 import numpy as np
 from scipy.linalg import blas
 
-from kfaccore.xp.arrays import Array, is_numpy, namespace, scalar
+from kfaccore.xp import gpu
+from kfaccore.xp.arrays import Array, is_numpy, namespace, on_gpu, scalar
+from kfaccore.xp.half import to_bfloat16
+from kfaccore.xp.precision import BFLOAT16, statistics
 
 _STACK_BELOW = 64  # below this size one batched product beats a loop of rank-k updates
 _SMALL = 1 << 14  # numbers of a block up to which all blocks at once beat a loop over them
@@ -20,8 +24,12 @@ def gram(x: Array) -> Array:
 
     On NumPy `x.T @ x` of one shared buffer reaches the symmetric rank-k update, 1.4-1.8 times a plain product.
     """
+    if on_gpu(x):
+        return gpu.gram(x)
     xp = namespace(x)
     blocks, _, d = x.shape
+    if statistics() == BFLOAT16 and x.dtype == xp.float32:
+        x = xp.astype(to_bfloat16(x), xp.float32)
     if is_numpy(x):
         if blocks == 1:
             return _rank_k(x[0])[None]
@@ -30,6 +38,14 @@ def gram(x: Array) -> Array:
     if blocks == 1:  # a plain 2-D product keeps CuPy off its batched path, which copies transposed operands
         return (x[0, ...].T @ x[0, ...])[None, ...]
     return xp.matmul(x.mT, x)
+
+
+def product(x: Array, y: Array) -> Array:
+    """x y of stacks of matrices, as each namespace makes it fastest."""
+    foreign: Any = x
+    if aac.is_torch_array(foreign) and foreign.is_cuda:
+        return gpu.product(x, y)
+    return namespace(x, y).matmul(x, y)
 
 
 def gram_diagonal(x: Array) -> Array:
@@ -68,7 +84,26 @@ def squares(x: Array) -> Array:
     if is_numpy(x):
         with np.errstate(over="ignore"):  # infinite is an answer
             return np.vecdot(flat, flat)
+    foreign: Any = flat
+    if on_gpu(x):  # a product with one column is slow there
+        if aac.is_torch_array(foreign):
+            return xp.linalg.vector_norm(foreign, axis=-1) ** 2
+        return xp.sum(foreign * foreign, axis=-1)
     return xp.matmul(flat[:, None, :], flat[:, :, None])[:, 0, 0]  # one product, where `vecdot` may be two operations
+
+
+def squares_of(tables: Sequence[Array]) -> list[Array]:
+    """The squared norms of the rows of several tables (rows, ...), (rows,) each; of all at once on CUDA."""
+    foreign: list[Any] = list(tables)
+    whole = [x for x in foreign if aac.is_torch_array(x) and x.is_cuda and x.is_contiguous() and x.numel()]
+    if len(whole) < 2:
+        return [squares(x) for x in tables]
+    import torch
+
+    rows = [row for x in whole for row in x.unbind(0)]
+    found = torch.stack(torch._foreach_norm(rows)) ** 2
+    of_whole = dict(zip(map(id, whole), found.split([len(x) for x in whole]), strict=True))
+    return [of_whole[id(x)] if id(x) in of_whole else squares(x) for x in foreign]
 
 
 def quadratic(x: Array, v: Array) -> Array:

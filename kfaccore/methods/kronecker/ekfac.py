@@ -24,6 +24,7 @@ from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, 
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.asking import Asks
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class EKFAC(Moments):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         return measured(state, record, factors.measure(record, self.sharing, state))
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = factors.means(state)
-        new, code = eigh.refresh(A, G)
+        new, code = yield from eigh.refreshing(A, G)
         return rebased(state, new, new.products(), code)
 
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:

@@ -23,6 +23,7 @@ from kfaccore.methods.kronecker.product import Product
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.asking import Asks
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class KFAC(Product[State]):
     def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Sums:
         return factors.sums(record, self.sharing, state)
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = self.product(state)
-        new, code = self.inverse.refresh(A, G, self.split, hyper.damping)
+        new, code = yield from self.inverse.refreshing(A, G, self.split, hyper.damping)
         inverse, code = accepted(new, code, state.inverse, state.code, state.weight)
         return replace(state, inverse=inverse, code=code)

@@ -17,6 +17,7 @@ from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
+from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 
@@ -48,7 +49,7 @@ class Stats:
         return self.factors.bad
 
 
-class Moments(Additive):
+class Moments(InSteps[State], Additive):
     """Base of methods whose F~ is diagonal in a Kronecker eigenbasis; they add `measure`, `refresh`, `eigensystem`."""
 
     sharing: Callable[[Record], Record]

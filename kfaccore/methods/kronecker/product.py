@@ -7,7 +7,7 @@ knows both spectra, any other damping of the eigenvalues.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from kfaccore import factors, method
 from kfaccore.damping import Split, check
@@ -16,6 +16,7 @@ from kfaccore.linalg.inverse import INVERSES, Eigenpairs, Inverse, Inverses, Par
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
+from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array
 
@@ -30,7 +31,7 @@ class State(factors.Averages, method.State, Protocol):
 S = TypeVar("S", bound=State)
 
 
-class Product(Additive, Generic[S]):
+class Product(InSteps[S], Additive):
     """Base of methods with F~ = G (x) A; they add `init`, `measure`, `refresh` and say their `product`."""
 
     sharing: Callable[[Record], Record]

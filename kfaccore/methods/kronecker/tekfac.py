@@ -26,6 +26,7 @@ from kfaccore.options import function
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Asks
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class TEKFAC(Moments):
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         return measured(state, record, factors.partial_traces(record, self.sharing, state))
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = factors.means(state)
-        new, code = eigh.refresh(A, G)
+        new, code = yield from eigh.refreshing(A, G)
         trace = namespace(A).sum(side.diagonal(A), axis=-1)
         # divided first: the product of both traces may be too large for the dtype where their quotient is not
         return rebased(state, new, replace(new, g=factors.mean(new.g, trace)).products(), code)

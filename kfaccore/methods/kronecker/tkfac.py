@@ -27,6 +27,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Asks
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ class TKFAC(Product[State]):
     def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
         return factors.partial_traces(record, self.sharing, state)
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = self.product(state)
         trace = _trace(state)
-        new, code = self.inverse.refresh(A, G, self.split, self._damping(state, trace, hyper.damping))
+        damping = self._damping(state, trace, hyper.damping)
+        new, code = yield from self.inverse.refreshing(A, G, self.split, damping)
         kept, code = accepted((new, trace), code, (state.inverse, state.trace), state.code, state.weight)
         inverse, trace = kept
         return replace(state, inverse=inverse, trace=trace, code=code)

@@ -29,7 +29,9 @@ from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank, eve
 from kfaccore.options import instance
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
+from kfaccore.refreshing import InSteps
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Asks, lockstep
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class BrandCKFAC(Kept[State]):
+class BrandCKFAC(InSteps[State], Kept[State]):
     """BrandKFAC whose refresh puts the eigenpairs of A in span(U[:, chosen]) in the place of a share of its modes.
 
     |A - U D U^T|_F never grows by it. Shapes, errors and fields as BrandKFAC's, and (Puiu 2022,
@@ -93,18 +95,19 @@ class BrandCKFAC(Kept[State]):
             order_G=_order(rng, fields["G"], block.blocks, like),
         )
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
-        new_A, order_A = self._corrected(state.A, state.full_A, state.order_A)
-        new_G, order_G = self._corrected(state.G, state.full_G, state.order_G)
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
+        A = self._corrected(state.A, state.full_A, state.order_A)
+        G = self._corrected(state.G, state.full_G, state.order_G)
+        (new_A, order_A), (new_G, order_G) = yield from lockstep([A, G])
         A, G, code = modes.kept(new_A, new_G, (state.A, state.G), state)
         return replace(state, A=A, G=G, order_A=order_A, order_G=order_G, code=code)
 
-    def _corrected(self, low: Factor, average: Array, order: Array) -> tuple[tuple[Factor, Array], Array]:
+    def _corrected(self, low: Factor, average: Array, order: Array) -> Asks[tuple[tuple[Factor, Array], Array]]:
         """Modes with a code, and the order rolled on."""
         if not isinstance(low, LowRank) or low.D.shape[-1] == 0:
             return (low, modes.well(average)), order
         many = max(1, round(self.correction.share * order.shape[-1]))
-        new = brand.corrected(low, average, order[0, :many], order[0, many:], self.outside)
+        new = yield from brand.corrected(low, average, order[0, :many], order[0, many:], self.outside)
         return new, namespace(order).concat([order[:, many:], order[:, :many]], axis=-1)
 
 

@@ -22,11 +22,13 @@ from kfaccore.methods.lowrank import brand_update as brand
 from kfaccore.methods.lowrank import grown, modes
 from kfaccore.methods.lowrank.grown import Kept
 from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank, even, fixed
-from kfaccore.methods.lowrank.sketch import SKETCHES, Sketch, symmetric
+from kfaccore.methods.lowrank.sketch import SKETCHES, Leading, Sketch, symmetric
 from kfaccore.options import instance
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
+from kfaccore.refreshing import InSteps
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.asking import Ask, Asks, lockstep
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class BrandRKFAC(Kept[State]):
+class BrandRKFAC(InSteps[State], Kept[State]):
     """BrandKFAC between refreshes; a refresh sketches the modes anew from averages A and G that are kept as well.
 
     What truncation lost comes back, for the memory of K-FAC. Shapes, errors and fields as BrandKFAC's, and
@@ -78,15 +80,16 @@ class BrandRKFAC(Kept[State]):
             omega_G=self.sketch.draw(block.blocks, width_out, held, 1, like),
         )
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
-        new_A = self._overwritten(state.A, state.full_A, state.omega_A)
-        new_G = self._overwritten(state.G, state.full_G, state.omega_G)
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
+        A = self._overwritten(state.A, state.full_A, state.omega_A)
+        G = self._overwritten(state.G, state.full_G, state.omega_G)
+        new_A, new_G = yield from lockstep([A, G])
         A, G, code = modes.kept(new_A, new_G, (state.A, state.G), state)
         return replace(state, A=A, G=G, code=code)
 
-    def _overwritten(self, low: Factor, average: Array, omega: Array) -> tuple[Factor, Array]:
+    def _overwritten(self, low: Factor, average: Array, omega: Array) -> Asks[tuple[Factor, Array]]:
         """Modes of the average itself and a code."""
         if not isinstance(low, LowRank):
             return low, modes.well(low)
-        U, D, code = self.sketch.modes(average, omega, low.D.shape[-1])
+        ((U, D, code),) = yield (Ask(Leading(self.sketch, low.D.shape[-1]), (average, omega)),)
         return brand.held_modes(low, U, D, low.trace, self.rank, self.outside), code

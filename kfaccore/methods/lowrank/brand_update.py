@@ -15,6 +15,7 @@ from kfaccore import xp as kernels
 from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.lowrank import LowRank, Outside, Rank
 from kfaccore.xp.arrays import Array, all_finite, namespace
+from kfaccore.xp.asking import Ask, Asks
 from kfaccore.xp.codes import Code, choose
 
 
@@ -53,7 +54,7 @@ def held_modes(low: LowRank, U: Array, D: Array, trace: Array, rank: Rank, outsi
     return replace(new, rank=rank.next(replace(new, rank=low.rank)))
 
 
-def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outside) -> tuple[LowRank, Array]:
+def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outside) -> Asks[tuple[LowRank, Array]]:
     """Modes numbered `chosen` replaced by the Ritz pairs of M in their span, `rest` kept, all sorted again; and a code.
 
     |M - U diag(D) U^T|_F never grows; with all modes chosen the D is the best for the span. Cost: 2 m d^2 for m chosen.
@@ -62,7 +63,7 @@ def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outsi
     U = xp.take(low.U, chosen, axis=-1)
     kept = xp.take(low.U, rest, axis=-1)
     inner = xp.matmul(U.mT, xp.matmul(M, U))
-    values, vectors, _ = kernels.eigh(inner)
+    ((values, vectors, _),) = yield (Ask(kernels.eigh, (inner,)),)
     code = choose(all_finite(inner), Code.OK, Code.INDEFINITE)
     U = xp.concat([xp.matmul(U, vectors), kept], axis=-1)
     D = xp.concat([values, xp.take(low.D, rest, axis=-1)], axis=-1)

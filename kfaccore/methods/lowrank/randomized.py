@@ -25,11 +25,13 @@ from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.lowrank import lowrank, modes
 from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank, even, fixed
 from kfaccore.methods.lowrank.modes import Modes, Sides
-from kfaccore.methods.lowrank.sketch import SKETCHES, Sketch, symmetric
+from kfaccore.methods.lowrank.sketch import SKETCHES, Leading, Sketch, symmetric
 from kfaccore.options import instance
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
+from kfaccore.refreshing import InSteps
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Ask, Asks, lockstep
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class RandomizedKFAC(Modes[State], Additive):
+class RandomizedKFAC(InSteps[State], Modes[State], Additive):
     """K-FAC by leading modes: x = (Ug Dg Ug^T + d_g I)^-1 V (Ua Da Ua^T + d_a I)^-1, modes by a sketch at each refresh.
 
     V and x (blocks, d_out, d_in); Ua (blocks, d_in, rank). Equal to K-FAC while the factors have at most `rank`
@@ -92,10 +94,11 @@ class RandomizedKFAC(Modes[State], Additive):
     def update(self, state: State, stats: factors.Stats, hyper: Hyper, donate: bool = False) -> State:
         return factors.update(state, stats, hyper, donate)
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         total, _ = modes.normaliser(state.weight, self.start)
-        new_A = self._sketched(factors.mean(state.A, total), state.modes_A, state.omega_A)
-        new_G = self._sketched(factors.mean(state.G, total), state.modes_G, state.omega_G)
+        A = self._sketched(factors.mean(state.A, total), state.modes_A, state.omega_A)
+        G = self._sketched(factors.mean(state.G, total), state.modes_G, state.omega_G)
+        new_A, new_G = yield from lockstep([A, G])
         A, G, code = modes.kept(new_A, new_G, (state.modes_A, state.modes_G), state)
         return replace(state, modes_A=A, modes_G=G, code=code)
 
@@ -104,11 +107,11 @@ class RandomizedKFAC(Modes[State], Additive):
         _, identity = modes.normaliser(state.weight, self.start)
         return Sides(state.modes_A, state.modes_G, identity)
 
-    def _sketched(self, mean: Array, old: Factor, omega: Array) -> tuple[Factor, Array]:
+    def _sketched(self, mean: Array, old: Factor, omega: Array) -> Asks[tuple[Factor, Array]]:
         """Modes of a mean and a code; the next count of modes follows from them."""
         if not isinstance(old, LowRank):
             return mean, modes.well(mean)
-        U, D, code = self.sketch.modes(mean, omega, old.D.shape[-1])
+        ((U, D, code),) = yield (Ask(Leading(self.sketch, old.D.shape[-1]), (mean, omega)),)
         trace = namespace(mean).sum(side.diagonal(mean), axis=-1)
         new = lowrank.with_modes(old, U, D, trace, self.outside)
         return replace(new, rank=self.rank.next(new)), code

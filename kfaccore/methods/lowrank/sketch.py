@@ -34,6 +34,17 @@ class Sketch(Protocol):
 
 
 @dataclass(frozen=True)
+class Leading:
+    """`sketch.modes` of k modes, as what may be asked for of many layers at once."""
+
+    sketch: Sketch
+    k: int
+
+    def __call__(self, M: Array, omega: Array) -> tuple[Array, Array, Array]:
+        return self.sketch.modes(M, omega, self.k)
+
+
+@dataclass(frozen=True)
 class Symmetric:
     """Rayleigh-Ritz in span(Q): eigenpairs of Q^T M Q. passes products with M, and one for the small matrix."""
 

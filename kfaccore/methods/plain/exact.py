@@ -17,8 +17,10 @@ from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record, dense
+from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, device_of, namespace
+from kfaccore.xp.asking import Ask, Asks
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Exact(Additive):
+class Exact(InSteps[State], Additive):
     """vec(x) = (F + damping I)^-1 vec(V), F = (1/n) sum vec(J) vec(J)^T the dense block (blocks, d, d), d = d_out d_in.
 
     V and x (blocks, d_out, d_in). Always exact within the layer. ValueError for a layer of more than `largest`
@@ -75,9 +77,9 @@ class Exact(Additive):
         F, weight = factors.moved(state.F, state.weight, stats.F, stats.n, ok, hyper, donate)
         return replace(state, F=F, weight=weight)
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         shift = factors.per_block(hyper.damping, state.weight)
-        inverse, code = side.inverse(factors.mean(state.F, state.weight), shift)
+        ((inverse, code),) = yield (Ask(side.inverse, (factors.mean(state.F, state.weight), shift)),)
         inverse, code = accepted(inverse, code, state.inverse, state.code, state.weight)
         return replace(state, inverse=inverse, code=code)
 

@@ -33,8 +33,10 @@ from kfaccore.methods.rows.woodbury import LowRank
 from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand, mean_mean
+from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Ask, Asks, lockstep
 
 Inverse = Array | LowRank
 
@@ -54,7 +56,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class SKFAC:
+class SKFAC(InSteps[State]):
     """K-FAC's x = (G + d_g I)^-1 V (A + d_a I)^-1, each side of fewer rows m than its width by Woodbury in m x m.
 
     (Y^T Y / m + d I)^-1 = (I - Y^T (Y Y^T + m d I)^-1 Y) / d for rows Y (m, d). V and x (blocks, d_out, d_in). Exact
@@ -104,11 +106,10 @@ class SKFAC:
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         return replace(state, factors=stacked.update(state.factors, stats, hyper, self.rank, donate))
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = stacked.debiased(state.factors)
         d_a, d_g = self.split.shifts(stacked.scale(A), stacked.scale(G), hyper.damping)
-        a, code_a = self._inverse(A, d_a)
-        g, code_g = self._inverse(G, d_g)
+        (a, code_a), (g, code_g) = yield from lockstep([self._inverse(A, d_a), self._inverse(G, d_g)])
         worse = namespace(code_a).maximum(code_a, code_g)
         old = (state.inverse_a, state.inverse_g)
         (a, g), code = accepted((a, g), worse, old, state.code, state.weight)
@@ -133,12 +134,12 @@ class SKFAC:
             return side.identity(side.zeros(blocks, d, False, factor.rows))
         return woodbury.identity(factor)
 
-    def _inverse(self, factor: Factor, shift: Array) -> tuple[Inverse, Array]:
-        if not isinstance(factor, Stack):
-            return side.inverse(factor, shift)
-        if self._dense(factor):
-            return side.inverse(stacks.dense(factor), shift)
-        return woodbury.inverse(factor, shift)
+    def _inverse(self, factor: Factor, shift: Array) -> Asks[tuple[Inverse, Array]]:
+        if isinstance(factor, Stack) and not self._dense(factor):
+            return (yield from woodbury.inverting(factor, shift))
+        matrix = stacks.dense(factor) if isinstance(factor, Stack) else factor
+        ((inverse, code),) = yield (Ask(side.inverse, (matrix, shift)),)
+        return inverse, code
 
 
 release = SKFAC(mean_mean, equal, always, explicit=never)

@@ -15,6 +15,7 @@ from kfaccore import xp as kernels
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
 from kfaccore.xp.arrays import Array, device_of, loop, namespace, select
+from kfaccore.xp.asking import Ask, Asks, alone
 from kfaccore.xp.codes import Code, choose
 
 
@@ -40,6 +41,11 @@ def identity(stack: Stack) -> LowRank:
 
 def inverse(stack: Stack, shift: Array) -> tuple[LowRank, Array]:
     """(A + shift I)^-1 for shift (blocks,), and a code: JITTERED where a zero shift was lifted to eps."""
+    return alone(inverting(stack, shift))
+
+
+def inverting(stack: Stack, shift: Array) -> Asks[tuple[LowRank, Array]]:
+    """`inverse` in steps."""
     xp = namespace(stack.rows)
     shift, lifted = stacks.floored(shift, stacks.scale(stack).mean)
     scale = stacks.scales(stack)
@@ -48,7 +54,7 @@ def inverse(stack: Stack, shift: Array) -> tuple[LowRank, Array]:
     small = xp.matmul(rows, rows.mT)
     eye = xp.eye(small.shape[-1], dtype=wide, device=device_of(small))
     system = small + xp.astype(shift, wide)[:, None, None] * eye
-    small, code = kernels.spd_inverse(system)
+    ((small, code),) = yield (Ask(kernels.spd_inverse, (system,)),)
     if stack.rows.shape[1] > stack.rows.shape[2]:  # singular but for the shift: a Newton step, or Y^T S Y loses digits
         small = 2.0 * small - xp.matmul(xp.matmul(small, system), small)
     code = choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)

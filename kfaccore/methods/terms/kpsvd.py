@@ -24,8 +24,10 @@ from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.terms import rearranged
 from kfaccore.options import instance
 from kfaccore.record import Factored, Record
+from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Asks
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class KPSVD(Additive):
+class KPSVD(InSteps[State], Additive):
     """x = (G + d_g I)^-1 V (A + d_a I)^-1 with G (x) A the Kronecker product nearest to F, by power iteration.
 
     One sweep an update: P = (1/n) sum J V J^T, Q = (1/n) sum J^T U J, s = <U, P>; the block is P (x) Q / s. V and x
@@ -87,9 +89,9 @@ class KPSVD(Additive):
         first = rearranged.averaged(state, stats.sweep, stats.n, (stats.bad == 0) & (stats.rows > 0), hyper, donate)
         return replace(state, **first)
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = rearranged.balanced(state)
-        new, code = self.inverse.refresh(A, G, self.split, hyper.damping)
+        new, code = yield from self.inverse.refreshing(A, G, self.split, hyper.damping)
         inverse, code = accepted(new, code, state.inverse, state.code, state.weight)
         return replace(state, inverse=inverse, code=code)
 

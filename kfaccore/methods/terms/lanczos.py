@@ -30,6 +30,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, eps, namespace, scalar
+from kfaccore.xp.asking import Asks
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Lanczos(TwoTerms[State]):
             matvecs=xp.where(ok, matvecs, state.matvecs),
         )
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
-        state = super().refresh(state, hyper)
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
+        state = yield from super().refreshing(state, hyper)
         loose = state.residual > self._tolerance(state.residual)
         return replace(state, code=choose(loose & (state.code == int(Code.OK)), Code.UNCONVERGED, state.code))
 

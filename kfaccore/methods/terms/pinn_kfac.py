@@ -26,9 +26,11 @@ from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
+from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, eps, namespace
+from kfaccore.xp.asking import Asks
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class PINNKFAC(Additive):
+class PINNKFAC(InSteps[State], Additive):
     """x solves sum_t (G_t + damping I) x (A_t + damping I) = V, one pair of K-FAC's factors a loss term t.
 
     A record is a tuple of Records, one a term, each with its n. V and x (blocks, d_out, d_in). Two terms are solved by
@@ -115,13 +117,13 @@ class PINNKFAC(Additive):
         pairs = zip(state.terms, stats.terms, strict=True)
         return replace(state, terms=tuple(factors.update(t, replace(s, bad=bad), hyper, donate) for t, s in pairs))
 
-    def refresh(self, state: State, hyper: Hyper) -> State:
+    def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         _warn_if_lost(hyper.damping, state.weight)
         (G, A), *rest = self._damped(state, hyper)
         # whitening needs a second term; without one it is 0 (x) A, which adds nothing
         other_G = fold(add, (term[0] for term in rest)) if rest else namespace(G).zeros_like(G)
         other_A = fold(add, (term[1] for term in rest)) if rest else A
-        new, code = kronsum.pair(G, A, other_G, other_A)
+        new, code = yield from kronsum.pairing(G, A, other_G, other_A)
         inverse, code = accepted(new, code, state.inverse, state.code, state.weight)
         return replace(state, inverse=inverse, code=code)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from kfaccore import method
 from kfaccore import xp as kernels
@@ -21,8 +21,10 @@ from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Block, Hyper
 from kfaccore.options import function
 from kfaccore.record import Factored, Record
+from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, eps, namespace, select
+from kfaccore.xp.asking import Ask, Asks
 from kfaccore.xp.codes import Code, choose
 
 Denominators = Callable[[Array], Array]  # from s_g s_a^T (blocks, d_out, d_in)
@@ -56,13 +58,12 @@ def init(A: Array, G: Array) -> Whitened:
     return Whitened(side.identity(A), side.identity(G), zero_a, zero_g)
 
 
-def refresh(first: Term, second: Term, split: Split, damping: float | Array) -> tuple[Whitened, Array]:
-    """Whitened form and code (blocks,) of (G1 + d_g I) (x) (A1 + d_a I) + G2 (x) A2."""
+def refreshing(first: Term, second: Term, split: Split, damping: float | Array) -> Asks[tuple[Whitened, Array]]:
+    """Whitened form and code (blocks,) of (G1 + d_g I) (x) (A1 + d_a I) + G2 (x) A2, in steps."""
     A1, G1 = first
     A2, G2 = second
     d_a, d_g = split.shifts(side.Scale.of_factor(A1), side.Scale.of_factor(G1), damping)
-    Ka, a, code_a = _whiten(A1, d_a, A2)
-    Kg, g, code_g = _whiten(G1, d_g, G2)
+    (Ka, a, code_a), (Kg, g, code_g) = yield Ask(_whiten, (A1, d_a, A2)), Ask(_whiten, (G1, d_g, G2))
     return Whitened(Ka, Kg, a, g), namespace(code_a).maximum(code_a, code_g)
 
 
@@ -98,7 +99,7 @@ class State(method.State, Protocol):
 S = TypeVar("S", bound=State)
 
 
-class TwoTerms(Generic[S]):
+class TwoTerms(InSteps[S]):
     """Base of methods with F~ = G1 (x) A1 + G2 (x) A2; they add `init`, `measure`, `update` and say their `pairs`."""
 
     split: Split
@@ -112,9 +113,9 @@ class TwoTerms(Generic[S]):
         """The two pairs (A, G) of F~, the positive definite one first."""
         raise NotImplementedError
 
-    def refresh(self, state: S, hyper: Hyper) -> S:
+    def refreshing(self, state: S, hyper: Hyper) -> Asks[S]:
         first, second = self.pairs(state)
-        new, code = refresh(first, second, self.split, hyper.damping)
+        new, code = yield from refreshing(first, second, self.split, hyper.damping)
         whitened, code = accepted(new, code, state.whitened, state.code, state.weight)
         return replace(state, whitened=whitened, code=code)
 

@@ -12,6 +12,7 @@ from kfaccore.linalg import kron
 from kfaccore.network.tridiagonal.difference import denominators, whitened
 from kfaccore.network.tridiagonal.state import Layer, Link, Next, Parts
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.asking import Ask, Asks, alone, lockstep
 from kfaccore.xp.codes import Code, choose
 
 
@@ -30,35 +31,36 @@ def followed(names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def decomposed(layers: Mapping[str, Layer], damped: Mapping[str, Damped]) -> tuple[dict[str, Parts], dict[str, Array]]:
     """Parts and code (1,) of every layer."""
-    made = {}
-    codes = {}
+    callers = []
     for name, following in followed(list(layers)):
-        made[name], codes[name] = _parts(layers[name], damped[name], damped[following] if following else None)
-    return made, codes
+        callers.append(_parts(layers[name], damped[name], damped[following] if following else None))
+    found = dict(zip(layers, alone(lockstep(callers)), strict=True))
+    return {name: parts for name, (parts, _) in found.items()}, {name: code for name, (_, code) in found.items()}
 
 
-def _parts(layer: Layer, own: Damped, following: Damped | None) -> tuple[Parts, Array]:
+def _parts(layer: Layer, own: Damped, following: Damped | None) -> Asks[tuple[Parts, Array]]:
     xp = namespace(own.A)
     codes = [choose(layer.weight >= 0, Code.OK, Code.OK)]
     psi: Next = ()
     less_A = xp.zeros_like(own.A)
     less_G = xp.zeros_like(own.G)
     if following is not None and isinstance(layer.link, Link):
-        psi_A, less_A, code_A = _regressed(factors.mean(layer.link.A, layer.weight), following.A)
-        psi_G, less_G, code_G = _regressed(factors.mean(layer.link.G, layer.weight), following.G)
+        A = _regressed(factors.mean(layer.link.A, layer.weight), following.A)
+        G = _regressed(factors.mean(layer.link.G, layer.weight), following.G)
+        (psi_A, less_A, code_A), (psi_G, less_G, code_G) = yield from lockstep([A, G])
         psi = Link(psi_A, psi_G)
         codes += [code_A, code_G]
-    Ka, s_a, code_a = whitened(own.A, less_A)
-    Kg, s_g, code_g = whitened(own.G, less_G)
+    sides = Ask(whitened, (own.A, less_A)), Ask(whitened, (own.G, less_G))
+    (Ka, s_a, code_a), (Kg, s_g, code_g) = yield sides
     below, told = denominators(s_g, s_a)
     codes += [code_a, code_g, told]
     return Parts(Kg, Ka, below, psi), reduce(xp.maximum, codes)
 
 
-def _regressed(cross: Array, following: Array) -> tuple[Array, Array, Array]:
+def _regressed(cross: Array, following: Array) -> Asks[tuple[Array, Array, Array]]:
     """Psi = C D^-1 of one side, Psi D Psi^T = Psi C^T, and the code of D^-1."""
     xp = namespace(cross)
-    inverse, code = kernels.spd_inverse(following)
+    ((inverse, code),) = yield (Ask(kernels.spd_inverse, (following,)),)
     psi = xp.matmul(cross, inverse)
     return psi, xp.matmul(psi, cross.mT), code
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from kfaccore.network.two_level.vectors import Outer, Vector, dots, inner
 from kfaccore.record import Factored, Record
-from kfaccore.xp.arrays import Array, namespace, same, scalar
+from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.memory import same
 
 Tree = dict[str, Array]
 

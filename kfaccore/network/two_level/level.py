@@ -13,7 +13,8 @@ from kfaccore.network.two_level.gradients import Gradients, Tree
 from kfaccore.network.two_level.products import Dampings, Slope
 from kfaccore.network.two_level.vectors import Vector, dense, inner, scaled
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, from_host, namespace, plus, scalar
+from kfaccore.xp.arrays import Array, from_host, namespace, scalar
+from kfaccore.xp.memory import plus
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from kfaccore.network.two_level.gradients import Gradients, Tree
 from kfaccore.network.two_level.vectors import Outer, Vector, dense, dots, inner
 from kfaccore.record import Ids, Record
 from kfaccore.record.jacobian import adjoint, contracted, outputs, pulled, weighed
-from kfaccore.xp.arrays import Array, namespace, plus, scalar
+from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.memory import plus
 
 Records = Mapping[str, Record]
 Dampings = Mapping[str, float | Array]

@@ -14,7 +14,8 @@ from kfaccore.method import State
 from kfaccore.network.two_level.gradients import full
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, namespace, same, scalar
+from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.memory import same
 
 
 @dataclass(frozen=True)

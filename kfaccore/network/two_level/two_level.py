@@ -38,8 +38,9 @@ from kfaccore.network.two_level.vectors import Outer, Vector, dense, unit
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import outputs
 from kfaccore.solution import Solution
-from kfaccore.xp.arrays import Array, namespace, plus
+from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.memory import plus
 
 _NOWHERE: Mapping[str, Turned] = MappingProxyType({})
 
@@ -91,8 +92,7 @@ class TwoLevel(Each[State]):
         return replace(state, kept=kept)
 
     def refresh(self, state: State, hypers: Hypers) -> State:
-        layers = {name: self._of(name).refresh(layer, hypers[name]) for name, layer in state.layers.items()}
-        state = replace(state, layers=layers)
+        state = replace(state, layers=self._refreshed(state.layers, hypers))
         kept = {}
         for name, before in state.kept.items():
             kept[name] = self.space.refresh(before, self._local(state, name, hypers[name]))
