@@ -130,7 +130,7 @@ def test_alpha_and_mu_minimise_the_quadratic_model(rng):
 
 @pytest.mark.parametrize("seen", [1.0, 0.26, 0.1, 0.0])
 def test_a_batch_that_is_blind_to_the_previous_update_does_not_repeat_it_for_ever(rng, seen):
-    """TUNING-1: the batch sees a share of the curvature that the one before saw along u; less than a quarter of it
+    """The batch sees a share of the curvature that the one before saw along u; less than a quarter of it
     counts as a quarter: (alpha, mu) solve the system with max(F_11, bent / 4)."""
     x, previous, grads = directions(rng), directions(rng), directions(rng)
     F = np.asarray([[3.0, 0.2 * seen**0.5], [0.2 * seen**0.5, 2.0 * seen]])

@@ -140,8 +140,7 @@ class SelfTuning(ByModel):
         left = {} if own.left is None else {"left": own.left}
         found = self.model(records, grads, pair, **left)
         norms = _gram(*pair)
-        F = found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms)
-        F = unforgotten(F, motion.bent)
+        F = unforgotten(found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms), motion.bent)
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         step = stack([*capped(alpha, mu, self.cap)])
@@ -152,12 +151,11 @@ class SelfTuning(ByModel):
         alpha = number(step[0])
         mu = number(step[1])
         updates = {name: combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
-        low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
         sound = code != Code.NONFINITE
         after = replace(
             motion,
             previous=tree.map(partial(pick, sound), {**motion.previous, **updates}, motion.previous),
-            damping=pick(low, motion.damping / 0.8, motion.damping),
+            damping=pick((abs(alpha) > 0) & (abs(alpha) < self.floor), motion.damping / 0.8, motion.damping),
             alpha=alpha,
             mu=mu,
             sharp=sharp,
