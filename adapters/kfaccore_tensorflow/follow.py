@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import tensorflow as tf
+
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.moves import SILENT, moved
 from kfaccore_tensorflow.rules import read
 from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use, merged
 
+SIZES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
@@ -59,6 +62,18 @@ def reaching(outputs: Iterable[Tensor]) -> set[str]:
             if x.op.name not in seen:
                 seen.add(x.op.name)
                 waiting.append(x.op)
+    return seen
+
+
+def made_of(inputs: Iterable[Tensor]) -> set[str]:
+    """Names of the operations whose values depend on those of `inputs`; on their sizes alone is no dependence."""
+    waiting = [x for x in inputs if tf.is_tensor(x)]
+    seen: set[str] = set()
+    while waiting:
+        for op in waiting.pop().consumers():
+            if op.name not in seen and op.type not in SIZES:
+                seen.add(op.name)
+                waiting += op.outputs
     return seen
 
 

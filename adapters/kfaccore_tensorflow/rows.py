@@ -24,6 +24,7 @@ class Shape:
     paths     layouts of the factors that changed it, of each way it came; none where it came as it is
     masks     (place among the batch's masks, step or None) of each layer call around it, the innermost first
     together  calls of this number are one layer call: their rows are summed
+    of_inputs whether the batch goes into the call's output
     """
 
     kind: Kind
@@ -31,6 +32,7 @@ class Shape:
     paths: tuple[tuple[Layout, ...], ...] = ()
     masks: tuple[tuple[int, int | None], ...] = ()
     together: int = -1
+    of_inputs: bool = True
 
 
 @dataclass(frozen=True)

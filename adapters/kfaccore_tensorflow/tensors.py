@@ -123,7 +123,7 @@ def _shapes(calls: Sequence[Call], masks: dict[int, tuple[int, Tensor]]) -> tupl
         together = call.scopes[0].start if call.scopes else -1
         hot = call.use.hot
         paths = tuple(tuple(factor.layout for factor in path) for path in hot.paths) if hot.changed else ()
-        found.append(Shape(call.use.kind, call.turned, paths, tuple(mine), together))
+        found.append(Shape(call.use.kind, call.turned, paths, tuple(mine), together, call.of_inputs))
     return tuple(found)
 
 
