@@ -117,14 +117,15 @@ class _Batch:
         masks = [next(flat) for _ in tensors.masks]
         x = [None if t is None else next(flat) for t in tensors.x]
         slopes = [[next(flat) for _ in each] for each in tensors.slopes]
+        by = [None if t is None else next(flat) for t in tensors.by]
         g = [next(flat) for _ in tensors.g]
         for i, own in enumerate(flat):
             g[i] = np.concatenate([g[i], np.asarray(n, own.dtype) * own[None]])
         given: dict[str, list[Seen]] = {part.name: [] for part in tensors.parts if not part.whole}
         if n > 0:
             calls = ((part, shape) for part in tensors.parts for shape in tensors.shapes.get(part.name, ()))
-            for (part, shape), operand, each, rows in zip(calls, x, slopes, g[: len(x)], strict=True):
-                given[part.name].append(seen(part, shape, Given(operand, each, rows)))
+            for (part, shape), operand, each, other, rows in zip(calls, x, slopes, by, g[: len(x)], strict=True):
+                given[part.name].append(seen(part, shape, Given(operand, each, rows, other)))
         wholes = zip((part.name for part in tensors.parts if part.whole), g[len(x) :], strict=True)
         return cls(n, int(examples), int(asked), masks, given, dict(wholes))
 

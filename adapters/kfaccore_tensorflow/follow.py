@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from kfaccore_tensorflow.halves import halves
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.moves import SILENT, moved
 from kfaccore_tensorflow.rules import read
@@ -46,11 +47,23 @@ def followed(graph: Any, outputs: Iterable[Tensor], variables: Iterable[Any]) ->
         _follow(one, head, reach, hot)
     for one in found:
         one.uses = merged(one.uses)
-        alone = [use for use in one.uses if use.x is None or id(use.x) not in hot]
-        if len(alone) < len(one.uses):
-            one.reasons.append("it is multiplied with another parameter")
-            one.uses = alone
+        alone: list[Use] = []
+        for use in one.uses:
+            plain = use.x is None or id(use.x) not in hot
+            apart = [use] if plain else halves(use, lambda here: _goes(here, reach, hot))
+            if apart is None:
+                one.reasons.append("it is multiplied with another parameter")
+            alone += apart or []
+        one.uses = alone
     return found
+
+
+def _goes(here: Hot, reach: set[str], hot: set[int]) -> list[Use] | None:
+    """The uses of a tensor that is made of parameters; None where one cannot be read, or is with a parameter."""
+    one = Followed(None)
+    _follow(one, here, reach, set())
+    uses = merged(one.uses)
+    return None if one.reasons or any(id(use.x) in hot for use in uses) else uses
 
 
 def reaching(outputs: Iterable[Tensor]) -> set[str]:

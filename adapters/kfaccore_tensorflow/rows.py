@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import kfaccore as kf
+from kfaccore_tensorflow.halves import Half
 from kfaccore_tensorflow.kinds import Elementwise, Kind, Lookup, Seen
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.places import Place
@@ -37,11 +38,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Given:
-    """The arrays of one call: the other operand, slopes of what changed the weight, output gradients, draws first."""
+    """The arrays of one call: the other operand, slopes of what changed the weight, output gradients, draws first, and
+    the other factor of a weight that is a product."""
 
     x: np.ndarray | None
     slopes: Sequence[np.ndarray]
     g: np.ndarray
+    by: np.ndarray | None = None
 
 
 def seen(part: Part, shape: Shape, given: Given) -> Seen:
@@ -50,6 +53,9 @@ def seen(part: Part, shape: Shape, given: Given) -> Seen:
     if isinstance(shape.kind, Lookup) and x is not None:
         x = x.astype(np.int64)
     found = shape.kind.rows(x, given.g, part.bias and not isinstance(shape.kind, Elementwise))
+    if isinstance(shape.kind, Half):
+        assert given.by is not None
+        return shape.kind.through(found, given.by)
     if not shape.paths:
         return found
     weight = part.variables["weight"]
