@@ -118,10 +118,11 @@ def words(rng):
 
 
 class Adapted(L.Layer):
-    """Weights that are products of two parameters, added to others or not: filters, a matrix and a transposed one."""
+    """Weights that are products of two parameters, or of one with itself, added to others or not: filters, matrices and
+    a transposed one."""
 
     def build(self, shape):
-        sizes = {"e": (16, 2), "f": (2, 3), "a": (3, 2), "b": (2, 5), "c": (4, 2), "d": (2, 5)}
+        sizes = {"e": (16, 2), "f": (2, 3), "a": (3, 2), "b": (2, 5), "c": (4, 2), "d": (2, 5), "s": (5, 5)}
         self.w = {name: self.add_weight(shape=size, name=name, initializer="normal") for name, size in sizes.items()}
         self.base = self.add_weight(shape=(3, 5), name="base", initializer="normal", trainable=False)
 
@@ -129,6 +130,7 @@ class Adapted(L.Layer):
         w = self.w
         x = tf.nn.conv2d(x, tf.reshape(2.0 * (w["e"] @ w["f"]), (2, 2, 4, 3)), 2, "SAME")
         x = tf.tanh(x @ (self.base - 0.5 * (w["a"] @ w["b"])))
+        x = tf.tanh(x @ (w["s"] @ w["s"]))
         return tf.matmul(x, w["c"] @ w["d"], transpose_b=True)
 
 
