@@ -20,9 +20,11 @@ import kfaccore as kf
 from campaigns.ending import ended, options
 
 WRITER = """
+import signal
 import sys
 import numpy as np
 import kfaccore as kf
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 number = int(sys.argv[2])
 while True:
     number += 1
