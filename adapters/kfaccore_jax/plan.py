@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import as_calls, run
 from kfaccore_jax.layers import Layer, gathered
 from kfaccore_jax.layout import Layout
+from kfaccore_jax.mesh import Shape
 from kfaccore_jax.names import named
 from kfaccore_jax.order import moved
 from kfaccore_jax.tags import Param, Tag
@@ -50,6 +51,7 @@ class Plan:
     batched: tuple[int, ...]
     has_aux: bool
     explicit: bool
+    types: dict[Any, dict[str, Shape]] = field(default_factory=dict, repr=False)  # of outputs, by types of arguments
 
     @property
     def blocks(self) -> dict[str, Block]:

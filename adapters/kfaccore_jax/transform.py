@@ -169,16 +169,13 @@ class Transformation:
         return {name: record for name, record in given.items() if name in blocks}
 
     def _told(self, records: Any, grads: Any, value: Any, axes: Any, share: Any) -> dict[str, Any]:
-        """What a rule that judges is told of the loss: its value, and records of its own gradients, which are one
-        device's and so left out where several sum."""
+        """What a rule that judges is told of the loss: its value, and records of its own gradients, each device's."""
         if not self.step.judges:
             return {}
-        if axes is not None:
-            return {"loss": axes.mean(value, share)}
         own = records.own if isinstance(records, Drawn) else {}
         here = held(self.plan, named(grads))
         found = {item.layer.name: item.record(own[item.full]) for item in here if item.full in own}
-        return {"loss": value, "own": found}
+        return {"loss": value if axes is None else axes.mean(value, share), "own": found}
 
     def _wanting(
         self, given: Mapping[str, Any], fresh: bool | None, damping: Any, value: Any, value_fn: Any, params: Any
