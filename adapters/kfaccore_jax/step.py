@@ -75,6 +75,8 @@ def kfac(
 
     `update(grads, state, params, records=, value=, value_fn=, fresh=)` takes the batch's records, for rules that judge
     their step the loss and a function of the parameters that computes it, and whether to refresh where that is static.
+    records=[first, second] are those of micro-batches of one update, whose gradient, loss and value_fn are the means
+    over all of their examples.
 
     methods, clocks, schedules, step, network and widest as in kfaccore.Preconditioner, or all of them at once as
     `core`; a schedule sees a traced step, as optax's do. The default method is KFAC().

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
-from kfaccore_jax.records import Drawn
+from kfaccore_jax.records import Drawn, side_by_side
 from kfaccore_jax.replicas import Axes, check_axes, share_of
 from kfaccore_jax.state import Codes, KFACState
 from kfaccore_jax.trees import register
@@ -111,7 +111,7 @@ class Transformation:
         state: KFACState,
         params: Any = None,
         *,
-        records: Mapping[str, Record] | None,
+        records: Mapping[str, Record] | Sequence[Mapping[str, Record]] | None,
         fresh: bool | None = None,
         damping: Any = None,
         factored: Mapping[str, Factored] | None = None,
@@ -120,6 +120,7 @@ class Transformation:
         **extra: Any,
     ) -> tuple[Any, KFACState]:
         check_axes(self.axes)
+        records = side_by_side(records)
         blocks = dict(state.core.blocks)
         given = self.given_records(records, grads, blocks)
         self._wanting(given, fresh, damping, value, value_fn, params)
