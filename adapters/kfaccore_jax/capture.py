@@ -90,10 +90,10 @@ class Captured:
             signed = g
             if fisher is not monte_carlo:
                 floats, signed = self._pulled(self._signed(draws), one_by_one)
-            g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None}
+            g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None or call.mixed}
             rest = self._rest(floats, n)
         found = pairs(self.plan, self._data, g, self._n, self._spec)
-        apart = {layer.name for layer in self.plan.layers if not (layer.common or layer.turned)}
+        apart = {layer.name for layer in self.plan.layers if layer.own}
         masks = self._masks(mask, jax.tree.leaves(draws)[0].shape[0])
         records = {
             name: Record(a, g, n, masks.get(name), ids if name in apart else None) for name, (a, g) in found.items()
