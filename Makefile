@@ -10,7 +10,7 @@ DEMO = .venv-demo
 TEST = .venv-test
 ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
-	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs
+	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs gpu
 
 .PHONY: demo test lint docs bench zoo zoo-tensorflow mutants campaigns clean test-release \
 	test-jax-matrix test-torch-matrix test-numpy-matrix test-tensorflow-matrix

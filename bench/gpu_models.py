@@ -22,6 +22,7 @@ class Case:
     half     bfloat16 autocast, and channels-last images
     skip     parameters that K-FAC leaves alone, beside those of norms
     accuracy   whether errors of each precision are measured on it
+    cupy     whether CuPy is measured beside torch's namespace
     norms    whether gains and biases of norms are covered too, as they are by default
     precision   of statistics and solves, where it is not what the user's own products have
     limits   claims: {"10/100": device-busy over SGD's, "wall": eager, "1/10": device-busy}
@@ -34,6 +35,7 @@ class Case:
     matmul: bool = False
     half: bool = False
     skip: tuple[str, ...] = ()
+    cupy: bool = False
     norms: bool = False
     accuracy: bool = False
     precision: kf.Precision | None = None
@@ -82,10 +84,10 @@ def cases(small: bool) -> list[Case]:
     loose = kf.Precision("bfloat16", "tf32")
     dense: dict[str, Any] = {"model": lambda: autoencoder(small), "loss": nn.MSELoss(), "precision": loose}
     return [
-        Case("ResNet-50 float32", **seen, accuracy=True, limits={"10/100": 1.15, "wall": 1.2, "1/10": 2.1}),
+        Case("ResNet-50 float32", **seen, accuracy=True, cupy=True, limits={"10/100": 1.15, "wall": 1.2, "1/10": 2.1}),
         Case("ResNet-50 float32, norms too", **seen, norms=True),
         Case("ResNet-50 bfloat16", **seen, half=True, limits={"10/100": 1.22, "wall": 1.3}),
-        Case("transformer float32", **words_of, accuracy=True, limits={"10/100": 1.3}),
+        Case("transformer float32", **words_of, accuracy=True, cupy=True, limits={"10/100": 1.3}),
         Case("transformer float32, TF32 solves", **words_of, precision=loose, limits={"10/100": 1.15, "1/10": 1.7}),
         Case("transformer float32, TF32 solves, norms too", **words_of, precision=loose, norms=True),
         Case("transformer TF32", **words_of, matmul=True, limits={"10/100": 1.3, "wall": 1.4}),
@@ -94,8 +96,11 @@ def cases(small: bool) -> list[Case]:
             "autoencoder 4096",
             **dense,
             accuracy=True,
+            cupy=True,
             batch=many(64 if small else 4096),
             limits={"10/100": 1.35, "wall": 1.6},
         ),
-        Case("autoencoder 512", **dense, batch=many(16 if small else 512), limits={"10/100": 1.9, "wall": 1.9}),
+        Case(
+            "autoencoder 512", **dense, cupy=True, batch=many(16 if small else 512), limits={"10/100": 1.9, "wall": 1.9}
+        ),
     ]

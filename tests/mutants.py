@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mutants_of_gpu import OF_GPU
 from mutants_of_laws import OF_LAWS
 from mutants_of_noise import OF_NOISE
 
@@ -232,6 +233,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         'wide = {"x": index}',
         "test_torch_capture.py",
     ),
+    *OF_GPU,
     *OF_LAWS,
     *OF_NOISE,
 ]

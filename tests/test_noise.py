@@ -156,6 +156,23 @@ def test_rho_and_the_critical_batch_are_those_of_the_gradients(rng):
     assert Seen().rho(40) == 1.0
 
 
+def test_noise_is_that_of_the_layers_whose_own_shares_are_known(rng):
+    """Where other layers have none, as before a BatchNorm that trains: rho is of the slope of the same layers."""
+    batch, known, motion = settled(rng)
+    some = replace(known, own=replace(known.own, records={"a": batch.own["a"]}))
+    left = leaving(Noise(), motion, batch.drawn, some, B).left
+    x = {n: batch.P(n, g[0])[None] for n, g in batch.grads.items()}
+    found = expansion(batch.drawn, batch.grads, (x, x), left=left)
+    assert left.layers == {"a"}
+    assert found.slope == pytest.approx(np.sum(x["a"] * batch.grads["a"]), rel=1e-12)
+    method, state, hyper = known.own.solving["a"]
+    Ai, Gi = method.inverses(state, hyper)
+    own = sum(np.sum(h * (Gi[0] @ h @ Ai[0])) for h in batch.h["a"]) / N**2
+    assert found.own == pytest.approx(own, rel=1e-12)
+    every = sum(np.sum(x[n] * batch.grads[n]) for n in "ab")
+    assert found.down[0] == pytest.approx(max((every - own) * B / (B - 1), 0.02 * every), rel=1e-12)
+
+
 def test_reach_bounds_alpha_and_mu_together(rng):
     F = np.array([[4.0, 1.0], [1.0, 9.0]])
     step = np.array([0.5, -3.0])

@@ -8,6 +8,7 @@ import pytest
 import kfaccore as kf
 from kfaccore.convolution.pieces import gram_by_windows
 from kfaccore.xp import gpu, halves, precision
+from kfaccore.xp.factorise import _halved
 
 torch = pytest.importorskip("torch")
 WINDOWS = {
@@ -87,6 +88,8 @@ def test_products_find_the_zeros_behind_a_matrix(rng):
     whole = gpu.cut(gpu._whole(c), 9, 9)
     whole.copy_(2 * c)
     torch.testing.assert_close(gpu.product(inner, whole), 2 * want, rtol=1e-5, atol=1e-5)
+    whole.data = 3 * c
+    torch.testing.assert_close(gpu.product(inner, whole), 3 * want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "n"), [(1, 7), (3, 50), (8, 130)])
@@ -107,11 +110,10 @@ def test_inverses_by_halves(count, n, condition, rng):
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), 0.0])
 def test_a_failed_half_is_told_and_leaves_the_others(bad, rng):
     """The code of one block; the inverse of its neighbour is right."""
-    from kfaccore.xp.factorise import _halved
-
     good = np.eye(40) + 0.1 * np.ones((40, 40))
     x = torch.from_numpy(np.stack([good, good]))
     x[0, 30, 30] = bad
+    assert halves.inverse(x, leaf=16)[2].tolist() == [False, True]
     inverse, ok, whole = _halved(x)
     assert ok.tolist() == [False, True]
     assert not whole

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import numpy as np
 import pytest
@@ -17,23 +13,8 @@ from hypothesis import strategies as st
 import kfaccore as kf
 import kfaccore_numpy as kn
 from oracle import Chain, block
-
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("kfaccore_tensorflow")
-L = keras.layers
-SGD = keras.optimizers.SGD
-
-
-@pytest.fixture(autouse=True)
-def double():
-    """Models in float64."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    keras.utils.set_random_seed(3)
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
+from tf_shared import SGD, L, keras, kt, tf
+from tf_shared import double as double
 
 
 class Scaled(L.Layer):

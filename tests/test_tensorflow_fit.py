@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-
 import runpy
 from pathlib import Path
 
@@ -15,26 +10,12 @@ import pytest
 
 import kfaccore as kf
 import kfaccore_numpy as kn
+from tf_shared import SAVES, SGD, L, crossentropy, keras, kt, tf
+from tf_shared import double as double
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("kfaccore_tensorflow")
-L = keras.layers
-SGD = keras.optimizers.SGD
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras saving
+pytestmark = SAVES
 EXAMPLES = Path(kt.__file__).with_name("examples")
 CLOCKS = {"clocks": kf.Clocks(2, 4), "schedules": kf.Schedules(0.05, 0.9)}
-
-
-@pytest.fixture(autouse=True)
-def double():
-    """Models in float64."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    keras.utils.set_random_seed(3)
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
 
 
 class Sorted(L.Layer):
@@ -45,10 +26,6 @@ class Sorted(L.Layer):
 
     def call(self, x):
         return x * tf.math.top_k(self.gain, x.shape[-1]).values
-
-
-def crossentropy():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def network(seed=3):

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-
 import numpy as np
 import pytest
 
 import kfaccore as kf
+from tf_shared import L, keras, kt, tf
+from tf_shared import double as double
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("kfaccore_tensorflow")
 slopes_of = pytest.importorskip("kfaccore_tensorflow.slopes")
-L = keras.layers
 ACTIVATIONS = {"Softplus", "Softsign", "Relu", "Relu6", "LeakyRelu", "Elu", "Selu"}
 IMAGE = (6, 5, 4)
 WORDS = (3, 4)
-
-
-@pytest.fixture(autouse=True)
-def double():
-    """Models in float64."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    keras.utils.set_random_seed(3)
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
 
 
 class Own(keras.Model):

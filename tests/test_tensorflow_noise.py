@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-
 import numpy as np
 import pytest
 
 import kfaccore as kf
 from kfaccore.step.known import Known
+from tf_shared import L, keras, kt, tf
+from tf_shared import double as double
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("kfaccore_tensorflow")
-L = keras.layers
 SEEN: dict = {}
 NOTHING = Known()
 
@@ -27,17 +20,6 @@ class Keeping(kf.SelfTuning):
     def __call__(self, motion, directions, grads, records, l2=0.0, known=NOTHING):
         SEEN.update(grads=grads, known=known, records=records)
         return super().__call__(motion, directions, grads, records, l2, known)
-
-
-@pytest.fixture(autouse=True)
-def double():
-    """Models in float64."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    keras.utils.set_random_seed(3)
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
 
 
 def images():

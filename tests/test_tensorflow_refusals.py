@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import warnings
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import numpy as np
 import pytest
 
 import kfaccore as kf
-
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("kfaccore_tensorflow")
-L = keras.layers
+from tf_shared import L, keras, kt, tf
 
 
 class Own(L.Layer):

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-
 import numpy as np
 import pytest
 
 import kfaccore as kf
+from tf_shared import L, crossentropy, keras, kt, tf
+from tf_shared import double as double
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("kfaccore_tensorflow")
 layers = pytest.importorskip("test_tensorflow_layers")
-L = keras.layers
-double = layers.double
 
 
 def siamese():
@@ -121,10 +113,6 @@ def outputs():
     x = keras.Input((4,), name="x")
     h = L.Dense(5, "tanh")(x)
     return keras.Model({"x": x}, {"a": L.Dense(3, name="a")(h), "b": L.Dense(1, name="b")(h)})
-
-
-def crossentropy():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def weighted(rng):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-
 import subprocess
 import sys
 
@@ -14,13 +9,10 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from tf_shared import SAVES, SGD, L, crossentropy, keras, kt, tf
+from tf_shared import double as double
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("kfaccore_tensorflow")
-L = keras.layers
-SGD = keras.optimizers.SGD
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras saving
+pytestmark = SAVES
 
 ALONE = """
 import os
@@ -38,21 +30,6 @@ model = kt.KFACModel(made(), step=kf.SelfTuning())
 model.compile(keras.optimizers.SGD(1.0), loss)
 print(len(model.fit(x, y, batch_size=4, epochs=2, verbose=0).history["loss"]))
 """
-
-
-@pytest.fixture(autouse=True)
-def double():
-    """Models in float64."""
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    keras.utils.set_random_seed(3)
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
-
-
-def crossentropy():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def weights(model):
@@ -117,6 +94,33 @@ def test_padding_changes_nothing(make, rng):
         found.append((loss, weights(net)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("layer", [L.LSTM, L.SimpleRNN], ids=lambda layer: layer.__name__)
+def test_unrolled_steps_are_those_of_the_loop(layer, rng):
+    """Whatever positions are masked, and whether masked outputs are zero: what is trained is what the model computes.
+
+    Unrolled, Keras zeroes the outputs of steps that run backwards by the mask as it stands."""
+    ids = rng.integers(1, 7, (4, 5))
+    ids[[0, 1, 1, 2, 3], [4, 0, 3, 2, 1]] = 0
+    words = keras.Input((5,), dtype="int32")
+    x = L.Embedding(7, 4, mask_zero=True)(words)
+    back = layer(3, go_backwards=True, return_sequences=True, return_state=True, zero_output_for_mask=True)
+    outputs, *states = back(x)
+    both = L.Bidirectional(layer(2, return_sequences=True))(x)
+    last = layer(2, go_backwards=True, zero_output_for_mask=True)(x)
+    flat = [L.Reshape((-1,))(each * 1.0) for each in (outputs, *states, both, last)]
+    model = keras.Model(words, L.Dense(2)(L.Concatenate()(flat)))
+
+    @tf.function(autograph=False)
+    def tapped(ids):
+        with kt.tap(model):
+            return model(ids)
+
+    np.testing.assert_allclose(tapped(ids), model(ids), rtol=1e-12)
+    assert kt.unread(model, ids, 1e-10) == {}
+    assert back.zero_output_for_mask
+    assert not back.unroll
 
 
 class Tied(keras.Model):

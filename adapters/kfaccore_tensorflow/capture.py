@@ -46,8 +46,6 @@ def tap(model: Any) -> Iterator[Scopes]:
     graph = tf.compat.v1.get_default_graph()
     scopes = Scopes()
     layers = {id(layer): layer for layer in every(model)}
-    loops = [layer for layer in layers.values() if isinstance(layer, keras.layers.RNN)]
-    unrolled = {id(layer): layer.unroll for layer in loops}
     replaced = {key: vars(layer).get("call") for key, layer in layers.items()}
     try:
         for layer in layers.values():
@@ -59,8 +57,6 @@ def tap(model: Any) -> Iterator[Scopes]:
                 vars(layer).pop("call", None)
             else:
                 vars(layer)["call"] = replaced[key]
-        for layer in loops:
-            layer.unroll = unrolled[id(layer)]
         scopes.places = {op.name: i for i, op in enumerate(graph.get_operations())}
 
 
@@ -85,16 +81,45 @@ def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         here = tf.compat.v1.get_default_graph() is graph
         first: Any = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(layer, keras.layers.RNN) and tf.is_tensor(first) and first.shape[1] is not None:
-            layer.unroll = True
         start = graph.version
-        found = call(*args, **kwargs)
+        if isinstance(layer, keras.layers.RNN) and tf.is_tensor(first) and first.shape[1] is not None:
+            mask = _mask(layer, first, kwargs, graph)
+            found = _unrolled(layer, mask, lambda: call(*args, **kwargs))
+        else:
+            found = call(*args, **kwargs)
         if here:
             end = graph.version
             scopes.calls.append(Scope(layer, start, end, _mask(layer, first, kwargs, graph)))
         return found
 
     return wrapper
+
+
+def _unrolled(layer: Layer, mask: Tensor | None, call: Callable[[], Any]) -> Any:
+    """What `call` gives with its steps one after the other.
+
+    Keras's unrolled steps, run backwards, zero masked outputs by the mask as it stands and not by the reversed one, as
+    its loop does: the loop is what the model is elsewhere, so that is done here.
+    """
+    if layer.unroll:  # so the model is everywhere
+        return call()
+    zeroed = layer.zero_output_for_mask
+    there = mask if zeroed and layer.go_backwards and layer.return_sequences else None
+    layer.unroll = True
+    try:
+        layer.zero_output_for_mask = zeroed and there is None
+        found = call()
+    finally:
+        layer.unroll = False
+        layer.zero_output_for_mask = zeroed
+    if there is None:
+        return found
+    outputs, *states = tf.nest.flatten(found)
+    there = tf.reverse(tf.cast(there, tf.bool), [1])
+    for _ in range(outputs.shape.rank - 2):
+        there = there[..., None]
+    outputs = tf.where(there, outputs, tf.zeros_like(outputs))
+    return [outputs, *states] if states else outputs
 
 
 def _mask(layer: Layer, first: Any, kwargs: dict[str, Any], graph: Any) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -138,9 +138,23 @@ def weighted(x: Any, factor: float) -> Any:
 
 def kept(stats: Any, record: kf.Record) -> Any:
     """Stats of a record, or the record itself, that share no memory with it."""
-    arrays: list[Any] = []
-    mapped(lambda name, leaf: arrays.append(leaf) or leaf, record)
+    arrays = [x for x in leaves(record) if not isinstance(x, int | float)]
+    if not any(_overlap(leaf, x) for leaf in leaves(stats) for x in arrays):
+        return stats
     return mapped(lambda name, leaf: _copied(leaf) if any(_overlap(leaf, x) for x in arrays) else leaf, stats)
+
+
+def leaves(x: Any) -> Iterator[Any]:
+    """Those that `mapped` visits, in its order."""
+    if is_dataclass(x) and not isinstance(x, type):
+        for f in fields(x):
+            if not f.metadata.get("static"):
+                yield from leaves(getattr(x, f.name))
+    elif isinstance(x, dict | tuple | list):
+        for child in x.values() if isinstance(x, dict) else x:
+            yield from leaves(child)
+    else:
+        yield x
 
 
 def mapped(function: Callable[[str, Any], Any], x: Any, name: str = "") -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 import kfaccore as kf
-from kfaccore_torch.collect import mapped
+from kfaccore_torch.collect import leaves, mapped
 
 if TYPE_CHECKING:
     from kfaccore_torch.plan import Plan
@@ -50,7 +50,7 @@ class Recorded:
     replay: Replay
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
-    leaves: list[Any]  # of the state it reads
+    reads: list[Any]  # leaves of the state
     told: Callable[[], kf.Info]  # in arrays that the next one writes to
 
 
@@ -125,12 +125,6 @@ def _flat(given: Given) -> list[torch.Tensor]:
     return [x for roles in given.values() for x in roles.values()]
 
 
-def _leaves(engine: Engine) -> list[Any]:
-    found: list[Any] = []
-    mapped(lambda _, leaf: found.append(leaf), engine.state.layers)
-    return found
-
-
 def _recorded(engine: Engine, given: Given) -> Recorded | None:
     """The step of these gradients, recorded; None where it leaves another state than it found, or cannot be."""
     inputs = [torch.empty_like(x) for x in _flat(given)]
@@ -146,22 +140,22 @@ def _recorded(engine: Engine, given: Given) -> Recorded | None:
         found = engine.tensors_of(updates)
         return [found[name][role] for name, roles in given.items() for role in roles]
 
-    leaves = _leaves(engine)
+    reads = list(leaves(before.layers))
     run()
     _, after = told[0]
-    moved: list[Any] = []
-    mapped(lambda _, leaf: moved.append(leaf), after.layers)
-    kept = len(moved) == len(leaves) and all(new is old for new, old in zip(moved, leaves, strict=True))
+    moved = list(leaves(after.layers))
+    kept = len(moved) == len(reads) and all(new is old for new, old in zip(moved, reads, strict=True))
     if not kept or (after.motion is not before.motion and after.motion != {}):
         return None
     replay, outputs = graphed(run)
-    return Recorded(replay, inputs, outputs, leaves, lambda: engine.marked(told[0][0], given))
+    return Recorded(replay, inputs, outputs, reads, lambda: engine.marked(told[0][0], given))
 
 
 def graphed(run: Callable[[], list[torch.Tensor]]) -> tuple[Replay, list[torch.Tensor]]:
     """A function as a CUDA graph, and the arrays it writes."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # other threads, such as one that pins batches, may use the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = run()
     return graph.replay, outputs
 
@@ -178,15 +172,15 @@ def _played(engine: Engine, found: Recorded, gradients: list[torch.Tensor]) -> N
 def _follows(engine: Engine, found: Recorded) -> bool:
     """Whether what the graph reads is what the state has, and the state's own: arrays are copied into it. False where a
     number, or a shape, is another."""
-    now = _leaves(engine)
-    if len(now) != len(found.leaves):
+    now = list(leaves(engine.state.layers))
+    if len(now) != len(found.reads):
         return False
-    pairs = [(old, new) for old, new in zip(found.leaves, now, strict=True) if old is not new]
+    pairs = [(old, new) for old, new in zip(found.reads, now, strict=True) if old is not new]
     if not pairs:
         return True
     if not all(isinstance(old, torch.Tensor) and old.shape == new.shape for old, new in pairs):
         return False
     torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
-    source = iter(found.leaves)
+    source = iter(found.reads)
     engine.state = replace(engine.state, layers=mapped(lambda _, leaf: next(source), engine.state.layers))
     return True

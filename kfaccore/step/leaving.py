@@ -54,7 +54,8 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
     skipped = motion.seen.clear(examples) & (motion.steps % noise.every != 0)
     idle = again(known.loss, motion.last) | skipped
     left = when(idle, lambda: _nothing(records), lambda: known.own.shares(records, weights))
-    remains = {"factor": remaining(weight > _ALL, examples), "least": pick(motion.steps == 0, _FIRST, 0.0)}
+    least = pick(motion.steps == 0, _FIRST, 0.0)
+    remains = {"factor": remaining(weight > _ALL, examples), "least": least, "layers": frozenset(names)}
     if is_tracer(idle):
         return Leaving(
             left._replace(**remains | {"factor": pick(idle, 1.0, remains["factor"])}),

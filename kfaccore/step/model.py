@@ -26,8 +26,8 @@ class Expansion:
     """Along directions v_i: F[i, j] = v_i^T F v_j and down[i] = <gradient, v_i>, float64 on the host; under tracing
     arrays of the widest dtype JAX has.
 
-    Where own shares were left out of the first direction: `batch` and `slope` are F and down[0] with them, `own` their
-    part of the slope.
+    Where own shares were left out of the first direction: `batch` is F with them, `slope` what the layers that have any
+    add to down[0] with them, `own` their part of it.
     """
 
     F: Array
@@ -54,6 +54,7 @@ def expansion(
            like, but at least `least` of the batch's; F stays positive semidefinite
     """
     down = stack([0.0] * len(directions))
+    known = down
     rows: dict[tuple[int, ...], Array] = {}  # J v of the layers by its shape: only equal batches may be added
     for name in directions[0]:
         record = records[name]
@@ -61,6 +62,7 @@ def expansion(
         u = namespace(Jv).reshape(Jv, (len(directions), -1))
         rows[u.shape] = rows[u.shape] + u if u.shape in rows else u
         down = down + slopes
+        known = known + slopes if left is not None and left.of(name) else known
     n = stack([number(next(iter(records.values())).n)])
     if left is None:
         F, n = comm.all_reduce([reduce(add, (u @ u.mT for u in rows.values())), n])
@@ -74,7 +76,7 @@ def expansion(
     kept = left.factor * (slope - own)
     least = left.least * pick(slope > 0, slope, 0.0 * slope)
     down = stack([pick(kept > least, kept, least), number(down[1])])
-    return Expansion(T @ Q @ T.mT / n, down, Q[:2, :2] / n, slope, own)
+    return Expansion(T @ Q @ T.mT / n, down, Q[:2, :2] / n, number(known[0]), own)
 
 
 def _gram_with(u: Array, s: Array) -> Array:

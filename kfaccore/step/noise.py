@@ -69,7 +69,7 @@ class Noise:
         examples = counts(records, comm)[1]
         left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
         if left is not None:
-            left = left._replace(factor=remaining(True, examples))
+            left = left._replace(factor=remaining(True, examples), layers=frozenset(names))
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
         found = expansion(records, grads, (x, x), comm, left)
         norms = sum(known.damping[name] * inner({name: d}, {name: d}) for name, d in x.items())

@@ -54,17 +54,14 @@ def narrowed(x: Array) -> Array:
     return known.bfloat16() if known.dtype == torch.float32 else x
 
 
-def aligned(x: Any, dtype: Any, ones: bool = False) -> Any:
-    """Rows (..., d) as tensors of `dtype`, with a last column of `ones`, and zeros up to an aligned width."""
+def aligned(x: Any, dtype: Any) -> Any:
+    """Rows (..., d) as tensors of `dtype`, and anything up to an aligned width: no sum over rows mixes columns."""
     d = x.shape[-1]
-    wide = -(-(d + ones) // ALIGNED) * ALIGNED
+    wide = -(-d // ALIGNED) * ALIGNED
     if wide == d:
         return x.to(dtype)
     out = x.new_empty((*x.shape[:-1], wide), dtype=dtype)
     out[..., :d] = x
-    out[..., d:] = 0
-    if ones:
-        out[..., d] = 1
     return out
 
 

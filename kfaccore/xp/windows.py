@@ -41,12 +41,11 @@ def windows(
     ones: bool,
 ) -> Array:
     """Rows (blocks, batch * positions, width) of the windows of contiguous frames (blocks, batch, *spatial, C): columns
-    (kernel positions, channel), one of `ones`, and zeros up to an aligned width."""
+    (kernel positions, channel), one of `ones`, and anything up to an aligned width."""
     blocks, batch = frame.shape[:2]
     found = prod(kernel) * frame.shape[-1]
     width = -(-(found + ones) // ALIGNED) * ALIGNED
     rows = _empty(frame, (blocks, batch * prod(outputs), width))
-    rows[..., found:] = 0
     if ones:
         rows[..., found] = 1
     into, source = _in_runs(rows[..., :found], frame)

@@ -1,0 +1,30 @@
+"""Mutants of what a GPU does, killed by tests that run its arithmetic on the CPU."""
+
+from __future__ import annotations
+
+OF_GPU = [
+    (
+        "slices of other arrays taken for a stack",
+        "xp/blocks.py",
+        "start + i * first.numel()",
+        "start + 0 * i",
+        "test_torch_assembled.py",
+    ),
+    ("the loosest precision of a call", "xp/precision.py", "rows = min(", "rows = max(", "test_precision.py"),
+    ("TF32 left on", "xp/precision.py", "            switch(old)", "            pass", "test_precision.py"),
+    ("twos for ones", "xp/windows.py", "rows[..., found] = 1", "rows[..., found] = 2", "test_precision.py"),
+    (
+        "one piece of the batch",
+        "convolution/pieces.py",
+        "found = part if found is None else found + part",
+        "found = part",
+        "test_precision.py",
+    ),
+    (
+        "a failed half",
+        "xp/halves.py",
+        "return found, root, good & fine",
+        "return found, root, good",
+        "test_precision.py",
+    ),
+]

@@ -1,0 +1,101 @@
+"""Matrices of equal layers made and undone together are those of each layer by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kfaccore as kf
+import kfaccore_torch as kt
+from kfaccore.xp.blocks import stacked, together
+from kfaccore_torch.assembled import matrices, tensors
+
+
+class Net(nn.Module):
+    """Two of each kind, one alone, a parameter used in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, groups=g) for g in (1, 1, 2, 2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.linears = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False)])
+        self.packed = nn.Parameter(torch.randn(32, 16) / 8)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            x = conv(x)
+        for norm in self.norms:
+            x = norm(x)
+        x = x.flatten(1)[:, :16]
+        for linear in self.linears:
+            x = torch.tanh(linear(x))
+        first, second = self.packed.chunk(2)
+        return self.head(nn.functional.linear(x, first) * nn.functional.linear(x, second))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_together_as_one_by_one(last):
+    """To the bit, there and back, for gradients of any layout."""
+    model = Net().double()
+    model = model.to(memory_format=torch.channels_last) if last else model
+    x = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), namespace="torch")
+    with pre.capture():
+        f = model(x)
+    pre.loss(f, torch.arange(5) % 3).backward()
+    layers = pre.engine.plan.layers
+    assert len(layers) == 14
+    given = {name: {role: p.grad for role, p in layer.parameters.items()} for name, layer in layers.items()}
+    found = matrices(layers, given)
+    assert list(found) == list(given)
+    for name, layer in layers.items():
+        assert torch.equal(found[name], layer.matrix(given[name])), name
+    back = tensors(layers, found)
+    for name, layer in layers.items():
+        for role, want in layer.arrays(found[name]).items():
+            assert torch.equal(back[name][role], want), (name, role)
+    shuffled = {name: found[name].clone() for name in reversed(found)}  # no stack to find
+    for name, parts in tensors(layers, shuffled).items():
+        assert all(torch.equal(x, back[name][role]) for role, x in parts.items())
+
+
+def test_half_parameters_are_widened_and_narrowed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    pre = kt.Preconditioner(model, nn.MSELoss(), namespace="torch")
+    layers = pre.engine.plan.layers
+    given = {name: {r: torch.ones_like(p) / 3 for r, p in layer.parameters.items()} for name, layer in layers.items()}
+    found = matrices(layers, given)
+    assert {x.dtype for x in found.values()} == {torch.float32}
+    assert all(x.dtype == torch.bfloat16 for parts in tensors(layers, found).values() for x in parts.values())
+
+
+def test_what_lies_together_is_not_copied():
+    """Slices of one array in order are that array; anything else is a copy."""
+    base = torch.arange(24.0).reshape(4, 2, 3)
+    assert stacked(list(base[1:])).data_ptr() == base[1].data_ptr()
+    assert torch.equal(stacked(list(base[1:])), base[1:])
+    assert together([base[:1], base[1:2]]).data_ptr() == base.data_ptr()
+    for parts in ([base[1], base[0]], [base[0], base[2]], [base[0], base[0]], [base[0], base[1].double().float()]):
+        assert stacked(parts).data_ptr() != base.data_ptr()
+        assert torch.equal(stacked(parts), torch.stack(parts))
+    other = torch.ones(4, 2, 3)
+    assert torch.equal(stacked([base[0], other[1]]), torch.stack([base[0], other[1]]))
+    columns = list(base.unbind(2))
+    assert torch.equal(stacked(columns), torch.stack(columns))
+
+
+def test_a_stack_of_directions_is_not_the_gradient():
+    """A method that hands the gradient on gives directions that a later step does not change."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    pre = kt.Preconditioner(model, nn.MSELoss(), kf.Identity(), namespace="torch")
+    found = []
+    for scale in (1.0, 2.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, scale)
+        pre.step()
+        found.append([p.grad for p in model.parameters()])
+    assert all(bool((x == 1.0).all()) for x in found[0])
+    assert all(bool((x == 2.0).all()) for x in found[1])
