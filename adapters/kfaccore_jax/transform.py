@@ -126,9 +126,7 @@ class Transformation:
         self._wanting(given, fresh, damping, value, value_fn, params)
         axes = Axes(self.axes) if self.axes else None
         share = share_of(records)
-        if axes is not None and factored:
-            raise ValueError("factored gradients are each device's own, and axis_name averages gradients: pass grads")
-        grads = grads if axes is None else axes.mean(grads, share)
+        grads = grads if axes is None else _averaged(axes, grads, share, factored)
         core = self.core(blocks)
         fisher = records.fisher if isinstance(records, Drawn) else None
 
@@ -224,6 +222,13 @@ def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block], uncovered: M
         elif methods is not None:
             found[name] = methods[owners[name]] if several else methods
     return found
+
+
+def _averaged(axes: Axes, grads: Any, share: Any, factored: object) -> Any:
+    """The mean gradient of all devices; ValueError where products were given beside it."""
+    if factored:
+        raise ValueError("factored gradients are each device's own, and axis_name averages gradients: pass grads")
+    return axes.mean(grads, share)
 
 
 def _in_force(names: tuple[str, ...]) -> bool:
