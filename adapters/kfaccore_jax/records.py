@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +56,11 @@ class Drawn(dict):
         return cls(dict(zip(names, records, strict=True)), fisher, share, rest, own)
 
 
-def side_by_side(records: Any) -> Any:
+def side_by_side(
+    records: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+) -> Mapping[str, Any] | None:
     """Records of one update that came as those of several micro-batches: {layer: [Record, ...]}; others as they are."""
-    if not isinstance(records, list | tuple):
+    if records is None or isinstance(records, Mapping):
         return records
     if not all(isinstance(part, Mapping) for part in records) or not records:
         raise TypeError("records is a sequence; need one {layer: Record} a micro-batch, as Captured.records gives them")

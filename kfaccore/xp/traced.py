@@ -36,7 +36,8 @@ def spd_inverse(x: Array, attempts: int, pivot: float) -> tuple[Array, Array]:
 
     def again(carry: Carry) -> Carry:
         inverse, code, attempt = carry
-        jitter = xp.where(attempt < 1, xp.zeros_like(attempt), tiny * 10.0 ** (2.0 * attempt - 1.0))
+        exponent: Any = 2.0 * attempt - 1.0
+        jitter = xp.where(attempt < 1, xp.zeros_like(attempt), tiny * 10.0**exponent)
         shift = (jitter * mean)[:, None]
         tried = x + shift[:, :, None] * eye
         lower: Any = jax.lax.linalg.cholesky(tried, symmetrize_input=False)  # NaN where it failed
