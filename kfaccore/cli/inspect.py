@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from kfaccore.cli.contents import Contents, told
 from kfaccore.cli.fail import fail, or_fail
+from kfaccore.cli.reading import Step
 from kfaccore.cli.results import text
 from kfaccore.cli.table import lines
 
@@ -26,7 +28,7 @@ def inspect(
     file does not know."""
     try:
         if file.suffix == ".npz" or _of_records(file):
-            _records(file, plot, as_json)
+            _records(file, plot, full, as_json)
         else:
             _state(Contents(file), plot, full, as_json)
     except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
@@ -39,20 +41,21 @@ def _of_records(file: Path) -> bool:
     return any(name.startswith("records/") for name in Opened(file).names)
 
 
-def _records(file: Path, plot: bool, as_json: bool) -> None:
-    """The report of `kf.analysis`."""
+def _records(file: Path, plot: bool, full: bool, as_json: bool) -> None:
+    """The report of `kf.analysis`, and what a step on these records would be."""
     from kfaccore.analysis import report
     from kfaccore.record.stored import Stored
 
     stored = Stored(file)
     found = report(file)
+    step = Step(stored, sys.maxsize if full else WIDEST)
     if as_json:
         layers = found.to_dict()["layers"]
-        typer.echo(text({"meta": stored.meta, "layers": layers}))
+        typer.echo(text({"meta": stored.meta, "layers": layers, "reading": step.to_dict()}))
     else:
         sizes = [row.parameters for row in found.rows]
         typer.echo("\n".join([f"records of {_title(file, stored.meta)}", *_report_lines(found)]))
-        typer.echo("\n".join(told(stored.meta, sum(sizes))))
+        typer.echo("\n".join([*told(stored.meta, sum(sizes)), *step.text()]))
     if plot:
         _drawn(file, found.spectra, as_json)
 

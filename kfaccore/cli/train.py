@@ -27,6 +27,12 @@ def train(
     ] = "self-tuning",
     l2: Annotated[float, typer.Option(help="Penalty l2/2 |theta|^2 in the loss, its gradient and curvature.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Decoupled: rate x this x theta beside each update.")] = 0.0,
+    tune_l2: Annotated[
+        bool, typer.Option("--tune-l2", help="l2 a layer by its evidence, every epoch, from --l2 (0: 1e-4) on.")
+    ] = False,
+    sharing: Annotated[
+        str, typer.Option(help="Positions that share weights: expand | reduce; default reduce with --tune-l2.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for run.json, run.safetensors, curves.png.")] = None,
     resume: Annotated[Path | None, typer.Option(help="run.safetensors of an earlier run of the same method.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json and nothing else.")] = False,
@@ -39,12 +45,17 @@ def train(
     methods = [method, *filter(None, against.split(","))]
     penalties = {"l2": l2, "weight_decay": weight_decay}
     if _is_pinn(task):
-        foreign = {"backend": backend != "numpy", "step": step != "self-tuning", **penalties}
+        numpy_only = {"backend": backend != "numpy", "step": step != "self-tuning", **penalties}
+        foreign = {**numpy_only, "tune_l2": tune_l2, "sharing": sharing}
         _equation(task, methods, foreign, out, {"steps": steps, "seed": seed, "resume": resume, "as_json": as_json})
         return
     chosen = _task(task)
     _check(penalties)
-    runs = [_optimiser(name, chosen, step, penalties) for name in methods]
+    runs = [_optimiser(name, chosen, step, penalties, sharing, tune_l2) for name in methods]
+    if tune_l2:
+        from kfaccore.cli.tuning import online
+
+        runs = [(name, online(name, optimiser, chosen, l2)) for name, optimiser in runs]
     xp = _backend(backend)
     if out is not None:
         folder(out)
@@ -97,8 +108,11 @@ def _equation(
     train_pinn(task, ["pinn-kfac", *methods[1:]] if methods[0] == "kfac" else methods, out=out, **options)
 
 
-def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> tuple[str, Any]:
+def _optimiser(
+    name: str, task: Any, step: str, penalties: dict[str, float], sharing: str, tuned: bool
+) -> tuple[str, Any]:
     from kfaccore import Fixed, KLClip, LineSearch, Preconditioner, Schedules, SelfTuning
+    from kfaccore.cli.tuning import shared
     from kfaccore.method import OwnGradients, declares
     from kfaccore.methods import CATALOGUE
     from kfaccore_numpy import SGD, Adam
@@ -107,7 +121,7 @@ def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> 
     if step not in rules:
         fail(f"--step is {step!r}; there are {', '.join(rules)}")
     if name in CATALOGUE:
-        method = CATALOGUE[name]()
+        method = shared(name, CATALOGUE[name], sharing, tuned)
         empirical = declares(method, OwnGradients)  # which a quadratic model of the loss cannot be made of
         rule = rules["line-search" if empirical and step == "self-tuning" else step]
         return name, Preconditioner(method, schedules=Schedules(**penalties), step=rule, donate=True)
