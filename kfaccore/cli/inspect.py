@@ -17,6 +17,8 @@ from kfaccore.cli.table import lines
 
 WIDEST = 2560  # of a dense factor that is decomposed without being asked
 
+FORMATS = {"damping_over_mean": ".1e", "damping_over_top": ".1e", "gamma": ".1f"}
+
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="run.safetensors of a preconditioned run, or a file of records")],
@@ -138,7 +140,19 @@ def _row(title: str, pair: dict[str, list], damping: float | None, terms: bool) 
             figures[factor] |= _ratios(damping, [(s.trace / len(s.values), s.values[-1]) for s in found])
     both = zip(pair["A"], pair["G"], strict=True) if pair["A"] and pair["G"] else ()
     of_blocks = [(a.trace / len(a.values) * g.trace / len(g.values), a.values[-1] * g.values[-1]) for a, g in both]
-    return {**figures, "damping": damping, **_ratios(None if terms else damping, of_blocks)}
+    whole = None if terms else damping
+    gamma = _gamma(pair, whole) if whole and of_blocks else None
+    return {**figures, "damping": damping, **_ratios(whole, of_blocks), "gamma": gamma}
+
+
+def _gamma(pair: dict[str, list], damping: float) -> float:
+    """How many parameters the data decide against the damping: sum of s / (s + damping) over eigenvalues s of G (x) A.
+    An eigenvalue of the smaller factor at a time, so that not all products are held."""
+    total = 0.0
+    for a, g in zip(pair["A"], pair["G"], strict=True):
+        few, many = sorted((a.values, g.values), key=len)
+        total += sum(float((s * many / (s * many + damping)).sum()) for s in few)
+    return total
 
 
 def _ratios(damping: float | None, sizes: list[tuple[float, float]]) -> dict[str, float | None]:
@@ -152,6 +166,7 @@ def _ratios(damping: float | None, sizes: list[tuple[float, float]]) -> dict[str
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     """A line a factor; damping only where the file has it."""
     ratios = ("damping_over_mean", "damping_over_top") if any(row["damping"] is not None for row in rows) else ()
+    ratios += ("gamma",) if any(row["gamma"] is not None for row in rows) else ()
     heads = ("layer", "factor", "size", "condition", "eff. rank", "trace")
     body: list[tuple[str, ...] | str] = []
     for row in rows:
@@ -159,9 +174,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             found = row[factor]
             cells = [row["layer"] if factor == "A" else "", factor, *_figures(found)]
             of = found if "damping_over_mean" in found else row if factor == "A" else {}
-            cells += [f"{of[key]:.1e}" if of.get(key) else "" for key in ratios]
+            cells += [f"{of[key]:{FORMATS[key]}}" if of.get(key) else "" for key in ratios]
             body.append(tuple(cells))
-    named = {"damping_over_mean": "damping/mean", "damping_over_top": "damping/top"}
+    named = {"damping_over_mean": "damping/mean", "damping_over_top": "damping/top", "gamma": "decided"}
     return lines((*heads, *(named[key] for key in ratios)), body)
 
 
