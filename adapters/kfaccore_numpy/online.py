@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kfaccore import Code, Curvature, Posterior, Preconditioner, evidence, tuned
-from kfaccore.method import State as Held
 from kfaccore_numpy.train import Progress, fit, initial_state, mean_loss
 
 if TYPE_CHECKING:
+    from kfaccore.method import State as Held
     from kfaccore.precondition.state import State
     from kfaccore.xp.arrays import Array
     from kfaccore_numpy.tasks import Task

@@ -36,9 +36,7 @@ def sharing_of(optimiser: Preconditioner) -> str:
     return chosen.__name__ if callable(chosen) else ""
 
 
-def online(
-    name: str, optimiser: Preconditioner | SGD | Adam, task: Task, l2: float
-) -> Preconditioner | SGD | Adam | Online:
+def online(optimiser: Preconditioner | SGD | Adam, task: Task, l2: float) -> Preconditioner | SGD | Adam | Online:
     """The optimiser with its l2 tuned every epoch, a first-order one as it is; exit 2 where evidence means nothing."""
     from kfaccore import Preconditioner, SoftmaxCrossEntropy
     from kfaccore_numpy import Online
