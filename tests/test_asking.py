@@ -163,3 +163,26 @@ def test_a_refresh_that_is_overridden_is_the_one_that_is_run(rng):
     halved, _, _ = step(STRICT, Halved(), None)
     for name in shapes():
         np.testing.assert_allclose(STRICT.get(halved[name]), STRICT.get(whole[name]) / 4, rtol=1e-14)
+
+
+def test_devices_need_no_hash(rng, monkeypatch):
+    """CuPy's have none."""
+
+    class Device:
+        __hash__ = None
+
+        def __str__(self):
+            return "gpu"
+
+    monkeypatch.setattr(asking, "device_of", lambda x: Device())
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(rng.standard_normal((2, 3, 3)))
+    calls = []
+
+    def doubled(x):
+        calls.append(len(x))
+        return (2 * x,)
+
+    found = asking.answered([asking.Ask(doubled, (x,)), asking.Ask(doubled, (x + 1,))])
+    assert calls == [4]
+    assert torch.equal(found[1][0], 2 * (x + 1))

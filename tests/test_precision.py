@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
+import scipy.linalg
 
 import kfaccore as kf
 from kfaccore.convolution.pieces import gram_by_windows
@@ -105,6 +109,19 @@ def test_inverses_by_halves(count, n, condition, rng):
     torch.testing.assert_close(X @ inverse, eye, rtol=0, atol=1e-14 * condition * n**0.5)
     torch.testing.assert_close(root.mT @ root, inverse, rtol=1e-7, atol=1e-9 * condition)
     assert bool((root.triu(1) == 0).all())
+
+
+def test_halves_of_another_namespace(rng, monkeypatch):
+    """What CuPy runs, with SciPy in the place of its triangular solve."""
+    for name in ("cupyx", "cupyx.scipy"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.linalg", scipy.linalg)
+    X = rng.standard_normal((3, 50, 80))
+    X = X @ X.transpose(0, 2, 1)
+    inverse, root, good = halves.inverse(X, leaf=16)
+    np.testing.assert_allclose(inverse, np.linalg.inv(X), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(root.transpose(0, 2, 1) @ root, inverse, rtol=1e-9, atol=1e-12)
+    assert good.all()
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), 0.0])

@@ -110,3 +110,18 @@ def test_copies_leave_the_graph_behind(graphs):
     again = pickle.loads(pickle.dumps(pre))
     assert again.info.metrics() == pre.info.metrics()
     assert again.engine.launch.recorded is None
+
+
+def test_what_cannot_be_recorded_is_said_once_and_taken(graphs, monkeypatch):
+    """The step is the same, launch by launch."""
+
+    def failing(run):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(launched, "graphed", failing)
+    with pytest.warns(RuntimeWarning, match=r"launch by launch.*operation not permitted") as told:
+        found, _ = steps(12, core(kf.KFAC()))
+    assert len(told) == 1
+    monkeypatch.setattr(launched, "records_on", lambda device: False)
+    want, _ = steps(12, core(kf.KFAC()))
+    assert all(torch.equal(x, y) for a, b in zip(found, want, strict=True) for x, y in zip(a, b, strict=True))

@@ -9,9 +9,9 @@ row with the same layers, shapes and numbers: one whose damping moves at every s
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -61,10 +61,11 @@ class Launch:
         self._key: object = None  # of what is recorded, or was met last
         self.recorded: Recorded | None = None
         self._refused: list[object] = []  # keys of steps that cannot be recorded
+        self._asked: tuple[object, bool] = None, False  # what was last asked of `_records`, and its answer
 
     def step(self, engine: Engine, given: Given) -> bool:
         """Whether gradients have become directions in one launch; the engine has moved on then."""
-        key = _key(engine, given)
+        key = _key(engine, given) if self._fits(engine, given) else None
         if key is None or key in self._refused:
             return False
         if key != self._key:
@@ -81,11 +82,15 @@ class Launch:
         _played(engine, self.recorded, _flat(given))
         return True
 
+    def _fits(self, engine: Engine, given: Given) -> bool:
+        question = Same(engine.core), Same(engine.plan), tuple(given)
+        if question != self._asked[0]:
+            self._asked = question, bool(given) and _records(engine.core, engine.plan, tuple(given))
+        return self._asked[1]
+
 
 def _key(engine: Engine, given: Given) -> object:
     """What a step was recorded for; None where it is not to be."""
-    if not given or not _records(Same(engine.core), Same(engine.plan), tuple(given)):
-        return None
     if engine.namespace != "torch" or not records_on(engine.device) or engine.new:
         return None
     if engine.core.due(engine.state) != kf.Due(False, False):
@@ -93,20 +98,12 @@ def _key(engine: Engine, given: Given) -> object:
     hypers = engine.core.schedules.hypers(given, engine.state.step, lambda hyper: hyper)
     numbers = tuple((name, hyper.damping) for name, hyper in hypers.items())
     shapes = tuple((x.shape, x.stride(), x.dtype) for x in _flat(given))
-    return (
-        Same(engine.plan),
-        Same(engine.core),
-        numbers,
-        shapes,
-        engine.settings.precision or engine.observed_precision(),
-    )
+    precision = engine.settings.precision or engine.observed_precision()
+    return Same(engine.plan), Same(engine.core), numbers, shapes, precision
 
 
-@lru_cache(maxsize=4)
-def _records(of_core: Same[kf.Preconditioner], of_plan: Same[Plan], names: tuple[str, ...]) -> bool:
+def _records(core: kf.Preconditioner, plan: Plan, names: tuple[str, ...]) -> bool:
     """Whether steps of these layers are small, and a function of gradients and inverses alone."""
-    core = of_core.it
-    plan = of_plan.it
     if core.comm.world > 1 or core.network is not None or core.rule.judges or core.rule.needs_records:
         return False
     layers = [plan.layers[name] for name in names]
@@ -147,7 +144,13 @@ def _recorded(engine: Engine, given: Given) -> Recorded | None:
     kept = len(moved) == len(reads) and all(new is old for new, old in zip(moved, reads, strict=True))
     if not kept or (after.motion is not before.motion and after.motion != {}):
         return None
-    replay, outputs = graphed(run)
+    try:
+        replay, outputs = graphed(run)
+    except RuntimeError as error:
+        warnings.warn(
+            f"the plain step is taken launch by launch, as no graph could be made of it: {error}", RuntimeWarning, 2
+        )
+        return None
     return Recorded(replay, inputs, outputs, reads, lambda: engine.marked(told[0][0], given))
 
 

@@ -96,7 +96,7 @@ def _kind(ask: Ask, place: int) -> object:
     """What asks have in common that can be answered in one call."""
     if is_numpy(ask.arrays[0]):
         return place
-    outlines = tuple((tuple(x.shape[1:]), x.dtype, device_of(x)) for x in ask.arrays)
+    outlines = tuple((tuple(x.shape[1:]), x.dtype, str(device_of(x))) for x in ask.arrays)
     return ask.operation, outlines
 
 

@@ -27,8 +27,8 @@ class Precision:
     statistics   of the rows of a factor, whose sums are float32: "float32" | "tf32" (10 bits) | "bfloat16" (8 bits)
     solve        of inverses and gradients: "float32" | "tf32"
 
-    Errors of a direction against float64, by real factors: TF32 solves 5e-4 to 9e-3, bfloat16 rows 3e-4 to 3e-3.
-    TF32 is there on GPUs alone; elsewhere it is float32. ValueError for other names.
+    Errors of a direction against float64, by real factors: TF32 solves 7e-4 to 3e-2, by their condition, bfloat16 rows
+    4e-4 to 2e-3 (`bench/gpu.py`). TF32 is there on GPUs alone; elsewhere it is float32. ValueError for other names.
 
     >>> with kf.Precision("bfloat16", "tf32").in_force():
     ...     updates, state, info = pre.step(state, records, grads)
