@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kfaccore.cli.table import lines
+from kfaccore.cli.trained import mean_eigenvalues
+from kfaccore.xp.arrays import Array, from_host
 
 if TYPE_CHECKING:
     from kfaccore.posterior import Reading
@@ -40,12 +42,12 @@ class Step:
         if trouble or grad is None:
             return trouble
         curvature = fit(EKFAC(), [{name: host}])
-        damping = SHARE * float(curvature.layers[name].values.mean())
+        damping = SHARE * mean_eigenvalues(curvature)[name]
         if not damping > 0:
             return "its curvature is zero"
-        grads = {name: grad.astype(host.g.dtype).reshape(curvature.layers[name].shape)}
-        P = Posterior({name: 0 * grads[name]}, curvature, damping)
-        self.found[name] = damping, reading(P, {name: host}, grads)[name]
+        given: Array = from_host(grad.astype(host.g.dtype).reshape(curvature.layers[name].shape), host.g)
+        P = Posterior({name: 0 * given}, curvature, damping)
+        self.found[name] = damping, reading(P, {name: host}, {name: given})[name]
         return ""
 
     def to_dict(self) -> dict[str, dict[str, object]]:

@@ -84,7 +84,7 @@ def _noise(P: Posterior, name: str, record: Record, share: Array, W: Array) -> f
     scale = batch / kernels.scalar(record.n, W)
     squares = scale**2 * float(xp.sum(forms.quadratic(record, P.curvature.layers[name], W, diagonal=True)))
     mean = float(xp.sum(W * share * share))
-    return noise_scale(squares, mean, batch)
+    return noise_scale(float(squares), mean, batch)
 
 
 def noise_scale(squares: float, mean: float, batch: int) -> float:
