@@ -117,6 +117,23 @@ def words(rng):
     return rng.normal(size=(3, *WORDS))
 
 
+class Adapted(L.Layer):
+    """Weights that are products of two parameters, or of one with itself, added to others or not: filters, matrices and
+    a transposed one."""
+
+    def build(self, shape):
+        sizes = {"e": (16, 2), "f": (2, 3), "a": (3, 2), "b": (2, 5), "c": (4, 2), "d": (2, 5), "s": (5, 5)}
+        self.w = {name: self.add_weight(shape=size, name=name, initializer="normal") for name, size in sizes.items()}
+        self.base = self.add_weight(shape=(3, 5), name="base", initializer="normal", trainable=False)
+
+    def call(self, x):
+        w = self.w
+        x = tf.nn.conv2d(x, tf.reshape(2.0 * (w["e"] @ w["f"]), (2, 2, 4, 3)), 2, "SAME")
+        x = tf.tanh(x @ (self.base - 0.5 * (w["a"] @ w["b"])))
+        x = tf.tanh(x @ (w["s"] @ w["s"]))
+        return tf.matmul(x, w["c"] @ w["d"], transpose_b=True)
+
+
 def ids(rng):
     return rng.integers(0, 7, (3, 2))
 
@@ -158,6 +175,7 @@ CASES = {
     "summed": (sequence(lambda: L.EinsumDense("abc,cd->ad", output_shape=(3,), bias_axes="d"), **TEXT), words),
     "batch norm": (sequence(lambda: L.BatchNormalization()), images),
     "attention": (attention, lambda rng: [rng.normal(size=(3, 3, 4)), rng.normal(size=(3, 4, 6))]),
+    "adapted": (sequence(Adapted), images),
     "own": (Own, words),
     "tied": (lambda: Tied("tf"), ids),
     "tied by keras": (lambda: Tied("keras"), ids),
@@ -223,6 +241,19 @@ def test_records_are_the_slopes_of_each_example(make, inputs, rng):
         got = np.moveaxis(np.asarray(found[part.name].examples()), 1, 2)
         assert kf.Block.of(found[part.name]) == plan.blocks()[part.name]
         np.testing.assert_allclose(got, want, atol=1e-10 * max(np.abs(want).max(), 1e-4), rtol=0, err_msg=part.name)
+
+
+def test_low_rank_adapters_of_keras(rng):
+    """Their matrices are read although the kernel under them is frozen; Keras keeps them in float32."""
+    layers = [L.Conv2D(3, 2, name="conv"), L.Flatten(), L.Dense(4, "tanh", name="dense"), L.Dense(2)]
+    model = keras.Sequential([keras.Input(IMAGE), *layers])
+    for layer in (model.get_layer("conv"), model.get_layer("dense")):
+        layer.enable_lora(2)
+        layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape))
+    plan = kt.coverage(model, strict=True)
+    names = {f"{layer}.lora_kernel_{half}" for layer in ("conv", "dense") for half in "ab"}
+    assert names < {part.name for part in plan.parts}
+    assert kt.unread(model, rng.normal(size=(3, *IMAGE)), tolerance=1e-6) == {}
 
 
 @pytest.mark.parametrize("name", sorted({*slopes_of.FUNCTIONS, *slopes_of.BINARY}))

@@ -7,6 +7,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore.step.known import Known
+from kfaccore.step.model import expansion
 from tf_shared import L, keras, kt, tf
 from tf_shared import double as double
 
@@ -112,3 +113,38 @@ def test_a_step_is_judged_under_the_draws_it_was_made_with(rng):
     assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["after"], rel=1e-12)
     for v, new in zip(before, after, strict=True):
         assert np.array_equal(v.numpy(), new) or "moving" in v.path  # one draw of the seeds, as one pass takes
+
+
+class Mixing(keras.Model):
+    """Embedded places, and normalisations of few values one after the other: a row moves every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = L.Embedding(3, 4, name="places")
+        self.inner = [layer for _ in range(3) for layer in (L.Dense(4), L.BatchNormalization(center=False))]
+        self.head = L.Dense(3, name="head")
+
+    def call(self, x, training=False):
+        x = tf.reduce_mean(x + self.places(tf.range(3)), 1)
+        for layer in self.inner:
+            x = layer(x, training=training) if isinstance(layer, L.BatchNormalization) else tf.tanh(layer(x))
+        return self.head(x)
+
+
+def test_a_rule_has_an_example_s_rows_even_where_each_moves_all(rng):
+    """As one example they are one sample of the curvature: the model would be flat along a mixture of any two
+    directions. What all examples share stays one row."""
+    model = Mixing()
+    x = rng.normal(size=(4, 3, 4))
+    model(x)
+    core = kf.Preconditioner(kf.KFAC(), step=Keeping())
+    ours = kt.Optimizer(model, CROSS, core=core)
+    ours.step(x, rng.integers(0, 3, 4))
+    records = SEEN["records"]
+    assert {name for name, record in records.items() if record.batch != 4} == {"places"}
+    assert any(place.axis is None for name in records.keys() - {"places"} for place in ours.engine.places[name])
+    inner = {name: record for name, record in records.items() if name in ours.engine.mixing and name != "places"}
+    grads = {name: SEEN["grads"][name] for name in inner}
+    pair = tuple({name: rng.normal(size=grad.shape) for name, grad in grads.items()} for _ in range(2))
+    F = expansion(inner, grads, pair).F
+    assert np.linalg.det(F) > 1e-2 * F[0, 0] * F[1, 1]

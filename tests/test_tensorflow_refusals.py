@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import runpy
-import warnings
 
 import numpy as np
 import pytest
@@ -35,18 +34,6 @@ def own(how, shape=(6,), inputs=(6,)):
     return sequential(Own(how, shape, name="it"), shape=inputs)
 
 
-def changed(change, *layers, shape=(6,)):
-    model = sequential(*layers, shape=shape)
-    change(model.layers[0])
-    return model
-
-
-def quantised(layer, mode="int8"):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras's own
-        layer.quantize(mode)
-
-
 def loop(x, w):
     return tf.while_loop(lambda i, y: i < 2, lambda i, y: (i + 1, y * w), [tf.constant(0), x])[1]
 
@@ -63,12 +50,8 @@ def rematerialised():
 
 NOTHING = "which is no product, sum, look-up or convolution"
 REFUSED = {
-    "lora": (
-        lambda: changed(lambda layer: layer.enable_lora(2), L.Dense(3, name="it")),
-        "it: it is multiplied with another parameter",
-    ),
     "squared": (lambda: own(lambda x, w: x @ tf.square(w), (6, 3)), "it: each element of it is changed before MatMul"),
-    "both sides": (lambda: own(lambda x, w: x @ (w @ w), (6, 6)), "it: it is multiplied with another parameter"),
+    "thrice": (lambda: own(lambda x, w: x @ (w @ w @ w), (6, 6)), "it: it is multiplied with another parameter"),
     "softmax": (lambda: own(lambda x, w: x * tf.nn.softmax(w)), f"it: it goes into Softmax, {NOTHING}"),
     "sorted": (lambda: own(lambda x, w: x * tf.math.top_k(w, 6).values), f"it: it goes into TopKV2, {NOTHING}"),
     "normed": (lambda: own(lambda x, w: x @ tf.math.l2_normalize(w, 0), (6, 3)), "it: "),

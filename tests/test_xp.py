@@ -172,3 +172,22 @@ def test_record_takes_a_constant_beside_a_tracer():
     jax = pytest.importorskip("jax")
     a, g = jax.numpy.ones((1, 6, 1, 4)), jax.numpy.ones((1, 1, 6, 1, 3))
     assert jax.jit(lambda g: kf.Record(a, g, 6.0).g)(g).shape == g.shape
+
+
+def test_only_what_failed_is_tried_again(xp, rng, monkeypatch):
+    """One matrix of many that is no inverse in float32: the others are not made again, and stay to the bit."""
+    from kfaccore.xp import factorise
+
+    tried = []
+    attempt = factorise._attempt
+    monkeypatch.setattr(factorise, "_attempt", lambda x: tried.append(x.shape[0]) or attempt(x))
+    x = rng.standard_normal((4, 9, 12)).astype(np.float32)
+    x = x @ x.transpose(0, 2, 1)
+    alone, _ = kernels.spd_inverse(xp.put(x[3:]))
+    x[1] = np.eye(9) - 2.0
+    tried.clear()
+    inverse, code = kernels.spd_inverse(xp.put(x))
+    assert tried == [4, *[1] * (len(tried) - 1)]
+    assert list(xp.get(code)) == [0, int(kf.Code.INDEFINITE), 0, 0]
+    np.testing.assert_array_equal(xp.get(inverse)[3], xp.get(alone)[0])
+    np.testing.assert_array_equal(xp.get(inverse)[1], np.eye(9))

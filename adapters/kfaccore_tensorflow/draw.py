@@ -14,7 +14,7 @@ from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.kinds import Seen
 from kfaccore_tensorflow.places import Place, factors, owned, suggested
 from kfaccore_tensorflow.plan import Part
-from kfaccore_tensorflow.rows import Given, record, seen
+from kfaccore_tensorflow.rows import Given, Shape, record, seen
 
 if TYPE_CHECKING:
     from kfaccore_tensorflow.step import Engine
@@ -87,7 +87,7 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
         last = bool(tensors.own)
         apart = any(shape.turned for shape in shapes)
         rest = [one.of(slice(batch.asked, -1 if last and apart else None)) for one in batch.given[part.name]]
-        where = _placed(engine, part, rest, batch.examples)
+        where = _placed(engine, part, shapes, rest, batch.examples)
         mixes = any(place.mixes for place in where)
         if exact and mixes:
             where = [Place(None, mixes=True)] * len(where)
@@ -117,14 +117,15 @@ class _Batch:
         masks = [next(flat) for _ in tensors.masks]
         x = [None if t is None else next(flat) for t in tensors.x]
         slopes = [[next(flat) for _ in each] for each in tensors.slopes]
+        by = [None if t is None else next(flat) for t in tensors.by]
         g = [next(flat) for _ in tensors.g]
         for i, own in enumerate(flat):
             g[i] = np.concatenate([g[i], np.asarray(n, own.dtype) * own[None]])
         given: dict[str, list[Seen]] = {part.name: [] for part in tensors.parts if not part.whole}
         if n > 0:
             calls = ((part, shape) for part in tensors.parts for shape in tensors.shapes.get(part.name, ()))
-            for (part, shape), operand, each, rows in zip(calls, x, slopes, g[: len(x)], strict=True):
-                given[part.name].append(seen(part, shape, Given(operand, each, rows)))
+            for (part, shape), operand, each, other, rows in zip(calls, x, slopes, by, g[: len(x)], strict=True):
+                given[part.name].append(seen(part, shape, Given(operand, each, rows, other)))
         wholes = zip((part.name for part in tensors.parts if part.whole), g[len(x) :], strict=True)
         return cls(n, int(examples), int(asked), masks, given, dict(wholes))
 
@@ -152,12 +153,23 @@ def look(engine: Engine, given: dict[str, list[Seen]], examples: int) -> None:
         )
 
 
-def _placed(engine: Engine, part: Part, given: Sequence[Seen], examples: int) -> Sequence[Place]:
-    """The places found, where as many calls are there as were then; else what sizes suggest."""
+def _placed(
+    engine: Engine, part: Part, shapes: Sequence[Shape], given: Sequence[Seen], examples: int
+) -> Sequence[Place]:
+    """The places found, where as many calls are there as were then; else what sizes suggest.
+
+    A rule that judges steps by its model of them is given rows an example even where each moves all examples, as before
+    a BatchNormalization of few values: as one example they would be one sample of the curvature, and flat along some
+    mixture of two directions. What all examples share stays one.
+    """
+    models = engine.preconditioner.rule.needs_records
     known = (engine.places or {}).get(part.name, [])
     found = []
     for i, one in enumerate(given):
         likely = next(suggested(one.rows, examples), Place(None, mixes=True))
         place = known[i] if len(known) == len(given) else known[0] if known and len(set(known)) == 1 else likely
-        found.append(place if place.fits(one.rows, examples) else likely)
+        apart = models and place.axis is None and shapes[i].of_inputs
+        if apart or not place.fits(one.rows, examples):
+            place = replace(likely, mixes=place.mixes or likely.mixes)
+        found.append(place)
     return found

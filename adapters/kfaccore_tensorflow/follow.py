@@ -9,11 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import tensorflow as tf
+
+from kfaccore_tensorflow.halves import halves
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.moves import SILENT, moved
 from kfaccore_tensorflow.rules import read
 from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use, merged
 
+SIZES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
@@ -43,11 +47,23 @@ def followed(graph: Any, outputs: Iterable[Tensor], variables: Iterable[Any]) ->
         _follow(one, head, reach, hot)
     for one in found:
         one.uses = merged(one.uses)
-        alone = [use for use in one.uses if use.x is None or id(use.x) not in hot]
-        if len(alone) < len(one.uses):
-            one.reasons.append("it is multiplied with another parameter")
-            one.uses = alone
+        alone: list[Use] = []
+        for use in one.uses:
+            plain = use.x is None or id(use.x) not in hot
+            apart = [use] if plain else halves(use, lambda here: _goes(here, reach, hot))
+            if apart is None:
+                one.reasons.append("it is multiplied with another parameter")
+            alone += apart or []
+        one.uses = alone
     return found
+
+
+def _goes(here: Hot, reach: set[str], hot: set[int]) -> list[Use] | None:
+    """The uses of a tensor that is made of parameters; None where one cannot be read, or is with a parameter."""
+    one = Followed(None)
+    _follow(one, here, reach, set())
+    uses = merged(one.uses)
+    return None if one.reasons or any(id(use.x) in hot for use in uses) else uses
 
 
 def reaching(outputs: Iterable[Tensor]) -> set[str]:
@@ -59,6 +75,18 @@ def reaching(outputs: Iterable[Tensor]) -> set[str]:
             if x.op.name not in seen:
                 seen.add(x.op.name)
                 waiting.append(x.op)
+    return seen
+
+
+def made_of(inputs: Iterable[Tensor]) -> set[str]:
+    """Names of the operations whose values depend on those of `inputs`; on their sizes alone is no dependence."""
+    waiting = [x for x in inputs if tf.is_tensor(x)]
+    seen: set[str] = set()
+    while waiting:
+        for op in waiting.pop().consumers():
+            if op.name not in seen and op.type not in SIZES:
+                seen.add(op.name)
+                waiting += op.outputs
     return seen
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from kfaccore_tensorflow.biases import joined_biases
 from kfaccore_tensorflow.capture import Scope, Scopes, every
-from kfaccore_tensorflow.follow import Followed, followed
+from kfaccore_tensorflow.follow import Followed, followed, made_of
 from kfaccore_tensorflow.kinds import Lookup
 from kfaccore_tensorflow.layout import Matrix
 from kfaccore_tensorflow.plan import Part, Plan
@@ -24,11 +25,13 @@ LARGEST = 1 << 26  # elements of a variable whose pieces are compared one by one
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a part. turned: its matrix is the part's transposed; scopes: the layer calls around it."""
+    """One use of a part. turned: its matrix is the part's transposed; scopes: the layer calls around it; of_inputs:
+    whether what the model was called on goes into its output, so that its rows are of the examples."""
 
     use: Use
     turned: bool
     scopes: tuple[Scope, ...]
+    of_inputs: bool
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,11 @@ class Observed:
     calls: dict[str, list[Call]]
 
 
-def observe(model: Any, graph: Any, outputs: Sequence[Tensor], scopes: Scopes) -> Observed:
-    """What the forward pass that made `outputs` in `graph` did with the model's trainable variables."""
+def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Observed:
+    """What the forward pass that made `outputs` of `x`, in the graph being traced, did with the model's trainable
+    variables."""
+    graph = tf.compat.v1.get_default_graph()
+    made = made_of(tf.nest.flatten(x, expand_composites=True))
     names = named(model)
     trained = list(model.trainable_variables)
     parts: list[Part] = []
@@ -70,7 +76,10 @@ def observe(model: Any, graph: Any, outputs: Sequence[Tensor], scopes: Scopes) -
                 bias = biases.of.get(id(one.variable)) if len(groups) == 1 else None
                 parts.append(_part(label, one.variable, matrix, uses, bias))
                 ordered = sorted(uses, key=lambda pair: scopes.places.get(pair[0].out.op.name, 0))
-                calls[label] = [Call(use, turned, tuple(scopes.around(use.out.op))) for use, turned in ordered]
+                calls[label] = [
+                    Call(use, turned, tuple(scopes.around(use.out.op)), use.out.op.name in made)
+                    for use, turned in ordered
+                ]
     return Observed(Plan(tuple(parts), refused, unused), calls)
 
 

@@ -100,7 +100,7 @@ def take_step(
         with tap(model) as scopes:
             f = model(x, training=True)
         heads = engine.objective.heads(f)
-        seen = observe(model, tf.compat.v1.get_default_graph(), list(heads.values()), scopes)
+        seen = observe(model, list(heads.values()), scopes, x)
         engine.adopt(seen.plan)
         loss = loss_of(f, y, weight)
     pinned = watch.pinned()

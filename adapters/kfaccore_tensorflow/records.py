@@ -43,7 +43,7 @@ def _taken(engine: Engine, model: Any, x: Any, data: tuple[Any, Any], training: 
         with tf.GradientTape(persistent=True) as tape, tap(model) as scopes:
             f = model(x, training=training)
         heads = engine.objective.heads(f)
-        seen = observe(model, tf.compat.v1.get_default_graph(), list(heads.values()), scopes)
+        seen = observe(model, list(heads.values()), scopes, x)
         engine.adopt(seen.plan)
         kept.append(gathered(engine, engine.plan.parts, Pass(seen, heads, tape, *data)))
         return kept[-1].flat()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import kfaccore as kf
+from kfaccore_tensorflow.halves import Half
 from kfaccore_tensorflow.kinds import Elementwise, Kind, Lookup, Seen
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.places import Place
@@ -24,6 +25,7 @@ class Shape:
     paths     layouts of the factors that changed it, of each way it came; none where it came as it is
     masks     (place among the batch's masks, step or None) of each layer call around it, the innermost first
     together  calls of this number are one layer call: their rows are summed
+    of_inputs whether the batch goes into the call's output
     """
 
     kind: Kind
@@ -31,15 +33,18 @@ class Shape:
     paths: tuple[tuple[Layout, ...], ...] = ()
     masks: tuple[tuple[int, int | None], ...] = ()
     together: int = -1
+    of_inputs: bool = True
 
 
 @dataclass(frozen=True)
 class Given:
-    """The arrays of one call: the other operand, slopes of what changed the weight, output gradients, draws first."""
+    """The arrays of one call: the other operand, slopes of what changed the weight, output gradients, draws first, and
+    the other factor of a weight that is a product."""
 
     x: np.ndarray | None
     slopes: Sequence[np.ndarray]
     g: np.ndarray
+    by: np.ndarray | None = None
 
 
 def seen(part: Part, shape: Shape, given: Given) -> Seen:
@@ -48,6 +53,9 @@ def seen(part: Part, shape: Shape, given: Given) -> Seen:
     if isinstance(shape.kind, Lookup) and x is not None:
         x = x.astype(np.int64)
     found = shape.kind.rows(x, given.g, part.bias and not isinstance(shape.kind, Elementwise))
+    if isinstance(shape.kind, Half):
+        assert given.by is not None
+        return shape.kind.through(found, given.by)
     if not shape.paths:
         return found
     weight = part.variables["weight"]

@@ -93,7 +93,7 @@ class Stream:
             with tap(self.model) as scopes:
                 f = self.model(x, training=self.training)
             heads = self._heads(f, target)
-        seen = observe(self.model, tf.compat.v1.get_default_graph(), list(heads.values()), scopes)
+        seen = observe(self.model, list(heads.values()), scopes, x)
         self.engine.adopt(seen.plan)
         kept.append(gathered(self.engine, self.engine.plan.parts, Pass(seen, heads, tape, target, weight)))
         return kept[-1].flat()

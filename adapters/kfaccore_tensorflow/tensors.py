@@ -28,7 +28,7 @@ class Tensors:
 
     parts     the parts it went through; `shapes` of their calls in turn
     count     (n, examples, draws that ask whose row is whose)
-    x         a call each, or None; `slopes` of each call's factors
+    x         a call each, or None; `slopes` of each call's factors; `by` what multiplies each call's weight, or None
     g         a call each, draws first; then a variable each of parts without records
     own       a call each, the gradients of the loss itself, or none
     """
@@ -39,6 +39,7 @@ class Tensors:
     masks: list[Tensor]
     x: list[Tensor | None]
     slopes: list[list[Tensor]]
+    by: list[Tensor | None]
     g: list[Tensor]
     own: list[Tensor]
 
@@ -46,6 +47,7 @@ class Tensors:
         """Those there are, in order."""
         some = [x for x in self.x if x is not None]
         some += [slope for slopes in self.slopes for slope in slopes]
+        some += [by for by in self.by if by is not None]
         return [self.count, *self.masks, *some, *self.g, *self.own]
 
 
@@ -82,8 +84,9 @@ def gathered(engine: Engine, parts: Sequence[Part], given: Pass) -> Tensors:
     wholes = [part.variables["weight"] for part in parts if part.whole]
     count, g = _gradients(engine, given, [*outputs, *(v.value for v in wholes)])
     x = [None if call.use.x is None else widened(call.use.x) for call in calls]
+    by = [None if call.use.by is None else widened(call.use.by) for call in calls]
     own = [given.own[id(out)] for out in outputs] if given.own else []
-    return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, slopes, g, own)
+    return Tensors(parts, shapes, count, [mask for _, mask in masks.values()], x, slopes, by, g, own)
 
 
 def wanted_own(engine: Engine, seen: Observed) -> list[Tensor]:
@@ -123,7 +126,7 @@ def _shapes(calls: Sequence[Call], masks: dict[int, tuple[int, Tensor]]) -> tupl
         together = call.scopes[0].start if call.scopes else -1
         hot = call.use.hot
         paths = tuple(tuple(factor.layout for factor in path) for path in hot.paths) if hot.changed else ()
-        found.append(Shape(call.use.kind, call.turned, paths, tuple(mine), together))
+        found.append(Shape(call.use.kind, call.turned, paths, tuple(mine), together, call.of_inputs))
     return tuple(found)
 
 

@@ -76,7 +76,7 @@ def traced(model: Any, spec: Any) -> Plan:
         with tap(model) as scopes:
             f = model(x, training=True)
         heads = [t for t in tf.nest.flatten(f) if tf.is_tensor(t)]
-        found.append(observe(model, tf.compat.v1.get_default_graph(), heads, scopes).plan)
+        found.append(observe(model, heads, scopes, x).plan)
         return f
 
     tf.function(forward, autograph=False).get_concrete_function(spec)

@@ -46,6 +46,7 @@ class Use:
     """`out` is linear in the matrix, up to the change that `hot` has been through.
 
     x        the other operand, or None
+    by       the other factor, of a weight that is a product of two
     """
 
     hot: Hot
@@ -53,6 +54,7 @@ class Use:
     kind: Kind
     x: Tensor | None
     out: Tensor
+    by: Tensor | None = None
 
 
 def merged(uses: Sequence[Use]) -> list[Use]:

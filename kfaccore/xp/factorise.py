@@ -22,6 +22,7 @@ from kfaccore.xp.arrays import (
     namespace,
     on_gpu,
     select,
+    to_host,
 )
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.gram import mirror
@@ -42,7 +43,23 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     inverse, ok, good = _attempt(x)
     if good:  # where it can be seen, the usual case costs nothing more
         return inverse, xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
-    return _repaired(x, inverse, ok, 1.0)
+    if is_tracer(x):
+        return _repaired(x, inverse, ok, 1.0)
+    return _rest_repaired(x, inverse, to_host(ok))
+
+
+def _rest_repaired(x: Array, inverse: Array, ok: np.ndarray) -> tuple[Array, Array]:
+    """`_repaired` of the blocks that failed alone, in their places: a stack has the matrices of many layers."""
+    xp = namespace(x)
+    bad = [i for i in range(x.shape[0]) if not ok[i]]
+    failed = xp.stack([x[i, ...] for i in bad])
+    never = xp.zeros(failed.shape[:1], dtype=xp.bool, device=device_of(x))
+    repaired, codes = _repaired(failed, failed, never, 1.0)
+    place = {i: n for n, i in enumerate(bad)}
+    fine = xp.zeros((1,), dtype=codes.dtype, device=device_of(x))
+    blocks = range(x.shape[0])
+    found = xp.stack([repaired[place[i], ...] if i in place else inverse[i, ...] for i in blocks])
+    return found, xp.concat([codes[place[i] : place[i] + 1] if i in place else fine for i in blocks])
 
 
 def _repaired(x: Array, inverse: Array, ok: Array, first: float) -> tuple[Array, Array]:

@@ -1,0 +1,81 @@
+"""Weights that are a product of two parameters, W = first @ second, as low-rank adapters are: each factor's own use.
+
+W goes into an operation that is linear in it, with rows a and output gradients g. With W (inputs, outputs) that is
+linear in `first` for rows a and g second^T, and in `second` for a first and g; either factor is read with the other as
+it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import tensorflow as tf
+
+from kfaccore import Patches
+from kfaccore_tensorflow.kinds import Convolution, Kind, Product, Seen
+from kfaccore_tensorflow.layout import Layout, Matrix
+from kfaccore_tensorflow.uses import BY_ONE_NUMBER, Hot, Tensor, Use
+
+
+@dataclass(frozen=True)
+class Half:
+    """A factor's use: `kind` is that of the product. inputs: whether the factor is on the side of the inputs."""
+
+    kind: Kind
+    inputs: bool
+
+    def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
+        """Of the product; `through` takes them to the factor."""
+        return self.kind.rows(x, gy, ones)
+
+    def through(self, seen: Seen, other: np.ndarray) -> Seen:
+        """Rows of the factor: `other` is (outputs, rank) for one on the side of the inputs, else (inputs, rank)."""
+        if self.inputs:
+            return Seen(seen.a, seen.g @ other)
+        a = seen.a
+        if isinstance(a, Patches):
+            unfolded = np.asarray(a.unfold())
+            a = unfolded.reshape(unfolded.shape[0], *seen.rows, unfolded.shape[-1])
+        return Seen(a @ other, seen.g)
+
+
+def halves(use: Use, uses_of: Callable[[Hot], Sequence[Use] | None]) -> list[Use] | None:
+    """The uses of a factor that `use` multiplies with another; None where the product is not a plain one, or goes
+    elsewhere than into a matrix.
+
+    uses_of   where a tensor goes; None where that cannot be read
+    """
+    op = use.out.op
+    if op.type != "MatMul" or use.hot.changed or op.get_attr("transpose_a") or op.get_attr("transpose_b"):
+        return None
+    if not use.out.shape.is_fully_defined():
+        return None
+    layout = Layout.of(use.out.shape)
+    straight = Matrix.split(layout, (), (1,), (0,))  # rows of the product are inputs
+    first = op.inputs[0] is use.hot.tensor
+    goes = uses_of(Hot(use.out, layout))
+    if not goes:
+        return None
+    found = []
+    for one in goes:
+        known = isinstance(one.kind, Product | Convolution) and one.hot.changed <= BY_ONE_NUMBER
+        if not known or one.matrix.key not in (straight.key, straight.turned().key):
+            return None
+        turned = one.matrix.key != straight.key
+        own = Matrix.split(use.hot.layout, (), (1,), (0,))
+        other = tf.transpose(op.inputs[1]) if first else op.inputs[0]
+        half = Half(one.kind, inputs=first != turned)
+        scaled = other * _number(one.hot, other)
+        found.append(replace(use, matrix=own.turned() if turned else own, kind=half, x=one.x, out=one.out, by=scaled))
+    return found
+
+
+def _number(hot: Hot, like: Tensor) -> Tensor:
+    """What the product was multiplied with on its way, over all ways it came."""
+    total = []
+    for path in hot.paths:
+        slopes = [tf.cast(tf.reshape(factor.slope(), []), like.dtype) for factor in path]
+        total.append(tf.reduce_prod(tf.stack([tf.ones([], like.dtype), *slopes])))
+    return tf.add_n(total)
