@@ -65,7 +65,7 @@ def covered(plan: kj.Plan) -> tuple[int, float, float]:
     return total, full / total, diagonal / total
 
 
-def error_of(apply: Callable, plan: kj.Plan, params: object, x: jax.Array) -> float:
+def error_of(apply: Callable, plan: kj.Plan, params: object, x: object) -> float:
     """The gradient of <draw, prediction> from records against autograd's: worst leaf, relative to its largest entry."""
     shapes = jax.eval_shape(apply, params, x)
     rng = np.random.default_rng(7)
@@ -89,11 +89,11 @@ def error_of(apply: Callable, plan: kj.Plan, params: object, x: jax.Array) -> fl
     return worst
 
 
-def steps(apply: Callable, plan: kj.Plan, params: object, x: jax.Array) -> tuple[float, float, float]:
+def steps(apply: Callable, plan: kj.Plan, params: object, x: object) -> tuple[float, float, float]:
     """CPU seconds of tracing and compiling a K-FAC step of random draws, and of both for SGD's."""
     tx = kj.kfac(plan, clocks=kf.Clocks(10, 100))
     state = tx.init(params)
-    n = float(x.shape[0])
+    n = float(len(jax.tree.leaves(x)[0]))
 
     def kfac(params: object, state: object, fresh: bool) -> object:
         captured = kj.capture(plan, params, x)

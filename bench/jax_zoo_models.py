@@ -165,6 +165,41 @@ class Fermions(nn.Module):
         return jnp.log(jnp.abs((sign * jnp.exp(log - top)).sum(-1, keepdims=True))) + top
 
 
+def spread(whole, x):
+    """One row a graph, (graphs, width), repeated for each row of x (graphs, rows, ...)."""
+    return jnp.broadcast_to(whole[:, None], (*x.shape[:2], whole.shape[-1]))
+
+
+class GraphNet(nn.Module):
+    """Two rounds of a full graph network: edges, nodes and a global state see each other; graphs padded to a batch."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, graph):
+        mlp = lambda x: nn.Dense(self.width)(nn.LayerNorm()(nn.relu(nn.Dense(self.width)(x))))  # noqa: E731
+        of = jax.vmap(lambda nodes, ends: nodes[ends])
+        summed = jax.vmap(lambda edges, ends: jax.ops.segment_sum(edges, ends, graph["nodes"].shape[1]))
+        edges = nn.Dense(self.width)(graph["edges"])
+        nodes = nn.Dense(self.width)(graph["nodes"])
+        whole = self.param("whole", nn.initializers.zeros, (self.width,))
+        whole = jnp.broadcast_to(whole, (len(nodes), self.width))
+        for _ in range(2):
+            ends = of(nodes, graph["senders"]), of(nodes, graph["receivers"])
+            edges = edges + mlp(jnp.concatenate([edges, *ends, spread(whole, edges)], -1))
+            nodes = nodes + mlp(jnp.concatenate([nodes, summed(edges, graph["receivers"]), spread(whole, nodes)], -1))
+            whole = whole + mlp(jnp.concatenate([nodes.mean(1), edges.mean(1), whole], -1))
+        return nn.Dense(3)(whole)
+
+
+@model
+def graph_net():
+    rng = np.random.default_rng(2)
+    graph = {"nodes": rng.normal(size=(4, 6, 5)), "edges": rng.normal(size=(4, 9, 2))}
+    graph |= {name: rng.integers(0, 6, (4, 9)) for name in ("senders", "receivers")}
+    return linen(GraphNet(), {name: jnp.asarray(x) for name, x in graph.items()})
+
+
 @model
 def flax_resnet18():
     return linen(ResNet(), images())

@@ -44,8 +44,10 @@ def setting(model, method, step, axis):
         captured = kj.capture(plan, params, x)
         f = captured.prediction
         draws = kf.monte_carlo(loss, f, noise)
-        records = captured.records(draws, len(x), one_by_one=x.ndim == 4, fisher=kf.monte_carlo)
-        grads = captured.gradients((f - y) / len(x))
+        slope = (f - y) / len(x)
+        own = slope if step.judges else None
+        records = captured.records(draws, len(x), one_by_one=x.ndim == 4, fisher=kf.monte_carlo, cotangent=own)
+        grads = captured.gradients(slope)
         judged = {}
         if step.judges:
             judged = {"value": jnp.mean((f - y) ** 2) / 2 * y.shape[1]}

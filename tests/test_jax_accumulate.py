@@ -71,6 +71,60 @@ def test_the_clock_of_statistics_counts_steps():
     same(trained(kj.accumulate(chain(method), 2), (6,), measured=lambda i: i != 1)[0], plain)
 
 
+def tuned(cuts):
+    """Parameters after three steps that set their own rate, each example left out of what it helped to make."""
+    tx = optax.chain(kj.kfac(PLAN, clocks=kf.Clocks(1, 2), step=kf.SelfTuning()), optax.scale(-1.0))
+
+    @partial(jax.jit, compiler_options=FAST)
+    def step(params, state):
+        given = []
+        slopes = []
+        for low, high in zip([0, *cuts], [*cuts, 12], strict=True):
+            part = slice(low, high)
+            captured = kj.capture(PLAN, params, X[part])
+            f = captured.prediction
+            slope = (f - Y[part]) / len(f)
+            draws = kf.monte_carlo(LOSS, f, NOISE[:, part])
+            given.append(captured.records(draws, len(f), fisher=kf.monte_carlo, cotangent=slope))
+            slopes.append(captured.gradients(slope * (len(f) / 12)))
+
+        def value_fn(params):
+            return jnp.mean((mlp(params, X) - Y) ** 2) * 1.5
+
+        records = given if cuts else given[0]
+        grads = jax.tree.map(lambda *parts: sum(parts), *slopes)
+        moves, state = tx.update(grads, state, params, records=records, value=value_fn(params), value_fn=value_fn)
+        return optax.apply_updates(params, moves), state
+
+    params = mlp_params()
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    return params, state
+
+
+def test_micro_batches_of_a_self_tuning_step_equal_the_whole_batch():
+    """Own shares, damping, rate and momentum: all that the state remembers."""
+    whole, state = tuned(())
+    parts, pieces = tuned((2, 6))
+    same(parts, whole)
+    same(pieces, state)
+
+
+def test_micro_batches_that_do_not_belong_together_are_refused():
+    tx = kj.kfac(PLAN)
+    captured = kj.capture(PLAN, mlp_params(), X)
+    draws = jnp.ones((1, 12, 3))
+    told = captured.records(draws, 12, fisher=kf.monte_carlo)
+    start = mlp_params(), tx.init(mlp_params())
+    with pytest.raises(ValueError, match="micro-batches of different draws"):
+        tx.update(*start, records=[told, captured.records(draws, 12, fisher=kf.type2)])
+    with pytest.raises(ValueError, match="micro-batches of different layers"):
+        tx.update(*start, records=[told, {"1.0": told["1.0"]}])
+    with pytest.raises(TypeError, match="records is a sequence; need one"):
+        tx.update(*start, records=[])
+
+
 def test_what_cannot_be_added_up_is_refused():
     with pytest.raises(ValueError, match=r"with one kfac\(plan\) in it; this one has 0"):
         kj.accumulate(optax.sgd(0.1), 2)

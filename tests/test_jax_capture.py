@@ -126,3 +126,51 @@ def test_deep_linear_nets_are_exact_through_the_whole_path():
         v = np.random.default_rng(6).normal(size=(1, block.d_out, block.d_in))
         applied = method.matvec(state, v, hyper)
         np.testing.assert_allclose(applied.reshape(-1), want[name] @ v.reshape(-1), rtol=1e-10, atol=1e-14)
+
+
+def test_a_model_is_traced_once_less_for_its_second_program():
+    """The types of what its calls give are known by those of the arguments; one pullback serves all that ask for it."""
+    calls = []
+
+    def apply(params, x):
+        calls.append(x.shape)
+        return mlp(params, x)
+
+    params = mlp_params()
+    x = normal((12, 5))
+    plan = kj.plan(apply, params, x)
+
+    def both(params, x):
+        captured = kj.capture(plan, params, x)
+        slope = captured.prediction / len(x)
+        grads = captured.gradients(slope)
+        assert captured.gradients(slope) is grads
+        return grads, captured.factored(slope)
+
+    calls.clear()
+    first = jax.make_jaxpr(lambda *args: both(*args))(params, x)
+    assert calls == [(12, 5)] * 2
+    second = jax.make_jaxpr(lambda *args: both(*args))(params, x)
+    assert calls == [(12, 5)] * 3
+    assert str(first) == str(second)
+    jax.make_jaxpr(lambda *args: both(*args))(params, x[:8])
+    assert calls == [(12, 5)] * 3 + [(8, 5)] * 2
+
+
+def test_a_model_that_runs_other_layers_later_is_refused():
+    """Also where the types of its arguments were seen before."""
+    wide = [True]
+
+    def apply(params, x):
+        if wide[0]:
+            return mlp(params, x)
+        (w, b), (v, c) = params
+        return jnp.tanh(jnp.sin(x) @ w + b) @ v + c
+
+    params = mlp_params()
+    x = normal((12, 5))
+    plan = kj.plan(apply, params, x)
+    kj.capture(plan, params, x)
+    wide[0] = False
+    with pytest.raises(ValueError, match="apply runs other layers than when it was planned"):
+        kj.capture(plan, params, x)

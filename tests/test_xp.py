@@ -128,6 +128,21 @@ def test_loop_and_inverse_under_jit(rng):
     np.testing.assert_allclose(np.asarray(inverse)[0] @ x[0], np.eye(4), atol=1e-12)
 
 
+def test_repairs_under_jit_are_those_of_numpy(rng):
+    """As it is; singular but for rounding; not positive definite; not finite away from the diagonal."""
+    jax = pytest.importorskip("jax")
+    low = rng.normal(size=(4, 2))
+    broken = spd(rng, 4, 10)
+    broken[0, 3, 1] = broken[0, 1, 3] = np.inf
+    x = np.concatenate([spd(rng, 4, 10), (low @ low.T)[None], np.diag([4.0, -1.0, 4.0, 4.0])[None], broken])
+    found, code = jax.jit(kernels.spd_inverse)(jax.numpy.asarray(x))
+    wanted, codes = kernels.spd_inverse(x)
+    assert code.tolist() == codes.tolist() == [kf.Code.OK, kf.Code.JITTERED, kf.Code.INDEFINITE, kf.Code.NONFINITE]
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-13)
+    assert np.linalg.norm(found[1] - wanted[1]) < 0.1 * np.linalg.norm(wanted[1])  # of condition 1e15
+    assert np.array_equal(found[2:], wanted[2:])
+
+
 def test_all_finite_survives_overflowing_squares(xp):
     x = np.array([[1e200, -1e200], [1.0, np.inf]])
     assert xp.get(kernels.all_finite(xp.put(x))).tolist() == [True, False]

@@ -55,7 +55,7 @@ def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.Gradi
     if rule.step.needs_records or rule.given.network is not None:
         raise ValueError(
             f"{rule.step if rule.step.needs_records else rule.given.network} needs the rows of the whole batch at its "
-            f"step, and accumulate keeps sums; hand update the records of all micro-batches as lists, {{layer: [...]}}"
+            f"step, and accumulate keeps sums; hand update the records of all micro-batches, records=[first, ...]"
         )
     within = optax.with_extra_args_support(tx)
 

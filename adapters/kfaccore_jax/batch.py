@@ -78,7 +78,7 @@ def joins_behind(one: Any, two: Any) -> bool:
             return True
         if name == "reshape" and before and after and _behind(p, before[0], after[0]):
             return True
-        inner = zip(jax.tree.leaves(list(_jaxprs(p))), jax.tree.leaves(list(_jaxprs(q))), strict=True)
+        inner = zip(jax.tree.leaves(list(jaxprs(p))), jax.tree.leaves(list(jaxprs(q))), strict=True)
         if any(joins_behind(a, b) for a, b in inner):
             return True
     return False
@@ -102,7 +102,8 @@ def _grown(p: Any, q: Any) -> list[int]:
     return [i for i, (a, b) in enumerate(pair) if a != b]
 
 
-def _jaxprs(eqn: Any):
+def jaxprs(eqn: Any):
+    """The jaxprs among an equation's parameters."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):

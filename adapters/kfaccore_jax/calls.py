@@ -68,6 +68,7 @@ class Call:
     window   geometry of a convolution; `edges` (low, high, interior) pad and dilate its image first
     stack    depths of the scans whose axis is one of blocks; they come first
     batch    place of the batch axis within `shared`, set by the plan; None for rows that all examples share
+    mixed    outputs of other examples depend on a row, through a sum over examples; set by the plan
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Call:
     stack: tuple[int, ...] = ()
     bias: BiasOf | None = None
     batch: int | None = 0
+    mixed: bool = False
 
     def within(self, depth: int) -> Call:
         """Seen from outside the scan of that depth."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, evaluated, followed
 from kfaccore_jax.positions import Longer, mask_of
 from kfaccore_jax.records import Drawn, pairs, widened
+from kfaccore_jax.walk import OTHER
+
+Pull = Callable[[Any], tuple[Any, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,16 @@ class Captured:
         cotangent   of the mean loss, as `gradients` takes it: SelfTuning() then leaves each example out of the model of
                  the direction it helped to make; under jit the pass is shared with `gradients`
         """
-        g = self.output_gradients(draws, one_by_one)
+        floats, g = self._pulled(draws, one_by_one)
         rest: dict[str, Record] = {}
         if self.plan.shared:
-            floats, signed = self._pulled(self._signed(draws, fisher), one_by_one)
-            g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None}
+            signed = g
+            if fisher is not monte_carlo:
+                floats, signed = self._pulled(self._signed(draws), one_by_one)
+            g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None or call.mixed}
             rest = self._rest(floats, n)
         found = pairs(self.plan, self._data, g, self._n, self._spec)
-        apart = {layer.name for layer in self.plan.layers if not (layer.common or layer.turned)}
+        apart = {layer.name for layer in self.plan.layers if layer.own}
         masks = self._masks(mask, jax.tree.leaves(draws)[0].shape[0])
         records = {
             name: Record(a, g, n, masks.get(name), ids if name in apart else None) for name, (a, g) in found.items()
@@ -114,11 +120,9 @@ class Captured:
         longer = Longer.of(self.plan, self.params, self._args, self._shapes, tuple(mask.shape[1:]))
         return {layer.name: mask_of(self.plan, layer, mask, longer, draws) for layer in self.plan.layers}
 
-    def _signed(self, draws: Any, fisher: Callable | None) -> Any:
+    def _signed(self, draws: Any) -> Any:
         """The draws with an independent sign an example and draw: the squared sum over examples of what they share is
         then the sum of squares in expectation, as it is by itself for labels drawn from the model."""
-        if fisher is monte_carlo:
-            return draws
         count = jax.tree.leaves(draws)[0].shape[0]
         signs = jax.random.rademacher(jax.random.key(0), (count, self._n), jnp.int8)  # fixed: a step has no key
 
@@ -170,11 +174,14 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
             full[i] = x
         tree = jax.tree.unflatten(structure, full)
         pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes, plan.known)
+        if walk.calls.keys() != plan.calls.keys():
+            raise ValueError(OTHER)
         return pred, (aux, walk.data)
 
     probes = zeros(shapes, (params, args))
     pred, pull, (aux, data) = jax.vjp(forward, [leaves[i] for i in live], probes, has_aux=True)
 
+    @remembered
     def both(cotangent: Any) -> tuple[Any, dict]:
         floats, g = pull(jax.tree.map(lambda c, f: jnp.asarray(c, f.dtype), cotangent, pred))
         full = [jnp.zeros_like(x) for x in leaves]
@@ -185,6 +192,23 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     return Captured(plan, pred, aux, params, both, data, shapes, n, args)
 
 
+def remembered(pull: Pull) -> Pull:
+    """`pull` that is traced once for one cotangent, whoever asks for it."""
+    kept: list[tuple[list[Any], Any]] = []
+
+    def again(cotangent: Any) -> tuple[Any, dict]:
+        leaves = jax.tree.leaves(cotangent)
+        for given, found in kept:
+            if len(given) == len(leaves) and all(map(is_, given, leaves)):
+                return found
+        found = pull(cotangent)
+        if all(isinstance(x, jax.core.Tracer) for x in leaves):  # nothing outlives a trace
+            kept.append((leaves, found))
+        return found
+
+    return again
+
+
 def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:
     """Types of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
     found: dict[str, Shape] = {}
@@ -193,7 +217,23 @@ def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:
         walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]
         found.update(walk.outputs)
 
+    key = _types(params, args)
+    if key in plan.types:  # another program of the same step: the model is traced once less
+        return plan.types[key]
     jax.eval_shape(abstract, params, args)
     if found.keys() != plan.calls.keys():
-        raise ValueError("apply runs other layers than when it was planned; make a plan for these arguments")
+        raise ValueError(OTHER)
+    if key is not None:
+        plan.types[key] = found
     return found
+
+
+def _types(params: Any, args: tuple) -> Any:
+    """What the types of the outputs of calls follow from; None where it cannot be looked up."""
+    leaves, structure = jax.tree.flatten((params, args))
+    key = structure, tuple(jax.typeof(x) for x in leaves)
+    try:
+        hash(key)
+    except TypeError:  # a tree whose own class has data that are not hashable
+        return None
+    return key

@@ -49,6 +49,7 @@ class Layer:
 
     turned   calls that use the matrix transposed: a tied embedding and output layer
     common   all examples share its rows: its record has a batch of one, whose g is the sum over examples
+    mixed    outputs of other examples depend on its rows
     """
 
     name: str
@@ -61,6 +62,12 @@ class Layer:
     diagonal: bool
     turned: tuple[str, ...] = ()
     common: bool = False
+    mixed: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether each row of its record is one example's."""
+        return not (self.common or self.turned or self.mixed)
 
     @property
     def block(self) -> Block:
@@ -180,7 +187,9 @@ def _layers(groups: Groups, calls: dict[str, Call], bad: dict, turned: dict):
     several = Counter(key[1] for key, *_ in found + left)
     for key, uses, bias, lone in found + left:
         layer = _layer(key, uses, bias, several[key[1]] > 1, calls, lone)
-        yield replace(layer, turned=tuple(k for k, _, _ in turned.get(key, ())), common=bool(key[-1]))
+        joins = tuple(k for k, _, _ in turned.get(key, ()))
+        mixed = any(calls[k].mixed for k in (*layer.calls, *joins))
+        yield replace(layer, turned=joins, common=bool(key[-1]), mixed=mixed)
 
 
 def _partner(uses: list, groups: Groups, calls: dict[str, Call], bad: dict) -> tuple | None:
@@ -227,6 +236,7 @@ def _row(name: str, leaf: Any, layers: list[Layer], why: list[str] | None) -> tu
     notes += [f"of {next(layer.weight.leaf for layer in layers)}"] if all(_own(layer, name) for layer in layers) else []
     notes += ["tied, used transposed too"] if any(layer.turned for layer in layers) else []
     notes += ["rows that all examples share"] if any(layer.common for layer in layers) else []
+    notes += ["rows that mix examples"] if any(layer.mixed for layer in layers) else []
     notes += [f"{layers[0].block.blocks} blocks"] if layers[0].block.blocks > 1 else []
     notes += [f"{seen} of {prod(shape)} elements, the rest never used"] if seen < prod(shape) else []
     return name, shape, kinds, "", ", ".join(notes)

@@ -32,7 +32,7 @@ def moved(one: Any, two: Any) -> dict[str, str]:
     return found
 
 
-def _places(one: Any, two: Any, prefix: str) -> list[tuple[Any, Any, str]]:
+def places(one: Any, two: Any, prefix: str) -> list[tuple[Any, Any, str]]:
     """Equations at both sizes with the place that the interpreter gives them."""
     found = []
     place = -1
@@ -45,14 +45,14 @@ def _places(one: Any, two: Any, prefix: str) -> list[tuple[Any, Any, str]]:
 def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Names) -> Names:
     """Marks what stands behind a move; names for the outputs."""
     why: dict[Any, str] = dict(zip(one.invars, given, strict=True))
-    for p, q, key in _places(one, two, prefix):
+    for p, q, key in places(one, two, prefix):
         before = _known(why, p.invars)
         name = next((w for w in before if w), "")
         if name:
             found.setdefault(key, name)
-        inner = _inner(p, q)
-        if inner is not None:
-            after = _forwards(found, *inner, f"{key}.", before)
+        within = inner(p, q)
+        if within is not None:
+            after = _forwards(found, *within, f"{key}.", before)
         else:
             name = _moves(p, q) or name
             after = [name if grown(v, w) else "" for v, w in zip(p.outvars, q.outvars, strict=True)]
@@ -64,17 +64,17 @@ def _backwards(found: dict[str, str], one: Any, two: Any, prefix: str, wanted: N
     """Marks what a move comes after; names for the inputs."""
     why: dict[Any, str] = {}
     _mark(why, one.outvars, wanted)
-    for p, q, key in reversed(_places(one, two, prefix)):
+    for p, q, key in reversed(places(one, two, prefix)):
         after = _known(why, p.outvars)
         name = next((w for w in after if w), "")
         if name:
             found.setdefault(key, name)
-        inner = _inner(p, q)
-        if inner is not None:
-            _mark(why, p.invars, _backwards(found, *inner, f"{key}.", after))
+        within = inner(p, q)
+        if within is not None:
+            _mark(why, p.invars, _backwards(found, *within, f"{key}.", after))
             continue
         name = _moves(p, q) or name
-        _mark(why, p.invars, [name if _carries(v) else "" for v in p.invars])
+        _mark(why, p.invars, [name if carries(v) else "" for v in p.invars])
     return _known(why, one.invars)
 
 
@@ -88,12 +88,12 @@ def _mark(why: dict[Any, str], atoms: Any, names: Names) -> None:
             why.setdefault(v, name)
 
 
-def _carries(v: Any) -> bool:
+def carries(v: Any) -> bool:
     """Whether a gradient goes through a value."""
     return bool(jnp.issubdtype(v.aval.dtype, jnp.inexact))
 
 
-def _inner(p: Any, q: Any) -> tuple[Any, Any] | None:
+def inner(p: Any, q: Any) -> tuple[Any, Any] | None:
     """The jaxpr within an equation, at both sizes, whose operands and results are the equation's."""
     for name in ("jaxpr", "call_jaxpr"):
         if name in p.params and hasattr(p.params[name], "eqns"):

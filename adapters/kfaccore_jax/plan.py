@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import as_calls, run
 from kfaccore_jax.layers import Layer, gathered
 from kfaccore_jax.layout import Layout
+from kfaccore_jax.mesh import Shape
+from kfaccore_jax.mixing import mixed
 from kfaccore_jax.names import named
 from kfaccore_jax.order import moved
 from kfaccore_jax.tags import Param, Tag
@@ -50,6 +52,7 @@ class Plan:
     batched: tuple[int, ...]
     has_aux: bool
     explicit: bool
+    types: dict[Any, dict[str, Shape]] = field(default_factory=dict, repr=False)  # of outputs, by types of arguments
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -63,8 +66,8 @@ class Plan:
 
     @property
     def shared(self) -> bool:
-        """Whether something is measured by one row for the whole batch."""
-        return bool(self.uncovered) or any(call.batch is None for call in self.calls.values())
+        """Whether something is measured by rows that several examples share."""
+        return bool(self.uncovered) or any(call.batch is None or call.mixed for call in self.calls.values())
 
     @property
     def known(self) -> frozenset[str]:
@@ -133,16 +136,18 @@ def plan(
 
 def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]]]:
     """The calls with their batch axes, and why leaves cannot be captured; one, two: of `traced` at both sizes."""
-    walk, data, jaxpr = one
-    other, data2, second = two
+    walk, data, jaxpr, count = one
+    other, data2, second, _ = two
     minor = jaxpr is not None and joins_behind(jaxpr, second)
     places = moved(jaxpr, second) if jaxpr is not None else {}
+    summed = mixed(jaxpr, second, count) if jaxpr is not None else set()
     calls = {}
     refused = dict(walk.leaks)
     for key, call in walk.calls.items():
         x = (data.get(key), data2.get(key))
         y = (walk.outputs[key], other.outputs[key])
         calls[key], why = settled(call, x, y, n, minor)
+        calls[key] = replace(calls[key], mixed=key.partition("@")[0] + "@" * ("@" in key) in summed)
         name = places.get(key.split("@")[0])
         if name and not why and calls[key].batch is not None:
             why = f"{call.kind} on examples that {name} moves along the batch"
@@ -152,17 +157,18 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
     return calls, refused
 
 
-def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any]:
-    """What one abstract evaluation finds: the walk, shapes of the inputs kept, and the jaxpr (None if explicit)."""
+def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any, int]:
+    """What one abstract evaluation finds: the walk, shapes of the inputs kept, the jaxpr (None if explicit), and how
+    many of its outputs are the prediction."""
     found: list[Any] = []
 
     def abstract(params: Any, args: tuple) -> dict:
-        _, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None)
-        found[:] = [walk, jaxpr]
+        pred, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None)
+        found[:] = [walk, jaxpr, len(jax.tree.leaves(pred))]
         return walk.data
 
     data = jax.eval_shape(abstract, params, args)
-    return found[0], data, found[1]
+    return found[0], data, found[1], found[2]
 
 
 def evaluated(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,29 @@ class Drawn(dict):
         names, fisher = structure
         *records, share, rest, own = values
         return cls(dict(zip(names, records, strict=True)), fisher, share, rest, own)
+
+
+def side_by_side(
+    records: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+) -> Mapping[str, Any] | None:
+    """Records of one update that came as those of several micro-batches: {layer: [Record, ...]}; others as they are."""
+    if records is None or isinstance(records, Mapping):
+        return records
+    if not all(isinstance(part, Mapping) for part in records) or not records:
+        raise TypeError("records is a sequence; need one {layer: Record} a micro-batch, as Captured.records gives them")
+    parts = [part if isinstance(part, Drawn) else Drawn(part) for part in records]
+    if any(part.keys() != parts[0].keys() or part.own.keys() != parts[0].own.keys() for part in parts):
+        raise ValueError(
+            "records has micro-batches of different layers; need those of one plan, alike with `cotangent`"
+        )
+    if len({part.fisher for part in parts}) > 1:
+        raise ValueError("records has micro-batches of different draws; need one of type2, monte_carlo, empirical")
+
+    def listed(of: Callable[[Drawn], Mapping[str, Any]]) -> dict[str, list[Any]]:
+        return {name: [of(part)[name] for part in parts] for name in of(parts[0])}
+
+    rest = listed(lambda part: part.rest)
+    return Drawn(listed(lambda part: part), parts[0].fisher, rest=rest, own=listed(lambda part: part.own))
 
 
 def pairs(plan: Plan, data: Mapping[str, Any], g: Mapping[str, Any], n: int, spec: Any = None) -> dict[str, Pair]:

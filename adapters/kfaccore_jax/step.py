@@ -73,8 +73,9 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
 
-    `update(grads, state, params, records=, value=, value_fn=, fresh=)` takes the batch's records, for rules that judge
-    their step the loss and a function of the parameters that computes it, and whether to refresh where that is static.
+    `update(grads, state, params, records=, value=, value_fn=, fresh=)` takes the batch's records, or [first, second] of
+    micro-batches (gradient, loss and value_fn are then means over all their examples), for rules that judge their step
+    the loss and a function of the parameters that computes it, and whether to refresh where that is static.
 
     methods, clocks, schedules, step, network and widest as in kfaccore.Preconditioner, or all of them at once as
     `core`; a schedule sees a traced step, as optax's do. The default method is KFAC().
@@ -87,7 +88,6 @@ def kfac(
                batch (records of `Captured.records` hold them); Identity() keeps their gradient. The default is
                Identity(), and Diagonal() under a step that needs every parameter, as SelfTuning does
     rest       an optax transformation for those leaves instead, which must keep the sign: optax.scale_by_adam()
-
     graft      an optax optimizer, of either sign, that gives each layer the length of its step: the direction stays the
                method's (Fixed(rescale=Graft()), the step it sets), and leaves without a layer move as `graft` moves
                them. update needs params if graft does; optax.scale(-1.0) comes after it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
-from kfaccore_jax.records import Drawn
+from kfaccore_jax.records import Drawn, side_by_side
 from kfaccore_jax.replicas import Axes, check_axes, share_of
 from kfaccore_jax.state import Codes, KFACState
 from kfaccore_jax.trees import register
@@ -111,7 +111,7 @@ class Transformation:
         state: KFACState,
         params: Any = None,
         *,
-        records: Mapping[str, Record] | None,
+        records: Mapping[str, Record] | Sequence[Mapping[str, Record]] | None,
         fresh: bool | None = None,
         damping: Any = None,
         factored: Mapping[str, Factored] | None = None,
@@ -120,14 +120,13 @@ class Transformation:
         **extra: Any,
     ) -> tuple[Any, KFACState]:
         check_axes(self.axes)
+        records = side_by_side(records)
         blocks = dict(state.core.blocks)
         given = self.given_records(records, grads, blocks)
         self._wanting(given, fresh, damping, value, value_fn, params)
         axes = Axes(self.axes) if self.axes else None
         share = share_of(records)
-        if axes is not None and factored:
-            raise ValueError("factored gradients are each device's own, and axis_name averages gradients: pass grads")
-        grads = grads if axes is None else axes.mean(grads, share)
+        grads = grads if axes is None else _averaged(axes, grads, share, factored)
         core = self.core(blocks)
         fisher = records.fisher if isinstance(records, Drawn) else None
 
@@ -169,16 +168,13 @@ class Transformation:
         return {name: record for name, record in given.items() if name in blocks}
 
     def _told(self, records: Any, grads: Any, value: Any, axes: Any, share: Any) -> dict[str, Any]:
-        """What a rule that judges is told of the loss: its value, and records of its own gradients, which are one
-        device's and so left out where several sum."""
+        """What a rule that judges is told of the loss: its value, and records of its own gradients, each device's."""
         if not self.step.judges:
             return {}
-        if axes is not None:
-            return {"loss": axes.mean(value, share)}
         own = records.own if isinstance(records, Drawn) else {}
         here = held(self.plan, named(grads))
         found = {item.layer.name: item.record(own[item.full]) for item in here if item.full in own}
-        return {"loss": value, "own": found}
+        return {"loss": value if axes is None else axes.mean(value, share), "own": found}
 
     def _wanting(
         self, given: Mapping[str, Any], fresh: bool | None, damping: Any, value: Any, value_fn: Any, params: Any
@@ -226,6 +222,13 @@ def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block], uncovered: M
         elif methods is not None:
             found[name] = methods[owners[name]] if several else methods
     return found
+
+
+def _averaged(axes: Axes, grads: Any, share: Any, factored: object) -> Any:
+    """The mean gradient of all devices; ValueError where products were given beside it."""
+    if factored:
+        raise ValueError("factored gradients are each device's own, and axis_name averages gradients: pass grads")
+    return axes.mean(grads, share)
 
 
 def _in_force(names: tuple[str, ...]) -> bool:

@@ -9,6 +9,8 @@ from kfaccore_jax.calls import Call
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.tags import Joined, Param, Tag
 
+OTHER = "apply runs other layers than when it was planned; make a plan for these arguments"
+
 
 @dataclass
 class Walk:
@@ -60,4 +62,8 @@ class Walk:
         self.outputs[key] = Shape.of(y)
         if x is not None:
             self.data[key] = x
-        return y if self.probes is None else y + self.probes[key]
+        if self.probes is None:
+            return y
+        if key not in self.probes:
+            raise ValueError(OTHER)
+        return y + self.probes[key]

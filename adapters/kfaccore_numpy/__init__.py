@@ -5,6 +5,7 @@ from kfaccore_numpy.baselines import SGD, Adam
 from kfaccore_numpy.conv import AvgPool, Conv2d, MaxPool
 from kfaccore_numpy.dense import Dense, Flatten
 from kfaccore_numpy.network import Residual, Sequential, Tape
+from kfaccore_numpy.online import Online, Tuned
 from kfaccore_numpy.records import save_records
 from kfaccore_numpy.stream import Stream, margin, measured, outputs
 from kfaccore_numpy.tasks import TASKS, Task
@@ -20,6 +21,7 @@ __all__ = [
     "Dense",
     "Flatten",
     "MaxPool",
+    "Online",
     "Progress",
     "ReLU",
     "Residual",
@@ -29,6 +31,7 @@ __all__ = [
     "Tanh",
     "Tape",
     "Task",
+    "Tuned",
     "fit",
     "initial_state",
     "margin",

@@ -1,7 +1,7 @@
 """What the curvature of each layer looks like, from its records alone.
 
-A and G are those of `sides`, F is the exact block. Noise is left blank: it is of the loss's own gradients, and records
-do not say that theirs are.
+A and G are those of `sides`, F is the exact block. Noise is of the loss's own gradients: blank unless the mean gradient
+stored with the records is seen to be theirs (`own`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import numpy as np
 from kfaccore.analysis.exact import ExactBlock, hosted
 from kfaccore.analysis.kept import finite
 from kfaccore.analysis.kronecker import share_of_first_term
+from kfaccore.analysis.own import noise
 from kfaccore.analysis.sides import side_of_gradients, side_of_inputs
 from kfaccore.analysis.spectrum import Spectrum
 from kfaccore.record import Record
 from kfaccore.record.stored import Stored
-from kfaccore.xp.arrays import Array
+from kfaccore.xp.arrays import Array, to_host
 
 ROWS = 2048  # of J up to which the spectrum of F is
 
@@ -53,6 +54,7 @@ class Row:
     rank*         effective rank, exp of the entropy of the eigenvalues' shares
     kronecker     share of ||F||^2 in the first term of its best sum of Kronecker products; 1: it is one
     dead_inputs, dead_outputs    columns of a, units of the output, that are zero in every row
+    noise         tr Sigma / |G|^2 in examples: the batch beyond which larger ones stop helping
     duplicated    columns of a that are a multiple of an earlier one; NaN where A is too wide to be made
     """
 
@@ -118,26 +120,28 @@ class Report:
         return "\n".join("  ".join(line) for line in aligned)
 
 
-def report(records: Given) -> Report:
+def report(records: Given, grads: Mapping[str, Array] | None = None) -> Report:
     """The report of {layer: Record}, {layer: (a, g)} with arrays of any framework, or of a file of records.
+
+    grads   the mean gradients of the batch, of which noise is told; a file may hold its own
 
     Raises ValueError for records without draws or with values that are not finite, and what `load_records` raises.
     """
-    layers: Mapping[str, Record | tuple[Array, Array]] = (
-        Stored(records) if isinstance(records, str | PathLike) else records
-    )
+    stored = Stored(records) if isinstance(records, str | PathLike) else None
+    layers: Mapping[str, Record | tuple[Array, Array]] = records if stored is None else stored  # type: ignore[assignment]
     rows = []
     spectra = {}
     for name in layers:
         given = layers[name]
         record = Record(*given, n=float(given[1].shape[-2])) if isinstance(given, tuple) else given
-        row, found = _of_layer(name, record)
+        grad = (grads or {}).get(name)
+        row, found = _of_layer(name, record, stored.grad(name) if grad is None and stored is not None else grad)
         rows.append(row)
         spectra[name] = found
     return Report(tuple(rows), spectra)
 
 
-def _of_layer(name: str, record: Record) -> tuple[Row, dict[str, np.ndarray]]:
+def _of_layer(name: str, record: Record, grad: Array | None) -> tuple[Row, dict[str, np.ndarray]]:
     if record.draws == 0:
         raise ValueError(f"the record of layer {name!r} has no draws: its F is not defined")
     host = hosted(record)
@@ -162,6 +166,7 @@ def _of_layer(name: str, record: Record) -> tuple[Row, dict[str, np.ndarray]]:
         dead_outputs=G.dead,
         parameters=record.blocks * record.d_out * record.d_in,
         duplicated=A.duplicated,
+        noise=noise(host, None if grad is None else to_host(grad)),
     )
     return row, {kind: np.sort(np.concatenate([s.values for s in of])) for kind, of in found.items() if of}
 

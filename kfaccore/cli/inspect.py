@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,13 @@ import typer
 
 from kfaccore.cli.contents import Contents, told
 from kfaccore.cli.fail import fail, or_fail
+from kfaccore.cli.reading import Step
 from kfaccore.cli.results import text
 from kfaccore.cli.table import lines
 
 WIDEST = 2560  # of a dense factor that is decomposed without being asked
+
+FORMATS = {"damping_over_mean": ".1e", "damping_over_top": ".1e", "gamma": ".1f"}
 
 
 def inspect(
@@ -26,7 +30,7 @@ def inspect(
     file does not know."""
     try:
         if file.suffix == ".npz" or _of_records(file):
-            _records(file, plot, as_json)
+            _records(file, plot, full, as_json)
         else:
             _state(Contents(file), plot, full, as_json)
     except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
@@ -39,20 +43,21 @@ def _of_records(file: Path) -> bool:
     return any(name.startswith("records/") for name in Opened(file).names)
 
 
-def _records(file: Path, plot: bool, as_json: bool) -> None:
-    """The report of `kf.analysis`."""
+def _records(file: Path, plot: bool, full: bool, as_json: bool) -> None:
+    """The report of `kf.analysis`, and what a step on these records would be."""
     from kfaccore.analysis import report
     from kfaccore.record.stored import Stored
 
     stored = Stored(file)
     found = report(file)
+    step = Step(stored, sys.maxsize if full else WIDEST)
     if as_json:
         layers = found.to_dict()["layers"]
-        typer.echo(text({"meta": stored.meta, "layers": layers}))
+        typer.echo(text({"meta": stored.meta, "layers": layers, "reading": step.to_dict()}))
     else:
         sizes = [row.parameters for row in found.rows]
         typer.echo("\n".join([f"records of {_title(file, stored.meta)}", *_report_lines(found)]))
-        typer.echo("\n".join(told(stored.meta, sum(sizes))))
+        typer.echo("\n".join([*told(stored.meta, sum(sizes)), *step.text()]))
     if plot:
         _drawn(file, found.spectra, as_json)
 
@@ -135,7 +140,19 @@ def _row(title: str, pair: dict[str, list], damping: float | None, terms: bool) 
             figures[factor] |= _ratios(damping, [(s.trace / len(s.values), s.values[-1]) for s in found])
     both = zip(pair["A"], pair["G"], strict=True) if pair["A"] and pair["G"] else ()
     of_blocks = [(a.trace / len(a.values) * g.trace / len(g.values), a.values[-1] * g.values[-1]) for a, g in both]
-    return {**figures, "damping": damping, **_ratios(None if terms else damping, of_blocks)}
+    whole = None if terms else damping
+    gamma = _gamma(pair, whole) if whole and of_blocks else None
+    return {**figures, "damping": damping, **_ratios(whole, of_blocks), "gamma": gamma}
+
+
+def _gamma(pair: dict[str, list], damping: float) -> float:
+    """How many parameters the data decide against the damping: sum of s / (s + damping) over eigenvalues s of G (x) A.
+    An eigenvalue of the smaller factor at a time, so that not all products are held."""
+    total = 0.0
+    for a, g in zip(pair["A"], pair["G"], strict=True):
+        few, many = sorted((a.values, g.values), key=len)
+        total += sum(float((s * many / (s * many + damping)).sum()) for s in few)
+    return total
 
 
 def _ratios(damping: float | None, sizes: list[tuple[float, float]]) -> dict[str, float | None]:
@@ -149,6 +166,7 @@ def _ratios(damping: float | None, sizes: list[tuple[float, float]]) -> dict[str
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     """A line a factor; damping only where the file has it."""
     ratios = ("damping_over_mean", "damping_over_top") if any(row["damping"] is not None for row in rows) else ()
+    ratios += ("gamma",) if any(row["gamma"] is not None for row in rows) else ()
     heads = ("layer", "factor", "size", "condition", "eff. rank", "trace")
     body: list[tuple[str, ...] | str] = []
     for row in rows:
@@ -156,9 +174,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             found = row[factor]
             cells = [row["layer"] if factor == "A" else "", factor, *_figures(found)]
             of = found if "damping_over_mean" in found else row if factor == "A" else {}
-            cells += [f"{of[key]:.1e}" if of.get(key) else "" for key in ratios]
+            cells += [f"{of[key]:{FORMATS[key]}}" if of.get(key) else "" for key in ratios]
             body.append(tuple(cells))
-    named = {"damping_over_mean": "damping/mean", "damping_over_top": "damping/top"}
+    named = {"damping_over_mean": "damping/mean", "damping_over_top": "damping/top", "gamma": "decided"}
     return lines((*heads, *(named[key] for key in ratios)), body)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,26 @@ def told(path: Path, task: str, method: str, seed: int) -> dict[str, Any]:
     if meta.get("seed") != seed:
         raise ValueError(f"{path} is a run of --seed {meta.get('seed')}; --seed is {seed}")
     return meta
+
+
+def penalties(path: Path, meta: Mapping[str, Any], tuned: bool, layers: Iterable[str]) -> dict[str, float]:
+    """The l2 of each layer that a run with `--tune-l2` had reached, empty for other runs; ValueError where the run was
+    tuned and this one is not, or the other way about, or where the file says it wrongly."""
+    l2 = meta.get("l2")
+    if (l2 is not None) != tuned:
+        raise ValueError(f"{path} is a run {'without' if tuned else 'with'} --tune-l2: it goes on as it began")
+    if not tuned:
+        return {}
+    numbers = isinstance(l2, Mapping) and all(isinstance(x, float) and 0 < x < math.inf for x in l2.values())
+    if not isinstance(l2, Mapping) or not numbers or set(l2) != set(layers):
+        raise ValueError(f"{path} has damaged metadata: l2 is {l2!r}; need a positive number for each layer")
+    return dict(l2)
+
+
+def same_sharing(path: Path, meta: Mapping[str, Any], sharing: str) -> None:
+    """ValueError where the run shared positions otherwise; files of before sharing was chosen do not say."""
+    if meta.get("sharing", sharing) != sharing:
+        raise ValueError(f"{path} is a run of --sharing {meta['sharing']}, not {sharing}")
 
 
 def start(path: Path, taken: object, steps: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +14,10 @@ from kfaccore import Info, Preconditioner, __version__, describe, load, save
 from kfaccore.cli import resumed
 from kfaccore.cli.pause import Pause
 from kfaccore.cli.results import Writers, put_text
+from kfaccore.cli.tuning import sharing_of, tuning
+
+if TYPE_CHECKING:
+    from kfaccore_numpy import Tuned
 
 EVALUATIONS = 40  # points of a curve
 
@@ -29,6 +35,7 @@ class Run:
         self.data, self.evaluation = [tuple(xp.asarray(part) for part in pair) for pair in task.load()]
         self.curves: dict[str, dict[str, list]] = {}
         self.codes: dict[str, dict[str, int]] = {}
+        self.tuned: dict[str, list[Tuned]] = {}  # what `--tune-l2` found, of each method
         self.kept: tuple[Any, Any, Any] | None = None  # optimiser, params, state of the first method
 
     def train(self, name: str, optimiser: Any, resume: Path | None, quiet: bool) -> None:
@@ -36,7 +43,7 @@ class Run:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from kfaccore_numpy import fit, mean_loss
+        from kfaccore_numpy import Online, mean_loss
 
         network = self.task.network
         loss = self.task.loss
@@ -52,12 +59,13 @@ class Run:
         bar = Progress(
             *columns, TextColumn("loss {task.fields[loss]:.4g}"), console=Console(stderr=True), disable=quiet
         )
-        options = {"batch": self.task.batch, "steps": self.steps, "seed": self.seed, "state": state, "start": start}
+        if isinstance(optimiser, Online):
+            self.tuned[name] = optimiser.found
         row = bar.add_task(name, total=self.steps, completed=start, loss=math.nan)
         pause = Pause()
         try:
             with bar, np.errstate(all="ignore"), pause:
-                for progress in fit(network, params, self.data, loss, optimiser, **options):
+                for progress in self._steps(optimiser, params, state, start):
                     if self.kept is None or self.kept[0] is optimiser:
                         self.kept = (optimiser, progress.params, progress.state)
                     for code, count in progress.info.counts().items() if progress.info else ():
@@ -77,6 +85,15 @@ class Run:
                 self.kept = None
             raise
 
+    def _steps(self, optimiser: Any, params: Any, state: Any, start: int) -> Iterator[Any]:
+        """Progress of the steps from `start` on."""
+        from kfaccore_numpy import Online, fit
+
+        options = {"steps": self.steps, "seed": self.seed, "state": state, "start": start}
+        if isinstance(optimiser, Online):
+            return optimiser.fit(params, self.data, **options)
+        return fit(self.task.network, params, self.data, self.task.loss, optimiser, batch=self.task.batch, **options)
+
     def summary(self) -> dict[str, Any]:
         """What run.json holds."""
         rows = []
@@ -87,7 +104,8 @@ class Run:
             best = min(finite) if finite else float("nan")
             rows.append({"method": name, **last, "final": losses[-1], "best": best, "codes": self.codes[name]})
         meta = {"task": self.name, "seed": self.seed, "batch": self.task.batch, "version": __version__}
-        return {**meta, "methods": rows, "curves": self.curves}
+        tuned = {name: [asdict(one) for one in found] for name, found in self.tuned.items()}
+        return {**meta, "methods": rows, "curves": self.curves, **({"tuned": tuned} if tuned else {})}
 
     def writers(self) -> Writers:
         """How run.json, run.safetensors and curves.png are written, whatever was reached."""
@@ -114,6 +132,8 @@ class Run:
             table.add_row(row["method"], str(row["step"]), *figures, codes)
         console = Console()
         console.print(table)
+        for name, found in self.tuned.items():
+            console.print(tuning(name, found))
         if out is not None:
             console.print(", ".join(str(path) for path in sorted(out.iterdir())), soft_wrap=True)
 
@@ -123,19 +143,33 @@ class Run:
         return "" if found else "its loss is not finite"
 
     def _save(self, path: Path) -> None:
+        from kfaccore_numpy import Online
+
         optimiser, params, state = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
         meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
+        if isinstance(optimiser, Online):
+            meta["l2"] = optimiser.l2
+            optimiser = optimiser.optimiser
         if isinstance(optimiser, Preconditioner):
             tree["state"] = state
             size = sum(int(np.prod(matrix.shape)) for matrix in params.values())
+            meta |= {"sharing": sharing_of(optimiser)}
             meta = describe(optimiser, state, type(self.task.network).__name__, size, {}) | meta
         save(path, tree, **meta)
 
     def _resumed(self, path: Path, name: str, optimiser: Any, params: Any) -> tuple[Any, Any, int]:
-        if not isinstance(optimiser, Preconditioner):
+        from kfaccore_numpy import Online
+
+        tuned = isinstance(optimiser, Online)
+        if not tuned and not isinstance(optimiser, Preconditioner):
             raise ValueError(f"--resume continues a preconditioned method, not {name}")
-        resumed.told(path, self.name, name, self.seed)
+        meta = resumed.told(path, self.name, name, self.seed)
+        l2 = resumed.penalties(path, meta, tuned, self.task.network.blocks())
+        if tuned:
+            optimiser.begin(l2)
+            optimiser = optimiser.optimiser
+        resumed.same_sharing(path, meta, sharing_of(optimiser))
         fresh = optimiser.init(self.task.network.blocks(), next(iter(params.values())))
         tree = load(path, like={"params": params, "state": fresh})
         return tree["params"], tree["state"], resumed.start(path, tree["state"].step, self.steps)

@@ -13,6 +13,13 @@ from kfaccore.cli.fail import fail
 from kfaccore.cli.pause import stopped
 from kfaccore.cli.results import end, folder
 
+TuneL2 = Annotated[
+    bool, typer.Option("--tune-l2", help="l2 a layer by its evidence, every epoch, from --l2 (0: 1e-4) on.")
+]
+Sharing = Annotated[
+    str, typer.Option(help="Positions that share weights: expand | reduce; default reduce with --tune-l2.")
+]
+
 
 def train(
     task: Annotated[str, typer.Argument(help="A task; an unknown name lists them.")],
@@ -27,6 +34,8 @@ def train(
     ] = "self-tuning",
     l2: Annotated[float, typer.Option(help="Penalty l2/2 |theta|^2 in the loss, its gradient and curvature.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Decoupled: rate x this x theta beside each update.")] = 0.0,
+    tune_l2: TuneL2 = False,
+    sharing: Sharing = "",
     out: Annotated[Path | None, typer.Option(help="Folder for run.json, run.safetensors, curves.png.")] = None,
     resume: Annotated[Path | None, typer.Option(help="run.safetensors of an earlier run of the same method.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json and nothing else.")] = False,
@@ -39,12 +48,13 @@ def train(
     methods = [method, *filter(None, against.split(","))]
     penalties = {"l2": l2, "weight_decay": weight_decay}
     if _is_pinn(task):
-        foreign = {"backend": backend != "numpy", "step": step != "self-tuning", **penalties}
+        foreign = {"backend": backend != "numpy", "step": step != "self-tuning", "tune_l2": tune_l2, "sharing": sharing}
+        foreign |= penalties
         _equation(task, methods, foreign, out, {"steps": steps, "seed": seed, "resume": resume, "as_json": as_json})
         return
     chosen = _task(task)
     _check(penalties)
-    runs = [_optimiser(name, chosen, step, penalties) for name in methods]
+    runs = _runs(methods, chosen, step, penalties, sharing, l2 if tune_l2 else None)
     xp = _backend(backend)
     if out is not None:
         folder(out)
@@ -57,9 +67,13 @@ def train(
         code = stopped(error)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
+    _hint()
+    end(trial, out, as_json, code)
+
+
+def _hint() -> None:
     if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & set(os.environ):
         typer.echo("hint: small networks train up to 10 times faster with OMP_NUM_THREADS=1", err=True)
-    end(trial, out, as_json, code)
 
 
 def _check(penalties: dict[str, float]) -> None:
@@ -97,8 +111,23 @@ def _equation(
     train_pinn(task, ["pinn-kfac", *methods[1:]] if methods[0] == "kfac" else methods, out=out, **options)
 
 
-def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> tuple[str, Any]:
+def _runs(
+    methods: list[str], task: Any, step: str, penalties: dict[str, float], sharing: str, tuned_from: float | None
+) -> list[tuple[str, Any]]:
+    """Each method with its optimiser; with `tuned_from`, their l2 is tuned from there on."""
+    from kfaccore.cli.tuning import online
+
+    runs = [_optimiser(name, task, step, penalties, sharing, tuned_from is not None) for name in methods]
+    if tuned_from is None:
+        return runs
+    return [(name, online(optimiser, task, tuned_from)) for name, optimiser in runs]
+
+
+def _optimiser(
+    name: str, task: Any, step: str, penalties: dict[str, float], sharing: str, tuned: bool
+) -> tuple[str, Any]:
     from kfaccore import Fixed, KLClip, LineSearch, Preconditioner, Schedules, SelfTuning
+    from kfaccore.cli.tuning import shared
     from kfaccore.method import OwnGradients, declares
     from kfaccore.methods import CATALOGUE
     from kfaccore_numpy import SGD, Adam
@@ -107,7 +136,7 @@ def _optimiser(name: str, task: Any, step: str, penalties: dict[str, float]) -> 
     if step not in rules:
         fail(f"--step is {step!r}; there are {', '.join(rules)}")
     if name in CATALOGUE:
-        method = CATALOGUE[name]()
+        method = shared(name, CATALOGUE[name], sharing, tuned)
         empirical = declares(method, OwnGradients)  # which a quadratic model of the loss cannot be made of
         rule = rules["line-search" if empirical and step == "self-tuning" else step]
         return name, Preconditioner(method, schedules=Schedules(**penalties), step=rule, donate=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kfaccore import xp as kernels
+from kfaccore.xp import traced
 from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, is_tracer, namespace
 from kfaccore.xp.asking import Answer, Ask, Asks
 from kfaccore.xp.codes import Code, choose
@@ -58,7 +59,9 @@ def identity(like: Array) -> Array:
 
 def diagonal(x: Array) -> Array:
     """The diagonal (blocks, d)."""
-    return x if is_diagonal(x) else namespace(x).linalg.diagonal(x)
+    if is_diagonal(x):
+        return x
+    return traced.diagonal(x) if is_tracer(x) else namespace(x).linalg.diagonal(x)
 
 
 def gram(rows: Array, diagonal: bool) -> Array:

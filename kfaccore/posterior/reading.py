@@ -84,6 +84,12 @@ def _noise(P: Posterior, name: str, record: Record, share: Array, W: Array) -> f
     scale = batch / kernels.scalar(record.n, W)
     squares = scale**2 * float(xp.sum(forms.quadratic(record, P.curvature.layers[name], W, diagonal=True)))
     mean = float(xp.sum(W * share * share))
-    trace = (float(squares) - batch * mean) / (batch - 1)
+    return noise_scale(float(squares), mean, batch)
+
+
+def noise_scale(squares: float, mean: float, batch: int) -> float:
+    """tr Sigma / |G|^2 from the sum of the examples' squared gradients and the square of their mean, both unbiased; inf
+    where the mean gradient is lost in noise."""
+    trace = (squares - batch * mean) / (batch - 1)
     true = mean - trace / batch
     return trace / true if true > 0 else float("inf")

@@ -30,6 +30,7 @@ class Ask:
 
     @property
     def blocks(self) -> int:
+        """How many matrices."""
         return self.arrays[0].shape[0]
 
     @property

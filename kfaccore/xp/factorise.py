@@ -9,7 +9,7 @@ import numpy as np
 from scipy.linalg import lapack
 from scipy.linalg import qr as scipy_qr
 
-from kfaccore.xp import halves
+from kfaccore.xp import halves, traced
 from kfaccore.xp.arrays import (
     Array,
     all_finite,
@@ -38,13 +38,13 @@ def spd_inverse(x: Array) -> tuple[Array, Array]:
     and NONFINITE (the returned matrix is the identity). Never an LU: Cholesky and its inverse throughout.
     """
     xp = namespace(x)
-    if is_tracer(x) and widest(x) == x.dtype:  # one attempt in the program, which the loop repeats
-        return _repaired(x, xp.zeros_like(x), xp.zeros(x.shape[:1], dtype=xp.bool), 0.0)
+    if is_tracer(x) and widest(x) == x.dtype:  # as it is, then the jitters
+        return traced.spd_inverse(x, _ATTEMPTS - 1, _PIVOT)
     inverse, ok, good = _attempt(x)
     if good:  # where it can be seen, the usual case costs nothing more
         return inverse, xp.zeros(x.shape[:1], dtype=xp.int32, device=device_of(x))
     if is_tracer(x):
-        return _repaired(x, inverse, ok, 1.0)
+        return _repaired(x, inverse, ok)
     return _rest_repaired(x, inverse, to_host(ok))
 
 
@@ -54,7 +54,7 @@ def _rest_repaired(x: Array, inverse: Array, ok: np.ndarray) -> tuple[Array, Arr
     bad = [i for i in range(x.shape[0]) if not ok[i]]
     failed = xp.stack([x[i, ...] for i in bad])
     never = xp.zeros(failed.shape[:1], dtype=xp.bool, device=device_of(x))
-    repaired, codes = _repaired(failed, failed, never, 1.0)
+    repaired, codes = _repaired(failed, failed, never)
     place = {i: n for n, i in enumerate(bad)}
     fine = xp.zeros((1,), dtype=codes.dtype, device=device_of(x))
     blocks = range(x.shape[0])
@@ -62,8 +62,8 @@ def _rest_repaired(x: Array, inverse: Array, ok: np.ndarray) -> tuple[Array, Arr
     return found, xp.concat([codes[place[i] : place[i] + 1] if i in place else fine for i in blocks])
 
 
-def _repaired(x: Array, inverse: Array, ok: Array, first: float) -> tuple[Array, Array]:
-    """`spd_inverse` from its attempt `first` on, for the blocks that are not `ok`."""
+def _repaired(x: Array, inverse: Array, ok: Array) -> tuple[Array, Array]:
+    """`spd_inverse` from its second attempt on, for the blocks that are not `ok`."""
     xp = namespace(x)
     finite = all_finite(x)
     eye = xp.eye(x.shape[-1], dtype=x.dtype, device=device_of(x))
@@ -84,11 +84,9 @@ def _repaired(x: Array, inverse: Array, ok: Array, first: float) -> tuple[Array,
         newly = good & ~ok & finite
         inverse = select(newly, xp.astype(retry, x.dtype), inverse)
         how = choose(attempt < 2, Code.FLOAT64, Code.JITTERED)
-        how = how if first else choose(attempt < 1, Code.OK, how)
-        following = attempt + (1.0 if first else xp.where(attempt < 1, 2.0, 1.0))  # no wider dtype: on to the jitter
-        return inverse, xp.where(newly, how, code), ok | newly, xp.astype(following, attempt.dtype)
+        return inverse, xp.where(newly, how, code), ok | newly, attempt + 1.0
 
-    start = xp.asarray(first, dtype=x.dtype, device=device_of(x))
+    start = xp.asarray(1.0, dtype=x.dtype, device=device_of(x))
     inverse, code, ok, _ = loop(unfinished, again, (inverse, zero, ok, start), _ATTEMPTS - 1)
     failed = choose(finite, Code.INDEFINITE, Code.NONFINITE)
     return select(ok, inverse, xp.zeros_like(x) + eye), xp.where(ok, code, failed)

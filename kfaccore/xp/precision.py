@@ -30,8 +30,10 @@ class Precision:
     Errors of a direction against float64, by real factors: TF32 solves 7e-4 to 3e-2, by their condition, bfloat16 rows
     4e-4 to 2e-3 (`bench/gpu.py`). TF32 is there on GPUs alone; elsewhere it is float32. ValueError for other names.
 
-    >>> with kf.Precision("bfloat16", "tf32").in_force():
-    ...     updates, state, info = pre.step(state, records, grads)
+    >>> import numpy as np
+    >>> with kf.Precision("bfloat16").in_force():
+    ...     kf.xp.gram(np.full((1, 1, 1), 1.001, np.float32))
+    array([[[1.]]], dtype=float32)
     """
 
     statistics: str = FLOAT32

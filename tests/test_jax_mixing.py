@@ -1,0 +1,139 @@
+"""Rows that other examples' outputs depend on are told from those that are one example's own, before a run."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from jax_models import FAST, mlp, mlp_params, normal
+from jax_needed import jax, jnp, kj, optax
+from jax_shared import MODELS
+
+X = normal((6, 5), seed=2)
+
+
+def norm(y, axes, stop=False):
+    centre = y.mean(axes, keepdims=True)
+    scale = ((y - centre) ** 2).mean(axes, keepdims=True) + 0.1
+    if stop:
+        centre = jax.lax.stop_gradient(centre)
+        scale = jax.lax.stop_gradient(scale)
+    return (y - centre) / jnp.sqrt(scale)
+
+
+def between(function):
+    """Two layers with something of the hidden units between them."""
+    return lambda p, x: function(jnp.tanh(x @ p[0][0] + p[0][1])) @ p[1][0] + p[1][1]
+
+
+def looped(h):
+    """Each turn sees the batch's mean of the turn before."""
+
+    def turn(carry, _):
+        return h + carry.mean(0), carry
+
+    return jax.lax.scan(turn, jnp.zeros_like(h), None, length=3)[1][-1]
+
+
+def chosen(h):
+    return jax.lax.cond(h[0, 0] > 2.0, lambda h: h, lambda h: h - h.mean(0), h)
+
+
+PLAIN = {
+    "batch norm": between(partial(norm, axes=(0,))),
+    "under checkpoint and jit": between(jax.jit(jax.checkpoint(partial(norm, axes=(0,))))),
+    "moments that carry no gradient": between(partial(norm, axes=(0,), stop=True)),
+    "layer norm": between(partial(norm, axes=(1,))),
+    "largest of the batch": between(lambda h: h / h.max(0)),
+    "contrast": between(lambda h: h + jax.nn.softmax(h @ h.T) @ h),
+    "a sum written as a product": between(lambda h: h - jnp.ones((1, len(h))) @ h / len(h)),
+    "a mean of the result": lambda p, x: mlp(p, x) - mlp(p, x).mean(0),
+    "a mean through a scan": between(looped),
+    "a mean in one branch": between(chosen),
+    "nothing": mlp,
+}
+KNOWN = [name for name in MODELS if "batch_norm" in name]
+
+
+def mixing(plan, params, x):
+    """{layer: whether a draw of one example alone reaches the row of another}."""
+    captured = kj.capture(plan, params, x)
+    alone = jnp.zeros((len(x), *captured.prediction.shape))
+    alone = alone.at[jnp.arange(len(x)), jnp.arange(len(x))].set(normal(captured.prediction.shape[1:], seed=8))
+    records = captured.records(alone, len(x), fisher=kf.monte_carlo)
+    found = {}
+    for layer in plan.layers:
+        rows = np.abs(records[layer.name].g).sum((1, 3, 4))
+        if not layer.common:
+            found[layer.name] = bool(np.any(rows * (1 - np.eye(len(x)))))
+    return found
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *KNOWN])
+def test_what_is_marked_is_what_a_draw_of_one_example_reaches(name):
+    if name in PLAIN:
+        apply, params, x = PLAIN[name], mlp_params(), X
+    else:
+        needs, make = MODELS[name]
+        for module in needs:
+            pytest.importorskip(module)
+        apply, params, x = make()
+    plan = kj.plan(apply, params, x)
+    assert {layer.name: layer.mixed for layer in plan.layers if not layer.common} == mixing(plan, params, x)
+    marked = {row.leaf for row in plan.table if "mix examples" in row.note}
+    assert marked == {part.leaf for layer in plan.layers if layer.mixed for part in layer.parts}
+
+
+def test_statistics_handed_out_beside_the_prediction_mix_nothing():
+    def apply(p, x):
+        h = jnp.tanh(x @ p[0][0] + p[0][1])
+        return h @ p[1][0] + p[1][1], h.mean(0)
+
+    plan = kj.plan(apply, mlp_params(), X, has_aux=True)
+    assert not any(layer.mixed for layer in plan.layers)
+
+
+def test_rows_that_mix_examples_have_signed_draws_and_no_shares_of_their_own():
+    params = mlp_params()
+    plan = kj.plan(PLAIN["batch norm"], params, X)
+    captured = kj.capture(plan, params, X)
+    columns = kf.type2(kf.Gaussian(), captured.prediction)
+    slope = captured.prediction / 6
+    records = captured.records(columns, 6, fisher=kf.type2, cotangent=slope)
+    assert set(records.own) == {"1.0"}
+    signed = captured.output_gradients(captured._signed(columns))
+    plain = captured.output_gradients(columns)
+    first, second = ({layer.name: layer.calls[0] for layer in plan.layers}[name] for name in ("0.0", "1.0"))
+    np.testing.assert_allclose(records["0.0"].g[:, 0, :, 0], signed[first], rtol=1e-12)
+    np.testing.assert_allclose(records["1.0"].g[:, 0, :, 0], plain[second], rtol=1e-12)
+
+
+def test_a_step_that_sets_its_rate_takes_layers_before_a_batch_norm_as_they_are():
+    params = mlp_params()
+    apply = PLAIN["batch norm"]
+    plan = kj.plan(apply, params, X)
+    tx = optax.chain(kj.kfac(plan, step=kf.SelfTuning()), optax.scale(-1.0))
+
+    def loss(params):
+        return 0.5 * jnp.mean(jnp.sum((apply(params, X) - X[:, :3]) ** 2, 1))
+
+    @partial(jax.jit, compiler_options=FAST)
+    def step(params, state, noise):
+        captured = kj.capture(plan, params, X)
+        slope = (captured.prediction - X[:, :3]) / 6
+        draws = kf.monte_carlo(kf.Gaussian(), captured.prediction, noise)
+        records = captured.records(draws, 6, fisher=kf.monte_carlo, cotangent=slope)
+        value = loss(params)
+        given = {"records": records, "value": value, "value_fn": loss}
+        moves, state = tx.update(captured.gradients(slope), state, params, **given)
+        return optax.apply_updates(params, moves), state, value
+
+    state = tx.init(params)
+    values = []
+    for i in range(8):
+        params, state, value = step(params, state, normal((1, 6, 3), seed=i))
+        values.append(float(value))
+    assert values[-1] < 0.2 * values[0]
