@@ -66,8 +66,9 @@ def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the stat
     if not isinstance(arrays, dict) or not all(isinstance(x, np.ndarray) for x in arrays.values()):
         raise ValueError(f"{source} is no dict of arrays by path: got {type(arrays).__name__}")
     wanted = dict(trees.items(like))
-    later = trees.later(like)
-    if not later & set(arrays):  # a file of before
+    for _, later in sorted(trees.later(like).items(), reverse=True):  # a file of before lacks all of the newest eras
+        if later & set(arrays):
+            break
         arrays = {**arrays, **{name: np.zeros_like(to_host(wanted[name])) for name in later}}
     if set(wanted) != set(arrays):
         missing = sorted(set(wanted) - set(arrays))

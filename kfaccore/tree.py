@@ -20,19 +20,24 @@ def static(**kwargs: Any) -> Any:
     return field(metadata={"static": True}, **kwargs)
 
 
-def added(**kwargs: Any) -> Any:
-    """A dataclass field that files of before do not have: its leaves are then zero."""
-    return field(metadata={"added": True}, **kwargs)
+def added(era: int = 1, **kwargs: Any) -> Any:
+    """A dataclass field that files of before do not have: its leaves are then zero. Fields that came at the same time
+    have one era, later ones a higher one."""
+    return field(metadata={"era": era}, **kwargs)
 
 
-def later(tree: object, path: str = "", marked: bool = False) -> set[str]:
-    """The paths of leaves under fields made with `added()`."""
+def later(tree: object, path: str = "", era: int = 0) -> dict[int, set[str]]:
+    """The paths of leaves under fields made with `added()`, by era."""
     inner = children(tree)
     if inner is None:
-        return {path} if marked else set()
-    of = {f.name for f in fields(tree) if f.metadata.get("added")} if is_dataclass(tree) else set()
-    parts = [later(child, f"{path}/{name}" if path else name, marked or name in of) for name, child in inner]
-    return set().union(*parts)
+        return {era: {path}} if era else {}
+    of = {f.name: f.metadata.get("era", 0) for f in fields(tree)} if is_dataclass(tree) else {}
+    found: dict[int, set[str]] = {}
+    for name, child in inner:
+        below = later(child, f"{path}/{name}" if path else name, max(era, of.get(name, 0)))
+        for when, paths in below.items():
+            found.setdefault(when, set()).update(paths)
+    return found
 
 
 def kept(kind: Kind) -> Kind:

@@ -8,6 +8,8 @@ import importlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -121,3 +123,12 @@ def test_sigterm_ends_with_the_step_and_the_files_can_be_resumed(monkeypatch, tm
     assert run("train", TASKS[0], "--steps", 3, "--out", tmp_path / "whole").exit_code == 0
     want, got = (kf.load(path)["params"] for path in (tmp_path / "whole" / "run.safetensors", file))
     assert all(np.array_equal(want[n], got[n]) for n in want)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stream_closed_since_python_began_is_none(number):
+    program = f"import os; os.close({number}); from kfaccore.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert ("No such command" in done.stderr) == (number == 1)

@@ -13,6 +13,7 @@ import kfaccore_numpy as kn
 from kfaccore import tree
 from kfaccore.step.model import Expansion, expansion
 from kfaccore.step.noise import Noise
+from kfaccore.xp.codes import Code
 
 
 def batch(rng, masked=False):
@@ -125,6 +126,37 @@ def test_alpha_and_mu_minimise_the_quadratic_model(rng):
             assert best <= model(told["alpha"] * bump[0], told["mu"] * bump[1]) + 1e-6 * abs(best)
     u = flat(updates)
     assert after.predicted == pytest.approx(-flat(grads) @ u + 0.5 * u @ (F - 0.3 * np.eye(34)) @ u, rel=1e-10)
+
+
+@pytest.mark.parametrize("seen", [1.0, 0.26, 0.1, 0.0])
+def test_a_batch_that_is_blind_to_the_previous_update_does_not_repeat_it_for_ever(rng, seen):
+    """The batch sees a share of the curvature that the one before saw along u; less than a quarter of it
+    counts as a quarter: (alpha, mu) solve the system with max(F_11, bent / 4)."""
+    x, previous, grads = directions(rng), directions(rng), directions(rng)
+    F = np.asarray([[3.0, 0.2 * seen**0.5], [0.2 * seen**0.5, 2.0 * seen]])
+    rule = kf.SelfTuning(cap=np.inf, memory=0.0, model=lambda *_: Expansion(F, np.asarray([1.0, 0.5])))
+    motion = dataclasses.replace(rule.init(previous), previous=previous, damping=1e-3, bent=2.0)
+    _, after, told = rule(motion, x, grads, batch(rng))
+    raised = np.asarray([[F[0, 0], F[0, 1]], [F[1, 0], max(F[1, 1], 0.5)]])
+    norms = np.asarray([[flat(v) @ flat(w) for w in (x, previous)] for v in (x, previous)])
+    step = np.linalg.solve(raised + 1e-3 * norms, [1.0, 0.5])
+    np.testing.assert_allclose([told["alpha"], told["mu"]], step, rtol=1e-12)
+    assert after.bent == pytest.approx(step @ raised @ step, rel=1e-12)
+    assert after.predicted == pytest.approx(-step @ [1.0, 0.5] + 0.5 * step @ raised @ step, rel=1e-12)
+
+
+def test_what_was_seen_of_an_update_goes_with_it(rng):
+    """Taken back: nothing is remembered. A batch that is not finite: the update and what was seen of it stay."""
+    rule = kf.SelfTuning()
+    motion = dataclasses.replace(rule.init(directions(rng)), damping=0.3)
+    x = directions(rng)
+    _, first, _ = rule(motion, x, directions(rng), batch(rng))
+    assert first.bent > 0
+    assert rule.judge(first, 1.0, 1.0, 0.9)[1].bent == first.bent
+    assert rule.judge(first, 1.0, 1.0, 2.0)[1].bent == 0
+    _, bad, told = rule(first, {n: v * np.nan for n, v in x.items()}, directions(rng), batch(rng))
+    assert told["code"] == Code.NONFINITE
+    assert rule.judge(bad, 1.0, np.nan, np.nan)[1].bent == first.bent
 
 
 def test_on_a_quadratic_the_ratio_is_one_and_damping_never_grows(rng):

@@ -49,10 +49,13 @@ def main() -> None:
     """Entry point of the `kfaccore` script: whatever happens ends with a line and an exit code, not a traceback."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        try:
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # terminals that lack a character
+        except OSError:  # closed since Python began
+            stream = None
         if stream is None:  # closed: what is opened next would take its number, and be printed into
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # terminals that lack a character
     signal.signal(signal.SIGTERM, _terminated)
     code = FAILED
     try:

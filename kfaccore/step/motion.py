@@ -72,6 +72,7 @@ class Motion:
     average     of the gradients
     first, last the loss before the first step and after the last one, 0 where not known
     seen        slope and noise, averaged over steps
+    bent        u^T F u of the previous update u as its own batch saw it; 0 where there is none
     """
 
     previous: dict[str, Array]
@@ -89,3 +90,4 @@ class Motion:
     first: Number = added(default=0.0)  # noqa: RUF009 a field
     last: Number = added(default=0.0)  # noqa: RUF009 a field
     seen: Seen = added(default_factory=Seen)  # noqa: RUF009 a field
+    bent: Number = added(era=2, default=0.0)  # noqa: RUF009 a field

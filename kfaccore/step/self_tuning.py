@@ -27,7 +27,7 @@ from kfaccore.step.motion import Average, Motion
 from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, combined, minimum
 from kfaccore.step.rule import ByModel
-from kfaccore.step.sharpness import sharpness
+from kfaccore.step.sharpness import sharpness, unforgotten
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
@@ -140,7 +140,7 @@ class SelfTuning(ByModel):
         left = {} if own.left is None else {"left": own.left}
         found = self.model(records, grads, pair, **left)
         norms = _gram(*pair)
-        F = found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms)
+        F = unforgotten(found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms), motion.bent)
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down)
         step = stack([*capped(alpha, mu, self.cap)])
@@ -151,12 +151,11 @@ class SelfTuning(ByModel):
         alpha = number(step[0])
         mu = number(step[1])
         updates = {name: combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
-        low = (abs(alpha) > 0) & (abs(alpha) < self.floor)
         sound = code != Code.NONFINITE
         after = replace(
             motion,
             previous=tree.map(partial(pick, sound), {**motion.previous, **updates}, motion.previous),
-            damping=pick(low, motion.damping / 0.8, motion.damping),
+            damping=pick((abs(alpha) > 0) & (abs(alpha) < self.floor), motion.damping / 0.8, motion.damping),
             alpha=alpha,
             mu=mu,
             sharp=sharp,
@@ -165,6 +164,7 @@ class SelfTuning(ByModel):
             code=int(code) if isinstance(code, Code) else code,
             first=first,
             seen=seen,
+            bent=pick(sound, number(step @ F @ step), motion.bent),
         )
         told = _told(motion, after, code) | seen.told(examples) | {"with_own": own.whole}
         return {name: _like(v, directions[name]) for name, v in updates.items()}, after, told
@@ -187,9 +187,11 @@ class SelfTuning(ByModel):
         look = good & moved & seen & (motion.steps % self.every == 0)
         kept = pick(moved, _bounded(motion.damping * pick(look, factor, 1.0)), motion.damping)
         grown = pick(told, _least(motion.damping * self.grow, _MOST), motion.damping)
+        stays = good | (motion.code == int(Code.NONFINITE))
         return pick(good, share, 0.0), replace(
             motion,
-            previous=_kept(good | (motion.code == int(Code.NONFINITE)), motion.previous),
+            previous=_kept(stays, motion.previous),
+            bent=pick(stays, motion.bent, 0.0),
             damping=pick(good, kept, grown),
             ratio=pick(look, ratio, motion.ratio),
             rejected=motion.rejected + pick(good, 0, 1),

@@ -2,14 +2,19 @@
 
 A minimum of the model lies where the model errs to the flat side. The curvature of a step is therefore raised to its
 running mean, by no more than it may be off.
+
+A batch may also not see a direction at all: one of zeros sees biases alone, one of a single example a few rows of J.
+The previous update then looks flat, and its factor mu has nothing but damping to end it. What its own batch saw of it
+is remembered, and a quarter of that counts at least.
 """
 
 from __future__ import annotations
 
-from kfaccore.xp.arrays import Array
-from kfaccore.xp.numbers import Number, finite, number, pick
+from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.numbers import Number, finite, number, pick, stack
 
 _ERRORS = 3.0  # standard errors that a model of few rows is taken to be off by
+_SHARE = 0.25  # of the curvature seen before
 
 
 def sharpness(mean: Number, F: Array, down: Array, rows: Number, memory: float) -> tuple[Number, Number]:
@@ -27,3 +32,12 @@ def sharpness(mean: Number, F: Array, down: Array, rows: Number, memory: float) 
     raised = moved / now
     raised = pick(most < raised, most, raised)
     return pick(known, moved, mean), pick(known & (moved > now), raised, 1.0)
+
+
+def unforgotten(F: Array, bent: Number) -> Array:
+    """F (2, 2), the previous update's curvature raised to a quarter, at least, of what the batch before saw of it."""
+    cross = number(F[0, 1])
+    p = number(F[1, 1])
+    least = _SHARE * bent
+    flat = stack([number(F[0, 0]), cross, cross, pick(p < least, least, p)])
+    return namespace(flat).reshape(flat, (2, 2))

@@ -14,7 +14,6 @@ The formulas (tests/formulas.py) use nothing of kfaccore.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections import Counter
@@ -26,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from campaigns import cycles as cycles_of
+from campaigns.ending import ended, options
 from conftest import NAMESPACES, Namespace
 from formulas import arrays, constant_gradients, one_example, scalars
 from rows import METHODS, Row
@@ -151,29 +151,24 @@ def campaign(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=200)
+    parser = options(__doc__, 200)
     parser.add_argument("--namespace", default="numpy")
     parser.add_argument("--only", default="")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", type=int, default=0, help="kinds of sizes a method; 0: any")
     parser.add_argument("--part", default="0/1", help="K/N: every N-th case from the K-th on")
     given = parser.parse_args()
     first, every = map(int, given.part.split("/"))
     numbers = range(first, given.count, every)
     namespace = next(n for n in NAMESPACES if n.name == given.namespace)
-    failures = 0
+    failures: list[str] = []
     for row in METHODS:
         if given.only and given.only != row.name:
             continue
         seen, broken = campaign(row, namespace, numbers, given.seed, given.shapes)
-        failures += len(broken)
+        failures += [f"{row.name}: {line}" for line in broken]
         share = seen["ok"] / len(numbers)
         print(f"{row.name:24} OK {share:.3f}  {dict(seen)}", flush=True)
-        for line in broken[:4]:
-            print("   ", line)
-    print(f"fuzz: {len(numbers)} records a method on {namespace.name}: {failures} broken promises")
-    return 1 if failures else 0
+    return ended(f"fuzz: {len(numbers)} records a method on {namespace.name}", failures)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ four times its bytes (and 2 MiB) are allocated, and an .npz may not grow beyond 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import struct
@@ -23,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kfaccore as kf
+from campaigns.ending import ended, options
 
 FREE = 2 << 20  # bytes that reading may take beside four times the file
 WORK = 64 << 20  # the same where something is computed
@@ -174,15 +174,9 @@ def campaign(count: int, seed: int) -> tuple[Counter[str], list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = options(__doc__, 300).parse_args()
     seen, broken = campaign(given.count, given.seed)
-    for line in broken[:20]:
-        print("   ", line)
-    print(f"hostile: {given.count} mutations, {dict(seen)}: {len(broken)} broken promises")
-    return 1 if broken else 0
+    return ended(f"hostile: {given.count} mutations, {dict(seen)}", broken)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,25 @@ were saved, however the writer ended, and the next save leaves nothing beside it
 
 from __future__ import annotations
 
-import argparse
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 
 import kfaccore as kf
+from campaigns.ending import ended, options
 
 WRITER = """
+import signal
 import sys
 import numpy as np
 import kfaccore as kf
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 number = int(sys.argv[2])
 while True:
     number += 1
@@ -64,15 +68,9 @@ def campaign(count: int, seed: int) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = options(__doc__, 20).parse_args()
     broken = campaign(given.count, given.seed)
-    for line in broken:
-        print("   ", line)
-    print(f"kill: {given.count} kills: {len(broken)} broken promises")
-    return 1 if broken else 0
+    return ended(f"kill: {given.count} kills", broken)
 
 
 if __name__ == "__main__":

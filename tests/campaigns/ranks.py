@@ -8,7 +8,6 @@ bits of the others, and the numbers of one process.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -22,6 +21,8 @@ from pathlib import Path
 for _name in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{_name}_NUM_THREADS", "1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from torch import nn
 
 import kfaccore as kf
 import kfaccore_torch as kt
+from campaigns.ending import ended, options
 
 STEPS = 4
 SECONDS = 120  # after which a rank counts as hung
@@ -211,18 +213,13 @@ def campaign(count: int, seed: int, kinds: list[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=10)
+    parser = options(__doc__, 10)
     parser.add_argument("--kinds", default=",".join(ODD))
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     kinds = given.kinds.split(",")
     torch.set_num_threads(1)
     broken = campaign(given.count, given.seed, kinds)
-    for line in broken:
-        print("   ", line)
-    print(f"ranks: {given.count} kills, {len(kinds)} kinds of difference: {len(broken)} broken promises")
-    return 1 if broken else 0
+    return ended(f"ranks: {given.count} kills, {len(kinds)} kinds of difference", broken)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ with 0 prints JSON without NaN, and names in other alphabets are shown as well a
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -23,6 +22,8 @@ from pathlib import Path
 for _name in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{_name}_NUM_THREADS", "1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import matplotlib.pyplot as plt
 import numpy as np
 import rich.progress  # noqa: F401 imported before the forks
@@ -30,6 +31,7 @@ import sklearn.datasets  # noqa: F401
 
 import kfaccore as kf
 import kfaccore_numpy as kn
+from campaigns.ending import ended, options
 from kfaccore.cli import main as command
 
 SECONDS = 60  # after which a command counts as hung
@@ -265,15 +267,9 @@ def campaign(count: int, seed: int) -> tuple[Counter[str], list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = options(__doc__, 400).parse_args()
     seen, broken = campaign(given.count, given.seed)
-    for text in broken[:20]:
-        print("   ", text.encode("ascii", "backslashreplace").decode())
-    print(f"terminals: {given.count} command lines, exits {dict(sorted(seen.items()))}: {len(broken)} broken promises")
-    return 1 if broken else 0
+    return ended(f"terminals: {given.count} command lines, exits {dict(sorted(seen.items()))}", broken)
 
 
 if __name__ == "__main__":
