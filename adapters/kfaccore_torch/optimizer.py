@@ -224,7 +224,7 @@ class Optimizer:
         self.engine.load(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """For torch.save; resumes bit for bit on any device."""
+        """For torch.save; loads on any device, and resumes bit for bit on one of its kind."""
         rest = {} if self.rest is None else {"rest": self.rest.state_dict()}
         return self.engine.state_dict() | rest
 

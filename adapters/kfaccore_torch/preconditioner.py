@@ -238,7 +238,7 @@ class Preconditioner:
         self.engine.load(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """For torch.save; resumes bit for bit on any device."""
+        """For torch.save; loads on any device, and resumes bit for bit on one of its kind."""
         return self.engine.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
