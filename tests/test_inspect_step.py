@@ -13,6 +13,12 @@ from kfaccore.analysis import own
 from kfaccore.cli import app
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A narrow terminal has not all columns."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 

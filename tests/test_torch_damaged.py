@@ -115,8 +115,7 @@ def test_a_copy_goes_on_as_the_original(copied):
 
 
 def test_two_models_in_two_threads_are_one_after_the_other():
-    def trained(seed):
-        net = Net(seed)
+    def trained(net, seed):
         ours = optimizer(net, seed)
         file = io.BytesIO()
         for _ in range(6):
@@ -124,7 +123,8 @@ def test_two_models_in_two_threads_are_one_after_the_other():
             torch.save(ours.state_dict(), file)
         return [p.detach().clone() for p in net.parameters()]
 
+    nets = [Net(1), Net(2)]  # made before: torch has one generator for all threads
     with ThreadPoolExecutor(2) as threads:
-        together = list(threads.map(trained, (1, 2)))
+        together = list(threads.map(trained, nets, (1, 2)))
     for seed, found in zip((1, 2), together, strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(found, trained(seed), strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(found, trained(Net(seed), seed), strict=True))
