@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from gpu_models import Case, cases
-from gpu_parts import errors, inverses, norms
+from gpu_parts import errors, idle, inverses, norms
 from report import Claim, at_most, finish, parser
 from torch.profiler import ProfilerActivity, profile
 
@@ -36,6 +36,14 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 KINDS = ("refresh", "plain", "update", "plain", "update", "plain")  # of a cycle
 GIB = 2**30
+# as constants: it covers convolutions and dense layers, and a run of it takes longer than all of this
+PEER = "kfac-pytorch, H200, 2026-11-26"
+PEER_WALLS = (
+    ("ResNet-50 float32", "10/100", 2.1),
+    ("ResNet-50 float32", "1/10", 7.2),
+    ("transformer float32", "10/100", 1.56),
+    ("transformer float32", "1/10", 3.7),
+)
 
 
 @dataclass
@@ -96,11 +104,6 @@ def products(case: Case) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def idle() -> None:
-    if GPU:
-        torch.cuda.synchronize()
 
 
 def fresh() -> None:
@@ -252,6 +255,7 @@ def main() -> None:
             more, told = errors(case)
             rows += more
             claims += told if GPU else []
+    rows += [[name, PEER, clocks, ratio, *[""] * 6] for name, clocks, ratio in PEER_WALLS]
     columns = ["network", "namespace", "step", "wall", "busy", "kernels", "host reads", "peak GiB", "state GiB", ""]
     finish("K-FAC over SGD on a GPU (SGD's rows in ms)", columns, rows, claims, given.json)
 

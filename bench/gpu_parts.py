@@ -28,16 +28,20 @@ PRECISIONS = {
 MOST = {"float32": 1e-3, "TF32 solves": 9e-3, "bfloat16 rows": 3e-3}
 
 
+def idle() -> None:
+    """Wait for the device."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
 def milliseconds(function: Callable[[], Any], repeats: int = 3) -> float:
     """Median time, the device idle before and after."""
     found = []
     for turn in range(repeats + 1):
-        if GPU:
-            torch.cuda.synchronize()
+        idle()
         start = time.perf_counter()
         function()
-        if GPU:
-            torch.cuda.synchronize()
+        idle()
         if turn:
             found.append(1e3 * (time.perf_counter() - start))
     return median(found)

@@ -91,3 +91,9 @@ class Motion:
     last: Number = added(default=0.0)  # noqa: RUF009 a field
     seen: Seen = added(default_factory=Seen)  # noqa: RUF009 a field
     bent: Number = added(era=2, default=0.0)  # noqa: RUF009 a field
+
+
+def lifted(damping: Number, alpha: Number, floor: float) -> Number:
+    """The damping, larger where it left a step alpha that is shorter than `floor`."""
+    low = (abs(alpha) > 0) & (abs(alpha) < floor)
+    return pick(low, damping / 0.8, damping)

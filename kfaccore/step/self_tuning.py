@@ -23,7 +23,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
 from kfaccore.step.leaving import leaving
 from kfaccore.step.model import Expansion, Penalty, counts, expansion, inner, trace, weighed
-from kfaccore.step.motion import Average, Motion
+from kfaccore.step.motion import Average, Motion, lifted
 from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, combined, minimum
 from kfaccore.step.rule import ByModel
@@ -155,7 +155,7 @@ class SelfTuning(ByModel):
         after = replace(
             motion,
             previous=tree.map(partial(pick, sound), {**motion.previous, **updates}, motion.previous),
-            damping=pick((abs(alpha) > 0) & (abs(alpha) < self.floor), motion.damping / 0.8, motion.damping),
+            damping=lifted(motion.damping, alpha, self.floor),
             alpha=alpha,
             mu=mu,
             sharp=sharp,
