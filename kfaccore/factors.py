@@ -142,8 +142,7 @@ def finite_means(A: Array, rows: float | Array, G: Array, n: float | Array) -> A
     """Whether the means of two grams, which are what will be stored, are finite, (blocks,): a bad row shows on a gram's
     diagonal, whose entries are squares, so that nothing cancels."""
     with np.errstate(over="ignore", invalid="ignore"):
-        xp = namespace(A)
-        traces = xp.sum(side.diagonal(A), axis=-1) / positive(rows) + xp.sum(side.diagonal(G), axis=-1) / positive(n)
+        traces = side.trace(A) / positive(rows) + side.trace(G) / positive(n)
         return traces - traces == 0
 
 

@@ -6,16 +6,19 @@ runs one; `lockstep` many side by side, so that what they ask in the same round 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TypeVar
 
-from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, is_numpy, is_tracer, namespace
 from kfaccore.xp.blocks import together
 from kfaccore.xp.chunks import spans
 
 BUDGET = 512 << 20  # bytes of the matrices that are worked on in one call
+MORE_WORK = 1.05  # that fewer sizes may cost, as a share of what there is
+MORE_MEMORY = 1.25
 
 R = TypeVar("R")
 Answer = tuple[Array, ...]
@@ -23,10 +26,15 @@ Answer = tuple[Array, ...]
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """operation(*arrays): a tuple of arrays. All have a blocks axis first, and each block's answer is its own."""
+    """operation(*arrays): a tuple of arrays. All have a blocks axis first, and each block's answer is its own.
+
+    grown   of an operation on matrices (blocks, d, d) that may stand in the corner of wider ones: the arrays for these,
+            whose answer has the one for `arrays` in its corners
+    """
 
     operation: Callable[..., Answer]
     arrays: tuple[Array, ...]
+    grown: Callable[[tuple[Array, ...], int], tuple[Array, ...]] | None = None
 
     @property
     def blocks(self) -> int:
@@ -79,8 +87,13 @@ def lockstep(callers: Sequence[Asks[R]]) -> Asks[list[R]]:
 def answered(asks: Sequence[Ask]) -> list[Answer]:
     """The answer of each: one call for those of one operation and size, in pieces of at most `BUDGET` bytes.
 
-    NumPy's are called one by one, as LAPACK takes a matrix at a time and a copy is all that joining would add.
+    NumPy's are called one by one, as LAPACK takes a matrix at a time and a copy is all that joining would add. What is
+    traced is compiled size by size: there matrices that are cheap beside others stand in the corner of wider ones.
     """
+    wider = widths([(ask.arrays[0].shape[0], ask.arrays[0].shape[-1]) for ask in asks if _grows(ask)])
+    if any(size != width for size, width in wider.items()):
+        found = answered([_at_width(ask, wider) for ask in asks])
+        return [_corner(answer, ask) for answer, ask in zip(found, asks, strict=True)]
     kinds: dict[object, list[int]] = {}
     for place, ask in enumerate(asks):
         kinds.setdefault(_kind(ask, place), []).append(place)
@@ -91,6 +104,45 @@ def answered(asks: Sequence[Ask]) -> list[Answer]:
             for place, answer in zip(piece, answers, strict=True):
                 found[place] = answer
     return found
+
+
+def widths(sizes: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """{size: the size it is worked on at} of matrices (how many, size): as few as more work in all, in cubes of the
+    sizes, by `MORE_WORK` and more memory by `MORE_MEMORY` buy, the cheapest first."""
+    many: dict[int, int] = {}
+    for blocks, size in sizes:
+        many[size] = many.get(size, 0) + blocks
+    found = {size: size for size in many}
+    room = [MORE_WORK * _extent(many, found, 3), MORE_MEMORY * _extent(many, found, 2)]
+    while len(set(found.values())) > 1:
+        kept = sorted(set(found.values()))
+        tries = [{s: high if w == low else w for s, w in found.items()} for low, high in pairwise(kept)]
+        best = min(tries, key=lambda trial: _extent(many, trial, 3))
+        if any(_extent(many, best, power) > most for power, most in zip((3, 2), room, strict=True)):
+            return found
+        found = best
+    return found
+
+
+def _extent(many: Mapping[int, int], widths: Mapping[int, int], power: int) -> int:
+    return sum(blocks * widths[size] ** power for size, blocks in many.items())
+
+
+def _grows(ask: Ask) -> bool:
+    return ask.grown is not None and is_tracer(ask.arrays[0]) and ask.arrays[0].ndim == 3 and ask.arrays[0].shape[-1] > 1
+
+
+def _at_width(ask: Ask, wider: Mapping[int, int]) -> Ask:
+    width = wider.get(ask.arrays[0].shape[-1], 0) if _grows(ask) else 0
+    if ask.grown is None or width in (0, ask.arrays[0].shape[-1]):
+        return Ask(ask.operation, ask.arrays)
+    return Ask(ask.operation, ask.grown(ask.arrays, width))
+
+
+def _corner(answer: Answer, ask: Ask) -> Answer:
+    """The answer at an ask's own size."""
+    d = ask.arrays[0].shape[-1]
+    return tuple(x[:, :d, :d] if x.ndim == 3 and x.shape[-1] > d else x for x in answer)
 
 
 def _kind(ask: Ask, place: int) -> object:
