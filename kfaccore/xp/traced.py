@@ -7,6 +7,7 @@ made inside the loop depends on its count, as what does not is moved out of it a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,17 @@ def widened(x: Array, width: int, fill: Array) -> Array:
     rows = jax.lax.iota("int32", width)
     beside = (rows[:, None] == rows[None, :]) & (rows[:, None] >= x.shape[-1])
     return jax.numpy.where(beside, fill[:, None, None], jax.numpy.pad(foreign, ((0, 0), (0, more), (0, more))))
+
+
+def in_turns(x: Array, step: int, times: int, of: Callable[[Array], Array]) -> Array:
+    """The sum of `of` over so many pieces of x, `step` long on its second axis: one body, which a loop repeats."""
+    import jax
+
+    def piece(turn: Any) -> Array:
+        return of(jax.lax.dynamic_slice_in_dim(x, turn * step, step, axis=1))
+
+    first: Any = piece(0)
+    return jax.lax.fori_loop(1, times, lambda turn, held: held + piece(turn), first)
 
 
 def total(x: Array) -> Array:
