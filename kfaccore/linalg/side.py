@@ -100,8 +100,8 @@ def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
 
 
 def grown(given: tuple[Array, Array], width: int) -> tuple[Array, Array]:
-    """What `inverse` takes, for factors in the corner of matrices of that width: beside them the mean of their diagonal,
-    which is then the wide ones' too."""
+    """What `inverse` takes, for factors in the corner of matrices of that width, with the mean of their diagonal beside
+    them, which is then the wide ones' too."""
     x, shift = given
     return traced.widened(x, width, trace(x) / x.shape[-1]), shift
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import TypeVar
 
 from kfaccore.xp.arrays import Array, device_of, is_numpy, is_tracer, namespace
 from kfaccore.xp.blocks import together
 from kfaccore.xp.chunks import spans
+from kfaccore.xp.widths import widths
 
 BUDGET = 512 << 20  # bytes of the matrices that are worked on in one call
-MORE_WORK = 1.05  # that fewer sizes may cost, as a share of what there is
-MORE_MEMORY = 1.25
 
 R = TypeVar("R")
 Answer = tuple[Array, ...]
@@ -106,33 +104,14 @@ def answered(asks: Sequence[Ask]) -> list[Answer]:
     return found
 
 
-def widths(sizes: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """{size: the size it is worked on at} of matrices (how many, size): as few as more work in all, in cubes of the
-    sizes, by `MORE_WORK` and more memory by `MORE_MEMORY` buy, the cheapest first."""
-    many: dict[int, int] = {}
-    for blocks, size in sizes:
-        many[size] = many.get(size, 0) + blocks
-    found = {size: size for size in many}
-    room = [MORE_WORK * _extent(many, found, 3), MORE_MEMORY * _extent(many, found, 2)]
-    while len(set(found.values())) > 1:
-        kept = sorted(set(found.values()))
-        tries = [{s: high if w == low else w for s, w in found.items()} for low, high in pairwise(kept)]
-        best = min(tries, key=lambda trial: _extent(many, trial, 3))
-        if any(_extent(many, best, power) > most for power, most in zip((3, 2), room, strict=True)):
-            return found
-        found = best
-    return found
-
-
-def _extent(many: Mapping[int, int], widths: Mapping[int, int], power: int) -> int:
-    return sum(blocks * widths[size] ** power for size, blocks in many.items())
-
-
 def _grows(ask: Ask) -> bool:
-    return ask.grown is not None and is_tracer(ask.arrays[0]) and ask.arrays[0].ndim == 3 and ask.arrays[0].shape[-1] > 1
+    """Whether its matrices may be worked on at a wider size."""
+    first = ask.arrays[0]
+    return ask.grown is not None and is_tracer(first) and first.ndim == 3 and first.shape[-1] > 1
 
 
 def _at_width(ask: Ask, wider: Mapping[int, int]) -> Ask:
+    """The same at the size it is worked on."""
     width = wider.get(ask.arrays[0].shape[-1], 0) if _grows(ask) else 0
     if ask.grown is None or width in (0, ask.arrays[0].shape[-1]):
         return Ask(ask.operation, ask.arrays)
