@@ -99,7 +99,7 @@ def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
     return 1.0 / xp.where(shifted > floor, shifted, xp.where(floor > 0, floor, xp.ones_like(floor))), code
 
 
-def grown(given: tuple[Array, Array], width: int) -> tuple[Array, Array]:
+def grown(given: tuple[Array, ...], width: int) -> tuple[Array, ...]:
     """What `inverse` takes, for factors in the corner of matrices of that width, with the mean of their diagonal beside
     them, which is then the wide ones' too."""
     x, shift = given
