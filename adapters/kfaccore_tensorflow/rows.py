@@ -84,14 +84,14 @@ def record(
     stacked    draws of a part that is used both ways are more examples, else positions of each draw's own, which keeps
                draws apart and takes as many times the memory
     """
-    if any(place.axis is None for place in places):
+    together = any(place.axis is None for place in places)
+    if together:
         places = [Place(None, mixes=True)] * len(places)
-        examples = 1
     pieces = []
     merged: dict[tuple, int] = {}
     for shape, found, place in zip(shapes, given, places, strict=True):
-        piece = _piece(part, shape, found, place, examples)
-        piece.exists = _exists(shape, piece, masks, examples)
+        piece = _piece(part, shape, found, place, 1 if together else examples)
+        piece.exists = _exists(shape, piece, masks, examples, found.rows)
         key = (shape.together, found.rows)
         if isinstance(shape.kind, Elementwise) and key in merged:
             pieces[merged[key]].g = pieces[merged[key]].g + piece.g
@@ -135,26 +135,40 @@ def _piece(part: Part, shape: Shape, found: Seen, place: Place, examples: int) -
     return _Piece(place.put(a, 1, rows, examples), g, shape.turned)
 
 
-def _exists(shape: Shape, piece: _Piece, masks: Sequence[np.ndarray], examples: int) -> np.ndarray | None:
+def _exists(
+    shape: Shape, piece: _Piece, masks: Sequence[np.ndarray], examples: int, rows: tuple[int, ...]
+) -> np.ndarray | None:
     """Positions that count: those that a mask leaves, and any other that moves the prediction all the same.
 
-    The mask is that of the layer's call or of one around it; else any of the batch's that is of the same positions. Of
-    look-ups that no example owns, those count that move the prediction.
+    rows    sizes of the call's row axes; of rows that stand together the first may still count examples
+
+    Of look-ups that no example owns, those count that move the prediction.
     """
-    positions = piece.g.shape[3]
+    batch, positions = piece.g.shape[2:4]
     live = np.any(piece.g != 0, axis=(0, 1, 4)) if len(piece.g) else None
-    if isinstance(shape.kind, Lookup) and piece.g.shape[2] == 1 < examples:
+    together = batch == 1 < examples
+    if together and isinstance(shape.kind, Lookup):
         return live
+    each = (examples, positions // examples) if together and rows and not rows[0] % examples else (batch, positions)
+    mask = _left(shape, masks, *each)
+    if mask is None:
+        return None
+    mask = mask.reshape(batch, positions)
+    return mask if live is None else mask | live
+
+
+def _left(shape: Shape, masks: Sequence[np.ndarray], examples: int, positions: int) -> np.ndarray | None:
+    """(examples, positions) by the mask of the layer's call or of one around it; else by any of the batch's that is of
+    the same positions."""
     candidates = [(*one, False) for one in shape.masks] + [(place, None, True) for place in range(len(masks))]
     for place, step, same in candidates:
         mask = masks[place].astype(bool)
         if step is not None and positions == 1:
             mask = mask[:, step : step + 1]
-        whole = mask.shape[0] == piece.g.shape[2] and positions % mask.shape[1] == 0
+        whole = mask.shape[0] == examples and positions % mask.shape[1] == 0
         if not whole or (step is not None and positions > 1) or (same and positions != mask.shape[1]):
             continue
-        mask = np.repeat(mask, positions // mask.shape[1], axis=1)
-        return mask if live is None else mask | live
+        return np.repeat(mask, positions // mask.shape[1], axis=1)
     return None
 
 
