@@ -205,6 +205,12 @@ class MovesWithBasis(Protocol):
     moves_with_basis: ClassVar[bool]
 
 
+class Restless(Protocol):
+    """Even without memory (decay 0) one more update on the same record after a refresh moves the state."""
+
+    restless: ClassVar[bool]
+
+
 class Unit(Protocol[R]):
     """Damping is in units of the block's own curvature."""
 
@@ -234,7 +240,8 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     Inverses: "TwoLevel",
     Eigensystem: "posterior, TwoLevel",
     Matrix: "posterior, analysis",
-    MovesWithBasis: "posterior",
+    MovesWithBasis: "posterior, analysis",
+    Restless: "analysis",
     Unit: "SharedDamping",
     Refreshing: "precondition; TwoLevel, SharedDamping",
 }
