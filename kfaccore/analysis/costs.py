@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Generic
 
 import numpy as np
 
 from kfaccore import tree
+from kfaccore.convolution.patches import Patches
 from kfaccore.method import Block, Hyper, Method, MovesWithBasis, Restless, S, State, T, declares
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, eps, from_host, namespace, to_host
+from kfaccore.xp.chunks import at_once
 
 ENOUGH = 0.005  # seconds of rounds after which no more are timed
 CLOCKS = ("update", "refresh", "solve")
@@ -113,12 +115,21 @@ def _swept(method: Method[S, T], record: Record, hyper: Hyper, cycles: int) -> F
     """Updates alone: methods of more than one round iterate on their averages, so that only the last of their refreshes
     counts. They end where one moves nothing: all others would do the same."""
     state = method.init(Block.of(record), record.g)
+    if cycles > 1:
+        record = _unfolded(record)
     for done in range(cycles):
         new = _updated(method, state, record, hyper)
         if cycles > 1 and _still(state, new):
             return Fit(new, done + 1)
         state = new
     return Fit(state, cycles)
+
+
+def _unfolded(record: Record) -> Record:
+    """With its patches as rows, where they are one chunk: every sweep would unfold them anew."""
+    if isinstance(record.a, Patches) and record.batch <= at_once(record.blocks * record.shared * record.d_in):
+        return replace(record, a=record.rows())
+    return record
 
 
 def _tells_more(method: Method[S, T], still: bool) -> bool:
