@@ -155,7 +155,7 @@ def _quadratic_of_jacobians(record: Record, basis: Basis, W: Array, diagonal: bo
     J = xp.permute_dims(jacobians(record, basis), (1, 0, 2, 3, 4))
     weighted = xp.reshape(J * W, (record.batch, record.draws, -1))
     J = xp.reshape(J, weighted.shape)
-    return xp.sum(J * weighted, axis=-1) if diagonal else xp.matmul(J, weighted.mT)
+    return xp.vecdot(J, weighted) if diagonal else xp.matmul(J, weighted.mT)
 
 
 def _quadratic_of_ids(record: Record, basis: Basis, W: Array, diagonal: bool) -> Array:
