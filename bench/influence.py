@@ -1,8 +1,8 @@
 """What do influence scores cost, and do they foretell retraining?
 
-EK-FAC influence of an MLP in float32 and of a transformer in torch, and the linear datamodelling score on digits with a tenth of the labels random.
-Claims against kronfluence are not run where it is not installed (the extra `rivals`). --large: 1,000 queries times
-50,000 examples in the memory given.
+EK-FAC influence of an MLP in float32 and of a transformer in torch, and the linear datamodelling score on digits with a
+tenth of the labels random. Claims against kronfluence are not run where it is not installed (the extra `rivals`).
+--large: 1,000 queries times 50,000 examples in the memory given.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Influence of sequences: EK-FAC of a transformer's 13 linear layers in torch, beside kronfluence's.
 
-Width 128, two layers, 64 tokens, float32, one thread. Embeddings and norms are frozen: kronfluence has linear layers only.
+Width 128, two layers, 64 tokens, float32, one thread. Embeddings and norms are frozen: kronfluence has linear layers.
 """
 
 from __future__ import annotations
