@@ -43,7 +43,8 @@ def _best(figures: list[Figures], many: int | None) -> list[tuple[str, list[Figu
     by_method: dict[str, list[Figures]] = {}
     for f in figures:
         by_method.setdefault(f.method, []).append(f)
-    order = sorted(by_method, key=lambda label: -_typical(by_method[label]))
+    known = [label for label in by_method if many is None or any(f.gain == f.gain for f in by_method[label])]
+    order = sorted(known or by_method, key=lambda label: -_typical(by_method[label]))  # notes tell of the others
     if many is not None and len(order) > many:
         floor = [label for label in order if label in FLOOR][:1]
         others = [label for label in order if label not in floor]
