@@ -107,15 +107,16 @@ define versions
 	REQUIRE=$(5) $(MATRIX)/$@/bin/python -m pytest $(6) $(ARGS)
 endef
 .PHONY: $(MATRICES:%=test-%-matrix) $(MATRICES:%=test-%-oldest) $(MATRICES:%=test-%-newest)
-$(MATRICES:%=test-%-matrix): test-%-matrix: test-%-oldest test-%-newest
 
 # flax 0.11 takes jax 0.6 but cannot scan with it.
 JAX = jax|jaxlib|flax|optax|equinox|dm-haiku
+test-jax-matrix: test-jax-oldest test-jax-newest
 test-jax-oldest:
 	$(call versions,$(PYTHON),$(JAX),$(,)jax$(,)jax-models,keras jax==0.6.0 'flax<0.11',jax,tests/test_jax_*.py)
 test-jax-newest:
 	$(call versions,$(NEWEST_PYTHON),$(JAX),$(,)jax$(,)jax-models,keras jax,jax,tests/test_jax_*.py)
 
+test-torch-matrix: test-torch-oldest test-torch-newest
 test-torch-oldest:
 	$(call versions,$(PYTHON),torch,$(,)torch,torch==2.6.0,torch,tests/test_torch_*.py)
 test-torch-newest:
@@ -123,6 +124,7 @@ test-torch-newest:
 
 # What runs on NumPy's arrays alone: the laws, the core, the command line.
 NUMPY_TESTS = tests --ignore-glob='*/test_torch*' --ignore-glob='*/test_jax*' --ignore-glob='*/test_tensorflow*'
+test-numpy-matrix: test-numpy-oldest test-numpy-newest
 test-numpy-oldest:
 	$(call versions,$(PYTHON),numpy|scipy,,numpy==2.0.0 scipy==1.16.0,,$(NUMPY_TESTS))
 test-numpy-newest:
@@ -130,6 +132,7 @@ test-numpy-newest:
 
 # TensorFlow 2.18 wants a NumPy below 2.1.
 KERAS = tensorflow.cpu|keras|numpy|scipy
+test-tensorflow-matrix: test-tensorflow-oldest test-tensorflow-newest
 test-tensorflow-oldest:
 	$(call versions,$(PYTHON),$(KERAS),$(,)tensorflow,tensorflow-cpu==2.18.0 keras==3.10.0,tensorflow,tests/test_tensorflow*.py)
 test-tensorflow-newest:
