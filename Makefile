@@ -10,9 +10,10 @@ DEMO = .venv-demo
 TEST = .venv-test
 ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
-	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs gpu
+	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs gpu \
+	operations memory analysis compress influence laplace
 
-.PHONY: demo test lint docs bench zoo zoo-tensorflow mutants campaigns clean test-release
+.PHONY: demo test lint docs bench zoo zoo-jax zoo-tensorflow mutants campaigns clean test-release
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore train digits-autoencoder --method kfac --against adam,sgd --out runs/demo
@@ -40,6 +41,9 @@ bench: $(TEST)/ready
 zoo: $(ZOO)/ready
 	status=0; for name in torch_zoo torch_loops; do $(ZOO)/bin/python bench/$$name.py $(ARGS) || status=1; done; \
 		exit $$status
+
+zoo-jax: $(TEST)/ready
+	$(TEST)/bin/python bench/jax_zoo.py $(ARGS)
 
 # Keras models: TensorFlow is in the environment of the tests.
 zoo-tensorflow: $(TEST)/ready
