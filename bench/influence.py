@@ -60,7 +60,7 @@ def costs(count: int, asked: int) -> dict[str, float]:
 
 
 def trained(x: np.ndarray, y: np.ndarray, l2: float, seed: int, steps: int = 80) -> dict[str, np.ndarray]:
-    """The small network at the minimum of its penalised loss, nearly: K-FAC on all data, of which no other are meant."""
+    """The small network at the minimum of its penalised loss, nearly: K-FAC on all data at once."""
     params = SMALL.init(np.random.default_rng(seed), lambda w: w.astype(np.float64))
     rule = kf.SelfTuning()
     rule = replace(rule, noise=replace(rule.noise, own=False))
