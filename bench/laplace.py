@@ -37,8 +37,8 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def costs(count: int) -> dict[str, float]:
-    """CPU seconds of the fit, the tuning and the predictions."""
+def costs(count: int) -> tuple[dict[str, float], float, float]:
+    """CPU seconds of the fit, the tuning and the predictions; peak MiB of them, and with laplace-torch's."""
     rng = np.random.default_rng(0)
     params = MLP.init(rng)
     x = rng.normal(size=(count, 784)).astype(np.float32)
@@ -51,8 +51,14 @@ def costs(count: int) -> dict[str, float]:
         return [probit(MLP.forward(params, x)[0], P.covariance(records)) for (x, _), records in pairs]
 
     found = {"fit": fit, "tuning three precisions": tune, "probit": seconds(predicted)[0]}
+    mine = peak()
     theirs = laplace_torch(x, np.concatenate([y for _, y in data]))
-    return found | {f"laplace-torch: {name}": took for name, took in theirs.items()}
+    return found | {f"laplace-torch: {name}": took for name, took in theirs.items()}, mine, peak()
+
+
+def peak() -> float:
+    """MiB that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def digits() -> tuple[tuple, tuple]:
@@ -103,9 +109,9 @@ def online_cost(steps: int) -> dict[str, float]:
 
 def main() -> None:
     args = arguments(__doc__)
-    found = costs(250 if args.quick else 1000)
+    found, mine, both = costs(250 if args.quick else 1000)
     rows: list[tuple] = [(f"{name} [CPU s]", value) for name, value in found.items()]
-    rows.append(("peak MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    rows += [("peak MiB", mine), ("peak MiB with laplace-torch", both)]
 
     def over(mine: str, theirs: str) -> float | None:
         other = found.get(f"laplace-torch: {theirs}")
@@ -126,6 +132,7 @@ def main() -> None:
         ),
         at_most("fit: seconds over laplace-torch's", over("fit", "fit"), 1.0),
         at_most("GLM probit: seconds over laplace-torch's", over("probit", "probit"), 1 / 200),
+        at_most("peak MiB over that with laplace-torch's", mine / both if over("fit", "fit") else None, 0.5),
         at_most("tuning the prior: seconds over laplace-torch's", over("tuning three precisions", "tuning"), 1.0),
         at_most("tuning: seconds over the fit's", found["tuning three precisions"] / found["fit"], 1.0),
         at_most("best of the grid minus online", None if args.quick else max(grid.values()) - online, 0.015),

@@ -12,6 +12,7 @@ from pathlib import Path
 from mutants_of_gpu import OF_GPU
 from mutants_of_laws import OF_LAWS
 from mutants_of_noise import OF_NOISE
+from mutants_of_uses import OF_USES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -236,6 +237,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     *OF_GPU,
     *OF_LAWS,
     *OF_NOISE,
+    *OF_USES,
 ]
 
 

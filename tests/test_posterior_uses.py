@@ -235,6 +235,10 @@ def test_scores_on_disk_are_of_what_they_were_asked_for(rng, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         kf.scores(P, queries, Interrupted(given), out=path)
     turned = [given[1], given[0], given[2]]
+    again = tmp_path / "again.npy"
+    with pytest.raises(KeyboardInterrupt):
+        kf.scores(P, queries, Interrupted(given), out=again)
+    np.testing.assert_array_equal(kf.scores(P, queries, turned, out=again), kf.scores(P, queries, turned))
     np.testing.assert_array_equal(kf.scores(other, queries, turned, out=path), kf.scores(other, queries, turned))
     each = kf.Posterior({"b": P.mean["b"]}, kf.Curvature({"b": P.curvature.layers["b"]}), 0.3)
     asked = (each, {"b": queries["b"]}, [{"b": r["b"]} for r in given])

@@ -206,6 +206,7 @@ def test_streams_of_a_sequential():
 
     def close(stream, want):
         got, every = joined(stream)
+        assert len(stream) == len(every) == 2
         for name, g in got.items():
             np.testing.assert_allclose(g.reshape(want[name].shape), want[name], rtol=1e-6, atol=1e-8)
         assert [batch["dense3"].n for batch in every] == [1, 3]

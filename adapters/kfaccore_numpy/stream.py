@@ -43,6 +43,10 @@ class Stream:
         if self.fisher not in known:
             raise ValueError(f"fisher is {self.fisher!r}; need one of kfaccore's {[f.__name__ for f in known]}")
 
+    def __len__(self) -> int:
+        """Of the batches, where they have one."""
+        return len(self.batches)  # type: ignore[arg-type]
+
     def __iter__(self) -> Iterator[dict[str, Record]]:
         for number, (x, y) in enumerate(self.batches):
             f, tape = self.network.forward(self.params, x)
@@ -73,6 +77,9 @@ class Pulled:
     params: Params
     batches: Iterable[Pair]
     pull: Callable[[Array, Array], Array]
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[dict[str, Record]]:
         for x, y in self.batches:

@@ -110,11 +110,13 @@ def _notes(found: Found, full: bool) -> list[str]:
 
 
 def _whom(rows: list[Figures], every: set[str]) -> str:
-    """Methods and layers of a note; many methods by those that it is not about."""
+    """Methods and layers of a note, and how many of their pairs if not all; many methods by those it is not about."""
     methods = list(dict.fromkeys(f.method for f in rows))
+    layers = list(dict.fromkeys(f.layer for f in rows))
+    pairs = len(methods) * len(layers)
+    some = "" if len(rows) == pairs else f"{len(rows)} of {pairs} figures of "
     others = sorted(every - set(methods))
     if len(methods) > 8:
         methods = ["every method" + (f" but {', '.join(others)}" if others else "")]
-    layers = list(dict.fromkeys(f.layer for f in rows))
     where = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-    return f"{', '.join(methods)} on {where}"
+    return f"{some}{', '.join(methods)} on {where}"

@@ -121,7 +121,7 @@ def examples(option: str, file: Path, run: Trained) -> tuple[np.ndarray, np.ndar
         fail(f"{option} {file}: x has shape {x.shape} and y {y.shape}; need (count, *{inputs}) and as many labels")
     first = next(iter(run.params.values()))
     x = x.astype(first.dtype)
-    bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+    bad = np.asarray(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))
     if bad.any():
         fail(f"{option} {file}: x of examples {_some(bad)} holds values that are not finite; leave these out")
     outputs = run.logits(x[:1]).shape[1:]
