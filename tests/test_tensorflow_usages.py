@@ -143,7 +143,17 @@ FITS = {
         {"loss": {"a": crossentropy(), "b": "mse"}, "loss_weights": {"a": 1.0, "b": 0.3}, "steps_per_execution": 3},
         named,
     ),
+    "a list of outputs": (
+        lambda: listed(outputs()),
+        {"loss": {"a": crossentropy(), "b": "mse"}, "metrics": {"a": "accuracy", "b": "mae"}},
+        named,
+    ),
 }
+
+
+def listed(model):
+    """Its outputs one after the other."""
+    return keras.Model(model.inputs, [model.get_layer(name).output for name in "ab"])
 
 
 @pytest.mark.parametrize(("make", "options", "data"), FITS.values(), ids=FITS)

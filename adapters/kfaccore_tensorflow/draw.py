@@ -12,6 +12,7 @@ import tensorflow as tf
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.kinds import Seen
+from kfaccore_tensorflow.losses import Told
 from kfaccore_tensorflow.places import Place, factors, owned, suggested
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.rows import Given, Shape, record, seen
@@ -24,8 +25,8 @@ ASK = 2  # draws that ask whose row is whose
 
 
 def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[Any]:
-    """((n, examples, asking draws), draws of each head) of a batch: predictions, then targets and weights as far as
-    there are `some`.
+    """((n, examples, asking draws), draws of each head) of a batch: predictions, then targets, weights and masks as far
+    as there are `some`.
 
     Draws that are no samples get a random sign an example and draw: nothing changes for rows that an example owns, and
     for others the products of two examples vanish in expectation.
@@ -33,11 +34,10 @@ def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[An
     arrays = iter([to_numpy(x) for x in given])
     heads = [next(arrays) for _ in engine.objective.names]
     rest = [next(arrays) if there else None for there in some]
-    targets = rest[: len(heads)]
-    weights = rest[len(heads) :]
+    told = [Told(*rest[i :: len(heads)]) for i in range(len(heads))]
     examples = len(heads[0])
     rng = np.random.default_rng([engine.settings.seed, engine.state.step])
-    draws = engine.objective.draws_of(engine.fisher, engine.settings.draws, heads, targets, weights, rng)
+    draws = engine.objective.draws_of(engine.fisher, engine.settings.draws, heads, told, rng)
     draws = [np.asarray(v) for v in draws]
     if engine.signs and engine.fisher in (kf.type2, kf.empirical):
         signs = rng.choice([-1.0, 1.0], (len(draws[0]), examples))
@@ -45,7 +45,7 @@ def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[An
     asked = 0 if engine.places is not None or not len(draws[0]) else ASK
     if asked:
         draws = [np.concatenate([_asking(f, examples), v]) for f, v in zip(heads, draws, strict=True)]
-    count = [engine.objective.share_of(heads, targets), examples, asked]
+    count = [engine.objective.share_of(heads, told), examples, asked]
     return [to_tensor(count, tf.float64), *(to_tensor(v, f.dtype) for v, f in zip(draws, heads, strict=True))]
 
 

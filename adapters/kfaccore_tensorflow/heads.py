@@ -16,15 +16,19 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
-from kfaccore_tensorflow.losses import Objective, checked, single
+from kfaccore_tensorflow.losses import Objective, Told, checked, single
 
 
 @dataclass(frozen=True)
 class Several:
-    """Objectives by output, and what multiplies them; predictions are a dict by name or a list in this order."""
+    """Objectives by output, and what multiplies them.
+
+    outputs    of the model, in the order of a list of predictions, those without a loss too; by default those here
+    """
 
     objectives: dict[str, Objective]
     weights: dict[str, float]
+    outputs: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,19 +59,20 @@ class Several:
         terms = [self.weights[name] * self.objectives[name].value(t, head, w) for t, (name, head), w in pairs]
         return tf.add_n([tf.cast(term, terms[0].dtype) for term in terms])
 
-    def draws_of(self, fisher: Callable, count: int, f: list, y: list, weights: list, rng: Any) -> list[Any]:
-        """Draws of each output; of `type2` each output's in turn, the others zero."""
+    def draws_of(self, fisher: Callable, count: int, f: list[np.ndarray], told: list[Told], rng: Any) -> list[Any]:
+        """Draws of each output; of `type2` each output's in turn, the others zero, as are those without a label."""
         found = {}
-        for name, head, target, weight in zip(self.names, f, y, weights, strict=True):
+        for name, head, of in zip(self.names, f, told, strict=True):
             one = self.objectives[name]
-            scale = self.weights[name] * len(head) / one.share(head, target)
-            draws = one.draws(fisher, count, head, target, weight, rng)
+            share = one.share_of([head], [of])
+            scale = self.weights[name] * len(head) / share if share else 0.0
+            draws = one.draws_of(fisher, count, [head], [of], rng)[0]
             found[name] = np.asarray(draws * (scale if fisher is kf.empirical else scale**0.5), head.dtype)
         if fisher is kf.type2:
             found = kf.Joint.padded(found)
         return [found[name] for name in self.names]
 
-    def share_of(self, f: list, y: list) -> float:
+    def share_of(self, f: list[np.ndarray], told: list[Told]) -> float:
         """The number of examples."""
         return float(len(f[0]))
 
@@ -76,15 +81,21 @@ class Several:
         return fisher is kf.forward_only
 
     def _named(self, x: Any, what: str) -> dict[str, Any]:
+        """By name; a list is of all outputs, or of those that have a loss."""
+        if tf.is_tensor(x) and len(self.outputs or self.names) == 1:
+            return {self.names[0]: x}
         if isinstance(x, Mapping):
             missing = [name for name in self.names if name not in x]
-            if missing or len(x) != len(self.names):
-                raise ValueError(f"{what} {sorted(x)}; need a loss for each output, there are {list(self.names)}")
+            if missing:
+                raise ValueError(f"{what} {sorted(x)}; there is none for {missing}, which has a loss")
             return dict(x)
-        if not isinstance(x, Sequence) or len(x) != len(self.names):
-            count = len(x) if isinstance(x, Sequence) else "one tensor"
-            raise ValueError(f"{what} {count}; need {len(self.names)}, one for each of {list(self.names)}")
-        return dict(zip(self.names, x, strict=True))
+        orders = (self.names, self.outputs)
+        count = len(x) if isinstance(x, Sequence) else 0
+        order = next((order for order in orders if len(order) == count), None)
+        if order is None:
+            came = count if isinstance(x, Sequence) else "one tensor"
+            raise ValueError(f"{what} {came}; need {len(self.names)}, one for each of {list(self.names)}")
+        return dict(zip(order, x, strict=True))
 
 
 def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None, names: Sequence[str] = ()) -> Any:
@@ -96,22 +107,21 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     """
     if isinstance(loss, kf.Joint):
         given = {name: single(one, fisher) for name, one in loss.losses}
-        return Several(given, dict(loss.weights))
+        return Several(given, dict(loss.weights), tuple(names))
     if not isinstance(loss, Mapping | list | tuple):
         return single(loss, fisher)
-    losses = dict(loss) if isinstance(loss, Mapping) else dict(zip(_named(names, loss), loss, strict=True))
-    if any(one is None for one in losses.values()):
-        none = [name for name, one in losses.items() if one is None]
-        raise ValueError(f"outputs {none} have no loss; give the model outputs that are trained")
+    given = dict(loss) if isinstance(loss, Mapping) else dict(zip(_named(names, loss), loss, strict=True))
+    losses = {name: one for name, one in given.items() if one is not None}
+    if not losses:
+        raise ValueError(f"none of the outputs {list(given)} has a loss; compile the model with one")
     ordered = [name for name in names if name in losses] if set(losses) <= set(names) else list(losses)
     scales = (
-        dict(weights)
-        if isinstance(weights, Mapping)
-        else dict(zip(losses, weights or [1.0] * len(losses), strict=True))
+        dict(weights) if isinstance(weights, Mapping) else dict(zip(given, weights or [1.0] * len(given), strict=True))
     )
     return Several(
         {name: single(losses[name], fisher) for name in ordered},
         {name: float(scales.get(name, 1.0)) for name in ordered},
+        tuple(names) or tuple(given),
     )
 
 

@@ -25,6 +25,8 @@ def judge(engine: Engine, before: Any, value: Callable[[], Any], variables: Sequ
     before = tf.cast(before, tf.float64)
 
     def ask(before: Any, found: Any, share: Any) -> Any:
+        if engine.void:
+            return share
         rule = engine.preconditioner.rule
         answer, motion = rule.judge(engine.state.motion, float(share), float(before), float(found))
         engine.state = replace(engine.state, motion=motion)

@@ -17,20 +17,40 @@ FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a batch tells of one output beside the prediction: arrays, or None.
+
+    weight  of examples or positions
+    mask    (batch, positions) of the prediction, as Keras layers pass it on: which of its positions count
+    """
+
+    target: Any = None
+    weight: Any = None
+    mask: Any = None
+
+    def valid(self, f: np.ndarray) -> np.ndarray | None:
+        """The mask, one entry a position of f."""
+        return None if self.mask is None else spread(self.mask.astype(bool), f)
+
+
+@dataclass(frozen=True)
 class Objective:
     """A loss whose Fisher is known.
 
     core     the per-example loss
     value    (target, prediction, sample weight or None) -> 0-d tensor, differentiable
-    share    (prediction, target) -> n, what the mean divides the core's sum by
+    share    (prediction, target, mask of its positions or None) -> n, what the mean divides the core's sum by
     """
 
     core: Any
     value: Callable[[Any, Any, Any], Any]
-    share: Callable[[np.ndarray, Any], float]
+    share: Callable[[np.ndarray, Any, Any], float]
 
-    def draws(self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any) -> Any:
-        """Output gradients (draws, *f.shape) of one of the core's four Fishers; a weight w scales draws by sqrt(w)."""
+    def draws(
+        self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any, mask: Any = None
+    ) -> Any:
+        """Output gradients (draws, *f.shape) of one of the core's four Fishers; a weight w scales draws by sqrt(w), and
+        they are zero where a mask (*f.shape[:-1]) is."""
         y = _target(self.core, f, y)
         if fisher is kf.monte_carlo:
             noise = kf.draw_noise(self.core, f.shape, count, rng)
@@ -39,6 +59,7 @@ class Objective:
             return kf.forward_only(f)
         else:
             draws = fisher(self.core, f, y)
+        draws = draws if mask is None else draws * mask[..., None].astype(f.dtype)
         if weight is None:
             return draws
         root = np.asarray(weight, f.dtype)
@@ -59,13 +80,14 @@ class Objective:
         """Targets or weights, one an output."""
         return [x]
 
-    def draws_of(self, fisher: Callable, count: int, f: list, y: list, weights: list, rng: Any) -> list[Any]:
+    def draws_of(self, fisher: Callable, count: int, f: list[np.ndarray], told: list[Told], rng: Any) -> list[Any]:
         """`draws` of each output."""
-        return [self.draws(fisher, count, f[0], y[0], weights[0], rng)]
+        one = told[0]
+        return [self.draws(fisher, count, f[0], one.target, one.weight, rng, one.valid(f[0]))]
 
-    def share_of(self, f: list, y: list) -> float:
+    def share_of(self, f: list[np.ndarray], told: list[Told]) -> float:
         """`share` of all outputs."""
-        return self.share(f[0], y[0])
+        return self.share(f[0], told[0].target, told[0].valid(f[0]))
 
     def drawless(self, fisher: Callable) -> bool:
         """Whether a Fisher makes no draws."""
@@ -87,7 +109,7 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
     if fisher not in FISHERS:
         raise ValueError(f"fisher is {fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
     if isinstance(loss, kf.SoftmaxCrossEntropy | kf.Bernoulli | kf.Gaussian):
-        return Objective(loss, _value(loss), lambda f, y: float(loss.normaliser(f, y)))
+        return Objective(loss, _value(loss), lambda f, y, mask: float(loss.normaliser(f, _target(loss, f, y), mask)))
     if loss is None:
         raise ValueError("there is no loss; compile the model with a Keras loss on logits")
     kind = type(loss) if isinstance(loss, keras.losses.Loss) else keras.losses.get(loss)
@@ -111,8 +133,10 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
     return Objective(core, lambda y, f, w: function(y, f, sample_weight=w), share)
 
 
-def _target(core: Any, f: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _target(core: Any, f: np.ndarray, y: np.ndarray | None) -> Any:
     """Labels as integers of the prediction's positions, of one-hot rows the largest; other targets like f."""
+    if y is None:
+        return None
     if not isinstance(core, kf.SoftmaxCrossEntropy):
         return np.asarray(y, f.dtype).reshape(f.shape)
     if y.shape == f.shape:
@@ -125,23 +149,26 @@ def _option(loss: Any, name: str) -> Any:
 
 
 def _value(loss: Any) -> Callable:
-    """The mean of a core loss for TensorFlow: value and gradient come from the core."""
+    """The mean of a core loss for TensorFlow, over the positions that a mask of the prediction leaves: value and
+    gradient come from the core. 0 where nothing counts."""
 
-    def both(f: Any, y: Any) -> tuple[Any, Any]:
+    def both(f: Any, y: Any, *masks: Any) -> tuple[Any, Any]:
         f = to_numpy(f)
-        y = to_numpy(y)
-        y = _target(loss, f, y)
-        n = float(loss.normaliser(f, y))
-        return to_tensor(loss.value(f, y) / n), to_tensor(loss.gradient(f, y) / n)
+        y = _target(loss, f, to_numpy(y))
+        mask = spread(to_numpy(masks[0]), f) if masks else None
+        n = float(loss.normaliser(f, y, mask)) or 1.0
+        return to_tensor(loss.value(f, y, mask) / n), to_tensor(loss.gradient(f, y, mask) / n)
 
     def value(y: Any, f: Any, weight: Any) -> Any:
         if weight is not None:
             raise ValueError("a loss of kfaccore takes no sample weights; use the Keras loss")
+        mask = mask_of(f)
 
         @tf.custom_gradient
         def mean(f: Any) -> tuple[Any, Callable]:
             wide = tf.float32 if f.dtype in (tf.float16, tf.bfloat16) else f.dtype
-            total, gradient = tf.py_function(both, [f, y], [wide, wide])
+            given = [f, y] if mask is None else [f, y, tf.cast(mask, tf.bool)]
+            total, gradient = tf.py_function(both, given, [wide, wide])
             total.set_shape(())
             gradient.set_shape(f.shape)
             return total, lambda upstream: tf.cast(upstream * gradient, f.dtype)
@@ -151,34 +178,33 @@ def _value(loss: Any) -> Callable:
     return value
 
 
-def masked(f: Any, weight: Any) -> Any:
-    """The weight under which Keras averages: a mask of the prediction makes the mean one over valid positions."""
-    mask = getattr(f, "_keras_mask", None)
-    if mask is None:
-        return weight
-    mask = tf.cast(mask, f.dtype)
-    mask = mask * tf.cast(tf.size(mask), f.dtype) / tf.maximum(tf.reduce_sum(mask), 1)
-    if weight is None:
-        return mask
-    weight = tf.cast(weight, f.dtype)
-    return mask * tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (mask.shape.rank - weight.shape.rank)], 0))
+def mask_of(f: Any) -> Any:
+    """The mask that Keras layers passed on to a prediction, under which losses average; or None."""
+    return getattr(f, "_keras_mask", None)
+
+
+def spread(mask: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """(batch, positions) as one entry a position of f (*positions, outputs)."""
+    lone = (1,) * (f.ndim - 1 - mask.ndim)
+    return np.broadcast_to(mask.reshape(*mask.shape, *lone), f.shape[:-1])
 
 
 def _sparse(loss: Any) -> tuple[Any, Callable]:
     core = kf.SoftmaxCrossEntropy(ignore=_option(loss, "ignore_class"))
-    return core, lambda f, y: float(core.normaliser(f, y))
+    return core, lambda f, y, mask: float(core.normaliser(f, _target(core, f, y), mask))
 
 
-def _gaussian(loss: Any) -> tuple[Any, Callable]:
-    """Keras takes the mean of (f - y)^2 over everything: 2 / f.size times the core's sum."""
-    return kf.Gaussian(), lambda f, y: f.size / 2
+def _over(outputs: Callable[[np.ndarray], float]) -> Callable:
+    """What Keras takes the mean over: positions that a mask leaves, times so many for each."""
+    return lambda f, y, mask: outputs(f) * float(np.prod(f.shape[:-1]) if mask is None else mask.sum())
 
 
 TABLE: dict[Any, Callable[[Any], tuple[Any, Callable]]] = {
     keras.losses.SparseCategoricalCrossentropy: _sparse,
-    keras.losses.CategoricalCrossentropy: lambda loss: (kf.SoftmaxCrossEntropy(), lambda f, y: f.size / f.shape[-1]),
-    keras.losses.BinaryCrossentropy: lambda loss: (kf.Bernoulli(), lambda f, y: float(f.size)),
-    keras.losses.MeanSquaredError: _gaussian,
+    keras.losses.CategoricalCrossentropy: lambda loss: (kf.SoftmaxCrossEntropy(), _over(lambda f: 1)),
+    keras.losses.BinaryCrossentropy: lambda loss: (kf.Bernoulli(), _over(lambda f: f.shape[-1])),
+    # (f - y)^2 is twice the core's
+    keras.losses.MeanSquaredError: lambda loss: (kf.Gaussian(), _over(lambda f: f.shape[-1] / 2)),
 }
 FUNCTIONS = {  # what a name such as "mse" stands for
     keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,

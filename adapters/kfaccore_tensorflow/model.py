@@ -47,6 +47,11 @@ class KFACModel(keras.Model):
         self._waiting: bytes | None = None
         self.built = model.built
 
+    @property
+    def output_names(self) -> Any:
+        """The inner model's, by which Keras tells losses, metrics and targets of several outputs."""
+        return self.inner.output_names
+
     def build(self, input_shape: Any) -> None:
         """Builds the inner model."""
         own = type(self.inner).build not in (keras.Model.build, keras.layers.Layer.build)
@@ -141,6 +146,10 @@ class KFACModel(keras.Model):
             )
         self.engine.objective = self._objective()  # compile may have changed it
         return self.engine
+
+    def export(self, filepath: Any, **options: Any) -> None:
+        """The inner model's: what is served predicts, and knows nothing of how it was trained."""
+        self.inner.export(filepath, **options)
 
     def get_config(self) -> dict[str, Any]:
         """The inner model and the settings."""

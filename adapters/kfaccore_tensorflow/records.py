@@ -104,10 +104,10 @@ class _Asked:
     def by_head(self, x: Any, heads: Any) -> list[Any]:
         return [None] * len(self.v)
 
-    def draws_of(self, fisher: Any, count: int, f: list, y: list, weights: list, rng: Any) -> list[Any]:
+    def draws_of(self, fisher: Any, count: int, f: list, told: list, rng: Any) -> list[Any]:
         return [v[None] for v in self.v]
 
-    def share_of(self, f: list, y: list) -> float:
+    def share_of(self, f: list, told: list) -> float:
         return 1.0
 
     def drawless(self, fisher: Any) -> bool:

@@ -12,6 +12,7 @@ import kfaccore as kf
 from kfaccore_tensorflow.halves import Half
 from kfaccore_tensorflow.kinds import Elementwise, Kind, Lookup, Seen
 from kfaccore_tensorflow.layout import Layout
+from kfaccore_tensorflow.masks import existing
 from kfaccore_tensorflow.places import Place
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.slopes import change
@@ -84,14 +85,14 @@ def record(
     stacked    draws of a part that is used both ways are more examples, else positions of each draw's own, which keeps
                draws apart and takes as many times the memory
     """
-    if any(place.axis is None for place in places):
+    together = any(place.axis is None for place in places)
+    if together:
         places = [Place(None, mixes=True)] * len(places)
-        examples = 1
     pieces = []
     merged: dict[tuple, int] = {}
     for shape, found, place in zip(shapes, given, places, strict=True):
-        piece = _piece(part, shape, found, place, examples)
-        piece.exists = _exists(shape, piece, masks, examples)
+        piece = _piece(part, shape, found, place, 1 if together else examples)
+        piece.exists = existing(piece.g, shape.masks, masks, examples, found.rows, isinstance(shape.kind, Lookup))
         key = (shape.together, found.rows)
         if isinstance(shape.kind, Elementwise) and key in merged:
             pieces[merged[key]].g = pieces[merged[key]].g + piece.g
@@ -133,29 +134,6 @@ def _piece(part: Part, shape: Shape, found: Seen, place: Place, examples: int) -
         np.put_along_axis(hot, index[None, ..., None], 1, axis=-1)
         return _Piece(hot, g, shape.turned)
     return _Piece(place.put(a, 1, rows, examples), g, shape.turned)
-
-
-def _exists(shape: Shape, piece: _Piece, masks: Sequence[np.ndarray], examples: int) -> np.ndarray | None:
-    """Positions that count: those that a mask leaves, and any other that moves the prediction all the same.
-
-    The mask is that of the layer's call or of one around it; else any of the batch's that is of the same positions. Of
-    look-ups that no example owns, those count that move the prediction.
-    """
-    positions = piece.g.shape[3]
-    live = np.any(piece.g != 0, axis=(0, 1, 4)) if len(piece.g) else None
-    if isinstance(shape.kind, Lookup) and piece.g.shape[2] == 1 < examples:
-        return live
-    candidates = [(*one, False) for one in shape.masks] + [(place, None, True) for place in range(len(masks))]
-    for place, step, same in candidates:
-        mask = masks[place].astype(bool)
-        if step is not None and positions == 1:
-            mask = mask[:, step : step + 1]
-        whole = mask.shape[0] == piece.g.shape[2] and positions % mask.shape[1] == 0
-        if not whole or (step is not None and positions > 1) or (same and positions != mask.shape[1]):
-            continue
-        mask = np.repeat(mask, positions // mask.shape[1], axis=1)
-        return mask if live is None else mask | live
-    return None
 
 
 def _balanced(pieces: list[_Piece]) -> None:

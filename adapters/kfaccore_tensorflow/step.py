@@ -101,6 +101,7 @@ class Engine:
         self.signs = not kf.own_gradients(self.preconditioner)
         self.state: Any = None
         self.info: kf.Info | None = None
+        self.void = False  # whether nothing counted in the last batch
         if plan is not None:
             self.adopt(plan)
 
@@ -196,6 +197,10 @@ class Engine:
         arrays = [to_numpy(x) for x in flat]
         count = len(arrays) - len(variables)
         taken = draw.recorded(self, tensors, arrays[:count])
+        self.void = taken is None and self.preconditioner.wants_records(self.state)
+        if self.void:  # every label is ignored: there is nothing to learn, and nothing to judge
+            warnings.warn("a batch in which nothing counts was left out", stacklevel=2)
+            return [to_tensor(0.0, tf.float64), *(to_tensor(np.zeros_like(g)) for g in arrays[count:])]
         gradients = dict(zip(map(id, variables), arrays[count:], strict=True))
         grads = {p.name: p.matrix({role: gradients[id(v)] for role, v in p.variables.items()}) for p in parts}
         directions = self._directions(taken, grads, float(loss))

@@ -112,12 +112,12 @@ class _Units:
     def by_head(self, x: Any, heads: Any) -> list[Any]:
         return [None]
 
-    def draws_of(self, fisher: Any, count: int, f: list, y: list, weights: list, rng: Any) -> list[Any]:
+    def draws_of(self, fisher: Any, count: int, f: list, told: list, rng: Any) -> list[Any]:
         units = int(np.prod(f[0].shape[1:]))
         eye = np.eye(units, dtype=f[0].dtype).reshape(units, 1, *f[0].shape[1:])
         return [np.broadcast_to(eye, (units, *f[0].shape))]
 
-    def share_of(self, f: list, y: list) -> float:
+    def share_of(self, f: list, told: list) -> float:
         return float(len(f[0]))
 
     def drawless(self, fisher: Any) -> bool:

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import HALF, widened
-from kfaccore_tensorflow.losses import masked
+from kfaccore_tensorflow.losses import mask_of
 from kfaccore_tensorflow.observe import Call, Observed
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.rows import Shape
@@ -136,9 +136,9 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
     kinds = [tf.float32 if f.dtype in HALF else f.dtype for f in values]
     targets = engine.objective.by_head(given.target, given.heads)
     weights = engine.objective.by_head(given.weight, given.heads)
-    weights = [masked(f, w) for f, w in zip(values, weights, strict=True)]
-    present = [x for x in (*targets, *weights) if x is not None]
-    some = tuple(x is not None for x in (*targets, *weights))
+    told = [*targets, *weights, *map(mask_of, values)]
+    present = [x for x in told if x is not None]
+    some = tuple(x is not None for x in told)
 
     def one(drawn: Sequence[Tensor]) -> list[Tensor]:
         cast = [tf.cast(v, f.dtype) for v, f in zip(drawn, values, strict=True)]
