@@ -13,6 +13,7 @@ import tensorflow as tf
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 
+CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)
 FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
 
 
@@ -108,7 +109,7 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
     """From a loss of kfaccore, or a Keras loss of mean reduction on logits; ValueError for any other."""
     if fisher not in FISHERS:
         raise ValueError(f"fisher is {fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
-    if isinstance(loss, kf.SoftmaxCrossEntropy | kf.Bernoulli | kf.Gaussian):
+    if isinstance(loss, CORE):
         return Objective(loss, _value(loss), lambda f, y, mask: float(loss.normaliser(f, _target(loss, f, y), mask)))
     if loss is None:
         raise ValueError("there is no loss; compile the model with a Keras loss on logits")
