@@ -10,10 +10,10 @@ DEMO = .venv-demo
 TEST = .venv-test
 ZOO = .venv-zoo
 BENCHES = step_cost conv_patches digits self_tuning torch_step torch_steps_to_target solve_cost_by_width brand_scaling \
-	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs gpu
+	singd_memory fngd_epochs block_quality two_term_epochs two_level advise jax_step tf_step pinn long_runs gpu \
+	operations memory analysis compress influence laplace
 
-.PHONY: demo test lint docs bench zoo zoo-tensorflow mutants campaigns clean test-release \
-	test-jax-matrix test-torch-matrix test-numpy-matrix test-tensorflow-matrix
+.PHONY: demo test lint docs bench zoo zoo-jax zoo-tensorflow mutants campaigns clean test-release
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/kfaccore train digits-autoencoder --method kfac --against adam,sgd --out runs/demo
@@ -41,6 +41,9 @@ bench: $(TEST)/ready
 zoo: $(ZOO)/ready
 	status=0; for name in torch_zoo torch_loops; do $(ZOO)/bin/python bench/$$name.py $(ARGS) || status=1; done; \
 		exit $$status
+
+zoo-jax: $(TEST)/ready
+	$(TEST)/bin/python bench/jax_zoo.py $(ARGS)
 
 # Keras models: TensorFlow is in the environment of the tests.
 zoo-tensorflow: $(TEST)/ready
@@ -94,36 +97,50 @@ $(TEST)/docs: $(TEST)/ready
 	$(TEST)/bin/python $(PIP) -e '.[docs]'
 	touch $@
 
-# Oldest and newest: $(call versions,environment,what constraints.txt does not pin,extras,pins,REQUIRE,tests)
+# The oldest that pyproject.toml allows on PYTHON, and the newest that an installer finds on the newest Python there is:
+# $(call versions,Python,what constraints.txt does not pin,extras,pins,REQUIRE,tests). ARGS goes to pytest.
+MATRIX ?= .venv-matrix
+MATRICES = jax torch numpy tensorflow
+NEWEST_PYTHON ?= $(or $(lastword $(shell $(PYTHON) tests/campaigns/pythons.py)),$(PYTHON))
 define versions
-	$(PYTHON) -m venv $(1)
-	grep -vE '^($(2))==' constraints.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(1)/constraints.txt -e '.[$(3)]' $(4)
-	REQUIRE=$(5) $(1)/bin/python -m pytest $(6)
+	$(1) -m venv --clear $(MATRIX)/$@
+	grep -vE '^($(2))==' constraints.txt > $(MATRIX)/$@/constraints.txt
+	$(MATRIX)/$@/bin/python -m pip install --quiet --disable-pip-version-check -c $(MATRIX)/$@/constraints.txt \
+		-e '.[test$(3)]' $(4)
+	$(MATRIX)/$@/bin/python -m pip list --disable-pip-version-check | grep -iE '^($(2)) '
+	REQUIRE=$(5) $(MATRIX)/$@/bin/python -m pytest $(6) $(ARGS)
 endef
+.PHONY: $(MATRICES:%=test-%-matrix) $(MATRICES:%=test-%-oldest) $(MATRICES:%=test-%-newest)
 
-# The oldest JAX that pyproject.toml allows and the newest that this Python takes; flax 0.11 takes jax 0.6 but cannot
-# scan with it.
+# flax 0.11 takes jax 0.6 but cannot scan with it.
 JAX = jax|jaxlib|flax|optax|equinox|dm-haiku
-test-jax-matrix:
-	$(call versions,.venv-jax-oldest,$(JAX),test$(,)jax$(,)jax-models,keras jax==0.6.0 'flax<0.11',jax,tests/test_jax_*.py)
-	$(call versions,.venv-jax-newest,$(JAX),test$(,)jax$(,)jax-models,keras jax,jax,tests/test_jax_*.py)
+test-jax-matrix: test-jax-oldest test-jax-newest
+test-jax-oldest:
+	$(call versions,$(PYTHON),$(JAX),$(,)jax$(,)jax-models,keras jax==0.6.0 'flax<0.11',jax,tests/test_jax_*.py)
+test-jax-newest:
+	$(call versions,$(NEWEST_PYTHON),$(JAX),$(,)jax$(,)jax-models,keras jax,jax,tests/test_jax_*.py)
 
-test-torch-matrix:
-	$(call versions,.venv-torch-oldest,torch,test$(,)torch,torch==2.6.0,torch,tests/test_torch_*.py)
-	$(call versions,.venv-torch-newest,torch,test$(,)torch,torch,torch,tests/test_torch_*.py)
+test-torch-matrix: test-torch-oldest test-torch-newest
+test-torch-oldest:
+	$(call versions,$(PYTHON),torch,$(,)torch,torch==2.6.0,torch,tests/test_torch_*.py)
+test-torch-newest:
+	$(call versions,$(NEWEST_PYTHON),torch,$(,)torch,torch,torch,tests/test_torch_*.py)
 
 # What runs on NumPy's arrays alone: the laws, the core, the command line.
 NUMPY_TESTS = tests --ignore-glob='*/test_torch*' --ignore-glob='*/test_jax*' --ignore-glob='*/test_tensorflow*'
-test-numpy-matrix:
-	$(call versions,.venv-numpy-oldest,numpy|scipy,test,numpy==2.0.0 scipy==1.16.0,,$(NUMPY_TESTS))
-	$(call versions,.venv-numpy-newest,numpy|scipy,test,numpy scipy,,$(NUMPY_TESTS))
+test-numpy-matrix: test-numpy-oldest test-numpy-newest
+test-numpy-oldest:
+	$(call versions,$(PYTHON),numpy|scipy,,numpy==2.0.0 scipy==1.16.0,,$(NUMPY_TESTS))
+test-numpy-newest:
+	$(call versions,$(NEWEST_PYTHON),numpy|scipy,,numpy scipy,,$(NUMPY_TESTS))
 
 # TensorFlow 2.18 wants a NumPy below 2.1.
-KERAS = tensorflow-cpu|keras|numpy|scipy
-test-tensorflow-matrix:
-	$(call versions,.venv-tf-oldest,$(KERAS),test$(,)tensorflow,tensorflow-cpu==2.18.0 keras==3.10.0,tensorflow,tests/test_tensorflow*.py)
-	$(call versions,.venv-tf-newest,$(KERAS),test$(,)tensorflow,tensorflow-cpu keras,tensorflow,tests/test_tensorflow*.py)
+KERAS = tensorflow.cpu|keras|numpy|scipy
+test-tensorflow-matrix: test-tensorflow-oldest test-tensorflow-newest
+test-tensorflow-oldest:
+	$(call versions,$(PYTHON),$(KERAS),$(,)tensorflow,tensorflow-cpu==2.18.0 keras==3.10.0,tensorflow,tests/test_tensorflow*.py)
+test-tensorflow-newest:
+	$(call versions,$(NEWEST_PYTHON),$(KERAS),$(,)tensorflow,tensorflow-cpu keras,tensorflow,tests/test_tensorflow*.py)
 
 # The wheel and the sdist, each in an empty environment of each Python that there is, used from an empty folder.
 test-release: $(TEST)/ready
@@ -132,4 +149,4 @@ test-release: $(TEST)/ready
 	$(TEST)/bin/python tests/campaigns/release.py $(PYTHONS:%=--python %) dist/*.whl dist/*.tar.gz
 
 clean:
-	rm -rf $(DEMO) $(TEST) $(ZOO) .venv-*-oldest .venv-*-newest runs dist build docs/_build docs/generated .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) $(ZOO) $(MATRIX) runs dist build docs/_build docs/generated .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 """What do influence scores cost, and do they foretell retraining?
 
-EK-FAC influence of an MLP in float32, and the linear datamodelling score on digits with a tenth of the labels random.
-Claims against kronfluence are not run where it is not installed (the extra `rivals`). --large: 1,000 queries times
-50,000 examples in the memory given.
+EK-FAC influence of an MLP in float32 and of a transformer in torch, and the linear datamodelling score on digits with a
+tenth of the labels random. Claims against kronfluence are not run where it is not installed (the extra `rivals`).
+--large: 1,000 queries times 50,000 examples in the memory given.
 """
 
 import os
@@ -13,8 +13,10 @@ for _name in ("OMP", "OPENBLAS", "MKL"):
 import resource
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
+import influence_sequences as sequences
 import numpy as np
 from posterior_rivals import kronfluence
 from report import Claim, at_least, at_most, claim, finish, parser
@@ -142,6 +144,18 @@ def rivals(ours: dict[str, float], count: int, asked: int) -> list[Claim]:
     ]
 
 
+def of_sequences(rows: list[tuple], claims: list[Claim], quick: bool) -> None:
+    """A transformer's figures, where torch is installed."""
+    if quick or find_spec("torch") is None:
+        claims += [at_most(f"transformer, {part}", None, limit) for part, limit in sequences.LIMITS.items()]
+        return
+    found = sequences.costs(500, 100)
+    rows += [
+        (f"transformer, N 500: {name}{'' if 'MiB' in name else ' [CPU s]'}", value) for name, value in found.items()
+    ]
+    claims += sequences.claims(found, 500, 100)
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--large", action="store_true", help="1,000 x 50,000 scores of the MLP")
@@ -152,8 +166,12 @@ def main() -> None:
     count, subsets = (500, 12) if args.quick else (2000, 60)
     ours = costs(count, 100)
     rows: list[tuple] = [(f"MLP, N {count}: {name} [CPU s]", value) for name, value in ours.items()]
-    rows += [("peak MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)]
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rows += [("MLP: peak MiB", mine)]
     claims = rivals(ours, count, 100)
+    theirs = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # ours is in it: never less than theirs alone
+    claims.append(at_most("MLP: peak MiB over that with kronfluence's", mine / theirs if theirs > mine else None, 1.0))
+    of_sequences(rows, claims, args.quick)
     for l2, target in ((1e-3, 0.64), (1e-2, 0.76)):
         found = foretold(l2, subsets)
         rows += [(f"LDS at l2 {l2:g}: {name}", value) for name, value in found.items()]

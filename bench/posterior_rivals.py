@@ -57,6 +57,12 @@ def data(x: np.ndarray, y: np.ndarray) -> Any:
 
 def kronfluence(x: np.ndarray, y: np.ndarray, asked: int) -> dict[str, float]:
     """Of fit (EK-FAC, labels sampled once), pairwise scores and self-influence; empty where it is not installed."""
+    whole = data(x, y)
+    return influences(network, whole, data(x[:asked], y[:asked]), BATCH)
+
+
+def influences(made: Callable[[], Any], whole: Any, queries: Any, batch: int) -> dict[str, float]:
+    """As `kronfluence`, of a model whose outputs (batch, classes, ...) are judged by cross-entropy, summed over all."""
     try:
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.arguments import FactorArguments
@@ -68,28 +74,26 @@ def kronfluence(x: np.ndarray, y: np.ndarray, asked: int) -> dict[str, float]:
     class CrossEntropy(Task):
         def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Any:
             f = model(batch[0])
-            labels = torch.distributions.Categorical(logits=f.detach()).sample() if sample else batch[1]
+            logits = f.detach().movedim(1, -1)
+            labels = torch.distributions.Categorical(logits=logits).sample() if sample else batch[1]
             return torch.nn.functional.cross_entropy(f, labels, reduction="sum")
 
         def compute_measurement(self, batch: Any, model: Any) -> Any:
             return self.compute_train_loss(batch, model)
 
     task = CrossEntropy()
-    whole = data(x, y)
-    queries = data(x[:asked], y[:asked])
-    each = {"per_device_train_batch_size": BATCH}
+    each = {"per_device_train_batch_size": batch}
     with tempfile.TemporaryDirectory() as folder:
-        made = Analyzer("mlp", prepare_model(network(), task), task, cpu=True, output_dir=folder, disable_tqdm=True)
-        factors = FactorArguments(strategy="ekfac")
-        sizes = {"per_device_batch_size": BATCH, "factor_args": factors}
+        run = Analyzer("model", prepare_model(made(), task), task, cpu=True, output_dir=folder, disable_tqdm=True)
+        sizes = {"per_device_batch_size": batch, "factor_args": FactorArguments(strategy="ekfac")}
         return {
-            "fit": seconds(lambda: made.fit_all_factors("f", whole, **sizes)),
+            "fit": seconds(lambda: run.fit_all_factors("f", whole, **sizes)),
             "pairwise": seconds(
-                lambda: made.compute_pairwise_scores(
-                    "p", "f", queries, whole, per_device_query_batch_size=asked, **each
+                lambda: run.compute_pairwise_scores(
+                    "p", "f", queries, whole, per_device_query_batch_size=len(queries), **each
                 )
             ),
-            "self": seconds(lambda: made.compute_self_scores("s", "f", whole, **each)),
+            "self": seconds(lambda: run.compute_self_scores("s", "f", whole, **each)),
         }
 
 

@@ -129,7 +129,10 @@ def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
     rows = float(record.batch * record.shared) if record.mask is None else valid_rows(record)
-    n = record.n if isinstance(record.n, int | float) else namespace(G).reshape(scalar(record.n, G), (1,))
+    xp = namespace(G)
+    n = record.n
+    if not isinstance(n, int | float):  # one a block, as layers of a stack are joined by blocks
+        n = xp.broadcast_to(xp.reshape(scalar(n, G), (1,)), (record.blocks,))
     return Sums(A, rows, G, n)
 
 
@@ -142,8 +145,7 @@ def finite_means(A: Array, rows: float | Array, G: Array, n: float | Array) -> A
     """Whether the means of two grams, which are what will be stored, are finite, (blocks,): a bad row shows on a gram's
     diagonal, whose entries are squares, so that nothing cancels."""
     with np.errstate(over="ignore", invalid="ignore"):
-        xp = namespace(A)
-        traces = xp.sum(side.diagonal(A), axis=-1) / positive(rows) + xp.sum(side.diagonal(G), axis=-1) / positive(n)
+        traces = side.trace(A) / positive(rows) + side.trace(G) / positive(n)
         return traces - traces == 0
 
 

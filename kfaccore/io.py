@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ from kfaccore.written import written
 from kfaccore.xp.arrays import from_host, namespace, to_host
 
 SCHEMA = 1
+_NEEDED = "a file of kfaccore's save or save_records, or of `kfaccore train --out`"
+_KINDS = {  # first bytes: what begins so
+    b"PK": "a zip archive, as torch.save, Keras and NumPy write",
+    b"\x89HDF": "an HDF5 file, as Keras writes",
+    b"\x80": "a pickle, which is never read",
+}
 
 
 def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
@@ -107,6 +113,8 @@ class Opened:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = path
+        if Path(path).is_dir():
+            raise FileNotFoundError(f"{path} is a folder, not a file; a run's file in its folder is run.safetensors")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is not a file")
         with self._readable():
@@ -116,7 +124,11 @@ class Opened:
             header = self._file.metadata() or {}
             self.names = list(self._file.keys())
         self.structure = header.get("structure")
-        if header.get("kfaccore") != str(SCHEMA):
+        if "kfaccore" not in header:
+            raise ValueError(
+                f"{path} was not written by kfaccore: it holds arrays, and nothing says of what; need {_NEEDED}"
+            )
+        if header["kfaccore"] != str(SCHEMA):
             raise ValueError(f"{path} has kfaccore schema {header.get('kfaccore')}; this version reads {SCHEMA}")
         try:
             self.meta: dict[str, Any] = json.loads(header.get("meta", ""))
@@ -143,7 +155,17 @@ class Opened:
         try:
             yield
         except kinds as error:
-            raise ValueError(f"{self.path} is not a readable safetensors file: {error}") from error
+            raise ValueError(f"{self.path} is not a readable safetensors file{_instead(self.path)}: {error}") from error
+
+
+def _instead(path: str | os.PathLike) -> str:
+    """What a file is that is none of ours, and what is needed, where its first bytes tell."""
+    with suppress(OSError), Path(path).open("rb") as file:
+        start = file.read(4)
+        for magic, kind in _KINDS.items():
+            if start.startswith(magic):
+                return f" but {kind}; need {_NEEDED}"
+    return ""
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:

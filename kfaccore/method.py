@@ -14,8 +14,9 @@ from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from kfaccore import tree
+from kfaccore.block import Block, Hyper
 from kfaccore.declared import declares, names
-from kfaccore.record import Factored, Ids, Record
+from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.asking import Asks
@@ -46,47 +47,6 @@ class Stats(Protocol):
 S = TypeVar("S", bound=State)
 T = TypeVar("T", bound=Stats)
 R = TypeVar("R", bound=State, contravariant=True)  # a state that is only read
-
-
-@dataclass(frozen=True)
-class Block:
-    """Static sizes of a layer: gradients are (blocks, d_out, d_in); rows and samples are a method's capacities.
-
-    diagonal_in, diagonal_out   A, or G, is a diagonal (blocks, d): an embedding's inputs, a side too wide for a matrix
-    """
-
-    d_out: int
-    d_in: int
-    blocks: int = 1
-    diagonal_in: bool = False
-    rows: int = 0
-    samples: int = 0
-    diagonal_out: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.d_out, self.d_in, self.blocks) < 1:
-            raise ValueError(f"{self}: d_out, d_in and blocks must be at least 1")
-
-    @classmethod
-    def of(cls, record: Record) -> Block:
-        """The block a record belongs to."""
-        return cls(record.d_out, record.d_in, record.blocks, isinstance(record.a, Ids))
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """Numbers of one step: `decay` multiplies the OLD average, `damping` is absolute unless the method says so."""
-
-    step: int | Array
-    decay: float | Array
-    damping: float | Array
-    epoch: int | Array = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.damping, int | float) and not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping is {self.damping}; need a finite number >= 0")
-        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
-            raise ValueError(f"decay is {self.decay}; need a number in [0, 1): it multiplies the old average")
 
 
 class Method(Protocol[S, T]):
@@ -205,6 +165,12 @@ class MovesWithBasis(Protocol):
     moves_with_basis: ClassVar[bool]
 
 
+class Restless(Protocol):
+    """Even without memory (decay 0) one more update on the same record after a refresh moves the state."""
+
+    restless: ClassVar[bool]
+
+
 class Unit(Protocol[R]):
     """Damping is in units of the block's own curvature."""
 
@@ -234,7 +200,8 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     Inverses: "TwoLevel",
     Eigensystem: "posterior, TwoLevel",
     Matrix: "posterior, analysis",
-    MovesWithBasis: "posterior",
+    MovesWithBasis: "posterior, analysis",
+    Restless: "analysis",
     Unit: "SharedDamping",
     Refreshing: "precondition; TwoLevel, SharedDamping",
 }

@@ -35,8 +35,8 @@ OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "the same batch seen twice",
         "step/leaving.py",
-        "again(known.loss, motion.last) | skipped",
-        "skipped",
+        "idle = same | skipped",
+        "idle = skipped",
         "test_noise.py",
     ),
     (
@@ -61,4 +61,13 @@ OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
         "test_own_shares.py",
     ),
     ("a bad batch moves damping", "step/self_tuning.py", "grown = pick(told, ", "grown = pick(True, ", "test_noise.py"),
+    (
+        "no end to repeats",
+        "step/noise.py",
+        "pick(critical > 0, 1 + examples /",
+        "pick(False, 1 + examples /",
+        "test_noise.py",
+    ),
+    ("the same batch's repeats", "step/leaving.py", "pick(self.same, float", "pick(False, float", "test_noise.py"),
+    ("alpha as if mu were free", "step/plane.py", "pick(far, best, alpha)", "alpha", "test_noise.py"),
 ]

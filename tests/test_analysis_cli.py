@@ -106,9 +106,13 @@ def test_ctrl_c_shows_and_keeps_what_is_there(saved, monkeypatch):
     result = run("compare", saved, "--methods", "identity,diagonal", "--layers", "head", "--json")
     assert result.exit_code == 130
     found = json.loads(result.stdout)
-    assert [row["method"] for row in found["layers"]] == ["identity"]
+    assert [row["method"] for row in found["layers"] if row["gain"]] == ["identity"]
+    assert [row["note"] for row in found["layers"]] == ["", "not measured: stopped"]
     assert found["interrupted"]
-    assert "identity" in run("compare", saved, "--methods", "identity,diagonal", "--layers", "head").stdout
+    assert found["fits"] == {"head": True}  # for all that is known
+    shown = run("compare", saved, "--methods", "identity,diagonal", "--layers", "head").stdout
+    assert "identity" in shown
+    assert "- not measured: diagonal on head" in shown
     assert json.loads(saved.with_name(saved.name + ".figures.json").read_text())["figures"]
 
 

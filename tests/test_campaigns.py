@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from campaigns import fuzz, hostile, kill, numerics
+from campaigns import fuzz, hostile, kill, numerics, pythons
 from conftest import NAMESPACES
 from rows import METHODS
 
@@ -79,3 +79,19 @@ def test_terminals():
     line = script("terminals", "--count", "60")
     assert line.startswith("terminals: 60 command lines, exits {'0': ")
     assert line.endswith(": 0 broken promises")
+
+
+def test_pythons_are_found_where_a_manager_keeps_them(tmp_path, monkeypatch):
+    """The newest of each minor version that starts, oldest first; names on the path come before."""
+    for version, code in (("3.12.1", 0), ("3.12.9", 1), ("3.13.0", 0), ("3.10.0", 0)):
+        python = tmp_path / "versions" / version / "bin" / f"python{version.rpartition('.')[0]}"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        python.chmod(0o755)
+    named = tmp_path / "names" / "python3.13"
+    named.parent.mkdir()
+    named.write_bytes((tmp_path / "versions/3.13.0/bin/python3.13").read_bytes())
+    named.chmod(0o755)
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(named.parent))
+    assert pythons.found() == [str(tmp_path / "versions/3.12.1/bin/python3.12"), str(named)]

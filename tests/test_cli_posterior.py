@@ -54,6 +54,7 @@ def test_influence_orders_examples_by_their_effect(trained):
         order = np.argsort(-effects[number])
         assert [e["example"] for e in row["helpful"]] == order[:4].tolist()
         assert [e["example"] for e in row["harmful"]] == order[::-1][:4].tolist()
+        assert effects[number, order[3]] > 0 > effects[number, order[-4]]
         assert row["helpful"][0]["effect"] == pytest.approx(effects[number, order[0]], rel=1e-3)
         assert row["label"] == held[1][number]
     assert (trained / "run" / "influence.png").read_bytes()[:4] == b"\x89PNG"
@@ -95,6 +96,14 @@ def test_bad_input_ends_with_exit_2(trained, tmp_path):
     np.savez(tmp_path / "wide.npz", x=np.zeros((2, 5)), y=np.zeros(2, int))
     np.savez(tmp_path / "soft.npz", x=np.zeros((2, 64)), y=np.zeros(2))
     (tmp_path / "text.npz").write_text("no zip")
+    (tmp_path / "empty").mkdir()
+    spoilt = np.zeros((3, 64))
+    spoilt[1, 5] = np.nan
+    np.savez(tmp_path / "spoilt.npz", x=spoilt, y=np.zeros(3, int))
+    np.savez(tmp_path / "strange.npz", x=np.zeros((3, 64)), y=np.array([0, 9, 10]))
+    np.savez(tmp_path / "below.npz", x=np.zeros((8, 64)), y=np.full(8, -1))
+    np.savez(tmp_path / "alone.npz", x=np.zeros((3, 64)))
+    kf.save(tmp_path / "other.safetensors", {"a": np.zeros(2)})
     folder = trained / "run"
     good = trained / "train.npz"
     asked = lambda file: ("influence", folder, "--queries", file, "--train", good)  # noqa: E731
@@ -103,10 +112,17 @@ def test_bad_input_ends_with_exit_2(trained, tmp_path):
         (asked(tmp_path / "soft.npz"), "need integer labels"),
         (asked(tmp_path / "text.npz"), "need an .npz of x and y"),
         (asked(tmp_path / "none.npz"), "need an .npz of x and y"),
+        (asked(tmp_path / "spoilt.npz"), "x of examples 1 holds values that are not finite"),
+        ((*asked(good)[:5], tmp_path / "spoilt.npz"), "--train .*not finite"),
+        (asked(tmp_path / "strange.npz"), "y of examples 2 is 10; need labels from 0 to 9"),
+        (asked(tmp_path / "below.npz"), "y of examples 0, 1, 2, 3, 4 and 3 more is -1"),
+        (asked(tmp_path / "alone.npz"), "has no array 'y', only x"),
+        (("laplace", tmp_path / "other.safetensors"), "names no task"),
+        (("prune", tmp_path / "empty"), "is a folder without run.safetensors"),
         ((*asked(good), "--method", "none"), "there are kfac"),
         ((*asked(good), "--method", "skfac"), "keeps no curvature"),
         ((*asked(good), "--damping", "-1"), "need a finite number"),
-        (("laplace", tmp_path), "is not a file"),
+        (("laplace", tmp_path / "nowhere"), "is not a file"),
         (("laplace", folder, "--precision", "0"), "need a positive number"),
         (("prune", folder, "--share", "1"), "between 0 and 1"),
         (("prune", folder, "--precision", "-1"), "need a finite number"),
@@ -114,11 +130,25 @@ def test_bad_input_ends_with_exit_2(trained, tmp_path):
     for arguments, message in cases:
         result = run(*arguments)
         assert result.exit_code == 2, arguments
-        assert re.search(message, result.stderr), result.stderr
+        assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
+
+
+def test_an_example_is_helpful_or_harmful(trained):
+    """Of one example every effect has one sign: the other kind is said to have none."""
+    x, y = TASK.load()[0]
+    np.savez(trained / "one.npz", x=x[:1], y=y[:1])
+    given = ("influence", trained / "run", "--queries", trained / "one.npz", "--train", trained / "one.npz")
+    (row,) = json.loads(run(*given, "--json", "--plot").stdout)["queries"]
+    assert sorted(len(row[kind]) for kind in ("helpful", "harmful")) == [0, 1]
+    assert "none" in run(*given).stdout
 
 
 def test_a_task_without_labels(tmp_path):
     assert run("train", "digits-autoencoder", "--steps", 1, "--out", tmp_path, "--json").exit_code == 0
+    np.savez(tmp_path / "q.npz", x=np.zeros((2, 64)), y=np.zeros(2))
+    result = run("influence", tmp_path, "--queries", tmp_path / "q.npz", "--train", tmp_path / "q.npz")
+    assert result.exit_code == 2
+    assert "need the network's outputs (count, *(64,))" in result.stderr
     for verb in ("laplace", "prune"):
         result = run(verb, tmp_path)
         assert result.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -170,9 +171,37 @@ def test_above_the_limit_of_rows_the_gain_lies_within_its_error(rng):
 def test_a_state_is_the_settled_one(rng, name):
     record = records(rng)["plain"]
     want = kf.settle(METHODS[name], record, damping=0.1)
-    got = fitted(METHODS[name], record, 0.1)
+    got = fitted(METHODS[name], record, 0.1).state
     for left, right in zip(kf.tree.leaves(got), kf.tree.leaves(want), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-13, atol=1e-300)
+
+
+class Counted(kf.KPSVD):
+    """KPSVD that says when it measures."""
+
+    seen: ClassVar[list[int]] = []
+
+    def measure(self, state, record, hyper):
+        self.seen.append(1)
+        return super().measure(state, record, hyper)
+
+
+def test_sweeps_end_where_they_stand_still(rng):
+    """F of one input is a Kronecker product: the second sweep says so, the state is that of all thirty to rounding."""
+    record = kf.Record(np.ones((7, 1)), rng.normal(size=(7, 4)), 7.0)
+    Counted.seen.clear()
+    got = fitted(Counted(), record, 0.1)
+    assert len(Counted.seen) == got.cycles <= 3
+    want = kf.settle(kf.KPSVD(), record, damping=0.1)
+    for left, right in zip(kf.tree.leaves(got.state), kf.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-14, atol=1e-300)
+
+
+def test_sweeps_that_move_are_all_made():
+    """Singular values 1 and .81 of the rearranged block: thirty sweeps do not end."""
+    record = kf.Record(np.eye(2), np.diag([1.0, 0.9]), 1.0)
+    Counted.seen.clear()
+    assert fitted(Counted(), record, 0.1).cycles == len(Counted.seen) - 1 == kf.KPSVD.cycles
 
 
 def test_probes_are_unbiased(rng):

@@ -79,7 +79,7 @@ def test_hostile_files_are_refused(tmp_path, data):
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({}, "kfaccore schema None; this version reads 1"),
+        ({}, "was not written by kfaccore: it holds arrays"),
         ({"kfaccore": "99", "meta": "{}"}, "schema 99"),
         ({"kfaccore": "1", "meta": "{"}, "damaged metadata"),
         ({"kfaccore": "1", "meta": "[]"}, "need an object, got list"),
@@ -103,6 +103,19 @@ def test_other_leaves_are_named(tmp_path):
         kf.load(path, like={"a": np.ones(3), "b": np.ones(2, np.float32)})
     with pytest.raises(FileNotFoundError, match="is not a file"):
         kf.load(tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"PK\x03\x04", "a zip archive"), (b"\x89HDF\r\n", "an HDF5 file"), (b"\x80\x02", "a pickle")]
+)
+def test_files_of_others_are_told_what_they_are(tmp_path, start, kind):
+    (tmp_path / "x").write_bytes(start + bytes(100))
+    with pytest.raises(
+        ValueError, match=f"is not a readable safetensors file but {kind}.*need a file of kfaccore's save"
+    ):
+        kf.load(tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
+        kf.load(tmp_path)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

@@ -136,6 +136,9 @@ def test_two_variants_equal_the_cond_form_bitwise():
     one = trained(compiled, tx, 7, variants=False)
     assert traces == [True, False, None]
     same(two, one)
+    told = trained(jax.jit(run, static_argnames="measured", donate_argnums=(0, 1)), tx, 7, variants=True)
+    assert len(traces) == 4  # a flag that is traced: one program for both
+    same(told, one)
     assert int(two[1].core.step) == 7
     assert two[1].counts.tolist() == [14] + [0] * (len(kf.Code) - 1)
 

@@ -181,6 +181,18 @@ def moments_follow_the_basis(case, rng):
     assert close(case.xp.get(solve(again, case.xp.put(case.v), HYPER).direction), second)
 
 
+def one_more_update_moves_it(case, rng):
+    leaves = [[case.xp.get(x) for x in tree.leaves(state) if 0 not in x.shape] for state in updated_again(case)]
+    assert any(abs(x - y).max() > 1e-6 * abs(x).max() for x, y in zip(*leaves, strict=True))
+
+
+def updated_again(case):
+    """One cycle's state, and that after one more update on the same record."""
+    once = case.method.init(case.block, case.record.g)
+    once = case.method.refresh(case.method.update(once, case.method.measure(once, case.given, HYPER), HYPER), HYPER)
+    return once, case.method.update(once, case.method.measure(once, case.given, HYPER), HYPER)
+
+
 def refreshes_in_step_are_refreshes_alone(case, rng):
     """Three layers, the second of which is beyond repair: each has the state and the codes of its refresh alone."""
     another = (case.other(rng), *case.given[1:]) if declares(case.method, contract.Terms) else case.other(rng)
@@ -195,6 +207,7 @@ def refreshes_in_step_are_refreshes_alone(case, rng):
 
 LAWS = {
     contract.Refreshing: refreshes_in_step_are_refreshes_alone,
+    contract.Restless: one_more_update_moves_it,
     contract.MovesWithBasis: moments_follow_the_basis,
     contract.LinearSides: linear_sides_grow_with_the_width,
     contract.RowsAtSolve: rows_at_solve_are_used_there,
@@ -239,6 +252,19 @@ def test_every_method_has_the_contracts_signatures(name):
 def test_undeclared_a_solve_does_not_see_the_record(name, rng):
     case = Case(ALL[name], FEW[0], rng)
     assert np.array_equal(case.solve(record=case.other(rng)).direction, case.solve().direction)
+
+
+def stands(method):
+    """Whether it says that one cycle on a record is all there is to learn of it."""
+    moving = declares(method, contract.Restless) or declares(method, contract.MovesWithBasis)
+    return method.cycles == 1 and not moving
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if stands(ALL[name])])
+def test_undeclared_one_more_update_changes_no_direction(name, rng):
+    case = Case(ALL[name], FEW[0], rng)
+    once, again = (case.solve(record=case.record, state=state).direction for state in updated_again(case))
+    assert close(once, again)
 
 
 def test_every_capability_has_a_law_and_a_method():

@@ -156,6 +156,33 @@ def test_rho_and_the_critical_batch_are_those_of_the_gradients(rng):
     assert Seen().rho(40) == 1.0
 
 
+@pytest.mark.parametrize(("rho", "same", "most"), [(0.2, False, 1.25), (0.0, False, 1.0), (0.2, True, math.inf)])
+def test_the_previous_update_is_repeated_as_often_as_is_no_noise(rng, rho, same, most):
+    """|mu| <= 1 / (1 - rho), with the best alpha there; the batch that made the update may ask for all of it."""
+    batch, known, motion = settled(rng)
+    seen = Seen(1.0, 1 / B + 1 / rho - 1) if rho else Seen(-1.0, 1.0)
+    assert seen.rho(B) == pytest.approx(rho)
+    tiny = {n: 1e-3 * rng.normal(size=x.shape) for n, x in motion.previous.items()}
+    motion = replace(motion, previous=tiny, seen=seen, steps=1, last=2.0 if same else 0.0)
+    rule = SelfTuning(memory=0.0, noise=Noise(reach=math.inf), cap=math.inf)
+    found = []
+
+    def model(*given, **left):
+        found.append(expansion(*given, **left))
+        return found[0]
+
+    x = {n: batch.P(n, g[0])[None] for n, g in batch.grads.items()}
+    _, after, _ = replace(rule, model=model)(motion, x, batch.grads, batch.drawn, 0.0, known)
+    norms = np.array([[sum(np.sum(a[n] * b[n]) for n in x) for b in (x, tiny)] for a in (x, tiny)])
+    Q = found[0].F + 0.1 * norms
+    down = found[0].down
+    free = np.linalg.solve(Q, down)
+    assert abs(free[1]) > 2
+    mu = np.clip(free[1], -most, most)
+    alpha = (down[0] - mu * Q[0, 1]) / Q[0, 0]
+    assert after.mu / after.alpha == pytest.approx(mu / alpha, rel=1e-9)
+
+
 def test_noise_is_that_of_the_layers_whose_own_shares_are_known(rng):
     """Where other layers have none, as before a BatchNorm that trains: rho is of the slope of the same layers."""
     batch, known, motion = settled(rng)

@@ -65,3 +65,22 @@ def test_figures_have_command_machine_and_date():
     rows = [line for line in loses.splitlines() if line.startswith("| ")][2:]
     assert rows
     assert all("`python bench/" in row for row in rows)
+
+
+def test_one_version_everywhere():
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "kfaccore/__init__.py").read_text())[1]
+    cited = (ROOT / "CITATION.cff").read_text()
+    newest, date = re.search(r"^## \[(.*?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).groups()
+    assert newest == version
+    assert f"version: {version}\n" in cited
+    assert f'date-released: "{date}"' in cited
+
+
+@pytest.mark.parametrize("name", ["numpy", "scipy", "torch", "jax", "tensorflow-cpu", "keras"])
+def test_the_oldest_that_is_allowed_is_the_one_that_is_tested(name):
+    """pyproject.toml, the matrix, and the first number of the table's row on the versions page."""
+    (bound,) = re.findall(rf'"{name}>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
+    assert re.findall(rf"\b{name}==([\d.]+)", (ROOT / "Makefile").read_text()) == [f"{bound}.0"]
+    table = (DOCS / "versions.md").read_text().split("## What a version promises")[0]
+    oldest = [line.split("|")[2] for line in table.splitlines() if line.endswith("-matrix` |")]
+    assert bound in re.findall(r"[\d.]+", " ".join(oldest))

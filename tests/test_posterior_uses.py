@@ -10,7 +10,8 @@ import pytest
 import kfaccore as kf
 from conftest import NAMESPACES
 from kfaccore.analysis import operator
-from kfaccore.linalg import side
+from kfaccore.linalg import forms, side
+from kfaccore.linalg.basis import Basis
 from kfaccore.posterior import Projected, bridge, cosine, influence, lds, monte_carlo_link, passes, probit, regression
 from kfaccore.record.chunks import parts
 
@@ -161,6 +162,28 @@ def test_scores_over_batches_and_memory(rng):
     self_influence = P.covariance(records, diagonal=True)
     crossed = P.cross(records, records)
     np.testing.assert_allclose(self_influence.T.ravel(), np.diag(crossed), rtol=1e-11)
+
+
+@pytest.mark.parametrize("method", [kf.EKFAC(), kf.Diagonal(), kf.Exact()])
+def test_queries_leave_the_eigenbasis_when_that_is_the_cheaper_way(rng, method, monkeypatch):
+    """Turning 2 queries of 3 x 4 back takes as many products as turning 2 * 3 * 4 (3 + 4) / (3^2 + 4^2) = 6 examples:
+    the third batch of four is met outside; sides of no basis, and a dense block, are outside at once."""
+    records = {"a": batch(rng, 12)["a"]}
+    records["a"] = replace(records["a"], g=records["a"].g[:1])
+    queries = {"a": replace(records["a"], a=records["a"].a[:, :2], g=records["a"].g[:, :, 3:5], n=2.0)}
+    P = posterior(records, method)
+    turns = []
+    met = forms.cross
+    monkeypatch.setattr(forms, "cross", lambda U, record, positions: turns.append(1) or met(U, record, positions))
+    back = []
+    turned_back = Basis.back
+    monkeypatch.setattr(Basis, "back", lambda basis, V: back.append(len(turns)) or turned_back(basis, V))
+    found = kf.scores(P, queries, pieces(records, 4))
+    assert back == [2 if isinstance(method, kf.EKFAC) else 0]
+    L = np.linalg.inv(matrices(P.curvature)["a"].reshape(12, 12) + 0.3 * np.eye(12))
+    J = records["a"].examples().reshape(12, 12)
+    asked = queries["a"].examples().reshape(2, 12)
+    np.testing.assert_allclose(found, asked @ L @ J.T, rtol=1e-11, atol=1e-13)
 
 
 class Interrupted:

@@ -98,3 +98,17 @@ def test_named_files_and_rooms_exist(page):
             assert (ROOT / path).exists(), path
     for script in re.findall(r"python (bench/\w+\.py)", text):
         assert (ROOT / script).exists(), script
+
+
+def test_recipes_name_what_is_there():
+    """CONTRIBUTING.md: constants and private names stand in the file in bold before them, members in its folder."""
+    behind = re.findall(r"\*\*`([\w./]+)`\*\*(.*?)(?=\*\*`|\n\d\. |\n#)", PAGES[1].read_text(), re.DOTALL)
+    real = [(ROOT / path, rest) for path, rest in behind if not re.search(r"[A-Z]{4}|_X|/X", path)]
+    assert len(real) > 30
+    for path, rest in real:
+        text = path.read_text() if path.is_file() else ""
+        for name in re.findall(r"`(_[a-z]\w*|[A-Z]{3}[A-Z_]*)`", rest):
+            assert re.search(rf"\b{name}\b", text), f"{path} has no {name}"
+        beside = "".join(file.read_text() for file in path.parent.glob("*.py"))
+        for name in re.findall(r"`([A-Z]\w+\.[a-z]\w+)`", rest):
+            assert set(name.split(".")) <= set(re.findall(r"\w+", beside)), f"{path.parent} has no {name}"

@@ -103,6 +103,10 @@ def _npz(**arrays):
         (_npz(**{"fc.a": np.ones((3, 2))}), r"layer 'fc': found \['a'\]; need a .* and g"),
         (_npz(**{"fc.a": np.ones((3, 2)), "fc.g": np.ones((4, 2))}), "layer 'fc': batch is 3 in a"),
         (_npz(**{"fc.a": np.ones((3, 2)), "fc.g": np.ones((3, 2)), "fc.n": -1.0}), "n is -1.0"),
+        (
+            _npz(**{"fc.a": np.ones((3, 2)), "fc.g": np.ones((3, 2)), "fc.n": [3.0]}),
+            r"n has shape \(1,\); need one number",
+        ),
         (_npz(), "holds no arrays"),
     ],
 )

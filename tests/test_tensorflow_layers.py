@@ -245,7 +245,7 @@ def test_records_are_the_slopes_of_each_example(make, inputs, rng):
 
 def test_low_rank_adapters_of_keras(rng):
     """Their matrices are read although the kernel under them is frozen; Keras keeps them in float32."""
-    layers = [L.Conv2D(3, 2, name="conv"), L.Flatten(), L.Dense(4, "tanh", name="dense"), L.Dense(2)]
+    layers = [L.Conv2D(3, 2, name="conv"), L.Flatten(), L.Dense(4, "tanh", name="dense"), L.Dense(2, name="out")]
     model = keras.Sequential([keras.Input(IMAGE), *layers])
     for layer in (model.get_layer("conv"), model.get_layer("dense")):
         layer.enable_lora(2)

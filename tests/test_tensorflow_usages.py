@@ -98,8 +98,13 @@ class Shrunk(L.Layer):
 
 def everything():
     """Regularisers, constraints, losses of its own, statistics and dropped units."""
+    penalty = keras.regularizers.L1L2(l1=0.01)  # the L1 of Keras 3.10 knows float32 alone
     first = L.Dense(
-        5, "tanh", kernel_regularizer="l2", activity_regularizer="l1", kernel_constraint=keras.constraints.MaxNorm(0.5)
+        5,
+        "tanh",
+        kernel_regularizer="l2",
+        activity_regularizer=penalty,
+        kernel_constraint=keras.constraints.MaxNorm(0.5),
     )
     inner = [first, L.BatchNormalization(), L.Dropout(0.5, seed=3), Shrunk(), L.Dense(3)]
     return keras.Sequential([keras.Input((4,)), *inner])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kfaccore import Block, Ids, Record, measured
 from kfaccore_jax.records import Drawn
 from kfaccore_jax.replicas import share_of
-from kfaccore_jax.state import KFACState, state_of
+from kfaccore_jax.state import Fresh, KFACState, state_of
 from kfaccore_jax.transform import Transformation
 from kfaccore_jax.trees import register
 
@@ -86,7 +86,7 @@ class _Accumulation:
         params: Any = None,
         *,
         records: Mapping[str, Any] | None,
-        fresh: bool | None = None,
+        fresh: Fresh = None,
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
         n = jnp.asarray(share_of(records), state.share.dtype)
@@ -159,7 +159,7 @@ def _row(block: Block, like: Any) -> Record:
     return Record(a, jnp.zeros((1, block.blocks, 1, 1, block.d_out), like.dtype), 1.0)
 
 
-def _added(rule: Transformation, state: AccumulateState, records: Any, grads: Any, fresh: bool | None) -> Any:
+def _added(rule: Transformation, state: AccumulateState, records: Any, grads: Any, fresh: Fresh) -> Any:
     """The Stats with those of one micro-batch, where the step to come will use them."""
     if records is None:
         return state.stats

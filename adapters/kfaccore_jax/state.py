@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from kfaccore import Block, Info
 
+Fresh = bool | jax.Array | None  # whether a step refreshes: said outside jit, or inside; None: the clocks say
+
 
 @dataclass(frozen=True, eq=False)
 class Codes(Mapping[str, Any]):

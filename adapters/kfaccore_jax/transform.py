@@ -29,7 +29,7 @@ from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn, side_by_side
 from kfaccore_jax.replicas import Axes, check_axes, share_of
-from kfaccore_jax.state import Codes, KFACState
+from kfaccore_jax.state import Codes, Fresh, KFACState
 from kfaccore_jax.trees import register
 
 
@@ -112,7 +112,7 @@ class Transformation:
         params: Any = None,
         *,
         records: Mapping[str, Record] | Sequence[Mapping[str, Record]] | None,
-        fresh: bool | None = None,
+        fresh: Fresh = None,
         damping: Any = None,
         factored: Mapping[str, Factored] | None = None,
         value: Any = None,
@@ -177,7 +177,7 @@ class Transformation:
         return {"loss": value if axes is None else axes.mean(value, share), "own": found}
 
     def _wanting(
-        self, given: Mapping[str, Any], fresh: bool | None, damping: Any, value: Any, value_fn: Any, params: Any
+        self, given: Mapping[str, Any], fresh: Fresh, damping: Any, value: Any, value_fn: Any, params: Any
     ) -> None:
         """ValueError where something is not there."""
         if self.step.needs_records and not given:
@@ -196,7 +196,7 @@ class Transformation:
         leaves = named(moves) | found
         return jax.tree.unflatten(jax.tree.structure(moves), list(leaves.values())), after
 
-    def due(self, core: Preconditioner, state: Any, records: Mapping[str, Record], fresh: bool | None) -> Due:
+    def due(self, core: Preconditioner, state: Any, records: Mapping[str, Record], fresh: Fresh) -> Due:
         """What the clocks say, traced; decided outside jit for `fresh` steps, but that a rule's own statistics stay on
         the clock while it is given records at every step."""
         clocks = core.due(state)

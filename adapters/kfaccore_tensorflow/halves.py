@@ -16,7 +16,7 @@ import tensorflow as tf
 from kfaccore import Patches
 from kfaccore_tensorflow.kinds import Convolution, Kind, Product, Seen
 from kfaccore_tensorflow.layout import Layout, Matrix
-from kfaccore_tensorflow.uses import BY_ONE_NUMBER, Hot, Tensor, Use
+from kfaccore_tensorflow.uses import BY_ONE_NUMBER, Hot, Operation, Tensor, Use
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,10 @@ def halves(use: Use, uses_of: Callable[[Hot], Sequence[Use] | None]) -> list[Use
     uses_of   where a tensor goes; None where that cannot be read
     """
     op = use.out.op
-    if op.type != "MatMul" or use.hot.changed or op.get_attr("transpose_a") or op.get_attr("transpose_b"):
-        return None
-    if not use.out.shape.is_fully_defined():
+    if not _plain(op) or use.hot.changed or not use.out.shape.is_fully_defined():
         return None
     layout = Layout.of(use.out.shape)
-    straight = Matrix.split(layout, (), (1,), (0,))  # rows of the product are inputs
+    straight = _straight(layout)  # rows of the product are inputs
     first = op.inputs[0] is use.hot.tensor
     goes = uses_of(Hot(use.out, layout))
     if not goes:
@@ -64,12 +62,26 @@ def halves(use: Use, uses_of: Callable[[Hot], Sequence[Use] | None]) -> list[Use
         if not known or one.matrix.key not in (straight.key, straight.turned().key):
             return None
         turned = one.matrix.key != straight.key
-        own = Matrix.split(use.hot.layout, (), (1,), (0,))
-        other = tf.transpose(op.inputs[1]) if first else op.inputs[0]
+        own = _straight(use.hot.layout)
+        other = tf.transpose(op.inputs[1]) if first else tf.reshape(op.inputs[0], [-1, op.inputs[0].shape[-1]])
         half = Half(one.kind, inputs=first != turned)
         scaled = other * _number(one.hot, other)
         found.append(replace(use, matrix=own.turned() if turned else own, kind=half, x=one.x, out=one.out, by=scaled))
     return found
+
+
+def _plain(op: Operation) -> bool:
+    """Whether it is rows times one matrix, rows along any axes: Keras 3.10 multiplies factors of kernels so."""
+    if op.type == "MatMul":
+        return not (op.get_attr("transpose_a") or op.get_attr("transpose_b"))
+    batched = op.type in ("BatchMatMulV2", "BatchMatMulV3") and op.inputs[1].shape.rank == 2
+    return batched and not (op.get_attr("adj_x") or op.get_attr("adj_y"))
+
+
+def _straight(layout: Layout) -> Matrix:
+    """The last axis are outputs, all others inputs."""
+    last = len(layout.axes) - 1
+    return Matrix.split(layout, (), (last,), range(last))
 
 
 def _number(hot: Hot, like: Tensor) -> Tensor:

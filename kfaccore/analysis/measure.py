@@ -76,18 +76,18 @@ def _measured(target: Target, known: Figures, method: Method, survey: Survey, co
     start = time.perf_counter()
     try:
         if own:
-            state, seconds, size = fitted_and_timed(method, record, grad, hyper)
+            fit, seconds, size = fitted_and_timed(method, record, grad, hyper)
         else:
-            state = fitted(method, record, target.damping, target.probe(0) if survey.converged else None)
-            its = like_record(state, came)
+            fit = fitted(method, record, target.damping, target.probe(0) if survey.converged else None)
+            its = like_record(fit.state, came)
             seconds, size = costs(method, its, came, like(target.grad, came.g), hyper, survey.repeats)
-        solution = method.solve(state, grad, hyper, record)
-        survey.pace.saw(known.method, cost.work * method.cycles, time.perf_counter() - start)
+        solution = method.solve(fit.state, grad, hyper, record)
+        survey.pace.saw(known.method, cost.work * fit.cycles, time.perf_counter() - start)
     except (ValueError, TypeError) as error:
         return replace(known, note=str(error))
     found = _direction(target, known, to_host(solution.direction))
     found = replace(found, seconds=seconds, bytes=size, note=_joined(known.note, _told(solution.code)))
-    return _with_error(target, found, method, state, survey)
+    return _with_error(target, found, method, fit.state, survey)
 
 
 def _direction(target: Target, known: Figures, y: np.ndarray) -> Figures:

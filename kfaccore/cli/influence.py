@@ -77,9 +77,10 @@ def _scores(
 def _row(
     number: int, asked: np.ndarray, labels: np.ndarray, effects: np.ndarray, top: int, classes: bool
 ) -> dict[str, Any]:
-    """The most helpful and the most harmful examples of one query."""
+    """The most helpful examples of one query, of positive effect, and the most harmful, of negative effect."""
     order = np.argsort(-effects)
-    count = min(top, len(order))
+    helpful = order[effects[order] > 0][:top]
+    harmful = order[effects[order] < 0][::-1][:top]
 
     def listed(places: np.ndarray) -> list[dict[str, Any]]:
         return [
@@ -88,7 +89,7 @@ def _row(
         ]
 
     label = {"label": int(asked[number])} if classes else {}
-    return {"query": number, **label, "helpful": listed(order[:count]), "harmful": listed(order[::-1][:count])}
+    return {"query": number, **label, "helpful": listed(helpful), "harmful": listed(harmful)}
 
 
 def _show(rows: list[dict[str, Any]], meta: dict[str, Any]) -> None:
@@ -99,12 +100,15 @@ def _show(rows: list[dict[str, Any]], meta: dict[str, Any]) -> None:
         "query", "label", "", "example", "label", "effect", title=f"influence on {meta['task']} ({meta['method']})"
     )
     for row in rows:
+        head = (str(row["query"]), str(row.get("label", "")))
         for kind in ("helpful", "harmful"):
+            if not row[kind]:
+                table.add_row(*head, kind, "none", "", "")
+                head = ("", "")
             for place, found in enumerate(row[kind]):
-                first = place == 0
-                head = (str(row["query"]), str(row.get("label", ""))) if first and kind == "helpful" else ("", "")
                 cells = (str(found["example"]), str(found.get("label", "")), f"{found['effect']:+.3g}")
-                table.add_row(*head, kind if first else "", *cells)
+                table.add_row(*head, "" if place else kind, *cells)
+                head = ("", "")
         table.add_section()
     console = Console()
     console.print(table)

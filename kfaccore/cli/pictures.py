@@ -19,13 +19,15 @@ def influence(rows: list[dict], asked: np.ndarray, data: np.ndarray, path: Path)
     if plt is None:
         return
     rows = rows[:QUERIES]
-    side = min(SIDE, len(rows[0]["helpful"]))
+    side = max(1, min(SIDE, max(len(row[kind]) for row in rows for kind in ("helpful", "harmful"))))
     width = 2 * side + 1
     figure, panels = plt.subplots(
         len(rows), width, figsize=(1.05 * width, 1.3 * len(rows) + 0.6), squeeze=False, layout="constrained"
     )
     for line, row in zip(panels, rows, strict=True):
         _image(line[0], asked[row["query"]], f"query\n{row.get('label', row['query'])}", "black")
+        for panel in line[1:]:
+            panel.axis("off")  # until an image is put there
         for kind, start, colour in (("helpful", 1, "tab:green"), ("harmful", 1 + side, "tab:red")):
             for panel, found in zip(line[start : start + side], row[kind], strict=False):
                 _image(panel, data[found["example"]], f"{found.get('label', '')}  {found['effect']:+.2g}", colour)
@@ -35,6 +37,7 @@ def influence(rows: list[dict], asked: np.ndarray, data: np.ndarray, path: Path)
 
 
 def _image(panel: Any, x: np.ndarray, title: str, colour: str) -> None:
+    panel.axis("on")
     size = isqrt(x.size)
     flat = np.ravel(x)[: size * size]
     panel.imshow(flat.reshape(size, size), cmap="gray_r")

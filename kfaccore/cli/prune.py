@@ -126,7 +126,7 @@ def _show(found: dict[str, Any]) -> None:
 
     table = Table("kept", *found["accuracy"], title="accuracy, not retrained")
     for number, kept in enumerate(found["kept"]):
-        table.add_row(f"{kept:.0%}", *(f"{row[number]:.3f}" for row in found["accuracy"].values()))
+        table.add_row(f"{100 * kept:.3g}%", *(f"{row[number]:.3f}" for row in found["accuracy"].values()))
     console = Console()
     console.print(f"{found['task']}, curvature by {found['method']}")
     console.print(table)

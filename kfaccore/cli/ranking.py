@@ -43,7 +43,8 @@ def _best(figures: list[Figures], many: int | None) -> list[tuple[str, list[Figu
     by_method: dict[str, list[Figures]] = {}
     for f in figures:
         by_method.setdefault(f.method, []).append(f)
-    order = sorted(by_method, key=lambda label: -_typical(by_method[label]))
+    known = [label for label in by_method if many is None or any(f.gain == f.gain for f in by_method[label])]
+    order = sorted(known or by_method, key=lambda label: -_typical(by_method[label]))  # notes tell of the others
     if many is not None and len(order) > many:
         floor = [label for label in order if label in FLOOR][:1]
         others = [label for label in order if label not in floor]
@@ -97,7 +98,8 @@ def _notes(found: Found, full: bool) -> list[str]:
             text = "not measured for want of time (--budget)" if "--budget" in note else note
             text = text if full else re.split("[;:] ", text)[0]
             about.setdefault(re.sub(r"[A-Z]\w+ |\d+", "", text), (text, []))[1].append(f)
-    told = [f"- {text}: {_whom(rows)}" for text, rows in about.values()]
+    every = {f.method for f in found.figures}
+    told = [f"- {text}: {_whom(rows, every)}" for text, rows in about.values()]
     if any(f.own for f in found.figures):
         told.append(
             f"- solves with the batch it is judged by: {', '.join({f.method: 0 for f in found.figures if f.own})}"
@@ -107,8 +109,12 @@ def _notes(found: Found, full: bool) -> list[str]:
     return told + [f"- {note}" for note in found.notes]
 
 
-def _whom(rows: list[Figures]) -> str:
+def _whom(rows: list[Figures], every: set[str]) -> str:
+    """Methods and layers of a note; many methods by those that it is not about."""
     methods = list(dict.fromkeys(f.method for f in rows))
+    others = sorted(every - set(methods))
+    if len(methods) > 8:
+        methods = ["every method" + (f" but {', '.join(others)}" if others else "")]
     layers = list(dict.fromkeys(f.layer for f in rows))
     where = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return f"{', '.join(methods)} on {where}"

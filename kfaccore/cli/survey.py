@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from kfaccore.analysis.figures import Figures
+from kfaccore.analysis.figures import LATER, Figures
 from kfaccore.analysis.survey import Survey
 from kfaccore.cli.fail import INTERRUPTED, fail
 from kfaccore.cli.progress import Progress
@@ -40,6 +40,12 @@ class Found:
         """Keep a row; one of an earlier pass makes room for it."""
         self.figures = [f for f in self.figures if (f.layer, f.method) != (row.layer, row.method)]
         self.figures.append(row)
+
+    def stopped(self, methods: Methods) -> None:
+        """What was not come to of the layers that were begun: nothing is known of it yet."""
+        there = {(f.layer, f.method) for f in self.figures}
+        wanted = [(name, label) for name in self.shapes for label in methods]
+        self.figures += [Figures(*pair, note=f"{LATER}: stopped") for pair in wanted if pair not in there]
 
     def left_out(self) -> dict[str, list[str]]:
         """Methods by layer that there was no time for."""
@@ -128,6 +134,7 @@ def measured(
         _pass(found, stored, {n: {m: methods[m] for m in ms} for n, ms in again.items()}, survey, told, moved)
     except KeyboardInterrupt:
         found.interrupted = True
+        found.stopped(methods)
         found.notes.append("stopped: what was measured until then is shown and kept")
     told.end()
     if not found.figures and not found.interrupted:

@@ -83,6 +83,8 @@ def read(run: Path) -> Trained:
     from kfaccore_numpy import TASKS
 
     file = run / "run.safetensors" if run.is_dir() else run
+    if run.is_dir() and not file.exists():
+        fail(f"{run} is a folder without run.safetensors; need one of `kfaccore train --out`")
     try:
         tree = load(file)
         meta = metadata(file)
@@ -90,7 +92,12 @@ def read(run: Path) -> Trained:
         fail(str(error))
     task = TASKS.get(str(meta.get("task")))
     if task is None:
-        fail(f"{file} is a run of {meta.get('task')!r}; need one of {', '.join(TASKS)}")
+        what = (
+            f"is a run of {meta['task']!r}"
+            if "task" in meta
+            else "is no run of `kfaccore train --out`: it names no task"
+        )
+        fail(f"{file} {what}; need one of {', '.join(TASKS)}")
     wanted = task.network.init(np.random.default_rng(0), np.asarray)
     held = tree.get("params") if isinstance(tree, Mapping) else None
     held = held if isinstance(held, Mapping) else {}
@@ -112,10 +119,33 @@ def examples(option: str, file: Path, run: Trained) -> tuple[np.ndarray, np.ndar
     inputs = run.task.network.inputs
     if x.shape[1:] != inputs or len(x) != len(y) or not len(x):
         fail(f"{option} {file}: x has shape {x.shape} and y {y.shape}; need (count, *{inputs}) and as many labels")
-    if run.classes and (not np.issubdtype(y.dtype, np.integer) or y.ndim != 1):
-        fail(f"{option} {file}: y has dtype {y.dtype}, shape {y.shape}; need integer labels (count,)")
     first = next(iter(run.params.values()))
-    return x.astype(first.dtype), y if run.classes else y.astype(first.dtype)
+    x = x.astype(first.dtype)
+    bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+    if bad.any():
+        fail(f"{option} {file}: x of examples {_some(bad)} holds values that are not finite; leave these out")
+    outputs = run.logits(x[:1]).shape[1:]
+    if run.classes:
+        _check_labels(f"{option} {file}", y, outputs[0])
+        return x, y
+    if y.shape[1:] != outputs or not np.isfinite(y).all():
+        fail(f"{option} {file}: y has shape {y.shape}; need the network's outputs (count, *{outputs}), all finite")
+    return x, y.astype(first.dtype)
+
+
+def _check_labels(where: str, y: np.ndarray, classes: int) -> None:
+    """Exit 2 unless y are labels of the network's classes."""
+    if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
+        fail(f"{where}: y has dtype {y.dtype}, shape {y.shape}; need integer labels (count,)")
+    bad = (y < 0) | (y >= classes)
+    if bad.any():
+        fail(f"{where}: y of examples {_some(bad)} is {y[bad][0]}; need labels from 0 to {classes - 1}")
+
+
+def _some(bad: np.ndarray) -> str:
+    """The places of the first few."""
+    places = np.flatnonzero(bad)
+    return ", ".join(map(str, places[:5])) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
 
 
 def batches(x: np.ndarray, y: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

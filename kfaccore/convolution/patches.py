@@ -15,7 +15,8 @@ from kfaccore import xp as kernels
 from kfaccore.convolution.phases import autocorrelates, fft_pays, patch_gram, rows_held
 from kfaccore.convolution.pieces import gram_by_windows
 from kfaccore.convolution.window import Window, offsets, unfold
-from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, on_gpu, widen
+from kfaccore.xp import traced
+from kfaccore.xp.arrays import Array, device_of, is_numpy, is_tracer, namespace, on_gpu, widen
 
 __all__ = ["Patches", "Window"]
 
@@ -75,6 +76,10 @@ class Patches:
         unfolded, each kernel position sums the squares that all windows see there."""
         xp = namespace(self.image)
         outputs = self.window.outputs(self.spatial)
+        if is_tracer(self.image):
+            rows = self.unfold()
+            counted = rows if mask is None else xp.where(mask[None, :, :, None], rows, xp.zeros_like(rows))
+            return xp.sum(counted * counted, axis=(1, 2))
         axes = tuple(range(1, self.image.ndim - 1))
         parts = [part * part for part in offsets(self.image, self.window)]
         if mask is not None:
@@ -90,12 +95,27 @@ class Patches:
     def gram_by_chunks(self) -> Array:
         """The gram from unfolded patches, a chunk of examples at a time: every geometry, and the oracle."""
         xp = namespace(self.image)
-        _, _, positions, d_in = self.shape
-        parts = self.rows(-(-rows_held(d_in) // (positions * self.blocks)))
+        _, batch, positions, d_in = self.shape
+        chunk = -(-rows_held(d_in) // (positions * self.blocks))
+        if is_tracer(self.image) and chunk < batch:
+            return self._gram_in_turns(chunk)
+        parts = self.rows(chunk)
         return reduce(
             iadd,  # the first gram is ours to add to
             (kernels.gram(xp.reshape(a, (self.blocks, -1, a.shape[-1]))) for a in parts),
         )
+
+    def _gram_in_turns(self, chunk: int) -> Array:
+        """`gram_by_chunks` in a loop of one body, and what is left over."""
+        whole = self.shape[1] // chunk
+
+        def of(image: Array) -> Array:
+            rows = unfold(image, self.window, self.bias)
+            return kernels.gram(namespace(rows).reshape(rows, (self.blocks, -1, rows.shape[-1])))
+
+        found = traced.in_turns(self.image, chunk, whole, of)
+        left = self.image[:, whole * chunk :, ...]
+        return found + of(left) if left.shape[1] else found
 
     def gram_by_fft(self) -> Array:
         """The gram by autocorrelation; ValueError for a geometry that has none."""
@@ -128,6 +148,8 @@ class Patches:
     def mean(self) -> Array:
         """Mean patch of each example, (blocks, batch, 1, d_in), without unfolding."""
         xp = namespace(self.image)
+        if is_tracer(self.image):
+            return xp.mean(self.unfold(), axis=2, keepdims=True)
         axes = tuple(range(2, self.image.ndim - 1))
         parts = [xp.mean(part, axis=axes) for part in offsets(self.image, self.window)]
         if self.bias:

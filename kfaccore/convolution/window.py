@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kfaccore.xp.arrays import Array, is_numpy, namespace
+from kfaccore.xp.arrays import Array, is_numpy, is_tracer, namespace
 from kfaccore.xp.border import bordered
 
 
@@ -77,6 +77,8 @@ def unfold(image: Array, w: Window, bias: bool) -> Array:
     padded = pad(image, w.padding)
     if is_numpy(padded):
         return _copied(padded, w, bias)
+    if is_tracer(padded):
+        return _gathered(padded, w, w.outputs(tuple(image.shape[2:-1])), bias)
     parts = list(_offsets(padded, w, w.outputs(tuple(image.shape[2:-1]))))
     if bias:
         parts.append(xp.ones_like(parts[0][..., :1]))
@@ -96,6 +98,23 @@ def _offsets(padded: Array, w: Window, outputs: tuple[int, ...]) -> Iterator[Arr
             for d, r, o, s in zip(offset, w.dilation, outputs, w.stride, strict=True)
         )
         yield padded[:, :, *spans, :]
+
+
+def _gathered(padded: Array, w: Window, outputs: tuple[int, ...], bias: bool) -> Array:
+    """`unfold` of a padded image as one gather: XLA compiles slices one by one, each kernel position's anew."""
+    xp = namespace(padded)
+    axes = len(w.kernel)
+    split = []
+    for axis, (o, s, k, r) in enumerate(zip(outputs, w.stride, w.kernel, w.dilation, strict=True), start=2):
+        places = np.arange(o)[:, None] * s + np.arange(k) * r
+        padded = xp.take(padded, xp.asarray(places.reshape(-1)), axis=axis, mode="clip")
+        split += [o, k]
+    batch = padded.shape[:2]
+    parts = xp.reshape(padded, (*batch, *split, padded.shape[-1]))
+    ends = range(2, 2 + 2 * axes, 2)
+    parts = xp.permute_dims(parts, (0, 1, *ends, *(end + 1 for end in ends), 2 + 2 * axes))
+    rows = xp.reshape(parts, (*batch, prod(outputs), prod(w.kernel) * padded.shape[-1]))
+    return xp.concat([rows, xp.ones_like(rows[..., :1])], axis=-1) if bias else rows
 
 
 def _copied(padded: np.ndarray, w: Window, bias: bool) -> np.ndarray:

@@ -10,6 +10,8 @@ S positions B C (S + C) d_in d_out; `cross` of one position Q T d_in d_out, of S
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
 from kfaccore.linalg.basis import Basis
@@ -36,8 +38,19 @@ def quadratic(record: Record, basis: Basis, W: Array, diagonal: bool = False) ->
 
 def queries(record: Record, basis: Basis, W: Array) -> Array:
     """U (draws * batch, blocks, d_out, d_in): each gradient times W in the basis, and back out of it."""
-    xp = namespace(record.g)
-    return basis.back(W * xp.reshape(jacobians(record, basis), (-1, *basis.shape)))
+    return basis.back(weighted(record, basis, W))
+
+
+def weighted(record: Record, basis: Basis, W: Array) -> Array:
+    """W * J~, `queries` before they leave the basis."""
+    return W * namespace(record.g).reshape(jacobians(record, basis), (-1, *basis.shape))
+
+
+def rotated(record: Record, basis: Basis) -> Record:
+    """The record with its rows, patches unfolded, in the basis of two sides."""
+    assert not isinstance(basis.Qa, tuple)
+    a, g = _rotated(record, basis.Qg, basis.Qa)
+    return replace(record, a=a, g=g)
 
 
 def cross(U: Array, record: Record, positions: bool = False) -> Array:
@@ -49,10 +62,12 @@ def cross(U: Array, record: Record, positions: bool = False) -> Array:
     gathered = isinstance(record.a, Ids)
     rows = gathered or positions or (record.shared == 1 and count <= record.d_in)
     each = count * record.shared if rows else record.d_in
+    # laid out once, blocks first: of one block it is a view
+    B = xp.reshape(xp.permute_dims(U, (1, 0, 2, 3)), (record.blocks, -1, record.d_in)) if rows and not gathered else U
     found = []
     for part in parts(record, kernels.at_once(each * record.blocks * record.d_out)):
         if rows:
-            z = _of_ids(U, part) if gathered else _of_rows(U, part)
+            z = _of_ids(U, part) if gathered else _of_rows(B, part)
             found.append(z if positions else xp.sum(z, axis=-1))
         else:
             found.append(_of_jacobians(U, part))
@@ -107,16 +122,17 @@ def _rotated(record: Record, Qg: Array, Qa: Array) -> tuple[Array, Array]:
         a = xp.take(Qa[0, ...], xp.reshape(record.a.index, (-1,)), axis=0)
         a = xp.reshape(a, (1, record.batch, record.shared, -1))
     else:
-        a = record.rows()
-        a = a * Qa[:, None, None, :] if side.is_diagonal(Qa) else namespace(a).matmul(a, Qa[:, None, :, :])
+        a = _turned(record.rows(), Qa)
     return a, _turned(record.g, Qg)
 
 
-def _turned(g: Array, Qg: Array) -> Array:
-    """g Qg for g (draws, blocks, batch, shared, d_out)."""
-    if side.is_diagonal(Qg):
-        return g * Qg[:, None, None, :]
-    return namespace(g).matmul(g, Qg[None, :, None, :, :])
+def _turned(x: Array, Q: Array) -> Array:
+    """x Q for x (..., blocks, batch, shared, d), examples and positions as rows of one product a block."""
+    if side.is_diagonal(Q):
+        return x * Q[:, None, None, :]
+    xp = namespace(x)
+    rows = xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
+    return xp.reshape(xp.matmul(rows, Q), x.shape)
 
 
 def _quadratic_of_rows(record: Record, basis: Basis, W: Array, diagonal: bool) -> Array:
@@ -139,7 +155,7 @@ def _quadratic_of_jacobians(record: Record, basis: Basis, W: Array, diagonal: bo
     J = xp.permute_dims(jacobians(record, basis), (1, 0, 2, 3, 4))
     weighted = xp.reshape(J * W, (record.batch, record.draws, -1))
     J = xp.reshape(J, weighted.shape)
-    return xp.sum(J * weighted, axis=-1) if diagonal else xp.matmul(J, weighted.mT)
+    return xp.vecdot(J, weighted) if diagonal else xp.matmul(J, weighted.mT)
 
 
 def _quadratic_of_ids(record: Record, basis: Basis, W: Array, diagonal: bool) -> Array:
@@ -159,13 +175,12 @@ def _quadratic_of_ids(record: Record, basis: Basis, W: Array, diagonal: bool) ->
     return xp.matmul(xp.reshape(g, flat), xp.reshape(met, flat).mT)
 
 
-def _of_rows(U: Array, record: Record) -> Array:
-    """g . (U a) of each position, (queries, draws, batch, shared)."""
-    xp = namespace(U)
-    count = U.shape[0]
-    B = xp.reshape(xp.permute_dims(U, (1, 3, 0, 2)), (record.blocks, record.d_in, -1))
+def _of_rows(B: Array, record: Record) -> Array:
+    """g . (U a) of each position, (queries, draws, batch, shared), from U as B (blocks, queries * d_out, d_in)."""
+    xp = namespace(B)
+    count = B.shape[1] // record.d_out
     a = xp.reshape(record.rows(), (record.blocks, -1, record.d_in))
-    z = xp.reshape(xp.matmul(a, B), (record.blocks, -1, count, record.d_out))
+    z = xp.reshape(xp.matmul(a, B.mT), (record.blocks, -1, count, record.d_out))
     g = xp.reshape(record.g, (record.draws, record.blocks, -1, record.d_out, 1))
     dots = xp.sum(xp.matmul(z[None, ...], g)[..., 0], axis=1)  # (draws, batch * shared, queries)
     return xp.reshape(xp.permute_dims(dots, (2, 0, 1)), (count, record.draws, record.batch, record.shared))

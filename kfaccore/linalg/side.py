@@ -27,7 +27,7 @@ class Scale:
     @classmethod
     def of_factor(cls, x: Array) -> Scale:
         """Of a factor, or of a diagonal one."""
-        return cls(namespace(x).mean(diagonal(x), axis=-1), lambda: top_eigenvalue(x))
+        return cls(trace(x) / x.shape[-1], lambda: top_eigenvalue(x))
 
     @classmethod
     def of_eigenvalues(cls, values: Array) -> Scale:
@@ -64,6 +64,12 @@ def diagonal(x: Array) -> Array:
     return traced.diagonal(x) if is_tracer(x) else namespace(x).linalg.diagonal(x)
 
 
+def trace(x: Array) -> Array:
+    """The sum of the diagonal, (blocks,)."""
+    of_x = diagonal(x)
+    return traced.total(of_x) if is_tracer(x) else namespace(x).sum(of_x, axis=-1)
+
+
 def gram(rows: Array, diagonal: bool) -> Array:
     """Sum over rows of x x^T, or of its diagonal alone, for rows (blocks, many, d)."""
     return kernels.gram_diagonal(rows) if diagonal else kernels.gram(rows)
@@ -93,6 +99,13 @@ def inverse(x: Array, shift: Array) -> tuple[Array, Array]:
     return 1.0 / xp.where(shifted > floor, shifted, xp.where(floor > 0, floor, xp.ones_like(floor))), code
 
 
+def grown(given: tuple[Array, ...], width: int) -> tuple[Array, ...]:
+    """What `inverse` takes, for factors in the corner of matrices of that width, with the mean of their diagonal beside
+    them, which is then the wide ones' too."""
+    x, shift = given
+    return traced.widened(x, width, trace(x) / x.shape[-1]), shift
+
+
 def eigh(x: Array) -> tuple[Array, Array, Array]:
     """Eigenvalues (blocks, d), eigenvectors shaped like `x`, code; a diagonal factor is its own decomposition."""
     if not is_diagonal(x):
@@ -103,7 +116,7 @@ def eigh(x: Array) -> tuple[Array, Array, Array]:
 
 def inverses(A: Array, d_a: Array, G: Array, d_g: Array) -> Asks[tuple[Answer, Answer]]:
     """`inverse` of both sides of a block, asked for in one round."""
-    found_A, found_G = yield Ask(inverse, (A, d_a)), Ask(inverse, (G, d_g))
+    found_A, found_G = yield Ask(inverse, (A, d_a), grown), Ask(inverse, (G, d_g), grown)
     return found_A, found_G
 
 

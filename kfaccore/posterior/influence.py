@@ -19,13 +19,14 @@ from kfaccore.posterior.blocks import Blocks
 from kfaccore.posterior.checks import check_records
 from kfaccore.posterior.gaussian import Posterior, Records
 from kfaccore.posterior.lowrank import Thin, thin
+from kfaccore.posterior.turned import Turned
 from kfaccore.record import Record
 from kfaccore.record.chunks import parts
 from kfaccore.record.digest import digest
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
 
-Ready = Mapping[str, Array | Thin]
+Ready = Mapping[str, Turned | Thin]
 
 
 def scores(
@@ -99,7 +100,7 @@ def _groups(P: Posterior, queries: Records, memory: int, rank: int | None) -> It
 def _one_pass(P: Posterior, group: Records, batches: Iterable[Records], rank: int | None, positions: bool) -> Array:
     """The scores of one group of queries, (draws * queries, T)."""
     ready = _ready(P, group, rank)
-    found = [_block(ready, batch, positions) for batch in _checked(P, batches, positions)]
+    found = [_block(ready, batch, positions, seen) for seen, batch in _checked(P, batches, positions)]
     return namespace(found[0]).concat(found, axis=1) if len(found) > 1 else found[0]
 
 
@@ -118,33 +119,39 @@ def _on_disk(
         blocks.group()
         mine = digest(of, group)
         solved = cache(lambda group=group: _ready(P, group, rank))
-        for batch in _checked(P, batches, positions):
-            blocks.put(digest(mine, batch), lambda batch=batch, solved=solved: _block(solved(), batch, positions))
+        for seen, batch in _checked(P, batches, positions):
+            blocks.put(
+                digest(mine, batch),
+                lambda seen=seen, batch=batch, solved=solved: _block(solved(), batch, positions, seen),
+            )
     return blocks
 
 
-def _checked(P: Posterior, batches: Iterable[Records], positions: bool) -> Iterator[Records]:
-    """The batches, at least one."""
-    batch = None
+def _checked(P: Posterior, batches: Iterable[Records], positions: bool) -> Iterator[tuple[int, Records]]:
+    """(examples before it, batch) of the batches, at least one."""
+    seen = 0
     for batch in batches:
         check_records(P.curvature.layers, batch, positions)
-        yield batch
-    if batch is None:
+        yield seen, batch
+        seen += next(iter(batch.values())).batch
+    if not seen:
         raise ValueError("batches gave nothing: need at least one {layer: Record}, again in every pass")
 
 
 def _ready(P: Posterior, group: Records, rank: int | None) -> Ready:
     """L^-1 times the queries' gradients, or their leading terms."""
-    return P.queries(group) if rank is None else thin(P, group, rank)
+    if rank is not None:
+        return thin(P, group, rank)
+    layers = P.curvature.layers
+    return {
+        name: Turned(forms.weighted(record, layers[name], 1.0 / P.spectrum(name)), layers[name])
+        for name, record in group.items()
+    }
 
 
-def _block(ready: Ready, batch: Records, positions: bool) -> Array:
-    """The scores of one group and one batch."""
-    return reduce(add, [_crossed(ready[name], record, positions) for name, record in batch.items()])
-
-
-def _crossed(U: Array | Thin, record: Record, positions: bool) -> Array:
-    return U.cross(record, positions) if isinstance(U, Thin) else forms.cross(U, record, positions)
+def _block(ready: Ready, batch: Records, positions: bool, seen: int) -> Array:
+    """The scores of one group and one batch, before which there were `seen` examples."""
+    return reduce(add, [ready[name].cross(record, positions, seen) for name, record in batch.items()])
 
 
 def removal(P: Posterior, hessian: Array, residual: Array, queries: Records, records: Records) -> tuple[Array, Array]:

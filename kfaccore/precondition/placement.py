@@ -38,7 +38,7 @@ def group_size(world: int, fraction: float) -> int:
     size = max(1, round(fraction * world))
     if not 0 <= fraction <= 1 or world % size:
         raise ValueError(
-            f"grad_worker_fraction {fraction} of {world} ranks makes groups of {size}; need a share in [0, 1] whose "
+            f"fraction {fraction} of {world} ranks makes groups of {size}; need a share in [0, 1] whose "
             f"groups divide the ranks, such as 0, {1 / world:.3g} or 1"
         )
     return size

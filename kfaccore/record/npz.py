@@ -25,7 +25,7 @@ class Npz:
     def __init__(self, path: Path, unpacked: int) -> None:
         self.path = path
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file")
+            raise FileNotFoundError(f"{path} is {'a folder' if path.is_dir() else 'not a file'}")
         limit = max(unpacked, 4 * path.stat().st_size)
         with self._readable():
             self._archive = ZipFile(path)
@@ -37,6 +37,8 @@ class Npz:
         self.names = list(self._members)
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._members:
+            raise ValueError(f"{self.path} has no array {name!r}, only {', '.join(self.names[:8]) or 'none'}")
         with self._readable():
             return _array(self._archive, self._members[name])
 

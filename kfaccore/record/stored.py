@@ -98,7 +98,7 @@ class _File:
 
     def _check_size(self, leaves: Mapping[str, np.ndarray]) -> None:
         """ValueError for an embedding whose factor would dwarf the file: its size is a number that anyone can write."""
-        size = int(leaves.get("size", 0))
+        size = int(_one("size", leaves.get("size", 0)))
         limit = max(self.unpacked, 4 * self.path.stat().st_size)
         if 8 * size > limit:
             raise ValueError(f"size {size} takes {8 * size} bytes a factor, and {limit} are allowed: raise `unpacked`")
@@ -130,7 +130,7 @@ def _slashed(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def _record(leaves: dict[str, Any], window: dict[str, Any] | None) -> Record:
     a: Any = leaves.get("a")
     if "index" in leaves:
-        a = Ids(leaves["index"], int(leaves["size"]))
+        a = Ids(leaves["index"], int(_one("size", leaves["size"])))
     elif "image" in leaves and isinstance(window, dict):
         geometry = {key: _tuples(window[key]) for key in ("kernel", "stride", "padding", "dilation")}
         a = Patches(leaves["image"], Window(**geometry), bool(window["bias"]))
@@ -142,7 +142,14 @@ def _record(leaves: dict[str, Any], window: dict[str, Any] | None) -> Record:
         if not 0 <= low <= high < a.size:
             raise ValueError(f"index goes from {low} to {high}; need 0 up to below size, {a.size}")
     record = Record(a, leaves["g"], 1.0, leaves.get("mask"), leaves.get("ids"))
-    return replace(record, n=float(leaves.get("n", record.batch)))
+    return replace(record, n=float(_one("n", leaves.get("n", record.batch))))
+
+
+def _one(name: str, value: Any) -> Any:
+    """A number as it is; older NumPys would take an array that holds one, with a warning."""
+    if np.ndim(value):
+        raise ValueError(f"{name} has shape {np.shape(value)}; need one number")
+    return value
 
 
 def _tuples(value: Any) -> Any:

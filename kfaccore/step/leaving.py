@@ -17,12 +17,18 @@ from kfaccore.xp.numbers import Number, number, numbers, pick, when
 
 class Leaving(NamedTuple):
     """What the model leaves out, if anything; whether it was `gathered` in this step; the largest `weight` of the batch
-    in a layer's direction; `whole`, how many layers are judged with their own shares."""
+    in a layer's direction; `whole`, how many layers are judged with their own shares; whether the batch is that of the
+    step before."""
 
     left: Left | None
     gathered: bool | Array
     weight: Number
     whole: int
+    same: bool | Array
+
+    def repeats(self, seen: Seen, examples: Number) -> Number:
+        """Most of the previous update that this batch may ask for again: the one that made it may for all of it."""
+        return pick(self.same, float("inf"), seen.repeats(examples))
 
     def seen(self, before: Seen, found: Expansion, examples: Number) -> Seen:
         """The running slope and noise after a step with this model."""
@@ -45,14 +51,15 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
     gathered where rho stays above .9."""
     names = known.own.layers(records) if noise.own else []
     whole = len(records) - len(names)
+    same = again(known.loss, motion.last)
     if not names:
-        return Leaving(None, False, 1.0, whole)
+        return Leaving(None, False, 1.0, whole, same)
     weights = {name: motion.average.part(name, noise.average) for name in names}
     weight = weights[names[0]]
     for other in weights.values():
         weight = pick(other > weight, other, weight)
     skipped = motion.seen.clear(examples) & (motion.steps % noise.every != 0)
-    idle = again(known.loss, motion.last) | skipped
+    idle = same | skipped
     left = when(idle, lambda: _nothing(records), lambda: known.own.shares(records, weights))
     least = pick(motion.steps == 0, _FIRST, 0.0)
     remains = {"factor": remaining(weight > _ALL, examples), "least": least, "layers": frozenset(names)}
@@ -62,8 +69,9 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
             namespace(idle).logical_not(idle),
             weight,
             whole,
+            same,
         )
-    return Leaving(None if idle else left._replace(**remains), not idle, weight, whole)
+    return Leaving(None if idle else left._replace(**remains), not idle, weight, whole, same)
 
 
 def _nothing(records: Mapping[str, Record]) -> Left:

@@ -153,6 +153,15 @@ class Seen:
         slope = self.slope * (1 - 1 / examples) + self.own
         return pick(self.own > 0, critical_batch(slope, self.own, examples), 0.0)
 
+    def repeats(self, examples: Number) -> Number:
+        """Most of the previous update that a batch may ask for again, or back: 1 / (1 - rho), 1 + examples / critical.
+
+        What a batch without noise says of it holds; where all is noise, a batch that sees next to no curvature along it
+        would repeat it many times over, and no batch knows more of it than the one that made it.
+        """
+        critical = self.critical(examples)
+        return pick(critical > 0, 1 + examples / pick(critical > 0, critical, 1.0), float("inf"))
+
     def rho(self, examples: Number) -> Number:
         """The true slope along a batch's direction over that of the batch: 1 without noise, 0 where all is noise."""
         return 1 / (1 + self.critical(examples) / examples)

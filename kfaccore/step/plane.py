@@ -46,6 +46,15 @@ def minimum(Q: Array, down: Array) -> tuple[Number, Number, Number]:
     return alpha, mu, code
 
 
+def within(alpha: Number, mu: Number, Q: Array, down: Array, most: Number) -> tuple[Number, Number]:
+    """The minimum over |mu| <= most, given the one over all: mu at its bound, and the best alpha there."""
+    far = abs(mu) > most
+    bound = pick(far, pick(mu > 0, most, -most), 0.0)
+    q = pick(far, number(Q[0, 0]), 1.0)
+    best = (number(down[0]) - bound * number(Q[0, 1])) / q
+    return pick(far, best, alpha), pick(far, bound, mu)
+
+
 def capped(alpha: Number, mu: Number, cap: float) -> tuple[Number, Number]:
     """Both factors times min(1, cap / |alpha|)."""
     size = abs(alpha)

@@ -6,14 +6,15 @@ runs one; `lockstep` many side by side, so that what they ask in the same round 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
 
-from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, is_numpy, is_tracer, namespace
 from kfaccore.xp.blocks import together
 from kfaccore.xp.chunks import spans
+from kfaccore.xp.widths import widths
 
 BUDGET = 512 << 20  # bytes of the matrices that are worked on in one call
 
@@ -23,10 +24,15 @@ Answer = tuple[Array, ...]
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """operation(*arrays): a tuple of arrays. All have a blocks axis first, and each block's answer is its own."""
+    """operation(*arrays): a tuple of arrays. All have a blocks axis first, and each block's answer is its own.
+
+    grown   of an operation on matrices (blocks, d, d) that may stand in the corner of wider ones: the arrays for these,
+            whose answer has the one for `arrays` in its corners
+    """
 
     operation: Callable[..., Answer]
     arrays: tuple[Array, ...]
+    grown: Callable[[tuple[Array, ...], int], tuple[Array, ...]] | None = None
 
     @property
     def blocks(self) -> int:
@@ -79,8 +85,13 @@ def lockstep(callers: Sequence[Asks[R]]) -> Asks[list[R]]:
 def answered(asks: Sequence[Ask]) -> list[Answer]:
     """The answer of each: one call for those of one operation and size, in pieces of at most `BUDGET` bytes.
 
-    NumPy's are called one by one, as LAPACK takes a matrix at a time and a copy is all that joining would add.
+    NumPy's are called one by one, as LAPACK takes a matrix at a time and a copy is all that joining would add. What is
+    traced is compiled size by size: there matrices that are cheap beside others stand in the corner of wider ones.
     """
+    wider = widths([(ask.arrays[0].shape[0], ask.arrays[0].shape[-1]) for ask in asks if _grows(ask)])
+    if any(size != width for size, width in wider.items()):
+        found = answered([_at_width(ask, wider) for ask in asks])
+        return [_corner(answer, ask) for answer, ask in zip(found, asks, strict=True)]
     kinds: dict[object, list[int]] = {}
     for place, ask in enumerate(asks):
         kinds.setdefault(_kind(ask, place), []).append(place)
@@ -91,6 +102,26 @@ def answered(asks: Sequence[Ask]) -> list[Answer]:
             for place, answer in zip(piece, answers, strict=True):
                 found[place] = answer
     return found
+
+
+def _grows(ask: Ask) -> bool:
+    """Whether its matrices may be worked on at a wider size."""
+    first = ask.arrays[0]
+    return ask.grown is not None and is_tracer(first) and first.ndim == 3 and first.shape[-1] > 1
+
+
+def _at_width(ask: Ask, wider: Mapping[int, int]) -> Ask:
+    """The same at the size it is worked on."""
+    width = wider.get(ask.arrays[0].shape[-1], 0) if _grows(ask) else 0
+    if ask.grown is None or width in (0, ask.arrays[0].shape[-1]):
+        return Ask(ask.operation, ask.arrays)
+    return Ask(ask.operation, ask.grown(ask.arrays, width))
+
+
+def _corner(answer: Answer, ask: Ask) -> Answer:
+    """The answer at an ask's own size."""
+    d = ask.arrays[0].shape[-1]
+    return tuple(x[:, :d, :d] if x.ndim == 3 and x.shape[-1] > d else x for x in answer)
 
 
 def _kind(ask: Ask, place: int) -> object:

@@ -1,14 +1,18 @@
 """The inverse of symmetric matrices in a program that is compiled: one attempt, which a loop repeats, in few kernels.
 
-XLA on a CPU takes some 20 ms of compile time a kernel that it has not seen, whatever the kernel does. A diagonal that
-is gathered is three of them; as every (d + 1)th number it is part of the kernel that uses it.
+XLA on a CPU takes some 20 ms of compile time a kernel that it has not seen, whatever the kernel does, and none for a
+product, which it calls. So sums are products with ones, a diagonal is every (d + 1)th number, and what is
+made inside the loop depends on its count, as what does not is moved out of it array by array.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from kfaccore.xp.arrays import Array, eps, loop, namespace, select
+import numpy as np
+
+from kfaccore.xp.arrays import Array, loop, namespace
 from kfaccore.xp.codes import Code, choose
 
 Carry = tuple[Array, Array, Array]
@@ -23,33 +27,36 @@ def spd_inverse(x: Array, attempts: int, pivot: float) -> tuple[Array, Array]:
     import jax
 
     xp = namespace(x)
-    d = x.shape[-1]
-    eye = xp.eye(d, dtype=x.dtype)
-    tiny = eps(x.dtype, xp)
+    blocks, d, _ = x.shape
+    tiny = float(xp.finfo(x.dtype).eps)
     of_x = diagonal(x)
-    mean = xp.sum(of_x, axis=-1) / d
-    summary = xp.sum(x * 0.0, axis=(-2, -1))
-    finite = summary == 0
+    mean = total(of_x) / d
+    everything = total(xp.reshape(total(xp.reshape(x, (blocks * d, d))), (blocks, d)))
+    finite = everything - everything == 0
 
     def unfinished(carry: Carry) -> Array:
-        return xp.any((carry[1] < 0) & finite)
+        return (carry[2] < 1) | xp.any((carry[1] < 0) & finite)
 
     def again(carry: Carry) -> Carry:
         inverse, code, attempt = carry
         exponent: Any = 2.0 * attempt - 1.0
         jitter = xp.where(attempt < 1, xp.zeros_like(attempt), tiny * 10.0**exponent)
         shift = (jitter * mean)[:, None]
-        tried = x + shift[:, :, None] * eye
-        lower: Any = jax.lax.linalg.cholesky(tried, symmetrize_input=False)  # NaN where it failed
-        half = jax.lax.linalg.triangular_solve(lower, xp.broadcast_to(eye, x.shape), left_side=True, lower=True)
-        good = xp.all(diagonal(lower) ** 2 > pivot * tiny * (of_x + shift), axis=-1)
-        newly = good & (code < 0) & finite
+        unit = xp.astype(_places(d, attempt), x.dtype)
+        tried = x + shift[:, :, None] * unit
+        # LAPACK's order is the transposed one, which a symmetric matrix is in already; NaN where it failed
+        lower: Any = jax.lax.linalg.cholesky(tried.mT, symmetrize_input=False)
+        half = jax.lax.linalg.triangular_solve(lower, xp.broadcast_to(unit, x.shape), left_side=True, lower=True)
+        low = ~(diagonal(lower) ** 2 > pivot * tiny * (of_x + shift))
+        newly = (total(xp.astype(low, x.dtype)) == 0) & (code < 0) & finite
         how = choose(attempt < 1, Code.OK, Code.JITTERED)
-        return select(newly, xp.matmul(half.mT, half), inverse), xp.where(newly, how, code), attempt + 1.0
+        kept = xp.where((code < 0)[:, None, None], unit, inverse)  # the identity where nothing was found yet
+        found = xp.where(newly[:, None, None], xp.matmul(half.mT, half), kept)
+        return found, xp.where(newly, how, code), attempt + 1.0
 
     start = xp.zeros((), dtype=x.dtype)
     none = xp.full(x.shape[:1], -1, dtype=xp.int32)
-    inverse, code, _ = loop(unfinished, again, (xp.zeros_like(x) + eye, none, start), attempts)
+    inverse, code, _ = loop(unfinished, again, (x, none, start), attempts)
     failed = choose(finite, Code.INDEFINITE, Code.NONFINITE)
     return inverse, xp.where(code < 0, failed, code)
 
@@ -58,3 +65,47 @@ def diagonal(x: Array) -> Array:
     """(blocks, d) of matrices (blocks, d, d)."""
     blocks, d, _ = x.shape
     return namespace(x).reshape(x, (blocks, d * d))[:, :: d + 1]
+
+
+def widened(x: Array, width: int, fill: Array) -> Array:
+    """x (blocks, d, d) in the corner of matrices of a wider size, which are diagonal beside it: `fill` (blocks,)."""
+    import jax
+
+    foreign: Any = x
+    more = width - x.shape[-1]
+    rows = jax.lax.iota("int32", width)
+    beside = (rows[:, None] == rows[None, :]) & (rows[:, None] >= x.shape[-1])
+    return jax.numpy.where(beside, fill[:, None, None], jax.numpy.pad(foreign, ((0, 0), (0, more), (0, more))))
+
+
+def in_turns(x: Array, step: int, times: int, of: Callable[[Array], Array]) -> Array:
+    """The sum of `of` over so many pieces of x, `step` long on its second axis: one body, which a loop repeats."""
+    import jax
+
+    def piece(turn: Any) -> Array:
+        return of(jax.lax.dynamic_slice_in_dim(x, turn * step, step, axis=1))
+
+    first: Any = piece(0)
+    return jax.lax.fori_loop(1, times, lambda turn, held: held + piece(turn), first)
+
+
+def total(x: Array) -> Array:
+    """The sum of each row of x (rows, d), (rows,): a product with ones, which XLA makes no kernel for where it cannot
+    see that they are ones alone."""
+    import jax
+
+    d = x.shape[-1]
+    if d == 1:
+        return x[:, 0]
+    table = np.stack([np.ones(d), np.arange(d)], axis=1).astype(x.dtype)
+    foreign: Any = x
+    return jax.numpy.matmul(foreign, table, precision="highest")[:, 0]
+
+
+def _places(d: int, attempt: Array) -> Array:
+    """Where the diagonal of a (d, d) matrix is; in terms of `attempt` >= 0, so that it stays inside its loop."""
+    import jax
+
+    rows = jax.lax.iota("int32", d)
+    foreign: Any = attempt
+    return rows[:, None] == rows[None, :] + jax.numpy.minimum(foreign, 0).astype("int32")

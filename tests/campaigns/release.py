@@ -2,23 +2,22 @@
 
     python tests/campaigns/release.py [--python PATH]... dist/*.whl dist/*.tar.gz
 
-Prints a line a file and Python, and exits 1 if one does not install or run. Without --python they are those found as
-python3.11 and so on; at least one must be there.
+Prints a line a file and Python, and exits 1 if one does not install or run. Without --python they are those that
+`pythons.py` finds; at least one must be there.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from pythons import found
+
 from kfaccore import __version__
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14", "python3.15")
 SHELLS = ("kfaccore_numpy", "kfaccore_torch", "kfaccore_jax", "kfaccore_tensorflow")
 PRESENT = f"""
 import importlib.util
@@ -46,11 +45,6 @@ def runs(python: str | Path, *arguments: str, folder: Path) -> str:
     return "" if done.returncode == 0 else f"{' '.join(arguments)}: {(done.stderr or done.stdout)[-600:]}"
 
 
-def installable(name: str) -> bool:
-    """Whether this Python is there and starts; a shim of a version manager may do neither."""
-    return bool(shutil.which(name)) and not runs(name, "-c", "pass", folder=ROOT)
-
-
 def tried(file: Path, python: str) -> str:
     """Install the file with what the demo needs, and use it; what went wrong first."""
     with tempfile.TemporaryDirectory() as folder:
@@ -70,10 +64,10 @@ def main() -> int:
     parser.add_argument("--python", action="append", default=[])
     parser.add_argument("files", nargs="+")
     given = parser.parse_args()
-    found = given.python or [python for python in PYTHONS if installable(python)]
-    wrong = 0 if found else 1
+    pythons = given.python or found()
+    wrong = 0 if pythons else 1
     for file in given.files:
-        for python in found:
+        for python in pythons:
             what = tried(Path(file).resolve(), python)
             wrong += bool(what)
             print(f"{Path(file).name} on {python}: {what or 'installs and runs'}", flush=True)

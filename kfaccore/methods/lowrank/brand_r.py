@@ -62,6 +62,7 @@ class BrandRKFAC(InSteps[State], Kept[State]):
     outside: Outside = even
     start: float = 0.0
     cycles: ClassVar[int] = 1
+    restless: ClassVar[bool] = True  # an update after a refresh grows the sketched modes by its rows
 
     def __post_init__(self) -> None:
         super().__post_init__()

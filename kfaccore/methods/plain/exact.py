@@ -79,7 +79,7 @@ class Exact(InSteps[State], Additive):
 
     def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         shift = factors.per_block(hyper.damping, state.weight)
-        ((inverse, code),) = yield (Ask(side.inverse, (factors.mean(state.F, state.weight), shift)),)
+        ((inverse, code),) = yield (Ask(side.inverse, (factors.mean(state.F, state.weight), shift), side.grown),)
         inverse, code = accepted(inverse, code, state.inverse, state.code, state.weight)
         return replace(state, inverse=inverse, code=code)
 

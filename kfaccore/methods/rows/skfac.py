@@ -138,7 +138,7 @@ class SKFAC(InSteps[State]):
         if isinstance(factor, Stack) and not self._dense(factor):
             return (yield from woodbury.inverting(factor, shift))
         matrix = stacks.dense(factor) if isinstance(factor, Stack) else factor
-        ((inverse, code),) = yield (Ask(side.inverse, (matrix, shift)),)
+        ((inverse, code),) = yield (Ask(side.inverse, (matrix, shift), side.grown),)
         return inverse, code
 
 

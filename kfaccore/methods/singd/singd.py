@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kfaccore import factors, tree
 from kfaccore.linalg import kron
@@ -98,6 +99,7 @@ class SINGD(Additive):
     coupling: Coupling = coupled
     rule: Rule = _RULE
     cycles: int = 1
+    restless: ClassVar[bool] = True  # every update multiplies the roots once more
 
     def __post_init__(self) -> None:
         function(self, "sharing", "expand or reduce")

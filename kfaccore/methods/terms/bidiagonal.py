@@ -76,14 +76,14 @@ def _cycle(
     top = xp.max(values, axis=1)
     beta = xp.zeros_like(values[:, 0])
     for at in range(rank, size):
-        place = eye[at, :]  # products with it write row or column `at`: arrays may be immutable, so all shapes stay
-        Q = Q + place[None, :, None] * q[:, None, :]
+        place = eye[at, :]
+        Q = _with_row(Q, at, q)
         w = times(q)
         top = xp.maximum(top, _norm(w))
         w, coefficients = _orthogonalised(w, P)
         p, alpha = _unit(w, top)
         projected = projected + (coefficients + alpha[:, None] * place)[:, :, None] * place
-        P = P + place[None, :, None] * p[:, None, :]
+        P = _with_row(P, at, p)
         z = transposed(p)
         top = xp.maximum(top, _norm(z))
         q, beta = _unit(_orthogonalised(z, Q)[0], top)
@@ -93,6 +93,11 @@ def _cycle(
     safe = xp.where(top > 0, top, xp.ones_like(top))
     residual = xp.max(xp.abs(beta[:, None] * x[:, -1, :]), axis=1) / safe
     return left, right, values, q, residual
+
+
+def _with_row(rows: Array, at: int, row: Array) -> Array:
+    """`rows` (blocks, many, D) with another one at `at`: arrays may be immutable."""
+    return namespace(rows).concat([rows[:, :at, :], row[:, None, :], rows[:, at + 1 :, :]], axis=1)
 
 
 def _padded(x: Array, size: int) -> Array:

@@ -76,10 +76,9 @@ class Deflation(TwoTerms[State], Additive):
         return State(**fields, core=core, pair=pair, whitened=two_terms.init(fields["A"], fields["G"]))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        U, V = rearranged.positive(state.A, state.G)
-        first = rearranged.sweep(record, U, V, positive=True)
-        U, V = rearranged.ahead(state.pair)
-        second = rearranged.sweep(record, U, V)
+        of_first = (*rearranged.positive(state.A, state.G), True)
+        of_second = (*rearranged.ahead(state.pair), False)
+        first, second = rearranged.sweeps(record, of_first, of_second)
         rows = factors.valid_rows(record)
         n = factors.per_block(record.n, rows)
         return Stats(first, second, n, rows, rearranged.bad(first, n) + rearranged.bad(second, n))

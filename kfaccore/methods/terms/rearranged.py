@@ -56,14 +56,19 @@ def refuse(name: str, block: Block) -> None:
 
 def sweep(record: Record, U: Array, V: Array, positive: bool = False) -> Sweep:
     """One pass over the record; `positive` promises positive semidefinite U and V."""
+    return sweeps(record, (U, V, positive))[0]
+
+
+def sweeps(record: Record, *matrices: tuple[Array, Array, bool]) -> list[Sweep]:
+    """As `sweep` for each (U, V, positive), in one pass: rows are unfolded and J is made once for all."""
     factors.needs_draws(record)
     parts = []
     for start, a in input_chunks(record):
         a = a[None, ...]  # inputs have one "draw"
         g = record.g[:, :, start : start + a.shape[2], ...]
         outputs, inputs = products(a, g)
-        parts.append(Sweep(outputs(V, positive), inputs(U, positive)))
-    return reduce(tree.add, parts)
+        parts.append([Sweep(outputs(V, positive), inputs(U, positive)) for U, V, positive in matrices])
+    return [reduce(tree.add, of) for of in zip(*parts, strict=True)]
 
 
 def bad(sums: Sweep, n: Array) -> Array:

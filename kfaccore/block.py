@@ -1,0 +1,49 @@
+"""What a method is given beside arrays: the sizes of a layer, and the numbers of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kfaccore.record import Ids, Record
+from kfaccore.xp.arrays import Array
+
+
+@dataclass(frozen=True)
+class Block:
+    """Static sizes of a layer: gradients are (blocks, d_out, d_in); rows and samples are a method's capacities.
+
+    diagonal_in, diagonal_out   A, or G, is a diagonal (blocks, d): an embedding's inputs, a side too wide for a matrix
+    """
+
+    d_out: int
+    d_in: int
+    blocks: int = 1
+    diagonal_in: bool = False
+    rows: int = 0
+    samples: int = 0
+    diagonal_out: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.d_out, self.d_in, self.blocks) < 1:
+            raise ValueError(f"{self}: d_out, d_in and blocks must be at least 1")
+
+    @classmethod
+    def of(cls, record: Record) -> Block:
+        """The block a record belongs to."""
+        return cls(record.d_out, record.d_in, record.blocks, isinstance(record.a, Ids))
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Numbers of one step: `decay` multiplies the OLD average, `damping` is absolute unless the method says so."""
+
+    step: int | Array
+    decay: float | Array
+    damping: float | Array
+    epoch: int | Array = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, int | float) and not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping is {self.damping}; need a finite number >= 0")
+        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
+            raise ValueError(f"decay is {self.decay}; need a number in [0, 1): it multiplies the old average")
