@@ -280,6 +280,21 @@ def test_a_saved_model_may_be_thawed(tmp_path):
     assert model.engine.state.step == 4
 
 
+def test_a_saved_model_may_be_frozen(tmp_path):
+    """It trains on as the one that was not saved."""
+    model = compiled()
+    fitted(model, 1)
+    model.save(tmp_path / "model.keras")
+    found = []
+    for one in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        one.inner.layers[0].trainable = False
+        one.compile(SGD(0.1), crossentropy())
+        fitted(one, 1)
+        found.append(one.inner.get_weights())
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(theirs, ours)
+
+
 def test_another_loss_may_be_compiled():
     model = kt.KFACModel(network(), **CLOCKS)
     model.compile(SGD(0.1), crossentropy())
