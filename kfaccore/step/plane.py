@@ -6,14 +6,16 @@ and of tracers, which therefore takes both sides of every choice.
 
 from __future__ import annotations
 
+import math
+
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, root
 
 
-def minimum(Q: Array, down: Array) -> tuple[Number, Number, Number]:
-    """(alpha, mu) of Q (2, 2) and down (2,), and how: OK; JITTERED, alpha alone, when the two directions are parallel
-    to rounding; NONFINITE, no step. Zero directions get zero factors."""
+def minimum(Q: Array, down: Array, most: Number = math.inf) -> tuple[Number, Number, Number]:
+    """(alpha, mu) of Q (2, 2) and down (2,) over |mu| <= most, and how: OK; JITTERED, alpha alone, when the two
+    directions are parallel to rounding; NONFINITE, no step. Zero directions get zero factors."""
     q = number(Q[0, 0])
     cross = number(Q[0, 1])
     p = number(Q[1, 1])
@@ -42,11 +44,12 @@ def minimum(Q: Array, down: Array) -> tuple[Number, Number, Number]:
     x = (s * d - cosine * y) / lead
     alpha = pick(one, pick(apart, s * x, d / q), 0.0)
     mu = pick(apart, t * y, 0.0)
+    alpha, mu = _within(alpha, mu, Q, down, most)
     code = pick(sound, pick(two, pick(apart, Code.OK, Code.JITTERED), Code.OK), Code.NONFINITE)
     return alpha, mu, code
 
 
-def within(alpha: Number, mu: Number, Q: Array, down: Array, most: Number) -> tuple[Number, Number]:
+def _within(alpha: Number, mu: Number, Q: Array, down: Array, most: Number) -> tuple[Number, Number]:
     """The minimum over |mu| <= most, given the one over all: mu at its bound, and the best alpha there."""
     far = abs(mu) > most
     bound = pick(far, pick(mu > 0, most, -most), 0.0)

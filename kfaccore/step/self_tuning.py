@@ -25,7 +25,7 @@ from kfaccore.step.leaving import leaving
 from kfaccore.step.model import Expansion, Penalty, counts, expansion, inner, trace, weighed
 from kfaccore.step.motion import Average, Motion, lifted
 from kfaccore.step.noise import Noise, first_loss, promised
-from kfaccore.step.plane import capped, combined, minimum, within
+from kfaccore.step.plane import capped, combined, minimum
 from kfaccore.step.rule import ByModel
 from kfaccore.step.sharpness import sharpness, unforgotten
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
@@ -142,9 +142,7 @@ class SelfTuning(ByModel):
         norms = _gram(*pair)
         F = unforgotten(found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms), motion.bent)
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
-        Q = times * F + motion.damping * norms
-        alpha, mu, code = minimum(Q, found.down)
-        alpha, mu = within(alpha, mu, Q, found.down, own.repeats(motion.seen, examples))
+        alpha, mu, code = minimum(times * F + motion.damping * norms, found.down, own.repeats(motion.seen, examples))
         step = stack([*capped(alpha, mu, self.cap)])
         first = first_loss(motion.first, known.loss)
         step = self.noise.shortened(step, F if found.batch is None else found.batch, first)
