@@ -517,10 +517,10 @@ def test_steps_of_every_rule_are_those_of_the_numpy_network(rule, plain, numbers
 @pytest.mark.parametrize("clocks", [kf.Clocks(1, 2), kf.Clocks(3, 3)])
 def test_self_tuned_fit_is_the_own_loop_even_many_steps_a_graph(several, clocks):
     loss, net = crossentropy(), network()
-    model = kt.KFACModel(network(), step=kf.SelfTuning(tolerance=-0.2), clocks=clocks)
+    model = kt.KFACModel(network(), step=kf.SelfTuning(tolerance=-0.06), clocks=clocks)
     model.compile(SGD(1.0), loss, steps_per_execution=several)
     fitted(model, 3)
-    ours = kt.Optimizer(net, loss, step=kf.SelfTuning(tolerance=-0.2), clocks=clocks)
+    ours = kt.Optimizer(net, loss, step=kf.SelfTuning(tolerance=-0.06), clocks=clocks)
     x, y = data()
     for i in range(12):
         rows = slice(10 * (i % 4), 10 * (i % 4) + 10)
