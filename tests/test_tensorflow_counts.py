@@ -113,7 +113,7 @@ def test_a_batch_in_which_nothing_counts_is_left_out(loss, rng):
     x, y = rng.normal(size=(3, 8, 4)), rng.integers(0, 3, (3, 8))
     y[1] = -1
     found = []
-    for batches in ((0, 2), (1, 0, 1, 2)):
+    for batches in ((0, 2) * 3, (1, 0, 1, 2) * 3):
         keras.utils.set_random_seed(1)
         model = kt.KFACModel(keras.Sequential([keras.Input((4,)), L.Dense(3)]), step=kf.SelfTuning())
         model.compile(SGD(1.0), loss)

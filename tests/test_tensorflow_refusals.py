@@ -93,6 +93,15 @@ def test_what_the_forward_pass_does_not_use_is_no_fault():
 
 
 K = keras.losses
+
+
+class Doubled(K.MeanSquaredError):
+    """A loss of one's own, which nobody can know."""
+
+    def call(self, y_true, y_pred):
+        return 2 * super().call(y_true, y_pred)
+
+
 LOSSES = {
     "probabilities": (K.SparseCategoricalCrossentropy(), "end the model linearly and set from_logits=True"),
     "probabilities by name": ("binary_crossentropy", r"loss=keras\.losses\.BinaryCrossentropy\(from_logits=True\)"),
@@ -100,6 +109,8 @@ LOSSES = {
     "other": (K.KLDivergence(), "has no Fisher here"),
     "huber": (K.Huber(), "has no Fisher here"),
     "function": (lambda y, f: 0.0, "has no Fisher here"),
+    "own class": (Doubled(), "of the class Doubled has no Fisher here"),
+    "another axis": (K.CategoricalCrossentropy(from_logits=True, axis=1), r"has axis 1; need .* axis=-1: permute"),
 }
 
 

@@ -143,6 +143,11 @@ FITS = {
         {"loss": {"a": crossentropy(), "b": "mse"}, "loss_weights": {"a": 1.0, "b": 0.3}, "steps_per_execution": 3},
         named,
     ),
+    "one loss for all": (
+        lambda: listed(outputs()),
+        {"loss": "mse"},
+        lambda rng: {"x": rng.normal(size=(22, 4)), "y": [rng.normal(size=(22, 3)), rng.normal(size=(22, 1))]},
+    ),
     "a list of outputs": (
         lambda: listed(outputs()),
         {"loss": {"a": crossentropy(), "b": "mse"}, "metrics": {"a": "accuracy", "b": "mae"}},

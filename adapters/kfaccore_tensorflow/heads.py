@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
-from kfaccore_tensorflow.losses import Objective, Told, checked, single
+from kfaccore_tensorflow.losses import CORE, Objective, Told, checked, single
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     if isinstance(loss, kf.Joint):
         given = {name: single(one, fisher) for name, one in loss.losses}
         return Several(given, dict(loss.weights), tuple(names))
+    if len(names) > 1 and loss is not None and not isinstance(loss, (Mapping, list, tuple, *CORE)):
+        loss = dict.fromkeys(names, loss)  # one of Keras's is each output's
     if not isinstance(loss, Mapping | list | tuple):
         return single(loss, fisher)
     given = dict(loss) if isinstance(loss, Mapping) else dict(zip(_named(names, loss), loss, strict=True))

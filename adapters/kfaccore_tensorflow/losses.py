@@ -13,6 +13,7 @@ import tensorflow as tf
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 
+CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)
 FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
 
 
@@ -108,7 +109,7 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
     """From a loss of kfaccore, or a Keras loss of mean reduction on logits; ValueError for any other."""
     if fisher not in FISHERS:
         raise ValueError(f"fisher is {fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
-    if isinstance(loss, kf.SoftmaxCrossEntropy | kf.Bernoulli | kf.Gaussian):
+    if isinstance(loss, CORE):
         return Objective(loss, _value(loss), lambda f, y, mask: float(loss.normaliser(f, _target(loss, f, y), mask)))
     if loss is None:
         raise ValueError("there is no loss; compile the model with a Keras loss on logits")
@@ -116,13 +117,17 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
     kind = FUNCTIONS.get(kind, kind)
     if kind not in TABLE:
         known = sorted(k.__name__ for k in TABLE)
-        raise ValueError(f"loss {loss!r} has no Fisher here; need a loss of kfaccore or one of Keras's {known}")
+        given = f"of the class {type(loss).__qualname__}" if isinstance(loss, keras.losses.Loss) else repr(loss)
+        raise ValueError(f"loss {given} has no Fisher here; need a loss of kfaccore or one of Keras's {known}")
     squared = kind is keras.losses.MeanSquaredError
     if not squared and not _option(loss, "from_logits"):
         raise ValueError(
             f"{kind.__name__} is taken of probabilities; end the model linearly and set from_logits=True: "
             f"loss=keras.losses.{kind.__name__}(from_logits=True)"
         )
+    if _option(loss, "axis") not in (None, -1):
+        axis = _option(loss, "axis")
+        raise ValueError(f"{kind.__name__} has axis {axis}; need outputs on the last one, axis=-1: permute them")
     if getattr(loss, "reduction", "sum_over_batch_size") != "sum_over_batch_size":
         raise ValueError(f"{kind.__name__} has reduction {loss.reduction!r}; need 'sum_over_batch_size', the default")
     soft = kind is keras.losses.CategoricalCrossentropy or _option(loss, "label_smoothing")

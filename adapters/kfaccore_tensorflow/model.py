@@ -14,12 +14,13 @@ import kfaccore as kf
 from kfaccore_tensorflow.config import decoded, encoded
 from kfaccore_tensorflow.heads import objective, output_names
 from kfaccore_tensorflow.judge import fitting
+from kfaccore_tensorflow.losses import CORE
 from kfaccore_tensorflow.optimizer import take_step
 from kfaccore_tensorflow.resume import parts_in
 from kfaccore_tensorflow.step import Engine, Settings
 
 STEPS = ("train_step", "compute_loss", "test_step", "predict_step", "compute_metrics")
-OURS = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian, kf.Joint)
+OURS = (*CORE, kf.Joint)
 
 
 @keras.saving.register_keras_serializable("kfaccore_tensorflow")

@@ -19,7 +19,8 @@ def saved(state: Any, names: Sequence[str]) -> bytes:
 
 
 def restored(given: bytes, like: Any, names: Sequence[str]) -> Any:
-    """The state in such a file; ValueError when it is of other layers or settings than `like`."""
+    """The state in such a file, less layers that were frozen since; ValueError when it is of other layers or settings
+    than `like`."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "state")
         path.write_bytes(given)
@@ -27,7 +28,9 @@ def restored(given: bytes, like: Any, names: Sequence[str]) -> Any:
         if not isinstance(theirs, list) or not all(isinstance(name, str) for name in theirs):
             raise ValueError(f"the state has damaged metadata: parts is {theirs!r:.80}; need names of layers")
         if set(theirs) != set(names) and len(theirs) == len(names):
-            kf.save(path, _renamed(kf.load(path), dict(zip(theirs, names, strict=True))))
+            kf.save(path, _renamed(kf.load(path), dict(zip(theirs, names, strict=True)), set(theirs)))
+        elif set(names) < set(theirs):
+            kf.save(path, _renamed(kf.load(path), {name: name for name in names}, set(theirs)))
         return kf.load(path, like=like)
 
 
@@ -39,9 +42,10 @@ def parts_in(given: bytes) -> list[str]:
         return list(kf.metadata(path).get("parts", []))
 
 
-def _renamed(tree: Any, names: dict[str, str]) -> Any:
-    """The same tree, its dicts of layers keyed by other names."""
+def _renamed(tree: Any, names: dict[str, str], known: set[str]) -> Any:
+    """The same tree, its dicts of `known` layers keyed by other names, those without one left out."""
     if not isinstance(tree, dict):
         return tree
-    here = names if tree and set(tree) <= set(names) else {}
-    return {here.get(key, key): _renamed(value, names) for key, value in tree.items()}
+    if tree and set(tree) <= known:
+        return {names[key]: _renamed(value, names, known) for key, value in tree.items() if key in names}
+    return {key: _renamed(value, names, known) for key, value in tree.items()}
