@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from inspect import signature
 
 from jax_libraries import filled, tokens
 from jax_models import normal
@@ -156,7 +157,8 @@ def nnx_batch_norm(nnx):
     net = nnx.eval_shape(lambda: nnx.BatchNorm(4, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(net, nnx.Param, ...)
     rest = filled(rest)
-    return lambda p, x: nnx.merge(graph, p, rest, copy=True)(x) ** 2, filled(params), normal((6, 4), seed=2)
+    copied = {"copy": True} if "copy" in signature(nnx.merge).parameters else {}  # flax before 0.11 always copies
+    return lambda p, x: nnx.merge(graph, p, rest, **copied)(x) ** 2, filled(params), normal((6, 4), seed=2)
 
 
 @model("haiku")

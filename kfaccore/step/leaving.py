@@ -77,5 +77,8 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
 def _nothing(records: Mapping[str, Record]) -> Left:
     """No shares, of the shape and dtype that `Own.shares` has."""
     record = most_examples(records)
-    s = numbers(namespace(record.g).zeros_like(record.g[:, 0, :, 0, 0]))
+    g = record.g[:, 0, :, 0, 0]
+    xp = namespace(g)
+    zeros = xp.zeros_like(g)
+    s = numbers(xp.where(g != g, zeros, zeros))  # made of g: under shard_map it varies over the axes that shares do
     return Left(s, number(namespace(s).sum(s)))
