@@ -64,7 +64,7 @@ OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "no end to repeats",
         "step/noise.py",
-        "pick(critical > 0, 1 + examples /",
+        "pick(known, 1 + examples /",
         "pick(False, 1 + examples /",
         "test_noise.py",
     ),

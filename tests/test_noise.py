@@ -154,6 +154,7 @@ def test_rho_and_the_critical_batch_are_those_of_the_gradients(rng):
     assert kf.critical_batch(1.0, 1.0, 40) == math.inf
     assert Seen(-1.0, 1.0).rho(40) == 0.0
     assert Seen().rho(40) == 1.0
+    assert (Seen(-1.0, 1.0).repeats(40), Seen().repeats(40), Seen(1.0, 1.0).repeats(1)) == (1.0, math.inf, math.inf)
 
 
 @pytest.mark.parametrize(("rho", "same", "most"), [(0.2, False, 1.25), (0.0, False, 1.0), (0.2, True, math.inf)])

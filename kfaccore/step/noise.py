@@ -157,10 +157,12 @@ class Seen:
         """Most of the previous update that a batch may ask for again, or back: 1 / (1 - rho), 1 + examples / critical.
 
         What a batch without noise says of it holds; where all is noise, a batch that sees next to no curvature along it
-        would repeat it many times over, and no batch knows more of it than the one that made it.
+        would repeat it many times over, and no batch knows more of it than the one that made it. One example alone
+        shows no noise: there is no bound.
         """
         critical = self.critical(examples)
-        return pick(critical > 0, 1 + examples / pick(critical > 0, critical, 1.0), float("inf"))
+        known = (critical > 0) & (examples > 1)
+        return pick(known, 1 + examples / pick(known, critical, 1.0), float("inf"))
 
     def rho(self, examples: Number) -> Number:
         """The true slope along a batch's direction over that of the batch: 1 without noise, 0 where all is noise."""
