@@ -126,9 +126,14 @@ def test_sigterm_ends_with_the_step_and_the_files_can_be_resumed(monkeypatch, tm
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_stream_closed_since_python_began_is_none(number):
+def test_a_stream_closed_since_python_began_is_none(number, tmp_path):
+    """One that goes to a file knows at once that it is closed."""
     program = f"import os; os.close({number}); from kfaccore.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, "trian"], capture_output=True, text=True, check=False)
+    paths = {name: tmp_path / name for name in ("stdout", "stderr")}
+    with paths["stdout"].open("w") as out, paths["stderr"].open("w") as err:
+        done = subprocess.run([sys.executable, "-c", program, "trian"], stdout=out, stderr=err, check=False)
+    told = paths["stderr"].read_text()
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert ("No such command" in done.stderr) == (number == 1)
+    assert "Traceback" not in told
+    assert ("No such command" in told) == (number == 1)
+    assert not paths["stdout"].read_text()

@@ -100,6 +100,26 @@ def test_what_is_no_state_is_a_value_error_and_changes_nothing():
     assert seen(ours) == before
 
 
+def test_a_damaged_rest_changes_no_optimizer():
+    """Loading leaves more parameters to the rest than a new optimizer knows of: if it fails, so it stays."""
+
+    class Odd(Net):
+        def forward(self, x):
+            weight = self.layers[2].weight.cos()  # seen at the first step: it is no linear layer's
+            return nn.functional.linear(self.layers[1](self.layers[0](x)), weight) * self.scale.cos()
+
+    good = optimizer(Odd()).state_dict()
+    core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 2), step=kf.SelfTuning())
+    ours = kt.Optimizer(Odd(), nn.CrossEntropyLoss(), core, rest=torch.optim.Adam)
+    rest, plan = ours.rest, ours.engine.plan
+    with pytest.raises(ValueError, match="rest|parameter group|state"):
+        ours.load_state_dict({**good, "rest": {"state": {}, "param_groups": []}})
+    assert ours.rest is rest
+    assert ours.engine.plan is plan
+    ours.load_state_dict(good)
+    assert len(ours.rest.param_groups[0]["params"]) > len(rest.param_groups[0]["params"])
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_a_copy_goes_on_as_the_original(copied):
     """As loops of others make them: for averages of parameters, for processes of their own."""
