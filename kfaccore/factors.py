@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, replace
-from functools import cached_property, reduce
-from operator import add
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
-from kfaccore.linalg.grams import gram_of_gradients, gram_of_inputs, rows_of, valid_rows
-from kfaccore.record import Ids, Record
-from kfaccore.record.chunks import input_chunks
+from kfaccore.linalg.grams import gram_of_gradients, gram_of_inputs, valid_rows
+from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, device_of, namespace, scalar
 from kfaccore.xp.codes import Code
 
@@ -58,12 +56,10 @@ class Stats:
     n: Array
     bad: Array
 
-
-@dataclass(frozen=True)
-class Traces(Stats):
-    """Partial traces, both over n, with `seen` rows."""
-
-    seen: Array
+    @property
+    def seen(self) -> Array:
+        """How many rows there were, (blocks,)."""
+        return self.rows
 
 
 @dataclass(frozen=True)
@@ -123,17 +119,31 @@ def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | N
     return Stats(found.A, per_block(found.rows, bad), found.G, per_block(found.n, bad), bad)
 
 
+def unmoved(state: Averages, record: Record) -> Stats:
+    """Stats of one record whose means are the state's own A and G."""
+    A, G = means(state)
+    weight = state.weight
+    rows = per_block(_many(record), weight)
+    n = per_block(record.n, weight)
+    return Stats(_times(A, rows), rows, _times(G, n), n, namespace(weight).zeros_like(weight))
+
+
 def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Sums:
     """As `measure`, without anything that can wait until layers stand side by side."""
     record = sharing(record)
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
-    rows = float(record.batch * record.shared) if record.mask is None else valid_rows(record)
+    rows = _many(record)
     xp = namespace(G)
     n = record.n
     if not isinstance(n, int | float):  # one a block, as layers of a stack are joined by blocks
         n = xp.broadcast_to(xp.reshape(scalar(n, G), (1,)), (record.blocks,))
     return Sums(A, rows, G, n)
+
+
+def _many(record: Record) -> float | Array:
+    """Its valid rows, on the host where they can be known there."""
+    return float(record.batch * record.shared) if record.mask is None else valid_rows(record)
 
 
 def not_finite(A: Array, rows: float | Array, G: Array, n: float | Array) -> Array:
@@ -155,40 +165,6 @@ def needs_draws(record: Record) -> None:
         raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
 
 
-def partial_traces(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
-    """Sums over rows of |g|^2 a a^T in A and |a|^2 g g^T in G, both over n; each has the trace sum |a|^2 |g|^2.
-
-    Diagonal where the factors of `like` are.
-    """
-    record = sharing(record)
-    needs_draws(record)
-    xp = namespace(record.g)
-    diagonal_in = like is not None and side.is_diagonal(like.A)
-    diagonal_out = like is not None and side.is_diagonal(like.G)
-    weight = xp.sum(xp.vecdot(record.g, record.g), axis=0)
-    if isinstance(record.a, Ids):
-        A = kernels.segment_sum(xp.reshape(weight, (-1, 1)), xp.reshape(record.a.index, (-1,)), record.a.size)
-        A = A[:, 0][None, :]
-        G = side.gram(rows_of(record.g), diagonal_out)
-    else:
-        rows = (_weighted_rows(record, weight, start, a) for start, a in input_chunks(record))
-        parts = [(side.gram(x, diagonal_in), side.gram(y, diagonal_out)) for x, y in rows]
-        A = reduce(add, (part[0] for part in parts))
-        G = reduce(add, (part[1] for part in parts))
-    seen = valid_rows(record)
-    n = per_block(record.n, seen)
-    return Traces(A, n, G, n, not_finite(A, n, G, n), seen)
-
-
-def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:
-    """|g| a and |a| g of the examples from `start` on, as rows; weight |g|^2 (blocks, batch, shared)."""
-    xp = namespace(a)
-    span = slice(start, start + a.shape[1])
-    norm = xp.sqrt(xp.vecdot(a, a))[..., None]
-    scaled = xp.sqrt(weight[:, span, :])[..., None] * a
-    return rows_of(scaled[None, ...]), rows_of(record.g[:, :, span, ...] * norm)
-
-
 def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) -> S:
     """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
     xp = namespace(state.weight)
@@ -205,7 +181,7 @@ def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) ->
 def usable(stats: Stats | Sums) -> Array:
     """Where there is something to average, (blocks,): finite means of at least one row."""
     ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
-    seen = stats.seen if isinstance(stats, Traces) else stats.rows
+    seen = stats.rows if isinstance(stats, Sums) else stats.seen
     return ok if isinstance(seen, int | float) else ok & (seen > 0)
 
 
@@ -230,7 +206,16 @@ def means(state: Averages) -> tuple[Array, Array]:
 
 
 def _over(average: Array, divisor: Array) -> Array:
-    return average / namespace(average).reshape(divisor, (-1, *(1,) * (average.ndim - 1)))
+    return average / _beside(divisor, average)
+
+
+def _times(mean: Array, count: Array) -> Array:
+    return mean * _beside(count, mean)
+
+
+def _beside(numbers: Array, x: Array) -> Array:
+    """(blocks,) with as many axes as x."""
+    return namespace(x).reshape(numbers, (-1, *(1,) * (x.ndim - 1)))
 
 
 def per_block(value: float | Array, like: Array) -> Array:

@@ -47,6 +47,7 @@ class Stats(Protocol):
 S = TypeVar("S", bound=State)
 T = TypeVar("T", bound=Stats)
 R = TypeVar("R", bound=State, contravariant=True)  # a state that is only read
+M = TypeVar("M", bound=Stats, covariant=True)  # Stats that are only made
 
 
 class Method(Protocol[S, T]):
@@ -165,6 +166,19 @@ class MovesWithBasis(Protocol):
     moves_with_basis: ClassVar[bool]
 
 
+class Halves(Protocol[R, M]):
+    """What a refresh reads of the data, and what is taken in its basis, can be measured apart, each at its own cost:
+    for passes over all data, of which one is for the basis and the next for what lives in it."""
+
+    def basis_stats(self, state: R, record: Record, hyper: Hyper) -> M:
+        """As `measure` for all that a refresh reads; an update with it tells nothing else."""
+        ...
+
+    def moment_stats(self, state: R, record: Record, hyper: Hyper) -> M:
+        """As `measure` for what lives in the basis; of all else the Stats say what the state says already."""
+        ...
+
+
 class Restless(Protocol):
     """Even without memory (decay 0) one more update on the same record after a refresh moves the state."""
 
@@ -201,6 +215,7 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     Eigensystem: "posterior, TwoLevel",
     Matrix: "posterior, analysis",
     MovesWithBasis: "posterior, analysis",
+    Halves: "posterior",
     Restless: "analysis",
     Unit: "SharedDamping",
     Refreshing: "precondition; TwoLevel, SharedDamping",

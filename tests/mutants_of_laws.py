@@ -90,7 +90,7 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     (
         "partial trace with the mean norm of a",
-        "factors.py",
+        "methods/kronecker/traces.py",
         "norm = xp.sqrt(xp.vecdot(a, a))[..., None]",
         "norm = xp.sqrt(xp.mean(xp.vecdot(a, a), axis=(1, 2), keepdims=True))[..., None]",
         _STATED,

@@ -181,6 +181,25 @@ def moments_follow_the_basis(case, rng):
     assert close(case.xp.get(solve(again, case.xp.put(case.v), HYPER).direction), second)
 
 
+def halves_are_the_whole(case, rng):
+    """A refresh after one half is that after all, and then the other half does what all does and moves nothing else."""
+    method = case.method
+    other = case.other(rng)
+    whole, half = (method.update(case.state, of(case.state, other, HYPER), HYPER) for of in halves(method, 0))
+    whole, half = (method.refresh(state, HYPER) for state in (whole, half))
+    directions = [case.xp.get(method.solve(x, case.xp.put(case.v), HYPER).direction) for x in (whole, half)]
+    assert close(*directions)
+    full, told = (of(half, other, HYPER) for of in halves(method, 1))
+    seen, moved = (method.update(half, stats, HYPER) for stats in (full, method.combine(told, told)))
+    for x, y in zip(tree.leaves(seen), tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(case.xp.get(x), case.xp.get(y), rtol=1e-12, atol=1e-12)
+
+
+def halves(method, turn):
+    """(all of it, the half of this turn)."""
+    return method.measure, (method.basis_stats, method.moment_stats)[turn]
+
+
 def one_more_update_moves_it(case, rng):
     leaves = [[case.xp.get(x) for x in tree.leaves(state) if 0 not in x.shape] for state in updated_again(case)]
     assert any(abs(x - y).max() > 1e-6 * abs(x).max() for x, y in zip(*leaves, strict=True))
@@ -209,6 +228,7 @@ LAWS = {
     contract.Refreshing: refreshes_in_step_are_refreshes_alone,
     contract.Restless: one_more_update_moves_it,
     contract.MovesWithBasis: moments_follow_the_basis,
+    contract.Halves: halves_are_the_whole,
     contract.LinearSides: linear_sides_grow_with_the_width,
     contract.RowsAtSolve: rows_at_solve_are_used_there,
     contract.OwnGradients: own_gradients_of_the_batch_invert_its_own_fisher,

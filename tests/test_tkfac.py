@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from kfaccore import factors
+from kfaccore.methods.kronecker import traces
 from kfaccore.settle import cycle
 from oracle import matrix
 from rows import arrays
@@ -125,7 +125,7 @@ def test_shared_positions_are_rows(rng, method):
     """TKFAC-8: the traces kept are those of the expanded record, never products of sums over positions."""
     a, g = arrays(rng, 1, 8, 4, D_IN, D_OUT, 2)
     record = kf.Record(a, g, 8.0)
-    sums = factors.partial_traces(record, kf.expand)
+    sums = traces.partial_traces(record, kf.expand)
     Phi, Psi = (x[0] / 8.0 for x in (sums.A, sums.G))
     for mine, true in zip((Phi, Psi), partial_traces(kf.dense(kf.expand(record))[0]), strict=True):
         assert apart(mine, true) < 1e-13

@@ -127,12 +127,8 @@ def _rotated(record: Record, Qg: Array, Qa: Array) -> tuple[Array, Array]:
 
 
 def _turned(x: Array, Q: Array) -> Array:
-    """x Q for x (..., blocks, batch, shared, d), examples and positions as rows of one product a block."""
-    if side.is_diagonal(Q):
-        return x * Q[:, None, None, :]
-    xp = namespace(x)
-    rows = xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
-    return xp.reshape(xp.matmul(rows, Q), x.shape)
+    """x Q for x (..., blocks, batch, shared, d), where Q may be diagonal."""
+    return x * Q[:, None, None, :] if side.is_diagonal(Q) else kernels.turned(x, Q)
 
 
 def _quadratic_of_rows(record: Record, basis: Basis, W: Array, diagonal: bool) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kfaccore import tree
 from kfaccore.linalg.basis import Basis
-from kfaccore.method import Block, Hyper, Method, MovesWithBasis, declares
+from kfaccore.method import Block, Halves, Hyper, Method, MovesWithBasis, declares
 from kfaccore.posterior.curvature import Curvature
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, namespace
@@ -56,6 +56,13 @@ class _Layer:
         block = Block.of(record)
         return cls(method, block, method.init(block, record.g), record.g)
 
+    def measured(self, record: Record, turn: int) -> Any:
+        """Stats of one batch; of halves the one that this pass is for."""
+        if not declares(self.method, Halves):
+            return self.method.measure(self.state, record, _ALL)
+        half = self.method.basis_stats if turn == 0 else self.method.moment_stats
+        return half(self.state, record, _ALL)
+
     def moved(self, stats: Any, last: bool) -> _Layer:
         """After one pass; what is measured next needs a refresh, what is read at the end none."""
         state = self.method.update(self.state, stats, _ALL)
@@ -92,7 +99,7 @@ def _measured(method: Methods, layers: dict[str, _Layer], batches: Batches, turn
             )
         for name, layer in layers.items():
             if turn < _passes(layer.method):
-                stats = layer.method.measure(layer.state, batch[name], _ALL)
+                stats = layer.measured(batch[name], turn)
                 found[name] = layer.method.combine(found[name], stats) if name in found else stats
     if number < 0:
         again = " when they were asked for again: give a list, or an object whose __iter__ starts anew" if turn else ""

@@ -31,7 +31,7 @@ class Thin:
         for part in parts(record, kernels.at_once(each)):
             shape = (part.blocks, part.batch, part.shared, queries, rank)
             a = xp.reshape(_inputs(part, v), shape)
-            g = xp.reshape(xp.matmul(part.g, u[None, :, None, :, :]), (part.draws, *shape))
+            g = xp.reshape(kernels.turned(part.g, u), (part.draws, *shape))
             dots = xp.sum(g * a[None, ...], axis=(1, -1))  # (draws, batch, shared, queries)
             dots = xp.permute_dims(dots, (3, 0, 1, 2))
             found.append(dots if positions else xp.sum(dots, axis=-1))
@@ -54,4 +54,4 @@ def _inputs(record: Record, v: Array) -> Array:
     xp = namespace(v)
     if isinstance(record.a, Ids):
         return xp.take(v[0, ...], xp.reshape(record.a.index, (-1,)), axis=0)
-    return xp.matmul(record.rows(), v[:, None, :, :])
+    return kernels.turned(record.rows(), v)

@@ -71,7 +71,7 @@ class Projected:
         else:
             P_o = self._random(0, self.k_out, record.d_out, record)
             P_i = self._random(1, self.k_in, record.d_in, record)
-        g = namespace(record.g).matmul(record.g, P_o.mT[None, :, None, :, :])
+        g = kernels.turned(record.g, P_o.mT)
         return Record(_projected(record, P_i), g, record.n, record.mask, record.ids)
 
     def _random(self, which: int, k: int, d: int, record: Record) -> Array:

@@ -14,15 +14,15 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
     Without Qa, Qg in the standard basis. An embedding never forms J: positions with equal ids are paired instead.
     """
     if isinstance(record.a, Ids):
-        return _squares_of_ids(record, record.g if Qg is None else record.g @ Qg[None, :, None, :, :])
+        return _squares_of_ids(record, record.g if Qg is None else kernels.turned(record.g, Qg))
     xp = namespace(record.g)
     total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=device_of(record.g))
     many = record.batch if record.shared == 1 else kernels.at_once(record.d_out * record.d_in * record.blocks)
     for start, a in input_chunks(record, many):
-        a = a if Qa is None else xp.matmul(a, Qa[:, None, :, :])
+        a = a if Qa is None else kernels.turned(a, Qa)
         for draw in range(record.draws):
             g = record.g[draw, :, start : start + a.shape[1], :, :]
-            g = g if Qg is None else xp.matmul(g, Qg[:, None, :, :])
+            g = g if Qg is None else kernels.turned(g, Qg)
             if record.shared == 1:
                 total = total + xp.matmul((g * g)[:, :, 0, :].mT, (a * a)[:, :, 0, :])
             else:

@@ -23,7 +23,7 @@ from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.eigen import eigh
 from kfaccore.xp.factorise import qr, spd_inverse, widest
 from kfaccore.xp.fourier import fast_length, rfftn
-from kfaccore.xp.gram import average, gram, gram_diagonal, product, quadratic
+from kfaccore.xp.gram import average, gram, gram_diagonal, product, quadratic, turned
 from kfaccore.xp.half import to_bfloat16
 from kfaccore.xp.memory import shared_first
 from kfaccore.xp.scatter import add_at, segment_sum
@@ -58,6 +58,7 @@ __all__ = [
     "spd_inverse",
     "to_bfloat16",
     "to_host",
+    "turned",
     "widen",
     "widest",
 ]

@@ -48,6 +48,13 @@ def product(x: Array, y: Array) -> Array:
     return namespace(x, y).matmul(x, y)
 
 
+def turned(x: Array, Q: Array) -> Array:
+    """x Q for x (..., blocks, examples, positions, d) and Q (blocks, d, e): the rows of a block as one product."""
+    xp = namespace(x)
+    rows = xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
+    return xp.reshape(xp.matmul(rows, Q), (*x.shape[:-1], Q.shape[-1]))
+
+
 def gram_diagonal(x: Array) -> Array:
     """Sum over rows of x * x, the diagonal of `gram` by itself: (blocks, rows, d) -> (blocks, d)."""
     if is_numpy(x):

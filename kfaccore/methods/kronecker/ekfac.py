@@ -20,7 +20,7 @@ from kfaccore import factors
 from kfaccore.damping import joint
 from kfaccore.linalg.inverse import eigh
 from kfaccore.method import Hyper
-from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
+from kfaccore.methods.kronecker.moments import Moments, State, moments, rebased
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array
@@ -41,8 +41,8 @@ class EKFAC(Moments):
     sharing: Callable[[Record], Record] = expand
     cycles: ClassVar[int] = 1
 
-    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        return measured(state, record, factors.measure(record, self.sharing, state))
+    def factor_stats(self, state: State, record: Record) -> factors.Stats:
+        return factors.measure(record, self.sharing, state)
 
     def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = factors.means(state)

@@ -65,6 +65,22 @@ class Moments(InSteps[State], Additive):
         S_weight = namespace(like).zeros_like(fields["weight"])
         return State(**fields, basis=basis, S=basis.products(), S_weight=S_weight)
 
+    def factor_stats(self, state: State, record: Record) -> factors.Stats:
+        """The sums that the basis is made of."""
+        raise NotImplementedError
+
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        return _measured(state, record, self.factor_stats(state, record))
+
+    def basis_stats(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        """The factors' sums, and no squares."""
+        factors.needs_draws(record)
+        return Stats(self.factor_stats(state, record), namespace(state.S).zeros_like(state.S))
+
+    def moment_stats(self, state: State, record: Record, hyper: Hyper) -> Stats:
+        """The squares, and sums whose means are the state's own factors."""
+        return _measured(state, record, factors.unmoved(state, record))
+
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         """Factors and moments moved towards the Stats; the first moments after a refresh replace what it put."""
         xp = namespace(state.S)
@@ -102,7 +118,7 @@ def moments(state: State) -> Array:
     return factors.mean(state.S, state.S_weight)
 
 
-def measured(state: State, record: Record, sums: factors.Stats) -> Stats:
+def _measured(state: State, record: Record, sums: factors.Stats) -> Stats:
     """The factors' sums with the squares of the record in the state's basis."""
     factors.needs_draws(record)
     S = squares(record, _turn(state.basis.Qa), _turn(state.basis.Qg))

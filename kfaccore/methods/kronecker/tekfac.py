@@ -21,7 +21,8 @@ from kfaccore.damping import UNITS, Units, as_given, joint
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import eigh
 from kfaccore.method import Hyper
-from kfaccore.methods.kronecker.moments import Moments, State, Stats, measured, moments, rebased
+from kfaccore.methods.kronecker.moments import Moments, State, moments, rebased
+from kfaccore.methods.kronecker.traces import partial_traces
 from kfaccore.options import function
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
@@ -48,8 +49,8 @@ class TEKFAC(Moments):
         super().__post_init__()
         function(self, "damping", UNITS)
 
-    def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
-        return measured(state, record, factors.partial_traces(record, self.sharing, state))
+    def factor_stats(self, state: State, record: Record) -> factors.Stats:
+        return partial_traces(record, self.sharing, state)
 
     def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = factors.means(state)
