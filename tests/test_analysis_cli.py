@@ -9,6 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 from typer.testing import CliRunner
 
 import kfaccore as kf
@@ -153,6 +154,28 @@ def test_no_more_is_held_than_the_peak(kind):
     assert held <= peak
     assert sum(f.gain == f.gain for f in found) >= 3
     assert all(f.note for f in found if f.gain != f.gain)
+
+
+@pytest.mark.parametrize("width", [20, 1100])
+def test_narrow_layers_are_measured_by_one_thread(width):
+    """BLAS has as many as before afterwards, and where a side is wide."""
+
+    class Seen(kf.Identity):
+        def solve(self, *arguments):
+            seen.append(threads())
+            return super().solve(*arguments)
+
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    seen: list = []
+    rng = np.random.default_rng(0)
+    record = kf.Record(rng.normal(size=(4, width)), rng.normal(size=(4, 3)), 4.0)
+    with threadpool_limits(2, user_api="blas"):
+        compare({"x": record}, {"seen": Seen()}, repeats=1)
+        assert threads() == [2] * len(threads())
+    assert seen
+    assert all(pools == [1 if width == 20 else 2] * len(pools) for pools in seen)
 
 
 def test_layers_are_names_before_they_are_patterns(saved):

@@ -112,7 +112,7 @@ def test_a_damaged_rest_changes_no_optimizer():
     core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 2), step=kf.SelfTuning())
     ours = kt.Optimizer(Odd(), nn.CrossEntropyLoss(), core, rest=torch.optim.Adam)
     rest, plan = ours.rest, ours.engine.plan
-    with pytest.raises(ValueError, match="rest|parameter group|state"):
+    with pytest.raises(ValueError, match=r"rest|parameter group|state"):
         ours.load_state_dict({**good, "rest": {"state": {}, "param_groups": []}})
     assert ours.rest is rest
     assert ours.engine.plan is plan

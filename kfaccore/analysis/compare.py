@@ -20,6 +20,7 @@ from kfaccore.analysis.measure import measured, too_large
 from kfaccore.analysis.price import price
 from kfaccore.analysis.survey import Survey
 from kfaccore.analysis.target import GIB, Limits, Target
+from kfaccore.analysis.threads import fitting
 from kfaccore.method import Method
 from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array
@@ -68,7 +69,7 @@ def figures_of(
             known = Figures(name, label, note=f"{LATER}: no time was left (--budget)")
         if known is None:
             survey.told(name, label)
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), fitting(record):
                 target = target or Target(name, record, grad, survey.damping, survey.limits)
                 known = measured(target, label, methods[label], survey)
             survey.kept.put(keys[label], known)

@@ -16,7 +16,7 @@ from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, eps, from_host, namespace, to_host
 from kfaccore.xp.chunks import at_once
 
-ENOUGH = 0.005  # seconds of rounds after which no more are timed
+ENOUGH = 0.002  # seconds of rounds after which no more are timed
 CLOCKS = ("update", "refresh", "solve")
 Seconds = dict[str, float]
 

@@ -20,7 +20,7 @@ from kfaccore.record import Record
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, to_host
 
-SLOW = 0.2  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is,
+SLOW = 0.02  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is,
 SMALL = 4096  # on layers of more parameters than these
 COLUMNS = 512  # parameters up to which F~ is multiplied out where a method only multiplies by it
 
