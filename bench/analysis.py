@@ -109,21 +109,26 @@ def seconds_to(method: str, task: str, target: float, steps: int) -> float:
     return min(reached, default=float("inf"))
 
 
+def advised(path: Path, *words: str) -> dict[str, Any]:
+    """What `kfaccore advise` answers."""
+    asked = [sys.executable, "-m", "kfaccore", "advise", str(path), "--json", "--budget", "60", *words]
+    return json.loads(subprocess.run(asked, capture_output=True, text=True, check=False).stdout)
+
+
 def followed(task: str, folder: Path, steps: int) -> tuple[str, float, float]:
-    """(the one method that gains most within the time of K-FAC, its seconds, the catalogue's median)."""
+    """(the method that most parameters get in the plan of most gain within a step of K-FAC, its seconds, the
+    catalogue's median)."""
     chosen = kn.TASKS[task]
     params = chosen.network.init(np.random.default_rng(0), lambda w: np.asarray(w, np.float32))
     batch = tuple(part[: chosen.batch] for part in chosen.load()[0])
     path = folder / f"{task}.safetensors"
     kn.save_records(path, chosen.network, params, batch, chosen.loss)
-    done = subprocess.run(
-        [sys.executable, "-m", "kfaccore", "advise", str(path), "--memory", "1GB", "--json", "--budget", "60"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    named = list(json.loads(done.stdout)["methods"].values())
-    best = max(set(named), key=named.count)
+    step = advised(path, "--time", "1000s", "--methods", "kfac", "--by", "direction")["cost"]
+    named = advised(path, "--time", f"{step}s")["methods"]
+    sizes = dict.fromkeys(named.values(), 0)
+    for layer, method in named.items():
+        sizes[method] += params[layer].size
+    best = max(sizes, key=sizes.__getitem__)
     words = [sys.executable, "-m", "kfaccore", "train", task, "--method", "kfac", "--steps", str(steps), "--json"]
     target = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["methods"][0]["final"]
     catalogue = [name for name in CATALOGUE if name not in ("pinn-kfac", "exact")]

@@ -64,8 +64,15 @@ OF_USES = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "examples seen are not counted",
         "posterior/influence.py",
-        "seen += next",
-        "seen += 0 * next",
+        "seen += size",
+        "seen += 0 * size",
+        "test_posterior_uses.py",
+    ),
+    (
+        "examples to come are not counted",
+        "posterior/influence.py",
+        "(many - 1) * size",
+        "0 * size",
         "test_posterior_uses.py",
     ),
     (

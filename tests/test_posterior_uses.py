@@ -165,9 +165,11 @@ def test_scores_over_batches_and_memory(rng):
 
 
 @pytest.mark.parametrize("method", [kf.EKFAC(), kf.Diagonal(), kf.Exact()])
-def test_queries_leave_the_eigenbasis_when_that_is_the_cheaper_way(rng, method, monkeypatch):
+@pytest.mark.parametrize(("size", "told", "outside"), [(4, True, 0), (4, False, 1), (2, False, 2), (12, True, 0)])
+def test_queries_leave_the_eigenbasis_when_that_is_the_cheaper_way(rng, method, size, told, outside, monkeypatch):
     """Turning 2 queries of 3 x 4 back takes as many products as turning 2 * 3 * 4 (3 + 4) / (3^2 + 4^2) = 6 examples:
-    the third batch of four is met outside; sides of no basis, and a dense block, are outside at once."""
+    those 12 are met outside where their batches tell how many there are, else all from the batch of the sixth on;
+    sides of no basis, and a dense block, are outside at once."""
     records = {"a": batch(rng, 12)["a"]}
     records["a"] = replace(records["a"], g=records["a"].g[:1])
     queries = {"a": replace(records["a"], a=records["a"].a[:, :2], g=records["a"].g[:, :, 3:5], n=2.0)}
@@ -178,8 +180,9 @@ def test_queries_leave_the_eigenbasis_when_that_is_the_cheaper_way(rng, method, 
     back = []
     turned_back = Basis.back
     monkeypatch.setattr(Basis, "back", lambda basis, V: back.append(len(turns)) or turned_back(basis, V))
-    found = kf.scores(P, queries, pieces(records, 4))
-    assert back == [2 if isinstance(method, kf.EKFAC) else 0]
+    batches = pieces(records, size)
+    found = kf.scores(P, queries, batches if told else (part for part in batches))
+    assert back == [outside if isinstance(method, kf.EKFAC) else 0]
     L = np.linalg.inv(matrices(P.curvature)["a"].reshape(12, 12) + 0.3 * np.eye(12))
     J = records["a"].examples().reshape(12, 12)
     asked = queries["a"].examples().reshape(2, 12)
@@ -192,6 +195,9 @@ class Interrupted:
     def __init__(self, batches):
         self.batches = batches
         self.asked = 0
+
+    def __len__(self):
+        return len(self.batches)
 
     def __iter__(self):
         self.asked += 1

@@ -33,7 +33,8 @@ def quadratic(record: Record, basis: Basis, W: Array, diagonal: bool = False) ->
     else:
         form = _quadratic_of_jacobians
         each = record.blocks * record.draws * record.d_out * record.d_in
-    return xp.concat([form(part, basis, W, diagonal) for part in parts(record, kernels.at_once(each))], axis=0)
+    many = kernels.read_again(each, W)
+    return xp.concat([form(part, basis, W, diagonal) for part in parts(record, many)], axis=0)
 
 
 def queries(record: Record, basis: Basis, W: Array) -> Array:
@@ -149,9 +150,9 @@ def _quadratic_of_jacobians(record: Record, basis: Basis, W: Array, diagonal: bo
     """J~ (W J~)^T with J~ of this chunk."""
     xp = namespace(W)
     J = xp.permute_dims(jacobians(record, basis), (1, 0, 2, 3, 4))
-    weighted = xp.reshape(J * W, (record.batch, record.draws, -1))
-    J = xp.reshape(J, weighted.shape)
-    return xp.vecdot(J, weighted) if diagonal else xp.matmul(J, weighted.mT)
+    J = xp.reshape(J, (record.batch, record.draws, -1))
+    weights = xp.reshape(W, (-1,))
+    return xp.matmul(J * J, weights) if diagonal else xp.matmul(J, (J * weights).mT)
 
 
 def _quadratic_of_ids(record: Record, basis: Basis, W: Array, diagonal: bool) -> Array:

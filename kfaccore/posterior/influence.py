@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, reduce
 from math import ceil
-from operator import add
+from operator import add, length_hint
 
 from kfaccore import xp as kernels
 from kfaccore.linalg import forms
@@ -100,7 +100,7 @@ def _groups(P: Posterior, queries: Records, memory: int, rank: int | None) -> It
 def _one_pass(P: Posterior, group: Records, batches: Iterable[Records], rank: int | None, positions: bool) -> Array:
     """The scores of one group of queries, (draws * queries, T)."""
     ready = _ready(P, group, rank)
-    found = [_block(ready, batch, positions, seen) for seen, batch in _checked(P, batches, positions)]
+    found = [_block(ready, batch, positions, sure) for sure, batch in _checked(P, batches, positions)]
     return namespace(found[0]).concat(found, axis=1) if len(found) > 1 else found[0]
 
 
@@ -119,21 +119,23 @@ def _on_disk(
         blocks.group()
         mine = digest(of, group)
         solved = cache(lambda group=group: _ready(P, group, rank))
-        for seen, batch in _checked(P, batches, positions):
+        for sure, batch in _checked(P, batches, positions):
             blocks.put(
                 digest(mine, batch),
-                lambda seen=seen, batch=batch, solved=solved: _block(solved(), batch, positions, seen),
+                lambda sure=sure, batch=batch, solved=solved: _block(solved(), batch, positions, sure),
             )
     return blocks
 
 
 def _checked(P: Posterior, batches: Iterable[Records], positions: bool) -> Iterator[tuple[int, Records]]:
-    """(examples before it, batch) of the batches, at least one."""
+    """(examples that are met for certain, batch) of the batches, at least one."""
+    many = length_hint(batches)  # 0 where there is none
     seen = 0
     for batch in batches:
         check_records(P.curvature.layers, batch, positions)
-        yield seen, batch
-        seen += next(iter(batch.values())).batch
+        size = next(iter(batch.values())).batch
+        seen += size
+        yield max(seen, (many - 1) * size), batch  # the last one is often shorter
     if not seen:
         raise ValueError("batches gave nothing: need at least one {layer: Record}, again in every pass")
 
@@ -149,9 +151,9 @@ def _ready(P: Posterior, group: Records, rank: int | None) -> Ready:
     }
 
 
-def _block(ready: Ready, batch: Records, positions: bool, seen: int) -> Array:
-    """The scores of one group and one batch, before which there were `seen` examples."""
-    return reduce(add, [ready[name].cross(record, positions, seen) for name, record in batch.items()])
+def _block(ready: Ready, batch: Records, positions: bool, sure: int) -> Array:
+    """The scores of one group and one batch, in a pass that meets so many examples for certain."""
+    return reduce(add, [ready[name].cross(record, positions, sure) for name, record in batch.items()])
 
 
 def removal(P: Posterior, hessian: Array, residual: Array, queries: Records, records: Records) -> tuple[Array, Array]:

@@ -19,8 +19,8 @@ class Thin:
     u: Array
     v: Array
 
-    def cross(self, record: Record, positions: bool = False, seen: int = 0) -> Array:
-        """As `forms.cross`: sum over terms and positions of (g . u) (a . v); `seen` is as `Turned.cross` has it."""
+    def cross(self, record: Record, positions: bool = False, sure: int = 0) -> Array:
+        """As `forms.cross`: sum over terms and positions of (g . u) (a . v); `sure` is as `Turned.cross` has it."""
         forms.check_draws(record)
         xp = namespace(self.u)
         queries, blocks, _, rank = self.u.shape

@@ -1,8 +1,8 @@
 """Queries L^-1 grad that stay in the eigenbasis as long as turning examples into it is the cheaper way to meet them.
 
 <U, J_t> is the same in either basis. To turn U = Qg (W * J~) Qa^T back takes Q d_out d_in (d_out + d_in) products once,
-to turn the rows of an example S (d_out^2 + d_in^2) each time: after as many examples as make the two equal U is turned
-back, so that never more than twice the lesser of both is spent, however many examples are still to come.
+to turn the rows of an example S (d_out^2 + d_in^2) each time. Where it is known that enough examples come U is turned
+back at once, else after as many as make the two equal: never more than twice the lesser of both is spent.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Turned:
         self._held = weighted
         self._inside = True
 
-    def cross(self, record: Record, positions: bool, seen: int) -> Array:
-        """As `forms.cross`; `seen` examples of this layer were met before: it never falls from call to call."""
-        if self._inside and seen >= self._worth(record):
+    def cross(self, record: Record, positions: bool, sure: int) -> Array:
+        """As `forms.cross`; `sure`: so many examples are met for certain, those before and those known to come."""
+        if self._inside and sure >= self._worth(record):
             self._held = self.basis.back(self._held)
             self._inside = False
         if self._inside:

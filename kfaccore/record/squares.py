@@ -17,7 +17,8 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
         return _squares_of_ids(record, record.g if Qg is None else kernels.turned(record.g, Qg))
     xp = namespace(record.g)
     total = xp.zeros((record.blocks, record.d_out, record.d_in), dtype=record.g.dtype, device=device_of(record.g))
-    many = record.batch if record.shared == 1 else kernels.at_once(record.d_out * record.d_in * record.blocks)
+    size = record.d_out * record.d_in
+    many = record.batch if record.shared == 1 else kernels.read_again(size * record.blocks, record.g)
     for start, a in input_chunks(record, many):
         a = a if Qa is None else kernels.turned(a, Qa)
         for draw in range(record.draws):
@@ -26,8 +27,8 @@ def squares(record: Record, Qa: Array | None = None, Qg: Array | None = None) ->
             if record.shared == 1:
                 total = total + xp.matmul((g * g)[:, :, 0, :].mT, (a * a)[:, :, 0, :])
             else:
-                j = xp.matmul(g.mT, a)
-                total = total + xp.sum(j * j, axis=1)
+                j = xp.reshape(xp.matmul(g.mT, a), (record.blocks, -1, size))
+                total = total + xp.reshape(kernels.gram_diagonal(j), total.shape)
     return total
 
 

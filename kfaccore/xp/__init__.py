@@ -18,7 +18,7 @@ from kfaccore.xp.arrays import (
     to_host,
     widen,
 )
-from kfaccore.xp.chunks import at_once, spans
+from kfaccore.xp.chunks import at_once, read_again, spans
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.eigen import eigh
 from kfaccore.xp.factorise import qr, spd_inverse, widest
@@ -48,6 +48,7 @@ __all__ = [
     "product",
     "qr",
     "quadratic",
+    "read_again",
     "rfftn",
     "scalar",
     "segment_sum",
