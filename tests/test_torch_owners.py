@@ -102,6 +102,25 @@ def test_confirmation_costs_two_passes_once(make, monkeypatch):
     assert sizes == [3, 1, 3, 1, 1]
 
 
+class Causal(nn.Module):
+    """The query of the first position sees one key: its gradient is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.sides = nn.ModuleList([nn.Linear(256, 256) for _ in range(3)])
+
+    def forward(self, x):
+        q, k, v = (side(x)[:, None] for side in self.sides)  # one head
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).mean(2)[:, 0]
+
+
+def test_rounding_wakes_no_row(monkeypatch):
+    model = Causal().float()
+    data = [(torch.randn(32, 16, 256, dtype=torch.float32), torch.randint(0, 256, (32,))) for _ in range(8)]
+    counted = passes(monkeypatch)
+    assert [len(counted) for _ in kt.Stream(model, CE, data, kf.empirical)] == [*range(3, 11)]
+
+
 def test_a_map_costs_a_pass_a_digit():
     """Nine nodes of three graphs: two passes find that shapes are wrong, two more read the map."""
     model, x, y = made(OWNED, "graphs")

@@ -16,7 +16,7 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
-from kfaccore_torch.owner import Asked, Owned, Split, confirm, factors, mixed, search, settled, splits, still
+from kfaccore_torch.owner import Asked, Owned, Split, confirm, factors, mixed, rounding, search, settled, splits, still
 from kfaccore_torch.places import Place, Together, joined
 from kfaccore_torch.rows import by_rows
 from kfaccore_torch.settle import Layer
@@ -203,5 +203,4 @@ def wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor)
     if owned.undecided is None or owned.mixes or len(g) == 0:
         return False
     size = torch.stack([by_rows(layers[name], call, draw).abs().amax(1) for draw in g]).amax(0)
-    eps = torch.finfo(size.dtype).eps
-    return bool((size[owned.undecided.to(size.device)] > 4 * eps * size.max()).any())
+    return bool((size[owned.undecided.to(size.device)] > rounding(size.dtype) * size.max()).any())

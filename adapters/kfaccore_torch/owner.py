@@ -15,6 +15,8 @@ import torch
 
 from kfaccore_torch.places import Axes, Place, Together, by_shape, grouped
 
+_ROUNDINGS = 32  # of the largest number: what sums that should cancel leave; of 16 bits, summed in 32, fewer
+_FEW_ROUNDINGS = 4
 _LEVELS = {torch.float16: 3}  # powers of two of a confirmation; float16 has no range for more
 Pull = Callable[[torch.Tensor, Sequence[int]], list[torch.Tensor]]
 
@@ -60,14 +62,20 @@ class Asked:
         """From the rows' gradients of the first draw; rows of rounding alone do not count."""
         size = first.abs().amax(1)
         largest = size.max() if len(size) else size.sum()
-        return cls(first, size, size > 4 * torch.finfo(first.dtype).eps * largest)
+        return cls(first, size, size > rounding(first.dtype) * largest)
 
     def scaled_by(self, second: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Whether each row is `factor` times what it was, (rows,)."""
         eps = torch.finfo(self.first.dtype).eps
         slack = min(eps**0.5, 0.02)
         gap = (second - factor.to(second)[:, None] * self.first).abs().amax(1)
-        return gap <= slack * self.size + 4 * eps * factor.to(second) * self.size.max()
+        return gap <= slack * self.size + rounding(self.first.dtype) * factor.to(second) * self.size.max()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How small beside the largest a gradient may be that is rounding alone, as that of a query which sees one key."""
+    info = torch.finfo(dtype)
+    return (_ROUNDINGS if info.bits > 16 else _FEW_ROUNDINGS) * info.eps
 
 
 def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
