@@ -81,6 +81,8 @@ class Assigned:
 
     def resting(self, names: Iterable[str], alone: Mapping[str, object], hyper: Callable[[str], Hyper]) -> set[str]:
         """The layers of `names` whose method rests, given the numbers of the step to come."""
+        if not _which(self.every(), Resting):
+            return set()
         whose = {name: self.whose(name, alone) for name in names}
         resting = _which(whose.values(), Resting)
         able: dict[str, Any] = {name: method for name, method in whose.items() if id(method) in resting}
@@ -95,6 +97,8 @@ class Assigned:
 
     def free(self, grads: Mapping[str, Grad], alone: Mapping[str, object]) -> dict[str, Grad]:
         """The gradients of layers that are not solved with the rows of the batch: theirs must be the batch's own."""
+        if self.network is None and not _which(self.every(), RowsAtSolve):
+            return dict(grads)
         found = {}
         for name, grad in grads.items():
             method = self.whose(name, alone)
@@ -105,6 +109,8 @@ class Assigned:
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""
+        if not _which(self.every(), Unmeasured):
+            return set()
         whose = {name: self.whose(name, alone) for name in names}
         found = _which(whose.values(), Unmeasured)
         return {name for name, method in whose.items() if id(method) in found}
