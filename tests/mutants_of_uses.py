@@ -128,4 +128,18 @@ OF_USES = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     ("variance of a projection", "posterior/projected.py", "/ np.sqrt(k)", "", "test_forms.py"),
     ("column of a prior", "posterior/units.py", "matrix[..., -1:]", "matrix[..., :1]", "test_posterior.py"),
+    (
+        "halves of the wrong pass",
+        "posterior/fit.py",
+        "if turn == 0 else",
+        "if turn == 1 else",
+        "test_posterior_uses.py",
+    ),
+    (
+        "half that moves the factors",
+        "factors.py",
+        "return Stats(_times(A, rows), rows, _times(G, n)",
+        "return Stats(A, rows, G",
+        "test_laws_capabilities.py",
+    ),
 ]
