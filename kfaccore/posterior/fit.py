@@ -26,7 +26,7 @@ def fit(method: Methods, batches: Batches) -> Curvature:
     Shares n of the batches add up. KFAC, Diagonal, Exact and TKFAC pass once; EKFAC and TEKFAC, whose eigenvalues are
     measured in the eigenvectors of all data, twice; others `cycles` + 1 times. On a list of one mapping it is `settle`
     of each layer. ValueError for no batches, for layers that differ between batches, and for an iterator where one pass
-    is not enough. Cost: passes times `measure`, then the eigenvectors of each factor.
+    is not enough. Cost: passes times `measure`, or of `Halves` one pass of each, then the eigenvectors of each factor.
     """
     every = list(method.values()) if isinstance(method, Mapping) else [method]
     passes = max(map(_passes, every), default=1)

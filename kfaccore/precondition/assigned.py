@@ -81,12 +81,7 @@ class Assigned:
 
     def resting(self, names: Iterable[str], alone: Mapping[str, object], hyper: Callable[[str], Hyper]) -> set[str]:
         """The layers of `names` whose method rests, given the numbers of the step to come."""
-        if not _which(self.every(), Resting):
-            return set()
-        whose = {name: self.whose(name, alone) for name in names}
-        resting = _which(whose.values(), Resting)
-        able: dict[str, Any] = {name: method for name, method in whose.items() if id(method) in resting}
-        rests = {name: method.rests(hyper(name)) for name, method in able.items()}
+        rests = {name: method.rests(hyper(name)) for name, method in self._able(names, alone, Resting).items()}
         traced = sorted(name for name, flag in rests.items() if is_tracer(flag))
         if traced:
             raise ValueError(
@@ -97,26 +92,20 @@ class Assigned:
 
     def free(self, grads: Mapping[str, Grad], alone: Mapping[str, object]) -> dict[str, Grad]:
         """The gradients of layers that are not solved with the rows of the batch: theirs must be the batch's own."""
-        if self.network is None and not _which(self.every(), RowsAtSolve):
-            return dict(grads)
-        found = {}
-        for name, grad in grads.items():
-            method = self.whose(name, alone)
-            together = self.network is not None and method is self.network and self.network.needs_records
-            if not together and not declares(method, RowsAtSolve):
-                found[name] = grad
-        return found
+        held = set(self._able(grads, alone, RowsAtSolve))
+        if self.network is not None and self.network.needs_records:
+            held |= {name for name in grads if self.whose(name, alone) is self.network}
+        return {name: grad for name, grad in grads.items() if name not in held}
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""
-        if not _which(self.every(), Unmeasured):
-            return set()
+        return set(self._able(names, alone, Unmeasured))
+
+    def _able(self, names: Iterable[str], alone: Mapping[str, object], capability: type) -> dict[str, Any]:
+        """The layers of `names` whose method has a capability, with it; a method is asked once for all its layers."""
+        distinct = {id(method): method for method in self.every()}
+        able = {key for key, method in distinct.items() if declares(method, capability)}
+        if not able:
+            return {}
         whose = {name: self.whose(name, alone) for name in names}
-        found = _which(whose.values(), Unmeasured)
-        return {name for name, method in whose.items() if id(method) in found}
-
-
-def _which(methods: Iterable[object], capability: type) -> set[int]:
-    """The methods of a capability; each is asked once, whatever the number of its layers."""
-    distinct = {id(method): method for method in methods}
-    return {key for key, method in distinct.items() if declares(method, capability)}
+        return {name: method for name, method in whose.items() if id(method) in able}
