@@ -199,3 +199,10 @@ def test_float64_on_request(rng):
     np.testing.assert_allclose(wide.layers["a"].weight, [share], rtol=1e-14)
     exact = a.astype(np.float64).T @ a.astype(np.float64) / 50
     np.testing.assert_allclose(wide.layers["a"].A[0], share * exact, rtol=1e-5, atol=1e-7)
+
+
+def test_rules_average_gradients_but_those_solved_with_the_batch():
+    """FNGD's direction is made of the rows of the batch: its gradient must be theirs."""
+    pre = kf.Preconditioner({"rows": kf.FNGD(), "plain": kf.KFAC()}, step=kf.SelfTuning())
+    grads = {name: np.ones((2, 3)) for name in ("rows", "plain")}
+    assert pre.assigned.free(grads, grads).keys() == {"plain"}
