@@ -179,10 +179,11 @@ def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) ->
 
 
 def usable(stats: Stats | Sums) -> Array:
-    """Where there is something to average, (blocks,): finite means of at least one row."""
+    """Where there is something to average, (blocks,): finite means of at least one row and of a loss that counts."""
     ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
-    seen = stats.rows if isinstance(stats, Sums) else stats.seen
-    return ok if isinstance(seen, int | float) else ok & (seen > 0)
+    for count in (stats.rows if isinstance(stats, Sums) else stats.seen, stats.n):
+        ok = ok if isinstance(count, int | float) else ok & (count > 0)
+    return ok
 
 
 def moved(
@@ -224,8 +225,8 @@ def per_block(value: float | Array, like: Array) -> Array:
 
 
 def positive(count: N) -> N:
-    """A denominator that can be divided by: 1 where nothing was counted."""
+    """A denominator that can be divided by: 1 where nothing was counted; what is no number stays none."""
     if isinstance(count, int | float):
         return count
     xp = namespace(count)
-    return xp.where(count > 0, count, xp.ones_like(count))
+    return xp.where(count == 0, xp.ones_like(count), count)

@@ -179,16 +179,19 @@ def test_the_process_has_its_flag_again(monkeypatch):
 
 
 def test_statistics_are_rounded_and_nothing_else(xp, rng):
-    """A of bfloat16 rows on every namespace is that of the rounded rows; float64 rows stay as they are."""
+    """A of bfloat16 rows is that of the rounded rows, and on CuPy, which has no such product, one in TF32; float64 rows
+    stay as they are."""
     a, g = (rng.standard_normal((12, d)).astype(np.float32) for d in (5, 3))
     rounded = kf.xp.to_bfloat16(a)
+    rounded = a if xp.name == "cupy" else rounded
     want = rounded.T.astype(np.float64) @ rounded / 12
+    most = 1e-3 if xp.name == "cupy" else 1e-6  # TF32 keeps ten bits
     pre = kf.Preconditioner(kf.KFAC(), schedules=kf.Schedules(decay=0.0))
     state = pre.init({"a": kf.Block(3, 5)}, xp.put(g))
     record = kf.Record(xp.put(a), xp.put(g), 12)
     with kf.Precision("bfloat16").in_force():
         _, state, _ = pre.step(state, {"a": record}, {"a": xp.put(g[:3, :1] @ a[:1])})
-    np.testing.assert_allclose(xp.get(state.layers["a"].A)[0], want, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(xp.get(state.layers["a"].A)[0], want, rtol=2 * most, atol=most)
     wide = kf.Record(xp.put(a.astype(np.float64)), xp.put(g.astype(np.float64)), 12)
     state = pre.init({"a": kf.Block(3, 5)}, xp.put(g.astype(np.float64)))
     with kf.Precision("bfloat16").in_force():

@@ -92,7 +92,7 @@ def test_average(xp, rng, donate):
     old, total = rng.normal(size=(2, 300, 400)), rng.normal(size=(2, 300, 400))
     add, ok = np.array([0.3, 0.5]), np.array([True, False])
     got = kernels.average(xp.put(old), xp.put(total), 0.9, xp.put(add), xp.put(ok), donate)
-    np.testing.assert_allclose(xp.get(got), np.stack([0.9 * old[0] + 0.3 * total[0], old[1]]), rtol=1e-13)
+    np.testing.assert_allclose(xp.get(got), np.stack([0.9 * old[0] + 0.3 * total[0], old[1]]), rtol=1e-13, atol=1e-15)
 
 
 def test_average_reuses_only_what_was_donated(rng):
@@ -198,11 +198,11 @@ def test_only_what_failed_is_tried_again(xp, rng, monkeypatch):
     monkeypatch.setattr(factorise, "_attempt", lambda x: tried.append(x.shape[0]) or attempt(x))
     x = rng.standard_normal((4, 9, 12)).astype(np.float32)
     x = x @ x.transpose(0, 2, 1)
-    alone, _ = kernels.spd_inverse(xp.put(x[3:]))
+    whole, _ = kernels.spd_inverse(xp.put(x))  # of as many at once: CuPy's products differ to the bit with their number
     x[1] = np.eye(9) - 2.0
     tried.clear()
     inverse, code = kernels.spd_inverse(xp.put(x))
     assert tried == [4, *[1] * (len(tried) - 1)]
     assert list(xp.get(code)) == [0, int(kf.Code.INDEFINITE), 0, 0]
-    np.testing.assert_array_equal(xp.get(inverse)[3], xp.get(alone)[0])
+    np.testing.assert_array_equal(xp.get(inverse)[3], xp.get(whole)[3])
     np.testing.assert_array_equal(xp.get(inverse)[1], np.eye(9))

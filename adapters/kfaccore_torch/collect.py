@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.unread import read
 
 Array = Any
 _EVEN = 0.01  # of the largest: what half precision tells apart
@@ -26,19 +27,30 @@ _EVEN = 0.01  # of the largest: what half precision tells apart
 class Shot:
     """One captured forward.
 
-    n         its share of the normaliser, 0 where nothing in it counts
+    n         its share of the normaliser, 0 where nothing in it counts; one that was not read is NaN there
     total     whether its loss is a sum, whose n all micro-batches share
     found     layer -> Records or Stats, one a loss that was differentiated
     void      why nothing in it counts
+    formed    whether a loss was formed on it that counts
     slopes    what arrived at each of its losses when they were differentiated
     """
 
-    n: float = 0.0
+    n: float | torch.Tensor = 0.0
     total: bool = False
     found: dict[str, list[Any]] = field(default_factory=dict)
     void: str = ""
-    used: bool = False
+    formed: bool = False
     slopes: list[torch.Tensor] = field(default_factory=list)
+
+    def joined(self, n: Any, weight: float) -> float:
+        """A loss of this n and weight joins those formed on the forward: the factor on its draws, by the root of the
+        ratio, so that the n of the first serves all."""
+        if not self.formed:
+            self.formed = True
+            self.n = n
+            return weight**0.5
+        self.n = read(self.n) or n
+        return (weight * self.n / n) ** 0.5
 
 
 def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
@@ -49,18 +61,31 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
     """
     for shot in shots:
         _check_even(shot)
-    counted = [shot for shot in shots if shot.n > 0]
+    counted = _counting(shots)
     _check_shares(counted)
-    all_n = sum(shot.n for shot in counted)
     parts = len(counted) * world if counted and counted[0].total else 1
     records: dict[str, list[Any]] = {}
     for name in dict.fromkeys(name for shot in counted for name in shot.found):
         here = [shot for shot in counted if name in shot.found]
-        times = all_n / sum(shot.n for shot in here) / parts
+        missed = 1.0 if len(here) == len(counted) else _sum(counted) / _sum(here)
+        times = missed / parts
         for shot in here:
             given = shot.found[name]
             records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
     return records
+
+
+def _counting(shots: list[Shot]) -> list[Shot]:
+    """Those in which something counts; the only one is taken as it is, where its n was not read."""
+    if len(shots) == 1 and isinstance(shots[0].n, torch.Tensor):
+        return shots
+    for shot in shots:
+        shot.n = read(shot.n)
+    return [shot for shot in shots if shot.n > 0]
+
+
+def _sum(shots: Sequence[Shot]) -> float:
+    return sum(read(shot.n) for shot in shots)
 
 
 def _check_even(shot: Shot) -> None:
@@ -82,11 +107,12 @@ def _check_shares(shots: list[Shot]) -> None:
     if len(shots) < 2:
         return
     slopes = _read([shot.slopes[0] for shot in shots])
-    if _alike(slopes) or _alike([slope / shot.n for slope, shot in zip(slopes, shots, strict=True)]):
+    ns = [read(shot.n) for shot in shots]
+    if _alike(slopes) or _alike([slope / n for slope, n in zip(slopes, ns, strict=True)]):
         return
     warnings.warn(
         f"the losses of {len(shots)} forwards were multiplied by {_shown(slopes)} on their way to backward, but their "
-        f"curvatures count by {_shown([shot.n for shot in shots])}: give each its own, pre.loss(f, target, weight=...)",
+        f"curvatures count by {_shown(ns)}: give each its own, pre.loss(f, target, weight=...)",
         stacklevel=2,
     )
 

@@ -15,6 +15,7 @@ import kfaccore as kf
 from kfaccore_torch.bridge import detached
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.owner import Split
+from kfaccore_torch.unread import known_at_once, unread
 
 CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)
 Share = Callable[[Any, Any, torch.Tensor, Any], float]
@@ -63,6 +64,16 @@ class Objective:
     def share(self, f: Any, target: Any) -> float:
         """n of a record of this batch; 0 where no example or label counts."""
         return self.share_of(self.loss, self.core, f, target) if f.numel() else 0.0
+
+    def unread_share(self, f: Any, target: Any) -> torch.Tensor | None:
+        """`share` as a number on the device that would have to be waited for, NaN where nothing counts: what is divided
+        by it is refused. None where the host knows it."""
+        if known_at_once(f):
+            return None
+        if isinstance(self.loss, CORE):
+            return unread(self.loss.normaliser(f.detach(), target))
+        labelled = isinstance(self.loss, nn.CrossEntropyLoss) and self.loss.reduction == "mean"
+        return unread(_label_weight(self.core, f, target)) if labelled and target.ndim == f.ndim - 1 else None
 
     def draws(
         self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
@@ -162,7 +173,13 @@ def _cross_entropy_share(loss: nn.CrossEntropyLoss, core: Any, f: torch.Tensor, 
         return 1.0 if loss.reduction == "sum" else f.numel() / f.shape[1]
     if loss.reduction == "sum":
         return 1.0 if bool((y != loss.ignore_index).any()) else 0.0
-    return float(core.normaliser(detached(f).movedim(1, -1), y))
+    return float(_label_weight(core, f, y))
+
+
+def _label_weight(core: Any, f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What the labels weigh together, 0-d, in single precision or better; of f its shape counts alone."""
+    like = torch.zeros((), dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
+    return core.normaliser(like.expand(f.shape).movedim(1, -1), y)
 
 
 def _cross_entropy_mass(loss: nn.CrossEntropyLoss, f: torch.Tensor, y: Any) -> torch.Tensor | None:

@@ -48,6 +48,9 @@ class Joined:
         """The number of examples."""
         return float(min(len(x) for x in self.heads(f)))
 
+    def unread_share(self, f: Any, target: Any) -> None:
+        """Known on the host."""
+
     def draws(
         self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
     ) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import kfaccore as kf
 from kfaccore_torch.bridge import detached
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.owner import Split
+from kfaccore_torch.unread import known_at_once, unread
 
 
 @runtime_checkable
@@ -134,6 +135,10 @@ class Own:
     def share(self, f: Any, target: Any) -> float:
         """n of a record of this batch; 0 where nothing counts."""
         return float(self.loss.normaliser(f.detach(), target)) if f.numel() else 0.0
+
+    def unread_share(self, f: Any, target: Any) -> torch.Tensor | None:
+        """`share` as a number on the device, NaN for 0; None where the host knows it."""
+        return None if known_at_once(f) else unread(self.loss.normaliser(f.detach(), target))
 
     def draws(
         self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None

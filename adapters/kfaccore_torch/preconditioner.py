@@ -137,15 +137,13 @@ class Preconditioner:
         if seen.spent:
             raise ValueError("the forward behind this loss was differentiated: form all its losses before backward()")
         batch = Batch(f, target, told)
-        n = self.engine.share(batch)
-        if n <= 0:
+        again = shot.formed
+        n = self.engine.share(batch, wait=again)
+        if not isinstance(n, torch.Tensor) and n <= 0:
             shot.void = self.engine.void(batch)
             return counted(weighted, self._shots, shot, {}, seen.let_go)
-        again = shot.n > 0
-        shot.n = shot.n or n
+        times = shot.joined(n, weight)
         shot.total = self.engine.objective.total
-        # a second loss on one forward: draws by the root of the ratio, so that one n serves both
-        times = (weight * shot.n / n) ** 0.5
         more = own_draw(self.engine, value, batch)  # waits as a last draw
         if more is not None:
             self._values.append((0.0 if again else n, shot.n * float(weighted.detach())))

@@ -87,9 +87,12 @@ class Engine(Planning):
             self._due = self.state, self.core, self.core.wants_records(self.state)
         return self.new or self._due[2]
 
-    def share(self, batch: Batch) -> float:
-        """n of a batch, 0 where nothing in it counts."""
-        return self.objective.share(batch.f, batch.target)
+    def share(self, batch: Batch, wait: bool = True) -> Any:
+        """n of a batch, 0 where nothing in it counts; a number that stays on the device, NaN there, where the host need
+        not know it and shall not `wait`."""
+        needed = self.core.comm.world > 1 or self.namespace != "torch" or self.core.rule.wants_own
+        unread = None if wait or needed else self.objective.unread_share(batch.f, batch.target)
+        return self.objective.share(batch.f, batch.target) if unread is None else unread
 
     def void(self, batch: Batch) -> str:
         """Why nothing in a batch counts."""

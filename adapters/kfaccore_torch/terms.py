@@ -19,7 +19,7 @@ class Terms:
 
     declared: bool = False
     looked: bool = False
-    _fired: list[tuple[float, Expected]] = field(default_factory=list)  # losses differentiated in one backward pass
+    _fired: list[tuple[torch.Tensor, Expected]] = field(default_factory=list)  # losses of one backward pass
 
     def expect(self, value: torch.Tensor, expected: Expected, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Look, at the end of the backward pass of `value`, whether the gradient is that of such losses alone.
@@ -28,13 +28,13 @@ class Terms:
         """
         if self.declared or self.looked or not value.requires_grad:
             return
-        fresh = all(p.grad is None or not bool(p.grad.any()) for p in parameters)
+        fresh = bool(expected) and all(p.grad is None or not bool(p.grad.any()) for p in parameters)
         value.register_hook(partial(self._fire, expected if fresh else (), parameters))
 
     def _fire(self, expected: Expected, parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> None:
         if not self._fired:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._compare, parameters))
-        self._fired.append((float(grad), expected))
+        self._fired.append((grad.detach(), expected))  # not read: a device would be waited for
 
     def _compare(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         fired, self._fired = self._fired, []
@@ -55,7 +55,7 @@ class Terms:
 
 def _sum(fired: Sequence[tuple[float, Expected]], i: int) -> torch.Tensor | None:
     """The gradient of one parameter that the losses explain."""
-    known = [scale * expected[i] for scale, expected in fired if expected[i] is not None]  # type: ignore[operator]
+    known = [scale * e for scale, expected in fired if (e := expected[i]) is not None]
     return sum(known[1:], known[0]) if known else None
 
 

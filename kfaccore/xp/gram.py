@@ -161,8 +161,9 @@ def average(
 def _moved(x: Array, keep: float | Array, add: float | Array, y: Array) -> Array:
     """keep x + add y, two operations where a namespace has the second as one."""
     foreign: Any = x
-    if aac.is_torch_array(foreign) and isinstance(add, int | float):
-        return (foreign * keep).add_(y, alpha=add)  # into the product, which nobody else has
+    if aac.is_torch_array(foreign):
+        moved = foreign * keep  # which nobody else has
+        return moved.add_(y, alpha=add) if isinstance(add, int | float) else moved.addcmul_(y, add)
     return keep * x + add * y
 
 
