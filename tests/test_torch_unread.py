@@ -36,7 +36,7 @@ def far(monkeypatch):
 
 
 def trained(loss, forwards, dtype=torch.float64, fisher=kf.empirical, reads=None, autocast=False, refresh=1):
-    """(directions, state) of three steps, `forwards` of several losses each: (their weights, labels)."""
+    """(directions, state) of three steps, `forwards` of several losses each: (weight, labels)."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
     core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, refresh), kf.Schedules(damping=1e-2))
@@ -46,10 +46,10 @@ def trained(loss, forwards, dtype=torch.float64, fisher=kf.empirical, reads=None
     for step in range(3):
         model.zero_grad()
         with nullcontext() if reads is None or step < 2 else reads:
-            for (weights, y), rows in zip(forwards, x[step], strict=True):
+            for losses, rows in zip(forwards, x[step], strict=True):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pre.capture():
                     f = model(rows)
-                sum(pre.loss(f, y, weight=weight) for weight in weights).backward()
+                sum(pre.loss(f, y, weight=weight) for weight, y in losses).backward()
             pre.step()
         found.append([p.grad.clone() for p in model.parameters()])
     return found, pre
@@ -64,10 +64,10 @@ SOME = torch.tensor([0, 2, -100, 1, -100, 0])
 MORE = torch.tensor([1, -100, -100, -100, -100, 0])
 NONE = torch.full((6,), -100)
 FORWARDS = {
-    "one": [([1.0], SOME)],
-    "two": [([1.0], SOME), ([1.0], MORE)],
-    "two losses": [([1.0, 0.5], SOME)],
-    "one that counts": [([1.0], SOME), ([1.0], NONE)],
+    "one": [[(1.0, SOME)]],
+    "two": [[(1.0, SOME)], [(1.0, MORE)]],
+    "two losses": [[(1.0, SOME), (0.5, MORE)]],
+    "one that counts": [[(1.0, SOME)], [(1.0, NONE)]],
 }
 
 
