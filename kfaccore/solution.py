@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from kfaccore.record import Factored
 from kfaccore.xp import Code
-from kfaccore.xp.arrays import Array, any_bad, filled, is_numpy, real, widen
+from kfaccore.xp.arrays import Array, all_finite, kept, real, widen
 
 D = TypeVar("D")  # an array, or a dict of one a layer
 
@@ -48,8 +48,7 @@ def check_gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> None
 
 def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: Array) -> Solution:
     """A Solution whose non-finite blocks are zero with code NONFINITE."""
-    bad = any_bad(direction)
-    if not is_numpy(bad) or bad.any():  # where it can be seen, the usual case costs nothing more
-        direction = filled(direction, bad, 0.0)
-        code = filled(code, bad, int(Code.NONFINITE))
+    fine = all_finite(direction)
+    direction = kept(direction, fine, 0.0)
+    code = kept(code, fine, int(Code.NONFINITE))
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)

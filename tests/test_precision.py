@@ -12,6 +12,7 @@ import scipy.linalg
 import kfaccore as kf
 from kfaccore.convolution.pieces import gram_by_windows
 from kfaccore.xp import gpu, halves, precision
+from kfaccore.xp.blocks import stacked
 from kfaccore.xp.factorise import _halved
 
 torch = pytest.importorskip("torch")
@@ -94,6 +95,29 @@ def test_products_find_the_zeros_behind_a_matrix(rng):
     torch.testing.assert_close(gpu.product(inner, whole), 2 * want, rtol=1e-5, atol=1e-5)
     whole.data = gpu._whole(3 * c)[:, :9, :9]  # elsewhere, laid out alike
     torch.testing.assert_close(gpu.product(inner, whole), 3 * want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+@pytest.mark.parametrize("columns", [6, 7])
+def test_matrices_with_a_column_have_zeros_behind_them(rows, columns, rng, monkeypatch):
+    """Some of them, stacked again, are found in the same memory; others, or as many of another width, are not."""
+    w, b = (torch.from_numpy(rng.standard_normal(s)).float() for s in ((4, rows, columns), (4, rows)))
+    want = torch.cat([w, b[..., None]], -1)
+    found = gpu.with_zeros(w, b)
+    assert torch.equal(found, want)
+    some = stacked(list(found.unbind(0))[1:3])
+    assert some.data_ptr() == found[1].data_ptr()
+    behind = gpu._whole(some)
+    assert torch.equal(behind[:, :rows, : columns + 1], want[1:3])
+    assert behind.shape == (2, 8, 8)
+    assert float(behind.abs().sum()) == pytest.approx(float(want[1:3].abs().sum()), rel=1e-6)
+    if found.shape[1:] != (8, 8):
+        assert behind.data_ptr() == some.data_ptr()
+    narrow = found[:, :, 1:]
+    assert gpu._whole(narrow).data_ptr() != narrow.data_ptr()
+    assert torch.equal(gpu._whole(narrow)[:, :rows, :columns], want[:, :, 1:])
+    right = torch.from_numpy(rng.standard_normal((2, columns + 1, 3))).float()
+    torch.testing.assert_close(gpu.product(some, right), want[1:3] @ right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "n"), [(1, 7), (3, 50), (8, 130)])

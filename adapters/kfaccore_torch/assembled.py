@@ -28,7 +28,8 @@ def matrices(layers: Mapping[str, Layer], given: Mapping[str, Tensors]) -> dict[
             found[names[0]] = layer.matrix({role: _single(x) for role, x in given[names[0]].items()})
             continue
         stacks = {role: _single(torch.stack([given[name][role] for name in names])) for role in given[names[0]]}
-        found |= zip(names, torch.vmap(layer.matrix)(stacks).unbind(0), strict=True)
+        made = layer.kind.matrix if isinstance(layer.kind, Linear) else torch.vmap(layer.matrix)
+        found |= zip(names, made(stacks).unbind(0), strict=True)
     return {name: found[name] for name in given}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kfaccore.method import Block
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.gpu import with_column
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class Linear:
         return _shared(gy, 1 + draws)
 
     def matrix(self, parameters: Mapping[str, Array]) -> Array:
-        """{"weight", "bias"} -> (d_out, d_in + 1)."""
-        xp = namespace(*parameters.values())
+        """{"weight", "bias"} -> (d_out, d_in + 1); of several layers with an axis for them before all others."""
         w = parameters["weight"].mT if self.transposed else parameters["weight"]
-        return xp.concat([w, parameters["bias"][:, None]], axis=1) if self.bias else w
+        return with_column(w, parameters["bias"]) if self.bias else w
 
     def parameters(self, matrix: Array) -> dict[str, Array]:
         """(d_out, d_in + 1), blocks axis of 1 allowed -> {"weight", "bias"}."""

@@ -96,27 +96,25 @@ def all_finite(x: Array, axes: int = 1) -> Array:
     """Whether all entries are finite, for each index of the leading `axes` axes (bool array of that shape)."""
     xp = namespace(x)
     lead = tuple(x.shape[:axes])
-    flat = xp.reshape(x, (*lead, -1))
-    if is_numpy(flat):  # one BLAS pass; the exact test runs only when the square overflowed or something is wrong
+    if is_numpy(x):  # one BLAS pass; the exact test runs only when the square overflowed or something is wrong
+        flat = xp.reshape(x, (*lead, -1))
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(np.vdot(flat, flat)):
                 return np.ones(lead, dtype=bool)
         return xp.all(xp.isfinite(flat), axis=-1)
-    summary = _summary(flat, xp)
-    return summary - summary == 0
+    return _summary(x, axes) < float("inf")
 
 
-def any_bad(x: Array) -> Array:
-    """Whether any entry of a block is not finite, (blocks, ...) -> (blocks,)."""
-    if is_numpy(x):
-        return ~all_finite(x)
+def _summary(x: Array, axes: int) -> Array:
+    """A number for each index of the leading `axes` that is finite where all entries are: one reduction, no array of
+    flags, of torch no copy of what lies apart."""
     xp = namespace(x)
-    summary = _summary(xp.reshape(x, (x.shape[0], -1)), xp)
-    return summary - summary != 0
+    foreign: Any = x
+    if aac.is_torch_array(foreign) and foreign.ndim > axes and 0 not in foreign.shape:
+        import torch
 
-
-def _summary(x: Array, xp: Any) -> Array:
-    """A number a row (..., many) that is finite where the row is: one reduction, no array of flags."""
+        return torch.linalg.vector_norm(foreign, float("inf"), dim=tuple(range(axes, foreign.ndim)))
+    x = xp.reshape(x, (*x.shape[:axes], -1))
     if aac.is_torch_array(x) or aac.is_cupy_array(x):  # `cupy.all` is 10-50 times slower
         return largest(x)
     with np.errstate(invalid="ignore"):  # of namespaces made of NumPy
@@ -156,20 +154,39 @@ def select(condition: Array, yes: Array, no: Array) -> Array:
     return xp.where(condition, yes, no)
 
 
-def blanked(condition: Array, x: Array) -> Array:
-    """`x` where the per-block `condition` holds, zero elsewhere; free on NumPy when all hold."""
+def kept(x: Array, condition: Array, value: float) -> Array:
+    """`x` where the per-block `condition` (leading axes) holds, `value` elsewhere, in the dtype of x; free on NumPy when
+    all hold."""
     if is_numpy(condition) and condition.all():
         return x
-    return select(condition, x, namespace(x).zeros_like(x))
+    xp = namespace(x)
+    condition = _before(condition, x)
+    return xp.where(condition, x, _constant(value, x) if aac.is_torch_array(x) else xp.full_like(x, value))
 
 
 def filled(x: Array, condition: Array, value: float) -> Array:
     """`value` where the per-block `condition` (leading axes) holds, `x` elsewhere, in the dtype of x."""
-    foreign: Any = x
-    condition = namespace(x).reshape(condition, (*condition.shape, *(1,) * (x.ndim - condition.ndim)))
-    if aac.is_torch_array(foreign):
-        return foreign.masked_fill(condition, value)
-    return namespace(x).where(condition, namespace(x).full_like(x, value), x)
+    xp = namespace(x)
+    condition = _before(condition, x)
+    return xp.where(condition, _constant(value, x) if aac.is_torch_array(x) else xp.full_like(x, value), x)
+
+
+def _before(condition: Array, x: Array) -> Array:
+    """A condition of the leading axes with as many axes as x."""
+    return namespace(condition).reshape(condition, (*condition.shape, *(1,) * (x.ndim - condition.ndim)))
+
+
+def _constant(value: float, like: Any) -> Any:
+    """A number of torch on a device, made once: each would be a launch."""
+    return _made(value, like.dtype, like.device)
+
+
+@cache
+def _made(value: float, dtype: Any, device: Any) -> Any:
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def loop(cond: Callable[[Carry], Array], body: Callable[[Carry], Carry], carry: Carry, limit: int) -> Carry:

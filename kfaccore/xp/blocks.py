@@ -22,10 +22,10 @@ def together(arrays: Sequence[Array], axis: int = 0) -> Array:
 
 
 def stacked(arrays: Sequence[Array]) -> Array:
-    """Arrays without a blocks axis as the blocks of one; one alone is a view."""
+    """Arrays without a blocks axis as the blocks of one: a view of one alone, and of slices at equal distances."""
     if len(arrays) == 1:
         return arrays[0][None, ...]
-    known = _end_to_end(arrays) if aac.is_torch_array(arrays[0]) else None
+    known = _evenly(arrays) if aac.is_torch_array(arrays[0]) else None
     return namespace(*arrays).stack(list(arrays)) if known is None else known
 
 
@@ -41,6 +41,20 @@ def _end_to_end(arrays: Sequence[Array]) -> Any | None:
         if x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
     return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
+
+
+def _evenly(arrays: Sequence[Array]) -> Any | None:
+    """Tensors alike that lie at equal distances in one memory as a stack without a copy; None for others."""
+    parts: list[Any] = list(arrays)
+    first = parts[0]
+    start = first.storage_offset()
+    step = parts[1].storage_offset() - start
+    memory = first.untyped_storage().data_ptr()
+    for i, x in enumerate(parts):
+        alike = x.shape == first.shape and x.dtype == first.dtype and x.stride() == first.stride()
+        if not alike or x.storage_offset() != start + i * step or x.untyped_storage().data_ptr() != memory:
+            return None
+    return first.as_strided((len(parts), *first.shape), (step, *first.stride())) if step > 0 else None
 
 
 def unstacked(x: Array) -> Sequence[Array]:

@@ -6,6 +6,7 @@ four times that of 3080. Of tensors on a CPU the arithmetic is the same, where t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat as aac
@@ -17,7 +18,7 @@ ALIGNED = 8  # columns: 16 bytes of bfloat16
 _WIDE = 2048  # columns from which block rows up to the diagonal, and their mirror image, are cheaper in float32
 _BLOCK_ROWS = 4
 _BY_IMAGE = 28 * 28  # positions from which a product an image is cheaper than laying out rows
-_WHOLE = "whole"  # an attribute of what `cut` gives
+_INSIDE = "inside"  # an attribute of memory that `cut` was given: rows and columns outside of which all is zero
 _HELD = 1 << 25  # numbers of the products of all images
 
 
@@ -78,12 +79,12 @@ def product(x: Array, y: Array) -> Array:
 
 
 def cut(whole: Any, rows: int, columns: int) -> Any:
-    """The first rows and columns of matrices whose others are zero, which `product` will find behind them."""
+    """The first rows and columns of matrices whose others are zero, which `product` will find behind them, or behind
+    some of them: `whole` is memory of its own, that nobody else writes to."""
     if whole.shape[-2:] == (rows, columns):
         return whole
-    found = whole[:, :rows, :columns]
-    vars(found)[_WHOLE] = whole
-    return found
+    vars(whole)[_INSIDE] = rows, columns
+    return whole[:, :rows, :columns]
 
 
 def zeros(like: Any, rows: int, columns: int) -> Any:
@@ -103,12 +104,56 @@ def _whole(x: Any) -> Any:
     rows, columns = x.shape[1:]
     if rows % ALIGNED == 0 and columns % ALIGNED == 0:
         return x
-    known = vars(x).get(_WHOLE)
-    if known is not None and known.data_ptr() == x.data_ptr() and known.stride() == x.stride():
+    known = _around(x)
+    if known is not None:
         return known
+    if rows % ALIGNED == 0:  # one pass, where zeros first would be two
+        return _wide([x])
     out = zeros(x, rows, columns)
     out[:, :rows, :columns] = x
     return out
+
+
+def _around(x: Any) -> Any | None:
+    """The matrices in whose memory those of x lie, with zeros around; None where that is not known."""
+    base = x._base
+    if base is None or vars(base).get(_INSIDE) != tuple(x.shape[1:]) or x.stride()[1:] != base.stride()[1:]:
+        return None
+    if len(x) > 1 and x.stride(0) != base.stride(0):
+        return None
+    first, apart = divmod(x.data_ptr() - base.data_ptr(), base.stride(0) * base.element_size())
+    fits = not apart and 0 <= first and first + len(x) <= len(base)
+    return base[first : first + len(x)] if fits else None
+
+
+def _wide(parts: Sequence[Any]) -> Any:
+    """Parts (..., rows, columns of each) side by side, and zeros up to an aligned width."""
+    import torch
+
+    columns = sum(part.shape[-1] for part in parts)
+    missing = -columns % ALIGNED
+    behind = [parts[0].new_zeros(()).expand(*parts[0].shape[:-1], missing)] if missing else []
+    return torch.cat([*parts, *behind], -1)
+
+
+def with_column(w: Array, column: Array) -> Array:
+    """Matrices ([k,] rows, columns) and a column ([k,] rows) of each behind them; of torch on CUDA with the zeros that
+    `product` wants."""
+    known: Any = w
+    if aac.is_torch_array(w) and known.is_cuda and str(known.dtype) == "torch.float32":
+        return with_zeros(known, column) if known.ndim == 3 else with_zeros(known[None], column[None])[0]
+    return namespace(w).concat([w, column[..., None]], axis=-1)
+
+
+def with_zeros(w: Any, column: Any) -> Any:
+    """As `with_column`, of float32 on any device."""
+    if w.shape[1] % ALIGNED:  # rows want zeros too
+        out = zeros(w, w.shape[1], w.shape[2] + 1)
+        out[:, : w.shape[1], : w.shape[2]] = w
+        out[:, : w.shape[1], w.shape[2]] = column
+    else:
+        out = _wide([w, column[..., None]])
+    return cut(out, w.shape[1], w.shape[2] + 1)
 
 
 def _rounded(x: Any) -> Any:
