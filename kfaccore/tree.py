@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, TypeVar, cast
 
 Tree = TypeVar("Tree")  # a tree, and what has its structure
@@ -60,11 +61,18 @@ def children(tree: object) -> list[tuple[str, object]] | None:
     """(name, child) of each child in a fixed order, or None for a leaf."""
     if isinstance(tree, Mapping):
         return [(str(key), tree[key]) for key in tree]
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return [(f.name, getattr(tree, f.name)) for f in fields(tree) if not f.metadata.get("static")]
+    names = varying(type(tree))
+    if names is not None:
+        return [(name, getattr(tree, name)) for name in names]
     if isinstance(tree, tuple | list):
         return [(str(i), child) for i, child in enumerate(tree)]
     return None
+
+
+@cache
+def varying(kind: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass that are no structure; None for other types. Asked at every leaf of every step."""
+    return tuple(f.name for f in fields(kind) if not f.metadata.get("static")) if is_dataclass(kind) else None
 
 
 def rebuild(tree: Tree, new: Sequence[object]) -> Tree:
@@ -77,8 +85,8 @@ def _rebuilt(tree: Any, new: Sequence[object]) -> object:
         named = dict(zip(tree, new, strict=True))
         other: Any = tree
         return named if isinstance(tree, dict) else other.rebuilt(named)
-    if is_dataclass(tree) and not isinstance(tree, type):
-        names = [name for name, _ in children(tree) or []]
+    names = varying(type(tree))
+    if names is not None:
         return replace(tree, **dict(zip(names, new, strict=True)))
     if hasattr(tree, "_fields"):
         return type(tree)(*new)

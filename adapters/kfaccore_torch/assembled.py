@@ -1,12 +1,13 @@
 """Gradients of all layers as matrices and back, those of layers of one kind in the same few operations.
 
-On an accelerator an operation is a launch, and most layers are small: equal layers are stacked first, and what makes a
-matrix of a layer's parameters is mapped over the stack.
+On an accelerator an operation is a launch, and most layers are small: equal layers are stacked first, and what makes
+matrices of their parameters takes the stack for one wide layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ def matrices(layers: Mapping[str, Layer], given: Mapping[str, Tensors]) -> dict[
             found[names[0]] = layer.matrix({role: _single(x) for role, x in given[names[0]].items()})
             continue
         stacks = {role: _single(torch.stack([given[name][role] for name in names])) for role in given[names[0]]}
-        made = layer.kind.matrix if isinstance(layer.kind, Linear) else torch.vmap(layer.matrix)
-        found |= zip(names, made(stacks).unbind(0), strict=True)
+        found |= zip(names, _matrices(layer, stacks).unbind(0), strict=True)
     return {name: found[name] for name in given}
 
 
@@ -45,7 +45,7 @@ def tensors(layers: Mapping[str, Layer], given: Mapping[str, torch.Tensor]) -> d
                 found[name] = _like_parameters(layers[name], layers[name].arrays(given[name]))
             continue
         turned = {}
-        for role, x in torch.vmap(layer.arrays)(whole).items():
+        for role, x in _arrays(layer, whole).items():
             turned[role] = _laid_out(x, layer.parameters[role]).unbind(0)
         for i, name in enumerate(names):
             found[name] = _like_parameters(layers[name], {role: parts[i] for role, parts in turned.items()})
@@ -61,6 +61,36 @@ def _alike(layers: Mapping[str, Layer], names: Iterable[str]) -> list[list[str]]
         shapes = tuple((role, tuple(p.shape), p.dtype) for role, p in layer.parameters.items())
         groups.setdefault((layer.kind, shapes) if plain else name, []).append(name)
     return list(groups.values())
+
+
+def _matrices(layer: Layer, stacks: Tensors) -> torch.Tensor:
+    """`layer.matrix` of each of a stack: those of a convolution are groups of one."""
+    kind = layer.kind
+    if isinstance(kind, Linear):
+        return kind.matrix(stacks)
+    if not isinstance(kind, Conv):
+        return torch.vmap(layer.matrix)(stacks)
+    many = len(next(iter(stacks.values())))
+    whole = _wide(kind, many).matrix({role: x.flatten(0, 1) for role, x in stacks.items()})
+    return whole.unflatten(0, (many, kind.groups))
+
+
+def _arrays(layer: Layer, whole: torch.Tensor) -> Tensors:
+    """`layer.arrays` of each of a stack: linear layers are outputs of one, convolutions groups."""
+    kind = layer.kind
+    if not isinstance(kind, Conv | Linear) or (isinstance(kind, Linear) and kind.transposed):
+        return torch.vmap(layer.arrays)(whole)
+    many = len(whole)
+    named = _wide(kind, many).parameters(whole.flatten(0, 1))
+    return {role: named[role].unflatten(0, (many, -1)).reshape(many, *p.shape) for role, p in layer.parameters.items()}
+
+
+def _wide(kind: Linear | Conv, many: int) -> Linear | Conv:
+    """As many layers of a kind as one."""
+    if isinstance(kind, Linear):
+        return replace(kind, d_out=many * kind.d_out)
+    inputs, outputs = kind.channels
+    return replace(kind, channels=(many * inputs, many * outputs), groups=many * kind.groups)
 
 
 def _single(x: torch.Tensor) -> torch.Tensor:

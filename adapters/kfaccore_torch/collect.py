@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -165,17 +165,25 @@ def weighted(x: Any, factor: float) -> Any:
 def kept(stats: Any, record: kf.Record) -> Any:
     """Stats of a record, or the record itself, that share no memory with it."""
     arrays = [x for x in leaves(record) if not isinstance(x, int | float)]
-    if not any(_overlap(leaf, x) for leaf in leaves(stats) for x in arrays):
+    of_torch = {x.untyped_storage().data_ptr() for x in arrays if isinstance(x, torch.Tensor)}
+    others = [x for x in arrays if not isinstance(x, torch.Tensor)]
+
+    def shares(x: Any) -> bool:
+        if isinstance(x, torch.Tensor):
+            return x.untyped_storage().data_ptr() in of_torch
+        return any(_overlap(x, y) for y in others)
+
+    if not any(shares(leaf) for leaf in leaves(stats)):
         return stats
-    return mapped(lambda name, leaf: _copied(leaf) if any(_overlap(leaf, x) for x in arrays) else leaf, stats)
+    return mapped(lambda name, leaf: _copied(leaf) if shares(leaf) else leaf, stats)
 
 
 def leaves(x: Any) -> Iterator[Any]:
     """Those that `mapped` visits, in its order."""
-    if is_dataclass(x) and not isinstance(x, type):
-        for f in fields(x):
-            if not f.metadata.get("static"):
-                yield from leaves(getattr(x, f.name))
+    names = _varying(type(x))
+    if names is not None:
+        for name in names:
+            yield from leaves(getattr(x, name))
     elif isinstance(x, dict | tuple | list):
         for child in x.values() if isinstance(x, dict) else x:
             yield from leaves(child)
@@ -185,14 +193,20 @@ def leaves(x: Any) -> Iterator[Any]:
 
 def mapped(function: Callable[[str, Any], Any], x: Any, name: str = "") -> Any:
     """function(field's name, leaf) of every leaf of dataclasses, dicts, tuples and lists."""
-    if is_dataclass(x) and not isinstance(x, type):
-        inner = [f.name for f in fields(x) if not f.metadata.get("static")]
-        return replace(x, **{field: mapped(function, getattr(x, field), field) for field in inner})
+    names = _varying(type(x))
+    if names is not None:
+        return replace(x, **{field: mapped(function, getattr(x, field), field) for field in names})
     if isinstance(x, dict):
         return {key: mapped(function, child, key) for key, child in x.items()}
     if isinstance(x, tuple | list):
         return type(x)(mapped(function, child, name) for child in x)
     return function(name, x)
+
+
+@cache
+def _varying(kind: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass that are no structure; None for other types."""
+    return tuple(f.name for f in fields(kind) if not f.metadata.get("static")) if is_dataclass(kind) else None
 
 
 def _copied(x: Any) -> Any:
@@ -202,9 +216,7 @@ def _copied(x: Any) -> Any:
 
 
 def _overlap(x: Any, y: Any) -> bool:
-    """Whether two arrays may lie in the same memory."""
-    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-        return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    """Whether two arrays, not both of torch, may lie in the same memory."""
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
         return np.may_share_memory(x, y)
     return hasattr(x, "dtype") and type(x) is type(y) and not isinstance(x, np.generic)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,8 @@ class Plan:
 
     def with_seen(self, marks: Iterable[Mark], odd: Mapping[str, str]) -> Plan:
         """The plan with what one forward showed; itself where that is nothing new."""
-        fresh = [mark for mark in dict.fromkeys(marks) if mark not in self.marks]
+        old = set(self.marks)
+        fresh = [mark for mark in dict.fromkeys(marks) if mark not in old]
         if self.seen and not fresh and odd.keys() <= self.odd.keys():
             return self
         return _made(self, (*self.marks, *fresh), {**odd, **self.odd}, True)
@@ -194,8 +196,9 @@ def _made(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) 
     return replace(plan, layers=layers, uncovered=uncovered, rest=rest, marks=marks, odd=odd, places=places, seen=seen)
 
 
+@lru_cache(maxsize=1 << 14)
 def _skipped(name: str, skip: tuple[str, ...]) -> str:
-    """The first pattern that a name matches."""
+    """The first pattern that a name matches; asked at every forward."""
     return next((pattern for pattern in skip if fnmatchcase(name, pattern)), "")
 
 
