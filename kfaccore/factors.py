@@ -17,6 +17,7 @@ from kfaccore import xp as kernels
 from kfaccore.linalg import side
 from kfaccore.linalg.grams import gram_of_gradients, gram_of_inputs, valid_rows
 from kfaccore.record import Record
+from kfaccore.record.sharing import expand
 from kfaccore.xp.arrays import Array, device_of, namespace, scalar
 from kfaccore.xp.codes import Code
 
@@ -130,7 +131,7 @@ def unmoved(state: Averages, record: Record) -> Stats:
 
 def sums(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Sums:
     """As `measure`, without anything that can wait until layers stand side by side."""
-    record = sharing(record)
+    record = record if sharing is expand else sharing(record)  # sums over all positions need no rows of them
     A = gram_of_inputs(record, like is not None and side.is_diagonal(like.A))
     G = gram_of_gradients(record, like is not None and side.is_diagonal(like.G))
     rows = _many(record)

@@ -116,8 +116,31 @@ def test_matrices_with_a_column_have_zeros_behind_them(rows, columns, rng, monke
     narrow = found[:, :, 1:]
     assert gpu._whole(narrow).data_ptr() != narrow.data_ptr()
     assert torch.equal(gpu._whole(narrow)[:, :rows, :columns], want[:, :, 1:])
+    others = [found[::2]]
+    if columns == 6:
+        others.append(found._base[:, :rows, 1:8])  # as large, and elsewhere in each
+    for other in others:
+        assert torch.equal(gpu._whole(other)[:, :rows, : columns + 1], other)
+        assert gpu._whole(other).shape == (len(other), 8, 8)
+    part = found[:, :, :columns]  # with something other than zeros behind it
+    assert float(gpu._whole(part).abs().sum()) == pytest.approx(float(part.abs().sum()), rel=1e-6)
     right = torch.from_numpy(rng.standard_normal((2, columns + 1, 3))).float()
     torch.testing.assert_close(gpu.product(some, right), want[1:3] @ right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "side", "channels"), [(3, 29, 5), (3, 28, 5), (2, 28, 300), (3, 5, 4)])
+def test_gram_of_what_lies_features_first(images, side, channels, rng):
+    """A product an image, where images are wide, is the sum over all rows; a gain's record is one that has them."""
+    x = torch.from_numpy(rng.standard_normal((images, channels, side, side)))
+    g = x.movedim(1, -1).reshape(1, 1, images, side * side, channels)
+    assert g.data_ptr() == x.data_ptr()
+    assert gpu.by_image_pays(g) == (side * side >= max(784, 4 * channels))
+    rows = x.movedim(1, -1).reshape(-1, channels)
+    record = kf.Record(torch.ones(()).double().expand(images, side * side, 1), g[0, 0], float(images))
+    found = kf.KFAC().measure(kf.KFAC().init(kf.Block(channels, 1), x[:1, 0, 0]), record, kf.Hyper(1, 0.0, 1e-3))
+    torch.testing.assert_close(found.G[0], rows.mT @ rows, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(found.A[0], torch.full((1, 1), float(len(rows)), dtype=torch.float64))
+    assert found.rows == len(rows)
 
 
 @pytest.mark.parametrize(("count", "n"), [(1, 7), (3, 50), (8, 130)])

@@ -71,7 +71,7 @@ def _matrices(layer: Layer, stacks: Tensors) -> torch.Tensor:
     if not isinstance(kind, Conv):
         return torch.vmap(layer.matrix)(stacks)
     many = len(next(iter(stacks.values())))
-    whole = _wide(kind, many).matrix({role: x.flatten(0, 1) for role, x in stacks.items()})
+    whole: Any = _wide(kind, many).matrix({role: x.flatten(0, 1) for role, x in stacks.items()})
     return whole.unflatten(0, (many, kind.groups))
 
 
@@ -81,7 +81,7 @@ def _arrays(layer: Layer, whole: torch.Tensor) -> Tensors:
     if not isinstance(kind, Conv | Linear) or (isinstance(kind, Linear) and kind.transposed):
         return torch.vmap(layer.arrays)(whole)
     many = len(whole)
-    named = _wide(kind, many).parameters(whole.flatten(0, 1))
+    named: Any = _wide(kind, many).parameters(whole.flatten(0, 1))
     return {role: named[role].unflatten(0, (many, -1)).reshape(many, *p.shape) for role, p in layer.parameters.items()}
 
 

@@ -68,6 +68,16 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Remade:
+    """Makes a normalised input again: memory that whoever asked for it may write to."""
+
+    make: Callable[[], torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        return self.make()
+
+
+@dataclass(frozen=True)
 class Mark:
     """What an operation takes a parameter for: a layer kind without bias, and the parts that are weight and bias.
 

@@ -9,7 +9,7 @@ not see each other.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from kfaccore import Window
 from kfaccore.layers import Conv, Embedding, Gain, Linear
 from kfaccore_torch.attention import attention
-from kfaccore_torch.calls import Call, Mark, Use
+from kfaccore_torch.calls import Call, Mark, Remade, Use
 from kfaccore_torch.joined import joined, uses
 from kfaccore_torch.plan import Plan
 from kfaccore_torch.precision import product_of
@@ -212,21 +212,21 @@ def _edge(output: torch.Tensor) -> GradientEdge:
     return get_gradient_edge(output)
 
 
-def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Remade:
     """Computes the normalised input again, when it is needed."""
     eps = {"eps": given["eps"]} if "eps" in given else {}
     if func is F.layer_norm or func is F.rms_norm:
-        return lambda: func(x, given["normalized_shape"], **eps)
+        return Remade(lambda: func(x, given["normalized_shape"], **eps))
     if func is F.group_norm:
-        return lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps)
+        return Remade(lambda: F.group_norm(x.contiguous(), given["num_groups"], **eps))
     if given.get("training"):
         # `F.batch_norm` would ask for memory to keep what a backward needs
         eps = given.get("eps", 1e-5)
-        return lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)[0]
+        return Remade(lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)[0])
     # copies: running statistics move on with the next batch
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()
-    return lambda: F.batch_norm(x, mean, var, **eps)
+    return Remade(lambda: F.batch_norm(x, mean, var, **eps))
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

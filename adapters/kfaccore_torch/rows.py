@@ -14,7 +14,7 @@ import torch
 from kfaccore import Ids, Patches, Record
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
 from kfaccore_torch.bridge import detached, to_core
-from kfaccore_torch.calls import Call
+from kfaccore_torch.calls import Call, Remade
 from kfaccore_torch.images import conv_part
 from kfaccore_torch.kinds import Rest, Stack, Tied
 from kfaccore_torch.places import Axes, Groups, Place, Together
@@ -152,8 +152,10 @@ def scaled(call: Call, g: torch.Tensor, d: int) -> torch.Tensor:
     """Output gradients (draws, *rows, d) times what a gain was multiplied with."""
     if call.normalised is None:
         return g
-    x = detached(call.normalised())
-    return g * call.features_last(x, d).to(g)
+    x = call.features_last(detached(call.normalised()), d)
+    if isinstance(call.normalised, Remade) and len(g) == 1 and x.dtype == g.dtype:
+        return x[None].mul_(g)  # one array less where it is the largest
+    return g * x.to(g)
 
 
 def _looked_up(

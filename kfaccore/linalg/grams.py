@@ -8,6 +8,7 @@ from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.xp import gpu
 from kfaccore.xp.arrays import Array, device_of, namespace, scalar
+from kfaccore.xp.memory import shared_first
 
 
 def valid_rows(record: Record) -> Array:
@@ -20,9 +21,10 @@ def valid_rows(record: Record) -> Array:
 
 
 def rows_of(x: Array) -> Array:
-    """(draws, blocks, batch, shared, d) as (blocks, rows, d)."""
+    """(draws, blocks, batch, shared, d) as (blocks, rows, d), in the order of memory where that saves a copy."""
     xp = namespace(x)
     blocks = x.shape[1]
+    x = xp.moveaxis(x, -2, -3) if shared_first(x) else x
     return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3, 4)) if blocks > 1 else x, (blocks, -1, x.shape[-1]))
 
 
@@ -50,4 +52,4 @@ def gram_of_inputs(record: Record, diagonal: bool = False) -> Array:
     if isinstance(record.a, Patches) and record.mask is None:
         return record.a.gram()
     rows = record.rows()
-    return side.gram(xp.reshape(rows if diagonal else gpu.narrowed(rows), (record.blocks, -1, record.d_in)), diagonal)
+    return side.gram(rows_of((rows if diagonal else gpu.narrowed(rows))[None, ...]), diagonal)

@@ -155,8 +155,8 @@ def select(condition: Array, yes: Array, no: Array) -> Array:
 
 
 def kept(x: Array, condition: Array, value: float) -> Array:
-    """`x` where the per-block `condition` (leading axes) holds, `value` elsewhere, in the dtype of x; free on NumPy when
-    all hold."""
+    """`x` where the per-block `condition` (leading axes) holds, `value` elsewhere, in the dtype of x; free on NumPy
+    when all hold."""
     if is_numpy(condition) and condition.all():
         return x
     xp = namespace(x)

@@ -122,7 +122,7 @@ def _around(x: Any) -> Any | None:
     if len(x) > 1 and x.stride(0) != base.stride(0):
         return None
     first, apart = divmod(x.data_ptr() - base.data_ptr(), base.stride(0) * base.element_size())
-    fits = not apart and 0 <= first and first + len(x) <= len(base)
+    fits = not apart and first >= 0 and first + len(x) <= len(base)
     return base[first : first + len(x)] if fits else None
 
 
@@ -182,14 +182,18 @@ def _mirrored(x: Any) -> Any:
 
 
 def by_image_pays(x: Array) -> bool:
-    """Whether rows (..., images, positions, d) of torch on CUDA lie with their features first, as images with many
-    positions do, so that a product an image needs no copy of them."""
+    """Whether rows (..., images, positions, d) of torch lie with their features first, as images with many positions
+    do, so that a product an image needs no copy of them, and all products take less than it."""
     known: Any = x
-    if not (aac.is_torch_array(x) and known.is_cuda) or str(x.dtype) != "torch.float32":
+    if not aac.is_torch_array(x):
         return False
     images, positions, d = x.shape[-3:]
     lies = known.stride(-2) == 1 and known.stride(-1) == positions
-    return lies and positions >= _BY_IMAGE and images * d * d <= _HELD
+    if not lies or positions < _BY_IMAGE:
+        return False
+    if known.is_cuda:
+        return str(x.dtype) == "torch.float32" and images * d * d <= _HELD
+    return statistics() != BFLOAT16 and 4 * d <= positions
 
 
 def gram_by_image(x: Array) -> Array:
