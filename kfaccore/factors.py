@@ -180,11 +180,18 @@ def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) ->
 
 
 def usable(stats: Stats | Sums) -> Array:
-    """Where there is something to average, (blocks,): finite means of at least one row and of a loss that counts."""
-    ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0
-    for count in (stats.rows if isinstance(stats, Sums) else stats.seen, stats.n):
-        ok = ok if isinstance(count, int | float) else ok & (count > 0)
-    return ok
+    """Where there is something to average, (blocks,)."""
+    if isinstance(stats, Sums):
+        return counts(stats.finite, stats.rows, stats.n)
+    return counts(stats.bad == 0, stats.seen, stats.n)
+
+
+def counts(fine: Array, rows: float | Array, n: float | Array) -> Array:
+    """Where statistics are `fine`, of at least one row, and of a loss in which something counts: where the host does not
+    know, n is 0 if all labels are ignored."""
+    for count in (rows, n):
+        fine = fine if isinstance(count, int | float) else fine & (count > 0)
+    return fine
 
 
 def moved(

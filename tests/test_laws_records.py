@@ -109,6 +109,20 @@ def test_zero_draws_mean_that_G_is_the_identity(row, xp, rng):
 
 @rows
 @few
+@pytest.mark.parametrize("n", [0.0, np.nan], ids=["zero", "unread"])
+def test_what_counts_nothing_moves_no_average(row, xp, n, rng):
+    """All labels are ignored, and only the device knows: no gradient, and n is 0, or NaN where it was not read."""
+    a, g = arrays(rng)
+    state = kf.settle(row.method, kf.Record(xp.put(a), xp.put(g), N), damping=DAMPING)
+    nothing = kf.Record(xp.put(a + 1.0), xp.put(0.0 * g), xp.put(np.asarray(n)))
+    with np.errstate(all="ignore"):  # as a step has it
+        moved = row.method.update(state, row.method.measure(state, nothing, HYPER), HYPER)
+    for (path, old), new in zip(tree.items(state), tree.leaves(moved), strict=True):
+        assert np.array_equal(xp.get(old), xp.get(new)), path
+
+
+@rows
+@few
 def test_blocks_of_different_dampings_are_blocks_apart(row, xp, rng):
     """Each block as when its own damping is that of all."""
     a, g = arrays(rng)

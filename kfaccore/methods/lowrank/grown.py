@@ -147,7 +147,7 @@ def _total(x: Array) -> Array:
 def moved(state: S, stats: Stats, hyper: Hyper, rank: Rank, outside: Outside) -> S:
     """`state` with its sides A, G and weight moved by the Stats; untouched where these are not usable."""
     xp = namespace(state.weight)
-    usable = (stats.bad == 0) & (stats.rows > 0)
+    usable = factors.counts(stats.bad == 0, stats.rows, stats.n)
     one = xp.ones_like(state.weight)
     keep = scalar(hyper.decay, one) * one
 
@@ -173,7 +173,7 @@ def averaged(state: FullState, stats: Stats, hyper: Hyper, donate: bool) -> dict
     """full_A and full_G of `state` moved by the same Stats."""
     A = stats.a if stats.a.ndim == 2 else kernels.gram(stats.a)
     G = stats.g if stats.g.ndim == 2 else kernels.gram(stats.g)
-    ok = (stats.bad == 0) & (stats.rows > 0)
+    ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
     decay = scalar(hyper.decay, state.weight)
     return {
         "full_A": kernels.average(state.full_A, A, decay, (1 - decay) / factors.positive(stats.rows), ok, donate),

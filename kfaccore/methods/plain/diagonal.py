@@ -66,7 +66,7 @@ class Diagonal(Additive):
         return Stats(D, n, rows, bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = (stats.bad == 0) & (stats.rows > 0)
+        ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
         D, weight = factors.moved(state.D, state.weight, stats.D, stats.n, ok, hyper, donate)
         return replace(state, D=D, weight=weight)
 

@@ -73,7 +73,7 @@ class Exact(InSteps[State], Additive):
         return Stats(F * n[:, None, None], n, rows, bad)
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = (stats.bad == 0) & (stats.rows > 0)
+        ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
         F, weight = factors.moved(state.F, state.weight, stats.F, stats.n, ok, hyper, donate)
         return replace(state, F=F, weight=weight)
 

@@ -103,7 +103,7 @@ def update(state: Examples, stats: Stats, hyper: Hyper) -> Examples:
     capacity = state.a.shape[1]
     if count > capacity:
         raise ValueError(f"a batch has {count} rows and there is room for {capacity}: raise rows (or Block.rows)")
-    ok = (stats.bad == 0) & (stats.rows > 0)
+    ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
     decay = scalar(hyper.decay, state.weight)
     ones = xp.ones(stats.number.shape, dtype=state.a.dtype, device=device_of(state.a))
     # Stats on their way may have been cast, whole numbers too, to the dtype of the state

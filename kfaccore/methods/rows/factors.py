@@ -119,7 +119,7 @@ def combine(first: Stats, second: Stats) -> Stats:
 def update(state: Factors, stats: Stats, hyper: Hyper, rank: int = 0, donate: bool = False) -> Factors:
     """Averages moved towards the Stats, untouched where these are not usable."""
     xp = namespace(state.weight)
-    ok = (stats.bad == 0) & (stats.rows > 0)
+    ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
     decay = scalar(hyper.decay, state.weight)
 
     def moved(old: Factor, new: Array | Rows, count: Array) -> Factor:

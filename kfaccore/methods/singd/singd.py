@@ -153,7 +153,7 @@ class SINGD(Additive):
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         xp = namespace(stats.bad)
-        ok = (stats.bad == 0) & (stats.rows > 0)
+        ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
         inputs, outputs = state.sides
         H_K = structured.scaled(1 / factors.positive(stats.rows), stats.H_K)
         H_C = structured.scaled(1 / factors.positive(stats.n), stats.H_C)

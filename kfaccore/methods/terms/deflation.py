@@ -84,7 +84,7 @@ class Deflation(TwoTerms[State], Additive):
         return Stats(first, second, n, rows, rearranged.bad(first, n) + rearranged.bad(second, n))
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        ok = (stats.bad == 0) & (stats.rows > 0)
+        ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
         state = replace(state, **rearranged.averaged(state, stats.first, stats.n, ok, hyper, donate))
         first = rearranged.balanced(state)  # the second pair fits what the first leaves now
         return replace(state, pair=rearranged.moved(state.pair, stats.second, stats.n, first, ok, hyper))

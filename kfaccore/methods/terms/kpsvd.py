@@ -86,8 +86,8 @@ class KPSVD(InSteps[State], Additive):
         return Stats(sums, n, rows, rearranged.bad(sums, n))
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
-        first = rearranged.averaged(state, stats.sweep, stats.n, (stats.bad == 0) & (stats.rows > 0), hyper, donate)
-        return replace(state, **first)
+        ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
+        return replace(state, **rearranged.averaged(state, stats.sweep, stats.n, ok, hyper, donate))
 
     def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:
         A, G = rearranged.balanced(state)

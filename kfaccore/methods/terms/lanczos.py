@@ -104,8 +104,9 @@ class Lanczos(TwoTerms[State]):
         factors.needs_draws(record)
         a = record.rows()
         finite = all_finite(a) & xp.all(all_finite(record.g, axes=2), axis=0)
-        bad = xp.astype(~finite, a.dtype)
-        return Stats(a, record.g, factors.per_block(record.n, bad), factors.valid_rows(record), bad)
+        n = factors.per_block(record.n, xp.astype(finite, a.dtype))
+        bad = xp.astype(~(finite & xp.isfinite(n)), a.dtype)
+        return Stats(a, record.g, n, factors.valid_rows(record), bad)
 
     def combine(self, first: Stats, second: Stats) -> Stats:
         xp = namespace(first.a)
@@ -115,7 +116,7 @@ class Lanczos(TwoTerms[State]):
 
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         xp = namespace(state.A)
-        ok = (stats.bad == 0) & (stats.rows > 0)
+        ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
         A, G, residual, matvecs = self._triples(state, stats)
         decay = scalar(hyper.decay, state.weight)
         return replace(

@@ -103,7 +103,7 @@ class Tridiagonal:
             sums = stats[name].link
             link = layer.link
             if isinstance(link, Link) and isinstance(sums, Link):
-                ok = (own.bad == 0) & (own.rows > 0)
+                ok = factors.counts(own.bad == 0, own.rows, own.n)
                 rows = namespace(own.rows).where(own.rows > 0, own.rows, 1.0 + 0.0 * own.rows)
                 A, _ = factors.moved(link.A, layer.weight, sums.A, rows, ok, hypers[name], donate)
                 G, _ = factors.moved(link.G, layer.weight, sums.G, own.n, ok, hypers[name], donate)
