@@ -187,8 +187,8 @@ def usable(stats: Stats | Sums) -> Array:
 
 
 def counts(fine: Array, rows: float | Array, n: float | Array) -> Array:
-    """Where statistics are `fine`, of at least one row, and of a loss in which something counts: where the host does not
-    know, n is 0 if all labels are ignored."""
+    """Where statistics are `fine`, of at least one row, and of a loss in which something counts: n is 0 where the host
+    does not know that all labels are ignored."""
     for count in (rows, n):
         fine = fine if isinstance(count, int | float) else fine & (count > 0)
     return fine
