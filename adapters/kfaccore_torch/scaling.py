@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,15 +25,15 @@ class Scale:
         self.seen = grad.detach()
 
     def overflow(self, grads: Sequence[Any], world: int) -> torch.Tensor | None:
-        """Infinite where a gradient, or its square, is not finite and its loss was made larger, beyond the number of
-        ranks that a sum is multiplied by; else 0. Added to any gradient, it shows the scaler what a direction of zero
-        would hide. Nothing is read on the host."""
+        """NaN where a gradient, or its square, is not finite and its loss was made larger, beyond the number of ranks
+        that a sum is multiplied by; else 0. Added to any gradient, it shows the scaler what a direction of zero would
+        hide. Nothing is read on the host."""
         if self.seen is None or not grads:
             return None
         # the scale may overflow too in half precision; an infinite one elsewhere is no scaler's
         scaled = self.seen > world if self.seen.dtype in HALF else (self.seen > world) & (self.seen < math.inf)
         norm = torch.stack(torch._foreach_norm(grads)).sum()
-        return torch.where(scaled.to(norm.device) & ~norm.isfinite(), math.inf, 0.0)
+        return torch.where(scaled.to(norm.device), norm * 0.0, _zero(norm.dtype, norm.device))
 
     @contextmanager
     def shown(self, grads: Sequence[torch.Tensor], world: int) -> Iterator[None]:
@@ -41,6 +42,13 @@ class Scale:
         yield
         if overflow is not None:
             grads[0].add_(overflow)
+
+
+@lru_cache(maxsize=8)
+def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Made once: each would be a launch."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
 
 
 class Scaler:
