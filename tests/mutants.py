@@ -116,8 +116,8 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "bad stats averaged",
         "factors.py",
-        "ok = stats.finite if isinstance(stats, Sums) else stats.bad == 0",
-        "ok = stats.bad >= 0",
+        "return counts(stats.finite, stats.rows, stats.n)",
+        "return counts(stats.bad >= 0, stats.rows, stats.n)",
         "test_bad_input.py",
     ),
     (
