@@ -8,6 +8,7 @@ from torch import nn
 
 import kfaccore as kf
 import kfaccore_torch as kt
+from kfaccore.xp import gpu
 from kfaccore.xp.blocks import stacked, together
 from kfaccore_torch.assembled import matrices, tensors
 
@@ -101,3 +102,30 @@ def test_a_stack_of_directions_is_not_the_gradient():
         found.append([p.grad for p in model.parameters()])
     assert all(bool((x == 1.0).all()) for x in found[0])
     assert all(bool((x == 2.0).all()) for x in found[1])
+
+
+def test_zeros_behind_matrices_change_no_step(monkeypatch):
+    """What float32 has on CUDA, here: matrices of odd widths go through a step with the zeros that they are made with,
+    and those of linear layers are not copied for a product."""
+    found = []
+    made = []
+    wide = gpu._wide
+    monkeypatch.setattr(gpu, "_wide", lambda parts: made.append((len(parts), parts[0].shape[-2:])) or wide(parts))
+    for wants in (gpu.wants_zeros, lambda x: torch.is_tensor(x) and x.dtype == torch.float32):
+        monkeypatch.setattr(gpu, "wants_zeros", wants)
+        model = Net()
+        core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 2))
+        pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core, namespace="torch")
+        x = torch.randn(4, 5, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+        for rows in x:
+            made.clear()
+            model.zero_grad()
+            with pre.capture():
+                f = model(rows)
+            pre.loss(f, torch.arange(5) % 3).backward()
+            pre.step()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
+    linear = [parts for parts, shape in made if shape in ((16, 16), (16, 17))]
+    assert linear == [2]  # weights of both layers, and their biases

@@ -94,9 +94,12 @@ def zeros(like: Any, rows: int, columns: int) -> Any:
 
 def laid_out(x: Array) -> Array:
     """Matrices that many products will read, with the zeros behind them that `product` wants; others as they are."""
-    known: Any = x
-    fits = x.ndim == 3 and aac.is_torch_array(x) and known.is_cuda and str(x.dtype) == "torch.float32"
-    return cut(_whole(known), *x.shape[1:]) if fits else x
+    return cut(_whole(x), *x.shape[1:]) if x.ndim == 3 and wants_zeros(x) else x
+
+
+def wants_zeros(x: Any) -> bool:
+    """Whether x is float32 of torch on CUDA, whose matrix units take sizes that are multiples of 8."""
+    return aac.is_torch_array(x) and x.is_cuda and str(x.dtype) == "torch.float32"
 
 
 def _whole(x: Any) -> Any:
@@ -139,9 +142,8 @@ def _wide(parts: Sequence[Any]) -> Any:
 def with_column(w: Array, column: Array) -> Array:
     """Matrices ([k,] rows, columns) and a column ([k,] rows) of each behind them; of torch on CUDA with the zeros that
     `product` wants."""
-    known: Any = w
-    if aac.is_torch_array(w) and known.is_cuda and str(known.dtype) == "torch.float32":
-        return with_zeros(known, column) if known.ndim == 3 else with_zeros(known[None], column[None])[0]
+    if wants_zeros(w):
+        return with_zeros(w, column) if w.ndim == 3 else with_zeros(w[None, ...], column[None, ...])[0]
     return namespace(w).concat([w, column[..., None]], axis=-1)
 
 

@@ -42,8 +42,7 @@ def gram(x: Array) -> Array:
 
 def product(x: Array, y: Array) -> Array:
     """x y of stacks of matrices, as each namespace makes it fastest."""
-    foreign: Any = x
-    if aac.is_torch_array(foreign) and foreign.is_cuda:
+    if gpu.wants_zeros(x):
         return gpu.product(x, y)
     return namespace(x, y).matmul(x, y)
 
