@@ -72,7 +72,7 @@ class Objective:
             return None
         if isinstance(self.loss, CORE):
             return unread(self.loss.normaliser(f.detach(), target))
-        labelled = isinstance(self.loss, nn.CrossEntropyLoss) and self.loss.reduction == "mean"
+        labelled = isinstance(self.loss, nn.CrossEntropyLoss) and self.loss.reduction == "mean" and f.ndim > 1
         return unread(_label_weight(self.core, f, target)) if labelled and target.ndim == f.ndim - 1 else None
 
     def draws(

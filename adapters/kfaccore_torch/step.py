@@ -91,7 +91,8 @@ class Engine(Planning):
         """n of a batch, 0 where nothing in it counts; a number that stays on the device, NaN there, where the host need
         not know it and shall not `wait`."""
         needed = self.core.comm.world > 1 or self.namespace != "torch" or self.core.rule.wants_own
-        unread = None if wait or needed else self.objective.unread_share(batch.f, batch.target)
+        here = all(f.device == self.device for f in self.objective.heads(batch.f))
+        unread = self.objective.unread_share(batch.f, batch.target) if here and not (wait or needed) else None
         return self.objective.share(batch.f, batch.target) if unread is None else unread
 
     def void(self, batch: Batch) -> str:

@@ -41,7 +41,8 @@ class Terms:
         if self.declared or self.looked or not all(expected for _, expected in fired):
             return
         self.looked = True
-        if not _parallel([p.grad for p in parameters], [_sum(fired, i) for i in range(len(parameters))]):
+        slopes = [(float(grad), expected) for grad, expected in fired]
+        if not _parallel([p.grad for p in parameters], [_sum(slopes, i) for i in range(len(parameters))]):
             warnings.warn(
                 "the gradient is not that of pre.loss alone: a term of the loss has no curvature here. Declare it, "
                 "loss = pre.loss(f, y) + pre.extra(term), or form it by pre.loss",

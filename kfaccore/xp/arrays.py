@@ -177,8 +177,10 @@ def _before(condition: Array, x: Array) -> Array:
 
 
 def _constant(value: float, like: Any) -> Any:
-    """A number of torch on a device, made once: each would be a launch."""
-    return _made(value, like.dtype, like.device)
+    """A number of torch on a device, made once, as each would be a launch; a tensor of a mode has one of that mode."""
+    import torch
+
+    return _made(value, like.dtype, like.device) if type(like) is torch.Tensor else like.new_full((), value)
 
 
 @cache
