@@ -1,8 +1,8 @@
 """How much memory does K-FAC take? The peak of an update beside SGD's own, without the state it keeps.
 
 A ResNet-50-shaped and a GPT-2-shaped network under SGD with momentum, alone and behind a `Preconditioner` (KFAC, Fixed,
-an update of statistics at every step). On CUDA what torch's allocator held at most, at the published sizes; on the CPU
-the storages that were alive at once, traced operation by operation, at small widths.
+an update of statistics at every step). What torch's allocator held at most: on CUDA at the published sizes, on the CPU,
+as its profiler tells, at small widths.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import os
 for _name in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{_name}_NUM_THREADS", "1")
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from operations import GPT2, resnet50
 from report import Claim, arguments, at_most, finish
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import kfaccore as kf
 import kfaccore_torch as kt
@@ -33,41 +32,37 @@ MOST = 1.15  # of SGD's peak
 OWN = 0.35  # of the state of one process
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that live at once, of all that operations made or were given while it is entered."""
+class Profiled:
+    """Most bytes of torch's CPU allocator at once while it is entered, told after that, from what torch's profiler saw:
+    a dispatch mode would see them too, and keep autograd from adding gradients in place."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    MARK = "a new peak"
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs, found)):
-            if isinstance(x, torch.Tensor):
-                self._note(x.untyped_storage())
-        return found
+    def __enter__(self) -> Profiled:
+        self._seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._seen.__enter__()
+        return self
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, size)
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
+    def __exit__(self, *error: Any) -> None:
+        self._seen.__exit__(*error)
 
     def again(self) -> None:
         """Begin a new peak."""
-        self.peak = self.now
+        with record_function(self.MARK):
+            pass
+
+    @property
+    def peak(self) -> int:
+        assert self._seen.profiler is not None
+        events: Any = self._seen.profiler.kineto_results.events()
+        moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        start = max(event.start_ns() for event in events if event.name() == self.MARK)
+        alive = list(accumulate(size for _, size in moves))
+        return max(total for (time, _), total in zip(moves, alive, strict=True) if time >= start)
 
 
 class Allocator:
-    """As `Alive`, of torch's allocator on CUDA."""
+    """As `Profiled`, of torch's allocator on CUDA."""
 
     def __enter__(self) -> Allocator:
         return self
@@ -114,7 +109,7 @@ def peak(case: Case, refresh: int | None) -> tuple[int, int]:
     """(most bytes at once in the last of three steps, those of averages and inverses); `refresh` is how often, None
     is SGD alone."""
     torch.manual_seed(0)
-    with Allocator() if DEVICE.type == "cuda" else Alive() as memory:
+    with Allocator() if DEVICE.type == "cuda" else Profiled() as memory:
         model = case.model().to(DEVICE)
         x, y = (part.to(DEVICE) for part in case.batch())
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, 0.9)
@@ -127,7 +122,7 @@ def peak(case: Case, refresh: int | None) -> tuple[int, int]:
             step(model, loss, x, y, pre)
             optimizer.step()
         state = sum(one.state for one in pre.memory().values()) if pre else 0
-        return memory.peak, state
+    return memory.peak, state
 
 
 def step(model: nn.Module, loss: nn.Module, x: torch.Tensor, y: torch.Tensor, pre: kt.Preconditioner | None) -> None:
