@@ -6,8 +6,8 @@ OF_GPU = [
     (
         "slices of other arrays taken for a stack",
         "xp/blocks.py",
-        "start + i * first.numel()",
-        "start + 0 * i",
+        "x.untyped_storage().data_ptr() != memory",
+        "False",
         "test_torch_assembled.py",
     ),
     (

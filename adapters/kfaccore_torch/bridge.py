@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,13 @@ def detached(x: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"a tensor of layout {x.layout} on {x.device} ({type(x).__name__}) has no values to view")
     x = x.detach().resolve_conj().resolve_neg()
     return x.float() if x.dtype in HALF else x
+
+
+@lru_cache(maxsize=32)
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A number that nobody writes to, made once: each would be a launch."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def to_core(x: torch.Tensor, namespace: str) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from kfaccore import Ids, Patches, Record
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
-from kfaccore_torch.bridge import detached, to_core
+from kfaccore_torch.bridge import constant, detached, to_core
 from kfaccore_torch.calls import Call, Remade
 from kfaccore_torch.images import conv_part
 from kfaccore_torch.kinds import Rest, Stack, Tied
@@ -132,20 +131,13 @@ def _part(
     if not whole:
         pass
     elif isinstance(kind, Bias | Rest):
-        a = to_core(_one(g.dtype, g.device).expand(*g.shape[1:3], 1), namespace)
+        a = to_core(constant(1.0, g.dtype, g.device).expand(*g.shape[1:3], 1), namespace)  # one number for all rows
     elif isinstance(kind, Stack):
         x = detached(call.x)
         a = to_core(place.put(x.reshape(len(x), *place.rows, kind.d_in)), namespace)
     else:
         a = rows(layer, call, place, namespace)
     return Part(a, to_core(g, namespace), exists)
-
-
-@lru_cache(maxsize=8)
-def _one(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What a lone bias or gain is multiplied with: one number for all its rows."""
-    with torch.inference_mode(False):
-        return torch.ones((), dtype=dtype, device=device)
 
 
 def scaled(call: Call, g: torch.Tensor, d: int) -> torch.Tensor:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from kfaccore_torch.bridge import HALF
+from kfaccore_torch.bridge import HALF, constant
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Scale:
         # the scale may overflow too in half precision; an infinite one elsewhere is no scaler's
         scaled = self.seen > world if self.seen.dtype in HALF else (self.seen > world) & (self.seen < math.inf)
         norm = torch.stack(torch._foreach_norm(grads)).sum()
-        return torch.where(scaled.to(norm.device), norm * 0.0, _zero(norm.dtype, norm.device))
+        return torch.where(scaled.to(norm.device), norm * 0.0, constant(0.0, norm.dtype, norm.device))
 
     @contextmanager
     def shown(self, grads: Sequence[torch.Tensor], world: int) -> Iterator[None]:
@@ -42,13 +41,6 @@ class Scale:
         yield
         if overflow is not None:
             grads[0].add_(overflow)
-
-
-@lru_cache(maxsize=8)
-def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Made once: each would be a launch."""
-    with torch.inference_mode(False):
-        return torch.zeros((), dtype=dtype, device=device)
 
 
 class Scaler:

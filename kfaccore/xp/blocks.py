@@ -15,8 +15,8 @@ def together(arrays: Sequence[Array], axis: int = 0) -> Array:
     if len(arrays) == 1:
         return arrays[0]
     if axis == 0 and aac.is_torch_array(arrays[0]):
-        known = _end_to_end(arrays)
-        if known is not None:
+        known = _evenly(arrays)
+        if known is not None and known.is_contiguous():
             return known.flatten(0, 1)
     return namespace(*arrays).concat(list(arrays), axis=axis)
 
@@ -29,20 +29,6 @@ def stacked(arrays: Sequence[Array]) -> Array:
     return namespace(*arrays).stack(list(arrays)) if known is None else known
 
 
-def _end_to_end(arrays: Sequence[Array]) -> Any | None:
-    """Contiguous tensors that follow each other in one memory as a stack without a copy; None for others."""
-    parts: list[Any] = list(arrays)
-    first = parts[0]
-    start = first.storage_offset()
-    for i, x in enumerate(parts):
-        follows = x.storage_offset() == start + i * first.numel() and x.is_contiguous()
-        if not follows or x.shape != first.shape or x.dtype != first.dtype or x.is_cpu != first.is_cpu:
-            return None
-        if x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
-
-
 def _evenly(arrays: Sequence[Array]) -> Any | None:
     """Tensors alike that lie at equal distances in one memory as a stack without a copy; None for others."""
     parts: list[Any] = list(arrays)
@@ -51,7 +37,8 @@ def _evenly(arrays: Sequence[Array]) -> Any | None:
     step = parts[1].storage_offset() - start
     memory = first.untyped_storage().data_ptr()
     for i, x in enumerate(parts):
-        alike = x.shape == first.shape and x.dtype == first.dtype and x.stride() == first.stride()
+        same = x.is_cpu == first.is_cpu and x.dtype == first.dtype
+        alike = same and x.shape == first.shape and x.stride() == first.stride()
         if not alike or x.storage_offset() != start + i * step or x.untyped_storage().data_ptr() != memory:
             return None
     return first.as_strided((len(parts), *first.shape), (step, *first.stride())) if step > 0 else None

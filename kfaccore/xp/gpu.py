@@ -1,7 +1,8 @@
 """Sums of outer products on a GPU: rows in the precision in force, sums in float32, widths that its matrix units take.
 
 A Gram of rounded rows stays positive semidefinite. Widths are padded to multiples of 8: a product of 3073 columns takes
-four times that of 3080. Of tensors on a CPU the arithmetic is the same, where tests compare it.
+four times that of 3080. Of tensors on a CPU the arithmetic is the same, where tests compare it; a product an image
+serves there too.
 """
 
 from __future__ import annotations
