@@ -35,6 +35,8 @@ SECONDS = {"detector": 3.0, "recurrent": 15.0, "shared": 20.0, "deep": 30.0}
 PEAK = 1024.0  # MiB
 DENSE = 1200  # parameters up to which F is multiplied out
 PATIENCE = 120  # seconds that one training may take
+# bytecode is there after the first use, also where the environment says not to write it
+ENV = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 TASKS = ("digits-classifier", "digits-autoencoder", "digits-cnn")
 
 
@@ -48,7 +50,7 @@ def command(*words: str) -> tuple[float, float, float, int]:
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
         "print(used.ru_utime + used.ru_stime, used.ru_maxrss, code)"
     )
-    done = subprocess.run([sys.executable, "-c", measured, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", measured, *words], capture_output=True, text=True, check=True, env=ENV)
     busy, peak, code = done.stdout.split()
     return time.perf_counter() - start, float(busy), int(peak) / 1024, int(code)
 

@@ -130,7 +130,8 @@ class KroneckerTerms(Protocol[R]):
     """F~ is a sum of Kronecker products."""
 
     def kronecker_terms(self, state: R, block: Block) -> tuple[tuple[Array, Array], ...]:
-        """Pairs (A, G), a factor (blocks, d, d) or (blocks, d) if diagonal, of F~ = sum of G (x) A."""
+        """Pairs (A, G), a factor (blocks, d, d) or (blocks, d) if diagonal, of F~ = sum of G (x) A; none where a
+        state without matrices has a side too wide for one."""
         ...
 
 

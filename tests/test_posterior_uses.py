@@ -91,7 +91,7 @@ def test_a_fit_does_not_depend_on_how_data_come(name, rng):
 
 def test_methods_without_a_curvature_are_named(rng):
     record = batch(rng)["a"]
-    for method in (kf.SKFAC(), kf.CGFAC(), kf.SINGD(), kf.RandomizedKFAC(), kf.FNGD()):
+    for method in (kf.SKFAC(), kf.CGFAC(), kf.SINGD(), kf.FNGD()):
         with pytest.raises(ValueError, match=r"keeps no curvature .* take KFAC, EKFAC"):
             kf.Curvature.of(
                 method, {"x": method.init(kf.Block(3, 4, rows=8, samples=8), record.g)}, {"x": kf.Block(3, 4)}

@@ -235,6 +235,18 @@ def test_stacked_rows_are_the_moving_average(decay, rank, rng):
     assert close(method.matvec(state, V, hyper), G @ V @ A, 1e-12)
 
 
+def test_products_leave_out_what_nothing_was_put_into(rng):
+    """Of room for 64 rows those that came; of a state that saw nothing a row of zeros."""
+    stack = stacks.empty(2, 64, 5, rng.normal(size=(1,)))
+    assert stacks.filled(stack).rows.shape == (2, 1, 5)
+    share = np.ones(2) / 3
+    for count in (3, 6):
+        stack = stacks.push(stack, rng.normal(size=(2, 3, 5)), share, 0.9, np.ones(2, bool))
+        shorter = stacks.filled(stack)
+        assert shorter.rows.shape == (2, count, 5)
+        np.testing.assert_array_equal(stacks.dense(shorter), stacks.dense(stack))
+
+
 def test_truncation_and_compression_err_by_what_was_cut(rng):
     """SKFAC-12: rows that do not fit leave with their mass; compressed, the factor errs by no more than what was cut
     off."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.convolution.patches import Patches
-from kfaccore.method import Block, Hyper, Method, MovesWithBasis, Restless, S, State, T, declares
+from kfaccore.method import Block, Hyper, Method, MovesWithBasis, Restless, S, Solution, State, T, declares
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, eps, from_host, namespace, to_host
 from kfaccore.xp.chunks import at_once
@@ -75,8 +75,11 @@ def costs(
     return {name: float(np.median(values)) for name, values in times.items()}, size(state)
 
 
-def fitted_and_timed(method: Method[S, T], record: Record, grad: Array, hyper: Hyper) -> tuple[Fit[S], Seconds, int]:
-    """What `fitted` makes, the seconds that its own last update and refresh took, and one solve; bytes of the state.
+def fitted_and_timed(
+    method: Method[S, T], record: Record, grad: Array, hyper: Hyper
+) -> tuple[Fit[S], Solution, Seconds, int]:
+    """What `fitted` makes and its solution, the seconds that its own last update and refresh and the solve took, and
+    bytes of the state.
 
     For what is too slow to be done twice.
     """
@@ -89,10 +92,11 @@ def fitted_and_timed(method: Method[S, T], record: Record, grad: Array, hyper: H
     if _tells_more(method, swept.cycles < method.cycles - 1):
         state = _updated(method, state, record, hyper)
     start = time.perf_counter()
-    to_host(method.solve(state, grad, hyper, record).direction)
+    solution = method.solve(state, grad, hyper, record)
+    to_host(solution.direction)  # waits for a device
     seconds = {"solve": time.perf_counter() - start}
     seconds |= dict(zip(CLOCKS, (end - begin for begin, end in pairwise(marks)), strict=False))
-    return Fit(state, swept.cycles + 1), seconds, size(state)
+    return Fit(state, swept.cycles + 1), solution, seconds, size(state)
 
 
 def size(state: State) -> int:

@@ -20,7 +20,7 @@ from kfaccore.record import Record
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, to_host
 
-SLOW = 0.02  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is,
+SLOW = 0.005  # seconds from which a method is fitted once, in the record's own dtype, and timed while it is,
 SMALL = 4096  # on layers of more parameters than these
 COLUMNS = 512  # parameters up to which F~ is multiplied out where a method only multiplies by it
 
@@ -76,12 +76,12 @@ def _measured(target: Target, known: Figures, method: Method, survey: Survey, co
     start = time.perf_counter()
     try:
         if own:
-            fit, seconds, size = fitted_and_timed(method, record, grad, hyper)
+            fit, solution, seconds, size = fitted_and_timed(method, record, grad, hyper)
         else:
             fit = fitted(method, record, target.damping, target.probe(0) if survey.converged else None)
             its = like_record(fit.state, came)
             seconds, size = costs(method, its, came, like(target.grad, came.g), hyper, survey.repeats)
-        solution = method.solve(fit.state, grad, hyper, record)
+            solution = method.solve(fit.state, grad, hyper, record)
         survey.pace.saw(known.method, cost.work * fit.cycles, time.perf_counter() - start)
     except (ValueError, TypeError) as error:
         return replace(known, note=str(error))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from kfaccore.method import Block
 
 
+WIDEST = 4096  # of a side that is kept as modes or rows and may be multiplied out all the same
+
+
 @dataclass(frozen=True)
 class Scale:
     """Size of a factor: its mean eigenvalue (blocks,) and, computed only when asked, its largest."""

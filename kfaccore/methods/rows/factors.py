@@ -142,6 +142,12 @@ def debiased(state: Factors) -> tuple[Factor, Factor]:
     return _mean(state.A, state.weight), _mean(state.G, state.weight)
 
 
+def filled(state: Factors) -> tuple[Factor, Factor]:
+    """`debiased` for products: a Stack without its empty slots."""
+    A, G = (stacks.filled(x) if isinstance(x, Stack) else x for x in debiased(state))
+    return A, G
+
+
 def size(factor: Factor) -> int:
     """d."""
     return (factor.rows if isinstance(factor, Stack) else factor).shape[-1]

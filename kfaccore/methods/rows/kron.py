@@ -57,7 +57,7 @@ class Kron:
 
     def product(self, parts: Factors, v: Array) -> Array:
         """G v A."""
-        A, G = factors.debiased(parts)
+        A, G = factors.filled(parts)
         return factors.product(G, v, A, self.through_batch)
 
     def systems(self, parts: Factors, damping: float | Array) -> tuple[Map, ...]:
@@ -65,12 +65,12 @@ class Kron:
         return (lambda v: self.product(parts, v) + c * v,)
 
     def diagonals(self, parts: Factors, damping: float | Array) -> tuple[Array, ...]:
-        A, G = (factors.diagonal(x) for x in factors.debiased(parts))
+        A, G = (factors.diagonal(x) for x in factors.filled(parts))
         return (G[:, :, None] * A[:, None, :] + damping_of(parts, damping),)
 
     def in_rows(self, parts: Factors, v: Array, damping: float | Array) -> tuple[Array, Array]:
         """By the rows' own eigenvectors; ValueError unless both sides are rows."""
-        A, G = factors.debiased(parts)
+        A, G = factors.filled(parts)
         if not (isinstance(A, Stack) and isinstance(G, Stack)):
             raise ValueError("InRows needs both sides as rows; a side has rows >= d: give the operator branch=always")
         a, g = (widened(x.rows) * widened(stacks.scales(x))[:, :, None] for x in (A, G))  # A = a^T a, G = g^T g
@@ -98,7 +98,7 @@ class KronFactored(Kron):
             raise ValueError(f"split={self.split} does not shift each factor: take pi, or Kron() for exact damping")
 
     def systems(self, parts: Factors, damping: float | Array) -> tuple[Map, ...]:
-        A, G = factors.debiased(parts)
+        A, G = factors.filled(parts)
         d_a, d_g = self._shifts(A, G, damping)
 
         def right(v: Array) -> Array:
@@ -110,7 +110,7 @@ class KronFactored(Kron):
         return (right, left) if self.one_side else (lambda v: left(right(v)),)
 
     def diagonals(self, parts: Factors, damping: float | Array) -> tuple[Array, ...]:
-        A, G = factors.debiased(parts)
+        A, G = factors.filled(parts)
         d_a, d_g = self._shifts(A, G, damping)
         a = (factors.diagonal(A) + d_a[:, None])[:, None, :]
         g = (factors.diagonal(G) + d_g[:, None])[:, :, None]

@@ -120,7 +120,7 @@ class SKFAC(InSteps[State]):
         return finish(_apply(state.inverse_g, grad, state.inverse_a), state.code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        A, G = stacked.debiased(state.factors)
+        A, G = stacked.filled(state.factors)
         return stacked.product(G, v, A)
 
     def _dense(self, factor: Stack) -> bool:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
-from kfaccore.xp.arrays import Array, device_of, eps, loop, namespace, select
+from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, loop, namespace, select
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ def empty(blocks: int, capacity: int, d: int, like: Array) -> Stack:
     rows = xp.zeros((blocks, capacity, d), dtype=like.dtype, device=device)
     share = xp.zeros((blocks, capacity), dtype=like.dtype, device=device)
     return Stack(rows, share, xp.zeros_like(share))
+
+
+def filled(stack: Stack) -> Stack:
+    """Without the slots at the end that nothing was put into yet, where the host can see how many they are."""
+    if not is_numpy(stack.mass):
+        return stack
+    last = np.flatnonzero(stack.mass.any(axis=0)).max(initial=0)
+    return _slots(stack, 0, int(last) + 1)
 
 
 def push(stack: Stack, new: Array, share: Array, decay: float | Array, ok: Array, rank: int = 0) -> Stack:

@@ -91,16 +91,18 @@ def _formed(x: Array, y: Array, v: Array) -> Array:
 
 
 def _aligned(j: Array) -> Array:
-    """J (draws, blocks, batch, e, d) as (blocks, e, draws, batch, d): rows of J J^T, each in one piece."""
-    return namespace(j).permute_dims(j, (1, 3, 0, 2, 4))
+    """J (draws, blocks, batch, e, d) as (blocks, e, draws batch, d): rows of J J^T, each in one piece."""
+    xp = namespace(j)
+    _, blocks, _, e, d = j.shape
+    return xp.reshape(xp.permute_dims(j, (1, 3, 0, 2, 4)), (blocks, e, -1, d))
 
 
 def _through(j: Array, v: Array) -> Array:
-    """Sum of J V J^T over what lies between e and d."""
+    """Sum of J V J^T over what lies between e and d; J as `_aligned` has it."""
     xp = namespace(j)
-    flat = xp.reshape(j, (j.shape[0], -1, j.shape[-1]))
-    left, right = (xp.reshape(z, (*j.shape[:2], -1)) for z in (xp.matmul(flat, v), flat))
-    return xp.matmul(left, right.mT)
+    rows = (j.shape[0], -1, j.shape[-1])
+    left = xp.reshape(xp.matmul(xp.reshape(j, rows), v), (*j.shape[:2], -1))
+    return xp.matmul(left, xp.reshape(j, left.shape).mT)
 
 
 def _rows(x: Array) -> Array:
