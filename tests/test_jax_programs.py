@@ -8,6 +8,7 @@ import pytest
 import kfaccore as kf
 from jax_needed import jax, jnp, kj, optax
 from kfaccore.xp.blocks import parted, unstacked
+from kfaccore_jax.present import matrices
 
 
 def numbers(seed, *shape):
@@ -67,7 +68,46 @@ def _nameless(body):
 
 
 def test_a_step_has_no_kernel_a_layer():
-    assert kernels(9) == kernels(5)
+    assert kernels(9) <= kernels(5)
+
+
+def joints(count):
+    """How many arrays a compiled plain step joins of others, of `count` equal layers with biases."""
+    params = {f"b{i}": numbers(i, 3) for i in range(count)} | layers(count)[2]
+
+    def apply(params, x):
+        for i in range(count):
+            x = jnp.tanh(x @ params[f"w{i}"] + params[f"b{i}"])
+        return x
+
+    tx = kj.kfac(kj.plan(apply, params, numbers(9, 4, 3)))
+    step = jax.jit(lambda grads, state: tx.update(grads, state, records=None, fresh=False))
+    return step.lower(params, tx.init(params)).compile().as_text().count(" concatenate(")
+
+
+def test_biases_are_joined_to_all_layers_at_once():
+    assert joints(9) == joints(5)
+
+
+def test_matrices_of_layers_alike_are_those_of_each():
+    """Kernels of other axes but one size, one the transpose of the others, and biases of some."""
+    shapes = {"a": (4, 6), "b": (2, 2, 6), "c": (4, 2, 3), "d": (6, 4), "e": (4, 6), "f": (4, 6)}
+    params = {name: numbers(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    params |= {f"{name}0": numbers(9 + i, 6) for i, name in enumerate("abd")} | {"c0": numbers(20, 2, 3)}
+
+    def apply(params, x):
+        z = jnp.tanh(x @ params["a"] + params["a0"])[:, :4]
+        z = jnp.tanh(jnp.einsum("nij,ijo->no", z.reshape(-1, 2, 2), params["b"]) + params["b0"])[:, :4]
+        z = jnp.tanh(jnp.einsum("ni,ihk->nhk", z, params["c"]) + params["c0"]).reshape(-1, 6)[:, :4]
+        z = jnp.tanh(jnp.einsum("ni,oi->no", z, params["d"]) + params["d0"])[:, :4]
+        return jnp.tanh(z @ params["e"])[:, :4] @ params["f"]
+
+    plan = kj.plan(apply, params, numbers(30, 5, 4))
+    found = matrices(plan, params, plan.blocks)
+    assert list(found) == [layer.name for layer in plan.layers]
+    assert {found[name].shape for name in ("a", "b", "c", "d")} == {(1, 6, 5)}
+    for layer in plan.layers:
+        np.testing.assert_array_equal(found[layer.name], layer.matrix(params))
 
 
 @pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.RandomizedKFAC()], ids=lambda m: type(m).__name__)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block, Ids, Patches, Record
+from kfaccore_jax.alike import matrices_of
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, followed
@@ -84,7 +85,7 @@ def check_leaves(plan: Plan, params: Any) -> None:
 def matrices(plan: Plan, grads: Any, blocks: Mapping[str, Block]) -> dict[str, Any]:
     """{layer or leaf: (blocks, d_out, d_in)} of a tree of gradients."""
     leaves = named(grads)
-    found = {item.layer.name: item.layer.matrix(leaves) for item in held(plan, leaves)}
+    found = matrices_of([item.layer for item in held(plan, leaves)], leaves)
     return found | {name: leaves[name].reshape(1, -1, 1) for name in blocks if name not in found}
 
 
