@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, device_of, eps, loop, namespace
+from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, loop, namespace
 
 Product = Callable[[Array], Array]
 Carry = tuple[Array, Array, Array, Array, Array, Array]  # left, right, values, next right vector, residual, products
@@ -80,13 +80,13 @@ def _cycle(
         Q = _with_row(Q, at, q)
         w = times(q)
         top = xp.maximum(top, _norm(w))
-        w, coefficients = _orthogonalised(w, P)
+        w, coefficients = _orthogonalised(w, P, at)
         p, alpha = _unit(w, top)
         projected = projected + (coefficients + alpha[:, None] * place)[:, :, None] * place
         P = _with_row(P, at, p)
         z = transposed(p)
         top = xp.maximum(top, _norm(z))
-        q, beta = _unit(_orthogonalised(z, Q)[0], top)
+        q, beta = _unit(_orthogonalised(z, Q, at + 1)[0], top)
     x, values, y = _svd(projected, rank)
     left = xp.matmul(x.mT, P)
     right = xp.matmul(y.mT, Q)
@@ -96,7 +96,10 @@ def _cycle(
 
 
 def _with_row(rows: Array, at: int, row: Array) -> Array:
-    """`rows` (blocks, many, D) with another one at `at`: arrays may be immutable."""
+    """`rows` (blocks, many, D), which nobody else holds, with another one at `at`: arrays may be immutable."""
+    if is_numpy(rows):
+        rows[:, at, :] = row
+        return rows
     return namespace(rows).concat([rows[:, :at, :], row[:, None, :], rows[:, at + 1 :, :]], axis=1)
 
 
@@ -107,15 +110,18 @@ def _padded(x: Array, size: int) -> Array:
     return xp.concat([x, xp.zeros(shape, dtype=x.dtype, device=device_of(x))], axis=1)
 
 
-def _orthogonalised(x: Array, rows: Array) -> tuple[Array, Array]:
-    """x less its part in the span of orthonormal (or zero) rows, and the coefficients of that part."""
+def _orthogonalised(x: Array, rows: Array, filled: int) -> tuple[Array, Array]:
+    """x less its part in the span of the first `filled` rows, orthonormal or zero as all after them are, and the
+    coefficients of that part."""
     xp = namespace(x)
-    total = xp.zeros_like(rows[:, :, 0])
+    # elsewhere every product has one shape, which is compiled once
+    known = rows[:, :filled, :] if is_numpy(rows) else rows
+    total = xp.zeros_like(known[:, :, 0])
     for _ in range(2):
-        coefficients = xp.matmul(rows, x[:, :, None])[:, :, 0]
-        x = x - xp.matmul(rows.mT, coefficients[:, :, None])[:, :, 0]
+        coefficients = xp.matmul(known, x[:, :, None])[:, :, 0]
+        x = x - xp.matmul(known.mT, coefficients[:, :, None])[:, :, 0]
         total = total + coefficients
-    return x, total
+    return x, _padded(total, rows.shape[1])
 
 
 def _unit(x: Array, scale: Array) -> tuple[Array, Array]:
