@@ -240,6 +240,9 @@ def run(*arguments):
 @pytest.fixture
 def saved(tmp_path, rng):
     path = tmp_path / "batch.safetensors"
+    with pytest.raises(ValueError, match=r"the file will be a safetensors: name it \.safetensors"):
+        kf.save_records(path.with_suffix(".npz"), records(rng))
+    assert not path.with_suffix(".npz").exists()
     kf.save_records(path, records(rng))
     return path
 

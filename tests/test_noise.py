@@ -375,6 +375,9 @@ def test_grafting_has_the_lengths_it_is_told(rng):
     assert not any(x.any() for x in updates.values())
     with pytest.raises(ValueError, match=r"Graft got no lengths for layers \['b'\]: pass pre.step"):
         pre.step(state, batch.drawn, batch.grads, lengths={"a": 1.0})
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"Graft got lengths \{'a': .*need norms, numbers of at least 0"):
+            pre.step(state, batch.drawn, batch.grads, lengths={"a": wrong, "b": 1.0})
 
 
 def test_the_length_of_noise_is_the_minimum_of_the_model_without_own_shares(rng):

@@ -91,7 +91,7 @@ def test_a_fit_does_not_depend_on_how_data_come(name, rng):
 
 def test_methods_without_a_curvature_are_named(rng):
     record = batch(rng)["a"]
-    for method in (kf.SKFAC(), kf.CGFAC(), kf.SINGD(), kf.FNGD()):
+    for method in (kf.SKFAC(), kf.CGFAC(), kf.SINGD(), kf.RandomizedKFAC(), kf.FNGD()):
         with pytest.raises(ValueError, match=r"keeps no curvature .* take KFAC, EKFAC"):
             kf.Curvature.of(
                 method, {"x": method.init(kf.Block(3, 4, rows=8, samples=8), record.g)}, {"x": kf.Block(3, 4)}
@@ -114,10 +114,20 @@ def test_batches_that_cannot_be_fitted(rng):
         (records, "batches is one mapping"),
         ([records, {"a": records["a"]}], r"they differ in \['b'\]"),
         ([{}], r"batch 0 has layers \[\], the first one \[\]"),
+        ([records, {**records, "a": records["b"]}], "batch 1 has layer 'a' as Block.* the first one as Block"),
     ]
     for given, message in cases:
         with pytest.raises(ValueError, match=message):
             kf.fit(kf.EKFAC(), given)
+
+    with pytest.raises(ValueError, match=r"method has no entry for layers \['b'\]; it has \['a'\]"):
+        kf.fit({"a": kf.KFAC()}, [records])
+    spoiled = records["a"].g.copy()
+    spoiled[0, 0, -1, 0, 0] = np.nan
+    bad = {**records, "a": kf.Record(records["a"].a, spoiled, records["a"].n)}
+    for method in (kf.KFAC(), kf.EKFAC(), kf.TEKFAC(), kf.TKFAC(), kf.KPSVD(), kf.Diagonal(), kf.Exact()):
+        with pytest.raises(ValueError, match="layer 'a': the records of some batch hold values that are not finite"):
+            kf.fit(method, [records, bad])
 
     class Once:
         asked = 0
@@ -353,6 +363,35 @@ def test_links(rng, xp):
     mean, variance = regression(xp.put(f), xp.put(V), 0.5)
     np.testing.assert_allclose(xp.get(variance), V + 0.5 * np.eye(3), rtol=1e-14)
     assert regression(f, flat, 0.5)[1].shape == (4, 3)
+
+
+def test_vectors_of_other_shapes_are_refused(rng):
+    records = {"w": kf.Record(rng.normal(size=(9, 4)), rng.normal(size=(9, 3)), 9.0)}
+    P = kf.Posterior({"w": rng.normal(size=(3, 4))}, kf.fit(kf.KFAC(), [records]), 0.3)
+    v = rng.normal(size=(3, 4))
+    for form in (P.solve, P.matvec, P.root):
+        flat = form({"w": v.ravel()})["w"]
+        np.testing.assert_array_equal(flat.reshape(3, 4), form({"w": v})["w"])
+        for wrong in (v.T, v[:, :3], v.ravel()[:6], v[None, None, :, :2]):
+            with pytest.raises(ValueError, match=r"a vector has shape .* need \(blocks, d_out, d_in\) = \(1, 3, 4\)"):
+                form({"w": wrong})
+    op = operator(kf.KFAC(), {"w": kf.settle(kf.KFAC(), records["w"])}, {"w": kf.Block(3, 4)}, 0.1).layers["w"]
+    with pytest.raises(ValueError, match="a vector has shape"):
+        op.matvec(v.T)
+    with pytest.raises(ValueError, match=r"theta of 'w' has shape \(1, 4\), the mean \(3, 4\)"):
+        P.energy({"w": np.ones((1, 4))})
+
+
+def test_the_bridge_of_logits_far_apart_is_finite():
+    """Those of float64, where exp(100) is a number."""
+    f = np.array([[50.0, 0.0, -50.0], [3.0, -80.0, 1.0]])
+    V = np.stack([np.eye(3), np.diag([1.0, 2.0, 0.5])])
+    found = bridge(f.astype(np.float32), V.astype(np.float32))
+    np.testing.assert_allclose(found, bridge(f, V), rtol=1e-5, atol=1e-30)
+    shifted = f - f.mean(1, keepdims=True)  # V of the first row has the identity's share of the sum
+    variance = 1.0 - 1.0 / 3
+    alpha = (1 - 2 / 3 + np.exp(shifted[0]) * np.exp(-shifted[0]).sum() / 9) / variance
+    np.testing.assert_allclose(bridge(f, V)[0], alpha / alpha.sum(), rtol=1e-12)
 
 
 def test_links_refuse_other_shapes(rng):

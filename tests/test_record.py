@@ -16,6 +16,14 @@ def make(rng, batch=6, shared=5):
     return a, rng.normal(size=(2, batch, shared, 3)) * a[..., :1], rng.normal(size=(3, 4))
 
 
+def test_a_share_below_zero_is_none(rng):
+    a, g = rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
+    for n in (0, -1, -0.5, float("nan"), float("inf"), np.int64(-1), np.float32(-1), np.float64("nan"), np.array(-1.0)):
+        with pytest.raises(ValueError, match="need the positive share of the loss normaliser"):
+            kf.Record(a, g, n)
+    assert kf.Record(a, g, np.float32(4)).n == 4
+
+
 def test_axes_are_filled_in(rng):
     plain = kf.Record(rng.normal(size=(6, 4)), rng.normal(size=(6, 3)), 6.0)
     assert (plain.a.shape, plain.g.shape) == ((1, 6, 1, 4), (1, 1, 6, 1, 3))

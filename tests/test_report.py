@@ -53,6 +53,14 @@ def test_rows_are_the_dense_ones(rng, layer):
     assert np.isnan(row.noise)
 
 
+@pytest.mark.parametrize("shared", [(), (3,)])
+@pytest.mark.parametrize("draws", [(), (2,)])
+def test_a_pair_is_of_a_mean_over_its_examples(rng, shared, draws):
+    a, g = rng.normal(size=(5, *shared, 4)), rng.normal(size=(*draws, 5, *shared, 2))
+    found = kf.analysis.report({"x": (a, g)}).to_dict()
+    assert found == kf.analysis.report({"x": kf.Record(a, g, 5.0)}).to_dict()
+
+
 def test_a_kronecker_block_is_one(rng):
     """Every pair of an input and an output gradient once: F is G (x) A."""
     a, g = rng.normal(size=(4, 3)), rng.normal(size=(5, 2))

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record, monte_carlo
+from kfaccore_jax.agreement import check_calls
 from kfaccore_jax.batch import examples, strong
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.names import named
-from kfaccore_jax.plan import Plan, evaluated, followed
+from kfaccore_jax.plan import Plan, evaluated
 from kfaccore_jax.positions import Longer, mask_of
 from kfaccore_jax.records import Drawn, pairs, widened
-from kfaccore_jax.walk import OTHER
 
 Pull = Callable[[Any], tuple[Any, dict[str, Any]]]
 
@@ -165,7 +165,7 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     params = strong(params)
     args = strong(args)
     leaves, structure = jax.tree.flatten(differing(params, args))  # gradients are each device's own
-    live = [i for i, x in enumerate(leaves) if followed(x)]
+    live = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]  # complex ones have no layer
     shapes = _probes(plan, jax.tree.unflatten(structure, leaves), args)
 
     def forward(floats: list, probes: dict) -> tuple[Any, tuple]:
@@ -174,8 +174,7 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
             full[i] = x
         tree = jax.tree.unflatten(structure, full)
         pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes, plan.known)
-        if walk.calls.keys() != plan.calls.keys():
-            raise ValueError(OTHER)
+        check_calls(plan, walk.calls, n)
         return pred, (aux, walk.data)
 
     probes = zeros(shapes, (params, args))
@@ -212,17 +211,17 @@ def remembered(pull: Pull) -> Pull:
 def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:
     """Types of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
     found: dict[str, Shape] = {}
+    n = examples(args, plan.batched)
 
     def abstract(params: Any, args: tuple) -> None:
         walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]
+        check_calls(plan, walk.calls, n)
         found.update(walk.outputs)
 
     key = _types(params, args)
     if key in plan.types:  # another program of the same step: the model is traced once less
         return plan.types[key]
     jax.eval_shape(abstract, params, args)
-    if found.keys() != plan.calls.keys():
-        raise ValueError(OTHER)
     if key is not None:
         plan.types[key] = found
     return found

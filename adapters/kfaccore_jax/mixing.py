@@ -10,25 +10,23 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from kfaccore_jax.batch import jaxprs
-from kfaccore_jax.order import carries, grown, inner, places
-
-_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
+from kfaccore_jax.order import carries, inner, places
+from kfaccore_jax.sums import mixes
 
 
-def mixed(one: Any, two: Any, count: int) -> set[str]:
-    """Places of the equations whose results reach one of the first `count` outputs of a jaxpr, here at both sizes,
-    through a sum over examples."""
+def mixed(one: Any, two: Any, count: int, n: int) -> set[str]:
+    """Places of the equations whose results reach one of the first `count` outputs of a jaxpr, here at n and 2 n
+    examples, through a sum over examples."""
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
     found: set[str] = set()
     alone = [i < count for i in range(len(one.outvars))]
-    _backwards(found, one, two, "", alone, [False] * len(alone))
+    _backwards(found, one, two, "", alone, [False] * len(alone), n)
     return found
 
 
 def _backwards(
-    found: set[str], one: Any, two: Any, prefix: str, live: list[bool], hit: list[bool]
+    found: set[str], one: Any, two: Any, prefix: str, live: list[bool], hit: list[bool], n: int
 ) -> tuple[list[bool], list[bool]]:
     """Of the inputs: whether they reach the prediction, and whether they do so through a sum over examples."""
     reaching = _of(one.outvars, live)
@@ -41,27 +39,29 @@ def _backwards(
             found.add(key)
         bodies = inner(p, q)
         if bodies is None:
-            mixes = below or _mixes(p, q)
-            found |= {f"{key}@"} if mixes else set()
+            summing = below or mixes(p, q, n)
+            found |= {f"{key}@"} if summing else set()
             ours = [v for v in p.invars if not isinstance(v, Literal) and carries(v)]
             reaching |= set(ours)
-            summed |= set(ours) if mixes else set()
+            summed |= set(ours) if summing else set()
             continue
         given = [v in reaching for v in p.outvars]
         through = [v in summed for v in p.outvars]
-        given, through = _within(found, p, bodies, f"{key}.", given, through)
+        if mixes(p, q, n, within=False):
+            through = given
+        given, through = _within(found, p, bodies, f"{key}.", given, through, n)
         reaching |= _of(p.invars, given)
         summed |= _of(p.invars, through)
     return [v in reaching for v in one.invars], [v in summed for v in one.invars]
 
 
 def _within(
-    found: set[str], eqn: Any, bodies: tuple[Any, Any], prefix: str, live: list[bool], hit: list[bool]
+    found: set[str], eqn: Any, bodies: tuple[Any, Any], prefix: str, live: list[bool], hit: list[bool], n: int
 ) -> tuple[list[bool], list[bool]]:
     """`_backwards` of an equation's own jaxpr; of a scan until what its carry does in one turn is known of the turn
     before it too."""
     while True:
-        reaches, through = _backwards(found, *bodies, prefix, live, hit)
+        reaches, through = _backwards(found, *bodies, prefix, live, hit, n)
         if eqn.primitive.name != "scan":
             return reaches, through
         carried = eqn.params["num_consts"], eqn.params["num_carry"]
@@ -79,17 +79,3 @@ def _fed_back(outs: list[bool], ins: list[bool], consts: int, carries: int) -> l
 
 def _of(atoms: Any, flags: list[bool]) -> set[Any]:
     return {v for v, flag in zip(atoms, flags, strict=True) if flag and not isinstance(v, Literal)}
-
-
-def _mixes(p: Any, q: Any) -> bool:
-    """Whether an element of a result depends on several examples."""
-    if any(len(grown(v, w)) > 1 for v, w in zip(p.outvars, q.outvars, strict=True)):
-        return True  # a pair of examples an element
-    name = p.primitive.name
-    if name in _REDUCTIONS:
-        return bool(set(p.params["axes"]) & set(grown(p.invars[0], q.invars[0])))
-    if name == "dot_general":
-        sides = zip(p.params["dimension_numbers"][0], p.invars, q.invars, strict=True)
-        return any(set(axes) & set(grown(v, w)) for axes, v, w in sides)
-    bodies = [list(jaxprs(x)) for x in (p, q)]
-    return any(_mixes(*pair) for one, two in zip(*bodies, strict=True) for pair in zip(one.eqns, two.eqns, strict=True))

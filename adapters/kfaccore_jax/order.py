@@ -104,13 +104,19 @@ def inner(p: Any, q: Any) -> tuple[Any, Any] | None:
 
 
 def _moves(p: Any, q: Any) -> str:
-    """The primitive's name where it puts examples into other places, else ""."""
+    """The primitive's name where it puts examples into other places, else ""; of a branch what it holds."""
     name = p.primitive.name
+    if "branches" in p.params:
+        pairs = zip(p.params["branches"], q.params["branches"], strict=True)
+        eqns = ((a, b) for one, two in pairs for a, b in zip(one.jaxpr.eqns, two.jaxpr.eqns, strict=True))
+        return next((found for a, b in eqns if (found := _moves(a, b))), "")
     if not p.invars or isinstance(p.invars[0], Literal):
         return ""
     axes = grown(p.invars[0], q.invars[0])
     if name in _ALONG:
         return name if p.params[_ALONG[name]] in axes else ""
+    if name == "top_k":
+        return name if p.params.get("axis", p.invars[0].aval.ndim - 1) in axes else ""
     if name == "rev":
         return name if set(p.params["dimensions"]) & set(axes) else ""
     numbers = p.params.get("dimension_numbers")

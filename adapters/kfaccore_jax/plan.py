@@ -140,7 +140,7 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
     other, data2, second, _ = two
     minor = jaxpr is not None and joins_behind(jaxpr, second)
     places = moved(jaxpr, second) if jaxpr is not None else {}
-    summed = mixed(jaxpr, second, count) if jaxpr is not None else set()
+    summed = mixed(jaxpr, second, count, n) if jaxpr is not None else set()
     calls = {}
     refused = dict(walk.leaks)
     for key, call in walk.calls.items():

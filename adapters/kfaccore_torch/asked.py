@@ -33,7 +33,7 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen = Capture(found)
     with torch.enable_grad(), _left(model, device):
-        with eagerly(model), seen:
+        with eagerly(), seen:
             output = model(*inputs, **named)
         heads = [x for x in _tensors(output) if x.requires_grad and x.ndim > 0]
         if not heads:

@@ -10,48 +10,46 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 
+from kfaccore_torch.data import weighs
 from kfaccore_torch.provenance import output_shape, passes, shift, through
 from kfaccore_torch.views import Ref
 
 MOVES = re.compile(
-    "Index|Gather|Scatter|Sort|Topk|Kthvalue|Select.*Masked|MaskedSelect|Take|^Put|Unique|Segment|Embedding"
+    "Index|Gather|Scatter|Sort|Topk|Kthvalue|Select.*Masked|MaskedSelect|Take|^Put|Unique|Segment|Embedding|CopySlices"
 )
-PRODUCTS = re.compile("^(Mm|Bmm|Addmm|Baddbmm|Sparse|Spmm)")
 _FACTORS = ("Mm", "Bmm", "Addmm", "Baddbmm", "Mv", "Convolution")
-_SAVED = {
-    "SelectBackward0": ("_saved_dim", "_saved_index"),
-    "SliceBackward0": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
-    "PermuteBackward0": ("_saved_dims",),
-    "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
-    "FlipBackward0": ("_saved_dims",),
-    "RollBackward0": ("_saved_shifts", "_saved_dims"),
-}
 
 
 @dataclass(frozen=True)
 class Behind:
     """What lies behind a prediction.
 
-    moved     nodes with an operation between them and the prediction that moves rows as data say
-    mixed     the same for a product with a matrix of data
+    moved     nodes with an operation between them and the prediction that moves rows as data say, or weighs sums of
+              them with data
     met       nodes of known parameters that were met past all calls
-    above     node -> nodes it goes into
+    below     node -> nodes that go into it
+    above     node -> nodes it goes into; empty where nothing was met
     called    nodes of captured outputs
     key       equal for graphs whose rows go the same way, moving operations aside
     """
 
     nodes: dict[Any, int]
     moved: frozenset
-    mixed: frozenset
     met: tuple[Any, ...]
+    below: dict[Any, list[Any]]
     above: dict[Any, list[Any]]
     called: frozenset
     key: int
+
+    def users(self, node: Any) -> set[Any]:
+        """Nodes it goes into."""
+        return {user for user, children in self.below.items() if node in children}
 
 
 def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], known: dict[int, str]) -> Behind:
@@ -84,10 +82,9 @@ def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], kn
             marks.append(tuple(number for _, number in node.next_functions))
         below[node] = children
         waiting.extend(reversed(children))
-    moved = _under(roots, below, lambda node: _moves(node))
-    mixed = _under(roots, below, lambda node: _multiplies(node))
+    moved = _under(roots, below, lambda node: _moves(node) or weighs(node))
     above = _turned(below) if met else {}
-    return Behind(nodes, moved, mixed, tuple(met), above, frozenset(inputs), hash(tuple(marks)))
+    return Behind(nodes, moved, tuple(met), below, above, frozenset(inputs), hash(tuple(marks)))
 
 
 def operations(
@@ -195,19 +192,29 @@ def _turned(below: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
 
 
 def _mark(node: Any, name: str) -> Any:
-    """What tells one operation's way of moving rows from another's."""
-    saved = _SAVED.get(name)
-    return name if saved is None else (name, *(str(getattr(node, attribute)) for attribute in saved))
+    """What tells one operation's way of moving rows from another's: all that it keeps but tensors, as sizes of a split
+    or whether a norm trains; of numbers that are no integers whether they are zero."""
+    kept = _kept(type(node))
+    return (name, *(_told(getattr(node, attribute)) for attribute in kept)) if kept else name
+
+
+@cache
+def _kept(kind: type) -> tuple[str, ...]:
+    """Attributes of a kind of node that are no tensors, which only to read may run a hook."""
+    names = dir(kind)
+    tensors = {name.removeprefix("_raw") for name in names if name.startswith("_raw_saved_")}
+    return tuple(name for name in names if name.startswith("_saved_") and name not in tensors)
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, float | complex):
+        return value != 0
+    return value if isinstance(value, int | str | None) else str(value)
 
 
 def _moves(node: Any) -> bool:
     """Whether it may send rows where data say: an index, a sort, or a function written by hand."""
     return bool(MOVES.search(node.name())) or isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-def _multiplies(node: Any) -> bool:
-    """Whether it is a product of which one factor is data."""
-    return bool(PRODUCTS.search(node.name())) and any(child is None for child, _ in node.next_functions)
 
 
 def _under(roots: list[Any], below: dict[Any, list[Any]], test: Any) -> frozenset:

@@ -26,7 +26,8 @@ Mass = Callable[[Any, torch.Tensor, Any], torch.Tensor | None]
 class Objective:
     """A loss of one output whose Fisher is known.
 
-    core     the per-example loss, on predictions with the classes last
+    core_of  loss -> the per-example loss, on predictions with the classes last; asked anew each time, as a loop may
+             change the numbers of its loss
     loss     what the user gave: called with prediction and target
     share_of (loss, core, prediction, target) -> n: the training loss is the core's sum over examples divided by n
     mass_of  (loss, prediction, target) -> what multiplies the core's Hessian, like the prediction but for its class
@@ -35,12 +36,17 @@ class Objective:
     times    the loss over the core's: gradients are as many times larger, roots of the Hessian the root of it
     """
 
-    core: Any
+    core_of: Callable[[Any], Any]
     loss: Any
     share_of: Share
     mass_of: Mass = lambda loss, f, target: None
     classes_second: bool = False
     times: float = 1.0
+
+    @property
+    def core(self) -> Any:
+        """The per-example loss as `loss` is now."""
+        return self.core_of(self.loss)
 
     @property
     def total(self) -> bool:
@@ -217,14 +223,25 @@ def _logistic_mass(loss: nn.BCEWithLogitsLoss, f: torch.Tensor, y: Any) -> torch
     return (mass if loss.weight is None else mass * loss.weight.to(f)).expand(f.shape)
 
 
-def _cross_entropy(loss: nn.CrossEntropyLoss) -> Objective:
-    weights = None if loss.weight is None else tuple(float(w) for w in loss.weight)
-    core = kf.SoftmaxCrossEntropy(loss.label_smoothing, weights, loss.ignore_index)
-    return Objective(core, loss, _cross_entropy_share, _cross_entropy_mass, classes_second=True)
+class _Softmax:
+    """The core's loss of a CrossEntropyLoss; the weights are read on the host when they have changed."""
+
+    def __init__(self) -> None:
+        self.read: tuple[Any, int, tuple[float, ...] | None] = (None, 0, None)
+
+    def __call__(self, loss: nn.CrossEntropyLoss) -> kf.SoftmaxCrossEntropy:
+        w = loss.weight
+        written = 0 if w is None or w.is_inference() else w._version
+        if self.read[0] is not w or self.read[1] != written:
+            self.read = w, written, None if w is None else tuple(float(one) for one in w)
+        return kf.SoftmaxCrossEntropy(loss.label_smoothing, self.read[2], loss.ignore_index)
 
 
 TABLE: dict[type, Callable[[Any], Objective]] = {
-    nn.CrossEntropyLoss: _cross_entropy,
-    nn.MSELoss: lambda loss: Objective(kf.Gaussian(), loss, _numbers, times=2.0),  # (f - y)^2 is twice the core's
-    nn.BCEWithLogitsLoss: lambda loss: Objective(kf.Bernoulli(), loss, _numbers, _logistic_mass),
+    nn.CrossEntropyLoss: lambda loss: Objective(
+        _Softmax(), loss, _cross_entropy_share, _cross_entropy_mass, classes_second=True
+    ),
+    # (f - y)^2 is twice the core's
+    nn.MSELoss: lambda loss: Objective(lambda _: kf.Gaussian(), loss, _numbers, times=2.0),
+    nn.BCEWithLogitsLoss: lambda loss: Objective(lambda _: kf.Bernoulli(), loss, _numbers, _logistic_mass),
 }

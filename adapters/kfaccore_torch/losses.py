@@ -74,7 +74,7 @@ def objective(loss: Any) -> Objective | Own | Joined:
 
 def _single(loss: Any) -> Objective | Own:
     if isinstance(loss, CORE):
-        return Objective(loss, loss, lambda loss, core, f, y: float(core.normaliser(f.detach(), y)))
+        return Objective(lambda loss: loss, loss, lambda loss, core, f, y: float(core.normaliser(f.detach(), y)))
     for kind, build in TABLE.items():
         if type(loss) is kind:
             if loss.reduction not in ("mean", "sum"):

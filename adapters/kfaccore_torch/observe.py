@@ -1,7 +1,9 @@
 """What is known of a captured batch before its draws: which calls count, and whose rows are whose.
 
 Maps are kept by the shapes of the calls and the way of the graph. Where data decide them, because something between a
-row and the prediction moves rows by an index, they are confirmed at every capture.
+row and the prediction moves rows by an index or weighs sums of them, they are confirmed at every capture; all others at
+the second, fourth, eighth and so on, since numbers may open a way that the first batch did not see: a gain that began
+at zero, in front of a norm over the batch.
 """
 
 from __future__ import annotations
@@ -13,10 +15,22 @@ from typing import Any
 import torch
 
 from kfaccore_torch.calls import Call
-from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
-from kfaccore_torch.owner import Asked, Owned, Split, confirm, factors, mixed, rounding, search, settled, splits, still
+from kfaccore_torch.owner import (
+    Asked,
+    Owned,
+    Split,
+    confirm,
+    factors,
+    few,
+    mixed,
+    rounding,
+    search,
+    settled,
+    splits,
+    still,
+)
 from kfaccore_torch.places import Place, Together, joined
 from kfaccore_torch.rows import by_rows
 from kfaccore_torch.settle import Layer
@@ -50,6 +64,7 @@ class Observer:
     """Maps found so far."""
 
     kept: dict[Any, tuple[Split, tuple[Owned, ...]]] = field(default_factory=dict)
+    turns: dict[Any, int] = field(default_factory=dict)
 
     def look(
         self,
@@ -73,9 +88,11 @@ class Observer:
         for i, (name, call) in enumerate(calls):
             if isinstance(layers[name].kind, Rest):
                 fixed[i] = Owned(Together(call.rows), mixes=True, shaped=False)
+        turn = self.turns.get(key, 0) + 1
         if known is not None:
+            once_more = turn & (turn - 1) == 0
             pairs = zip(calls, known[1], fixed, strict=True)
-            fixed = [f or (None if _varies(owned, call, graph) else owned) for (_, call), owned, f in pairs]
+            fixed = [f or (None if once_more or call.node in graph.moved else x) for (_, call), x, f in pairs]
         expected: tuple = ()
         if any(f is None for f in fixed):
             asked = [i for i, f in enumerate(fixed) if f is None]
@@ -89,7 +106,10 @@ class Observer:
             if all(place is None for place in given):
                 self.kept[key] = split, tuple(owned for owned in fixed if owned is not None)
                 if len(self.kept) > _MOST:
-                    del self.kept[next(iter(self.kept))]
+                    oldest = next(iter(self.kept))
+                    del self.kept[oldest], self.turns[oldest]
+        if key in self.kept:
+            self.turns[key] = turn
         owned = tuple(owned for owned in fixed if owned is not None)
         return Observed(tuple(calls), split or Split(size), owned, key, expected)
 
@@ -133,26 +153,30 @@ class _Question:
     def answer(self, candidates: Sequence[Split], old: Sequence[Owned | None]) -> tuple[Split, list[Owned]]:
         """The split that explains most calls, and the map of each call."""
         rows = [call.rows for _, call in self.calls]
-        best: tuple[int, Split, list, list, torch.Tensor] | None = None
+        best: tuple[int, Split, list, list, list[torch.Tensor]] | None = None
         for split in candidates:
             if any(len(f) % split.examples for f in self.heads):
                 continue
             s = factors(split.examples, self.heads[0].dtype)
-            second = self._scaled(s, split)
-            found = confirm(rows, self.asked, second, split, s, old)
+            scaled = [self._scaled(by, split) for by in s]
+            found = confirm(rows, self.asked, scaled, split, s, old)
             count = sum(owned is not None for owned in found)
             if best is None or count > best[0]:
-                best = count, split, found, second, s
+                best = count, split, found, scaled, s
             if count == len(found):
                 break
         assert best is not None
-        _, split, found, second, s = best
+        _, split, found, scaled, s = best
         open_ = [i for i, owned in enumerate(found) if owned is None]
-        search_in = [i for i in open_ if _is_some_power(self.asked[i], second[i], s)]
+        search_in = [i for i in open_ if _is_some_power(self.asked[i], scaled[0][i], s[0])]
         passes = self._digits(split) if search_in else []
-        for i in open_:
-            one = search(rows[i], self.asked[i], [p[i] for p in passes], split) if i in search_in else None
-            found[i] = one or mixed(rows[i], self.asked[i], second[i], split, s)
+        for i in search_in:
+            found[i] = search(rows[i], self.asked[i], [p[i] for p in passes], split)
+        mixing = [i for i in open_ if found[i] is None]
+        by = few(split.examples, self.heads[0].dtype)
+        second = self._scaled(by, split) if mixing else []
+        for i in mixing:
+            found[i] = mixed(rows[i], self.asked[i], second[i], split, by)
         return split, [
             owned if owned.mixes or not owned.shaped else settled(owned, asked.alive)
             for owned, asked in zip(found, self.asked, strict=True)
@@ -189,11 +213,6 @@ def _is_some_power(before: Asked, second: torch.Tensor, s: torch.Tensor) -> bool
     for level in s.unique():
         hit = hit | before.scaled_by(second, level.expand(len(hit)))
     return bool(hit.all())
-
-
-def _varies(owned: Owned, call: Call, graph: Behind) -> bool:
-    """Whether data may have changed a map since it was found."""
-    return call.node in graph.moved or (not owned.shaped and call.node in graph.mixed)
 
 
 def wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 A draw v and the same draw with each example scaled by a power of two are pulled back to the rows. A row that one
 example owns is scaled by that example's number, exactly, in any precision; no other row is. What shapes suggest is
-confirmed so in two backward passes; where it fails, one more for each binary digit of the examples' numbers reads the
-map. Rows whose gradient is zero stay undecided.
+confirmed so in two backward passes, of more examples than there are numbers to give in three; where it fails, one more
+for each binary digit of the examples' numbers reads the map. Rows whose gradient is zero stay undecided.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from kfaccore_torch.places import Axes, Place, Together, by_shape, grouped
 
 _ROUNDINGS = 32  # of the largest number: what sums that should cancel leave; of 16 bits, summed in 32, fewer
 _FEW_ROUNDINGS = 4
-_LEVELS = {torch.float16: 3}  # powers of two of a confirmation; float16 has no range for more
+_LEVELS = {torch.float16: 3, torch.float64: 512}  # powers of two of a confirmation, as a dtype has range for
+_MOST_LEVELS = 128
+_FEW_LEVELS = 6
 Pull = Callable[[torch.Tensor, Sequence[int]], list[torch.Tensor]]
 
 
@@ -95,40 +97,51 @@ def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
     return sorted(votes, key=lambda split: -votes[split])
 
 
-def factors(examples: int, dtype: torch.dtype) -> torch.Tensor:
-    """A power of two an example: all different where there are few, else drawn."""
-    levels = _LEVELS.get(dtype, 6)
-    if examples <= levels:
-        return 2.0 ** torch.arange(examples)
+def factors(examples: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A power of two an example, for each pass; over all passes no two examples have the same."""
+    levels = _LEVELS.get(dtype, _MOST_LEVELS)
+    number = torch.arange(examples)
+    found = []
+    while not found or bool(number.any()):
+        found.append(2.0 ** (number % levels - min(levels, examples) // 2).double())
+        number = number // levels
+    return found
+
+
+def few(examples: int, dtype: torch.dtype) -> torch.Tensor:
+    """Powers of two near each other, so that none drowns the others."""
+    levels = min(_FEW_LEVELS, _LEVELS.get(dtype, _FEW_LEVELS))
     return 2.0 ** torch.randint(levels, (examples,), generator=torch.Generator().manual_seed(examples))
 
 
 def confirm(
     rows: Sequence[tuple[int, ...]],
     asked: Sequence[Asked],
-    second: Sequence[torch.Tensor],
+    passes: Sequence[Sequence[torch.Tensor]],
     split: Split,
-    s: torch.Tensor,
+    s: Sequence[torch.Tensor],
     kept: Sequence[Owned | None],
 ) -> list[Owned | None]:
-    """The first suggestion for each call that the second pass agrees with, or None."""
+    """The first suggestion for each call that every scaled pass agrees with, or None."""
     found: list[Owned | None] = []
-    for shape, before, after, old in zip(rows, asked, second, kept, strict=True):
+    for i, (shape, before, old) in enumerate(zip(rows, asked, kept, strict=True)):
         candidates = [] if old is None or old.place.examples != split.examples else [old]
         candidates += [Owned(place) for place in by_shape(shape, split.examples)]
+        after = [scaled[i] for scaled in passes]
         found.append(next((c for c in candidates if _agrees(c, before, after, s)), None))
     return found
 
 
-def _agrees(candidate: Owned, before: Asked, after: torch.Tensor, s: torch.Tensor) -> bool:
-    if candidate.mixes:
-        return False
+def _agrees(candidate: Owned, before: Asked, after: Sequence[torch.Tensor], s: Sequence[torch.Tensor]) -> bool:
     place = candidate.place
-    if isinstance(place, Together):
+    if candidate.mixes or isinstance(place, Together):
         return False
     owner = place.owner()
-    factor = torch.where(owner < 0, torch.zeros(()), s[owner.clamp(min=0)]).to(after.device)
-    return bool((before.scaled_by(after, factor) | ~before.alive).all())
+    for scaled, by in zip(after, s, strict=True):
+        factor = torch.where(owner < 0, torch.zeros((), dtype=by.dtype), by[owner.clamp(min=0)]).to(scaled)
+        if not bool((before.scaled_by(scaled, factor) | ~before.alive).all()):
+            return False
+    return True
 
 
 def search(rows: tuple[int, ...], before: Asked, passes: Sequence[torch.Tensor], split: Split) -> Owned | None:
@@ -149,7 +162,8 @@ def search(rows: tuple[int, ...], before: Asked, passes: Sequence[torch.Tensor],
 
 
 def mixed(rows: tuple[int, ...], before: Asked, second: torch.Tensor, split: Split, s: torch.Tensor) -> Owned:
-    """Rows that move several examples; the shape is kept in mind where each still moves one of them most."""
+    """Rows that move several examples; the shape is kept in mind where each still moves one of them most. `second` is
+    scaled by numbers s of which none drowns the others."""
     like = None
     for place in by_shape(rows, split.examples):
         own = s[place.owner()].to(second)[:, None] * before.first

@@ -46,11 +46,12 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
 
 
 def _reached(seen: Capture, graph: Behind) -> list[Use]:
-    """Captured uses on the way to the prediction."""
+    """Captured uses on the way to the prediction; one that was widened to a sum as it was before where the sum does not
+    lie there, or its output goes anywhere else too."""
     found = []
     for use in seen.uses:
         call = use.call
-        if call.node not in graph.nodes and call.narrow is not None:
+        if call.narrow is not None and graph.users(call.narrow.node) != {call.node}:
             call = call.narrow
         if call.node in graph.nodes:
             found.append(Use(use.mark, call))

@@ -233,7 +233,7 @@ class Engine(Planning):
     def captured(self) -> Iterator[Capture]:
         """Calls inside are seen; compiled models run eagerly meanwhile, as a graph shows no calls."""
         seen = Capture(self.plan)
-        with eagerly(self.model), seen:
+        with eagerly(), seen:
             yield seen
         self.called |= set(seen.calls)
         if seen.products != self.products:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -133,12 +133,18 @@ def report(records: Given, grads: Mapping[str, Array] | None = None) -> Report:
     spectra = {}
     for name in layers:
         given = layers[name]
-        record = Record(*given, n=float(given[1].shape[-2])) if isinstance(given, tuple) else given
+        record = _of_pair(*given) if isinstance(given, tuple) else given
         grad = (grads or {}).get(name)
         row, found = _of_layer(name, record, stored.grad(name) if grad is None and stored is not None else grad)
         rows.append(row)
         spectra[name] = found
     return Report(tuple(rows), spectra)
+
+
+def _of_pair(a: Any, g: Array) -> Record:
+    """Of a mean loss over the examples."""
+    record = Record(a, g, n=1.0)
+    return replace(record, n=float(record.batch))
 
 
 def _of_layer(name: str, record: Record, grad: Array | None) -> tuple[Row, dict[str, np.ndarray]]:

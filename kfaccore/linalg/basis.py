@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 from kfaccore import tree
 from kfaccore import xp as kernels
@@ -99,9 +100,15 @@ def right(V: Array, Q: Array) -> Array:
 
 
 def alike(function: Callable[[Array], Array], v: Array, shape: tuple[int, int, int]) -> Array:
-    """function(v) with v as (..., *shape), in the shape of v: a plain layer's matrix may come without its blocks."""
+    """function(v) with v as (..., *shape), in the shape of v: a plain layer's matrix may come without its blocks, and
+    any vector flat. ValueError for other shapes."""
     if v.ndim >= 3 and v.shape[-3:] == shape:
         return function(v)
+    plain = shape[0] == 1 and tuple(v.shape) == shape[1:]
+    if not plain and tuple(v.shape) != (prod(shape),):
+        raise ValueError(
+            f"a vector has shape {tuple(v.shape)}; need (blocks, d_out, d_in) = {shape}, or that of one block"
+        )
     xp = namespace(v)
     return xp.reshape(function(xp.reshape(v, shape)), v.shape)
 

@@ -60,7 +60,7 @@ def basis(method: Method, state: State, block: Block) -> Basis:
         return Basis.of_matrix(method.matrix(state, block), block.d_out)
     raise ValueError(
         f"{type(method).__name__} keeps no curvature whose eigenvectors can be had: take KFAC, EKFAC, TKFAC, TEKFAC, "
-        f"KPSVD, RandomizedKFAC, BrandKFAC, Diagonal or Identity, or for small layers Exact, Deflation, Lanczos or "
+        f"KPSVD, BrandKFAC, Diagonal or Identity, or for small layers Exact, Deflation, Lanczos or "
         f"KFACCorrected"
     )
 

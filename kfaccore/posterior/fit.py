@@ -11,7 +11,7 @@ from kfaccore.linalg.basis import Basis
 from kfaccore.method import Block, Halves, Hyper, Method, MovesWithBasis, declares
 from kfaccore.posterior.curvature import Curvature
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, is_tracer, namespace
 
 Batches = Iterable[Mapping[str, Record]]
 Methods = Method | Mapping[str, Method]
@@ -25,8 +25,9 @@ def fit(method: Methods, batches: Batches) -> Curvature:
 
     Shares n of the batches add up. KFAC, Diagonal, Exact and TKFAC pass once; EKFAC and TEKFAC, whose eigenvalues are
     measured in the eigenvectors of all data, twice; others `cycles` + 1 times. On a list of one mapping it is `settle`
-    of each layer. ValueError for no batches, for layers that differ between batches, and for an iterator where one pass
-    is not enough. Cost: passes times `measure`, or of `Halves` one pass of each, then the eigenvectors of each factor.
+    of each layer. ValueError for no batches, for layers that differ between batches, for values that are not finite,
+    and for an iterator where one pass is not enough. Cost: passes times `measure`, or of `Halves` one pass of each,
+    then the eigenvectors of each factor.
     """
     every = list(method.values()) if isinstance(method, Mapping) else [method]
     passes = max(map(_passes, every), default=1)
@@ -35,6 +36,7 @@ def fit(method: Methods, batches: Batches) -> Curvature:
     for turn in range(passes):
         found = _measured(method, layers, batches, turn)
         for name, stats in found.items():
+            _check_finite(name, stats)
             layers[name] = layers[name].moved(stats, last=turn + 1 == _passes(layers[name].method))
     methods = {name: layer.method for name, layer in layers.items()}
     states = {name: layer.state for name, layer in layers.items()}
@@ -90,6 +92,7 @@ def _measured(method: Methods, layers: dict[str, _Layer], batches: Batches, turn
     number = -1
     for number, batch in enumerate(batches):
         if not layers:
+            _check_methods(method, batch)
             own = {name: method[name] if isinstance(method, Mapping) else method for name in batch}
             layers |= {name: _Layer.first(own[name], record) for name, record in batch.items()}
         if set(batch) != set(layers) or not batch:
@@ -98,6 +101,9 @@ def _measured(method: Methods, layers: dict[str, _Layer], batches: Batches, turn
                 f"{sorted(set(batch) ^ set(layers))}: give every layer, and at least one, in every batch"
             )
         for name, layer in layers.items():
+            sizes = Block.of(batch[name])
+            if sizes != layer.block:
+                raise ValueError(f"batch {number} has layer {name!r} as {sizes}, the first one as {layer.block}")
             if turn < _passes(layer.method):
                 stats = layer.measured(batch[name], turn)
                 found[name] = layer.method.combine(found[name], stats) if name in found else stats
@@ -105,6 +111,25 @@ def _measured(method: Methods, layers: dict[str, _Layer], batches: Batches, turn
         again = " when they were asked for again: give a list, or an object whose __iter__ starts anew" if turn else ""
         raise ValueError(f"batches gave nothing{again or '; need at least one {layer: Record}'}")
     return found
+
+
+def _check_methods(method: Methods, batch: Mapping[str, Record]) -> None:
+    """ValueError for layers that are given no method."""
+    missing = sorted(set(batch) - set(method)) if isinstance(method, Mapping) else []
+    if isinstance(method, Mapping) and missing:
+        raise ValueError(f"method has no entry for layers {missing}; it has {sorted(method)}")
+
+
+def _check_finite(name: str, stats: Any) -> None:
+    """ValueError for sums that a method would refuse: of them nothing is fitted."""
+    if is_tracer(stats.bad):
+        return
+    xp = namespace(stats.bad)
+    if bool(xp.any(xp.astype(stats.bad, xp.bool))):
+        raise ValueError(
+            f"layer {name!r}: the records of some batch hold values that are not finite, or whose squares are not: "
+            f"leave that batch out, or scale it"
+        )
 
 
 def _typed(basis: Basis, like: Array) -> Basis:

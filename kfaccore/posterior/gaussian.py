@@ -128,6 +128,10 @@ class Posterior:
     def energy(self, theta: Vectors) -> Array:
         """1/2 (theta - mean)^T L (theta - mean), 0-d: minus the log density, up to a constant."""
         check_layers("theta and curvature", theta, self.curvature.layers)
+        for name, mean in self.mean.items():
+            shape = tuple(theta[name].shape)
+            if shape != tuple(mean.shape):
+                raise ValueError(f"theta of {name!r} has shape {shape}, the mean {tuple(mean.shape)}")
         away = {name: theta[name] - self.mean[name] for name in self.mean}
         moved = self.matvec(away)
         return 0.5 * reduce(add, [namespace(x).sum(x * moved[name]) for name, x in away.items()])

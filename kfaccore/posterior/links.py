@@ -35,8 +35,10 @@ def bridge(f: Array, V: Array) -> Array:
     V = V - share[:, :, None] * rows[:, None, :]
     variance = _variances(V)
     variance = xp.where(variance > 0, variance, xp.ones_like(variance) * float(xp.finfo(f.dtype).smallest_normal))
-    inverse = xp.sum(xp.exp(-f), axis=-1, keepdims=True)
-    alpha = (1.0 - 2.0 / count + xp.exp(f) * inverse / count**2) / variance
+    low = xp.min(f, axis=-1, keepdims=True)
+    power = f - low + xp.log(xp.sum(xp.exp(low - f), axis=-1, keepdims=True))  # of exp(f) sum exp(-f)
+    top = xp.max(power, axis=-1, keepdims=True)  # at least 0
+    alpha = ((1.0 - 2.0 / count) * xp.exp(-top) + xp.exp(power - top) / count**2) / variance
     return alpha / xp.sum(alpha, axis=-1, keepdims=True)
 
 

@@ -25,7 +25,12 @@ def save_records(
     grads: Mapping[str, Array | Factored] | None = None,
     **meta: object,
 ) -> None:
-    """Write records of one batch, and the gradients to be preconditioned if there are any, for `load_records`."""
+    """Write records of one batch, and the gradients to be preconditioned if there are any, for `load_records`.
+
+    Raises ValueError for the name of an .npz: the file is a safetensors.
+    """
+    if str(path).endswith(".npz"):
+        raise ValueError(f"path is {str(path)!r}, and the file will be a safetensors: name it .safetensors")
     tree: dict[str, dict[str, Any]] = {}
     windows = {}
     for name, record in records.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat as aac
+import numpy as np
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
@@ -66,9 +67,10 @@ class Record:
         put(self, "a", a)
         put(self, "g", g)
         _check_axes(a, g)
-        if not isinstance(self.n, int | float) and not (aac.is_array_api_obj(self.n) and self.n.ndim == 0):
+        if not isinstance(self.n, int | float | np.generic) and not (aac.is_array_api_obj(self.n) and self.n.ndim == 0):
             raise TypeError(f"n is {self.n!r}; need a number or a 0-d array")
-        if isinstance(self.n, int | float) and not 0 < self.n < float("inf"):
+        told = isinstance(self.n, int | float | np.generic)
+        if (told and not 0 < self.n < float("inf")) or (is_numpy(self.n) and self.n < 0):
             raise ValueError(f"n is {self.n}; need the positive share of the loss normaliser (B for a mean over B)")
         if isinstance(a, Ids):
             self._mark_strangers(a)

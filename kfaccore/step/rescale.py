@@ -63,8 +63,11 @@ class Graft:
         return 1.0  # see by_layer
 
     def by_layer(self, directions: Directions, known: Known) -> dict[str, Array]:
-        """ValueError without a length of every layer."""
+        """ValueError without a length of every layer, or for one that is none."""
         given = known.lengths or {}
+        wrong = {name: x for name, x in given.items() if isinstance(x, int | float) and not 0 <= x < float("inf")}
+        if wrong:
+            raise ValueError(f"Graft got lengths {wrong}; need norms, numbers of at least 0")
         missing = sorted(set(directions) - set(given))
         if missing:
             raise ValueError(

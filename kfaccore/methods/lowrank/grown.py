@@ -92,6 +92,13 @@ class Grown(Modes[S]):
         total, identity = modes.normaliser(state.weight, self.start)
         return Sides(lowrank.scaled(state.A, 1 / total), lowrank.scaled(state.G, 1 / total), identity)
 
+    def kronecker_terms(self, state: S, block: Block) -> tuple[tuple[Array, Array], ...]:
+        """((A~, G~),), dense; none where a side is too wide for a matrix."""
+        if max(block.d_in, block.d_out) > side.WIDEST:
+            return ()
+        sides = self.sides(state)
+        return ((lowrank.dense(sides.A), lowrank.dense(sides.G)),)
+
 
 class Kept(Grown[F]):
     """Base of those that keep the averages as well, for their refresh."""

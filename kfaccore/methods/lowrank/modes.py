@@ -13,9 +13,8 @@ from typing import Generic, Protocol, TypeVar
 
 from kfaccore import factors, method
 from kfaccore.damping import Split, check
-from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
-from kfaccore.method import Block, Hyper
+from kfaccore.method import Hyper
 from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.lowrank import RANKS, Factor, Outside, Rank
 from kfaccore.options import function, instance
@@ -75,13 +74,6 @@ class Modes(Generic[S]):
         """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
         A, G, _ = self._damped(state, self.sides(state), hyper)
         return lowrank.dense(A), lowrank.dense(G)
-
-    def kronecker_terms(self, state: S, block: Block) -> tuple[tuple[Array, Array], ...]:
-        """((A~, G~),), dense; none where a side is too wide for a matrix."""
-        if max(block.d_in, block.d_out) > side.WIDEST:
-            return ()
-        sides = self.sides(state)
-        return ((lowrank.dense(sides.A), lowrank.dense(sides.G)),)
 
     def matvec(self, state: S, v: Array, hyper: Hyper) -> Array:
         sides = self.sides(state)
