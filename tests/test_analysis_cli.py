@@ -125,6 +125,30 @@ def test_a_budget_leaves_out_what_would_not_fit(saved):
     assert json.loads(run("compare", saved, "--methods", CHEAP, "--budget", "0", "--json").stdout)["notes"] == []
 
 
+def test_what_could_not_be_measured_is_no_success(tmp_path, rng):
+    """Neither of all layers nor of one."""
+    path = tmp_path / "r.safetensors"
+    kf.save_records(path, {"small": plain(rng), "wide": plain(rng, 3, 400, 400)})
+    for peak, measured, line in (
+        ("1kB", [], "kf.Preconditioner({}, clocks"),
+        ("5MB", ["small"], "kf.Preconditioner({'small': kf."),
+    ):
+        asked = ("advise", path, "--memory", "1MB", "--methods", "kfac", "--peak", peak)
+        told = run(*asked, "--json")
+        found = json.loads(told.stdout)
+        assert told.exit_code == 1
+        assert list(found["methods"]) == measured
+        assert found["not_measured"] == [name for name in ("small", "wide") if name not in measured]
+        assert not found["feasible"]
+        assert (found["gain"] is None) == (not measured)
+        assert found["python"].startswith(line)
+        plainly = run(*asked)
+        assert ("most within the budget" in plainly.stdout) == bool(measured)
+        assert "nothing could be measured on" in plainly.stderr
+        assert "(--peak)" in plainly.stderr
+    assert "- not measured within the memory allowed (--peak): " in run("compare", path, "--peak", "1kB").stdout
+
+
 def test_a_layer_larger_than_the_peak_is_said(tmp_path, rng):
     path = tmp_path / "x.safetensors"
     kf.save_records(path, {"x": plain(rng, 3, 400, 400)})

@@ -311,3 +311,14 @@ def test_bad_input_is_named(saved, arguments, message):
     result = run(*(saved if a == "FILE" else a for a in arguments))
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_damping_that_is_none_is_refused_and_one_lost_in_rounding_named(rng):
+    record = kf.Record(rng.normal(size=(10, 6)), rng.normal(size=(10, 3)) @ np.ones((3, 3)), 10.0)
+    for damping in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"damping is .*; need a positive number"):
+            kf.analysis.compare({"w": record}, {"kfac": kf.KFAC()}, damping=damping)
+    found = kf.analysis.compare({"w": record}, {"kfac": kf.KFAC()}, damping=1e-2)[0]
+    assert not found.note
+    still = kf.analysis.compare({"w": record}, {"kfac": kf.KFAC()}, {"w": np.zeros((3, 6))})[0]
+    assert still.note.startswith("its gradient is zero")

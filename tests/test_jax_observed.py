@@ -136,3 +136,23 @@ def test_complex_leaves_keep_their_gradient():
     found = kj.capture(plan, params, x).gradients(slope)
     want = jax.grad(lambda p: (apply(p, x) * slope).sum())(params)
     np.testing.assert_allclose(found["c"], want["c"], rtol=1e-12)
+
+
+def recurrent(p, x):
+    w = p["w"] * jnp.tri(4)
+    return lax.scan(lambda h, row: (jnp.tanh(row + h @ w), None), jnp.zeros((len(x), 4)), x.swapaxes(0, 1))[0]
+
+
+def deep(p, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x[:, 0], p["w"] * jnp.tri(4))[0]
+
+
+@pytest.mark.parametrize(("apply", "shape"), [(recurrent, (4, 4)), (deep, (2, 4, 4))])
+def test_kernels_masked_before_a_scan(apply, shape):
+    """One row for all examples, as masked kernels have: the gradient of the batch."""
+    params, x, draw = {"w": numbers(0, *shape)}, numbers(1, 6, 3, 4), numbers(2, 1, 6, 4)
+    plan = kj.plan(apply, params, x)
+    record = kj.capture(plan, params, x).records(draw, 6.0, fisher=kf.monte_carlo)["w"]
+    want = jax.grad(lambda p: (apply(p, x) * draw[0]).sum())(params)
+    found = plan.tree(params, {"w": record.examples()[0, :, 0]})
+    np.testing.assert_allclose(found["w"], want["w"], rtol=1e-11, atol=1e-13)

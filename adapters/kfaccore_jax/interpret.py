@@ -215,14 +215,16 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
     xs = sum(v.aval.ndim != n for v, n in zip(eqn.invars, body_in, strict=True))
     carries = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, closed.jaxpr.outvars, strict=True))
     consts = len(inputs) - xs - carries
-    inputs = list(inputs)
+    multiplied: list[Tag] = [t if isinstance(t, Param) and t.by is not None else None for t in tags]
+    inputs = as_calls(walk, place, inputs, multiplied, "scan")  # what it was multiplied by is not known inside
+    tags = [None if one is not None else tag for one, tag in zip(multiplied, tags, strict=True)]
     span = slice(consts, consts + carries)
     carried = [tag if consts <= i < consts + carries else None for i, tag in enumerate(tags)]
     inputs[span] = as_calls(walk, place, inputs, carried, "scan as its carry")[span]
     walk.leak([tag for tag in tags if isinstance(tag, Joined)], "scan")
     inner_tags: list[Tag] = [*(tag if isinstance(tag, Param) else None for tag in tags[:consts]), *[None] * carries]
     for tag in tags[consts + carries :]:
-        inner_tags.append(_row(tag, walk.depth) if isinstance(tag, Param) else None)
+        inner_tags.append(tag.row(walk.depth) if isinstance(tag, Param) else None)
     seen: list[Any] = []
 
     def body(carry: list, x: tuple) -> tuple[list, tuple]:
@@ -242,9 +244,3 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
     inner.outputs = {key: y.stacked(p["length"]) for key, y in inner.outputs.items()}
     walk.absorb(inner, data)
     return [*last, *ys]
-
-
-def _row(tag: Param, depth: int) -> Param:
-    (n, s), *_ = tag.layout.axes
-    layout = tag.layout.squeeze((0,))
-    return replace(tag, layout=layout, stack=(*tag.stack, (depth, n, s)))

@@ -31,6 +31,11 @@ class Param:
         scale = scale if self.scale is None else self.scale if scale is None else self.scale * scale
         return replace(self, factor=self.factor * factor, scale=scale)
 
+    def row(self, depth: int) -> Param:
+        """Of what a scan at that depth takes its turns over, as it is in one turn."""
+        (n, s), *_ = self.layout.axes
+        return replace(self, layout=self.layout.squeeze((0,)), stack=(*self.stack, (depth, n, s)))
+
     @property
     def depths(self) -> tuple[int, ...]:
         """Which scans stacked the leaf."""

@@ -63,8 +63,15 @@ def _known(target: Target, label: str, method: Method) -> Figures:
         size=float(np.linalg.norm(solved.x) / target.unit),
         best=solved.product,
         norm=float(exact.norm * target.unit**2) if exact.exact else float("nan"),
-        note="" if solved.product > 0 else "its gradient is zero: there is nothing to gain",
+        note="" if solved.product > 0 else _why_nothing(target),
     )
+
+
+def _why_nothing(target: Target) -> str:
+    """Why no decrease is to be had."""
+    if target.grad.any():
+        return "its damping is lost in the rounding of F: give more"
+    return "its gradient is zero: there is nothing to gain"
 
 
 def _measured(target: Target, known: Figures, method: Method, survey: Survey, cost: Price, own: bool) -> Figures:

@@ -35,6 +35,10 @@ class Survey:
     until: float = float("inf")  # on the clock of `perf_counter`
     start: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self) -> None:
+        if self.damping is not None and not 0 < self.damping < float("inf"):
+            raise ValueError(f"damping is {self.damping}; need a positive number, or None for a tenth of the mean")
+
     def grant(self, share: float) -> None:
         """Give what comes next this share of the time that is left."""
         now = time.perf_counter()

@@ -52,31 +52,35 @@ def advise(
         found.end()
         fail(str(error))
     answer = answers.best or answers.cheapest
-    line = _python({layer: named[name] for layer, name in answer.methods.items()}, update, refresh)
     missing = [name for name in found.shapes if name not in answer.methods]
+    line = _python({layer: named[name] for layer, name in answer.methods.items()}, update, refresh, not missing)
     if as_json:
-        typer.echo(_as_json(found, answer, answers.best is not None, allowed, line, by))
-    else:
+        typer.echo(_as_json(found, answer, answers.best is not None and not missing, allowed, line, by, missing))
+    elif answer.methods:
         typer.echo("\n".join([*_shown(answer, found, by, memory != "", update, refresh), line]))
     found.end()
     if missing:
-        fail(f"nothing could be measured on {', '.join(missing)}", 1)
+        notes = [f.note for f in found.figures if f.layer in missing and f.note]
+        fail(f"nothing could be measured on {', '.join(missing)}{f': {notes[0]}' if notes else ''}", 1)
     if answers.best is None:
         cost = size(answer.cost) if memory else duration(answer.cost)
         fail(f"no choice of methods fits {memory or time}; the smallest needs {cost} and is the one printed", 1)
 
 
-def _python(methods: dict[str, Any], update: int, refresh: int) -> str:
-    """What to paste: one method, or a mapping when layers differ."""
+def _python(methods: dict[str, Any], update: int, refresh: int, whole: bool) -> str:
+    """What to paste: one method for the `whole` network, or a mapping when layers differ or some are missing."""
     calls = {layer: f"kf.{type(method).__name__}()" for layer, method in methods.items()}
     kinds = set(calls.values())
-    shown = kinds.pop() if len(kinds) == 1 else "{" + ", ".join(f"{n!r}: {call}" for n, call in calls.items()) + "}"
+    each = ", ".join(f"{name!r}: {call}" for name, call in calls.items())
+    shown = kinds.pop() if len(kinds) == 1 and whole else f"{{{each}}}"
     return f"kf.Preconditioner({shown}, clocks=kf.Clocks({update}, {refresh}))"
 
 
-def _as_json(found: Any, answer: Any, feasible: bool, budget: float, line: str, by: str) -> str:
-    told = {"feasible": feasible, "budget": budget, "cost": answer.cost, "error": answer.error}
-    told |= {"gain": answer.gain} if by == "gain" else {}
+def _as_json(found: Any, answer: Any, feasible: bool, budget: float, line: str, by: str, missing: list[str]) -> str:
+    """`gain` and `error` are those of the layers in `methods`, null where there are none."""
+    error, gain = (answer.error, answer.gain) if answer.methods else (None, None)
+    told = {"feasible": feasible, "budget": budget, "cost": answer.cost, "error": error, "not_measured": missing}
+    told |= {"gain": gain} if by == "gain" else {}
     told |= {"fits_none": _unfit(found), "methods": answer.methods, "python": line, "notes": found.notes}
     return text({**told, "interrupted": found.interrupted})
 

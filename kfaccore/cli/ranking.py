@@ -96,6 +96,7 @@ def _notes(found: Found, full: bool) -> list[str]:
                 continue
             # times differ from layer to layer: one note for all of them
             text = "not measured for want of time (--budget)" if "--budget" in note else note
+            text = "not measured within the memory allowed (--peak)" if "--peak" in note and not full else text
             text = text if full else re.split("[;:] ", text)[0]
             about.setdefault(re.sub(r"[A-Z]\w+ |\d+", "", text), (text, []))[1].append(f)
     every = {f.method for f in found.figures}
