@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from kfaccore_torch.views import Ref
 MOVES = re.compile(
     "Index|Gather|Scatter|Sort|Topk|Kthvalue|Select.*Masked|MaskedSelect|Take|^Put|Unique|Segment|Embedding|CopySlices"
 )
+_AS_THEY_ARE = (int, bool, str, tuple, type(None))
 _FACTORS = ("Mm", "Bmm", "Addmm", "Baddbmm", "Mv", "Convolution")
 
 
@@ -194,22 +196,24 @@ def _turned(below: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
 def _mark(node: Any, name: str) -> Any:
     """What tells one operation's way of moving rows from another's: all that it keeps but tensors, as sizes of a split
     or whether a norm trains; of numbers that are no integers whether they are zero."""
-    kept = _kept(type(node))
-    return (name, *(_told(getattr(node, attribute)) for attribute in kept)) if kept else name
+    read = _kept(type(node))
+    return name if read is None else (name, *[v if type(v) in _AS_THEY_ARE else _told(v) for v in read(node)])
 
 
 @cache
-def _kept(kind: type) -> tuple[str, ...]:
-    """Attributes of a kind of node that are no tensors, which only to read may run a hook."""
+def _kept(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
+    """Reads what a kind of node keeps but tensors, which only to read may run a hook; None where that is nothing."""
     names = dir(kind)
     tensors = {name.removeprefix("_raw") for name in names if name.startswith("_raw_saved_")}
-    return tuple(name for name in names if name.startswith("_saved_") and name not in tensors)
+    kept = [name for name in names if name.startswith("_saved_") and name not in tensors]
+    if not kept:
+        return None
+    read = attrgetter(*kept)
+    return read if len(kept) > 1 else lambda node: (read(node),)
 
 
 def _told(value: Any) -> Any:
-    if isinstance(value, float | complex):
-        return value != 0
-    return value if isinstance(value, int | str | None) else str(value)
+    return value != 0 if isinstance(value, float | complex) else str(value)
 
 
 def _moves(node: Any) -> bool:
