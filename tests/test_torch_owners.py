@@ -85,14 +85,26 @@ def passes(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), Tokens])
+class Tokened(nn.Module):
+    """A token stands in some columns: a parameter is repeated beside data, no row is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.token, self.o = nn.Linear(3, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.o(torch.where(torch.arange(4) > 1, self.token.expand_as(h), h))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), Tokens, Tokened])
 def test_confirmation_costs_two_passes_at_the_first_batch_the_second_the_fourth(make, monkeypatch):
     model = make()
     pre = kt.Preconditioner(model, CE, kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1)))
     counted = passes(monkeypatch)
     sizes = []
     for batch in (6, 6, 5, 6, 6, 6, 6, 6, 6, 5):
-        x = torch.randn(batch, 3) if isinstance(model, nn.Sequential) else torch.randn(batch, 5, 3)
+        x = torch.randn(batch, 5, 3) if isinstance(model, Tokens) else torch.randn(batch, 3)
         before = len(counted)
         with pre.capture():
             f = model(x)

@@ -166,7 +166,7 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     args = strong(args)
     leaves, structure = jax.tree.flatten(differing(params, args))  # gradients are each device's own
     live = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]  # complex ones have no layer
-    shapes = _probes(plan, jax.tree.unflatten(structure, leaves), args)
+    shapes = _probes(plan, jax.tree.unflatten(structure, leaves), args, n)
 
     def forward(floats: list, probes: dict) -> tuple[Any, tuple]:
         full = list(leaves)
@@ -208,10 +208,9 @@ def remembered(pull: Pull) -> Pull:
     return again
 
 
-def _probes(plan: Plan, params: Any, args: tuple) -> dict[str, Shape]:
+def _probes(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
     """Types of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
     found: dict[str, Shape] = {}
-    n = examples(args, plan.batched)
 
     def abstract(params: Any, args: tuple) -> None:
         walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]

@@ -15,8 +15,8 @@ _INSIDE: list = []  # the stance in force and how often it was asked for: torch 
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Compiled modules, methods and functions run as they were written; nothing at all is touched in a process that has
-    compiled nothing."""
+    """Compiled modules, methods and functions run as they were written; nothing at all is touched where torch's
+    compiler was never imported."""
     if "torch._dynamo" not in sys.modules:
         yield
         return

@@ -46,10 +46,11 @@ def _beside_data(node: Any, name: str) -> bool:
 
 
 def _repeated(node: Any) -> bool:
-    """Whether an argument was repeated along an axis, by this operation or by views before it."""
+    """Whether rows were repeated along an axis, by this operation or by views before it; a parameter, as a mask token,
+    is no row."""
     shape = output_shape(node)
     for child, number in node.next_functions:
-        if child is None or child.name().endswith("AccumulateGrad"):
+        if child is None or _parameter(child):
             continue
         own = output_shape(child, number)
         whole = (*(1,) * (len(shape) - len(own)), *own)
@@ -58,6 +59,14 @@ def _repeated(node: Any) -> bool:
         if any(link.name().startswith(_REPEATS) for link in _views(child)):
             return True
     return False
+
+
+def _parameter(node: Any) -> bool:
+    """Whether a node gives numbers of a parameter in another shape."""
+    last = node
+    for link in _views(node):
+        last = link.next_functions[0][0]
+    return last is not None and last.name().endswith("AccumulateGrad")
 
 
 def _views(node: Any) -> Iterator[Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kfaccore.method import Block
 
 
-WIDEST = 4096  # of a side that is kept as modes or rows and may be multiplied out all the same
+WIDEST = 4096  # of a side that is kept as modes and may be multiplied out all the same
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def basis(method: Method, state: State, block: Block) -> Basis:
         return Basis.of_matrix(method.matrix(state, block), block.d_out)
     raise ValueError(
         f"{type(method).__name__} keeps no curvature whose eigenvectors can be had: take KFAC, EKFAC, TKFAC, TEKFAC, "
-        f"KPSVD, BrandKFAC, Diagonal or Identity, or for small layers Exact, Deflation, Lanczos or "
-        f"KFACCorrected"
+        f"KPSVD, Diagonal or Identity, BrandKFAC with sides up to {side.WIDEST}, or for small layers Exact, Deflation, "
+        f"Lanczos or KFACCorrected"
     )
 
 
