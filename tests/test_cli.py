@@ -90,8 +90,34 @@ def test_resume_continues(trained, tmp_path):
     assert result.exit_code == 0
     assert kf.load(tmp_path / "run.safetensors")["state"]["step"] == 15
     straight = run("train", "digits-autoencoder", "--steps", 15, "--json")
-    resumed = json.loads((tmp_path / "run.json").read_text())["methods"][0]["final"]
-    assert resumed == json.loads(straight.stdout)["methods"][0]["final"]
+    told = json.loads((tmp_path / "run.json").read_text())
+    whole = json.loads(straight.stdout)
+    assert told["methods"][0]["final"] == whole["methods"][0]["final"]
+    assert told["methods"][0]["codes"] == whole["methods"][0]["codes"]
+    first = json.loads((out / "run.json").read_text())["curves"]["kfac"]
+    curve = told["curves"]["kfac"]
+    assert curve["loss"] == whole["curves"]["kfac"]["loss"]  # the part before among it
+    assert curve["seconds"][: len(first["seconds"])] == first["seconds"]
+    assert curve["seconds"] == sorted(curve["seconds"])
+
+
+def test_resume_says_what_it_cannot_go_on_from(trained, tmp_path):
+    file = trained[0] / "run.safetensors"
+    for option in ("--l2", "--weight-decay"):
+        result = run("train", "digits-autoencoder", "--steps", 15, "--resume", file, option, 0.01)
+        assert result.exit_code == 2
+        assert f"is a run of {option} 0.0, not 0.01: it goes on as it began" in result.stderr
+    meta = kf.metadata(file)
+    for curve in ({"step": [1], "seconds": [], "loss": [1.0]}, {"step": [1], "seconds": [0.1]}, [1]):
+        kf.save(tmp_path / "run.safetensors", kf.load(file), **{**meta, "curve": curve})
+        result = run("train", "digits-autoencoder", "--steps", 15, "--resume", tmp_path / "run.safetensors")
+        assert result.exit_code == 2
+        assert "has damaged metadata: need a curve of step, seconds, loss" in result.stderr
+    old = {key: value for key, value in meta.items() if key not in ("curve", "codes", "penalties")}
+    kf.save(tmp_path / "run.safetensors", kf.load(file), **old)
+    result = run("train", "digits-autoencoder", "--steps", 15, "--resume", tmp_path / "run.safetensors", "--json")
+    assert "holds no curve: its steps and seconds count from here on" in result.stderr
+    assert json.loads(result.stdout)["curves"]["kfac"]["step"][0] > meta["curve"]["step"][-1]
 
 
 @pytest.mark.parametrize("task", ["digits-classifier", "digits-cnn"])
@@ -160,12 +186,14 @@ def test_ctrl_c_waits_for_the_step_and_the_files_can_be_resumed(task, shell, ind
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
         patched.setattr(module, "step", interrupted)
-        result = run("train", task, "--steps", 10, "--out", tmp_path)
+        result = run("train", task, "--steps", 400, "--out", tmp_path)  # so many that not each is looked at
     assert result.exit_code == 130
     assert "stopping after this step" in result.stderr
     assert signal.getsignal(signal.SIGINT) is before
     file = tmp_path / "run.safetensors"
-    assert json.loads((tmp_path / "run.json").read_text())["methods"][0]["method"].endswith("kfac")
+    told = json.loads((tmp_path / "run.json").read_text())["methods"][0]
+    assert told["method"].endswith("kfac")
+    assert times == 2 or told["step"] == 3
     if times == 2:  # in the middle of a step
         assert not file.exists()
         return

@@ -17,6 +17,7 @@ from kfaccore.cli.results import Writers, end, put_text
 
 EVALUATIONS = 60  # of the error, over a run
 POINTS = 9000  # held out
+CURVE = ("step", "seconds", "loss", "relative", "absolute")
 
 
 class PINNRun:
@@ -32,6 +33,7 @@ class PINNRun:
         self.curves: dict[str, dict[str, list]] = {}
         self.codes: dict[str, dict[str, int]] = {}
         self.kept: tuple[Any, Any, Any] | None = None  # solver, params, Progress of the first method
+        self.spent: dict[str, float] = {}  # seconds of a method before it was resumed
         self.params: dict[str, Any] = {}
 
     def train(self, name: str, solver: Any, resume: Path | None, quiet: bool) -> None:
@@ -46,8 +48,9 @@ class PINNRun:
         start = 0
         if resume is not None:
             params, state, start = self._resumed(resume, name, solver, params)
-        curve = self.curves[name] = {key: [] for key in ("step", "seconds", "loss", "relative", "absolute")}
-        self.codes[name] = {}
+        else:
+            self.curves[name] = {key: [] for key in CURVE}
+            self.codes[name] = {}
         columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         text = TextColumn("relative L2 {task.fields[error]:.3g}")
         bar = Progress(*columns, text, console=Console(stderr=True), disable=quiet)
@@ -56,22 +59,23 @@ class PINNRun:
         pause = Pause()
         whole = isinstance(solver, LBFGS)
         row = bar.add_task(name, total=self.steps, completed=start, error=math.nan)
+        progress: Any = None
         try:
             with bar, np.errstate(all="ignore"), nullcontext() if whole else pause:
-                progress: Any = None
                 for progress in fit(self.pinn, params, batches, solver, self.steps, **options):
                     self._note(name, solver, params, progress)
                     if progress.step % max(1, self.steps // EVALUATIONS) == 0 or not math.isfinite(progress.loss):
-                        bar.update(row, error=self._look(curve, progress))
+                        bar.update(row, error=self._look(name, progress))
                     bar.update(row, completed=progress.step)
                     if not math.isfinite(progress.loss):
                         return
                     pause.between()
-                if progress is not None and curve["step"][-1:] != [progress.step]:
-                    self._look(curve, progress)
+                self._last(name, progress)
         except KeyboardInterrupt:
             if pause.torn and self.kept is not None and self.kept[0] is solver:
                 self.kept = None
+            else:
+                self._last(name, progress)
             raise
 
     def summary(self) -> dict[str, Any]:
@@ -132,12 +136,18 @@ class PINNRun:
         for code, count in _counts(progress.info):
             self.codes[name][code] = self.codes[name].get(code, 0) + count
 
-    def _look(self, curve: dict[str, list], progress: Any) -> float:
+    def _last(self, name: str, progress: Any) -> None:
+        """The errors where a run ends, unless they are there."""
+        if progress is not None and self.curves[name]["step"][-1:] != [progress.step]:
+            self._look(name, progress)
+
+    def _look(self, name: str, progress: Any) -> float:
         """Append both errors; the relative one is returned."""
         relative, absolute = self.pinn.errors(progress.params, self.held_out)
-        found = (progress.step, progress.seconds, progress.loss, relative, absolute)
-        for key, value in zip(curve, found, strict=True):
-            curve[key].append(value)
+        seconds = progress.seconds + self.spent.get(name, 0.0)
+        found = (progress.step, seconds, progress.loss, relative, absolute)
+        for key, value in zip(CURVE, found, strict=True):
+            self.curves[name][key].append(value)
         return relative
 
     def _draw(self, path: Path) -> None:
@@ -149,7 +159,9 @@ class PINNRun:
     def _save(self, path: Path) -> None:
         solver, params, progress = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
-        meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
+        name = next(iter(self.curves))
+        meta: dict[str, Any] = {"task": self.name, "method": name, "seed": self.seed}
+        meta |= {"curve": self.curves[name], "codes": self.codes[name]}
         if isinstance(solver, Preconditioner):
             size = sum(int(np.prod(matrix.shape)) for matrix in params.values())
             meta = describe(solver, progress.state, type(self.pinn).__name__, size, {}) | meta
@@ -165,8 +177,10 @@ class PINNRun:
 
         if isinstance(solver, LBFGS):
             raise ValueError(f"--resume continues a run that keeps a state, which {name} does not")
-        start = resumed.start(path, resumed.told(path, self.name, name, self.seed).get("step"), self.steps)
+        meta = resumed.told(path, self.name, name, self.seed)
+        start = resumed.start(path, meta.get("step"), self.steps)
         tree = load(path, like={"params": params, "state": initial_state(self.pinn, params, solver)})
+        self.curves[name], self.codes[name], self.spent[name] = resumed.past(path, meta, CURVE)
         return tree["params"], tree["state"], start
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from kfaccore import metadata
 
 
@@ -38,6 +40,28 @@ def same_sharing(path: Path, meta: Mapping[str, Any], sharing: str) -> None:
     """ValueError where the run shared positions otherwise; files of before sharing was chosen do not say."""
     if meta.get("sharing", sharing) != sharing:
         raise ValueError(f"{path} is a run of --sharing {meta['sharing']}, not {sharing}")
+
+
+def same_penalties(path: Path, meta: Mapping[str, Any], given: Mapping[str, float]) -> None:
+    """ValueError where the run had another l2 or weight decay; files of before they were written do not say."""
+    had = meta.get("penalties", {})
+    for name, value in given.items():
+        if had.get(name, value) != value:
+            option = name.replace("_", "-")
+            raise ValueError(f"{path} is a run of --{option} {had[name]}, not {value}: it goes on as it began")
+
+
+def past(path: Path, meta: Mapping[str, Any], keys: Iterable[str]) -> tuple[dict[str, list], dict[str, int], float]:
+    """(curve, codes, seconds) up to where the run was written; empty and 0, which is said, of a file that has none."""
+    curve = meta.get("curve")
+    codes = meta.get("codes", {})
+    if curve is None:
+        typer.echo(f"hint: {path} holds no curve: its steps and seconds count from here on", err=True)
+        return {key: [] for key in keys}, {}, 0.0
+    whole = isinstance(curve, Mapping) and all(isinstance(values, list) for values in curve.values())
+    if not whole or not set(keys) <= set(curve) or not curve["seconds"] or not isinstance(codes, Mapping):
+        raise ValueError(f"{path} has damaged metadata: need a curve of {', '.join(keys)} and codes by name")
+    return {key: list(values) for key, values in curve.items()}, dict(codes), float(curve["seconds"][-1])
 
 
 def start(path: Path, taken: object, steps: int) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kfaccore_numpy import Tuned
 
 EVALUATIONS = 40  # points of a curve
+CURVE = ("step", "seconds", "loss")
 
 
 class Run:
@@ -35,6 +36,7 @@ class Run:
         self.data, self.evaluation = [tuple(xp.asarray(part) for part in pair) for pair in task.load()]
         self.curves: dict[str, dict[str, list]] = {}
         self.codes: dict[str, dict[str, int]] = {}
+        self.spent: dict[str, float] = {}  # seconds of a method before it was resumed
         self.tuned: dict[str, list[Tuned]] = {}  # what `--tune-l2` found, of each method
         self.kept: tuple[Any, Any, Any] | None = None  # optimiser, params, state of the first method
 
@@ -43,17 +45,17 @@ class Run:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from kfaccore_numpy import Online, mean_loss
+        from kfaccore_numpy import Online
 
-        network = self.task.network
-        loss = self.task.loss
-        params = network.init(np.random.default_rng(self.seed), lambda w: self.xp.asarray(w, dtype=np.float32))
+        rng = np.random.default_rng(self.seed)
+        params = self.task.network.init(rng, lambda w: self.xp.asarray(w, dtype=np.float32))
         state = None
         start = 0
         if resume is not None:
             params, state, start = self._resumed(resume, name, optimiser, params)
-        curve = self.curves[name] = {"step": [], "seconds": [], "loss": []}
-        codes = self.codes[name] = {}
+        else:
+            self.curves[name] = {key: [] for key in CURVE}
+            self.codes[name] = {}
         every = max(1, self.steps // EVALUATIONS)
         columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = Progress(
@@ -63,19 +65,13 @@ class Run:
             self.tuned[name] = optimiser.found
         row = bar.add_task(name, total=self.steps, completed=start, loss=math.nan)
         pause = Pause()
+        progress = None
         try:
             with bar, np.errstate(all="ignore"), pause:
                 for progress in self._steps(optimiser, params, state, start):
-                    if self.kept is None or self.kept[0] is optimiser:
-                        self.kept = (optimiser, progress.params, progress.state)
-                    for code, count in progress.info.counts().items() if progress.info else ():
-                        codes[code.name] = codes.get(code.name, 0) + count
+                    self._note(name, optimiser, progress)
                     if progress.step % every == 0 or progress.step == self.steps or not math.isfinite(progress.loss):
-                        value = mean_loss(network, progress.params, self.evaluation, loss)
-                        point = {"step": progress.step, "seconds": progress.seconds, "loss": value}
-                        for key, number in (point | _noise(progress.info)).items():
-                            curve.setdefault(key, []).append(number)
-                        bar.update(row, loss=value)
+                        bar.update(row, loss=self._look(name, progress))
                     bar.advance(row)
                     if not math.isfinite(progress.loss):
                         return
@@ -83,7 +79,28 @@ class Run:
         except KeyboardInterrupt:
             if pause.torn and self.kept is not None and self.kept[0] is optimiser:
                 self.kept = None
+            elif progress is not None and self.curves[name]["step"][-1:] != [progress.step]:
+                self._look(name, progress)
             raise
+
+    def _note(self, name: str, optimiser: Any, progress: Any) -> None:
+        """Codes, and what is to be saved."""
+        if self.kept is None or self.kept[0] is optimiser:
+            self.kept = (optimiser, progress.params, progress.state)
+        codes = self.codes[name]
+        for code, count in progress.info.counts().items() if progress.info else ():
+            codes[code.name] = codes.get(code.name, 0) + count
+
+    def _look(self, name: str, progress: Any) -> float:
+        """A point of the curve; its loss is returned."""
+        from kfaccore_numpy import mean_loss
+
+        value = mean_loss(self.task.network, progress.params, self.evaluation, self.task.loss)
+        seconds = progress.seconds + self.spent.get(name, 0.0)
+        point = {"step": progress.step, "seconds": seconds, "loss": value}
+        for key, number in (point | _noise(progress.info)).items():
+            self.curves[name].setdefault(key, []).append(number)
+        return value
 
     def _steps(self, optimiser: Any, params: Any, state: Any, start: int) -> Iterator[Any]:
         """Progress of the steps from `start` on."""
@@ -147,14 +164,16 @@ class Run:
 
         optimiser, params, state = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
-        meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
+        name = next(iter(self.curves))
+        meta: dict[str, Any] = {"task": self.name, "method": name, "seed": self.seed}
+        meta |= {"curve": self.curves[name], "codes": self.codes[name]}
         if isinstance(optimiser, Online):
             meta["l2"] = optimiser.l2
             optimiser = optimiser.optimiser
         if isinstance(optimiser, Preconditioner):
             tree["state"] = state
             size = sum(int(np.prod(matrix.shape)) for matrix in params.values())
-            meta |= {"sharing": sharing_of(optimiser)}
+            meta |= {"sharing": sharing_of(optimiser), "penalties": _penalties(optimiser, "l2" in meta)}
             meta = describe(optimiser, state, type(self.task.network).__name__, size, {}) | meta
         save(path, tree, **meta)
 
@@ -170,9 +189,18 @@ class Run:
             optimiser.begin(l2)
             optimiser = optimiser.optimiser
         resumed.same_sharing(path, meta, sharing_of(optimiser))
+        resumed.same_penalties(path, meta, _penalties(optimiser, tuned))
         fresh = optimiser.init(self.task.network.blocks(), next(iter(params.values())))
         tree = load(path, like={"params": params, "state": fresh})
-        return tree["params"], tree["state"], resumed.start(path, tree["state"].step, self.steps)
+        start = resumed.start(path, tree["state"].step, self.steps)
+        self.curves[name], self.codes[name], self.spent[name] = resumed.past(path, meta, CURVE)
+        return tree["params"], tree["state"], start
+
+
+def _penalties(optimiser: Preconditioner, tuned: bool) -> dict[str, Any]:
+    """What was given as a number: an l2 that is tuned is not."""
+    found: dict[str, Any] = {"weight_decay": optimiser.schedules.weight_decay}
+    return found if tuned else found | {"l2": optimiser.schedules.l2}
 
 
 def _noise(info: Info | None) -> dict[str, float | None]:
