@@ -113,3 +113,51 @@ def test_uses_that_alternate_leave_a_weight_alone():
         covered = [directions(pre, model, x, y, 8 - i % 2 * 4) and "o" in pre.engine.plan.layers for i in range(20)]
     assert len(said) == 1
     assert not any(covered[6:])
+
+
+class Tasks(nn.Module):
+    """Task 0 classifies tokens, task 1 is a language model whose output layer is the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.a, self.c = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+
+    def forward(self, i, task):
+        h = torch.tanh(self.a(self.e(i)))
+        return (h @ self.e.weight.T if task else self.c(h)).transpose(1, 2)
+
+
+class SometimesBias(Tasks):
+    """Task 1 leaves out a bias."""
+
+    def forward(self, i, task):
+        h = self.e(i)
+        return self.c(torch.tanh(F.linear(h, self.a.weight) if task else self.a(h))).transpose(1, 2)
+
+
+def micro_batches(pre, model, order):
+    rng = torch.Generator().manual_seed(0)
+    i, y = torch.randint(0, 6, (2, 4, 3), generator=rng), torch.randint(0, 6, (2, 4, 3), generator=rng)
+    model.zero_grad()
+    for task in order:
+        with pre.capture():
+            f = model(i[task], task)
+        (0.5 * pre.loss(f, y[task])).backward()
+    pre.step()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("kind", "layer"), [(Tasks, "'e', embedding of 4 x 6"), (SometimesBias, "'a', linear of 4 x 5")])
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.SINGD(), kf.CGFAC(), kf.Exact(), kf.Diagonal()])
+def test_a_way_that_only_the_second_micro_batch_shows(kind, layer, method):
+    core = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(1e-2, 0.9))
+    found = []
+    for order in ((0, 1), (1, 0)):
+        torch.manual_seed(1)
+        model = kind()
+        pre = kt.Preconditioner(model, CE, core, fisher=kf.type2)
+        if order == (0, 1):
+            with pytest.raises(ValueError, match=f"layer {layer}.*take the whole step again"):
+                micro_batches(pre, model, order)
+        found.append(micro_batches(pre, model, order))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
