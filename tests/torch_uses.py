@@ -271,6 +271,33 @@ OBSERVED = {  # name: (model, inputs); every row is of one example
 }
 
 
+def pooled(m, x):
+    """Learned queries, in a copy each example, of attention written out by PyTorch, which scales them by a number."""
+    k = torch.tanh(x @ m.w)[:, None]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return F.scaled_dot_product_attention(m.q.expand(len(x), -1, -1, -1), k, k)
+
+
+def pooled_once(m, x):
+    """The same queries of all examples."""
+    k = torch.tanh(x @ m.w)[:, None]
+    return F.scaled_dot_product_attention(m.q, k, k)
+
+
+def by_numbers(m, x):
+    """Products and quotients of which autograd keeps a number, as PyTorch's own functions make them."""
+    return x @ torch.ops.aten.mul.Scalar(torch.ops.aten.div.Scalar(m.w, 2.0), 3)
+
+
+OBSERVED |= {
+    "sdpa, learned queries": (of(pooled, q=(1, 1, 2, 4), **W), tokens),
+    "sdpa, learned queries, repeated by it": (of(pooled_once, q=(1, 1, 2, 4), **W), tokens),
+    "sdpa, a query of one head": (of(lambda m, x: pooled(m, x).mean(1), q=(1, 1, 1, 4), **W), tokens),
+    "factors that are numbers": (of(by_numbers, **W), tokens),
+    "a gain times a number": (of(lambda m, x: x * torch.ops.aten.mul.Scalar(m.g, 0.5) @ m.w, g=(3,), **W), tokens),
+}
+
+
 class Mean(nn.Module):
     def forward(self, x):
         return x.flatten(1, -2).mean(1)

@@ -43,11 +43,11 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
 
 @contextmanager
 def _left(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Buffers and random state as they were."""
+    """What modules hold and random state as they were."""
     if device.type == "meta":
         yield
         return
-    with replayed(model, random_state(device), device):
+    with replayed(model, random_state(model, device), device):
         yield
 
 

@@ -6,21 +6,23 @@ step, when it is known how many losses and micro-batches there were.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.formed import Formed
+from kfaccore_torch.slopes import check_even, check_shares
 from kfaccore_torch.unread import read
 
+if TYPE_CHECKING:
+    from kfaccore_torch.plan import Plan
+
 Array = Any
-_EVEN = 0.01  # of the largest: what half precision tells apart
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Shot:
     found     layer -> Records or Stats, one a loss that was differentiated
     void      why nothing in it counts
     formed    whether a loss was formed on it that counts
-    slopes    what arrived at each of its losses when they were differentiated
+    losses    those formed on it that count
     """
 
     n: float | torch.Tensor = 0.0
@@ -40,7 +42,12 @@ class Shot:
     found: dict[str, list[Any]] = field(default_factory=dict)
     void: str = ""
     formed: bool = False
-    slopes: list[torch.Tensor] = field(default_factory=list)
+    losses: list[Formed] = field(default_factory=list)
+
+    @property
+    def slopes(self) -> list[torch.Tensor]:
+        """What each of its losses was multiplied by, of those that were differentiated."""
+        return [loss.slope for loss in self.losses if loss.slope is not None]
 
     def joined(self, n: Any, weight: float) -> float:
         """A loss of this n and weight joins those formed on the forward: the factor on its draws, by the root of the
@@ -49,7 +56,9 @@ class Shot:
             self.formed = True
             self.n = n
             return weight**0.5
-        self.n = read(self.n) or n
+        if not read(self.n):  # nothing counted in the losses before
+            self.n = n
+            self.losses.clear()
         return (weight * self.n / n) ** 0.5
 
 
@@ -60,9 +69,9 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
     on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks.
     """
     for shot in shots:
-        _check_even(shot)
+        check_even(shot.slopes)
     counted = _counting(shots)
-    _check_shares(counted)
+    check_shares([shot.slopes for shot in counted], [shot.n for shot in counted])
     parts = len(counted) * world if counted and counted[0].total else 1
     records: dict[str, list[Any]] = {}
     for name in dict.fromkeys(name for shot in counted for name in shot.found):
@@ -86,50 +95,6 @@ def _counting(shots: list[Shot]) -> list[Shot]:
 
 def _sum(shots: Sequence[Shot]) -> float:
     return sum(read(shot.n) for shot in shots)
-
-
-def _check_even(shot: Shot) -> None:
-    """ValueError for losses on one forward that were multiplied by different numbers past `pre.loss`: their curvatures
-    were measured before, and would count alike. Read on the host, where there are several losses, and nowhere else."""
-    if len(shot.slopes) < 2:
-        return
-    slopes = _read(shot.slopes)
-    if not _alike(slopes):
-        raise ValueError(
-            f"losses of one forward were multiplied by {_shown(slopes)} on their way to backward, and their "
-            f"curvatures would count alike: give each its own, pre.loss(f, target, weight=...)"
-        )
-
-
-def _check_shares(shots: list[Shot]) -> None:
-    """A warning for forwards whose losses were multiplied by numbers that are neither equal nor as their shares n, so
-    that gradients and curvatures weigh them differently."""
-    if len(shots) < 2:
-        return
-    slopes = _read([shot.slopes[0] for shot in shots])
-    ns = [read(shot.n) for shot in shots]
-    if _alike(slopes) or _alike([slope / n for slope, n in zip(slopes, ns, strict=True)]):
-        return
-    warnings.warn(
-        f"the losses of {len(shots)} forwards were multiplied by {_shown(slopes)} on their way to backward, but their "
-        f"curvatures count by {_shown(ns)}: give each its own, pre.loss(f, target, weight=...)",
-        stacklevel=2,
-    )
-
-
-def _read(slopes: list[torch.Tensor]) -> list[float]:
-    return torch.stack([slope.double() for slope in slopes]).tolist()
-
-
-def _alike(numbers: Sequence[float]) -> bool:
-    """Equal as far as half precision tells; scales that overflowed are not told apart."""
-    if not all(map(math.isfinite, numbers)):
-        return True
-    return max(numbers) - min(numbers) <= _EVEN * max(map(abs, numbers))
-
-
-def _shown(numbers: Sequence[float]) -> list[float]:
-    return [float(f"{number:.4g}") for number in numbers]
 
 
 def complain(shots: list[Shot], formed: int, captured: bool, world: int) -> None:
@@ -223,10 +188,18 @@ def _overlap(x: Any, y: Any) -> bool:
 
 
 def counted(
-    value: torch.Tensor, shots: list[Shot], shot: Shot, found: dict[str, Any], let_go: Callable[[], None]
+    value: torch.Tensor,
+    shots: list[Shot],
+    shot: Shot,
+    found: dict[str, Any],
+    let_go: Callable[[], None],
+    plan: Plan | None = None,
 ) -> torch.Tensor:
-    """The loss; once it is differentiated, what was `found` with it counts among the `shots` of the step, and the
-    forward is let go of."""
+    """The loss; once it is differentiated, what was `found` with it under a plan counts among the `shots` of the step,
+    and the forward is let go of."""
+    if value.requires_grad and plan is not None:
+        shot.losses.append(Formed({name: plan.layers[name] for name in found}, plan.trained))
+        value.register_hook(shot.losses[-1].note)
     if value.requires_grad:
         value.register_hook(partial(_count, shots, shot, found, let_go))
     return value
@@ -239,7 +212,6 @@ def _count(
     let_go()
     if not any(other is shot for other in shots):
         shots.append(shot)
-    shot.slopes.append(grad.detach())
     for name, one in found.items():
         shot.found.setdefault(name, []).append(one)
     found.clear()

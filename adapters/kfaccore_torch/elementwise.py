@@ -76,7 +76,7 @@ class Slope:
         like = self.node._input_metadata[0]
         if self.node.name().startswith("MulBackward"):
             other = self.node._saved_self if self.index else self.node._saved_other
-            return other.detach().to(like.dtype).expand(shape)
+            return torch.as_tensor(other, device=like.device).detach().to(like.dtype).expand(shape)
         ones = torch.ones(shape, dtype=like.dtype, device=like.device)
         found = self.node(ones)
         found = found[self.index] if isinstance(found, tuple) else found

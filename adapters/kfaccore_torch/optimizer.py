@@ -118,7 +118,7 @@ class Optimizer:
             check_same(engine)
             self._follow_rest()
         l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
-        random = random_state(engine.device) if engine.core.rule.judges else ()
+        random = random_state(self.model, engine.device) if engine.core.rule.judges else []
         with torch.enable_grad():
             with engine.captured() as seen:
                 f = self._predicted(inputs)

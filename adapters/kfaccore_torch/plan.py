@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 import kfaccore as kf
@@ -43,6 +44,7 @@ class Plan:
     uncovered: dict[str, str]
     rest: dict[str, nn.Parameter] = field(repr=False)  # uncovered parameters by name
     made_of: tuple[tuple[str, nn.Parameter, bool], ...] = field(repr=False, default=())  # and whether each was trained
+    shapes: tuple[torch.Size, ...] = field(repr=False, default=())  # of those
     model: nn.Module | None = field(repr=False, default=None)
     skip: tuple[str, ...] = field(repr=False, default=())
     marks: tuple[Mark, ...] = field(repr=False, default=())
@@ -83,12 +85,17 @@ class Plan:
         return str(self.report())
 
     def holds(self, model: nn.Module) -> bool:
-        """Whether the model still has the parameters that the plan was made of, trained or frozen as then."""
+        """Whether the model still has the parameters that the plan was made of, of the shapes and trained or frozen as
+        then."""
         now = unwrapped(model).named_parameters(remove_duplicate=False)
-        pairs = zip_longest(self.made_of, now, fillvalue=None)
         return all(
-            a is not None and b is not None and a[0] == b[0] and a[1] is b[1] and a[2] == b[1].requires_grad
-            for a, b in pairs
+            a is not None
+            and b is not None
+            and a[0] == b[0]
+            and a[1] is b[1]
+            and a[2] == b[1].requires_grad
+            and b[1].shape == shape
+            for a, shape, b in zip_longest(self.made_of, self.shapes, now, fillvalue=None)
         )
 
     def with_seen(self, marks: Iterable[Mark], odd: Mapping[str, str]) -> Plan:
@@ -146,15 +153,18 @@ def modules(model: nn.Module, skip: tuple[str, ...] = ()) -> Plan:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"skip pattern {pattern!r} matches no parameter; there are {sorted(names)[:8]}")
     made_of = tuple((n, p, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False))
-    return _made(Plan({}, {}, {}, made_of, model, tuple(skip)), (), {}, False)
+    shapes = tuple(p.shape for _, p, _ in made_of)
+    return _made(Plan({}, {}, {}, made_of, shapes, model, tuple(skip)), (), {}, False)
 
 
 def again(old: Plan, model: nn.Module) -> Plan:
     """The plan of a model whose parameters changed: what was seen of the others still holds."""
     new = modules(model, old.skip)
-    before = {name: p for name, p, trained in old.made_of if trained}
-    if any(before.get(name) is not p for name, p, trained in new.made_of if trained):
-        return new  # with parameters that joined in, an operation may have more of them
+    before = {name: (p, n) for (name, p, trained), n in zip(old.made_of, old.shapes, strict=True) if trained}
+    for name, p, trained in new.made_of:
+        known, shape = before.get(name, (None, None))
+        if trained and (known is not p or shape != p.shape):
+            return new  # with parameters that joined in or grew, an operation may have more of them
     names = set(new.known.values())
     marks = (_without(mark, names) for mark in old.marks)
     kept = tuple(dict.fromkeys(mark for mark in marks if (mark.weight or mark.bias) is not None))

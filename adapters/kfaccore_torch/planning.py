@@ -18,6 +18,7 @@ from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.follow import carried
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.layout import pools
+from kfaccore_torch.lost import Lost
 from kfaccore_torch.observe import Observer
 from kfaccore_torch.plan import Plan, again, remade, unwrapped
 from kfaccore_torch.report import Coverage, coverage
@@ -42,6 +43,7 @@ class Planning(Resumes):
     called: set[str]
     like: torch.Tensor
     plan: Plan
+    lost: Lost
     _state: Any
     _blocks: tuple[Plan, dict[str, kf.Block]] | None
 
@@ -87,12 +89,18 @@ class Planning(Resumes):
             return self.core.init(self.blocks(), like=_owned(to_core(self.like, self.namespace)))
 
     def replan(self) -> bool:
-        """Follow the model: parameters frozen, thawed or replaced since the plan was made. True if anything changed;
-        layers of the same name and sizes keep their state, and new ones are measured and refreshed at once."""
-        if self.plan.holds(self.model):
+        """Follow the model: parameters frozen, thawed, replaced or of another shape since the plan was made, and those
+        that newer forwards have used as a layer again. True if anything changed; layers of the same name and sizes keep
+        their state, and new ones are measured and refreshed at once."""
+        if not self.plan.holds(self.model):
+            self.adopt(again(self.plan, self.model))
+            return True
+        if not self.lost.quiet or self.core.comm.world > 1:  # ranks need not have seen the same
             return False
-        self.adopt(again(self.plan, self.model))
-        return True
+        found = self.lost.regained(self.plan, self.state.step)
+        if found is not None:
+            self.adopt(found)
+        return found is not None
 
     def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
         """What lies behind a prediction; the plan follows what it shows."""
@@ -101,6 +109,7 @@ class Planning(Resumes):
             self.adopt(found.plan)
             seen.plan = self.plan
             self.called |= {name for name, _ in found.calls}
+        self.lost.note(self.state.step, found.marks, found.odd)
         more = called(self.plan) if self.settings.uncovered is not None else []
         return replace(found, plan=self.plan, calls=(*found.calls, *more))
 
@@ -122,7 +131,9 @@ class Planning(Resumes):
         """Take another plan of the same model; layers of the same name and sizes keep their state."""
         old = self._state
         blocks = self.blocks()
+        before = self.plan
         self.plan = self._planned(found)
+        self.lost.follow(before, self.plan, 0 if old is None else old.step)
         self.observer = Observer()
         kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
         self._state = None if old is None else carried(old, self._first_state(), kept_on)

@@ -15,6 +15,7 @@ from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, counted, gathered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
+from kfaccore_torch.formed import stale
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
@@ -151,7 +152,7 @@ class Preconditioner:
             found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
         expected = [g if g is None else g * weight for g in observed.expected]
-        weighted = counted(weighted, self._shots, shot, found, seen.let_go)
+        weighted = counted(weighted, self._shots, shot, found, seen.let_go, self.engine.plan)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
         return weighted
 
@@ -176,11 +177,10 @@ class Preconditioner:
         lengths   {layer: norm}, for rescale=Graft(); `graft` fills it from an optimizer
         """
         engine = self.engine
-        if engine.replan() and self._shots:
+        error = stale(engine, self._shots)
+        if error is not None:
             self.discard()
-            raise ValueError("the model's parameters changed between capture() and step(): capture the batch again")
-        if engine.due:
-            engine.agree()
+            raise error
         given = {}
         with torch.no_grad(), engine.working():
             for name, layer in engine.plan.layers.items():

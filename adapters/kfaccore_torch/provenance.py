@@ -70,12 +70,17 @@ def scale(node: Any) -> tuple[int, float | torch.Tensor] | None:
         return None
     child = _only(node)
     saved = None if child is None else getattr(node, "_saved_self" if child else "_saved_other", None)
-    if child is None or saved is None or saved.ndim > 0:
+    if child is None or saved is None or isinstance(saved, complex):
         return None
-    number = float(saved) if saved.device.type == "cpu" else saved.detach()  # elsewhere it is not waited for
+    if not isinstance(saved, torch.Tensor):  # PyTorch itself multiplies with numbers that are no tensors
+        number = float(saved)
+    elif saved.ndim > 0 or saved.is_complex():
+        return None
+    else:
+        number = float(saved) if saved.device.type == "cpu" else saved.detach()  # elsewhere it is not waited for
     if name.startswith("MulBackward"):
         return child, number
-    return None if child else (0, 1 / number)
+    return None if child or (isinstance(number, float) and not number) else (0, 1 / number)
 
 
 def shift(node: Any) -> tuple[int, float] | None:

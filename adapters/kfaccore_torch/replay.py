@@ -1,30 +1,57 @@
-"""A second look at a batch: the same random numbers, and running statistics as they were."""
+"""A second look at a batch: the same random numbers, and all that the forward moved as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.plan import unwrapped
+from kfaccore_torch.held import as_it_was, held
+
+Undo = Callable[[], Any]
 
 
-def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Torch's generators, of the CPU and of a CUDA device."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def random_state(model: nn.Module, device: torch.device) -> list[Undo]:
+    """What puts each random generator back to where it is now: those of torch on the CPU and on a CUDA device, of
+    Python and NumPy, and the ones that modules hold."""
+    found: list[Undo] = [
+        partial(torch.set_rng_state, torch.get_rng_state()),
+        partial(random.setstate, random.getstate()),
+        partial(np.random.set_state, np.random.get_state()),
+    ]
+    if device.type == "cuda":
+        found.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
+    return found + [undo for x in held(model) if (undo := _generator(x)) is not None]
+
+
+def _generator(x: Any) -> Undo | None:
+    if isinstance(x, torch.Generator):
+        return partial(x.set_state, x.get_state())
+    if isinstance(x, random.Random):
+        return partial(x.setstate, x.getstate())
+    if isinstance(x, np.random.RandomState):
+        return partial(x.set_state, x.get_state())
+    if isinstance(x, np.random.Generator):
+        return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
+    return None
 
 
 @contextmanager
-def replayed(model: nn.Module, random: tuple, device: torch.device) -> Iterator[None]:
-    """The same dropout as in the step's own forward; running statistics are as they were afterwards."""
-    buffers = [(b, b.detach().clone()) for b in unwrapped(model).buffers()]
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(random[0])
-        if random[1] is not None:
-            torch.cuda.set_rng_state(random[1], device)
-        yield
-    for buffer, kept in buffers:
-        buffer.copy_(kept)
+def replayed(model: nn.Module, before: list[Undo], device: torch.device) -> Iterator[None]:
+    """The same dropout as in a forward that found the generators as in `before`; they and all that modules hold are
+    as they were afterwards."""
+    now = random_state(model, device)
+    try:
+        with as_it_was(model):
+            for undo in before:
+                undo()
+            yield
+    finally:
+        for undo in now:
+            undo()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfaccore_torch.calls import Call, Use
+from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.explain import explained
 from kfaccore_torch.graph import Behind, behind
@@ -16,11 +16,16 @@ from kfaccore_torch.plan import Plan
 
 @dataclass(frozen=True)
 class Sight:
-    """Calls that reach the prediction, by layer and in order, and the plan that they are of."""
+    """Calls that reach the prediction, by layer and in order, and the plan that they are of.
+
+    marks, odd   what this forward has shown
+    """
 
     graph: Behind
     plan: Plan
     calls: tuple[tuple[str, Call], ...]
+    marks: tuple[Mark, ...]
+    odd: dict[str, str]
 
 
 def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
@@ -37,12 +42,14 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
             "no captured call lies behind this prediction: run the model whose parameters these are inside `with "
             "pre.capture():`, and hand over what that run returned"
         )
-    plan = seen.plan.with_seen((use.mark for use in (*uses, *found)), {**seen.odd, **odd})
+    marks = tuple(use.mark for use in (*uses, *found))
+    shown = {**seen.odd, **odd}
+    plan = seen.plan.with_seen(marks, shown)
     _check_half(plan, uses, found, odd)
     uses += found
     seen.plan = plan
     calls = ((name, call) for name, calls in plan.assigned(uses).items() for call in calls)
-    return Sight(graph, plan, tuple(calls))
+    return Sight(graph, plan, tuple(calls), marks, shown)
 
 
 def _reached(seen: Capture, graph: Behind) -> list[Use]:

@@ -21,6 +21,7 @@ from kfaccore_torch.draw import Batch, Drawn, drawn, measured
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.launched import Launch
 from kfaccore_torch.losses import objective
+from kfaccore_torch.lost import Lost
 from kfaccore_torch.observe import Observed, Observer
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
@@ -43,6 +44,7 @@ class Engine(Planning):
         self.settings = settings
         self.objective = objective(loss)
         self.observer = Observer()
+        self.lost = Lost()
         self.mixing: set[str] = set()
         self.called: set[str] = set()  # layers seen in a forward since the last step
         self.products: dict[str, str] = {}  # parameter -> how its product was made when it was last seen

@@ -15,6 +15,7 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import to_torch
 from kfaccore_torch.draw import Batch
+from kfaccore_torch.held import as_it_was
 from kfaccore_torch.masks import Told
 from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.records import called
@@ -219,17 +220,14 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
 
 @contextmanager
 def _still(model: nn.Module, train: bool) -> Iterator[None]:
-    """In eval mode unless `train`; modes and buffers are as they were afterwards."""
+    """In eval mode unless `train`; modes and what modules hold are as they were afterwards."""
     inner = unwrapped(model)
     modes = {module: module.training for module in inner.modules()}
-    buffers = [(b, b.detach().clone()) for b in inner.buffers()] if train else []
     try:
-        if not train:
-            inner.eval()
-        yield
+        with as_it_was(inner):
+            if not train:
+                inner.eval()
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)

@@ -1,0 +1,104 @@
+"""A loss that was formed on a captured forward: the layers it was measured for, and what it was multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from kfaccore.layers import Bias
+from kfaccore_torch.settle import Layer
+
+if TYPE_CHECKING:
+    from kfaccore_torch.collect import Shot
+    from kfaccore_torch.step import Engine
+
+
+@dataclass(eq=False)
+class Formed:
+    """One loss.
+
+    layers   those that its statistics are of, as they were then
+    trained  parameters whose `.grad` tells a backward of the training loss from another derivative
+    slope    what arrived at it when it was differentiated into `.grad`: where that was twice, both together, as the
+             gradients are. Where it never was, what arrived last, for loops that set `.grad` themselves
+    """
+
+    layers: Mapping[str, Layer]
+    trained: Sequence[torch.Tensor]
+    slope: torch.Tensor | None = None
+    _into: bool = False
+
+    def note(self, grad: torch.Tensor) -> None:
+        """It is differentiated; a hook of it."""
+        into = _accumulates(self.trained)
+        if into:
+            both = self._into and self.slope is not None
+            self.slope = self.slope + grad.detach() if both else grad.detach()  # pyright: ignore[reportOptionalOperand]
+            self._into = True
+        elif not self._into:
+            self.slope = grad.detach()
+
+
+def _accumulates(trained: Sequence[torch.Tensor]) -> bool:
+    """Whether the backward pass that is running adds to `.grad` of any of these."""
+    try:
+        return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in trained if p.requires_grad)  # type: ignore[arg-type]
+    except RuntimeError:  # `torch.autograd.grad` of parameters, of which it does not say
+        return False
+
+
+def stale(engine: Engine, shots: Sequence[Shot]) -> ValueError | None:
+    """The model and the other ranks are followed before a step; what is to be raised where what waits for it is of a
+    plan that is no more."""
+    if engine.replan() and shots:
+        return ValueError("the model's parameters changed between capture() and step(): capture the batch again")
+    if engine.due:
+        engine.agree()
+    error = _two_ways([loss for shot in shots for loss in shot.losses], engine.plan.layers)
+    if error is not None:
+        engine.leave_word(error)
+    return error
+
+
+def _two_ways(losses: Sequence[Formed], now: Mapping[str, Layer]) -> ValueError | None:
+    """What is to be raised where statistics of a step are of layers that later forwards of it have shown to be others."""
+    of: dict[str, set[str]] = {}
+    for name, layer in now.items():
+        for path in layer.paths.values():
+            of.setdefault(path, set()).add(name)
+    for loss in losses:
+        if loss.slope is None:
+            continue
+        for name, old in loss.layers.items():
+            new = now.get(name)
+            if new is not None and (new is old or _alike(old, new)):
+                continue
+            instead = sorted({other for path in old.paths.values() for other in of.get(path, ())})
+            if instead:
+                shown = ", ".join(f"{other!r}, {_told(now[other])}" for other in instead)
+                return ValueError(
+                    f"forwards of one step use {sorted(set(old.paths.values()))} in different ways, which the first ones "
+                    f"did not show: they were measured as layer {name!r}, {_told(old)}, and are {shown}. The two do "
+                    f"not add up, so no step was taken: zero the gradients and take the whole step again, from its "
+                    f"first forward. All that it showed is known now"
+                )
+    return None
+
+
+def _alike(old: Layer, new: Layer) -> bool:
+    """Whether statistics of one are statistics of the other: a gain is a bias with a slope of its own."""
+    same = old.kind == new.kind or (
+        isinstance(old.kind, Bias) and isinstance(new.kind, Bias) and old.kind.d == new.kind.d
+    )
+    return same and (old.paths, old.views) == (new.paths, new.views)
+
+
+def _told(layer: Layer) -> str:
+    kind: Any = layer.kind
+    block = kind.block()
+    sizes = f"{type(kind).__name__.lower()} of {block.d_out} x {block.d_in}"
+    return sizes + (f" in {block.blocks} blocks" if block.blocks > 1 else "")

@@ -1,0 +1,59 @@
+"""What the losses of a step were multiplied by past `pre.loss`: their curvatures do not know of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kfaccore_torch.unread import read
+
+_EVEN = 0.01  # of the largest: what half precision tells apart
+
+
+def check_even(slopes: Sequence[torch.Tensor]) -> None:
+    """ValueError for losses on one forward that were multiplied by different numbers past `pre.loss`: their curvatures
+    were measured before, and would count alike. Read on the host, where there are several losses, and nowhere else."""
+    if len(slopes) < 2:
+        return
+    numbers = _read(slopes)
+    if not _alike(numbers):
+        raise ValueError(
+            f"losses of one forward were multiplied by {_shown(numbers)} on their way to backward, and their "
+            f"curvatures would count alike: give each its own, pre.loss(f, target, weight=...)"
+        )
+
+
+def check_shares(losses: Sequence[Sequence[torch.Tensor]], shares: Sequence[Any]) -> None:
+    """A warning for forwards whose losses were multiplied by numbers that are neither equal nor as their shares n, so
+    that gradients and curvatures weigh them differently."""
+    told = [(slopes[0], n) for slopes, n in zip(losses, shares, strict=True) if slopes]
+    if len(told) < 2:
+        return
+    slopes = _read([slope for slope, _ in told])
+    ns = [read(n) for _, n in told]
+    if _alike(slopes) or _alike([slope / n for slope, n in zip(slopes, ns, strict=True)]):
+        return
+    warnings.warn(
+        f"the losses of {len(told)} forwards were multiplied by {_shown(slopes)} on their way to backward, but their "
+        f"curvatures count by {_shown(ns)}: give each its own, pre.loss(f, target, weight=...)",
+        stacklevel=2,
+    )
+
+
+def _read(slopes: Sequence[torch.Tensor]) -> list[float]:
+    return torch.stack([slope.double() for slope in slopes]).tolist()
+
+
+def _alike(numbers: Sequence[float]) -> bool:
+    """Equal as far as half precision tells; scales that overflowed are not told apart."""
+    if not all(map(math.isfinite, numbers)):
+        return True
+    return max(numbers) - min(numbers) <= _EVEN * max(map(abs, numbers))
+
+
+def _shown(numbers: Sequence[float]) -> list[float]:
+    return [float(f"{number:.4g}") for number in numbers]
