@@ -84,9 +84,9 @@ class Engine(Planning):
 
     @property
     def due(self) -> bool:
-        """Whether the next step uses records; of one state it is asked once. While no forward was seen it does: of a
-        model without modules that are known only a forward tells what its layers are."""
-        if not self.plan.seen:
+        """Whether the next step uses records; of one state it is asked once. Of a model without modules that are known
+        a forward must tell what its layers are."""
+        if not self.plan.seen and not self.plan.layers:
             return True
         if self._due is None or self._due[0] is not self.state or self._due[1] is not self.core:
             self._due = self.state, self.core, self.core.wants_records(self.state)
