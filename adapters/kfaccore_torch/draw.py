@@ -14,6 +14,7 @@ import torch
 import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
 from kfaccore_torch.capture import Capture
+from kfaccore_torch.folded import as_examples
 from kfaccore_torch.layout import dealt_anyhow, stands_together
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
@@ -116,9 +117,9 @@ def _whole(
         observed = remembering(engine.observer.again(observed, layers, heads, last))
     records = {name: made(observed, name, parts) for name, parts in by_layer(observed, grads).items()}
     if last is None:
-        return Drawn(records, observed, {})
+        return Drawn(as_examples(engine, records, False), observed, {})
     own = {name: made(observed, name, parts, records[name]) for name, parts in by_layer(observed, last).items()}
-    return Drawn(records, observed, own)
+    return Drawn(as_examples(engine, records, True), observed, own)
 
 
 def _asked(
