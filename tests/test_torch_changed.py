@@ -147,7 +147,9 @@ def micro_batches(pre, model, order):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize(("kind", "layer"), [(Tasks, "'e', embedding of 4 x 6"), (SometimesBias, "'a', linear of 4 x 5")])
+@pytest.mark.parametrize(
+    ("kind", "layer"), [(Tasks, "'e', embedding of 4 x 6"), (SometimesBias, "'a', linear of 4 x 5")]
+)
 @pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.SINGD(), kf.CGFAC(), kf.Exact(), kf.Diagonal()])
 def test_a_way_that_only_the_second_micro_batch_shows(kind, layer, method):
     core = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(1e-2, 0.9))

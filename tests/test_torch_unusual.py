@@ -1,4 +1,4 @@
-"""Complex, sparse and nested tensors, and sparse gradients: what meets them is named, and all else is preconditioned."""
+"""Complex, sparse and nested tensors, and sparse gradients: what meets them is named, and all else is right."""
 
 from __future__ import annotations
 
@@ -70,7 +70,12 @@ CASES = {  # name: (inputs, w, what is done with both, a word of the reason)
     "complex weight": (dense_inputs, complex_numbers, lambda x, w: (x.to(w.dtype) @ w).real, "complex128"),
     "cast": (dense_inputs, real, lambda x, w: (torch.fft.fft(x) @ w.to(torch.complex128)).real, "complex128"),
     "gain": (dense_inputs, real, lambda x, w: (torch.fft.fft(x) * w[:, 0]).real[:, :4], "complex128"),
-    "linear": (dense_inputs, real, lambda x, w: F.linear(torch.fft.fft(x), w.T.to(torch.complex128)).real, "complex128"),
+    "linear": (
+        dense_inputs,
+        real,
+        lambda x, w: F.linear(torch.fft.fft(x), w.T.to(torch.complex128)).real,
+        "complex128",
+    ),
     "two parts": (
         dense_inputs,
         lambda: torch.randn(8, 4, 2),
@@ -86,7 +91,12 @@ CASES = {  # name: (inputs, w, what is done with both, a word of the reason)
     "jagged, gain": (jagged, real, lambda x, w: pooled(x * w[:, 0])[:, :4], "nested"),
     "jagged, added": (jagged, real, lambda x, w: pooled(x + w[:, 0])[:, :4], "nested"),
     "sparse gradient": (index, real, lambda x, w: F.embedding(x, w, sparse=True).sum(1), "sparse"),
-    "of torch.embedding": (index, real, lambda x, w: torch.embedding(w, x, -1, False, True).sum(1), "EmbeddingBackward"),
+    "of torch.embedding": (
+        index,
+        real,
+        lambda x, w: torch.embedding(w, x, -1, False, True).sum(1),
+        "EmbeddingBackward",
+    ),
     "sparse gradient, bag": (index, real, lambda x, w: F.embedding_bag(x, w, sparse=True), "sparse"),
     "sparse gradient, gathered": (index, real, lambda x, w: w.gather(0, x[:, :4], sparse_grad=True), "Gather"),
 }
@@ -135,7 +145,7 @@ def test_an_optimizer_trains_them_with_a_diagonal(case):
 
 def test_an_optimizer_names_a_complex_weight_that_has_no_diagonal():
     model = Net(CASES["complex weight"][2], complex_numbers())
-    with pytest.raises(ValueError, match="w: it is a torch.complex128 tensor"):
+    with pytest.raises(ValueError, match=r"w: it is a torch\.complex128 tensor"):
         kt.Optimizer(model, CE).step(dense_inputs(), torch.arange(6) % 3)
 
 

@@ -15,10 +15,9 @@ import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.folded import as_examples
-from kfaccore_torch.layout import dealt_anyhow, stands_together
+from kfaccore_torch.layout import place_of
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
-from kfaccore_torch.places import Together, joined, plainly
 from kfaccore_torch.probe import probe
 from kfaccore_torch.pulled import alike, all_pulled, by_layer, remembering
 from kfaccore_torch.rows import check_unwritten, record
@@ -177,18 +176,10 @@ def _record(
 ) -> kf.Record:
     """The record of a layer from the draws at its calls that they reached, by the number of the call; with the rows of
     the record it is `like`."""
-    blocks = engine.blocks() if observed.mixing and not exact else {}
-    calls = []
-    places = []
-    for i in sorted(parts):
-        owned = observed.owned[i]
-        place = owned.place
-        if owned.mixes:
-            place = joined(place, exact or stands_together(engine.core, blocks, name))
-        if isinstance(place, Together) and not exact and dealt_anyhow(engine.core, blocks, name):
-            place = plainly(place, observed.split.examples)
-        calls.append(observed.calls[i][1])
-        places.append(place)
+    blocks = {} if exact else engine.blocks()
+    masked = batch.told.mask is not None or bool(batch.told.masks)
+    calls = [observed.calls[i][1] for i in sorted(parts)]
+    places = [place_of(engine.core, blocks, observed, i, exact, masked) for i in sorted(parts)]
     masks = [batch.told.mask_of(name, place) for place in places]
     grads = [parts[i] for i in sorted(parts)]
     with engine.working():

@@ -25,7 +25,15 @@ _OWN = frozenset(vars(nn.Module())) - {"_buffers"}  # what torch itself keeps of
 _DEPTH = 4  # containers and objects in each other, a module's buffers or attributes the first
 _MOST = 1 << 12  # things in a container: larger ones are kept, what is in theirs is not
 _LARGE = 1 << 20  # numbers of a tensor
-_OPAQUE = (torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, partial)
+_OPAQUE = (
+    torch.Tensor,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    partial,
+)
 _FIXED = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, torch.Size, types.FunctionType})
 _CONTAINERS = (dict, list, set, deque)
 _named: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()

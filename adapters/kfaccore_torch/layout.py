@@ -8,11 +8,32 @@ one example have no meaning to it.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import kfaccore as kf
+from kfaccore_torch.bags import ragged
+from kfaccore_torch.places import Groups, Place, Together, joined, plainly
+
+if TYPE_CHECKING:
+    from kfaccore_torch.observe import Observed
+
+
+def place_of(
+    core: kf.Preconditioner, blocks: dict[str, kf.Block], observed: Observed, i: int, exact: bool, masked: bool
+) -> Place:
+    """Where the rows of the i-th call stand in its layer's record; a caller's masks are by example and position."""
+    name, call = observed.calls[i]
+    owned = observed.owned[i]
+    place = owned.place
+    if owned.mixes:
+        place = joined(place, exact or stands_together(core, blocks, name))
+    if exact or (masked and not isinstance(place, Together)):
+        return place
+    if (isinstance(place, Groups | Together) or ragged(call)) and dealt_anyhow(core, blocks, name):
+        place = plainly(place, observed.split.examples, ragged(call) and not masked)
+    return place
 
 
 def stands_together(core: kf.Preconditioner, blocks: dict[str, kf.Block], name: str) -> bool:
