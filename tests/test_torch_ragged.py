@@ -11,7 +11,7 @@ from torch import nn
 
 import kfaccore as kf
 import kfaccore_torch as kt
-from kfaccore_torch import bags, places
+from kfaccore_torch import bags, layout, places
 
 CE = nn.CrossEntropyLoss()
 LENGTHS = torch.tensor([20, 1, 2, 0, 3, 1])
@@ -101,3 +101,16 @@ def test_directions_are_those_of_padded_rows(case, method, monkeypatch):
     monkeypatch.setattr(places, "RAGGED", 1e9)
     monkeypatch.setattr(bags, "RAGGED", 1e9)
     torch.testing.assert_close(found, directions(make, x, told, method), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Graphs, Bags])
+def test_a_rule_that_judges_by_examples_has_far_too_ragged_rows_as_one_example(make, monkeypatch):
+    """As rows that mix examples: trained, and marked."""
+    monkeypatch.setattr(layout, "MOST_RAGGED", 2)
+    monkeypatch.setattr(layout, "MOST_PADDED", 0)
+    padded_nowhere(monkeypatch)
+    model, x = make(), torch.randn(len(OWNER), 4) if make is Graphs else ids()
+    optimizer = kt.Optimizer(model, CE)
+    losses = [optimizer.step(x, torch.arange(6) % 3) for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert optimizer.engine.mixing == {"a" if make is Graphs else "e"}

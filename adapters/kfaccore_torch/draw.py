@@ -15,7 +15,7 @@ import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.folded import as_examples
-from kfaccore_torch.layout import place_of
+from kfaccore_torch.layout import bounded, place_of
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.probe import probe
@@ -133,6 +133,7 @@ def _asked(
         for call in calls:
             check_unwritten(layers[name], call)
     observed = engine.observer.look(sight, layers, heads, batch.told, lambda: probe(engine, heads, batch))
+    observed = bounded(engine.core, observed)
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
     draws = _draws(engine, heads, observed, batch, rng, given, times)
