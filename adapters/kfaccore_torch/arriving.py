@@ -21,6 +21,7 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.collect import kept
 from kfaccore_torch.elementwise import Slope
 from kfaccore_torch.observe import Observed, wakes
+from kfaccore_torch.unusual import dense
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
@@ -96,7 +97,7 @@ class _Arrivals:
         if g is None:
             return
         name = self.observed.calls[i][0]
-        one = self.observed.calls[i][1].of_parameter(g.detach()[None])
+        one = self.observed.calls[i][1].of_parameter(dense(g.detach())[None])
         if wakes(self.observed, self.layers, i, one):
             self.awake.add(name)
         self.waiting.setdefault(name, {})[i] = one

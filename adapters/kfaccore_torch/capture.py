@@ -27,6 +27,7 @@ from kfaccore_torch.plan import Plan
 from kfaccore_torch.precision import product_of
 from kfaccore_torch.provenance import followed
 from kfaccore_torch.recurrent import RECURRENT, unfused
+from kfaccore_torch.unusual import unusual
 from kfaccore_torch.views import Ref
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -112,6 +113,10 @@ class Capture(TorchFunctionMode):
         refs = [ref for ref in (weight, bias, *(piece.ref for piece in pieces)) if ref is not None]
         if output.numel() == 0:
             self.empty.update(ref.name for ref in refs)
+            return
+        odd = unusual(given["input"]) or unusual(output)
+        if odd:
+            self.odd.update({ref.name: f"it goes into {func.__name__} with {odd}" for ref in refs})
             return
         if func is F.embedding and (given.get("max_norm") or given.get("scale_grad_by_freq") or given.get("sparse")):
             why = "embeddings with max_norm, scale_grad_by_freq or sparse gradients are not the plain product"

@@ -14,10 +14,10 @@ import torch
 import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.layout import dealt_anyhow, stands_together
+from kfaccore_torch.folded import as_examples
+from kfaccore_torch.layout import bounded, place_of
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
-from kfaccore_torch.places import Together, joined, plainly
 from kfaccore_torch.probe import probe
 from kfaccore_torch.pulled import alike, all_pulled, by_layer, remembering
 from kfaccore_torch.rows import check_unwritten, record
@@ -116,9 +116,9 @@ def _whole(
         observed = remembering(engine.observer.again(observed, layers, heads, last))
     records = {name: made(observed, name, parts) for name, parts in by_layer(observed, grads).items()}
     if last is None:
-        return Drawn(records, observed, {})
+        return Drawn(as_examples(engine, records, False), observed, {})
     own = {name: made(observed, name, parts, records[name]) for name, parts in by_layer(observed, last).items()}
-    return Drawn(records, observed, own)
+    return Drawn(as_examples(engine, records, True), observed, own)
 
 
 def _asked(
@@ -133,6 +133,7 @@ def _asked(
         for call in calls:
             check_unwritten(layers[name], call)
     observed = engine.observer.look(sight, layers, heads, batch.told, lambda: probe(engine, heads, batch))
+    observed = bounded(engine.core, observed)
     rank = [engine.core.comm.rank] if engine.core.comm.rank else []
     rng = np.random.default_rng([engine.settings.seed, engine.state.step, turn, *rank])
     draws = _draws(engine, heads, observed, batch, rng, given, times)
@@ -176,18 +177,10 @@ def _record(
 ) -> kf.Record:
     """The record of a layer from the draws at its calls that they reached, by the number of the call; with the rows of
     the record it is `like`."""
-    blocks = engine.blocks() if observed.mixing and not exact else {}
-    calls = []
-    places = []
-    for i in sorted(parts):
-        owned = observed.owned[i]
-        place = owned.place
-        if owned.mixes:
-            place = joined(place, exact or stands_together(engine.core, blocks, name))
-        if isinstance(place, Together) and not exact and dealt_anyhow(engine.core, blocks, name):
-            place = plainly(place, observed.split.examples)
-        calls.append(observed.calls[i][1])
-        places.append(place)
+    blocks = {} if exact else engine.blocks()
+    masked = batch.told.mask is not None or bool(batch.told.masks)
+    calls = [observed.calls[i][1] for i in sorted(parts)]
+    places = [place_of(engine.core, blocks, observed, i, exact, masked) for i in sorted(parts)]
     masks = [batch.told.mask_of(name, place) for place in places]
     grads = [parts[i] for i in sorted(parts)]
     with engine.working():

@@ -78,36 +78,30 @@ def stale(engine: Engine, shots: Sequence[Shot]) -> ValueError | None:
 
 
 def _two_ways(losses: Sequence[Formed], now: Mapping[str, Layer]) -> ValueError | None:
-    """What is to be raised where statistics of a step are of layers that later forwards of it have shown to be others."""
-    of: dict[str, set[str]] = {}
-    for name, layer in now.items():
-        for path in layer.paths.values():
-            of.setdefault(path, set()).add(name)
-    for loss in losses:
-        if loss.slope is None:
-            continue
-        for name, old in loss.layers.items():
-            new = now.get(name)
-            if new is not None and (new is old or _alike(old, new)):
-                continue
-            instead = sorted({other for path in old.paths.values() for other in of.get(path, ())})
-            if instead:
-                shown = ", ".join(f"{other!r}, {_told(now[other])}" for other in instead)
-                return ValueError(
-                    f"forwards of one step use {sorted(set(old.paths.values()))} in different ways, which the first ones "
-                    f"did not show: they were measured as layer {name!r}, {_told(old)}, and are {shown}. The two do "
-                    f"not add up, so no step was taken: zero the gradients and take the whole step again, from its "
-                    f"first forward. All that it showed is known now"
-                )
+    """What is to be raised where statistics are of layers that later forwards of the step have shown to be others."""
+    measured = [pair for loss in losses if loss.slope is not None for pair in loss.layers.items()]
+    others = {name: old for name, old in measured if not _same(old, now.get(name))}
+    for name, old in others.items():
+        paths = {*old.paths.values()}
+        instead = [other for other, layer in now.items() if paths & {*layer.paths.values()}]
+        if instead:  # else its parameters are in no layer any more
+            shown = ", ".join(f"{other!r}, {_told(now[other])}" for other in instead)
+            return ValueError(
+                f"forwards of one step use {sorted(paths)} in different ways, which the first ones did not show: they "
+                f"were measured as layer {name!r}, {_told(old)}, and are {shown}. The two do not add up, so no step "
+                f"was taken: zero the gradients and take the whole step again, from its first forward. All that it "
+                f"showed is known now"
+            )
     return None
 
 
-def _alike(old: Layer, new: Layer) -> bool:
+def _same(old: Layer, new: Layer | None) -> bool:
     """Whether statistics of one are statistics of the other: a gain is a bias with a slope of its own."""
-    same = old.kind == new.kind or (
-        isinstance(old.kind, Bias) and isinstance(new.kind, Bias) and old.kind.d == new.kind.d
-    )
-    return same and (old.paths, old.views) == (new.paths, new.views)
+    if new is None or new is old:
+        return new is old
+    biases = isinstance(old.kind, Bias) and isinstance(new.kind, Bias)
+    kinds = old.kind.d == new.kind.d if biases else old.kind == new.kind
+    return kinds and (old.paths, old.views) == (new.paths, new.views)
 
 
 def _told(layer: Layer) -> str:

@@ -19,6 +19,7 @@ from kfaccore_torch.places import Place, Together
 from kfaccore_torch.rows import output_rows, rows
 from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.step import Engine
+from kfaccore_torch.unusual import dense
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Backward:
         outputs = found[: len(calls)]
         at = {id(call): g for call, g in zip(calls, outputs, strict=True)}
         self._found = wanted, [*(at[id(call)] for call, _ in wanted.rows.values()), *found[len(calls) :]]
-        return list(outputs)
+        return [g if g is None else dense(g) for g in outputs]
 
     def gradients(self, observed: Observed | None) -> tuple[dict[str, Any], tuple]:
         """The core's gradients of covered layers, Factored where that is cheaper, and those of the rest."""
@@ -135,7 +136,7 @@ class Backward:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for (name, role, p), g in zip(wanted.dense, found, strict=True):
             if g is not None:
-                tensors.setdefault(name, {})[role] = g + self.l2[name] * p.detach() if self.l2 else g
+                tensors.setdefault(name, {})[role] = g + self.l2[name] * p.detach() if self.l2 else dense(g)
         layers = engine.plan.layers
         whole = {name: given for name, given in tensors.items() if len(given) == len(layers[name].parameters)}
         return engine.matrices(whole)

@@ -19,6 +19,7 @@ import torch
 
 from kfaccore_torch.data import weighs
 from kfaccore_torch.provenance import output_shape, passes, shift, through
+from kfaccore_torch.unusual import unusual_output
 from kfaccore_torch.views import Ref
 
 MOVES = re.compile(
@@ -106,7 +107,10 @@ def operations(
             if not users:
                 odd[name] = "it is the prediction itself"
             for user in dict.fromkeys(users):
-                if user in graph.called:
+                strange = unusual_output(user)
+                if strange:
+                    odd[name] = f"it goes into {user.name()} with {strange}"
+                elif user in graph.called:
                     odd[name] = "it goes into the input of a layer's call"
                 elif passes(user) or (shift(user) is not None and _taken(user, graph, known, name)):
                     waiting.append((user, user if user.name().startswith("ExpandBackward") else same))

@@ -7,12 +7,65 @@ one example have no meaning to it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import kfaccore as kf
+from kfaccore_torch.bags import ragged
+from kfaccore_torch.places import Groups, Place, Together, joined, plainly, together
+
+if TYPE_CHECKING:
+    from kfaccore_torch.calls import Call
+    from kfaccore_torch.observe import Observed
+    from kfaccore_torch.owner import Owned
+
+MOST_RAGGED = 8  # positions a row that rows are padded to for rules that judge steps by examples, where those are
+MOST_PADDED = 1 << 22  # numbers at least
+
+
+def place_of(
+    core: kf.Preconditioner, blocks: dict[str, kf.Block], observed: Observed, i: int, exact: bool, masked: bool
+) -> Place:
+    """Where the rows of the i-th call stand in its layer's record; a caller's masks are by example and position."""
+    name, call = observed.calls[i]
+    owned = observed.owned[i]
+    place = owned.place
+    if owned.mixes:
+        place = joined(place, exact or stands_together(core, blocks, name))
+    if exact or (masked and not isinstance(place, Together)):
+        return place
+    if (isinstance(place, Groups | Together) or ragged(call)) and dealt_anyhow(core, blocks, name):
+        place = plainly(place, observed.split.examples, ragged(call) and not masked)
+    return place
+
+
+def bounded(core: kf.Preconditioner, observed: Observed) -> Observed:
+    """Where a rule judges steps by examples, ragged rows that would be far too many padded stand as those of one
+    example, as rows that mix examples do: the rule's model has them without a share of each example."""
+    if not core.rule.needs_records or core.network is not None or kf.own_gradients(core):
+        return observed
+    owned = tuple(
+        replace(owned, place=replace(together(owned.place), like=None), mixes=True) if _too_many(owned, call) else owned
+        for owned, (_, call) in zip(observed.owned, observed.calls, strict=True)
+    )
+    return observed if owned == observed.owned else replace(observed, owned=owned)
+
+
+def _too_many(owned: Owned, call: Call) -> bool:
+    place = owned.place
+    rows = prod(call.rows)
+    if isinstance(place, Groups):
+        padded = place.examples * place.positions[0]
+    elif ragged(call):
+        rows = len(call.x)
+        padded = prod(call.rows) * call.options["longest"]
+    else:
+        return False
+    return padded > MOST_RAGGED * rows and padded * prod(call.shape) // prod(call.rows) > MOST_PADDED
 
 
 def stands_together(core: kf.Preconditioner, blocks: dict[str, kf.Block], name: str) -> bool:

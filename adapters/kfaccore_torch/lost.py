@@ -1,4 +1,4 @@
-"""A parameter that was a layer's and fits none any more: said once, and a layer's again when newer forwards allow it."""
+"""A parameter that was a layer's and fits none any more: said once, and a layer's again when forwards allow it."""
 
 from __future__ import annotations
 

@@ -7,10 +7,13 @@ Rows of a call are the axes of its output before the features. A place moves arr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 
 import torch
+
+RAGGED = 2  # positions a row from which on a padded layout is avoided where that can be
 
 
 @dataclass(frozen=True)
@@ -62,30 +65,51 @@ class Axes:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
-    """Any map of rows to examples: `index` (examples, positions) into the rows, `exists` where it counts."""
+    """Any map of rows to examples: `of` is the example of each row, (rows,), -1 where it has none. The padded index is
+    made when it is asked for: one long example among short ones makes it far larger than the rows."""
 
     rows: tuple[int, ...]
-    index: torch.Tensor
-    exists: torch.Tensor
-
-    @property
-    def examples(self) -> int:
-        """How many there are."""
-        return self.index.shape[0]
+    of: torch.Tensor
+    examples: int
 
     def owner(self) -> torch.Tensor:
         """The example of each row, (rows,); -1 where it has none."""
-        owner = torch.full((prod(self.rows),), -1)
-        examples = torch.arange(self.examples)[:, None].expand_as(self.index)
-        owner[self.index[self.exists]] = examples[self.exists]
-        return owner
+        return self.of
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """How many rows each example has."""
+        return torch.bincount(self.of[self.of >= 0], minlength=self.examples)
 
     @property
     def positions(self) -> tuple[int, ...]:
         """Ragged: the longest."""
-        return (self.index.shape[1],)
+        return (max(1, int(self.counts.max()) if len(self.counts) else 1),)
+
+    @cached_property
+    def exists(self) -> torch.Tensor:
+        """(examples, positions), true where a row is."""
+        return torch.arange(self.positions[0]) < self.counts[:, None]
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """(examples, positions) into the rows."""
+        order = torch.argsort(self.of, stable=True)[int((self.of < 0).sum()) :]
+        index = torch.zeros(self.exists.shape, dtype=torch.int64)
+        index[self.exists] = order
+        return index
+
+    @property
+    def sparse(self) -> bool:
+        """Whether most positions do not exist."""
+        return self.examples * self.positions[0] > RAGGED * prod(self.rows)
+
+    @property
+    def there(self) -> torch.Tensor | None:
+        """The rows that have an example, (rows,); None where all have one."""
+        return self.of >= 0 if bool((self.of < 0).any()) else None
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
         """Rows gathered; what does not exist is masked by the record."""
@@ -94,16 +118,18 @@ class Groups:
 
     def mask(self) -> torch.Tensor | None:
         """Which positions exist."""
-        return None if bool(self.exists.all()) else self.exists
+        return None if bool((self.counts == self.positions[0]).all()) else self.exists
 
 
 @dataclass(frozen=True)
 class Together:
-    """All rows are positions of one example, in the order of `like` where a shape suggests one."""
+    """All rows are positions of one example, in the order of `like` where a shape suggests one; `exists`, (rows,),
+    leaves some of them out."""
 
     rows: tuple[int, ...]
     like: Axes | None = None
     examples: int = 1
+    exists: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -117,8 +143,8 @@ class Together:
         return x.reshape(*x.shape[:lead], 1, -1, x.shape[-1])
 
     def mask(self) -> torch.Tensor | None:
-        """Every position exists."""
-        return None
+        """Which positions exist."""
+        return None if self.exists is None else self.exists[None]
 
 
 Place = Axes | Groups | Together
@@ -139,14 +165,15 @@ def by_shape(rows: tuple[int, ...], examples: int) -> Iterator[Axes]:
 
 def grouped(rows: tuple[int, ...], owner: torch.Tensor, examples: int) -> Groups:
     """The place of rows whose examples are known, (rows,); a negative one is nobody's and does not exist."""
-    owner = owner.reshape(-1).cpu()
-    counts = torch.bincount(owner[owner >= 0], minlength=examples)
-    order = torch.argsort(owner, stable=True)[int((owner < 0).sum()) :]
-    longest = max(1, int(counts.max()) if len(counts) else 1)
-    exists = torch.arange(longest) < counts[:, None]
-    index = torch.zeros((examples, longest), dtype=torch.int64)
-    index[exists] = order
-    return Groups(rows, index, exists)
+    return Groups(rows, owner.reshape(-1).cpu(), examples)
+
+
+def together(place: Place) -> Together:
+    """The same rows as positions of one example."""
+    if isinstance(place, Together):
+        return place
+    axes = isinstance(place, Axes)
+    return Together(place.rows, place if axes else None, exists=None if axes else place.there)
 
 
 def joined(place: Place, exact: bool) -> Place:
@@ -155,8 +182,13 @@ def joined(place: Place, exact: bool) -> Place:
     return like if like is not None and not exact else Together(place.rows, like)
 
 
-def plainly(place: Together, examples: int) -> Place:
-    """Rows of one example dealt to as many as their first axis has, where that is the number of `examples`: what does
-    not look at examples then sees a convolution's image, and no copy."""
+def plainly(place: Place, examples: int, ragged: bool) -> Place:
+    """Rows for what does not look at examples: those of one example dealt to as many as their first axis has, where
+    that is the number of `examples`, so that it sees a convolution's image, and no copy. Ragged ones are not padded:
+    those of examples, nor what rows themselves are made of."""
+    if ragged or (isinstance(place, Groups) and place.sparse):
+        return replace(together(place), like=None)
+    if not isinstance(place, Together) or place.exists is not None:
+        return place
     plain = Axes(place.rows, 0, examples)
     return plain if place.rows[0] == examples and examples > 1 else place

@@ -21,6 +21,7 @@ from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.distributed import check_whole
 from kfaccore_torch.hints import hints
 from kfaccore_torch.settle import Layer, settled
+from kfaccore_torch.unusual import unusual
 from kfaccore_torch.views import Ref
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Plan:
 
     @property
     def known(self) -> dict[int, str]:
-        """Names of the parameters that are trained and not skipped, by id."""
-        names = {id(p): name for name, p, trained in reversed(self.made_of) if trained}
+        """Names of the parameters that are trained, of real numbers and not skipped, by id."""
+        names = {id(p): name for name, p, trained in reversed(self.made_of) if trained and not unusual(p)}
         return {key: name for key, name in names.items() if not _skipped(name, self.skip)}
 
     def report(self, core: kf.Preconditioner | None = None) -> Coverage:
@@ -200,7 +201,9 @@ def _made(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) 
     paths = {path for layer in layers.values() for path in layer.paths.values()}
     for name in parameters.keys() - paths - uncovered.keys():
         pattern = _skipped(name, plan.skip)
-        uncovered[name] = f"skipped by {pattern!r}" if pattern else UNUSED if seen else UNSEEN
+        what = unusual(parameters[name])
+        why = f"skipped by {pattern!r}" if pattern else f"it is {what}, and a layer is of real numbers" if what else ""
+        uncovered[name] = why or (UNUSED if seen else UNSEEN)
     rest = {name: p for name, p in parameters.items() if name in uncovered and name not in paths}
     uncovered = {name: uncovered[name] for name in rest}
     return replace(plan, layers=layers, uncovered=uncovered, rest=rest, marks=marks, odd=odd, places=places, seen=seen)

@@ -26,6 +26,7 @@ from kfaccore_torch.scaling import Scale
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms
+from kfaccore_torch.unusual import dense_grad
 
 
 class Preconditioner:
@@ -183,7 +184,7 @@ class Preconditioner:
         given = {}
         with torch.no_grad(), engine.working():
             for name, layer in engine.plan.layers.items():
-                found = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
+                found = {role: g for role, p in layer.parameters.items() if (g := dense_grad(p)) is not None}
                 if found and len(found) < len(layer.parameters):
                     if engine.core.comm.world > 1:
                         continue  # the ranks find out together which of them disagree

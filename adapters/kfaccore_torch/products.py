@@ -16,6 +16,7 @@ from kfaccore_torch.bags import bag
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.kinds import Stack
 from kfaccore_torch.provenance import output_shape
+from kfaccore_torch.unusual import unusual
 from kfaccore_torch.views import Ref, View
 
 Refs = Mapping[int, Ref]
@@ -31,6 +32,8 @@ def matrix_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found
     ref = refs[right] if right in refs else refs[left]
     turned = right not in refs
     saved = node._saved_mat2 if turned else (node._saved_mat1 if added else node._saved_self)
+    if unusual(saved):
+        return f"{node.name()} with {unusual(saved)}"
     x = saved.detach().mT if turned else saved.detach()
     x = x * node._saved_alpha if added and node._saved_alpha != 1 else x
     view = ref.view if turned else ref.view.permuted((1, 0))
@@ -52,12 +55,15 @@ def vector_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found
     """Mv: rows times a vector that is a parameter, or a parameter times one row."""
     if 0 in refs and 1 in refs:
         return f"{node.name()} of two parameters"
+    saved = node._saved_vec if 0 in refs else node._saved_self
+    if unusual(saved):
+        return f"{node.name()} with {unusual(saved)}"
     if 0 in refs:
         d_out, d_in = refs[0].view.shape
-        call = replace(_call(node, node._saved_vec.detach()[None], (1,)), arrange=lambda g: g[..., None, :])
+        call = replace(_call(node, saved.detach()[None], (1,)), arrange=lambda g: g[..., None, :])
         return [Use(Mark(Linear(d_in, d_out, bias=False), refs[0]), call)]
     view = refs[1].view
-    x = node._saved_self.detach()
+    x = saved.detach()
     call = replace(_call(node, x, (len(x),)), arrange=lambda g: g[..., None])
     row = View(((), *view.axes), view.offset)
     return [Use(Mark(Linear(x.shape[1], 1, bias=False), replace(refs[1], view=row)), call)]
@@ -73,6 +79,8 @@ def stacked_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Foun
     ref = refs[left] if turned else refs[right]
     names = ("_saved_batch1", "_saved_batch2") if added else ("_saved_self", "_saved_mat2")
     x = getattr(node, names[1] if turned else names[0]).detach()
+    if unusual(x):
+        return f"{node.name()} with {unusual(x)}"
     x = x.mT if turned else x
     x = x * node._saved_alpha if added and node._saved_alpha != 1 else x
     stack = ref.view.axes[0]
@@ -161,11 +169,11 @@ def looked_up(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:
     if name.startswith("IndexSelect"):
         index = node._saved_index if node._saved_dim == 0 else None
     elif name.startswith("EmbeddingBackward"):
-        index = None if node._saved_scale_grad_by_freq else node._saved_indices
+        index = None if node._saved_scale_grad_by_freq or node._saved_sparse else node._saved_indices
     else:
         index = node._saved_indices[0] if len(node._saved_indices) == 1 else None
     if index is None or index.dtype not in (torch.int64, torch.int32):
-        return f"{name} other than whole rows by number"
+        return f"{name} other than whole rows by number, with dense gradients that no frequencies scale"
     size, d = view.shape[0], prod(view.shape[1:])
     table = view.reshaped((size, d))
     if table is None:

@@ -70,8 +70,8 @@ def scale(node: Any) -> tuple[int, float | torch.Tensor] | None:
         return None
     child = _only(node)
     saved = None if child is None else getattr(node, "_saved_self" if child else "_saved_other", None)
-    if child is None or saved is None or isinstance(saved, complex):
-        return None
+    if child is None or saved is None or isinstance(saved, complex) or getattr(node, "_saved_rounding_mode", None):
+        return None  # what is rounded has no slope
     if not isinstance(saved, torch.Tensor):  # PyTorch itself multiplies with numbers that are no tensors
         number = float(saved)
     elif saved.ndim > 0 or saved.is_complex():

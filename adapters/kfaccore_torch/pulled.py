@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kfaccore_torch.observe import Observed
+from kfaccore_torch.unusual import dense
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
@@ -19,7 +20,8 @@ def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tens
     """One draw at the outputs of all calls."""
     edges = [call.edge for _, call in observed.calls]
     given = [x.to(f) for x, f in zip(v, heads, strict=True)]
-    return torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
+    return tuple(g if g is None else dense(g) for g in found)
 
 
 def all_pulled(

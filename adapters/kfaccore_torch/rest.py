@@ -18,19 +18,21 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.plan import Plan
 from kfaccore_torch.settle import Layer
+from kfaccore_torch.unusual import unusual
 
 WORDS = "diagonal, no products with other layers"
 
 
 def filled(plan: Plan) -> Plan:
-    """The plan with a layer for every parameter that has none; `uncovered` still says why."""
+    """The plan with a layer for every parameter of real numbers that has none; `uncovered` still says why."""
     layers = {name: Layer(name, Rest(p.numel()), {"parameter": p}, {"parameter": name}, {}) for name, p in rest(plan)}
-    return replace(plan, layers={**plan.layers, **layers}, rest={})
+    others = {name: p for name, p in plan.rest.items() if name not in layers}
+    return replace(plan, layers={**plan.layers, **layers}, rest=others)
 
 
 def rest(plan: Plan) -> list[tuple[str, nn.Parameter]]:
     """Parameters that no layer of a plan has."""
-    return list(plan.rest.items())
+    return [(name, p) for name, p in plan.rest.items() if not unusual(p)]
 
 
 def with_method(core: kf.Preconditioner, plan: Plan, method: kf.Diagonal | None) -> kf.Preconditioner:

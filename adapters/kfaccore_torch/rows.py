@@ -12,11 +12,12 @@ import torch
 
 from kfaccore import Ids, Patches, Record
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
+from kfaccore_torch.bags import padded
 from kfaccore_torch.bridge import constant, detached, to_core
 from kfaccore_torch.calls import Call, Remade
 from kfaccore_torch.images import conv_part
 from kfaccore_torch.kinds import Rest, Stack, Tied
-from kfaccore_torch.places import Axes, Groups, Place, Together
+from kfaccore_torch.places import Groups, Place, Together, together
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.tied import both
 
@@ -53,10 +54,9 @@ def record(
     like    a record of the same calls and places, whose rows are taken as they are
     """
     if len({place.examples for place in places}) > 1:  # some rows are shared: then all are of one example
-        together = [place if isinstance(place, Together) else _together(place) for place in places]
         pairs = zip(masks, places, strict=True)
         masks = [None if m is None or isinstance(place, Groups) else m.reshape(1, -1) for m, place in pairs]
-        return record(layer, calls, grads, together, n, namespace, masks, like=like)
+        return record(layer, calls, grads, [together(place) for place in places], n, namespace, masks, like=like)
     if isinstance(layer.kind, Tied) and len(grads[0]):
         found = both(layer.kind, calls, grads, places, masks)
         known = ids is not None and len(found.a) == len(ids)
@@ -98,10 +98,6 @@ def by_rows(layer: Layer, call: Call, g: torch.Tensor) -> torch.Tensor:
         g = g.movedim(0, -2)
     count = prod(call.rows)
     return g.reshape(count, g.numel() // max(1, count))
-
-
-def _together(place: Place) -> Together:
-    return Together(place.rows, place if isinstance(place, Axes) else None)
 
 
 def _part(
@@ -159,8 +155,14 @@ def _looked_up(
     factor = call.options.get("factor")
     if factor is None:
         index = place.put(call.x.reshape(*call.rows, 1))[..., 0].to(g.device)
+    elif isinstance(place, Together) and place.like is None:  # rows in their own order: no bag is padded
+        bags = call.options["bags"]
+        index = call.x[None]
+        g = g[:, :, bags] * factor.to(g)[:, None]
+        exists = _both(None if exists is None else exists[:, bags], factor[None] != 0)
     else:
-        index = place.put(call.x)
+        tokens, factor = padded(call)
+        index = place.put(tokens)
         counts = place.put(factor.to(g)).flatten(1)
         g = (g[..., None, :] * counts.reshape(*index.shape, 1)).flatten(2, 3)
         exists = None if exists is None else exists.repeat_interleave(index.shape[-1], 1)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from kfaccore_torch.unusual import dense, unusual
+
 Expected = Sequence[torch.Tensor | None]
 
 
@@ -28,7 +30,7 @@ class Terms:
         """
         if self.declared or self.looked or not value.requires_grad:
             return
-        fresh = bool(expected) and all(p.grad is None or not bool(p.grad.any()) for p in parameters)
+        fresh = bool(expected) and all(p.grad is None or not bool(dense(p.grad).any()) for p in parameters)
         value.register_hook(partial(self._fire, expected if fresh else (), parameters))
 
     def _fire(self, expected: Expected, parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> None:
@@ -63,7 +65,7 @@ def _sum(fired: Sequence[tuple[float, Expected]], i: int) -> torch.Tensor | None
 def _parallel(found: Sequence[torch.Tensor | None], expected: Expected) -> bool:
     """Whether a gradient is a multiple of the one expected, to rounding; where none is expected nothing is known."""
     known = ((g, e) for g, e in zip(found, expected, strict=True) if e is not None)
-    pairs = [(torch.zeros_like(e) if g is None else g, e) for g, e in known]
+    pairs = [(torch.zeros_like(e) if g is None else g, e) for g, e in known if not unusual(e)]
     products = torch.zeros(3, dtype=torch.float64)
     for g, e in pairs:
         flat = [x.detach().double().reshape(-1).cpu() for x in (g, e)]
