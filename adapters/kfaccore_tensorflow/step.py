@@ -17,7 +17,7 @@ from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor, widened
 from kfaccore_tensorflow.heads import objective
 from kfaccore_tensorflow.matrices import of_plan, put
-from kfaccore_tensorflow.places import Place
+from kfaccore_tensorflow.owners import Owners
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.rest import spanned
 from kfaccore_tensorflow.resume import restored, saved
@@ -96,14 +96,18 @@ class Engine:
         self.preconditioner = settings.preconditioner()
         self.plan = Plan((), {})
         self.ready = False
-        self.places: dict[str, list[Place]] | None = None  # of the calls of each part, once asked
-        self.mixing: list[str] = []
+        self.owners = Owners()
         self.signs = not kf.own_gradients(self.preconditioner)
         self.state: Any = None
         self.info: kf.Info | None = None
         self.void = False  # whether nothing counted in the last batch
         if plan is not None:
             self.adopt(plan)
+
+    @property
+    def mixing(self) -> list[str]:
+        """Parts whose rows move several examples, as far as batches have shown."""
+        return self.owners.mixing
 
     def adopt(self, plan: Plan) -> None:
         """Take a plan for this model's, or see that it is the same; ValueError where it is not."""

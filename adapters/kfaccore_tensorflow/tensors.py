@@ -147,7 +147,8 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
 
     def wanted() -> list[Tensor]:
         ask = lambda *arrays: draw.drawn(engine, some, list(arrays))  # noqa: E731
-        count, *drawn = tf.py_function(ask, [*map(widened, values), *present], [tf.float64, *kinds])
+        sizes = tf.concat([tf.shape(out) for out in sources], 0)
+        count, *drawn = tf.py_function(ask, [sizes, *map(widened, values), *present], [tf.float64, *kinds])
         count = tf.ensure_shape(count, (3,))
         drawn = [tf.ensure_shape(v, (None, *f.shape)) for v, f in zip(drawn, values, strict=True)]
         signature = [tf.TensorSpec(o.shape, tf.float32 if o.dtype in HALF else o.dtype) for o in sources]
