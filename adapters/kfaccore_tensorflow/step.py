@@ -100,6 +100,7 @@ class Engine:
         self.signs = not kf.own_gradients(self.preconditioner)
         self.state: Any = None
         self.info: kf.Info | None = None
+        self.plain: set[str] = set()  # variables that were named because only their gradients are known
         self.void = False  # whether nothing counted in the last batch
         if plan is not None:
             self.adopt(plan)
@@ -112,7 +113,7 @@ class Engine:
     def adopt(self, plan: Plan) -> None:
         """Take a plan for this model's, or see that it is the same; ValueError where it is not."""
         if self.ready:
-            self._same(plan)
+            self.plan.same(plan)
             return
         if self.settings.strict:
             plan.strictly()
@@ -135,13 +136,6 @@ class Engine:
                 f"compute them at every step, steps=0"
             )
         self.ready = True
-
-    def _same(self, plan: Plan) -> None:
-        """ValueError where another trace uses variables in another way."""
-        now = {part.name: part.places() for part in plan.parts}
-        for part in self.plan.parts:
-            if not part.whole and part.name in now and now[part.name] != part.places():
-                raise ValueError(f"part {part.name!r} is not used as it was when the plan was made: make a new one")
 
     def tree(self) -> dict[str, Any]:
         """{"params": {part: matrix, 2-D if there is one block}, "state": state}."""
@@ -177,7 +171,9 @@ class Engine:
         place = {id(v): i for i, v in enumerate(variables)}
         self.plan.check(variables)
         used = {key for key, i in place.items() if gradients[i] is not None}
-        parts = [part for part in self.plan.parts if all(id(v) in used for v in part.variables.values())]
+        read = {part.name for part in self.plan.parts if part.whole} | given.seen.calls.keys()
+        parts = [p for p in self.plan.parts if p.name in read and all(id(v) in used for v in p.variables.values())]
+        self._name(parts, [v for v, g in zip(variables, gradients, strict=True) if g is not None])
         tensors = gathered(self, parts, given)
         where = list(dict.fromkeys(place[id(v)] for part in parts for v in part.variables.values()))
         grads = [widened(gradients[i]) for i in where]
@@ -192,6 +188,25 @@ class Engine:
                 update += tf.cast(shrink, update.dtype) * tf.cast(variables[i], update.dtype)
             new[i] = tf.cast(update, gradients[i].dtype)
         return new
+
+    def _name(self, parts: list[Part], moved: list[Any]) -> None:
+        """A warning of variables with a gradient that no draw of the prediction comes to; ValueError where it is strict
+        or where the step judges what it did, which needs a curvature of all of them."""
+        known = {id(v) for part in parts for v in part.variables.values()}
+        known |= {id(v) for refused, _ in self.plan.refused.values() for v in refused}
+        plain = [v.path for v in moved if id(v) not in known]
+        if not plain:
+            return
+        message = (
+            f"{plain} have a gradient of the loss and no curvature, since the prediction is not made of them: they "
+            f"reach a loss of the model's own alone, as of add_loss. Let the model return what that loss is of, with a "
+            f"loss for each output (kfaccore.Joint, or a dict), or freeze them"
+        )
+        if self.settings.strict or self.settings.step.judges:
+            raise ValueError(message)
+        if not self.plain >= set(plain):
+            self.plain |= set(plain)
+            warnings.warn(f"{message}. Until then they keep plain gradients", stacklevel=2)
 
     def _core(self, parts: list[Part], tensors: Tensors, variables: list, loss: Any, *flat: Any) -> list[Any]:
         """The factor of decoupled weight decay, then updates of the variables.
