@@ -8,7 +8,7 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -111,7 +111,7 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     if len(names) > 1 and loss is not None and not isinstance(loss, (Mapping, list, tuple, *CORE)):
         loss = dict.fromkeys(names, loss)  # one of Keras's is each output's
     if not isinstance(loss, Mapping | list | tuple):
-        return single(loss, fisher)
+        return replace(single(loss, fisher), scale=_scale(weights))
     given = dict(loss) if isinstance(loss, Mapping) else dict(zip(_named(names, loss), loss, strict=True))
     losses = {name: one for name, one in given.items() if one is not None}
     if not losses:
@@ -125,6 +125,14 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
         {name: float(scales.get(name, 1.0)) for name in ordered},
         tuple(names) or tuple(given),
     )
+
+
+def _scale(weights: Any) -> float:
+    """The one weight of one loss, as `compile` takes it: a number, or it alone in a list or dict."""
+    given = list(weights.values()) if isinstance(weights, Mapping) else np.ravel(1.0 if weights is None else weights)
+    if len(given) != 1 or not float(given[0]) >= 0:
+        raise ValueError(f"loss_weights is {weights!r} for one loss; need one number, not negative")
+    return float(given[0])
 
 
 def _named(names: Sequence[str], loss: Sequence[Any]) -> Sequence[str]:

@@ -41,11 +41,13 @@ class Objective:
     core     the per-example loss
     value    (target, prediction, sample weight or None) -> 0-d tensor, differentiable
     share    (prediction, target, mask of its positions or None) -> n, what the mean divides the core's sum by
+    scale    what `compile` multiplies the loss with: the Fisher of c times a loss is c times its own
     """
 
     core: Any
     value: Callable[[Any, Any, Any], Any]
     share: Callable[[np.ndarray, Any, Any], float]
+    scale: float = 1.0
 
     def draws(
         self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any, mask: Any = None
@@ -61,6 +63,8 @@ class Objective:
         else:
             draws = fisher(self.core, f, y)
         draws = draws if mask is None else draws * mask[..., None].astype(f.dtype)
+        if self.scale != 1:
+            draws = np.asarray(draws * (self.scale if fisher is kf.empirical else self.scale**0.5), f.dtype)
         if weight is None:
             return draws
         root = np.asarray(weight, f.dtype)

@@ -118,6 +118,7 @@ def take_step(
         heads = engine.objective.heads(f)
         seen = observe(model, list(heads.values()), scopes, x)
         engine.adopt(seen.plan)
+        engine.penalise()
         loss = loss_of(f, y, weight)
     pinned = watch.pinned()
     variables = model.trainable_variables

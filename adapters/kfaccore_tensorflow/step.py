@@ -18,6 +18,7 @@ from kfaccore_tensorflow.bridge import to_numpy, to_tensor, widened
 from kfaccore_tensorflow.heads import objective
 from kfaccore_tensorflow.matrices import of_plan, put
 from kfaccore_tensorflow.owners import Owners
+from kfaccore_tensorflow.penalty import penalty, weights
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.rest import spanned
 from kfaccore_tensorflow.resume import restored, saved
@@ -97,6 +98,7 @@ class Engine:
         self.plan = Plan((), {})
         self.ready = False
         self.owners = Owners()
+        self.l2: dict[str, Any] = {}  # of the step that is being traced
         self.signs = not kf.own_gradients(self.preconditioner)
         self.state: Any = None
         self.info: kf.Info | None = None
@@ -146,15 +148,13 @@ class Engine:
         put([(part, np.asarray(tree["params"][part.name])) for part in self.plan.parts])
         self.state = tree["state"]
 
+    def penalise(self) -> None:
+        """Take the l2 of the step that is being traced."""
+        self.l2 = weights(self)
+
     def penalty(self) -> Any:
         """l2/2 |theta|^2 over covered variables, part of the loss; 0 without l2."""
-        l2 = self.settings.schedules.penalties([part.name for part in self.plan.parts], self.state.step)
-        if not l2:
-            return 0.0
-        every = {id(v): (l2[part.name], v) for part in self.plan.parts for v in part.variables.values()}
-        dtype = next(iter(every.values()))[1].dtype
-        parts = [0.5 * weight * tf.reduce_sum(tf.square(tf.cast(v, dtype))) for weight, v in every.values()]
-        return tf.add_n(parts)
+        return penalty(self, self.l2)
 
     def saved(self) -> bytes:
         """The state as one safetensors file."""
