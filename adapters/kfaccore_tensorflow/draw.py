@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from kfaccore_tensorflow.kinds import Seen
 from kfaccore_tensorflow.losses import Told
 from kfaccore_tensorflow.places import Place, factors, suggested
 from kfaccore_tensorflow.plan import Part
-from kfaccore_tensorflow.rows import Given, Shape, record, seen
+from kfaccore_tensorflow.rows import Batch, Given, Shape, record, seen
 
 if TYPE_CHECKING:
     from kfaccore_tensorflow.step import Engine
@@ -25,8 +26,8 @@ ASK = 2  # draws that ask whose row is whose
 
 
 def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[Any]:
-    """((n, examples, asking draws), draws of each head) of a batch: sizes of the calls' outputs, predictions, then
-    targets, weights and masks as far as there are `some`.
+    """((n, examples, asking draws, which examples count), draws of each head) of a batch: sizes of the calls' outputs,
+    predictions, then targets, weights and masks as far as there are `some`.
 
     Draws that are no samples get a random sign an example and draw: nothing changes for rows that an example owns, and
     for others the products of two examples vanish in expectation.
@@ -46,7 +47,12 @@ def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[An
     asked = ASK if len(draws[0]) and engine.owners.due((examples, *sizes.tolist())) else 0
     if asked:
         draws = [np.concatenate([_asking(f, examples), v]) for f, v in zip(heads, draws, strict=True)]
-    count = [engine.objective.share_of(heads, told), examples, asked]
+    if not engine.negative and any(one.weight is not None and one.weight.min(initial=0) < 0 for one in told):
+        engine.negative = True
+        warnings.warn("sample_weight is negative: the Fisher is that of its size, |sample_weight|", stacklevel=2)
+    present = engine.objective.present_of(heads, told)
+    share = engine.objective.share_of(heads, told) if present.any() else 0.0
+    count = [share, examples, asked, *([] if present.all() else present)]
     return [to_tensor(count, tf.float64), *(to_tensor(v, f.dtype) for v, f in zip(draws, heads, strict=True))]
 
 
@@ -92,7 +98,7 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
         mixes = any(place.mixes for place in where)
         if exact and mixes:
             where = [Place(None, mixes=True)] * len(where)
-        both = record(part, shapes, rest, where, batch.masks, batch.n, batch.examples, stacked)
+        both = record(part, shapes, rest, where, batch, stacked)
         taken.drawn[part.name] = both if apart or not last else replace(both, g=both.g[:-1, ...])
         if last and not mixes and not apart:
             taken.own[part.name] = replace(both, g=both.g[-1:, ...])
@@ -100,21 +106,20 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Batch(Batch):
     """Arrays of one forward pass: rows of the calls of each part, draws first, of which the first `asked` ask and the
     last is the loss's own where it was asked for; and gradients of the parts that are read whole."""
 
-    n: float
-    examples: int
     asked: int
-    masks: list[np.ndarray]
     given: dict[str, list[Seen]]
     wholes: dict[str, np.ndarray]
 
     @classmethod
     def of(cls, tensors: Tensors, arrays: Sequence[np.ndarray]) -> _Batch:
         flat = iter(arrays)
-        n, examples, asked = (float(x) for x in next(flat))
+        count = next(flat)
+        n, examples, asked = (float(x) for x in count[:3])
+        present = count[3:] > 0 if len(count) > 3 else None
         masks = [next(flat) for _ in tensors.masks]
         x = [None if t is None else next(flat) for t in tensors.x]
         slopes = [[next(flat) for _ in each] for each in tensors.slopes]
@@ -128,7 +133,7 @@ class _Batch:
             for (part, shape), operand, each, other, rows in zip(calls, x, slopes, by, g[: len(x)], strict=True):
                 given[part.name].append(seen(part, shape, Given(operand, each, rows, other)))
         wholes = zip((part.name for part in tensors.parts if part.whole), g[len(x) :], strict=True)
-        return cls(n, int(examples), int(asked), masks, given, dict(wholes))
+        return cls(n, int(examples), masks, present, int(asked), given, dict(wholes))
 
 
 def _whole(g: np.ndarray, n: float) -> kf.Record:

@@ -76,6 +76,11 @@ class Several:
         """The number of examples."""
         return float(len(f[0]))
 
+    def present_of(self, f: list[np.ndarray], told: list[Told]) -> np.ndarray:
+        """Which examples count in any output."""
+        each = zip(self.names, f, told, strict=True)
+        return np.any([self.objectives[name].present_of([head], [of]) for name, head, of in each], axis=0)
+
     def drawless(self, fisher: Callable) -> bool:
         """Whether a Fisher makes no draws."""
         return fisher is kf.forward_only
@@ -120,6 +125,9 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     scales = (
         dict(weights) if isinstance(weights, Mapping) else dict(zip(given, weights or [1.0] * len(given), strict=True))
     )
+    negative = {name: scale for name, scale in scales.items() if not float(scale) >= 0}
+    if negative:
+        raise ValueError(f"loss_weights are {negative}; need numbers that are not negative")
     return Several(
         {name: single(losses[name], fisher) for name in ordered},
         {name: float(scales.get(name, 1.0)) for name in ordered},

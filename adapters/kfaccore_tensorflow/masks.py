@@ -14,8 +14,10 @@ def existing(
     examples: int,
     rows: tuple[int, ...],
     lookup: bool,
+    present: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """(batch, positions), those that a mask leaves and any other that moves the prediction all the same; None for all.
+    """(batch, positions), those that a mask leaves of examples that count, and any other that moves the prediction all
+    the same; None for all.
 
     g         (draws, blocks, batch, positions, d_out), the batch being one where rows stand together
     within    (place among `masks`, step or None) of each layer call around, the innermost first
@@ -29,6 +31,9 @@ def existing(
         return live
     each = (examples, positions // examples) if together and rows and not rows[0] % examples else (batch, positions)
     mask = _left(within, masks, *each)
+    if present is not None and each[0] == examples:
+        mask = np.ones(each, bool) if mask is None else mask
+        mask = mask & present[:, None]
     if mask is None:
         return None
     mask = mask.reshape(batch, positions)

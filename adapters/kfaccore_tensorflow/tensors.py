@@ -27,7 +27,7 @@ class Tensors:
     """All tensors of one forward pass, and what is known of them while tracing.
 
     parts     the parts it went through; `shapes` of their calls in turn
-    count     (n, examples, draws that ask whose row is whose)
+    count     (n, examples, draws that ask whose row is whose), then which examples count, unless all do
     x         a call each, or None; `slopes` of each call's factors; `by` what multiplies each call's weight, or None
     g         a call each, draws first; then a variable each of parts without records
     own       a call each, the gradients of the loss itself, or none
@@ -149,7 +149,7 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
         ask = lambda *arrays: draw.drawn(engine, some, list(arrays))  # noqa: E731
         sizes = tf.concat([tf.shape(out) for out in sources], 0)
         count, *drawn = tf.py_function(ask, [sizes, *map(widened, values), *present], [tf.float64, *kinds])
-        count = tf.ensure_shape(count, (3,))
+        count = tf.ensure_shape(count, (None,))
         drawn = [tf.ensure_shape(v, (None, *f.shape)) for v, f in zip(drawn, values, strict=True)]
         signature = [tf.TensorSpec(o.shape, tf.float32 if o.dtype in HALF else o.dtype) for o in sources]
         if engine.objective.drawless(engine.fisher):
