@@ -37,10 +37,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Observed:
-    """The plan, and the calls of each part in the order of the graph."""
+    """The plan, and the calls of each part in the order of the graph, and those of all layers."""
 
     plan: Plan
     calls: dict[str, list[Call]]
+    scopes: Scopes
 
 
 def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Observed:
@@ -82,7 +83,7 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
                     Call(use, turned, tuple(scopes.around(use.out.op)), use.out.op.name in made)
                     for use, turned in ordered
                 ]
-    return Observed(Plan(tuple(parts), refused, unused), calls)
+    return Observed(Plan(tuple(parts), refused, unused), calls, scopes)
 
 
 def named(model: Any) -> dict[int, tuple[str, str]]:

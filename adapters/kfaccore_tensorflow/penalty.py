@@ -25,7 +25,7 @@ def weights(engine: Engine) -> dict[str, Any]:
     first = tf.stop_gradient(tf.reshape(next(iter(engine.plan.parts[0].variables.values())).value, [-1])[:1])
     ask = lambda _: to_tensor(list(schedules.penalties(names, engine.state.step).values()), tf.float64)  # noqa: E731
     now = tf.ensure_shape(tf.py_function(ask, [first], tf.float64), (len(names),))
-    return dict(zip(names, tf.unstack(now), strict=True))
+    return dict(zip(names, tf.unstack(tf.cast(now, _dtype(engine))), strict=True))
 
 
 def penalty(engine: Engine, l2: Mapping[str, Any]) -> Any:
@@ -33,6 +33,10 @@ def penalty(engine: Engine, l2: Mapping[str, Any]) -> Any:
     if not l2:
         return 0.0
     every = {id(v): (l2[part.name], v) for part in engine.plan.parts for v in part.variables.values()}
-    dtype = next(iter(every.values()))[1].dtype
-    squares = [(weight, tf.reduce_sum(tf.square(tf.cast(v, dtype)))) for weight, v in every.values()]
-    return tf.add_n([0.5 * tf.cast(weight, dtype) * square for weight, square in squares])
+    dtype = _dtype(engine)
+    return tf.add_n([0.5 * weight * tf.reduce_sum(tf.square(tf.cast(v, dtype))) for weight, v in every.values()])
+
+
+def _dtype(engine: Engine) -> Any:
+    """That in which the penalty is summed."""
+    return next(iter(engine.plan.parts[0].variables.values())).dtype

@@ -100,7 +100,9 @@ def record(
     for shape, found, place in zip(shapes, given, places, strict=True):
         piece = _piece(part, shape, found, place, 1 if together else batch.examples)
         lookup = isinstance(shape.kind, Lookup)
-        piece.exists = existing(piece.g, shape.masks, batch.masks, batch.examples, found.rows, lookup, batch.present)
+        piece.exists = existing(
+            piece.g, shape.masks, batch.masks, batch.examples, found.rows, place, lookup, batch.present
+        )
         key = (shape.together, found.rows)
         if isinstance(shape.kind, Elementwise) and key in merged:
             pieces[merged[key]].g = pieces[merged[key]].g + piece.g
