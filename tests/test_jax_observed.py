@@ -156,3 +156,20 @@ def test_kernels_masked_before_a_scan(apply, shape):
     want = jax.grad(lambda p: (apply(p, x) * draw[0]).sum())(params)
     found = plan.tree(params, {"w": record.examples()[0, :, 0]})
     np.testing.assert_allclose(found["w"], want["w"], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "loss", [kf.Gaussian(), kf.Bernoulli(), kf.SoftmaxCrossEntropy()], ids=lambda x: type(x).__name__
+)
+def test_a_step_draws_labels_of_half_precision_predictions_in_full(loss):
+    """Predictions that bfloat16 holds give the same step as they do in float32: noise and sums are as fine."""
+    x, target = numbers(0, 600, 4), numbers(1, 600, 3)
+    target = jnp.argmax(target, 1) if isinstance(loss, kf.SoftmaxCrossEntropy) else (target > 0).astype(jnp.bfloat16)
+    found = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        apply = lambda p, x, dtype=dtype: (x @ p["w"]).astype(jnp.bfloat16).astype(dtype)  # noqa: E731
+        params = {"w": numbers(2, 4, 3)}
+        step = kj.step(kj.plan(apply, params, x), loss)
+        found.append(step(params, step.init(params), (x, target), jax.random.key(3)))
+    np.testing.assert_array_equal(found[0][2]["loss"], found[1][2]["loss"])
+    np.testing.assert_allclose(found[0][0]["w"], found[1][0]["w"], rtol=1e-6)

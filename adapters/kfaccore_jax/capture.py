@@ -103,7 +103,7 @@ class Captured:
 
     def _own(self, cotangent: Any, n: Any, masks: Mapping[str, Any], apart: set[str]) -> dict[str, Record]:
         """The rows of layers whose examples have rows of their own, with the loss's own gradients."""
-        g = {key: x[None] * n for key, x in self._pull(cotangent)[1].items()}
+        g = {key: widened(x)[None] * n for key, x in self._pull(cotangent)[1].items()}
         found = pairs(self.plan, self._data, g, self._n, self._spec)
         return {name: Record(*pair, n, masks.get(name)) for name, pair in found.items() if name in apart}
 
