@@ -52,6 +52,7 @@ class Plan:
     batched: tuple[int, ...]
     has_aux: bool
     explicit: bool
+    coupled: bool  # an example's output depends on other examples, as far as that is seen
     types: dict[Any, dict[str, Shape]] = field(default_factory=dict, repr=False)  # of outputs, by types of arguments
 
     @property
@@ -125,17 +126,18 @@ def plan(
     walk = pairs[0][0]
     if walk.calls.keys() != pairs[1][0].calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
-    calls, refused = _placed(pairs[0], pairs[1], n)
+    calls, refused, coupled = _placed(pairs[0], pairs[1], n)
     layers, table = gathered(params, calls, refused)
     rows = tuple(Row(*row) for row in table)
     missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
     if strict and missing:
         raise ValueError("leaves that are not covered:\n" + "\n".join(missing))
-    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit)
+    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit, coupled)
 
 
-def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]]]:
-    """The calls with their batch axes, and why leaves cannot be captured; one, two: of `traced` at both sizes."""
+def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]], bool]:
+    """The calls with their batch axes, why leaves cannot be captured, and whether anything sums over examples; one,
+    two: of `traced` at both sizes."""
     walk, data, jaxpr, count = one
     other, data2, second, _ = two
     minor = jaxpr is not None and joins_behind(jaxpr, second)
@@ -154,7 +156,7 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
                 refused.setdefault(leaf, []).append(why)
-    return calls, refused
+    return calls, refused, bool(summed)
 
 
 def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any, int]:
