@@ -162,15 +162,19 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
 def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any, int]:
     """What one abstract evaluation finds: the walk, shapes of the inputs kept, the jaxpr (None if explicit), and how
     many of its outputs are the prediction."""
-    found: list[Any] = []
+    asked: frozenset[str] = frozenset()
+    while True:
+        found: list[Any] = []
 
-    def abstract(params: Any, args: tuple) -> dict:
-        pred, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None)
-        found[:] = [walk, jaxpr, len(jax.tree.leaves(pred))]
-        return walk.data
+        def abstract(params: Any, args: tuple, found: list = found, asked: frozenset[str] = asked) -> dict:
+            pred, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None, asked=asked)
+            found[:] = [walk, jaxpr, len(jax.tree.leaves(pred))]
+            return walk.data
 
-    data = jax.eval_shape(abstract, params, args)
-    return found[0], data, found[1], found[2]
+        data = jax.eval_shape(abstract, params, args)
+        if found[0].late <= asked:
+            return found[0], data, found[1], found[2]
+        asked |= found[0].late
 
 
 def evaluated(
@@ -181,11 +185,12 @@ def evaluated(
     explicit: bool,
     probes: dict | None,
     known: frozenset[str] | None = None,
+    asked: frozenset[str] = frozenset(),
 ) -> tuple[Any, Any, Walk, Any]:
     """(prediction, aux, walk, jaxpr) of `apply` with probes added to the outputs of its calls."""
     leaves, structure = jax.tree.flatten((params, args))
     count = len(jax.tree.leaves(params))
-    walk = Walk(probes, known)
+    walk = Walk(probes, known, asked)
     if explicit:
         out = apply(params, *args, Tap(walk, leaves[:count]))
         pred, aux = out if has_aux else (out, None)
