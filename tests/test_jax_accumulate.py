@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -201,3 +204,22 @@ def test_gradients_of_half_precision_are_added_wide(dtype, k, n, size):
     want = one.update(grads, one.init(params), params, records=records)[0]["w"].astype(float)
     np.testing.assert_allclose(moves["w"][-1].astype(float), want, rtol=jnp.finfo(dtype).eps)
     assert moves["w"].dtype == dtype
+
+
+LOADED = """
+import pickle, sys, jax
+state = pickle.load(open(sys.argv[1], "rb"))
+print(sum(float(abs(x).sum()) for x in jax.tree.leaves(jax.jit(lambda s: s)(state))))
+"""
+
+
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC()], ids=lambda method: type(method).__name__)
+def test_a_state_is_loaded_where_none_was_made(method, tmp_path):
+    """A pickle in a new process, which imports this package by loading it."""
+    tx = kj.accumulate(optax.chain(kj.kfac(PLAN, method), optax.sgd(0.1)), 2)
+    state = tx.init(mlp_params())
+    path = tmp_path / "state.pickle"
+    path.write_bytes(pickle.dumps(state))
+    run = subprocess.run([sys.executable, "-c", LOADED, str(path)], capture_output=True, text=True, check=True)
+    want = sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state))
+    np.testing.assert_allclose(float(run.stdout), want, rtol=1e-6)

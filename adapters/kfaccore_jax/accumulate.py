@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kfaccore import Block, Ids, Record, measured
 from kfaccore_jax.records import Drawn, widened
 from kfaccore_jax.replicas import share_of
-from kfaccore_jax.state import Fresh, KFACState, state_of
+from kfaccore_jax.state import Fresh, KFACState, restored, state_of
 from kfaccore_jax.transform import Transformation
 from kfaccore_jax.trees import register
 
@@ -28,6 +28,9 @@ class AccumulateState(NamedTuple):
     stats: dict[str, Any]
     share: Any
     inner: Any
+
+    def __reduce__(self) -> tuple:
+        return restored, (AccumulateState, *self)
 
 
 def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.GradientTransformationExtraArgs:
