@@ -154,20 +154,29 @@ def test_a_tied_table_is_one_block_of_both_uses(rng):
     assert np.linalg.eigvalsh(block)[0] >= 0
     apart = kf.settle(kf.KFAC(), record, 1, 0.1)  # draws as positions of their own, not as examples: the same block
     np.testing.assert_allclose(np.kron(np.asarray(apart.G[0]), np.asarray(apart.A[0])), block, atol=1e-12)
-    hidden = np.einsum("ri,rj->ij", x, x)
-    counts = np.bincount(ids.ravel(), minlength=7)
-    own = np.asarray(record.g)[:, 0, :, : 2 * record.draws].reshape(-1, 4)  # output gradients of the look-ups
-    A1, G1 = np.diag(counts), own.T @ own
-    Q, H = 6 * np.eye(7), hidden  # squared error: one output at a time, at each of 6 positions
-    # A has 12 rows, 6 of each use, and n = 3; the block is of these four products
-    fit = [np.einsum("ij,kl->ikjl", g, a).reshape(28, 28) for g in (G1, H) for a in (A1, Q)]
-    coefficients, *_ = np.linalg.lstsq(np.stack([m.ravel() for m in fit], 1), block.ravel(), rcond=None)
-    assert np.max(np.abs(np.einsum("k,kij->ij", coefficients, fit) - block)) < 1e-12 * np.max(block)
-    a1g1, qg1, a1h, qh = coefficients
-    assert a1g1 == pytest.approx(1 / (12 * 3), rel=1e-9)
-    assert qh == pytest.approx(1 / (12 * 3), rel=1e-9)
-    mixed = qg1 * np.trace(Q) * np.trace(G1), a1h * np.trace(A1) * np.trace(H)
-    assert mixed[0] == pytest.approx(mixed[1], rel=1e-9)
+    E = np.asarray(table)
+    h = np.einsum("vd,rd,ed->rve", E, 1 - x**2, np.asarray(net.dense.kernel))  # of each output, by a token's row
+    # look-ups: A counts tokens, as often as there are draws. The head's: one output at a time, in G each with its x
+    counts = 14 * np.diag(np.bincount(ids.ravel(), minlength=7))
+    A = (counts + 6 * np.eye(7)) / (14 * 12)
+    G = (np.einsum("rve,rvf->ef", h, h) + 7 * np.einsum("ri,rj->ij", x, x)) / 3
+    np.testing.assert_allclose(block, np.kron(G, A), atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC()], ids=["kfac", "ekfac"])
+def test_micro_batches_of_a_tied_table_add_up(rng, method):
+    net = Tied()
+    ids = rng.integers(0, 7, (4, 2))
+    y = np.zeros((4, 2, 7))
+    net(ids)
+    whole = kt.records(net, ids, y, kf.Gaussian(), fisher=kf.type2)["words"]
+    parts = [kt.records(net, ids[s], y[s], kf.Gaussian(), fisher=kf.type2)["words"] for s in (slice(0, 1), slice(1, 4))]
+    hyper = kf.Hyper(0, 0.0, 0.1)
+    state = kf.settle(method, whole)
+    one = method.measure(state, whole, hyper)
+    two = method.combine(*(method.measure(state, part, hyper) for part in parts))
+    for a, b in zip(kf.flatten(one).values(), kf.flatten(two).values(), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-10, atol=1e-12)
 
 
 def test_batch_norm_couples_examples_and_is_marked(rng):

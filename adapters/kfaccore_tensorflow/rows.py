@@ -111,7 +111,7 @@ def record(
             pieces.append(piece)
     if any(piece.turned for piece in pieces):
         pieces = [_stacked(piece) for piece in pieces] if stacked else pieces
-        _balanced(pieces)
+        _met(pieces)
     return _joined(part, pieces, batch.n)
 
 
@@ -146,28 +146,14 @@ def _piece(part: Part, shape: Shape, found: Seen, place: Place, examples: int) -
     return _Piece(place.put(a, 1, rows, examples), g, shape.turned)
 
 
-def _balanced(pieces: list[_Piece]) -> None:
-    """Turned uses: rows change sides, scaled so that the two products that mix the uses are alike in size.
-
-    Source: the factors of a sum A1 (x) G1 + H (x) Q are (A1 + s^2 Q) and (G1 + H / s^2); the traces of the mixed
-    products A1 H / s^2 and s^2 Q G1 are equal at s^4 = tr(A1) tr(H) / (tr(Q) tr(G1)).
-    """
-
-    def size(x: Any) -> float:
-        return float(np.sum(np.square(_unfolded(x), dtype=np.float64)))
-
-    straight = [piece for piece in pieces if not piece.turned]
-    turned = [piece for piece in pieces if piece.turned]
-    tr_a = sum(size(piece.a) for piece in straight) * len(pieces[0].g)
-    tr_g = sum(size(piece.g) for piece in straight)
-    tr_h = sum(size(piece.a) for piece in turned) * len(pieces[0].g)
-    tr_q = sum(size(piece.g) for piece in turned)
-    known = tr_a * tr_h > 0 and tr_q * tr_g > 0
-    s = (tr_a * tr_h / (tr_q * tr_g)) ** 0.25 if known else 1.0
-    for piece in straight:
-        _apart(piece)
-    for piece in turned:
-        _turn(piece, s)
+def _met(pieces: list[_Piece]) -> None:
+    """Uses of a table both ways: rows of turned ones change sides, and each row is scaled by itself alone to an input
+    of length 1, so that A has trace 1 and G the trace of all rows, and micro-batches and ranks add."""
+    for piece in pieces:
+        _turn(piece) if piece.turned else _apart(piece)
+        length = np.linalg.norm(piece.a, axis=-1, keepdims=True)
+        piece.a = piece.a / np.where(length > 0, length, 1.0)
+        piece.g = piece.g * length
 
 
 def _stacked(piece: _Piece) -> _Piece:
@@ -179,12 +165,12 @@ def _stacked(piece: _Piece) -> _Piece:
     return _Piece(np.tile(a, (1, draws, 1, 1)), g, piece.turned, exists)
 
 
-def _turn(piece: _Piece, s: float) -> None:
+def _turn(piece: _Piece) -> None:
     """Output gradients become inputs and the other way: each draw has positions of its own, as inputs have no draws."""
     inputs = _unfolded(piece.a)
     draws, blocks, examples, positions, _ = piece.g.shape
-    piece.a = np.moveaxis(piece.g, 0, 2).reshape(blocks, examples, draws * positions, piece.g.shape[-1]) * s
-    piece.g = _by_draw(np.broadcast_to(inputs / s, (draws, *inputs.shape)))
+    piece.a = np.moveaxis(piece.g, 0, 2).reshape(blocks, examples, draws * positions, piece.g.shape[-1])
+    piece.g = _by_draw(np.broadcast_to(inputs, (draws, *inputs.shape)))
     if piece.exists is not None:
         piece.exists = np.tile(piece.exists, (1, draws))
 
