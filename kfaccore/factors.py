@@ -27,16 +27,20 @@ if TYPE_CHECKING:
 SHARINGS = "kf.expand, kf.reduce or a function from record to record"
 
 
-class Averages(Protocol):
-    """A state, or a part of one, with averages A and G times their `weight` (blocks,)."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+class Sides(Protocol):
+    """What has factors A and G, of which either may be diagonal."""
 
     @property
     def A(self) -> Array: ...
 
     @property
     def G(self) -> Array: ...
+
+
+class Averages(Sides, Protocol):
+    """A state, or a part of one, with averages A and G times their `weight` (blocks,)."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def weight(self) -> Array: ...
@@ -61,6 +65,22 @@ class Stats:
     def seen(self) -> Array:
         """How many rows there were, (blocks,)."""
         return self.rows
+
+
+class Counted(Sides, Protocol):
+    """Sums A over `rows` and G over `n`, of `seen` rows; `bad` counts non-finite records. All of them (blocks, ...)."""
+
+    @property
+    def rows(self) -> Array: ...
+
+    @property
+    def n(self) -> Array: ...
+
+    @property
+    def bad(self) -> Array: ...
+
+    @property
+    def seen(self) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -101,16 +121,6 @@ def unrefreshed(block: Block, like: Array) -> Array:
     """Code IDENTITY for every block."""
     xp = namespace(like)
     return xp.full((block.blocks,), int(Code.IDENTITY), dtype=xp.int32, device=device_of(like))
-
-
-class Sides(Protocol):
-    """What has factors A and G, of which either may be diagonal."""
-
-    @property
-    def A(self) -> Array: ...
-
-    @property
-    def G(self) -> Array: ...
 
 
 def measure(record: Record, sharing: Callable[[Record], Record], like: Sides | None = None) -> Stats:
@@ -166,7 +176,7 @@ def needs_draws(record: Record) -> None:
         raise ValueError("a record of zero draws (forward only) came: this method needs per-example gradients")
 
 
-def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) -> S:
+def update(state: S, stats: Counted | Sums, hyper: Hyper, donate: bool = False) -> S:
     """`state` with A, G and weight moved towards the record's means; untouched where the Stats are not usable."""
     xp = namespace(state.weight)
     ok = usable(stats)
@@ -179,7 +189,7 @@ def update(state: S, stats: Stats | Sums, hyper: Hyper, donate: bool = False) ->
     )
 
 
-def usable(stats: Stats | Sums) -> Array:
+def usable(stats: Counted | Sums) -> Array:
     """Where there is something to average, (blocks,)."""
     if isinstance(stats, Sums):
         return counts(stats.finite, stats.rows, stats.n)

@@ -17,8 +17,10 @@ def direction(record: Record, grad: Array | Factored, method: Method | None = No
     method   default KFAC(); it is settled on the record for its own number of cycles
 
     What cannot be solved is handled as `Method.solve` says (zeros for a non-finite gradient); codes are not returned
-    here: use `settle` and `method.solve` to see them.
+    here: use `settle` and `method.solve` to see them. ValueError for a damping below 0 or NaN.
     """
+    if damping is None or (isinstance(damping, int | float) and not damping >= 0):
+        raise ValueError(f"damping is {damping!r}; need a number of at least 0")
     chosen: Method = KFAC() if method is None else method
     state = settle(chosen, record, damping=damping)
     return chosen.solve(state, grad, Hyper(0, 0.0, damping), record).direction

@@ -165,3 +165,10 @@ def test_a_failed_refresh_keeps_the_previous_inverse(rng):
     assert after.code.tolist() == [kf.Code.PREVIOUS]
     assert np.array_equal(after.inverse.A, state.inverse.A)
     assert np.array_equal(after.inverse.G, state.inverse.G)
+
+
+@pytest.mark.parametrize("damping", [None, -1.0, float("nan")])
+def test_a_direction_needs_a_damping(rng, damping):
+    record = kf.Record(rng.normal(size=(5, 3)), rng.normal(size=(5, 2)), 5.0)
+    with pytest.raises(ValueError, match=f"damping is {damping}; need a number of at least 0"):
+        kf.direction(record, np.ones((2, 3)), damping=damping)

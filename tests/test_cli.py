@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import kfaccore as kf
 from kfaccore.cli import app
 from kfaccore.cli.doctor import _advice
+from kfaccore.cli.table import lines
 
 pytest.importorskip("sklearn")
 
@@ -202,6 +203,20 @@ def test_ctrl_c_waits_for_the_step_and_the_files_can_be_resumed(task, shell, ind
     assert run("train", task, "--steps", 4, "--out", tmp_path / "whole").exit_code == 0
     want, got = (kf.load(path)["params"] for path in (tmp_path / "whole" / "run.safetensors", file))
     assert all(np.array_equal(want[n], got[n]) for n in want)
+
+
+def test_a_picture_without_a_folder_is_refused_before_anything_is_measured(tmp_path):
+    result = run("compare", tmp_path / "none.safetensors", "--plot", tmp_path / "no" / "x.png")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'no'} is no folder; make it first" in result.stderr
+
+
+def test_what_a_narrow_terminal_hides_is_named(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    head = ("layer", "gain", "length", "trace")
+    assert lines(head, [("dense", "0.96", "0.0465", "1.00")])[-1] == "not shown, for want of width: trace"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert lines(head, [("dense", "0.96", "0.0465", "1.00")])[-1].endswith("1.00")
 
 
 def test_methods_version_and_doctor():

@@ -208,3 +208,15 @@ def test_forward_only_has_no_draws():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("loss", **ids)
+def test_half_precision_is_summed_wide(loss, rng):
+    """More examples than float16 can count, at predictions and targets that it holds exactly."""
+    f = rng.integers(-8, 8, (5000, 5)) / 4
+    y = rng.integers(0, 5, 5000) if isinstance(loss, kf.SoftmaxCrossEntropy) else rng.integers(0, 2, f.shape) / 1.0
+    half = f.astype(np.float16)
+    target = y if y.ndim == 1 else y.astype(np.float16)
+    mask = np.arange(5000) % 7 > 0
+    np.testing.assert_allclose(loss.value(half, target, mask), loss.value(f, y, mask), rtol=3e-6)
+    np.testing.assert_allclose(loss.normaliser(half, target, mask), loss.normaliser(f, y, mask), rtol=3e-6)

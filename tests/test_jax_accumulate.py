@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -180,3 +183,43 @@ def test_leaves_that_the_plan_does_not_know_are_named_at_init():
     (w, b), second = mlp_params()
     with pytest.raises(ValueError, match=r"0.0 \(4, 5\), planned as \(5, 4\)"):
         tx.init([(w.T, b), second])
+
+
+@pytest.mark.parametrize(("dtype", "k", "n", "size"), [(jnp.bfloat16, 300, 6.0, 2**-7), (jnp.float16, 8, 2.0**14, 1.5)])
+def test_gradients_of_half_precision_are_added_wide(dtype, k, n, size):
+    """n times a gradient neither stops to grow nor overflows: k equal micro-batches are one."""
+    params = {"w": jnp.ones((4, 5), dtype)}
+    plan = kj.plan(lambda p, x: (x.astype(dtype) @ p["w"]).astype(jnp.float32), params, X[:6, :4])
+    captured = kj.capture(plan, params, X[:6, :4])
+    records = captured.records(jnp.ones((1, 6, 5), jnp.float32), n, fisher=kf.monte_carlo)
+    grads = {"w": jnp.full((4, 5), size, dtype)}
+    one = kj.kfac(plan, clocks=kf.Clocks(1, 1000))
+    tx = kj.accumulate(one, k)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def whole(state):
+        return jax.lax.scan(lambda s, _: tx.update(grads, s, params, records=records)[::-1], state, None, length=k)
+
+    _, moves = whole(tx.init(params))
+    want = one.update(grads, one.init(params), params, records=records)[0]["w"].astype(float)
+    np.testing.assert_allclose(moves["w"][-1].astype(float), want, rtol=jnp.finfo(dtype).eps)
+    assert moves["w"].dtype == dtype
+
+
+LOADED = """
+import pickle, sys, jax
+state = pickle.load(open(sys.argv[1], "rb"))
+print(sum(float(abs(x).sum()) for x in jax.tree.leaves(jax.jit(lambda s: s)(state))))
+"""
+
+
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC()], ids=lambda method: type(method).__name__)
+def test_a_state_is_loaded_where_none_was_made(method, tmp_path):
+    """A pickle in a new process, which imports this package by loading it."""
+    tx = kj.accumulate(optax.chain(kj.kfac(PLAN, method), optax.sgd(0.1)), 2)
+    state = tx.init(mlp_params())
+    path = tmp_path / "state.pickle"
+    path.write_bytes(pickle.dumps(state))
+    run = subprocess.run([sys.executable, "-c", LOADED, str(path)], capture_output=True, text=True, check=True)
+    want = sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state))
+    np.testing.assert_allclose(float(run.stdout), want, rtol=1e-6)

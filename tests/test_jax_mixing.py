@@ -9,7 +9,7 @@ import pytest
 
 import kfaccore as kf
 from jax_models import FAST, mlp, mlp_params, normal
-from jax_needed import jax, jnp, kj, optax
+from jax_needed import jax, jnp, kj, lax, optax
 from jax_shared import MODELS
 
 X = normal((6, 5), seed=2)
@@ -19,8 +19,8 @@ def norm(y, axes, stop=False):
     centre = y.mean(axes, keepdims=True)
     scale = ((y - centre) ** 2).mean(axes, keepdims=True) + 0.1
     if stop:
-        centre = jax.lax.stop_gradient(centre)
-        scale = jax.lax.stop_gradient(scale)
+        centre = lax.stop_gradient(centre)
+        scale = lax.stop_gradient(scale)
     return (y - centre) / jnp.sqrt(scale)
 
 
@@ -35,11 +35,40 @@ def looped(h):
     def turn(carry, _):
         return h + carry.mean(0), carry
 
-    return jax.lax.scan(turn, jnp.zeros_like(h), None, length=3)[1][-1]
+    return lax.scan(turn, jnp.zeros_like(h), None, length=3)[1][-1]
 
 
 def chosen(h):
-    return jax.lax.cond(h[0, 0] > 2.0, lambda h: h, lambda h: h - h.mean(0), h)
+    return lax.cond(h[0, 0] > 2.0, lambda h: h, lambda h: h - h.mean(0), h)
+
+
+def each(function):
+    """Example by example under vmap, which gives the batch a name."""
+    return jax.vmap(function, axis_name="batch")
+
+
+def remembered(h):
+    return h - lax.dynamic_update_slice(jnp.zeros((40, h.shape[1])), h, (0, 0)).sum(0) / len(h)
+
+
+def over_channels(h):
+    spec = ("NCW", "OIW", "NCW")
+    mean = lax.conv_general_dilated(h.T[:, :, None], jnp.ones((1, len(h), 1)) / len(h), (1,), "VALID", None, None, spec)
+    return h - mean[:, 0, 0]
+
+
+def own_kernels(h):
+    """A convolution an example: groups of channels under vmap."""
+    image = h.reshape(len(h), 1, 1, -1)
+    kernel = jnp.ones((1, 1, 2)) * h[:, :1, None, None]
+    convolved = jax.vmap(lambda x, k: lax.conv_general_dilated(x, k, (1,), "SAME"))(image, kernel)
+    return convolved.reshape(h.shape)
+
+
+def written_to_itself(h):
+    """Under vmap a scatter whose operand, places and updates are all each example's."""
+    place = jnp.arange(len(h)) % 2
+    return jax.vmap(lambda row, i: row.at[i].multiply(row[3]))(h, place)
 
 
 PLAIN = {
@@ -53,6 +82,19 @@ PLAIN = {
     "a mean of the result": lambda p, x: mlp(p, x) - mlp(p, x).mean(0),
     "a mean through a scan": between(looped),
     "a mean in one branch": between(chosen),
+    "a named mean": between(each(lambda h: h - lax.pmean(h, "batch"))),
+    "a memory": between(remembered),
+    "a sum over channels": between(over_channels),
+    "a sum by its own function": between(lambda h: h - lax.reduce(h, 0.0, lambda a, b: a + 1.0 * b, (0,)) / len(h)),
+    "of each example, by name": between(each(lambda h: h - lax.pmean(h.mean(), ()))),
+    "a convolution an example": between(own_kernels),
+    "places of each example": between(written_to_itself),
+    "products of each example": between(
+        lambda h: jnp.einsum("bi,bij->bj", h, jnp.cumsum(h[:, :, None] * h[:, None], 1))
+    ),
+    "solved for each example": between(
+        lambda h: jnp.linalg.solve(jnp.eye(4) + h[:, :, None] * h[:, None], h[..., None])[..., 0]
+    ),
     "nothing": mlp,
 }
 KNOWN = [name for name in MODELS if "batch_norm" in name]

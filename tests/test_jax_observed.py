@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from jax_needed import jax, jnp, kj, lax
+from jax_needed import jax, jnp, kj, lax, optax
 
 
 def numbers(seed, *shape):
@@ -156,3 +156,51 @@ def test_kernels_masked_before_a_scan(apply, shape):
     want = jax.grad(lambda p: (apply(p, x) * draw[0]).sum())(params)
     found = plan.tree(params, {"w": record.examples()[0, :, 0]})
     np.testing.assert_allclose(found["w"], want["w"], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", [kf.Bernoulli(), kf.SoftmaxCrossEntropy()])
+def test_a_step_draws_labels_of_half_precision_predictions_in_full(loss):
+    """Predictions that bfloat16 holds give the same step as they do in float32: noise and sums are as fine."""
+    x, target = numbers(0, 600, 4), numbers(1, 600, 3)
+    target = jnp.argmax(target, 1) if isinstance(loss, kf.SoftmaxCrossEntropy) else (target > 0).astype(jnp.bfloat16)
+    found = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        apply = lambda p, x, dtype=dtype: (x @ p["w"]).astype(jnp.bfloat16).astype(dtype)  # noqa: E731
+        params = {"w": numbers(2, 4, 3)}
+        plan = kj.plan(apply, params, x)
+        step = kj.step(plan, loss, optax.chain(kj.kfac(plan), optax.sgd(0.1)))
+        found.append(step(params, step.init(params), (x, target), jax.random.key(3)))
+    np.testing.assert_array_equal(found[0][2]["loss"], found[1][2]["loss"])
+    np.testing.assert_allclose(found[0][0]["w"], found[1][0]["w"], rtol=1e-6)
+
+
+KERNELS = {
+    "masked, with a gain": lambda v, g, mask: v * mask * g,
+    "gain first": lambda v, g, mask: g * (mask * v),
+    "both masked": lambda v, g, mask: (v * mask) * (g * mask[0]),
+    "masked twice": lambda v, g, mask: v * mask * (mask + 1) * g,
+    "turned": lambda v, g, mask: (v * mask).T * g,
+    "under jit": lambda v, g, mask: jax.jit(lambda w: w * g)(v * mask),
+    "added": lambda v, g, mask: v * mask + g * mask[0],
+    "divided": lambda v, g, mask: v * mask / jnp.linalg.norm(v, axis=0) * g,
+    "through a function": lambda v, g, mask: jnp.tanh(v * mask) * jnp.exp(g * mask[1]),
+    "chosen": lambda v, g, mask: jnp.where(mask > 0, v * mask, g),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_kernels_of_several_leaves_and_arrays_are_captured_as_planned(kernel):
+    """What is covered is so in the capture too, with the gradient of the batch."""
+    params, x, draw = {"v": numbers(0, 4, 4), "g": numbers(3, 4)}, numbers(1, 6, 4), numbers(2, 1, 6, 4)
+
+    def apply(p, x):
+        return x @ kernel(p["v"], p["g"], 1.0 + jnp.tri(4))
+
+    plan = kj.plan(apply, params, x)
+    records = kj.capture(plan, params, x).records(draw, 6.0, fisher=kf.monte_carlo)
+    want = jax.grad(lambda p: (apply(p, x) * draw[0]).sum())(params)
+    covered = {row.leaf for row in plan.table if row.covered}
+    found = plan.tree(want, {layer.name: records[layer.name].examples()[0].sum(1) for layer in plan.layers})
+    rest = {name: record.g.reshape(want[name].shape) for name, record in records.rest.items()}
+    for name in params:
+        np.testing.assert_allclose((found if name in covered else rest)[name], want[name], rtol=1e-11, atol=1e-13)

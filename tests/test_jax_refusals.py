@@ -111,8 +111,21 @@ MOVING = {
     "permuted by data": (lambda w, x: jnp.tanh(x[jnp.argsort(x[:, 0])]) @ w, "gather"),
     "reversed after": (lambda w, x: jnp.tanh(x @ w)[::-1], "rev"),
     "there and back": (lambda w, x: jnp.tanh(x[::-1] @ w)[::-1], "rev"),
-    "rolled under jit": (lambda w, x: jax.jit(lambda x: jnp.roll(x, 1, 0) @ w)(x), "slice"),
+    "rolled under jit": (lambda w, x: jax.jit(lambda x: jnp.roll(x, 1, 0) @ w)(x), "concatenate"),
     "added up": (lambda w, x: jnp.cumsum(x @ w, 0), "cumsum"),
+    "smallest so far": (lambda w, x: lax.cummin(x @ w, axis=0), "cummin"),
+    "turn by turn": (
+        lambda w, x: lax.scan(lambda h, _: (h[::-1], jnp.tanh(h @ w)), x, None, length=2)[1].sum(0),
+        "rev",
+    ),
+    "rolled in a branch": (
+        lambda w, x: lax.cond(x[0, 0] > 9, lambda h: h, lambda h: jnp.roll(h, 1, 0), jnp.tanh(x @ w)),
+        "slice",
+    ),
+    "turned in a loop": (
+        lambda w, x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.flip(c[1], 0)), (0, x))[1] @ w,
+        "rev",
+    ),
     "halves": (lambda w, x: sum(jnp.split(x @ w, 2)).repeat(2, 0), "split"),
 }
 

@@ -380,6 +380,28 @@ def test_grafting_has_the_lengths_it_is_told(rng):
             pre.step(state, batch.drawn, batch.grads, lengths={"a": wrong, "b": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "Graft got no lengths for layers"),
+        ({"lengths": {"a": 1.0, "b": 1.0, "c": 1.0}}, r"lengths has layers \['c'\] that init never saw"),
+        ({"lengths": {"a": 1.0, "b": 1.0}, "own": {"d": None}}, r"own has layers \['d'\] that init never saw"),
+    ],
+    ids=["none", "unknown", "own"],
+)
+def test_a_step_that_is_refused_has_moved_nothing(rng, given, said):
+    """With donate=True averages are moved where they lie: what is wrong is said before."""
+    batch = Batch(rng)
+    pre = kf.Preconditioner(kf.KFAC(), step=kf.Fixed(rescale=kf.Graft()), donate=True)
+    state = pre.init({"a": kf.Block(3, 4), "b": kf.Block(2, 5)}, batch.grads["a"])
+    _, state, _ = pre.step(state, batch.drawn, batch.grads, lengths={"a": 0.25, "b": 3.0})
+    before = {name: x.copy() for name, x in kf.flatten(state).items()}
+    with pytest.raises(ValueError, match=said):
+        pre.step(state, batch.drawn, batch.grads, **given)
+    for name, x in kf.flatten(state).items():
+        np.testing.assert_array_equal(x, before[name])
+
+
 def test_the_length_of_noise_is_the_minimum_of_the_model_without_own_shares(rng):
     batch = Batch(rng)
     pre = kf.Preconditioner(kf.KFAC(), schedules=kf.Schedules(damping=0.1), step=kf.Fixed(rescale=Noise(reach=1e9)))

@@ -142,7 +142,7 @@ def test_a_rule_has_an_example_s_rows_even_where_each_moves_all(rng):
     ours.step(x, rng.integers(0, 3, 4))
     records = SEEN["records"]
     assert {name for name, record in records.items() if record.batch != 4} == {"places"}
-    assert any(place.axis is None for name in records.keys() - {"places"} for place in ours.engine.places[name])
+    assert any(place.axis is None for name in records.keys() - {"places"} for place in ours.engine.owners.places[name])
     inner = {name: record for name, record in records.items() if name in ours.engine.mixing and name != "places"}
     grads = {name: SEEN["grads"][name] for name in inner}
     pair = tuple({name: rng.normal(size=grad.shape) for name, grad in grads.items()} for _ in range(2))

@@ -89,3 +89,34 @@ def test_a_joined_vector_is_named():
 
     plan = kt.plan(Vector(), torch.rand(4, 3))
     assert plan.uncovered == dict.fromkeys(["first", "last"], "it goes into CatBackward0")
+
+
+class ByHand(nn.Module):
+    """No module in it is known."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.w, self.b, self.v, self.c = (nn.Parameter(p.detach().clone()) for p in net.parameters())
+
+    def forward(self, x):
+        return F.linear(torch.tanh(F.linear(x, self.w, self.b)), self.v, self.c)
+
+
+@pytest.mark.parametrize("way", ["by hand", "traced", "scripted"])
+def test_a_model_that_shows_no_layer_is_looked_at_in_its_first_step(way):
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(8, 3), torch.arange(8) % 3
+    model = ByHand(net) if way == "by hand" else torch.jit.trace(net, x) if way == "traced" else torch.jit.script(net)
+    found = []
+    for one in (net, model):
+        pre = kt.Preconditioner(one, CE, kf.Preconditioner(kf.KFAC(), schedules=kf.Schedules(0.1)), fisher=kf.type2)
+        one.zero_grad()
+        with pre.capture():
+            f = one(x)
+        pre.loss(f, y).backward()
+        plain = [p.grad.clone() for p in one.parameters()]
+        pre.step()
+        assert not any(torch.equal(p.grad, g) for p, g in zip(one.parameters(), plain, strict=True))
+        found.append([p.grad.clone() for p in one.parameters()])
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)

@@ -97,6 +97,38 @@ def test_products_with_other_layers_are_exact():
     close(np.sum(images**2) / 4, total @ H @ total)
 
 
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC()], ids=["kfac", "ekfac"])
+def test_micro_batches_add_up(method):
+    """What scales a row is the row's own: however a batch is cut, the direction of the table is the same."""
+    x, y = batch()
+    found = []
+    for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
+        torch.manual_seed(1)
+        model = Language()
+        core = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(1e-3, 0.9))
+        pre = kt.Preconditioner(model, CE, core, fisher=kf.type2)
+        for part in parts:
+            with pre.capture():
+                f = model(x[part])
+            (pre.loss(f, y[part]) * (len(x[part]) / 4)).backward()
+        pre.step()
+        found.append(model.table.weight.grad)
+    close(found[1].numpy(), found[0].numpy())
+
+
+def test_the_factors_keep_the_trace_of_rows_of_no_gradient_too():
+    """Type-2 draws of one position leave later tokens without a gradient: such a row has no part in either factor."""
+    model, (x, y) = Language(), batch()
+    record = kt.records(model, CE, x, y, fisher=kf.type2)[0]["table"]
+    a = np.asarray(record.a)[0]
+    g = np.asarray(record.g)[0, 0]
+    assert np.any(np.all(a == 0, -1))
+    assert np.all(g[np.all(a == 0, -1)] == 0)
+    np.testing.assert_allclose(np.linalg.norm(a[np.any(a != 0, -1)], axis=-1), 1.0, rtol=1e-12)
+    rows = np.einsum("bsi,bso->bsoi", a, g)
+    assert (g**2).sum() == pytest.approx((rows**2).sum(), rel=1e-12)
+
+
 def test_balanced_factors_keep_both_traces():
     """tr A tr G is the sum over both terms of their own tr A tr G."""
     model, (x, y) = Language(), batch()

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block, Ids, Record, measured
-from kfaccore_jax.records import Drawn
+from kfaccore_jax.records import Drawn, widened
 from kfaccore_jax.replicas import share_of
-from kfaccore_jax.state import Fresh, KFACState, state_of
+from kfaccore_jax.state import Fresh, KFACState, restored, state_of
 from kfaccore_jax.transform import Transformation
 from kfaccore_jax.trees import register
 
@@ -28,6 +28,9 @@ class AccumulateState(NamedTuple):
     stats: dict[str, Any]
     share: Any
     inner: Any
+
+    def __reduce__(self) -> tuple:
+        return restored, (AccumulateState, *self)
 
 
 def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.GradientTransformationExtraArgs:
@@ -73,7 +76,9 @@ class _Accumulation:
 
     def init(self, params: Any) -> AccumulateState:
         inner = self.within.init(params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(
+            lambda x: widened(jnp.zeros_like(x)), params
+        )  # n * g overflows or stalls in half precision
         wide = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
         stats = _empty(self.rule, state_of(inner), jnp.zeros((), wide))
         share = jnp.zeros((), jnp.result_type(float))
@@ -90,12 +95,12 @@ class _Accumulation:
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
         n = jnp.asarray(share_of(records), state.share.dtype)
-        sums = jax.tree.map(lambda total, g: total + jnp.asarray(n, g.dtype) * g, state.grads, grads)
+        sums = jax.tree.map(lambda total, g: total + jnp.asarray(n, total.dtype) * g, state.grads, grads)
         stats = _added(self.rule, state, records, grads, fresh)
         share = state.share + n
 
         def stepped() -> tuple[Any, Any]:
-            mean = jax.tree.map(lambda total: total / jnp.asarray(share, total.dtype), sums)
+            mean = jax.tree.map(lambda x, g: jnp.asarray(x / jnp.asarray(share, x.dtype), g.dtype), sums, grads)
             fisher = records.fisher if isinstance(records, Drawn) else None
             given = None if records is None else Drawn(stats, fisher, share)
             return self.within.update(mean, state.inner, params, records=given, fresh=fresh, **extra)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+import jax
 
 from kfaccore_jax.calls import Call
-from kfaccore_jax.plan import Plan
+from kfaccore_jax.mesh import Shape
+from kfaccore_jax.plan import Plan, evaluated
 from kfaccore_jax.walk import OTHER
 
 
@@ -32,3 +36,32 @@ def _use(call: Call) -> str:
     sizes = [tuple(size for size, _ in axes) for axes in (call.blocks, call.outs, call.ins)]
     window = f", {call.window}, edges {call.edges}" if call.window else ""
     return f"{call.kind} (blocks {sizes[0]}, outputs {sizes[1]}, inputs {sizes[2]}, from element {call.offset}{window})"
+
+
+def probed(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
+    """Types of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
+    found: dict[str, Shape] = {}
+
+    def abstract(params: Any, args: tuple) -> None:
+        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]
+        check_calls(plan, walk.calls, n)
+        found.update(walk.outputs)
+
+    key = _types(params, args)
+    if key in plan.types:  # another program of the same step: the model is traced once less
+        return plan.types[key]
+    jax.eval_shape(abstract, params, args)
+    if key is not None:
+        plan.types[key] = found
+    return found
+
+
+def _types(params: Any, args: tuple) -> Any:
+    """What the types of the outputs of calls follow from; None where it cannot be looked up."""
+    leaves, structure = jax.tree.flatten((params, args))
+    key = structure, tuple(jax.typeof(x) for x in leaves)
+    try:
+        hash(key)
+    except TypeError:  # a tree whose own class has data that are not hashable
+        return None
+    return key

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record, monte_carlo
-from kfaccore_jax.agreement import check_calls
+from kfaccore_jax.agreement import check_calls, probed
 from kfaccore_jax.batch import examples, strong
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, evaluated
 from kfaccore_jax.positions import Longer, mask_of
-from kfaccore_jax.records import Drawn, pairs, widened
+from kfaccore_jax.records import Drawn, Pair, pairs, widened
 
 Pull = Callable[[Any], tuple[Any, dict[str, Any]]]
 
@@ -92,7 +92,7 @@ class Captured:
                 floats, signed = self._pulled(self._signed(draws), one_by_one)
             g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None or call.mixed}
             rest = self._rest(floats, n)
-        found = pairs(self.plan, self._data, g, self._n, self._spec)
+        found = self._pairs(g)
         apart = {layer.name for layer in self.plan.layers if layer.own}
         masks = self._masks(mask, jax.tree.leaves(draws)[0].shape[0])
         records = {
@@ -101,10 +101,14 @@ class Captured:
         own = {} if cotangent is None else self._own(cotangent, n, masks, apart)
         return Drawn(records, fisher, rest=rest, own=own)
 
+    def _pairs(self, g: Mapping[str, Any]) -> dict[str, Pair]:
+        """{layer: (a, g)} from the gradients of outputs of calls."""
+        return pairs(self.plan, self._data, g, self._n, self._spec)
+
     def _own(self, cotangent: Any, n: Any, masks: Mapping[str, Any], apart: set[str]) -> dict[str, Record]:
         """The rows of layers whose examples have rows of their own, with the loss's own gradients."""
-        g = {key: x[None] * n for key, x in self._pull(cotangent)[1].items()}
-        found = pairs(self.plan, self._data, g, self._n, self._spec)
+        g = {key: widened(x)[None] * n for key, x in self._pull(cotangent)[1].items()}
+        found = self._pairs(g)
         return {name: Record(*pair, n, masks.get(name)) for name, pair in found.items() if name in apart}
 
     def _masks(self, mask: Any, draws: int) -> Mapping[str, Any]:
@@ -117,6 +121,10 @@ class Captured:
         mask = jnp.asarray(mask)
         if mask.ndim < 2 or mask.shape[0] != self._n:
             raise ValueError(f"mask has shape {mask.shape}; need ({self._n}, *positions), True where a position exists")
+        return self._masked(mask, draws)
+
+    def _masked(self, mask: Any, draws: int) -> dict[str, Any]:
+        """`_masks` of an array, seen from the model at twice the length."""
         longer = Longer.of(self.plan, self.params, self._args, self._shapes, tuple(mask.shape[1:]))
         return {layer.name: mask_of(self.plan, layer, mask, longer, draws) for layer in self.plan.layers}
 
@@ -152,7 +160,7 @@ class Captured:
         preconditioner cheaper; under jit the pass is shared with `gradients` of the same cotangent."""
         g = {key: x[None] for key, x in self._pull(cotangent)[1].items()}
         found = {}
-        for name, (a, g_layer) in pairs(self.plan, self._data, g, self._n, self._spec).items():
+        for name, (a, g_layer) in self._pairs(g).items():
             block = self.plan.blocks[name]
             if not isinstance(a, Ids | Patches) and a.shape[1] * a.shape[2] < max(block.d_in, block.d_out):
                 found[name] = Factored(a, g_layer[0], 1.0)
@@ -166,7 +174,12 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     args = strong(args)
     leaves, structure = jax.tree.flatten(differing(params, args))  # gradients are each device's own
     live = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]  # complex ones have no layer
-    shapes = _probes(plan, jax.tree.unflatten(structure, leaves), args, n)
+    try:
+        shapes = probed(plan, jax.tree.unflatten(structure, leaves), args, n)
+    except ValueError as error:
+        if n != 1 or plan.explicit:
+            raise
+        return _one(plan, params, args, error)
 
     def forward(floats: list, probes: dict) -> tuple[Any, tuple]:
         full = list(leaves)
@@ -191,6 +204,19 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     return Captured(plan, pred, aux, params, both, data, shapes, n, args)
 
 
+def _one(plan: Plan, params: Any, args: tuple, error: ValueError) -> Captured:
+    """The capture of a batch of one example that runs other equations than the plan's."""
+    from kfaccore_jax.single import alone, twice
+
+    if plan.coupled:
+        raise ValueError(
+            f"{error}: a batch of one example is written as other equations, and here outputs depend on other examples "
+            f"of the batch; leave such a batch out, or give it two examples"
+        ) from error
+    both = (jax.tree.map(twice, arg) if i in plan.batched else arg for i, arg in enumerate(args))
+    return alone(capture(plan, params, *both), params, args)
+
+
 def remembered(pull: Pull) -> Pull:
     """`pull` that is traced once for one cotangent, whoever asks for it."""
     kept: list[tuple[list[Any], Any]] = []
@@ -206,32 +232,3 @@ def remembered(pull: Pull) -> Pull:
         return found
 
     return again
-
-
-def _probes(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
-    """Types of the outputs of the calls at this batch; ValueError if they are not the plan's calls."""
-    found: dict[str, Shape] = {}
-
-    def abstract(params: Any, args: tuple) -> None:
-        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]
-        check_calls(plan, walk.calls, n)
-        found.update(walk.outputs)
-
-    key = _types(params, args)
-    if key in plan.types:  # another program of the same step: the model is traced once less
-        return plan.types[key]
-    jax.eval_shape(abstract, params, args)
-    if key is not None:
-        plan.types[key] = found
-    return found
-
-
-def _types(params: Any, args: tuple) -> Any:
-    """What the types of the outputs of calls follow from; None where it cannot be looked up."""
-    leaves, structure = jax.tree.flatten((params, args))
-    key = structure, tuple(jax.typeof(x) for x in leaves)
-    try:
-        hash(key)
-    except TypeError:  # a tree whose own class has data that are not hashable
-        return None
-    return key

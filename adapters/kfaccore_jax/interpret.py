@@ -100,6 +100,7 @@ def as_calls(walk: Walk, place: int, inputs: list, tags: list[Tag], name: str) -
     for i, tag in enumerate(tags):
         key = f"{walk.prefix}{place}@{i}" if not (isinstance(tag, Param) and tag.by is not None) else tag.place
         if isinstance(tag, Param) and (tag.by is not None or _repeated(walk, tag, key)):
+            walk.late |= {key} if tag.by is not None else set()
             found[i] = walk.capture(key, *valued(tag, inputs[i]), inputs[i])
         else:
             left.append(tag)
@@ -176,7 +177,7 @@ def _of_own_shape(walk: Walk, tag: Param, key: str, shape: tuple[int, ...]) -> b
         return False
     if walk.known is not None:
         return key not in walk.known
-    return not tag.layout.stretch(shape).repeated
+    return key not in walk.asked and not tag.layout.stretch(shape).repeated
 
 
 def _evaluate(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:

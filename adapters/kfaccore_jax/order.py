@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from kfaccore_jax.batch import jaxprs
 from kfaccore_jax.tags import PLACED
 
-_ALONG = {"sort": "dimension", "cumsum": "axis", "cumprod": "axis", "cummax": "axis", "cumlogsumexp": "axis"}
-_SCATTERS = {"scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul"}
+_ALONG = {"sort": "dimension"} | dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), "axis")
 Names = list[str]  # what moved each value, "" where nothing did
 
 
@@ -53,6 +53,9 @@ def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Nam
         within = inner(p, q)
         if within is not None:
             after = _forwards(found, *within, f"{key}.", before)
+            while (again := _turned(p, before, after)) != before:  # the next turn starts with what this one left
+                before = again
+                after = _forwards(found, *within, f"{key}.", before)
         else:
             name = _moves(p, q) or name
             after = [name if grown(v, w) else "" for v, w in zip(p.outvars, q.outvars, strict=True)]
@@ -71,11 +74,27 @@ def _backwards(found: dict[str, str], one: Any, two: Any, prefix: str, wanted: N
             found.setdefault(key, name)
         within = inner(p, q)
         if within is not None:
-            _mark(why, p.invars, _backwards(found, *within, f"{key}.", after))
+            ahead = _backwards(found, *within, f"{key}.", after)
+            while (again := _turned(p, after, ahead, back=True)) != after:
+                after = again
+                ahead = _backwards(found, *within, f"{key}.", after)
+            _mark(why, p.invars, ahead)
             continue
         name = _moves(p, q) or name
         _mark(why, p.invars, [name if carries(v) else "" for v in p.invars])
     return _known(why, one.invars)
+
+
+def _turned(eqn: Any, given: Names, found: Names, back: bool = False) -> Names:
+    """What one turn of a scan is given, operands or (back) results, with the names of its carry after a turn."""
+    if eqn.primitive.name != "scan":
+        return given
+    inside = slice(eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"])
+    outside = slice(0, eqn.params["num_carry"])
+    here, there = (outside, inside) if back else (inside, outside)
+    again = list(given)
+    again[here] = [old or new for old, new in zip(given[here], found[there], strict=True)]
+    return again
 
 
 def _known(why: dict[Any, str], atoms: Any) -> Names:
@@ -104,12 +123,11 @@ def inner(p: Any, q: Any) -> tuple[Any, Any] | None:
 
 
 def _moves(p: Any, q: Any) -> str:
-    """The primitive's name where it puts examples into other places, else ""; of a branch what it holds."""
+    """The primitive's name where it puts examples into other places, else ""; of a branch or a loop what it holds."""
     name = p.primitive.name
-    if "branches" in p.params:
-        pairs = zip(p.params["branches"], q.params["branches"], strict=True)
-        eqns = ((a, b) for one, two in pairs for a, b in zip(one.jaxpr.eqns, two.jaxpr.eqns, strict=True))
-        return next((found for a, b in eqns if (found := _moves(a, b))), "")
+    for one, two in zip(jaxprs(p), jaxprs(q), strict=True):
+        if found := next((found for a, b in zip(one.eqns, two.eqns, strict=True) if (found := _moves(a, b))), ""):
+            return found
     if not p.invars or isinstance(p.invars[0], Literal):
         return ""
     axes = grown(p.invars[0], q.invars[0])
@@ -122,12 +140,12 @@ def _moves(p: Any, q: Any) -> str:
     numbers = p.params.get("dimension_numbers")
     if name == "gather":
         return name if set(numbers.start_index_map) & set(axes) else ""
-    if name in _SCATTERS:
+    if name.startswith("scatter"):
         return name if set(numbers.scatter_dims_to_operand_dims) & set(axes) else ""
     if name == "split":
         return name if p.params["axis"] in axes else ""
     if name == "concatenate":
-        return name if p.params["dimension"] in axes else ""
+        return name if p.params["dimension"] in grown(p.outvars[0], q.outvars[0]) else ""
     if name == "pad":
         return name if any(p.params["padding_config"][axis] != (0, 0, 0) for axis in axes) else ""
     if name in ("slice", "dynamic_slice"):

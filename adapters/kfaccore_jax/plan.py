@@ -52,6 +52,7 @@ class Plan:
     batched: tuple[int, ...]
     has_aux: bool
     explicit: bool
+    coupled: bool  # an example's output depends on other examples, as far as that is seen
     types: dict[Any, dict[str, Shape]] = field(default_factory=dict, repr=False)  # of outputs, by types of arguments
 
     @property
@@ -125,17 +126,18 @@ def plan(
     walk = pairs[0][0]
     if walk.calls.keys() != pairs[1][0].calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
-    calls, refused = _placed(pairs[0], pairs[1], n)
+    calls, refused, coupled = _placed(pairs[0], pairs[1], n)
     layers, table = gathered(params, calls, refused)
     rows = tuple(Row(*row) for row in table)
     missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
     if strict and missing:
         raise ValueError("leaves that are not covered:\n" + "\n".join(missing))
-    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit)
+    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit, coupled)
 
 
-def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]]]:
-    """The calls with their batch axes, and why leaves cannot be captured; one, two: of `traced` at both sizes."""
+def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]], bool]:
+    """The calls with their batch axes, why leaves cannot be captured, and whether anything sums over examples; one,
+    two: of `traced` at both sizes."""
     walk, data, jaxpr, count = one
     other, data2, second, _ = two
     minor = jaxpr is not None and joins_behind(jaxpr, second)
@@ -154,21 +156,25 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
                 refused.setdefault(leaf, []).append(why)
-    return calls, refused
+    return calls, refused, bool(summed)
 
 
 def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any, int]:
     """What one abstract evaluation finds: the walk, shapes of the inputs kept, the jaxpr (None if explicit), and how
     many of its outputs are the prediction."""
-    found: list[Any] = []
+    asked: frozenset[str] = frozenset()
+    while True:
+        found: list[Any] = []
 
-    def abstract(params: Any, args: tuple) -> dict:
-        pred, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None)
-        found[:] = [walk, jaxpr, len(jax.tree.leaves(pred))]
-        return walk.data
+        def abstract(params: Any, args: tuple, found: list = found, asked: frozenset[str] = asked) -> dict:
+            pred, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None, asked=asked)
+            found[:] = [walk, jaxpr, len(jax.tree.leaves(pred))]
+            return walk.data
 
-    data = jax.eval_shape(abstract, params, args)
-    return found[0], data, found[1], found[2]
+        data = jax.eval_shape(abstract, params, args)
+        if found[0].late <= asked:
+            return found[0], data, found[1], found[2]
+        asked |= found[0].late
 
 
 def evaluated(
@@ -179,11 +185,12 @@ def evaluated(
     explicit: bool,
     probes: dict | None,
     known: frozenset[str] | None = None,
+    asked: frozenset[str] = frozenset(),
 ) -> tuple[Any, Any, Walk, Any]:
     """(prediction, aux, walk, jaxpr) of `apply` with probes added to the outputs of its calls."""
     leaves, structure = jax.tree.flatten((params, args))
     count = len(jax.tree.leaves(params))
-    walk = Walk(probes, known)
+    walk = Walk(probes, known, asked)
     if explicit:
         out = apply(params, *args, Tap(walk, leaves[:count]))
         pred, aux = out if has_aux else (out, None)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kfaccore import Record
 from kfaccore_jax.mesh import named_axes
-from kfaccore_jax.records import Drawn
+from kfaccore_jax.records import Drawn, widened
 
 Tree = TypeVar("Tree")
 
@@ -53,7 +53,8 @@ class Axes:
         def mean(x: Any) -> Any:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
-            return jax.lax.psum(x * jnp.asarray(share / total, x.dtype), self.names)
+            wide = widened(x)  # in half precision the weights would not add up to one
+            return jax.lax.psum(jnp.asarray(wide * jnp.asarray(share / total, wide.dtype), x.dtype), self.names)
 
         return jax.tree.map(mean, tree)
 

@@ -69,6 +69,17 @@ class KFACState(NamedTuple):
     counts: Any
     rest: Any = ()
 
+    def __reduce__(self) -> tuple:
+        """Pickled so that a process which has made no state yet can load it."""
+        return restored, (KFACState, *self)
+
+
+def restored(kind: Any, *fields: Any) -> Any:
+    """A state from a pickle, with what it is made of known to JAX as trees."""
+    from kfaccore_jax.trees import register
+
+    return register(kind(*fields))
+
 
 def state_of(state: Any) -> KFACState:
     """The state of kfac in that of a chain."""

@@ -48,6 +48,7 @@ from kfaccore import (
 from kfaccore_jax.capture import capture
 from kfaccore_jax.grafting import rule_of
 from kfaccore_jax.plan import Plan
+from kfaccore_jax.records import widened
 from kfaccore_jax.state import counts_of
 from kfaccore_jax.transform import Transformation
 
@@ -164,7 +165,7 @@ class Step:
 
         *args, target = batch
         captured = capture(self.plan, params, *args)
-        f = captured.prediction
+        f = jax.tree.map(widened, captured.prediction)  # bfloat16 has 128 uniform numbers to draw labels by
         n = self.loss.normaliser(f, target)
         draws = monte_carlo(self.loss, f, self._noise(f, key), target)
         value = self.loss.value(f, target) / n

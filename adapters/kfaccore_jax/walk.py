@@ -16,22 +16,26 @@ OTHER = "apply runs other layers than when it was planned; make a plan for these
 class Walk:
     """What one evaluation found, keyed by the place of the equation: calls, inputs kept, output shapes, and where
     leaves went that no rule knows. `probes` are added to the outputs of calls. `known` are the calls of the plan, None
-    while it is made: an array of one example cannot tell by its shape that a leaf was repeated over the batch."""
+    while it is made: an array of one example cannot tell by its shape that a leaf was repeated over the batch. `late`
+    are calls at products that a leaf had gone through before they were asked for: planned again with them as `asked`,
+    the model is as it will be captured."""
 
     probes: dict[str, Any] | None = None
     known: frozenset[str] | None = None
+    asked: frozenset[str] = frozenset()
     prefix: str = ""
     depth: int = 0
     calls: dict[str, Call] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Shape] = field(default_factory=dict)
     leaks: dict[int, list[str]] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
 
     def inside(self, place: int, fresh: bool) -> Walk:
         """For the jaxpr within equation `place`; a fresh one keeps its own data, to be handed out of a trace."""
         prefix = f"{self.prefix}{place}."
         if fresh:
-            return Walk(None, self.known, prefix, self.depth)
+            return Walk(None, self.known, self.asked, prefix, self.depth)
         return replace(self, prefix=prefix)
 
     def probes_of(self, place: int) -> dict[str, Any]:
@@ -43,6 +47,7 @@ class Walk:
         """Take over what a fresh inner walk found."""
         self.calls.update(inner.calls)
         self.outputs.update(inner.outputs)
+        self.late |= inner.late
         self.data.update(data)
         for leaf, places in inner.leaks.items():
             self.leaks.setdefault(leaf, []).extend(places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,16 @@ class Biases:
     joined: set[int] = field(default_factory=set)
 
 
-def joined_biases(everything: Sequence[Followed]) -> Biases:
-    """A bias joins a weight when each is used with the other and with nothing else."""
+def joined_biases(everything: Sequence[Followed], sole: Callable[[Tensor], bool]) -> Biases:
+    """A bias joins a weight when each is used with the other and with nothing else.
+
+    sole   whether the prediction is made of a tensor through one operation alone: gradients of a product's output are
+           those of its bias only where the product goes nowhere but into the sum
+    """
     outputs = {id(use.out): (one, use) for one in everything for use in one.uses}
     found = Biases()
     for bias in everything:
-        pairs = [(use, *_under(use, outputs)) for use in bias.uses]
+        pairs = [(use, *_under(use, outputs, sole)) for use in bias.uses]
         weights = {id(one.variable): one for _, one, _ in pairs if one is not None}
         if len(weights) != 1 or any(one is None for _, one, _ in pairs):
             continue
@@ -44,8 +48,10 @@ def joined_biases(everything: Sequence[Followed]) -> Biases:
     return found
 
 
-def _under(use: Use, outputs: dict[int, tuple[Followed, Use]]) -> tuple[Followed | None, Use | None]:
-    """The product whose output this use adds to, if that is all it does."""
+def _under(
+    use: Use, outputs: dict[int, tuple[Followed, Use]], sole: Callable[[Tensor], bool]
+) -> tuple[Followed | None, Use | None]:
+    """The product whose output this use adds to, if that is all it does and all the product is for."""
     kind = use.kind
     plain = isinstance(kind, Elementwise) and use.x is None and kind.sign > 0 and use.hot.changed == AS_IT_IS
     op = use.out.op
@@ -53,7 +59,7 @@ def _under(use: Use, outputs: dict[int, tuple[Followed, Use]]) -> tuple[Followed
         return None, None
     here = next(x for x in op.inputs if x is not use.hot.tensor)
     one, product = outputs.get(id(_back(here, VIEWS + SAME)), (None, None))
-    if product is None or not isinstance(product.kind, Product | Convolution) or product.hot.changed != AS_IT_IS:
+    if product is None or not _only(here, product.out, sole) or not isinstance(product.kind, Product | Convolution) or product.hot.changed != AS_IT_IS:
         return None, None
     return one, product
 
@@ -63,6 +69,13 @@ def _back(here: Tensor, through: Sequence[str]) -> Tensor:
     while here.op.type in through:
         here = here.op.inputs[0]
     return here
+
+
+def _only(here: Tensor, start: Tensor, sole: Callable[[Tensor], bool]) -> bool:
+    """Whether `start` and every view of it up to `here` goes nowhere else."""
+    while here is not start and sole(here):
+        here = here.op.inputs[0]
+    return here is start and sole(here)
 
 
 def _aligned(use: Use, product: Use) -> Matrix | None:

@@ -19,12 +19,14 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class Scope:
-    """One call of a layer: operations number start to end, and the mask (batch, positions) of its input, or None."""
+    """One call of a layer: operations number start to end, the mask (batch, positions) of its input, or None, and that
+    input."""
 
     layer: Layer
     start: int
     end: int
     mask: Tensor | None
+    input: Any = None
 
 
 @dataclass
@@ -89,7 +91,7 @@ def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
             found = call(*args, **kwargs)
         if here:
             end = graph.version
-            scopes.calls.append(Scope(layer, start, end, _mask(layer, first, kwargs, graph)))
+            scopes.calls.append(Scope(layer, start, end, _mask(layer, first, kwargs, graph), first))
         return found
 
     return wrapper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.kinds import Seen
 from kfaccore_tensorflow.losses import Told
-from kfaccore_tensorflow.places import Place, factors, owned, suggested
+from kfaccore_tensorflow.places import Place, factors, suggested
 from kfaccore_tensorflow.plan import Part
-from kfaccore_tensorflow.rows import Given, Shape, record, seen
+from kfaccore_tensorflow.rows import Batch, Given, Shape, record, seen
 
 if TYPE_CHECKING:
     from kfaccore_tensorflow.step import Engine
@@ -25,13 +26,14 @@ ASK = 2  # draws that ask whose row is whose
 
 
 def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[Any]:
-    """((n, examples, asking draws), draws of each head) of a batch: predictions, then targets, weights and masks as far
-    as there are `some`.
+    """((n, examples, asking draws, which examples count), draws of each head) of a batch: sizes of the calls' outputs,
+    predictions, then targets, weights and masks as far as there are `some`.
 
     Draws that are no samples get a random sign an example and draw: nothing changes for rows that an example owns, and
     for others the products of two examples vanish in expectation.
     """
     arrays = iter([to_numpy(x) for x in given])
+    sizes = next(arrays)
     heads = [next(arrays) for _ in engine.objective.names]
     rest = [next(arrays) if there else None for there in some]
     told = [Told(*rest[i :: len(heads)]) for i in range(len(heads))]
@@ -42,10 +44,15 @@ def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[An
     if engine.signs and engine.fisher in (kf.type2, kf.empirical):
         signs = rng.choice([-1.0, 1.0], (len(draws[0]), examples))
         draws = [v * signs.astype(v.dtype).reshape(*signs.shape, *(1,) * (v.ndim - 2)) for v in draws]
-    asked = 0 if engine.places is not None or not len(draws[0]) else ASK
+    asked = ASK if len(draws[0]) and engine.owners.due((examples, *sizes.tolist())) else 0
     if asked:
         draws = [np.concatenate([_asking(f, examples), v]) for f, v in zip(heads, draws, strict=True)]
-    count = [engine.objective.share_of(heads, told), examples, asked]
+    if not engine.negative and any(one.weight is not None and one.weight.min(initial=0) < 0 for one in told):
+        engine.negative = True
+        warnings.warn("sample_weight is negative: the Fisher is that of its size, |sample_weight|", stacklevel=2)
+    present = engine.objective.present_of(heads, told)
+    share = engine.objective.share_of(heads, told) if present.any() else 0.0
+    count = [share, examples, asked, *([] if present.all() else present)]
     return [to_tensor(count, tf.float64), *(to_tensor(v, f.dtype) for v, f in zip(draws, heads, strict=True))]
 
 
@@ -76,7 +83,7 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
     if batch.n <= 0:
         return None
     if batch.asked:
-        look(engine, {name: [one.of(slice(ASK)) for one in each] for name, each in batch.given.items()}, batch.examples)
+        look(engine, batch.given)
     taken = Taken({}, {})
     stacked = not exact and not engine.preconditioner.rule.needs_records  # which models all layers under the same draws
     for part in tensors.parts:
@@ -91,7 +98,7 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
         mixes = any(place.mixes for place in where)
         if exact and mixes:
             where = [Place(None, mixes=True)] * len(where)
-        both = record(part, shapes, rest, where, batch.masks, batch.n, batch.examples, stacked)
+        both = record(part, shapes, rest, where, batch, stacked)
         taken.drawn[part.name] = both if apart or not last else replace(both, g=both.g[:-1, ...])
         if last and not mixes and not apart:
             taken.own[part.name] = replace(both, g=both.g[-1:, ...])
@@ -99,21 +106,20 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Batch(Batch):
     """Arrays of one forward pass: rows of the calls of each part, draws first, of which the first `asked` ask and the
     last is the loss's own where it was asked for; and gradients of the parts that are read whole."""
 
-    n: float
-    examples: int
     asked: int
-    masks: list[np.ndarray]
     given: dict[str, list[Seen]]
     wholes: dict[str, np.ndarray]
 
     @classmethod
     def of(cls, tensors: Tensors, arrays: Sequence[np.ndarray]) -> _Batch:
         flat = iter(arrays)
-        n, examples, asked = (float(x) for x in next(flat))
+        count = next(flat)
+        n, examples, asked = (float(x) for x in count[:3])
+        present = count[3:] > 0 if len(count) > 3 else None
         masks = [next(flat) for _ in tensors.masks]
         x = [None if t is None else next(flat) for t in tensors.x]
         slopes = [[next(flat) for _ in each] for each in tensors.slopes]
@@ -127,7 +133,7 @@ class _Batch:
             for (part, shape), operand, each, other, rows in zip(calls, x, slopes, by, g[: len(x)], strict=True):
                 given[part.name].append(seen(part, shape, Given(operand, each, rows, other)))
         wholes = zip((part.name for part in tensors.parts if part.whole), g[len(x) :], strict=True)
-        return cls(n, int(examples), int(asked), masks, given, dict(wholes))
+        return cls(n, int(examples), masks, present, int(asked), given, dict(wholes))
 
 
 def _whole(g: np.ndarray, n: float) -> kf.Record:
@@ -135,17 +141,9 @@ def _whole(g: np.ndarray, n: float) -> kf.Record:
     return kf.Record(np.ones((1, 1, 1, 1), g.dtype), g, n)
 
 
-def look(engine: Engine, given: dict[str, list[Seen]], examples: int) -> None:
+def look(engine: Engine, given: dict[str, list[Seen]]) -> None:
     """Whose rows are whose, from the draws that ask; ValueError where a method needs rows of examples and has none."""
-    engine.places = {}
-    for name, calls in given.items():
-        found = []
-        for one in calls:
-            g = np.moveaxis(one.g, 1, -2)  # blocks beside the features
-            first, second = g.reshape(*g.shape[:-2], g.shape[-2] * g.shape[-1])
-            found.append(owned(first, second, examples))
-        engine.places[name] = found
-    engine.mixing = sorted(name for name, places in engine.places.items() if any(place.mixes for place in places))
+    engine.owners.look(given)
     if engine.mixing and kf.own_gradients(engine.preconditioner):
         raise ValueError(
             f"rows of {engine.mixing} mix examples or are shared by them, so per-example gradients, which "
@@ -163,7 +161,7 @@ def _placed(
     mixture of two directions. What all examples share stays one.
     """
     models = engine.preconditioner.rule.needs_records
-    known = (engine.places or {}).get(part.name, [])
+    known = engine.owners.places.get(part.name, [])
     found = []
     for i, one in enumerate(given):
         likely = next(suggested(one.rows, examples), Place(None, mixes=True))

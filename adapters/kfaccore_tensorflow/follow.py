@@ -1,6 +1,7 @@
 """All uses of a model's variables in a traced forward pass, followed from each variable operation by operation.
 
-What reaches the prediction is followed and nothing else, so a regulariser or a metric is no use.
+What gradients of the prediction reach is followed and nothing else: a regulariser, a metric or what is behind
+`tf.stop_gradient` is no use.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import tensorflow as tf
 
 from kfaccore_tensorflow.halves import halves
 from kfaccore_tensorflow.layout import Layout
-from kfaccore_tensorflow.moves import SILENT, moved
+from kfaccore_tensorflow.moves import moved
+from kfaccore_tensorflow.reach import reaching
 from kfaccore_tensorflow.rules import read
 from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use, merged
 
@@ -30,9 +32,8 @@ class Followed:
     reasons: list[str] = field(default_factory=list)
 
 
-def followed(graph: Any, outputs: Iterable[Tensor], variables: Iterable[Any]) -> list[Followed]:
-    """Of each variable, in the graph that `outputs` were made in."""
-    reach = reaching(outputs)
+def followed(graph: Any, reach: set[str], variables: Iterable[Any]) -> list[Followed]:
+    """Of each variable, along the operations of the graph that gradients `reach`."""
     inside = {id(outside): tensor for outside, tensor in graph.captures}
     found = []
     heads = []
@@ -66,18 +67,6 @@ def _goes(here: Hot, reach: set[str], hot: set[int]) -> list[Use] | None:
     return None if one.reasons or any(id(use.x) in hot for use in uses) else uses
 
 
-def reaching(outputs: Iterable[Tensor]) -> set[str]:
-    """Names of the operations that `outputs` are made by."""
-    waiting = [x.op for x in outputs]
-    seen = {op.name for op in waiting}
-    while waiting:
-        for x in waiting.pop().inputs:
-            if x.op.name not in seen:
-                seen.add(x.op.name)
-                waiting.append(x.op)
-    return seen
-
-
 def made_of(inputs: Iterable[Tensor]) -> set[str]:
     """Names of the operations whose values depend on those of `inputs`; on their sizes alone is no dependence."""
     waiting = [x for x in inputs if tf.is_tensor(x)]
@@ -105,8 +94,6 @@ def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int]) -> None:
 
 def _step(one: Followed, op: Operation, here: Hot) -> list[Hot]:
     """Where one operation takes a tensor: on, or into a use."""
-    if op.type in SILENT:
-        return []
     going = moved(op, here)
     if going is not None:
         return list(going)

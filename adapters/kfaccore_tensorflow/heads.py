@@ -8,7 +8,7 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -76,6 +76,11 @@ class Several:
         """The number of examples."""
         return float(len(f[0]))
 
+    def present_of(self, f: list[np.ndarray], told: list[Told]) -> np.ndarray:
+        """Which examples count in any output."""
+        each = zip(self.names, f, told, strict=True)
+        return np.any([self.objectives[name].present_of([head], [of]) for name, head, of in each], axis=0)
+
     def drawless(self, fisher: Callable) -> bool:
         """Whether a Fisher makes no draws."""
         return fisher is kf.forward_only
@@ -111,7 +116,7 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     if len(names) > 1 and loss is not None and not isinstance(loss, (Mapping, list, tuple, *CORE)):
         loss = dict.fromkeys(names, loss)  # one of Keras's is each output's
     if not isinstance(loss, Mapping | list | tuple):
-        return single(loss, fisher)
+        return replace(single(loss, fisher), scale=_scale(weights))
     given = dict(loss) if isinstance(loss, Mapping) else dict(zip(_named(names, loss), loss, strict=True))
     losses = {name: one for name, one in given.items() if one is not None}
     if not losses:
@@ -120,11 +125,22 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     scales = (
         dict(weights) if isinstance(weights, Mapping) else dict(zip(given, weights or [1.0] * len(given), strict=True))
     )
+    negative = {name: scale for name, scale in scales.items() if not float(scale) >= 0}
+    if negative:
+        raise ValueError(f"loss_weights are {negative}; need numbers that are not negative")
     return Several(
         {name: single(losses[name], fisher) for name in ordered},
         {name: float(scales.get(name, 1.0)) for name in ordered},
         tuple(names) or tuple(given),
     )
+
+
+def _scale(weights: Any) -> float:
+    """The one weight of one loss, as `compile` takes it: a number, or it alone in a list or dict."""
+    given = list(weights.values()) if isinstance(weights, Mapping) else np.ravel(1.0 if weights is None else weights)
+    if len(given) != 1 or not float(given[0]) >= 0:
+        raise ValueError(f"loss_weights is {weights!r} for one loss; need one number, not negative")
+    return float(given[0])
 
 
 def _named(names: Sequence[str], loss: Sequence[Any]) -> Sequence[str]:

@@ -41,11 +41,13 @@ class Objective:
     core     the per-example loss
     value    (target, prediction, sample weight or None) -> 0-d tensor, differentiable
     share    (prediction, target, mask of its positions or None) -> n, what the mean divides the core's sum by
+    scale    what `compile` multiplies the loss with: the Fisher of c times a loss is c times its own
     """
 
     core: Any
     value: Callable[[Any, Any, Any], Any]
     share: Callable[[np.ndarray, Any, Any], float]
+    scale: float = 1.0
 
     def draws(
         self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any, mask: Any = None
@@ -61,11 +63,15 @@ class Objective:
         else:
             draws = fisher(self.core, f, y)
         draws = draws if mask is None else draws * mask[..., None].astype(f.dtype)
+        if self.scale != 1:
+            draws = np.asarray(draws * (self.scale if fisher is kf.empirical else self.scale**0.5), f.dtype)
         if weight is None:
             return draws
         root = np.asarray(weight, f.dtype)
-        # of the loss's own gradients a weight is a factor, of a square root of its Hessian its root is
-        root = (root if fisher is kf.empirical else np.sqrt(root)).reshape(weight.shape + (1,) * (f.ndim - weight.ndim))
+        # of the loss's own gradients a weight is a factor, of a square root of its Hessian its root is; the Fisher of
+        # a loss with a negative weight, as of a policy gradient, is that of its size: `drawn` says so
+        root = root if fisher is kf.empirical else np.sqrt(np.abs(root))
+        root = root.reshape(weight.shape + (1,) * (f.ndim - weight.ndim))
         return draws * root
 
     @property
@@ -89,6 +95,15 @@ class Objective:
     def share_of(self, f: list[np.ndarray], told: list[Told]) -> float:
         """`share` of all outputs."""
         return self.share(f[0], told[0].target, told[0].valid(f[0]))
+
+    def present_of(self, f: list[np.ndarray], told: list[Told]) -> np.ndarray:
+        """Which examples count, (batch,): those of no weight and with ignored labels alone are as none."""
+        one = told[0]
+        found = np.ones(len(f[0]), bool) if one.weight is None else np.any(one.weight.reshape(len(f[0]), -1), axis=1)
+        ignored = self.core.ignore if isinstance(self.core, kf.SoftmaxCrossEntropy) else None
+        if ignored is None or one.target is None:
+            return found
+        return found & np.any(_target(self.core, f[0], one.target).reshape(len(f[0]), -1) != ignored, axis=1)
 
     def drawless(self, fisher: Callable) -> bool:
         """Whether a Fisher makes no draws."""

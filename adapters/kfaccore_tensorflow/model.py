@@ -71,6 +71,8 @@ class KFACModel(keras.Model):
         Where layers were thawed since, the curvature begins anew, as the optimizer does.
         """
         self._ours = loss if isinstance(loss, OURS) else None
+        if self._ours is not None and options.get("loss_weights") is not None:
+            raise ValueError("a loss of kfaccore takes no loss_weights: give them to kfaccore.Joint(losses, weights)")
         if self.engine is not None and self.engine.plan.changed(self.inner.trainable_variables):
             self.engine = None
         self._eagerly = None

@@ -11,7 +11,6 @@ from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.slopes import BINARY, FUNCTIONS
 from kfaccore_tensorflow.uses import BY_ONE_NUMBER, ELEMENTWISE, Hot, Operation, Tensor, Unread
 
-SILENT = {"Shape", "Size", "Rank", "ZerosLike", "OnesLike", "StopGradient", "PreventGradient", "VariableShape"}
 SAME = {"ReadVariableOp", "Identity", "Cast", "EnsureShape", "CheckNumerics", "Snapshot"}
 
 

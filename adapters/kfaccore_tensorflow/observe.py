@@ -16,6 +16,7 @@ from kfaccore_tensorflow.follow import Followed, followed, made_of
 from kfaccore_tensorflow.kinds import Lookup
 from kfaccore_tensorflow.layout import Matrix
 from kfaccore_tensorflow.plan import Part, Plan
+from kfaccore_tensorflow.reach import reaching, sole
 from kfaccore_tensorflow.uses import Tensor, Use
 
 Variable = Any
@@ -36,10 +37,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Observed:
-    """The plan, and the calls of each part in the order of the graph."""
+    """The plan, and the calls of each part in the order of the graph, and those of all layers."""
 
     plan: Plan
     calls: dict[str, list[Call]]
+    scopes: Scopes
 
 
 def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Observed:
@@ -53,13 +55,14 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
     calls: dict[str, list[Call]] = {}
     refused: dict[str, tuple[tuple[Variable, ...], str]] = {}
     unused: dict[str, tuple[Variable, ...]] = {}
-    everything = followed(graph, outputs, trained)
+    reach = reaching(outputs)
+    everything = followed(graph, reach, trained)
     remade = {id(v) for layer in every(model) if getattr(layer, "_remat_mode", None) for v in layer.trainable_variables}
     for one in everything:
         if id(one.variable) in remade and one.uses:
             one.reasons.append("its layer recomputes its outputs in the backward pass")
     grouped = {id(one.variable): _grouped(one) for one in everything}
-    biases = joined_biases([one for one in everything if not one.reasons])
+    biases = joined_biases([one for one in everything if not one.reasons], lambda x: sole(x, outputs, reach))
     for one in everything:
         layer, name = names[id(one.variable)]
         groups = grouped[id(one.variable)]
@@ -80,7 +83,7 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
                     Call(use, turned, tuple(scopes.around(use.out.op)), use.out.op.name in made)
                     for use, turned in ordered
                 ]
-    return Observed(Plan(tuple(parts), refused, unused), calls)
+    return Observed(Plan(tuple(parts), refused, unused), calls, scopes)
 
 
 def named(model: Any) -> dict[int, tuple[str, str]]:

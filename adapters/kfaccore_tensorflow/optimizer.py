@@ -46,7 +46,7 @@ class Optimizer:
         self.engine = Engine(loss, Settings(**settings), known(model), output_names(model))
         self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
         self.optimizer.build(model.trainable_variables)
-        self._graph = tf.function(self._traced, reduce_retracing=True, autograph=False)
+        self._trained: tuple[int, ...] | None = None
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update on a batch; the loss before it, 0-d. ValueError for a batch without examples."""
@@ -54,6 +54,7 @@ class Optimizer:
         there = isinstance(first, np.ndarray) or (tf.is_tensor(first) and first.shape.rank)
         if there and first.shape[0] == 0:
             raise ValueError(f"the batch has inputs of shape {tuple(first.shape)}; need at least one example")
+        self._follow()
         return self._graph(x, y, sample_weight)
 
     @property
@@ -79,6 +80,21 @@ class Optimizer:
         """Takes weights and state from such a file, whose layers bear this model's names; ValueError for others."""
         self.engine.replant(kf.load(path, like=self.engine.tree()))
 
+    def _follow(self) -> None:
+        """A graph of what is trained now; ValueError where that is nothing, or what the plan does not know."""
+        variables = self.model.trainable_variables
+        now = tuple(map(id, variables))
+        if now == self._trained:
+            return
+        if not now:
+            raise ValueError(
+                f"no variable of model {self.model.name!r} is trainable now: set trainable=True again before the step"
+            )
+        if self.engine.ready:
+            self.engine.plan.check(variables)
+        self._graph = tf.function(self._traced, reduce_retracing=True, autograph=False)
+        self._trained = now
+
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
         return take_step(self.model, self.engine, self.optimizer, (x, y, weight), self._loss)[0]
 
@@ -102,6 +118,7 @@ def take_step(
         heads = engine.objective.heads(f)
         seen = observe(model, list(heads.values()), scopes, x)
         engine.adopt(seen.plan)
+        engine.penalise()
         loss = loss_of(f, y, weight)
     pinned = watch.pinned()
     variables = model.trainable_variables

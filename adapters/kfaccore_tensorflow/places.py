@@ -1,4 +1,4 @@
-"""Whose row is it? Which axis of an operation's rows counts the examples, asked of the gradients once.
+"""Whose row is it? Which axis of an operation's rows counts the examples, asked of the gradients of a batch.
 
 A draw v and the same draw with each example scaled by a power of two are pulled back to the rows. A row that one
 example owns is scaled by that example's number, exactly; no other row is. What shapes suggest is confirmed so; where
@@ -60,8 +60,9 @@ def factors(examples: int) -> np.ndarray:
     return 2.0 ** np.random.default_rng(examples).integers(0, _LEVELS, examples)
 
 
-def owned(first: np.ndarray, second: np.ndarray, examples: int) -> Place:
-    """The place of rows (*rows, d) that gave `first` for a draw, and `second` for the draw times `factors`."""
+def owned(first: np.ndarray, second: np.ndarray, examples: int, old: Place | None = None) -> tuple[Place, bool]:
+    """The place of rows (*rows, d) that gave `first` for a draw, and `second` for the draw times `factors`; and whether
+    they show it: without a gradient, or where several places agree with it, `old` holds if there is one."""
     rows = first.shape[:-1]
     s = factors(examples)
     eps = np.finfo(first.dtype).eps
@@ -69,16 +70,22 @@ def owned(first: np.ndarray, second: np.ndarray, examples: int) -> Place:
         initial=0.0
     )
     likeliest = None
+    agreed = []
     for place in suggested(rows, examples):
         likeliest = likeliest or place
         a, b = (place.put(x, 0, len(rows), examples) for x in (first, second))
         wanted = s.astype(first.dtype)[:, None, None] * a
         room = place.put(slack[..., None], 0, len(rows), examples)
         if np.all(np.abs(b - wanted) <= room * s[:, None, None]):
-            return place
-    if likeliest is not None and examples == 1:
-        return likeliest
-    return Place(None if likeliest is None or _shared(first, second, likeliest, s) else likeliest.axis, mixes=True)
+            agreed.append(place)
+    shown = examples > 1 and bool(np.any(first))
+    if not shown or len(agreed) > 1:
+        last = None if old is None or not old.fits(rows, examples) or (shown and old not in agreed) else old
+        return last or next(iter(agreed), likeliest) or Place(None, mixes=True), False
+    if agreed:
+        return agreed[0], True
+    apart = likeliest is None or _shared(first, second, likeliest, s)
+    return Place(None if apart or likeliest is None else likeliest.axis, mixes=True), True
 
 
 def _shared(first: np.ndarray, second: np.ndarray, place: Place, s: np.ndarray) -> bool:

@@ -87,6 +87,26 @@ class Plan:
             )
         return self
 
+    def same(self, now: Plan) -> None:
+        """ValueError where another trace uses variables of a part in another way, or cannot read them; one that does
+        not use them at all leaves their curvature as it is."""
+        parts = {part.name: part.places() for part in now.parts}
+        reasons = {id(v): reason for variables, reason in now.refused.values() for v in variables}
+        used = {id(v): "they are of other parts" for part in now.parts for v in part.variables.values()} | reasons
+        for part in self.parts:
+            if part.whole or parts.get(part.name) == part.places():
+                continue
+            why = next((used[id(v)] for v in part.variables.values() if id(v) in used), None)
+            if why is None:
+                continue
+            why = "their elements stand elsewhere" if part.name in parts else why
+            names = ", ".join(v.path for v in part.variables.values())
+            raise ValueError(
+                f"part {part.name!r} ({names}) is not used as it was when the plan was made, and its curvature would "
+                f"stay that of other batches: {why}. Give batches of one shape but for the number of examples, such as "
+                f"padded ones, freeze it, or make a new Optimizer for these batches"
+            )
+
     def changed(self, variables: Iterable[Variable]) -> list[str]:
         """What of `variables`, those now trained, is not of the plan, and parts that are trained in part."""
         now = {id(v): v for v in variables}

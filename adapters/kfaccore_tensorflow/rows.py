@@ -67,21 +67,28 @@ def seen(part: Part, shape: Shape, given: Given) -> Seen:
     return Seen(found.a, found.g * matrix[..., 0].reshape(1, len(matrix), *rows, matrix.shape[1]))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """n and the number of examples; masks (examples, positions) of the layers' calls; `present`, which examples count,
+    or None for all."""
+
+    n: float
+    examples: int
+    masks: Sequence[np.ndarray]
+    present: np.ndarray | None
+
+
 def record(
     part: Part,
     shapes: Sequence[Shape],
     given: Sequence[Seen],
     places: Sequence[Place],
-    masks: Sequence[np.ndarray],
-    n: float,
-    examples: int,
+    batch: Batch,
     stacked: bool = False,
 ) -> kf.Record:
     """One record of all calls of a part: several calls are more positions of the same examples.
 
-    places     where the rows of each call stand
-    masks      (examples, positions) of the layers' calls
-    examples   how many there are; a part whose rows are no one's own has a record of one
+    places     where the rows of each call stand; a part whose rows are no one's own has a record of one example
     stacked    draws of a part that is used both ways are more examples, else positions of each draw's own, which keeps
                draws apart and takes as many times the memory
     """
@@ -91,8 +98,11 @@ def record(
     pieces = []
     merged: dict[tuple, int] = {}
     for shape, found, place in zip(shapes, given, places, strict=True):
-        piece = _piece(part, shape, found, place, 1 if together else examples)
-        piece.exists = existing(piece.g, shape.masks, masks, examples, found.rows, isinstance(shape.kind, Lookup))
+        piece = _piece(part, shape, found, place, 1 if together else batch.examples)
+        lookup = isinstance(shape.kind, Lookup)
+        piece.exists = existing(
+            piece.g, shape.masks, batch.masks, batch.examples, found.rows, place, lookup, batch.present
+        )
         key = (shape.together, found.rows)
         if isinstance(shape.kind, Elementwise) and key in merged:
             pieces[merged[key]].g = pieces[merged[key]].g + piece.g
@@ -102,7 +112,7 @@ def record(
     if any(piece.turned for piece in pieces):
         pieces = [_stacked(piece) for piece in pieces] if stacked else pieces
         _balanced(pieces)
-    return _joined(part, pieces, n)
+    return _joined(part, pieces, batch.n)
 
 
 @dataclass

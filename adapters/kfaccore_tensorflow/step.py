@@ -17,7 +17,8 @@ from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor, widened
 from kfaccore_tensorflow.heads import objective
 from kfaccore_tensorflow.matrices import of_plan, put
-from kfaccore_tensorflow.places import Place
+from kfaccore_tensorflow.owners import Owners
+from kfaccore_tensorflow.penalty import penalty, weights
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.rest import spanned
 from kfaccore_tensorflow.resume import restored, saved
@@ -96,19 +97,26 @@ class Engine:
         self.preconditioner = settings.preconditioner()
         self.plan = Plan((), {})
         self.ready = False
-        self.places: dict[str, list[Place]] | None = None  # of the calls of each part, once asked
-        self.mixing: list[str] = []
+        self.owners = Owners()
+        self.l2: dict[str, Any] = {}  # of the step that is being traced
         self.signs = not kf.own_gradients(self.preconditioner)
         self.state: Any = None
         self.info: kf.Info | None = None
+        self.plain: set[str] = set()  # variables that were named because only their gradients are known
+        self.negative = False  # whether negative weights were named
         self.void = False  # whether nothing counted in the last batch
         if plan is not None:
             self.adopt(plan)
 
+    @property
+    def mixing(self) -> list[str]:
+        """Parts whose rows move several examples, as far as batches have shown."""
+        return self.owners.mixing
+
     def adopt(self, plan: Plan) -> None:
         """Take a plan for this model's, or see that it is the same; ValueError where it is not."""
         if self.ready:
-            self._same(plan)
+            self.plan.same(plan)
             return
         if self.settings.strict:
             plan.strictly()
@@ -132,13 +140,6 @@ class Engine:
             )
         self.ready = True
 
-    def _same(self, plan: Plan) -> None:
-        """ValueError where another trace uses variables in another way."""
-        now = {part.name: part.places() for part in plan.parts}
-        for part in self.plan.parts:
-            if not part.whole and part.name in now and now[part.name] != part.places():
-                raise ValueError(f"part {part.name!r} is not used as it was when the plan was made: make a new one")
-
     def tree(self) -> dict[str, Any]:
         """{"params": {part: matrix, 2-D if there is one block}, "state": state}."""
         return {"params": of_plan(self.plan), "state": self.state}
@@ -148,15 +149,13 @@ class Engine:
         put([(part, np.asarray(tree["params"][part.name])) for part in self.plan.parts])
         self.state = tree["state"]
 
+    def penalise(self) -> None:
+        """Take the l2 of the step that is being traced."""
+        self.l2 = weights(self)
+
     def penalty(self) -> Any:
         """l2/2 |theta|^2 over covered variables, part of the loss; 0 without l2."""
-        l2 = self.settings.schedules.penalties([part.name for part in self.plan.parts], self.state.step)
-        if not l2:
-            return 0.0
-        every = {id(v): (l2[part.name], v) for part in self.plan.parts for v in part.variables.values()}
-        dtype = next(iter(every.values()))[1].dtype
-        parts = [0.5 * weight * tf.reduce_sum(tf.square(tf.cast(v, dtype))) for weight, v in every.values()]
-        return tf.add_n(parts)
+        return penalty(self, self.l2)
 
     def saved(self) -> bytes:
         """The state as one safetensors file."""
@@ -173,7 +172,9 @@ class Engine:
         place = {id(v): i for i, v in enumerate(variables)}
         self.plan.check(variables)
         used = {key for key, i in place.items() if gradients[i] is not None}
-        parts = [part for part in self.plan.parts if all(id(v) in used for v in part.variables.values())]
+        read = {part.name for part in self.plan.parts if part.whole} | given.seen.calls.keys()
+        parts = [p for p in self.plan.parts if p.name in read and all(id(v) in used for v in p.variables.values())]
+        self._name(parts, [v for v, g in zip(variables, gradients, strict=True) if g is not None])
         tensors = gathered(self, parts, given)
         where = list(dict.fromkeys(place[id(v)] for part in parts for v in part.variables.values()))
         grads = [widened(gradients[i]) for i in where]
@@ -188,6 +189,25 @@ class Engine:
                 update += tf.cast(shrink, update.dtype) * tf.cast(variables[i], update.dtype)
             new[i] = tf.cast(update, gradients[i].dtype)
         return new
+
+    def _name(self, parts: list[Part], moved: list[Any]) -> None:
+        """A warning of variables with a gradient that no draw of the prediction comes to; ValueError where it is strict
+        or where the step judges what it did, which needs a curvature of all of them."""
+        known = {id(v) for part in parts for v in part.variables.values()}
+        known |= {id(v) for refused, _ in self.plan.refused.values() for v in refused}
+        plain = [v.path for v in moved if id(v) not in known]
+        if not plain:
+            return
+        message = (
+            f"{plain} have a gradient of the loss and no curvature, since the prediction is not made of them: they "
+            f"reach a loss of the model's own alone, as of add_loss. Let the model return what that loss is of, with a "
+            f"loss for each output (kfaccore.Joint, or a dict), or freeze them"
+        )
+        if self.settings.strict or self.settings.step.judges:
+            raise ValueError(message)
+        if not self.plain >= set(plain):
+            self.plain |= set(plain)
+            warnings.warn(f"{message}. Until then they keep plain gradients", stacklevel=2)
 
     def _core(self, parts: list[Part], tensors: Tensors, variables: list, loss: Any, *flat: Any) -> list[Any]:
         """The factor of decoupled weight decay, then updates of the variables.

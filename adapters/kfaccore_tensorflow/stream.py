@@ -120,6 +120,9 @@ class _Units:
     def share_of(self, f: list, told: list) -> float:
         return float(len(f[0]))
 
+    def present_of(self, f: list, told: list) -> np.ndarray:
+        return np.ones(len(f[0]), bool)
+
     def drawless(self, fisher: Any) -> bool:
         return False
 

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import keras
 import tensorflow as tf
 
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import HALF, widened
+from kfaccore_tensorflow.capture import Scopes
 from kfaccore_tensorflow.losses import mask_of
 from kfaccore_tensorflow.observe import Call, Observed
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.rows import Shape
+from kfaccore_tensorflow.within import Masks, noted
 
 if TYPE_CHECKING:
     from kfaccore_tensorflow.step import Engine
@@ -27,7 +28,7 @@ class Tensors:
     """All tensors of one forward pass, and what is known of them while tracing.
 
     parts     the parts it went through; `shapes` of their calls in turn
-    count     (n, examples, draws that ask whose row is whose)
+    count     (n, examples, draws that ask whose row is whose), then which examples count, unless all do
     x         a call each, or None; `slopes` of each call's factors; `by` what multiplies each call's weight, or None
     g         a call each, draws first; then a variable each of parts without records
     own       a call each, the gradients of the loss itself, or none
@@ -73,8 +74,8 @@ def gathered(engine: Engine, parts: Sequence[Part], given: Pass) -> Tensors:
     """Output gradients of all calls of `parts` under the draws of this step, zeros where the clock wants none."""
     seen = given.seen
     parts = tuple(part for part in parts if part.whole or seen.calls.get(part.name))
-    masks: dict[int, tuple[int, Tensor]] = {}
-    shapes = {part.name: _shapes(seen.calls[part.name], masks) for part in parts if not part.whole}
+    masks: Masks = {}
+    shapes = {part.name: _shapes(seen.calls[part.name], seen.scopes, masks) for part in parts if not part.whole}
     calls = [call for part in parts if not part.whole for call in seen.calls[part.name]]
     outputs = [call.use.out for call in calls]
     half = [p.name for p in parts if any(c.use.out.dtype == tf.float16 for c in seen.calls.get(p.name, ()))]
@@ -103,30 +104,14 @@ def _slopes(call: Call) -> list[Tensor]:
     return [widened(factor.slope()) for path in call.use.hot.paths for factor in path]
 
 
-def _shapes(calls: Sequence[Call], masks: dict[int, tuple[int, Tensor]]) -> tuple[Shape, ...]:
+def _shapes(calls: Sequence[Call], scopes: Scopes, masks: Masks) -> tuple[Shape, ...]:
     """What is known of the calls of one part, their masks noted."""
-    within: dict[tuple[int, int], list[int]] = {}
-    for i, call in enumerate(calls):
-        for scope in call.scopes:
-            within.setdefault((scope.start, scope.end), []).append(i)
     found = []
-    for i, call in enumerate(calls):
-        mine = []
-        for scope in call.scopes:
-            if scope.mask is None:
-                continue
-            place, _ = masks.setdefault(id(scope.mask), (len(masks), scope.mask))
-            steps = within[scope.start, scope.end]
-            step = None
-            if len(steps) == scope.mask.shape[1] and len(steps) > 1:
-                step = steps.index(i)
-                backwards = isinstance(scope.layer, keras.layers.RNN) and scope.layer.go_backwards
-                step = len(steps) - 1 - step if backwards else step
-            mine.append((place, step))
+    for call, within in zip(calls, noted(calls, scopes, masks), strict=True):
         together = call.scopes[0].start if call.scopes else -1
         hot = call.use.hot
         paths = tuple(tuple(factor.layout for factor in path) for path in hot.paths) if hot.changed else ()
-        found.append(Shape(call.use.kind, call.turned, paths, tuple(mine), together, call.of_inputs))
+        found.append(Shape(call.use.kind, call.turned, paths, within, together, call.of_inputs))
     return tuple(found)
 
 
@@ -147,8 +132,9 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
 
     def wanted() -> list[Tensor]:
         ask = lambda *arrays: draw.drawn(engine, some, list(arrays))  # noqa: E731
-        count, *drawn = tf.py_function(ask, [*map(widened, values), *present], [tf.float64, *kinds])
-        count = tf.ensure_shape(count, (3,))
+        sizes = tf.concat([tf.shape(out) for out in sources], 0)
+        count, *drawn = tf.py_function(ask, [sizes, *map(widened, values), *present], [tf.float64, *kinds])
+        count = tf.ensure_shape(count, (None,))
         drawn = [tf.ensure_shape(v, (None, *f.shape)) for v, f in zip(drawn, values, strict=True)]
         signature = [tf.TensorSpec(o.shape, tf.float32 if o.dtype in HALF else o.dtype) for o in sources]
         if engine.objective.drawless(engine.fisher):

@@ -20,6 +20,7 @@ from kfaccore_torch.slopes import check_even, check_shares
 from kfaccore_torch.unread import read
 
 if TYPE_CHECKING:
+    from kfaccore_torch.pending import Pending
     from kfaccore_torch.plan import Plan
 
 Array = Any
@@ -35,6 +36,7 @@ class Shot:
     void      why nothing in it counts
     formed    whether a loss was formed on it that counts
     losses    those formed on it that count
+    values    n of the forward, once, and n value of each loss
     """
 
     n: float | torch.Tensor = 0.0
@@ -43,6 +45,7 @@ class Shot:
     void: str = ""
     formed: bool = False
     losses: list[Formed] = field(default_factory=list)
+    values: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def slopes(self) -> list[torch.Tensor]:
@@ -189,29 +192,40 @@ def _overlap(x: Any, y: Any) -> bool:
 
 def counted(
     value: torch.Tensor,
-    shots: list[Shot],
+    pending: Pending,
     shot: Shot,
     found: dict[str, Any],
     let_go: Callable[[], None],
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """The loss; once it is differentiated, what was `found` with it under a plan counts among the `shots` of the step,
-    and the forward is let go of."""
-    if value.requires_grad and plan is not None:
-        shot.losses.append(Formed({name: plan.layers[name] for name in found}, plan.trained))
-        value.register_hook(shot.losses[-1].note)
-    if value.requires_grad:
-        value.register_hook(partial(_count, shots, shot, found, let_go))
+    """The loss; once it is differentiated, what was `found` with it under a plan counts among what is pending for the
+    step, and the forward is let go of."""
+    if not value.requires_grad:
+        return value
+    formed = None
+    if plan is not None:
+        formed = Formed({name: plan.layers[name] for name in found}, plan.trained)
+        shot.losses.append(formed)
+    value.register_hook(partial(_count, pending, shot, found, let_go, formed))
     return value
 
 
 def _count(
-    shots: list[Shot], shot: Shot, found: dict[str, Any], let_go: Callable[[], None], grad: torch.Tensor
+    pending: Pending,
+    shot: Shot,
+    found: dict[str, Any],
+    let_go: Callable[[], None],
+    formed: Formed | None,
+    grad: torch.Tensor,
 ) -> None:
     """A loss is differentiated: what it left counts, once."""
+    if formed is not None and not formed.note(grad):
+        return
     let_go()
-    if not any(other is shot for other in shots):
-        shots.append(shot)
+    if formed is not None and formed.into:
+        pending.follow(formed.trained)
+    if not any(other is shot for other in pending.shots):
+        pending.shots.append(shot)
     for name, one in found.items():
         shot.found.setdefault(name, []).append(one)
     found.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,25 +31,37 @@ class Formed:
     layers: Mapping[str, Layer]
     trained: Sequence[torch.Tensor]
     slope: torch.Tensor | None = None
-    _into: bool = False
+    into: bool = False
 
-    def note(self, grad: torch.Tensor) -> None:
-        """It is differentiated; a hook of it."""
-        into = _accumulates(self.trained)
-        if into:
-            both = self._into and self.slope is not None
+    def note(self, grad: torch.Tensor) -> bool:
+        """It is differentiated, which a hook of it tells; whether by parameters. Another derivative, as an attack's by
+        the inputs, is no part of the training."""
+        reach = _reached(self.trained)
+        if reach is Reach.GRADS:
+            both = self.into and self.slope is not None
             self.slope = self.slope + grad.detach() if both else grad.detach()  # pyright: ignore[reportOptionalOperand]
-            self._into = True
-        elif not self._into:
+            self.into = True
+        elif reach is Reach.ASKED and not self.into:
             self.slope = grad.detach()
+        return reach is not Reach.NONE
 
 
-def _accumulates(trained: Sequence[torch.Tensor]) -> bool:
-    """Whether the backward pass that is running adds to `.grad` of any of these."""
+class Reach(Enum):
+    """What a backward pass does with the derivatives by parameters."""
+
+    GRADS = "adds them to .grad"
+    ASKED = "hands them to who asked"
+    NONE = "has no use for them"
+
+
+def _reached(trained: Sequence[torch.Tensor]) -> Reach:
+    """By the pass that is running."""
     try:
-        return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in trained if p.requires_grad)  # type: ignore[arg-type]
+        nodes = (get_gradient_edge(p).node for p in trained if p.requires_grad)
+        found = any(torch._C._will_engine_execute_node(node) for node in nodes)  # type: ignore[arg-type]
     except RuntimeError:  # `torch.autograd.grad` of parameters, of which it does not say
-        return False
+        return Reach.ASKED
+    return Reach.GRADS if found else Reach.NONE
 
 
 def stale(engine: Engine, shots: Sequence[Shot]) -> ValueError | None:

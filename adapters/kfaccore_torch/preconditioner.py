@@ -20,6 +20,7 @@ from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
+from kfaccore_torch.pending import Pending
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale
 from kfaccore_torch.settings import Settings
@@ -67,9 +68,8 @@ class Preconditioner:
         check_same(self.engine)
         self.output = output
         self._open: tuple[Capture, Told, Shot] | None = None
-        self._shots: list[Shot] = []
+        self._pending = Pending()
         self._formed = 0  # losses since the last step, differentiated or not
-        self._values: list[tuple[float, float]] = []  # n of its forward, once, and n value of each
         self._terms = Terms()
         self._scale = Scale()
 
@@ -143,17 +143,17 @@ class Preconditioner:
         n = self.engine.share(batch, wait=again)
         if not isinstance(n, torch.Tensor) and n <= 0:
             shot.void = self.engine.void(batch)
-            return counted(weighted, self._shots, shot, {}, seen.let_go)
+            return counted(weighted, self._pending, shot, {}, seen.let_go)
         times = shot.joined(n, weight)
         shot.total = self.engine.objective.total
         more = own_draw(self.engine, value, batch)  # waits as a last draw
         if more is not None:
-            self._values.append((0.0 if again else n, shot.n * float(weighted.detach())))
+            shot.values.append((0.0 if again else n, shot.n * float(weighted.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
         expected = [g if g is None else g * weight for g in observed.expected]
-        weighted = counted(weighted, self._shots, shot, found, seen.let_go, self.engine.plan)
+        weighted = counted(weighted, self._pending, shot, found, seen.let_go, self.engine.plan)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
         return weighted
 
@@ -165,10 +165,9 @@ class Preconditioner:
 
     def discard(self) -> None:
         """Forget what was captured since the last step."""
-        self._shots = []
+        self._pending = Pending()
         self._open = None
         self._formed = 0
-        self._values = []
         self._scale = Scale()
         self.engine.called = set()
 
@@ -178,7 +177,7 @@ class Preconditioner:
         lengths   {layer: norm}, for rescale=Graft(); `graft` fills it from an optimizer
         """
         engine = self.engine
-        error = stale(engine, self._shots)
+        error = stale(engine, self._pending.shots)
         if error is not None:
             self.discard()
             raise error
@@ -205,28 +204,28 @@ class Preconditioner:
         self._open = None  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:
-            before = mean_loss(engine, self._values)
+            before = mean_loss(engine, [value for shot in self._pending.shots for value in shot.values])
             engine.write(engine.step(records, grads, loss=before, own=own, lengths=lengths))
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:
         """The whole step of `optimizer`, with K-FAC's direction in the place of its own in every covered layer, which
         stays as long as it would have been; the core's step is Fixed(rescale=Graft()).
 
-        In place of `step` and `optimizer.step`: it is run on the plain gradients, so that its state is its own.
+        In place of `step` and `optimizer.step`: it is run on the plain gradients, so that its state is its own. Weight
+        decay in the gradient (Adam, SGD) is in both; beside the step (AdamW) it stays beside it.
         """
-        old, lengths = stepped(optimizer, self.engine.plan.layers)
-        self.step(lengths)
-        with torch.no_grad():
-            for p in old:
-                p.sub_(p.grad)
+        layers = self.engine.plan.layers
+        grafted = stepped(optimizer, layers)
+        self.step(grafted.lengths)
+        grafted.take(layers)
 
     def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the step is given; ValueError where gradients have no statistics to go with."""
-        found = gathered(self._shots, self.engine.core.comm.world)
+        found = gathered(self._pending.shots, self.engine.core.comm.world)
         records = {name: pieces for name, pieces in found.items() if name in grads}
         if not records:
-            complain(self._shots, self._formed, self._open is not None, self.engine.core.comm.world)
-        return self.engine.completed(records, grads, sum(shot.n for shot in self._shots))
+            complain(self._pending.shots, self._formed, self._open is not None, self.engine.core.comm.world)
+        return self.engine.completed(records, grads, sum(shot.n for shot in self._pending.shots))
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state in one file that every adapter of kfaccore reads."""
@@ -246,4 +245,4 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits for a step: it belongs to graphs, which no copy shares."""
-        return {**self.__dict__, "_open": None, "_shots": [], "_formed": 0, "_values": [], "_scale": Scale()}
+        return {**self.__dict__, "_open": None, "_pending": Pending(), "_formed": 0, "_scale": Scale()}

@@ -84,7 +84,10 @@ class Engine(Planning):
 
     @property
     def due(self) -> bool:
-        """Whether the next step uses records; of one state it is asked once."""
+        """Whether the next step uses records; of one state it is asked once. Of a model without modules that are known
+        a forward must tell what its layers are."""
+        if not self.plan.seen and not self.plan.layers:
+            return True
         if self._due is None or self._due[0] is not self.state or self._due[1] is not self.core:
             self._due = self.state, self.core, self.core.wants_records(self.state)
         return self.new or self._due[2]

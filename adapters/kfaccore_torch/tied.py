@@ -1,11 +1,11 @@
-"""A table that is the output layer too: one record of both, whose factors balance them.
+"""A table that is the output layer too: one record of both, whose rows are scaled to meet.
 
-    J = sum_s g_s x_s^T + sum_t (e_t / c) (c h_t)^T
+    J = sum_s (g_s |x_s|) (x_s / |x_s|)^T + sum_t (e_t |h_t|) (h_t / |h_t|)^T
 
 The first sum is the output layer's; in the second, a token's row of the table takes the place of the output gradient
 and the gradient h_t of its embedding that of the input. `dense` of the record is the exact block, products of both
-sums included. A Kronecker method sees sums of x x^T and c^2 h h^T in A, of g g^T and e e^T / c^2 in G; c makes the
-mean squares of x and c h equal, so that tr A tr G is the sum of both terms' own.
+sums included. A Kronecker method averages rows of both kinds: with inputs of length 1 its A has trace 1 and its G the
+trace of F, whatever the sizes of x and h are. A row is scaled by itself alone, so that micro-batches and ranks add.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ def both(
 ) -> Rows:
     """Rows of all calls; several draws are so many times the examples, since the second sum's inputs are drawn."""
     found = [_rows(kind, *given) for given in zip(calls, grads, places, masks, strict=True)]
-    heads = [rows for call, rows in zip(calls, found, strict=True) if call.x.is_floating_point()]
-    tables = [rows for call, rows in zip(calls, found, strict=True) if not call.x.is_floating_point()]
-    factor = _balance(_mean_square(heads), _mean_square(tables)) if heads and tables else 1.0
-    parts = [*heads, *(Rows(rows.a * factor, rows.g / factor, rows.exists) for rows in tables)]
+    parts = [_met(rows) for rows in found]
     return Rows(*(torch.cat(x, 1) for x in zip(*((rows.a, rows.g, rows.exists) for rows in parts), strict=True)))
 
 
@@ -68,11 +65,7 @@ def _rows(kind: Tied, call: Call, g: torch.Tensor, place: Place, mask: torch.Ten
     return Rows(a * kept[..., None], g * kept[..., None], kept)
 
 
-def _mean_square(rows: Sequence[Rows]) -> float:
-    total = sum(float(x.a.double().square().sum()) for x in rows)
-    return total / max(1, sum(int(x.exists.sum()) for x in rows))
-
-
-def _balance(first: float, second: float) -> float:
-    """What the second's rows are multiplied with to be as large as the first's."""
-    return (first / second) ** 0.5 if first > 0 and second > 0 else 1.0
+def _met(rows: Rows) -> Rows:
+    """The same J with inputs of length 1."""
+    length = torch.linalg.vector_norm(rows.a, dim=-1, keepdim=True)
+    return Rows(rows.a / torch.where(length > 0, length, 1.0), rows.g * length, rows.exists)

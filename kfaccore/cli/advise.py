@@ -64,7 +64,8 @@ def advise(
         fail(f"nothing could be measured on {', '.join(missing)}{f': {notes[0]}' if notes else ''}", 1)
     if answers.best is None:
         cost = size(answer.cost) if memory else duration(answer.cost)
-        fail(f"no choice of methods fits {memory or time}; the smallest needs {cost} and is the one printed", 1)
+        most = size(allowed) if memory else duration(allowed)
+        fail(f"no choice of methods fits {most}; the smallest needs {cost} and is the one printed", 1)
 
 
 def _python(methods: dict[str, Any], update: int, refresh: int, whole: bool) -> str:

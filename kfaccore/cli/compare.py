@@ -42,6 +42,8 @@ def compare(
 
     if as_csv and as_json:
         fail("--csv and --json: give one of them")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        fail(f"--plot {plot}: {plot.parent} is no folder; make it first, as measuring takes a while")
     named = chosen(methods)
     found = survey(records, named, layers, damping, peak, budget, backend, check)
     summary = total(found.figures, update, refresh)

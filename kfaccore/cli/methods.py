@@ -12,7 +12,9 @@ def methods() -> None:
 
     from kfaccore.methods import CATALOGUE
 
-    table = Table("method", "formula", "exact when", "source", "cost", show_lines=True)
+    table = Table(show_lines=True)
+    for head in ("method", "formula", "exact when", "source", "cost"):
+        table.add_column(head, overflow="fold")  # on a narrow terminal nothing is cut
     for name, method in CATALOGUE.items():
         text = sys.modules[method.__module__].__doc__ or ""
         formula = text.split("\n\n")[0].split(":", 1)[1].strip().replace("\n", " ")

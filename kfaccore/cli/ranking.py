@@ -25,7 +25,7 @@ def shown(found: Found, summary: Summary, update: int, refresh: int, full: bool)
             continue
         rows.append(title + _verdict(figures))
         rows += [_row(label, mine, columns, update, refresh) for label, mine in _best(figures, many)]
-    told = lines(("  method", *columns), rows)
+    told = lines(("  method", *columns), rows, told=full)  # else a screen has no line left
     if len({f.layer for f in found.figures}) > 1:
         told.append(_together(summary))
     return [*told, *LEGEND, *_notes(found, full)]

@@ -59,9 +59,9 @@ def height() -> int:
     return shutil.get_terminal_size((100, 24)).lines
 
 
-def lines(head: tuple[str, ...], rows: Iterable[tuple[str, ...] | str], least: int = 2) -> list[str]:
+def lines(head: tuple[str, ...], rows: Iterable[tuple[str, ...] | str], least: int = 2, told: bool = True) -> list[str]:
     """Aligned text; a row that is a string is a title. Columns from the right are left out where a line would be longer
-    than the terminal, but never the first `least`."""
+    than the terminal, but never the first `least`; a last line names them unless not `told`."""
     given = list(rows)
     cells = [head, *(row for row in given if not isinstance(row, str))]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
@@ -73,7 +73,11 @@ def lines(head: tuple[str, ...], rows: Iterable[tuple[str, ...] | str], least: i
     while sum(widths[i] + 2 for i in shown) > width() and len(shown) > least:
         dropped = order.pop()
         shown.remove(dropped)
-    return [row if isinstance(row, str) else _aligned(row, shown, widths) for row in (head, *given)]
+    found = [row if isinstance(row, str) else _aligned(row, shown, widths) for row in (head, *given)]
+    hidden = [head[i] for i in range(len(head)) if i not in shown]
+    if hidden and told:
+        found.append(f"not shown, for want of width: {', '.join(hidden)}")
+    return found
 
 
 def _aligned(row: tuple[str, ...], shown: list[int], widths: list[int]) -> str:

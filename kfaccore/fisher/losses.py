@@ -1,7 +1,7 @@
 """Losses that a Fisher can be taken of: value, normaliser, gradient, Hessian root and model sampling in one place.
 
 f (batch, *positions, outputs); the per-example loss sums over label positions. Masked or ignored positions count
-nowhere: value, normaliser, gradient and draws are zero there.
+nowhere: value, normaliser, gradient and draws are zero there. Value and normaliser are summed in float32 at least.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
 
 class Loss(Protocol):
@@ -52,12 +52,14 @@ class SoftmaxCrossEntropy:
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum of the loss over examples and positions, 0-d; divide by `normaliser` for the mean."""
         xp = namespace(f)
+        f = widen(f, "f")
         return -xp.sum(self._soft(f, target, mask) * _log_softmax(f))
 
     def normaliser(self, f: Array, target: Array | None, mask: Array | None = None) -> Array:
         """Sum of the label weights of the valid positions, 0-d (their number without class weights: then target may be
         None)."""
         xp = namespace(f)
+        f = widen(f, "f")
         if target is None:
             return xp.sum(self._scale(f, None, mask))
         if self.weights is None:
@@ -130,7 +132,8 @@ class Bernoulli:
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum over examples, positions and outputs, 0-d."""
         xp = namespace(f)
-        _check_target(f, target)
+        f = widen(f, "f")
+        target = _beside(f, target)
         zero = xp.zeros_like(f)
         loss = xp.maximum(f, zero) - target * f + xp.log1p(xp.exp(-xp.abs(f)))
         return xp.sum(loss * _masked_ones(f, mask))
@@ -141,8 +144,7 @@ class Bernoulli:
 
     def gradient(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """sigmoid(f) - y."""
-        _check_target(f, target)
-        return (_sigmoid(f) - target) * _masked_ones(f, mask)
+        return (_sigmoid(f) - _beside(f, target)) * _masked_ones(f, mask)
 
     def roots(self, f: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """(outputs, *f.shape): sqrt(p (1 - p)) on the diagonal."""
@@ -165,7 +167,8 @@ class Gaussian:
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum over examples, positions and outputs, 0-d."""
         xp = namespace(f)
-        _check_target(f, target)
+        f = widen(f, "f")
+        target = _beside(f, target)
         return 0.5 * xp.sum((f - target) ** 2 * _masked_ones(f, mask))
 
     def normaliser(self, f: Array, target: Array, mask: Array | None = None) -> Array | float:
@@ -174,8 +177,7 @@ class Gaussian:
 
     def gradient(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """f - y."""
-        _check_target(f, target)
-        return (f - target) * _masked_ones(f, mask)
+        return (f - _beside(f, target)) * _masked_ones(f, mask)
 
     def roots(self, f: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """(outputs, *f.shape): columns of the identity."""
@@ -226,13 +228,17 @@ def _masked_ones(f: Array, mask: Array | None) -> Array:
 
 
 def _count(f: Array, mask: Array | None) -> Array | float:
-    return float(f.shape[0]) if mask is None else namespace(f).sum(namespace(f).astype(mask, f.dtype))
+    xp = namespace(f)
+    return float(f.shape[0]) if mask is None else xp.sum(xp.astype(mask, widen(f, "f").dtype))
 
 
-def _check_target(f: Array, target: Array) -> None:
-    namespace(f, target)
+def _beside(f: Array, target: Array) -> Array:
+    """The target of f, widened as f is."""
+    xp = namespace(f, target)
     if tuple(target.shape) != tuple(f.shape):
         raise ValueError(f"target has shape {tuple(target.shape)}; need that of f, {tuple(f.shape)}")
+    half = f.dtype != target.dtype and str(target.dtype).rsplit(".", 1)[-1] in ("float16", "bfloat16")
+    return xp.astype(target, f.dtype) if half else target
 
 
 def _check_noise(noise: Array, shape: tuple[int, ...], kind: str) -> None:

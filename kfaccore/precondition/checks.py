@@ -14,10 +14,11 @@ from kfaccore.precondition.due import Due
 from kfaccore.precondition.given import Given, named, records_of
 from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.solution import check_gradient
-from kfaccore.step.rule import Rule, Spread
+from kfaccore.step.rule import Checks, Rule, Spread
 
 if TYPE_CHECKING:
     from kfaccore.precondition.preconditioner import Preconditioner, State
+    from kfaccore.xp.arrays import Array
 
 Fisher = Callable[..., object]  # type2, monte_carlo, empirical or forward_only
 
@@ -84,6 +85,19 @@ def checked(
             if (have.blocks, have.d_out, have.d_in) != (need.blocks, need.d_out, need.d_in):
                 raise ValueError(f"the record of layer {name!r} is for {have}; init was told {need}")
     return batches
+
+
+def beside(
+    pre: Preconditioner,
+    state: State,
+    grads: Grads,
+    own: Mapping[str, object] | None,
+    lengths: Mapping[str, float | Array] | None,
+) -> None:
+    """ValueError for what a step is told of layers that are not there, or that its rule could not use."""
+    _known(dict(state.blocks), own=own or {}, lengths=lengths or {})
+    if declares(pre.rule, Checks):
+        pre.rule.check(grads, lengths)
 
 
 def _known(blocks: Mapping[str, Block], **given: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.assigned import Assigned
-from kfaccore.precondition.checks import Fisher, agreeing, checked, fitting
+from kfaccore.precondition.checks import Fisher, agreeing, beside, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, clocked
 from kfaccore.precondition.footprint import Footprint, footprints
@@ -192,6 +192,7 @@ class Preconditioner(OnRanks):
         damping   in place of the scheduled one
         """
         batches = checked(self, due, state, records or {}, grads)
+        beside(self, state, grads, own, lengths)
         if batches:
             fitting(self, fisher)
         stacked, state = self._placed(self._stacked(state), state, grads)

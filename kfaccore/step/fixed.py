@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -48,6 +48,11 @@ class Fixed:
     def over(self, comm: Communicator) -> Fixed:
         """The rule for ranks whose records add up to the batch, all of which call it with the same directions."""
         return replace(self, comm=comm)
+
+    def check(self, names: Iterable[str], lengths: Mapping[str, Number] | None) -> None:
+        """ValueError where `rescale` could not do with these lengths."""
+        if declares(self.rescale, ByLayer):
+            self.rescale.check(names, lengths)
 
     def init(self, zeros: dict[str, Array]) -> dict[str, Array]:
         """State: one buffer a layer, none without momentum; the loss before the first step where a model has a use for

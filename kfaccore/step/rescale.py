@@ -33,6 +33,10 @@ class ByLayer(Protocol):
         """{layer: factor}, 0-d each."""
         ...
 
+    def check(self, names: Iterable[str], lengths: Mapping[str, Number] | None) -> None:
+        """ValueError where the lengths that a step is told are not those of its layers."""
+        ...
+
 
 class Modelled(Protocol):
     """A rescale that models the loss, and so needs records at every step."""
@@ -63,18 +67,22 @@ class Graft:
         return 1.0  # see by_layer
 
     def by_layer(self, directions: Directions, known: Known) -> dict[str, Array]:
+        """length / |direction| of each layer."""
+        self.check(directions, known.lengths)
+        return {name: _length(d, (known.lengths or {})[name]) for name, d in directions.items()}
+
+    def check(self, names: Iterable[str], lengths: Mapping[str, Number] | None) -> None:
         """ValueError without a length of every layer, or for one that is none."""
-        given = known.lengths or {}
+        given = lengths or {}
         wrong = {name: x for name, x in given.items() if isinstance(x, int | float) and not 0 <= x < float("inf")}
         if wrong:
             raise ValueError(f"Graft got lengths {wrong}; need norms, numbers of at least 0")
-        missing = sorted(set(directions) - set(given))
+        missing = sorted(set(names) - set(given))
         if missing:
             raise ValueError(
                 f"Graft got no lengths for layers {missing}: pass pre.step(..., lengths={{layer: norm}}), the norms of "
                 f"the updates that the other rule would take"
             )
-        return {name: _length(d, given[name]) for name, d in directions.items()}
 
 
 def _length(d: Array, wanted: Number) -> Array:

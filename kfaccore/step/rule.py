@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Protocol, TypeVar
 
 from kfaccore.method import Hyper, declares
@@ -106,6 +106,14 @@ class Spread(Protocol):
 
     def over(self, comm: Communicator) -> Rule:
         """The rule for ranks whose records add up to the batch."""
+        ...
+
+
+class Checks(Protocol):
+    """What a rule may offer: a look at what a step is told beside records and gradients, before anything moves."""
+
+    def check(self, names: Iterable[str], lengths: Mapping[str, Number] | None) -> None:
+        """ValueError where a step of these layers could not be taken."""
         ...
 
 

@@ -14,6 +14,7 @@ from kfaccore import xp as kernels
 from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh, floored
 from kfaccore.method import Additive, Block, Hyper
+from kfaccore.methods.kronecker.traces import Traces
 from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
@@ -40,7 +41,7 @@ class State:
 class Stats:
     """The factors' sums, and the summed squares in the basis; they share n and `bad`."""
 
-    factors: factors.Stats
+    factors: factors.Stats | Traces
     S: Array
 
     @property
@@ -65,7 +66,7 @@ class Moments(InSteps[State], Additive):
         S_weight = namespace(like).zeros_like(fields["weight"])
         return State(**fields, basis=basis, S=basis.products(), S_weight=S_weight)
 
-    def factor_stats(self, state: State, record: Record) -> factors.Stats:
+    def factor_stats(self, state: State, record: Record) -> factors.Stats | Traces:
         """The sums that the basis is made of."""
         raise NotImplementedError
 
@@ -118,7 +119,7 @@ def moments(state: State) -> Array:
     return factors.mean(state.S, state.S_weight)
 
 
-def _measured(state: State, record: Record, sums: factors.Stats) -> Stats:
+def _measured(state: State, record: Record, sums: factors.Stats | Traces) -> Stats:
     """The factors' sums with the squares of the record in the state's basis."""
     factors.needs_draws(record)
     S = squares(record, _turn(state.basis.Qa), _turn(state.basis.Qg))

@@ -47,7 +47,7 @@ class Product(InSteps[S], Additive):
         """(A, G) of F~ = G (x) A."""
         return factors.means(state)
 
-    def update(self, state: S, stats: factors.Stats | factors.Sums, hyper: Hyper, donate: bool = False) -> S:
+    def update(self, state: S, stats: factors.Counted | factors.Sums, hyper: Hyper, donate: bool = False) -> S:
         return factors.update(state, stats, hyper, donate)
 
     def solve(self, state: S, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:

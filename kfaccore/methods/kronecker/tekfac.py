@@ -22,7 +22,7 @@ from kfaccore.linalg import side
 from kfaccore.linalg.inverse import eigh
 from kfaccore.method import Hyper
 from kfaccore.methods.kronecker.moments import Moments, State, moments, rebased
-from kfaccore.methods.kronecker.traces import partial_traces
+from kfaccore.methods.kronecker.traces import Traces, partial_traces
 from kfaccore.options import function
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
@@ -49,7 +49,7 @@ class TEKFAC(Moments):
         super().__post_init__()
         function(self, "damping", UNITS)
 
-    def factor_stats(self, state: State, record: Record) -> factors.Stats:
+    def factor_stats(self, state: State, record: Record) -> Traces:
         return partial_traces(record, self.sharing, state)
 
     def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:

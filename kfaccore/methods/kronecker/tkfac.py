@@ -22,7 +22,7 @@ from kfaccore.linalg import side
 from kfaccore.linalg.inverse import Inverse, Parts, accepted, cholesky
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.kronecker.product import Product
-from kfaccore.methods.kronecker.traces import partial_traces
+from kfaccore.methods.kronecker.traces import Traces, partial_traces
 from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
@@ -73,7 +73,7 @@ class TKFAC(Product[State]):
         inverse = self.inverse.init(fields["A"], fields["G"])
         return State(**fields, inverse=inverse, trace=namespace(like).zeros_like(fields["weight"]))
 
-    def measure(self, state: State, record: Record, hyper: Hyper) -> factors.Stats:
+    def measure(self, state: State, record: Record, hyper: Hyper) -> Traces:
         return partial_traces(record, self.sharing, state)
 
     def refreshing(self, state: State, hyper: Hyper) -> Asks[State]:

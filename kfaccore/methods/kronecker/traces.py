@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore import xp as kernels
@@ -17,14 +18,20 @@ from kfaccore.xp.arrays import Array, namespace
 
 
 @dataclass(frozen=True)
-class Traces(factors.Stats):
-    """Partial traces, both over n, of `many` rows."""
+class Traces:
+    """Partial traces, both over n, of `seen` rows; `bad` counts non-finite records."""
 
-    many: Array
+    SYMMETRIC: ClassVar = ("A", "G")
+    A: Array
+    G: Array
+    n: Array
+    bad: Array
+    seen: Array
 
     @property
-    def seen(self) -> Array:
-        return self.many
+    def rows(self) -> Array:
+        """What A is divided by: n as well, so that a share of n reaches both."""
+        return self.n
 
 
 def partial_traces(record: Record, sharing: Callable[[Record], Record], like: factors.Sides | None = None) -> Traces:
@@ -49,7 +56,7 @@ def partial_traces(record: Record, sharing: Callable[[Record], Record], like: fa
         G = reduce(add, (part[1] for part in parts))
     seen = valid_rows(record)
     n = factors.per_block(record.n, seen)
-    return Traces(A, n, G, n, factors.not_finite(A, n, G, n), seen)
+    return Traces(A, G, n, factors.not_finite(A, n, G, n), seen)
 
 
 def _weighted_rows(record: Record, weight: Array, start: int, a: Array) -> tuple[Array, Array]:

@@ -1,0 +1,124 @@
+"""What changes after the plan was made, and what the plan has no curvature for: told, never silently plain."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from tf_shared import SGD, L, crossentropy, keras, kt, tf
+from tf_shared import double as double
+
+
+class Model(keras.Model):
+    """Layers behind each other, on inputs of any shape."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x):
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+def recurrent():
+    return Model(L.LSTM(3, name="it"), L.Dense(2))
+
+
+def dilated():
+    return Model(L.Conv1D(3, 3, dilation_rate=2, padding="same", name="it"), L.GlobalAveragePooling1D(), L.Dense(2))
+
+
+@pytest.mark.parametrize("judged", [False, True])
+@pytest.mark.parametrize("make", [recurrent, dilated])
+def test_batches_in_which_a_part_cannot_be_read_are_refused_by_name(make, judged, rng):
+    """Its curvature would stay that of the first."""
+    net = make()
+    first, second = rng.normal(size=(4, 8, 3)), rng.normal(size=(4, 10, 3))
+    net(first)
+    step = kt.Optimizer(net, crossentropy(), None if judged else SGD(0.1))
+    step.step(first, np.arange(4) % 2)
+    step.step(first[:2], np.arange(2))  # fewer examples are no other shape
+    with pytest.raises(ValueError, match=r"part '(it|it.lstm_cell)' \(.*kernel.*\) is not used as it was") as error:
+        step.step(second, np.arange(4) % 2)
+    assert "Give batches of one shape" in str(error.value)
+
+
+class Aside(keras.Model):
+    """A layer that reaches a loss of the model's own alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.aside = L.Dense(5, "tanh"), L.Dense(3), L.Dense(3, name="aside")
+
+    def call(self, x):
+        self.add_loss(tf.reduce_mean(tf.square(self.aside(x) - x[:, :3])))
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": SGD(0.1), "strict": True}], ids=["judged", "strict"])
+def test_what_reaches_a_loss_of_the_model_alone_is_refused(settings, rng):
+    net, x = Aside(), rng.normal(size=(6, 4))
+    net(x)
+    step = kt.Optimizer(net, crossentropy(), **settings)
+    with pytest.raises(ValueError, match=r"aside/kernel', '.*aside/bias'\] have a gradient of the loss and no curvature"):
+        step.step(x, np.arange(6) % 3)
+
+
+def test_what_reaches_a_loss_of_the_model_alone_is_named_once(rng):
+    net, x = Aside(), rng.normal(size=(6, 4))
+    net(x)
+    step = kt.Optimizer(net, crossentropy(), SGD(0.1))
+    before = np.asarray(net.aside.kernel)
+    with pytest.warns(UserWarning, match="aside/kernel.* have a gradient of the loss and no curvature"):
+        step.step(x, np.arange(6) % 3)
+    d = x @ before - x[:, :3]
+    np.testing.assert_allclose(net.aside.kernel, before - 0.1 * 2 * x.T @ d / d.size, rtol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.step(np.concatenate([x, x]), np.arange(12) % 3)
+
+
+def frozen(thaw):
+    net = keras.Sequential([keras.Input((4,)), L.Dense(3, "tanh"), L.Dense(2)])
+    net.layers[0].trainable = not thaw
+    return net
+
+
+def test_layers_may_be_frozen_between_two_steps_and_thawed_again(rng):
+    x, y = rng.normal(size=(8, 4)), rng.integers(0, 2, 8)
+    net = frozen(thaw=False)
+    step = kt.Optimizer(net, crossentropy(), SGD(0.1))
+    moved = []
+    for trainable in (True, False, True):
+        net.layers[0].trainable = trainable
+        before = np.asarray(net.layers[0].kernel)
+        step.step(x, y)
+        moved.append(not np.array_equal(before, net.layers[0].kernel))
+    assert moved == [True, False, True]
+
+
+@pytest.mark.parametrize("change", ["thawed", "adapters"])
+def test_what_is_trained_since_the_plan_was_made_is_refused_by_name(change, rng):
+    x, y = rng.normal(size=(8, 4)), rng.integers(0, 2, 8)
+    net = frozen(thaw=change == "thawed")
+    step = kt.Optimizer(net, crossentropy(), SGD(0.1))
+    step.step(x, y)
+    if change == "thawed":
+        net.layers[0].trainable = True
+    else:
+        net.layers[0].enable_lora(2)
+    named = "kernel" if change == "thawed" else "lora_kernel_a"
+    with pytest.raises(ValueError, match=f"what is trained has changed since the plan was made, at .*{named}"):
+        step.step(x, y)
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(rng):
+    net = keras.Sequential([keras.Input((4,)), L.Dense(1)])
+    step = kt.Optimizer(net, keras.losses.BinaryCrossentropy(from_logits=True), SGD(0.1))
+    net.trainable = False
+    with pytest.raises(ValueError, match="no variable of model 'sequential.*' is trainable now"):
+        step.step(rng.normal(size=(8, 4)), np.ones((8, 1)))

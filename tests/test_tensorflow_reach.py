@@ -1,0 +1,131 @@
+"""What a prediction's gradient comes to: products that go elsewhere too, and what stands behind no gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from tf_shared import SGD, L, crossentropy, keras, kt, tf
+from tf_shared import double as double
+
+layers = pytest.importorskip("test_tensorflow_layers")
+
+
+class Own(L.Layer):
+    """Weights by shape, and what `how` makes of them."""
+
+    def __init__(self, how, **shapes):
+        super().__init__(name="own")
+        self.how = how
+        self.shapes = shapes
+
+    def build(self, shape):
+        for name, size in self.shapes.items():
+            setattr(self, name, self.add_weight(shape=size, name=name, initializer="normal"))
+
+    def call(self, x):
+        return self.how(self, x)
+
+
+def relative(own, x):
+    """Attention of Transformer-XL: two biases of one product."""
+    q, k = x @ own.q, x @ own.k
+    content = tf.matmul(q + own.u, k, transpose_b=True)
+    return tf.nn.softmax(content + tf.matmul(q + own.v, tf.roll(k, 1, 1), transpose_b=True)) @ x
+
+
+def swish(own, x):
+    z = x @ own.w
+    return z * tf.sigmoid(z + own.b)
+
+
+def beside(own, x):
+    z = x @ own.w
+    return tf.concat([tf.tanh(tf.reshape(z, (-1, 20))), tf.reshape(tf.tanh(tf.reshape(z, (-1, 5, 4)) + own.b), (-1, 20))], 1)
+
+
+def around(own, x):
+    """A convolution whose output a residual goes around."""
+    z = tf.nn.conv1d(x, own.w, 1, "SAME")
+    return tf.tanh(tf.nn.bias_add(z, own.b)) + z
+
+
+def targets(own, x):
+    """What stands behind no gradient is no second way."""
+    z = x @ own.w
+    return tf.tanh(z + own.b) - tf.stop_gradient(z) + tf.round(z) + tf.cast(z > 0, z.dtype)
+
+
+SQUARE = (4, 4)
+BIASED = {
+    "two biases": (relative, {"q": SQUARE, "k": SQUARE, "u": (4,), "v": (4,)}, ()),
+    "gated": (swish, {"w": SQUARE, "b": (4,)}, ()),
+    "beside": (beside, {"w": SQUARE, "b": (4,)}, ()),
+    "around": (around, {"w": (3, 4, 4), "b": (4,)}, ()),
+    "targets": (targets, {"w": SQUARE, "b": (4,)}, ("own.w",)),
+}
+
+
+@pytest.mark.parametrize(("how", "shapes", "joined"), BIASED.values(), ids=BIASED)
+def test_a_bias_joins_a_product_that_goes_nowhere_else(how, shapes, joined, rng):
+    def make():
+        return keras.Sequential([keras.Input((5, 4)), Own(how, **shapes), L.Flatten(), L.Dense(2, name="head")])
+
+    assert [part.name for part in kt.coverage(make()).parts if part.bias] == [*joined, "head"]
+    layers.test_records_are_the_slopes_of_each_example(make, lambda rng: rng.normal(size=(3, 5, 4)), rng)
+
+
+def test_a_product_that_is_a_prediction_too_has_its_own_rows(rng):
+    x = keras.Input((4,))
+    z = L.Dense(3, use_bias=False, name="z")(x)
+    model = keras.Model(x, [z, Own(lambda own, z: z + own.b, b=(3,))(z)])
+    assert not any(part.bias for part in kt.coverage(model).parts)
+    assert kt.unread(model, rng.normal(size=(5, 4))) == {}
+
+
+STOPPED = {
+    "stop_gradient": tf.stop_gradient,
+    "round": tf.round,
+    "argmax": lambda q: tf.one_hot(tf.argmax(q, -1), 2, dtype=q.dtype),
+    "compared": lambda q: tf.cast(q > 0.1, q.dtype),
+    "integers": lambda q: tf.cast(tf.cast(10 * q, "int32"), q.dtype),
+    "numpy": lambda q: tf.ensure_shape(tf.numpy_function(np.sin, [q], q.dtype), q.shape),
+}
+
+
+@pytest.mark.parametrize("stopped", STOPPED.values(), ids=STOPPED)
+def test_a_use_behind_no_gradient_is_none(stopped, rng):
+    """The same loss with those values given as inputs has the same curvature and the same step."""
+
+    class Ahead(keras.Model):
+        def __init__(self, given):
+            super().__init__()
+            self.a, self.b = L.Dense(5, "tanh", name="a"), L.Dense(2, name="b")
+            self.given = given
+
+        def values(self, x):
+            return stopped(self.b(self.a(x)))
+
+        def call(self, xs):
+            return self.b(self.a(xs[0])) - (xs[1] if self.given else 0.9 * self.values(xs[1]))
+
+    s, later, y = rng.normal(size=(8, 4)), 5 + rng.normal(size=(8, 4)), rng.normal(size=(8, 2))
+    found = []
+    for given in (False, True):
+        keras.utils.set_random_seed(1)
+        model = Ahead(given)
+        model([s, y if given else later])
+        x = [s, 0.9 * np.asarray(model.values(later)) if given else later]
+        kt.Optimizer(model, keras.losses.MeanSquaredError(), SGD(1.0), fisher=kf.type2).step(x, y)
+        found.append(np.concatenate([np.ravel(v) for v in model.trainable_variables]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-11, atol=1e-13)
+
+
+def test_a_variable_behind_no_gradient_alone_is_unused(rng):
+    model = keras.Sequential([keras.Input((4,)), Own(lambda own, x: x @ tf.stop_gradient(own.w), w=(4, 4)), L.Dense(2)])
+    plan = kt.coverage(model, strict=True)
+    assert list(plan.unused) == ["own"]
+    step = kt.Optimizer(model, crossentropy(), SGD(0.1))
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        step.step(rng.normal(size=(6, 4)), rng.integers(0, 2, 6))
