@@ -87,6 +87,30 @@ def test_a_weight_whose_data_grow_is_planned_anew(make, grow, head):
     assert found.shape == dict(model.named_parameters())[head].shape
 
 
+class Beside(nn.Module):
+    """A parameter of no module beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.v = nn.Linear(3, 8), nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x):
+        return torch.tanh(self.a(x)) @ self.v
+
+
+def test_a_weight_of_no_module_that_grows_does_not_wait_for_the_clocks():
+    model = Beside()
+    core = kf.Preconditioner(kf.KFAC(), kf.Clocks(10, 10), kf.Schedules(1e-2, 0.9))
+    x, y = batch()
+    pre = kt.Preconditioner(model, CE, core, fisher=kf.type2)
+    for _ in range(3):
+        directions(pre, model, x, y)
+    grow_columns(model)
+    found = directions(pre, model, x, y)["v"]
+    new = directions(kt.Preconditioner(model, CE, core, fisher=kf.type2), model, x, y)["v"]
+    torch.testing.assert_close(found, new, rtol=1e-9, atol=1e-12)
+
+
 def test_one_other_use_is_said_and_forgotten():
     model = Slim()
     pre = preconditioner(model)

@@ -103,6 +103,7 @@ class ByHand(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["by hand", "traced", "scripted"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_model_that_shows_no_layer_is_looked_at_in_its_first_step(way):
     net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = torch.randn(8, 3), torch.arange(8) % 3

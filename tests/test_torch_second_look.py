@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import deque
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +41,7 @@ class Net(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
         self.count, self.hidden, self.past, self.by_name = 0, torch.zeros(3), [], {"n": 0}
         self.recent, self.seen, self.inner = deque(maxlen=2), set(), SimpleNamespace(n=0)
-        self.array = np.zeros(3)
+        self.array, self.counter = np.zeros(3), Counter()
         self.torch_rng = torch.Generator().manual_seed(3)
         self.rngs = [random.Random(3), np.random.default_rng(3), np.random.RandomState(3)]
 
@@ -60,6 +60,7 @@ def moved(m, x):
     m.seen.add(m.count)
     m.inner.n += 1
     m.array += 1
+    m.counter["n"] += 1
     m.last = x
     return 1.0
 
@@ -69,7 +70,7 @@ def held_by(m):
         "mean": m.mean.tolist(),
         "hidden": m.hidden.tolist(),
         "array": m.array.tolist(),
-        "rest": (m.count, m.past, m.by_name["n"], sorted(m.by_name), list(m.recent), m.seen, m.inner.n),
+        "rest": (m.count, m.past, m.by_name["n"], sorted(m.by_name), list(m.recent), m.seen, m.inner.n, m.counter),
     }
 
 

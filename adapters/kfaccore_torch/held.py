@@ -127,7 +127,8 @@ def _filled(x: Any, kept: Any) -> None:
         if len(x) != len(kept) or any(x.get(key, x) is not value for key, value in kept.items()):
             for key in x.keys() - kept.keys():
                 del x[key]
-            x.update(kept)
+            for key, value in kept.items():
+                x[key] = value  # `update` of a Counter adds
     else:
         x.clear()
         x.update(kept) if isinstance(x, set) else x.extend(kept)

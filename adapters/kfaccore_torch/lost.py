@@ -24,6 +24,7 @@ class Lost:
 
     waits: dict[str, int] = field(default_factory=dict)
     quiet: dict[str, int] = field(default_factory=dict)
+    _beside: dict[str, set[str]] = field(default_factory=dict)  # what they shared marks with, as a bias with its weight
     _marks: dict[Mark, None] = field(default_factory=dict)  # of the steps in a row
     _odd: set[str] = field(default_factory=set)  # of the newest step
     _step: int | None = None  # the newest that showed anything
@@ -44,6 +45,7 @@ class Lost:
         for name in gone:
             self.waits[name] = 2 * self.waits.get(name, 0) or 1
             self.quiet[name] = 0
+            self._beside[name] = {other for mark in old.marks if name in _names(mark) for other in _names(mark)}
         self.quiet = {name: count for name, count in self.quiet.items() if name in new.uncovered}
         if gone:
             self._since = step
@@ -54,8 +56,9 @@ class Lost:
         if not self.quiet or step == self._since:
             return
         self._step = step
-        self._marks.update(dict.fromkeys(mark for mark in marks if _names(mark) & self.quiet.keys()))
-        self._odd |= odd.keys() & self.quiet.keys()
+        watched = self._with_others(self.quiet.keys())
+        self._marks.update(dict.fromkeys(mark for mark in marks if _names(mark) & watched))
+        self._odd |= odd.keys() & watched
 
     def regained(self, plan: Plan, step: int) -> Plan | None:
         """The plan that covers again what forwards since have used in one way; None where that is nothing yet, and
@@ -75,8 +78,12 @@ class Lost:
         self._odd = set()
         return found
 
+    def _with_others(self, names: Iterable[str]) -> set[str]:
+        return {other for name in names for other in self._beside[name]}
+
     def _forgetting(self, plan: Plan, names: set[str]) -> Plan:
-        """The plan with the newest marks of these parameters alone."""
+        """The plan with the newest marks of these parameters alone, and of others that they shared marks with."""
+        names = names | (self._with_others(names) & _named(self._marks) - self._odd)
         kept = [mark for mark in plan.marks if not _names(mark) & names]
         fresh = [mark for mark in self._marks if _names(mark) & names]
         odd = {name: why for name, why in plan.odd.items() if name not in names}

@@ -93,7 +93,11 @@ class Planning(Resumes):
         that newer forwards have used as a layer again. True if anything changed; layers of the same name and sizes keep
         their state, and new ones are measured and refreshed at once."""
         if not self.plan.holds(self.model):
-            self.adopt(again(self.plan, self.model))
+            before = self.plan
+            self.adopt(again(before, self.model))
+            covered = {path for layer in before.layers.values() for path in layer.paths.values()}
+            unshown = covered & (self.plan.uncovered.keys() - before.uncovered.keys())
+            self.new = self.new or bool(unshown)  # a forward must show them anew
             return True
         if not self.lost.quiet or self.core.comm.world > 1:  # ranks need not have seen the same
             return False

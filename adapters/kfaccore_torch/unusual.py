@@ -23,7 +23,7 @@ def unusual_output(node: Any) -> str:
     told = node._input_metadata
     if not told:
         return ""
-    if told[0].is_nested_tensor or told[0].is_cpp_nested_tensor:
+    if told[0].is_nested_tensor:
         return "a nested tensor"
     return f"a {told[0].dtype} tensor" if told[0].dtype.is_complex else ""
 
