@@ -64,7 +64,9 @@ def test_what_reaches_a_loss_of_the_model_alone_is_refused(settings, rng):
     net, x = Aside(), rng.normal(size=(6, 4))
     net(x)
     step = kt.Optimizer(net, crossentropy(), **settings)
-    with pytest.raises(ValueError, match=r"aside/kernel', '.*aside/bias'\] have a gradient of the loss and no curvature"):
+    with pytest.raises(
+        ValueError, match=r"aside/kernel', '.*aside/bias'\] have a gradient of the loss and no curvature"
+    ):
         step.step(x, np.arange(6) % 3)
 
 

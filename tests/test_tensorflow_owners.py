@@ -24,7 +24,9 @@ class TimeMajor(L.Layer):
         return tf.transpose(tf.reshape(h, [x.shape[1], -1, 3]), [1, 0, 2])
 
 
-@pytest.mark.parametrize(("first", "zero"), [(3, False), (1, False), (3, True)], ids=["shown", "one example", "no gradient"])
+@pytest.mark.parametrize(
+    ("first", "zero"), [(3, False), (1, False), (3, True)], ids=["shown", "one example", "no gradient"]
+)
 def test_what_the_first_batch_could_not_show_is_asked_again(first, zero, rng):
     """A under reduce is of the means over each example's positions."""
     head = L.Dense(2, kernel_initializer="zeros" if zero else "glorot_uniform")

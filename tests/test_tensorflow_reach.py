@@ -42,7 +42,9 @@ def swish(own, x):
 
 def beside(own, x):
     z = x @ own.w
-    return tf.concat([tf.tanh(tf.reshape(z, (-1, 20))), tf.reshape(tf.tanh(tf.reshape(z, (-1, 5, 4)) + own.b), (-1, 20))], 1)
+    return tf.concat(
+        [tf.tanh(tf.reshape(z, (-1, 20))), tf.reshape(tf.tanh(tf.reshape(z, (-1, 5, 4)) + own.b), (-1, 20))], 1
+    )
 
 
 def around(own, x):

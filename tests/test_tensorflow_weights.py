@@ -93,7 +93,9 @@ def test_negative_weights_have_the_curvature_of_their_size_and_are_named_once(se
     fixed = "optimizer" in settings
     method = kf.Exact() if fixed else kf.KFAC()
     schedules = kf.Schedules(0.1, 0.0)
-    step = kt.Optimizer(net, crossentropy(), SGD(1.0) if fixed else None, fisher=kf.type2, method=method, schedules=schedules)
+    step = kt.Optimizer(
+        net, crossentropy(), SGD(1.0) if fixed else None, fisher=kf.type2, method=method, schedules=schedules
+    )
     before = np.asarray(net.layers[0].kernel)
     with pytest.warns(UserWarning, match=r"sample_weight is negative: the Fisher is that of its size") as told:
         step.step(x, y, w)

@@ -59,7 +59,12 @@ def _under(
         return None, None
     here = next(x for x in op.inputs if x is not use.hot.tensor)
     one, product = outputs.get(id(_back(here, VIEWS + SAME)), (None, None))
-    if product is None or not _only(here, product.out, sole) or not isinstance(product.kind, Product | Convolution) or product.hot.changed != AS_IT_IS:
+    if (
+        product is None
+        or not _only(here, product.out, sole)
+        or not isinstance(product.kind, Product | Convolution)
+        or product.hot.changed != AS_IT_IS
+    ):
         return None, None
     return one, product
 

@@ -38,6 +38,9 @@ def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[An
     rest = [next(arrays) if there else None for there in some]
     told = [Told(*rest[i :: len(heads)]) for i in range(len(heads))]
     examples = len(heads[0])
+    if any(len(f) != examples for f in heads):
+        shapes = {name: f.shape for name, f in zip(engine.objective.names, heads, strict=True)}
+        raise ValueError(f"outputs are of {shapes}; need the same leading axis, (batch, ..., outputs)")
     rng = np.random.default_rng([engine.settings.seed, engine.state.step])
     draws = engine.objective.draws_of(engine.fisher, engine.settings.draws, heads, told, rng)
     draws = [np.asarray(v) for v in draws]

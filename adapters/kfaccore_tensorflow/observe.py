@@ -75,7 +75,8 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
         elif id(one.variable) not in biases.joined:
             for i, (matrix, uses) in enumerate(groups):
                 label = name if len(groups) == 1 else f"{name}[{i}]"
-                label = f"{label}*" if label in calls else label
+                while label in calls:  # layers of one name
+                    label += "*"
                 bias = biases.of.get(id(one.variable)) if len(groups) == 1 else None
                 parts.append(_part(label, one.variable, matrix, uses, bias))
                 ordered = sorted(uses, key=lambda pair: scopes.places.get(pair[0].out.op.name, 0))

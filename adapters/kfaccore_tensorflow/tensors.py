@@ -118,6 +118,12 @@ def _shapes(calls: Sequence[Call], scopes: Scopes, masks: Masks) -> tuple[Shape,
 def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """`count` of Tensors, and gradients of each source under each draw."""
     values = list(given.heads.values())
+    leading = {name: f.shape[0] for name, f in given.heads.items()}
+    if len({size for size in leading.values() if size is not None}) > 1:
+        raise ValueError(
+            f"outputs have {leading} examples; need the same leading axis, (batch, ..., outputs): an output of each "
+            f"position keeps its positions as an axis of its own"
+        )
     kinds = [tf.float32 if f.dtype in HALF else f.dtype for f in values]
     targets = engine.objective.by_head(given.target, given.heads)
     weights = engine.objective.by_head(given.weight, given.heads)
