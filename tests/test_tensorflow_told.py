@@ -123,3 +123,18 @@ def test_records_of_one_example_have_all_parts(rng):
         J = np.concatenate([np.asarray(one[name].examples()) for one in every], axis=2)
         np.testing.assert_allclose(J, whole[name].examples(), rtol=1e-11, atol=1e-13)
     assert kt.unread(net, x[:1]) == {}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_prediction_of_more_rows_than_inputs_is_named_once(flat, rng):
+    tail = [L.Lambda(lambda t: tf.reshape(t, [-1, 3]))] if flat else []
+    net = keras.Sequential([keras.Input((5, 4)), L.Dense(3), *tail])
+    step = kt.Optimizer(net, crossentropy(), SGD(0.1))
+    x, y = rng.normal(size=(4, 5, 4)), rng.integers(0, 3, (4, 5))
+    y = y.ravel() if flat else y
+    if flat:
+        with pytest.warns(UserWarning, match=r"has 20 rows for 4 inputs.* return them as axes, \(4, 5, outputs\)"):
+            step.step(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.step(x, y)
