@@ -162,7 +162,16 @@ def _whole(g: np.ndarray, n: float) -> kf.Record:
 
 def look(engine: Engine, given: dict[str, list[Seen]]) -> None:
     """Whose rows are whose, from the draws that ask; ValueError where a method needs rows of examples and has none."""
+    before = set(engine.owners.ragged)
     engine.owners.look(given)
+    new = sorted(engine.owners.ragged - before)
+    if new:
+        warnings.warn(
+            f"rows of {new} are each of one example in an order that no axis tells, as of ragged groups: they are "
+            f"taken together, which is right under sharing=kfaccore.expand and not under reduce; pad them to an axis "
+            f"of positions instead",
+            stacklevel=2,
+        )
     if engine.mixing and kf.own_gradients(engine.preconditioner):
         raise ValueError(
             f"rows of {engine.mixing} mix examples or are shared by them, so per-example gradients, which "
