@@ -122,5 +122,5 @@ def test_a_model_of_which_nothing_is_trained_is_refused(rng):
     net = keras.Sequential([keras.Input((4,)), L.Dense(1)])
     step = kt.Optimizer(net, keras.losses.BinaryCrossentropy(from_logits=True), SGD(0.1))
     net.trainable = False
-    with pytest.raises(ValueError, match="no variable of model 'sequential.*' is trainable now"):
+    with pytest.raises(ValueError, match=r"no variable of model 'sequential.*' is trainable now"):
         step.step(rng.normal(size=(8, 4)), np.ones((8, 1)))

@@ -145,6 +145,7 @@ CASES = {
     "depthwise": (sequence(lambda: L.DepthwiseConv2D((2, 3), depth_multiplier=2, dilation_rate=2)), images),
     "dilated": (sequence(lambda: L.Conv2D(3, 2, dilation_rate=2, padding="same")), images),
     "grouped": (sequence(lambda: L.Conv2D(4, 2, groups=2)), images),
+    "grouped 1d": (sequence(lambda: L.Conv1D(4, 2, groups=2, strides=2, padding="causal"), **TEXT), words),
     "conv 1d": (sequence(lambda: L.Conv1D(3, 2, padding="causal", dilation_rate=2), **TEXT), words),
     "transposed 1d": (sequence(lambda: L.Conv1DTranspose(3, 2, strides=3, padding="same"), **TEXT), words),
     "transposed": (sequence(lambda: L.Conv2DTranspose(2, (3, 2), strides=(2, 1), padding="same")), images),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,7 @@ def test_weights_of_losses_that_have_no_fisher_are_refused():
     with pytest.raises(ValueError, match=r"takes no loss_weights: give them to kfaccore\.Joint"):
         model.compile(SGD(1.0), kf.Gaussian(), loss_weights=2.0)
     model.compile(SGD(1.0), crossentropy(), loss_weights=-1.0)
-    with pytest.raises(ValueError, match="loss_weights is -1.0 for one loss; need one number, not negative"):
+    with pytest.raises(ValueError, match=r"loss_weights is -1\.0 for one loss; need one number, not negative"):
         model.train_on_batch(np.ones((2, 4)), np.zeros(2, int))
 
 
@@ -97,10 +99,11 @@ def test_negative_weights_have_the_curvature_of_their_size_and_are_named_once(se
         net, crossentropy(), SGD(1.0) if fixed else None, fisher=kf.type2, method=method, schedules=schedules
     )
     before = np.asarray(net.layers[0].kernel)
-    with pytest.warns(UserWarning, match=r"sample_weight is negative: the Fisher is that of its size") as told:
+    with pytest.warns(UserWarning, match=r"sample_weight is negative: the Fisher is that of its size"):
         step.step(x, y, w)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         step.step(x, y, w)
-    assert sum("sample_weight" in str(one.message) for one in told) == 1
     assert step.info.counts() == {kf.Code.OK: 1}
     if not fixed:
         return

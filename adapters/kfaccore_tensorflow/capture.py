@@ -45,6 +45,11 @@ class Scopes:
 @contextmanager
 def tap(model: Any) -> Iterator[Scopes]:
     """Notes the calls made inside, in a graph that is being traced; leaves no trace on the layers."""
+    if tf.executing_eagerly():
+        raise ValueError(
+            "the forward pass is read while a graph of it is traced, and functions run eagerly: turn "
+            "tf.config.run_functions_eagerly off"
+        )
     graph = tf.compat.v1.get_default_graph()
     scopes = Scopes()
     layers = {id(layer): layer for layer in every(model)}

@@ -26,18 +26,22 @@ ASK = 2  # draws that ask whose row is whose
 
 
 def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[Any]:
-    """((n, examples, asking draws, which examples count), draws of each head) of a batch: sizes of the calls' outputs,
-    predictions, then targets, weights and masks as far as there are `some`.
+    """((n, examples, asking draws, which examples count), draws of each head) of a batch: leading axes of the inputs,
+    sizes of the calls' outputs, predictions, then targets, weights and masks as far as there are `some`.
 
     Draws that are no samples get a random sign an example and draw: nothing changes for rows that an example owns, and
     for others the products of two examples vanish in expectation.
     """
     arrays = iter([to_numpy(x) for x in given])
+    leading = next(arrays)
     sizes = next(arrays)
     heads = [next(arrays) for _ in engine.objective.names]
     rest = [next(arrays) if there else None for there in some]
     told = [Told(*rest[i :: len(heads)]) for i in range(len(heads))]
     examples = len(heads[0])
+    if any(len(f) != examples for f in heads):
+        shapes = {name: f.shape for name, f in zip(engine.objective.names, heads, strict=True)}
+        raise ValueError(f"outputs are of {shapes}; need the same leading axis, (batch, ..., outputs)")
     rng = np.random.default_rng([engine.settings.seed, engine.state.step])
     draws = engine.objective.draws_of(engine.fisher, engine.settings.draws, heads, told, rng)
     draws = [np.asarray(v) for v in draws]
@@ -47,13 +51,28 @@ def drawn(engine: Engine, some: Sequence[bool], given: Sequence[Any]) -> list[An
     asked = ASK if len(draws[0]) and engine.owners.due((examples, *sizes.tolist())) else 0
     if asked:
         draws = [np.concatenate([_asking(f, examples), v]) for f, v in zip(heads, draws, strict=True)]
-    if not engine.negative and any(one.weight is not None and one.weight.min(initial=0) < 0 for one in told):
-        engine.negative = True
-        warnings.warn("sample_weight is negative: the Fisher is that of its size, |sample_weight|", stacklevel=2)
+    _tell(engine, told, set(leading.tolist()), examples)
     present = engine.objective.present_of(heads, told)
     share = engine.objective.share_of(heads, told) if present.any() else 0.0
     count = [share, examples, asked, *([] if present.all() else present)]
     return [to_tensor(count, tf.float64), *(to_tensor(v, f.dtype) for v, f in zip(draws, heads, strict=True))]
+
+
+def _tell(engine: Engine, told: Sequence[Told], leading: set[int], examples: int) -> None:
+    """Warnings of a batch, once each."""
+    if not engine.negative and any(one.weight is not None and one.weight.min(initial=0) < 0 for one in told):
+        engine.negative = True
+        warnings.warn("sample_weight is negative: the Fisher is that of its size, |sample_weight|", stacklevel=3)
+    inputs = next(iter(leading), 0)
+    if not engine.flat and len(leading) == 1 and 0 < inputs < examples and not examples % inputs:
+        engine.flat = True
+        positions = examples // inputs
+        warnings.warn(
+            f"the prediction has {examples} rows for {inputs} inputs, and each row is taken for an example: if they "
+            f"are {positions} positions of each, return them as axes, ({inputs}, {positions}, outputs), or "
+            f"sharing=kfaccore.reduce and what is by example are of positions",
+            stacklevel=3,
+        )
 
 
 def _asking(f: np.ndarray, examples: int) -> np.ndarray:
@@ -143,7 +162,16 @@ def _whole(g: np.ndarray, n: float) -> kf.Record:
 
 def look(engine: Engine, given: dict[str, list[Seen]]) -> None:
     """Whose rows are whose, from the draws that ask; ValueError where a method needs rows of examples and has none."""
+    before = set(engine.owners.ragged)
     engine.owners.look(given)
+    new = sorted(engine.owners.ragged - before)
+    if new:
+        warnings.warn(
+            f"rows of {new} are each of one example in an order that no axis tells, as of ragged groups: they are "
+            f"taken together, which is right under sharing=kfaccore.expand and not under reduce; pad them to an axis "
+            f"of positions instead",
+            stacklevel=2,
+        )
     if engine.mixing and kf.own_gradients(engine.preconditioner):
         raise ValueError(
             f"rows of {engine.mixing} mix examples or are shared by them, so per-example gradients, which "

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from kfaccore_tensorflow.halves import halves
+from kfaccore_tensorflow.kinds import Convolution
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.moves import moved
 from kfaccore_tensorflow.reach import reaching
@@ -115,10 +116,20 @@ def _called(op: Operation, here: Hot) -> Use:
         return read(op, here)
     use = inner.uses[0]
     outer = {id(a): b for a, b in zip(graph.inputs, op.inputs, strict=True)}
-    x = use.x if use.x is None else outer.get(id(_origin(use.x)))
-    if (use.x is not None and x is None) or _origin(graph.outputs[0]) is not use.out or use.hot.changed:
+    x = use.x if use.x is None else _origin(use.x)
+    out = _origin(graph.outputs[0])
+    kind = use.kind
+    if isinstance(kind, Convolution) and x is not None and (x.op.type, out.op.type) == ("ExpandDims", "Squeeze"):
+        axis = tf.get_static_value(x.op.inputs[1])  # of one axis, run as of two
+        taken = [i % x.shape.rank for i in out.op.get_attr("squeeze_dims")]
+        if axis is None or [int(axis) % x.shape.rank] != taken:
+            return read(op, here)
+        kind = replace(kind, lone=taken[0])
+        x, out = _origin(x.op.inputs[0]), _origin(out.op.inputs[0])
+    outside = None if x is None else outer.get(id(x))
+    if (x is not None and outside is None) or out is not use.out or use.hot.changed:
         return read(op, here)
-    return replace(use, hot=here, x=x, out=op.outputs[0])
+    return replace(use, hot=here, kind=kind, x=outside, out=op.outputs[0])
 
 
 def _origin(tensor: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class Convolution:
 
     window     kernel and dilation; stride of the convolution
     padding    "VALID", "SAME", or (low, high) of each spatial axis
+    lone       an axis of size 1 that image and output have inside, and not outside
     spread     a transposed one's stride: points of the image stand so far apart; `window` is that of the other way
     """
 
@@ -103,9 +104,12 @@ class Convolution:
     groups: int
     channels_first: bool = False
     spread: tuple[int, ...] | None = None
+    lone: int | None = None
 
     def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
         assert x is not None
+        if self.lone is not None:
+            x, gy = np.expand_dims(x, self.lone), np.expand_dims(gy, self.lone + 1)
         x = self._last(x, 1)
         gy = self._last(gy, 2)
         outputs = gy.shape[2:-1]

@@ -37,18 +37,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Observed:
-    """The plan, and the calls of each part in the order of the graph, and those of all layers."""
+    """The plan, the calls of each part in the order of the graph, those of all layers, and the model's inputs."""
 
     plan: Plan
     calls: dict[str, list[Call]]
     scopes: Scopes
+    inputs: tuple[Tensor, ...]
 
 
 def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Observed:
     """What the forward pass that made `outputs` of `x`, in the graph being traced, did with the model's trainable
     variables."""
     graph = tf.compat.v1.get_default_graph()
-    made = made_of(tf.nest.flatten(x, expand_composites=True))
+    inputs = tuple(t for t in tf.nest.flatten(x, expand_composites=True) if tf.is_tensor(t))
+    made = made_of(inputs)
     names = named(model)
     trained = list(model.trainable_variables)
     parts: list[Part] = []
@@ -75,7 +77,8 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
         elif id(one.variable) not in biases.joined:
             for i, (matrix, uses) in enumerate(groups):
                 label = name if len(groups) == 1 else f"{name}[{i}]"
-                label = f"{label}*" if label in calls else label
+                while label in calls:  # layers of one name
+                    label += "*"
                 bias = biases.of.get(id(one.variable)) if len(groups) == 1 else None
                 parts.append(_part(label, one.variable, matrix, uses, bias))
                 ordered = sorted(uses, key=lambda pair: scopes.places.get(pair[0].out.op.name, 0))
@@ -83,7 +86,7 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
                     Call(use, turned, tuple(scopes.around(use.out.op)), use.out.op.name in made)
                     for use, turned in ordered
                 ]
-    return Observed(Plan(tuple(parts), refused, unused), calls, scopes)
+    return Observed(Plan(tuple(parts), refused, unused), calls, scopes, inputs)
 
 
 def named(model: Any) -> dict[int, tuple[str, str]]:

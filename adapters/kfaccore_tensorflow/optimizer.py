@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
@@ -19,7 +20,7 @@ from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
 from kfaccore_tensorflow.tensors import Pass, wanted_own
-from kfaccore_tensorflow.trace import known
+from kfaccore_tensorflow.trace import known, of_any_batch
 
 
 class Optimizer:
@@ -110,7 +111,7 @@ def take_step(
 ) -> tuple[Any, Any]:
     """(loss before, prediction) of one applied update, while a graph is traced."""
     x, y, weight = data
-    x = tf.nest.map_structure(_of_any_batch, x)
+    x = tf.nest.map_structure(of_any_batch, x)
     watch = Watch(model)
     with tf.GradientTape(persistent=True) as tape:
         with tap(model) as scopes:
@@ -121,6 +122,14 @@ def take_step(
         engine.penalise()
         loss = loss_of(f, y, weight)
     pinned = watch.pinned()
+    if engine.settings.step.judges and not engine.loose:
+        engine.loose = watch.loose()
+        if engine.loose:
+            warnings.warn(
+                f"the loss is judged under other draws than it was made with, by {engine.loose[:5]}: draw by layers of "
+                f"Keras, or by keras.random with a keras.random.SeedGenerator that the model holds",
+                stacklevel=2,
+            )
     variables = model.trainable_variables
     outputs = wanted_own(engine, seen)
     found = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, [*variables, *outputs])]
@@ -140,10 +149,3 @@ def take_step(
 
         judge(engine, loss, again, variables, old)
     return loss, f
-
-
-def _of_any_batch(x: Any) -> Any:
-    """The same tensor, one example not told from none: its batch axis is of unknown size."""
-    if not tf.is_tensor(x) or x.shape.rank in (None, 0) or x.shape[0] != 1:
-        return x
-    return tf.compat.v1.placeholder_with_default(x, (None, *x.shape[1:]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kfaccore_tensorflow.kinds import Seen
-from kfaccore_tensorflow.places import Place, owned
+from kfaccore_tensorflow.places import Place, owned, ragged
 
 PATIENCE = 16  # batches in a row that are asked of a part without a gradient; then those of powers of two are
 MOST = 256  # sizes of batches that are kept in mind
@@ -25,11 +25,13 @@ class Owners:
 
     sizes    the number of examples, and the sizes of the calls' outputs
     kept     places by sizes, where all that a batch could show was shown
+    ragged   parts whose rows are each one example's, though no axis tells whose
     """
 
     places: dict[str, list[Place]] = field(default_factory=dict)
     sizes: Sizes = (0,)
     kept: dict[Sizes, dict[str, list[Place]]] = field(default_factory=dict)
+    ragged: set[str] = field(default_factory=set)
     looks: int = 0
 
     def due(self, sizes: Sizes) -> bool:
@@ -53,6 +55,8 @@ class Owners:
                 first, second = g.reshape(*g.shape[:-2], g.shape[-2] * g.shape[-1])
                 old = known[i] if len(known) == len(calls) else None
                 place, shown = owned(first, second, self.sizes[0], old)
+                if shown and place.mixes and ragged(first, second, self.sizes[0]):
+                    self.ragged.add(name)
                 found.append(place)
                 open_ |= not shown
             places[name] = found

@@ -43,11 +43,29 @@ class Watch:
     def pinned(self) -> Pinned:
         """What has changed since."""
         inside = {id(outside): tensor for outside, tensor in self.graph.captures}
-        written = set()
-        for op in self.graph.get_operations()[self.start :]:
-            if op.type != "ReadVariableOp":  # any other may write, a call of a function too
-                written |= {id(x) for x in op.inputs if x.dtype == tf.resource}
+        written = self._written()
         handles = [inside.get(id(v.value.handle)) for v in self.variables]
         changed = [i for i, handle in enumerate(handles) if id(handle) in written]
         variables = [self.variables[i] for i in changed]
         return Pinned(variables, [self.values[i] for i in changed], [tf.identity(v) for v in variables])
+
+    def loose(self) -> list[str]:
+        """Operations of the pass whose draws another pass does not repeat: those of TensorFlow that keep their own
+        count, and those of a variable that is not the model's."""
+        inside = {id(tensor): outside for outside, tensor in self.graph.captures}
+        known = {id(v.value.handle) for v in self.variables}
+        bodies = [body.graph.get_operations() for body in self.graph._functions.values()]
+        every = [*self.graph.get_operations()[self.start :], *(op for ops in bodies for op in ops)]
+        found = {f"{op.name} ({op.type})" for op in every if "seed2" in op.node_def.attr}
+        foreign = [key for key in self._written() if key in inside and id(inside[key]) not in known]
+        if foreign and "AssignVariableOp" in {op.type for op in every}:
+            found.add("keras.random without a SeedGenerator of the model's")
+        return sorted(found)
+
+    def _written(self) -> set[int]:
+        """Handles that may have been written."""
+        written = set()
+        for op in self.graph.get_operations()[self.start :]:
+            if op.type != "ReadVariableOp":  # any other may write, a call of a function too
+                written |= {id(x) for x in op.inputs if x.dtype == tf.resource}
+        return written

@@ -84,8 +84,18 @@ def owned(first: np.ndarray, second: np.ndarray, examples: int, old: Place | Non
         return last or next(iter(agreed), likeliest) or Place(None, mixes=True), False
     if agreed:
         return agreed[0], True
-    apart = likeliest is None or _shared(first, second, likeliest, s)
+    apart = likeliest is None or ragged(first, second, examples) or _shared(first, second, likeliest, s)
     return Place(None if apart or likeliest is None else likeliest.axis, mixes=True), True
+
+
+def ragged(first: np.ndarray, second: np.ndarray, examples: int) -> bool:
+    """Whether each row is one example's, though no axis tells whose: its number is that of some example."""
+    first, second = (x.reshape(-1, x.shape[-1]) for x in (first, second))
+    size = np.abs(first).max(axis=1, initial=0.0)
+    s = np.unique(factors(examples)).astype(first.dtype)[:, None]
+    gap = np.stack([np.abs(second - one * first).max(axis=1, initial=0.0) for one in s])
+    room = min(np.finfo(first.dtype).eps ** 0.5, 0.02) * size
+    return bool(np.any(size > 0) and np.all(np.any(gap <= s * room, axis=0)))
 
 
 def _shared(first: np.ndarray, second: np.ndarray, place: Place, s: np.ndarray) -> bool:

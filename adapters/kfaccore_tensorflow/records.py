@@ -15,6 +15,7 @@ from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.step import Engine, Settings
 from kfaccore_tensorflow.tensors import Pass, Tensors, gathered
+from kfaccore_tensorflow.trace import of_any_batch
 
 
 def records(
@@ -40,6 +41,7 @@ def _taken(engine: Engine, model: Any, x: Any, data: tuple[Any, Any], training: 
     kept: list[Tensors] = []
 
     def forward(x: Any, data: Any) -> list[Any]:
+        x = tf.nest.map_structure(of_any_batch, x)
         with tf.GradientTape(persistent=True) as tape, tap(model) as scopes:
             f = model(x, training=training)
         heads = engine.objective.heads(f)

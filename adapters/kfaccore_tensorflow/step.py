@@ -103,6 +103,8 @@ class Engine:
         self.state: Any = None
         self.info: kf.Info | None = None
         self.plain: set[str] = set()  # variables that were named because only their gradients are known
+        self.loose: list[str] = []  # operations whose draws a judge's pass does not repeat
+        self.flat = False  # whether a prediction of more rows than inputs was named
         self.negative = False  # whether negative weights were named
         self.void = False  # whether nothing counted in the last batch
         if plan is not None:

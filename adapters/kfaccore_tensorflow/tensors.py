@@ -118,6 +118,12 @@ def _shapes(calls: Sequence[Call], scopes: Scopes, masks: Masks) -> tuple[Shape,
 def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """`count` of Tensors, and gradients of each source under each draw."""
     values = list(given.heads.values())
+    counts = {name: f.shape[0] for name, f in given.heads.items()}
+    if len({size for size in counts.values() if size is not None}) > 1:
+        raise ValueError(
+            f"outputs have {counts} examples; need the same leading axis, (batch, ..., outputs): an output of each "
+            f"position keeps its positions as an axis of its own"
+        )
     kinds = [tf.float32 if f.dtype in HALF else f.dtype for f in values]
     targets = engine.objective.by_head(given.target, given.heads)
     weights = engine.objective.by_head(given.weight, given.heads)
@@ -133,7 +139,9 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
     def wanted() -> list[Tensor]:
         ask = lambda *arrays: draw.drawn(engine, some, list(arrays))  # noqa: E731
         sizes = tf.concat([tf.shape(out) for out in sources], 0)
-        count, *drawn = tf.py_function(ask, [sizes, *map(widened, values), *present], [tf.float64, *kinds])
+        leading = [tf.shape(t)[:1] for t in given.seen.inputs if t.shape.rank]
+        leading = tf.concat(leading, 0) if leading else tf.zeros(0, tf.int32)
+        count, *drawn = tf.py_function(ask, [leading, sizes, *map(widened, values), *present], [tf.float64, *kinds])
         count = tf.ensure_shape(count, (None,))
         drawn = [tf.ensure_shape(v, (None, *f.shape)) for v, f in zip(drawn, values, strict=True)]
         signature = [tf.TensorSpec(o.shape, tf.float32 if o.dtype in HALF else o.dtype) for o in sources]

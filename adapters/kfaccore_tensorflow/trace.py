@@ -81,3 +81,10 @@ def traced(model: Any, spec: Any) -> Plan:
 
     tf.function(forward, autograph=False).get_concrete_function(spec)
     return found[0]
+
+
+def of_any_batch(x: Any) -> Any:
+    """The same tensor, one example not told from none: its batch axis is of unknown size."""
+    if not tf.is_tensor(x) or x.shape.rank in (None, 0) or x.shape[0] != 1:
+        return x
+    return tf.compat.v1.placeholder_with_default(x, (None, *x.shape[1:]))
