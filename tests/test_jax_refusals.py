@@ -46,6 +46,9 @@ REFUSED = {  # model of one leaf w (4, 4): the reason
         lambda w, x: lax.dynamic_slice(w, (x[0, 0].astype(int), 0), (2, 4)) @ x[0] + x[:, :2],
         "goes into: dynamic_slice",
     ),
+    "filter": (lambda w, x: jnp.fft.ifft(jnp.fft.fft(x) * w[0]).real, "goes into: complex convert_element_type"),
+    "real and imaginary": (lambda w, x: (x @ lax.complex(w, w)).imag, "goes into: complex complex"),
+    "complex mask": (lambda w, x: x @ (w * jnp.exp(1j * x[:4])).real, "goes into: complex convert_element_type"),
     "never used": (lambda w, x: x, "never used"),
 }
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block, Ids, Record, measured
+from kfaccore_jax.mesh import promoting
 from kfaccore_jax.records import Drawn, widened
 from kfaccore_jax.replicas import share_of
 from kfaccore_jax.state import Fresh, KFACState, restored, state_of
@@ -74,6 +75,7 @@ class _Accumulation:
     within: optax.GradientTransformationExtraArgs
     k: int
 
+    @promoting
     def init(self, params: Any) -> AccumulateState:
         inner = self.within.init(params)
         zeros = jax.tree.map(
@@ -84,6 +86,7 @@ class _Accumulation:
         share = jnp.zeros((), jnp.result_type(float))
         return AccumulateState(jnp.zeros((), jnp.int32), zeros, stats, share, inner)
 
+    @promoting
     def update(
         self,
         grads: Any,

@@ -38,6 +38,23 @@ def examples(args: tuple, batched: tuple[int, ...]) -> int:
     return int(sizes.pop() or 0)
 
 
+def check_rows(one: list, two: list, n: int, minor: bool) -> None:
+    """ValueError where a prediction, of these shapes at n and 2 n examples, has not the rows of each example in turn on
+    its first axis. `minor` as in `settled`."""
+    for a, b in zip(one, two, strict=True):
+        if not a or a[0] % n or tuple(b) != (2 * a[0], *a[1:]):
+            raise ValueError(
+                f"apply gave a prediction of shape {tuple(a)} for {n} examples and {tuple(b)} for {2 * n}; need the "
+                f"examples on its first axis, (batch, *positions, outputs): give each example its own output, no mean "
+                f"over the batch, and move its axis to the front"
+            )
+        if a[0] != n and minor:
+            raise ValueError(
+                f"apply gave a prediction of shape {tuple(a)} for {n} examples, and the model joins the batch axis "
+                f"behind another one, so that whose rows they are cannot be seen: make it (batch, *positions, outputs)"
+            )
+
+
 def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: bool) -> tuple[Call, str]:
     """The call with its batch axis, and why it cannot be captured ("" if it can). x, y: shapes at n and 2 n.
 
