@@ -106,7 +106,10 @@ class _Accumulation:
             mean = jax.tree.map(lambda x, g: jnp.asarray(x / jnp.asarray(share, x.dtype), g.dtype), sums, grads)
             fisher = records.fisher if isinstance(records, Drawn) else None
             given = None if records is None else Drawn(stats, fisher, share)
-            return self.within.update(mean, state.inner, params, records=given, fresh=fresh, **extra)
+            idle = (
+                False if given is not None and not stats else fresh
+            )  # no method measures, none has anything to refresh
+            return self.within.update(mean, state.inner, params, records=given, fresh=idle, **extra)
 
         def waited() -> tuple[Any, Any]:
             return jax.tree.map(jnp.zeros_like, grads), state.inner

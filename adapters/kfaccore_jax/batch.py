@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -32,7 +33,14 @@ def strong(tree: Any) -> Any:
 
 def examples(args: tuple, batched: tuple[int, ...]) -> int:
     """The batch size, the first axis of every array in the arguments `batched`."""
-    sizes = {x.shape[0] if x.ndim else None for i in batched for x in jax.tree.leaves(args[i])}
+    leaves = [x for i in batched for x in jax.tree.leaves(args[i])]
+    other = [type(x).__name__ for x in leaves if not hasattr(x, "shape")]
+    if other:
+        raise TypeError(
+            f"arguments {batched} of apply (params not counted) hold a {other[0]}; need arrays with examples on their "
+            f"first axis: pass what all examples share as another argument, and say batched= which hold examples"
+        )
+    sizes = {x.shape[0] if x.shape else None for x in leaves}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(f"arguments {batched} of apply (params not counted) have first axes {sizes}; need one batch")
     return int(sizes.pop() or 0)
@@ -79,6 +87,23 @@ def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: b
     if len(set(places)) > 1:
         return call, f"{call.kind} that moves the batch axis"
     return replace(call, batch=places[0]), ""
+
+
+def check_equations(one: Any, two: Any, n: int) -> None:
+    """ValueError where a model, here at n and 2 n examples, is not the same equations at both."""
+    one = getattr(one, "jaxpr", one)
+    two = getattr(two, "jaxpr", two)
+    for p, q in zip_longest(one.eqns, two.eqns):
+        names = [eqn.primitive.name if eqn is not None else "nothing" for eqn in (p, q)]
+        bodies = [list(jaxprs(eqn)) if eqn is not None else [] for eqn in (p, q)]
+        if names[0] != names[1] or len(bodies[0]) != len(bodies[1]):
+            raise ValueError(
+                f"apply is other equations at {n} examples than at {2 * n}: {names[0]} where there is {names[1]}, so "
+                f"that they cannot be compared; plan with fewer examples (jax.random.permutation has more rounds from "
+                f"1626 elements on), or make what depends on their number outside and pass it as an argument"
+            )
+        for a, b in zip(*bodies, strict=True):
+            check_equations(a, b, n)
 
 
 def joins_behind(one: Any, two: Any) -> bool:

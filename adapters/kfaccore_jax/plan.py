@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block
-from kfaccore_jax.batch import check_rows, doubled, examples, joins_behind, settled, strong
+from kfaccore_jax.batch import check_equations, check_rows, doubled, examples, joins_behind, settled, strong
 from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import as_calls, run
 from kfaccore_jax.layers import Layer, gathered
@@ -140,6 +140,8 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
     two: of `traced` at both sizes."""
     walk, data, jaxpr, shapes = one
     other, data2, second, shapes2 = two
+    if jaxpr is not None:
+        check_equations(jaxpr, second, n)
     minor = jaxpr is not None and joins_behind(jaxpr, second)
     check_rows(shapes, shapes2, n, minor)
     places = moved(jaxpr, second) if jaxpr is not None else {}

@@ -48,6 +48,7 @@ from kfaccore import (
 from kfaccore_jax.capture import capture
 from kfaccore_jax.grafting import rule_of
 from kfaccore_jax.mesh import promoting
+from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
 from kfaccore_jax.records import widened
 from kfaccore_jax.state import counts_of
@@ -153,7 +154,14 @@ class Step:
         self._run = jax.jit(self._step, donate_argnums=(0, 1))
 
     def init(self, params: Any) -> Any:
-        """The state of the transformation."""
+        """The state of the transformation. ValueError for parameters that cannot be given away, one array twice."""
+        seen: dict[int, str] = {}
+        for name, x in named(params).items():
+            if seen.setdefault(id(x), name) != name:
+                raise ValueError(
+                    f"params has one array as {seen[id(x)]} and as {name}, and a step gives its arrays away: copy it, "
+                    f"jnp.array(x), or keep a tied parameter under one name"
+                )
         return self.tx.init(params)
 
     def __call__(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
