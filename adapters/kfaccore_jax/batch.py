@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import jax
@@ -108,6 +110,16 @@ def check_equations(one: Any, two: Any, n: int) -> None:
 
 def joins_behind(one: Any, two: Any) -> bool:
     """Whether a jaxpr (here at two batch sizes) reshapes or concatenates the batch axis behind another axis."""
+    return next(_turned(one, two), 0) != 0
+
+
+def deals_out(one: Any, two: Any) -> bool:
+    """Whether the first such reshape takes examples out to an axis before them, and so undoes none."""
+    return next(_turned(one, two), 0) < 0
+
+
+def _turned(one: Any, two: Any) -> Iterator[int]:
+    """`turns` of the equations that do, in their order, inner ones included."""
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
     for p, q in zip(one.eqns, two.eqns, strict=True):
@@ -117,26 +129,19 @@ def joins_behind(one: Any, two: Any) -> bool:
         before = _grown(p.invars[0], q.invars[0])
         after = _grown(p.outvars[0], q.outvars[0])
         if name == "concatenate" and p.params["dimension"] in after:
-            return True
-        if name == "reshape" and before and after and _behind(p, before[0], after[0]):
-            return True
-        inner = zip(jax.tree.leaves(list(jaxprs(p))), jax.tree.leaves(list(jaxprs(q))), strict=True)
-        if any(joins_behind(a, b) for a, b in inner):
-            return True
-    return False
+            yield 1
+        if name == "reshape" and before and after and (way := turns(p, before[0], after[0])):
+            yield way
+        for a, b in zip(jaxprs(p), jaxprs(q), strict=True):
+            yield from _turned(a, b)
 
 
-def _behind(eqn: Any, before: int, after: int) -> bool:
-    """Whether a reshape puts elements of earlier axes faster or slower than the batch into its axis."""
-    old = tuple(eqn.invars[0].aval.shape)
-    new = tuple(eqn.outvars[0].aval.shape)
-    ahead = 1
-    for n in old[:before]:
-        ahead *= n
-    kept = 1
-    for n in new[:after]:
-        kept *= n
-    return ahead != kept
+def turns(eqn: Any, before: int, after: int) -> int:
+    """Whether a reshape puts elements of earlier axes into the axis of the batch (1), takes some out of it (-1), or
+    leaves what stands before it (0)."""
+    old = prod(eqn.invars[0].aval.shape[:before])
+    new = prod(eqn.outvars[0].aval.shape[:after])
+    return (old > new) - (old < new)
 
 
 def _grown(p: Any, q: Any) -> list[int]:
