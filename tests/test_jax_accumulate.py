@@ -223,3 +223,11 @@ def test_a_state_is_loaded_where_none_was_made(method, tmp_path):
     run = subprocess.run([sys.executable, "-c", LOADED, str(path)], capture_output=True, text=True, check=True)
     want = sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state))
     np.testing.assert_allclose(float(run.stdout), want, rtol=1e-6)
+
+
+def test_micro_batches_of_a_method_that_measures_nothing():
+    captured = kj.capture(PLAN, mlp_params(), X)
+    records = captured.records(jnp.ones((1, 12, 3)), 12.0, fisher=kf.monte_carlo)
+    grads = captured.gradients(jnp.ones((12, 3)))
+    tx = kj.accumulate(kj.kfac(PLAN, kf.Identity()), 1)
+    same(tx.update(grads, tx.init(mlp_params()), records=records)[0], grads)

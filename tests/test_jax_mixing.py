@@ -11,6 +11,7 @@ import kfaccore as kf
 from jax_models import FAST, mlp, mlp_params, normal
 from jax_needed import jax, jnp, kj, lax, optax
 from jax_shared import MODELS
+from kfaccore_jax.signs import signed
 
 X = normal((6, 5), seed=2)
 
@@ -146,10 +147,10 @@ def test_rows_that_mix_examples_have_signed_draws_and_no_shares_of_their_own():
     slope = captured.prediction / 6
     records = captured.records(columns, 6, fisher=kf.type2, cotangent=slope)
     assert set(records.own) == {"1.0"}
-    signed = captured.output_gradients(captured._signed(columns))
+    signs = captured.output_gradients(signed(columns, 6))
     plain = captured.output_gradients(columns)
     first, second = ({layer.name: layer.calls[0] for layer in plan.layers}[name] for name in ("0.0", "1.0"))
-    np.testing.assert_allclose(records["0.0"].g[:, 0, :, 0], signed[first], rtol=1e-12)
+    np.testing.assert_allclose(records["0.0"].g[:, 0, :, 0], signs[first], rtol=1e-12)
     np.testing.assert_allclose(records["1.0"].g[:, 0, :, 0], plain[second], rtol=1e-12)
 
 

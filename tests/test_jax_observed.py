@@ -99,6 +99,9 @@ APART = {
     "positions": lambda h: (h.reshape(-1, 2, 5) * 2).reshape(-1, 5),
     "flattened": lambda h: h.reshape(-1, 10).reshape(-1, 5),
     "mapped": lambda h: lax.map(lambda row: 2 * row, h),
+    "turned and back": lambda h: (
+        (2 * h.reshape(-1, 2, 5).swapaxes(0, 1).reshape(-1, 5)).reshape(2, -1, 5).swapaxes(0, 1)
+    ),
     "within": lambda h: (h.reshape(-1, 2, 5) - h.reshape(-1, 2, 5).mean(1, keepdims=True)).reshape(-1, 5),
 }
 
@@ -110,10 +113,22 @@ def test_what_stays_with_its_example_is_not(keep):
 
     def apply(p, x):
         h = keep(jnp.tanh(x.reshape(-1, 4) @ p["w"]))
-        return (h @ p["v"]).reshape(-1, 2, 3).sum(1)
+        return (h.reshape(-1, 2, 5) @ p["v"]).sum(1)
 
     plan = kj.plan(apply, params, numbers(2, 8, 2, 4))
     assert not any(layer.mixed for layer in plan.layers)
+
+
+def test_groups_of_joined_positions_are_seen_as_groups_of_examples():
+    """(8 examples, 4, d) as 32 rows in 4 groups, as many as positions: their mean is over several examples."""
+    params = {"w": numbers(0, 4, 5), "v": numbers(1, 5, 3)}
+
+    def apply(p, x):
+        groups = jnp.tanh(x @ p["w"]).reshape(-1, 5).reshape(4, -1, 5)
+        return (groups - groups.mean(0)).reshape(-1, 4, 5) @ p["v"]
+
+    plan = kj.plan(apply, params, numbers(2, 8, 4, 4))
+    assert {layer.name: layer.mixed for layer in plan.layers} == {"v": False, "w": True}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import kfaccore as kf
 from jax_models import mlp, mlp_params, normal
 from jax_needed import jax, jnp, kj, lax
 
@@ -46,6 +47,9 @@ REFUSED = {  # model of one leaf w (4, 4): the reason
         lambda w, x: lax.dynamic_slice(w, (x[0, 0].astype(int), 0), (2, 4)) @ x[0] + x[:, :2],
         "goes into: dynamic_slice",
     ),
+    "filter": (lambda w, x: jnp.fft.ifft(jnp.fft.fft(x) * w[0]).real, "goes into: complex convert_element_type"),
+    "real and imaginary": (lambda w, x: (x @ lax.complex(w, w)).imag, "goes into: complex complex"),
+    "complex mask": (lambda w, x: x @ (w * jnp.exp(1j * x[:4])).real, "goes into: complex convert_element_type"),
     "never used": (lambda w, x: x, "never used"),
 }
 
@@ -104,6 +108,27 @@ def test_the_batch_axis_is_where_the_batch_is():
     records = kj.capture(major, W, x).records(jnp.ones((1, n, 4)), n)
     assert records["params"].a.shape == (1, 6, 4, 4)
     np.testing.assert_array_equal(records["params"].a[0], x)
+
+
+def test_what_cannot_be_planned_is_named():
+    with pytest.raises(ValueError, match="more rounds from 1626"):
+        kj.plan(
+            lambda p, x, key: x * jax.random.permutation(key, len(x))[:, None] @ p,
+            W,
+            jnp.ones((1000, 4)),
+            jax.random.key(0),
+        )
+    with pytest.raises(ValueError, match=r"several leaves have the names \['a.b.c'\]"):
+        kj.plan(lambda p, x: x @ p["a"]["b.c"] @ p["a.b"]["c"], {"a": {"b.c": W}, "a.b": {"c": W}}, X)
+    with pytest.raises(TypeError, match="hold a float; need arrays with examples on their first axis"):
+        kj.plan(lambda p, b: b["x"] @ p * b["s"], W, {"x": X, "s": 2.0})
+
+
+def test_one_array_under_two_names_is_not_given_away():
+    params = {"a": W, "b": W}
+    step = kj.step(kj.plan(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, X), kf.Gaussian())
+    with pytest.raises(ValueError, match="one array as a and as b"):
+        step.init(params)
 
 
 MOVING = {

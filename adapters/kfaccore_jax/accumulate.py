@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block, Ids, Record, measured
+from kfaccore_jax.mesh import promoting
 from kfaccore_jax.records import Drawn, widened
 from kfaccore_jax.replicas import share_of
 from kfaccore_jax.state import Fresh, KFACState, restored, state_of
@@ -74,6 +75,7 @@ class _Accumulation:
     within: optax.GradientTransformationExtraArgs
     k: int
 
+    @promoting
     def init(self, params: Any) -> AccumulateState:
         inner = self.within.init(params)
         zeros = jax.tree.map(
@@ -84,6 +86,7 @@ class _Accumulation:
         share = jnp.zeros((), jnp.result_type(float))
         return AccumulateState(jnp.zeros((), jnp.int32), zeros, stats, share, inner)
 
+    @promoting
     def update(
         self,
         grads: Any,
@@ -103,7 +106,10 @@ class _Accumulation:
             mean = jax.tree.map(lambda x, g: jnp.asarray(x / jnp.asarray(share, x.dtype), g.dtype), sums, grads)
             fisher = records.fisher if isinstance(records, Drawn) else None
             given = None if records is None else Drawn(stats, fisher, share)
-            return self.within.update(mean, state.inner, params, records=given, fresh=fresh, **extra)
+            idle = (
+                False if given is not None and not stats else fresh
+            )  # no method measures, none has anything to refresh
+            return self.within.update(mean, state.inner, params, records=given, fresh=idle, **extra)
 
         def waited() -> tuple[Any, Any]:
             return jax.tree.map(jnp.zeros_like, grads), state.inner

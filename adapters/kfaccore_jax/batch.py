@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import jax
@@ -32,10 +35,34 @@ def strong(tree: Any) -> Any:
 
 def examples(args: tuple, batched: tuple[int, ...]) -> int:
     """The batch size, the first axis of every array in the arguments `batched`."""
-    sizes = {x.shape[0] if x.ndim else None for i in batched for x in jax.tree.leaves(args[i])}
+    leaves = [x for i in batched for x in jax.tree.leaves(args[i])]
+    other = [type(x).__name__ for x in leaves if not hasattr(x, "shape")]
+    if other:
+        raise TypeError(
+            f"arguments {batched} of apply (params not counted) hold a {other[0]}; need arrays with examples on their "
+            f"first axis: pass what all examples share as another argument, and say batched= which hold examples"
+        )
+    sizes = {x.shape[0] if x.shape else None for x in leaves}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(f"arguments {batched} of apply (params not counted) have first axes {sizes}; need one batch")
     return int(sizes.pop() or 0)
+
+
+def check_rows(one: list, two: list, n: int, minor: bool) -> None:
+    """ValueError where a prediction, of these shapes at n and 2 n examples, has not the rows of each example in turn on
+    its first axis. `minor` as in `settled`."""
+    for a, b in zip(one, two, strict=True):
+        if not a or a[0] % n or tuple(b) != (2 * a[0], *a[1:]):
+            raise ValueError(
+                f"apply gave a prediction of shape {tuple(a)} for {n} examples and {tuple(b)} for {2 * n}; need the "
+                f"examples on its first axis, (batch, *positions, outputs): give each example its own output, no mean "
+                f"over the batch, and move its axis to the front"
+            )
+        if a[0] != n and minor:
+            raise ValueError(
+                f"apply gave a prediction of shape {tuple(a)} for {n} examples, and the model joins the batch axis "
+                f"behind another one, so that whose rows they are cannot be seen: make it (batch, *positions, outputs)"
+            )
 
 
 def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: bool) -> tuple[Call, str]:
@@ -64,8 +91,35 @@ def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: b
     return replace(call, batch=places[0]), ""
 
 
+def check_equations(one: Any, two: Any, n: int) -> None:
+    """ValueError where a model, here at n and 2 n examples, is not the same equations at both."""
+    one = getattr(one, "jaxpr", one)
+    two = getattr(two, "jaxpr", two)
+    for p, q in zip_longest(one.eqns, two.eqns):
+        names = [eqn.primitive.name if eqn is not None else "nothing" for eqn in (p, q)]
+        bodies = [list(jaxprs(eqn)) if eqn is not None else [] for eqn in (p, q)]
+        if names[0] != names[1] or len(bodies[0]) != len(bodies[1]):
+            raise ValueError(
+                f"apply is other equations at {n} examples than at {2 * n}: {names[0]} where there is {names[1]}, so "
+                f"that they cannot be compared; plan with fewer examples (jax.random.permutation has more rounds from "
+                f"1626 elements on), or make what depends on their number outside and pass it as an argument"
+            )
+        for a, b in zip(*bodies, strict=True):
+            check_equations(a, b, n)
+
+
 def joins_behind(one: Any, two: Any) -> bool:
     """Whether a jaxpr (here at two batch sizes) reshapes or concatenates the batch axis behind another axis."""
+    return next(_turned(one, two), 0) != 0
+
+
+def deals_out(one: Any, two: Any) -> bool:
+    """Whether the first such reshape takes examples out to an axis before them, and so undoes none."""
+    return next(_turned(one, two), 0) < 0
+
+
+def _turned(one: Any, two: Any) -> Iterator[int]:
+    """`turns` of the equations that do, in their order, inner ones included."""
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
     for p, q in zip(one.eqns, two.eqns, strict=True):
@@ -75,26 +129,19 @@ def joins_behind(one: Any, two: Any) -> bool:
         before = _grown(p.invars[0], q.invars[0])
         after = _grown(p.outvars[0], q.outvars[0])
         if name == "concatenate" and p.params["dimension"] in after:
-            return True
-        if name == "reshape" and before and after and _behind(p, before[0], after[0]):
-            return True
-        inner = zip(jax.tree.leaves(list(jaxprs(p))), jax.tree.leaves(list(jaxprs(q))), strict=True)
-        if any(joins_behind(a, b) for a, b in inner):
-            return True
-    return False
+            yield 1
+        if name == "reshape" and before and after and (way := turns(p, before[0], after[0])):
+            yield way
+        for a, b in zip(jaxprs(p), jaxprs(q), strict=True):
+            yield from _turned(a, b)
 
 
-def _behind(eqn: Any, before: int, after: int) -> bool:
-    """Whether a reshape puts elements of earlier axes faster or slower than the batch into its axis."""
-    old = tuple(eqn.invars[0].aval.shape)
-    new = tuple(eqn.outvars[0].aval.shape)
-    ahead = 1
-    for n in old[:before]:
-        ahead *= n
-    kept = 1
-    for n in new[:after]:
-        kept *= n
-    return ahead != kept
+def turns(eqn: Any, before: int, after: int) -> int:
+    """Whether a reshape puts elements of earlier axes into the axis of the batch (1), takes some out of it (-1), or
+    leaves what stands before it (0)."""
+    old = prod(eqn.invars[0].aval.shape[:before])
+    new = prod(eqn.outvars[0].aval.shape[:after])
+    return (old > new) - (old < new)
 
 
 def _grown(p: Any, q: Any) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfaccore import Factored, Ids, Patches, Record, monte_carlo
+from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.agreement import check_calls, probed
 from kfaccore_jax.batch import examples, strong
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
@@ -18,6 +18,7 @@ from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, evaluated
 from kfaccore_jax.positions import Longer, mask_of
 from kfaccore_jax.records import Drawn, Pair, pairs, widened
+from kfaccore_jax.signs import independent, signed
 
 Pull = Callable[[Any], tuple[Any, dict[str, Any]]]
 
@@ -84,21 +85,22 @@ class Captured:
         cotangent   of the mean loss, as `gradients` takes it: SelfTuning() then leaves each example out of the model of
                  the direction it helped to make; under jit the pass is shared with `gradients`
         """
+        draws, free = independent(draws, self.prediction, self._n, fisher)
         floats, g = self._pulled(draws, one_by_one)
         rest: dict[str, Record] = {}
         if self.plan.shared:
-            signed = g
-            if fisher is not monte_carlo:
-                floats, signed = self._pulled(self._signed(draws), one_by_one)
-            g |= {key: signed[key] for key, call in self.plan.calls.items() if call.batch is None or call.mixed}
+            apart = g
+            if not free:
+                floats, apart = self._pulled(signed(draws, self._n), one_by_one)
+            g |= {key: apart[key] for key, call in self.plan.calls.items() if call.batch is None or call.mixed}
             rest = self._rest(floats, n)
         found = self._pairs(g)
-        apart = {layer.name for layer in self.plan.layers if layer.own}
+        alone = {layer.name for layer in self.plan.layers if layer.own}
         masks = self._masks(mask, jax.tree.leaves(draws)[0].shape[0])
         records = {
-            name: Record(a, g, n, masks.get(name), ids if name in apart else None) for name, (a, g) in found.items()
+            name: Record(a, g, n, masks.get(name), ids if name in alone else None) for name, (a, g) in found.items()
         }
-        own = {} if cotangent is None else self._own(cotangent, n, masks, apart)
+        own = {} if cotangent is None else self._own(cotangent, n, masks, alone)
         return Drawn(records, fisher, rest=rest, own=own)
 
     def _pairs(self, g: Mapping[str, Any]) -> dict[str, Pair]:
@@ -127,17 +129,6 @@ class Captured:
         """`_masks` of an array, seen from the model at twice the length."""
         longer = Longer.of(self.plan, self.params, self._args, self._shapes, tuple(mask.shape[1:]))
         return {layer.name: mask_of(self.plan, layer, mask, longer, draws) for layer in self.plan.layers}
-
-    def _signed(self, draws: Any) -> Any:
-        """The draws with an independent sign an example and draw: the squared sum over examples of what they share is
-        then the sum of squares in expectation, as it is by itself for labels drawn from the model."""
-        count = jax.tree.leaves(draws)[0].shape[0]
-        signs = jax.random.rademacher(jax.random.key(0), (count, self._n), jnp.int8)  # fixed: a step has no key
-
-        def one(x: Any) -> Any:
-            return x * signs.reshape(*signs.shape, *(1,) * (x.ndim - 2)).astype(x.dtype)
-
-        return jax.tree.map(one, draws)
 
     def _rest(self, floats: Any, n: Any) -> dict[str, Record]:
         """Records of leaves without a layer: one row for the whole batch, a = 1, g the gradient of the draw."""

@@ -60,6 +60,9 @@ def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: 
         return _remat(walk, place, eqn, inputs, tags)
     if any(hot) and name == "scan":
         return _scan(walk, place, eqn, inputs, tags), cold
+    if any(hot) and any(jnp.iscomplexobj(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+        walk.leak(tags, f"complex {name}")  # rows of a record are real
+        return _evaluate(jaxpr, eqn, inputs), cold
     if any(isinstance(tag, Joined) for tag in tags):
         done = _parts(walk, place, eqn, inputs, tags)
         if done is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import jax
@@ -115,6 +116,18 @@ def automatic(function: Callable, specs: Any, *args: Any) -> Any:
     return (
         run(*args) if traced else jax.jit(run, keep_unused=True)(*args)
     )  # outside jit the arguments say which devices
+
+
+def promoting(function: Callable) -> Callable:
+    """`function` with arrays of fewer axes broadcast as NumPy does, where jax_numpy_rank_promotion="raise" forbids it:
+    the core is written for NumPy too."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def named_axes() -> tuple[str, ...]:

@@ -6,12 +6,17 @@ For draws that are independent between examples and of zero mean E[g g^T] is exa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jax.extend.core import Literal
 
+from kfaccore_jax.batch import deals_out
 from kfaccore_jax.order import carries, inner, places
 from kfaccore_jax.sums import mixes
+
+Sums = Callable[..., bool]  # `mixes` for one model
 
 
 def mixed(one: Any, two: Any, count: int, n: int) -> set[str]:
@@ -21,12 +26,13 @@ def mixed(one: Any, two: Any, count: int, n: int) -> set[str]:
     two = getattr(two, "jaxpr", two)
     found: set[str] = set()
     alone = [i < count for i in range(len(one.outvars))]
-    _backwards(found, one, two, "", alone, [False] * len(alone), n)
+    sums = partial(mixes, n=n, dealt=deals_out(one, two))
+    _backwards(found, one, two, "", alone, [False] * len(alone), sums)
     return found
 
 
 def _backwards(
-    found: set[str], one: Any, two: Any, prefix: str, live: list[bool], hit: list[bool], n: int
+    found: set[str], one: Any, two: Any, prefix: str, live: list[bool], hit: list[bool], sums: Sums
 ) -> tuple[list[bool], list[bool]]:
     """Of the inputs: whether they reach the prediction, and whether they do so through a sum over examples."""
     reaching = _of(one.outvars, live)
@@ -39,7 +45,7 @@ def _backwards(
             found.add(key)
         bodies = inner(p, q)
         if bodies is None:
-            summing = below or mixes(p, q, n)
+            summing = below or sums(p, q)
             found |= {f"{key}@"} if summing else set()
             ours = [v for v in p.invars if not isinstance(v, Literal) and carries(v)]
             reaching |= set(ours)
@@ -47,21 +53,21 @@ def _backwards(
             continue
         given = [v in reaching for v in p.outvars]
         through = [v in summed for v in p.outvars]
-        if mixes(p, q, n, within=False):
+        if sums(p, q, within=False):
             through = given
-        given, through = _within(found, p, bodies, f"{key}.", given, through, n)
+        given, through = _within(found, p, bodies, f"{key}.", given, through, sums)
         reaching |= _of(p.invars, given)
         summed |= _of(p.invars, through)
     return [v in reaching for v in one.invars], [v in summed for v in one.invars]
 
 
 def _within(
-    found: set[str], eqn: Any, bodies: tuple[Any, Any], prefix: str, live: list[bool], hit: list[bool], n: int
+    found: set[str], eqn: Any, bodies: tuple[Any, Any], prefix: str, live: list[bool], hit: list[bool], sums: Sums
 ) -> tuple[list[bool], list[bool]]:
     """`_backwards` of an equation's own jaxpr; of a scan until what its carry does in one turn is known of the turn
     before it too."""
     while True:
-        reaches, through = _backwards(found, *bodies, prefix, live, hit, n)
+        reaches, through = _backwards(found, *bodies, prefix, live, hit, sums)
         if eqn.primitive.name != "scan":
             return reaches, through
         carried = eqn.params["num_consts"], eqn.params["num_carry"]

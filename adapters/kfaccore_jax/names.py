@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import jax
@@ -10,7 +11,12 @@ import jax
 def named(tree: Any) -> dict[str, Any]:
     """{dotted path: leaf} of a tree of parameters; a flax.nnx Variable and its bare array have one name."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(_text(key) for key in _bare(path)) or "params": leaf for path, leaf in pairs}
+    found = {".".join(_text(key) for key in _bare(path)) or "params": leaf for path, leaf in pairs}
+    if len(found) < len(pairs):
+        paths = Counter(".".join(_text(key) for key in _bare(path)) for path, _ in pairs)
+        several = sorted(name for name, count in paths.items() if count > 1)
+        raise ValueError(f"several leaves have the names {several}, dots between their keys: take keys without dots")
+    return found
 
 
 def _bare(path: tuple) -> tuple:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block
-from kfaccore_jax.batch import doubled, examples, joins_behind, settled, strong
+from kfaccore_jax.batch import check_equations, check_rows, doubled, examples, joins_behind, settled, strong
 from kfaccore_jax.calls import Call
 from kfaccore_jax.interpret import as_calls, run
 from kfaccore_jax.layers import Layer, gathered
@@ -138,11 +138,14 @@ def plan(
 def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]], bool]:
     """The calls with their batch axes, why leaves cannot be captured, and whether anything sums over examples; one,
     two: of `traced` at both sizes."""
-    walk, data, jaxpr, count = one
-    other, data2, second, _ = two
+    walk, data, jaxpr, shapes = one
+    other, data2, second, shapes2 = two
+    if jaxpr is not None:
+        check_equations(jaxpr, second, n)
     minor = jaxpr is not None and joins_behind(jaxpr, second)
+    check_rows(shapes, shapes2, n, minor)
     places = moved(jaxpr, second) if jaxpr is not None else {}
-    summed = mixed(jaxpr, second, count, n) if jaxpr is not None else set()
+    summed = mixed(jaxpr, second, len(shapes), n) if jaxpr is not None else set()
     calls = {}
     refused = dict(walk.leaks)
     for key, call in walk.calls.items():
@@ -159,16 +162,16 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
     return calls, refused, bool(summed)
 
 
-def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any, int]:
-    """What one abstract evaluation finds: the walk, shapes of the inputs kept, the jaxpr (None if explicit), and how
-    many of its outputs are the prediction."""
+def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any, list]:
+    """What one abstract evaluation finds: the walk, shapes of the inputs kept, the jaxpr (None if explicit), and the
+    shapes of the prediction, its first outputs."""
     asked: frozenset[str] = frozenset()
     while True:
         found: list[Any] = []
 
         def abstract(params: Any, args: tuple, found: list = found, asked: frozenset[str] = asked) -> dict:
             pred, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None, asked=asked)
-            found[:] = [walk, jaxpr, len(jax.tree.leaves(pred))]
+            found[:] = [walk, jaxpr, [x.shape for x in jax.tree.leaves(pred)]]
             return walk.data
 
         data = jax.eval_shape(abstract, params, args)

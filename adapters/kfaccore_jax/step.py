@@ -47,6 +47,8 @@ from kfaccore import (
 )
 from kfaccore_jax.capture import capture
 from kfaccore_jax.grafting import rule_of
+from kfaccore_jax.mesh import promoting
+from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
 from kfaccore_jax.records import widened
 from kfaccore_jax.state import counts_of
@@ -108,7 +110,7 @@ def kfac(
         core = Preconditioner(methods, clocks, schedules, network, rule_of(step, graft, rest), widest=widest)
     rule_of(core.rule, graft, rest)
     rule = Transformation(plan, core, _names(axis_name), _uncovered(core, uncovered, rest), rest, graft)
-    return optax.GradientTransformationExtraArgs(rule.init, rule.update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(promoting(rule.init), promoting(rule.update))
 
 
 def _names(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -152,12 +154,20 @@ class Step:
         self._run = jax.jit(self._step, donate_argnums=(0, 1))
 
     def init(self, params: Any) -> Any:
-        """The state of the transformation."""
+        """The state of the transformation. ValueError for parameters that cannot be given away, one array twice."""
+        seen: dict[int, str] = {}
+        for name, x in named(params).items():
+            if seen.setdefault(id(x), name) != name:
+                raise ValueError(
+                    f"params has one array as {seen[id(x)]} and as {name}, and a step gives its arrays away: copy it, "
+                    f"jnp.array(x), or keep a tied parameter under one name"
+                )
         return self.tx.init(params)
 
     def __call__(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
         """(params, opt_state, metrics) after one batch: (*args of apply, target). `params` and `opt_state` are given
-        away; metrics are {name: 0-d array}: loss, and code/NAME, how often each code has come up."""
+        away; metrics are {name: 0-d array}: loss, and code/NAME, how often each code has come up; beside them `aux` as
+        apply gave it, of a plan with has_aux."""
         return self._run(params, opt_state, batch, key)
 
     def _step(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
@@ -179,7 +189,8 @@ class Step:
         given = {"records": records, "value": value, "value_fn": value_fn}
         moves, opt_state = self.tx.update(captured.gradients(slope), opt_state, params, **given)
         counts = {f"code/{code.name}": x for code, x in zip(Code, counts_of(opt_state), strict=True)}
-        return optax.apply_updates(params, moves), opt_state, {"loss": value, **counts}
+        aux = {"aux": captured.aux} if self.plan.has_aux else {}
+        return optax.apply_updates(params, moves), opt_state, {"loss": value, **counts, **aux}
 
     def _noise(self, f: Any, key: Any) -> Any:
         """What `monte_carlo` takes, head by head from one key."""
@@ -197,7 +208,8 @@ def step(
     draws: int = 1,
 ) -> Step:
     """A jitted (params, opt_state, batch, key) -> (params, opt_state, metrics) of sampled labels; `.init(params)` gives
-    the state, batch is (*args of apply, target).
+    the state, batch is (*args of apply, target). Under has_aux metrics["aux"] is what apply gave beside the prediction,
+    at the parameters before the step: the state of BatchNorm, which the next batch's args then hold.
 
     loss    SoftmaxCrossEntropy(), Bernoulli(), Gaussian() or a Joint of them, averaged as its `normaliser` says
     tx      a chain with kfac(plan); the default sets its own rate, momentum and damping:

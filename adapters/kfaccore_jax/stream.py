@@ -31,6 +31,7 @@ class Stream:
     draw      (prediction, target, noise) -> draws (draws, *prediction.shape)
     share     (prediction, target) -> n, a batch's share of the mean loss
     noise     (shape of the prediction, number of the batch) -> an array, or None
+    fisher    kfaccore's function that the draws are of, None for others
     """
 
     plan: Plan
@@ -39,6 +40,7 @@ class Stream:
     draw: Draw
     share: Callable[[Any, Any], Any]
     noise: Callable[[tuple[int, ...], int], Any]
+    fisher: Callable | None = None
 
     def __iter__(self) -> Iterator[dict[str, Record]]:
         for number, batch in enumerate(self.batches):
@@ -52,7 +54,7 @@ class Stream:
         def records(params: Any, args: tuple, target: Any, noise: Any) -> dict[str, Record]:
             captured = capture(self.plan, params, *args)
             f = captured.prediction
-            return dict(captured.records(self.draw(f, target, noise), self.share(f, target)))
+            return dict(captured.records(self.draw(f, target, noise), self.share(f, target), fisher=self.fisher))
 
         return jax.jit(records)
 
@@ -82,7 +84,7 @@ def stream(
             return None
         return jnp.asarray(draw_noise(loss, shape, draws, np.random.default_rng([seed, number])))
 
-    return Stream(plan, params, batches, known[fisher], loss.normaliser, noise)
+    return Stream(plan, params, batches, known[fisher], loss.normaliser, noise, fisher)
 
 
 def outputs(plan: Plan, params: Any, batches: Iterable[Any], select: Callable[[Any], Any] | None = None) -> Stream:

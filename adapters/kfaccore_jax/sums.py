@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kfaccore_jax.batch import jaxprs
+from kfaccore_jax.batch import jaxprs, turns
 from kfaccore_jax.order import carries, grown
 from kfaccore_jax.tags import JITS, REMATS, SAME
 
@@ -40,18 +40,21 @@ _KNOWN = frozenset(_APART.split()) | SAME | _CALLS
 Axes = list[set[int]]  # of each operand those that grow
 
 
-def mixes(p: Any, q: Any, n: int, within: bool = True) -> bool:
-    """Whether an element of a result depends on several examples; with `within` also by what is inside the equation."""
+def mixes(p: Any, q: Any, n: int, within: bool = True, dealt: bool = False) -> bool:
+    """Whether an element of a result depends on several examples; with `within` also by what is inside the equation.
+
+    dealt   whether the model takes examples out of the batch axis to one before it, not undoing that they were joined
+    """
     if any(len(grown(v, w)) > 1 for v, w in zip(p.outvars, q.outvars, strict=True) if carries(v)):
         return True  # a pair of examples an element
-    if _alone(p, q, n):
+    if _alone(p, q, n, dealt):
         return True
     bodies = [list(jaxprs(x)) for x in (p, q)] if within else []
     pairs = [zip(one.eqns, two.eqns, strict=True) for one, two in zip(*bodies, strict=True)] if within else []
-    return any(mixes(a, b, n) for pair in pairs for a, b in pair)
+    return any(mixes(a, b, n, True, dealt) for pair in pairs for a, b in pair)
 
 
-def _alone(p: Any, q: Any, n: int) -> bool:
+def _alone(p: Any, q: Any, n: int, dealt: bool) -> bool:
     """By the equation's own operation."""
     name = p.primitive.name
     axes = [set(grown(v, w)) for v, w in zip(p.invars, q.invars, strict=True)]
@@ -64,7 +67,9 @@ def _alone(p: Any, q: Any, n: int) -> bool:
     if name in _ALONG:
         return bool(_named(p.params[_ALONG[name]]) & set().union(*axes))
     if name == "reshape":
-        return any(p.outvars[0].aval.shape[i] % n for i in grown(p.outvars[0], q.outvars[0]))
+        after = grown(p.outvars[0], q.outvars[0])
+        out = dealt and any(turns(p, i, j) < 0 for i in axes[0] for j in after)
+        return out or any(p.outvars[0].aval.shape[i] % n for i in after)
     family = next((kind for kind in ("scatter", "reduce_window") if name.startswith(kind)), name)
     return family not in _RULES or _RULES[family](p, axes, n)
 

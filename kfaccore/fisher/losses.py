@@ -103,7 +103,7 @@ class SoftmaxCrossEntropy:
         if self.weights is not None:
             if len(self.weights) != f.shape[-1]:
                 raise ValueError(f"weights has {len(self.weights)} classes, f has shape {tuple(f.shape)}; need equal")
-            q = q * xp.asarray(self.weights, dtype=f.dtype, device=device_of(f))
+            q = q * _along(xp.asarray(self.weights, dtype=f.dtype, device=device_of(f)), f)
         return xp.where(valid[..., None], q, xp.zeros_like(q))
 
     def _scale(self, f: Array, target: Array | None, mask: Array | None) -> Array:
@@ -133,9 +133,8 @@ class Bernoulli:
         """Sum over examples, positions and outputs, 0-d."""
         xp = namespace(f)
         f = widen(f, "f")
-        target = _beside(f, target)
         zero = xp.zeros_like(f)
-        loss = xp.maximum(f, zero) - target * f + xp.log1p(xp.exp(-xp.abs(f)))
+        loss = xp.maximum(f, zero) - _beside(f, target) * f + xp.log1p(xp.exp(-xp.abs(f)))
         return xp.sum(loss * _masked_ones(f, mask))
 
     def normaliser(self, f: Array, target: Array, mask: Array | None = None) -> Array | float:
@@ -168,8 +167,7 @@ class Gaussian:
         """Sum over examples, positions and outputs, 0-d."""
         xp = namespace(f)
         f = widen(f, "f")
-        target = _beside(f, target)
-        return 0.5 * xp.sum((f - target) ** 2 * _masked_ones(f, mask))
+        return 0.5 * xp.sum((f - _beside(f, target)) ** 2 * _masked_ones(f, mask))
 
     def normaliser(self, f: Array, target: Array, mask: Array | None = None) -> Array | float:
         """Number of examples, or of valid positions under a mask."""
@@ -208,7 +206,12 @@ def _sigmoid(f: Array) -> Array:
 def _onehot(label: Array, like: Array) -> Array:
     xp = namespace(like)
     classes = xp.arange(like.shape[-1], dtype=label.dtype, device=device_of(like))
-    return xp.astype(label[..., None] == classes, like.dtype)
+    return xp.astype(label[..., None] == _along(classes, label[..., None]), like.dtype)
+
+
+def _along(row: Array, like: Array) -> Array:
+    """A row along the last axis of `like`, with as many axes: jax_numpy_rank_promotion="raise" wants it so."""
+    return namespace(row).reshape(row, (*(1,) * (like.ndim - 1), -1))
 
 
 def _diagonal_roots(scale: Array) -> Array:
