@@ -58,6 +58,8 @@ def flatten(tree: object) -> dict[str, np.ndarray]:
     for name, leaf in trees.items(tree):
         if not hasattr(leaf, "shape") and not isinstance(leaf, int | float):
             raise TypeError(f"leaf {name!r} is a {type(leaf).__name__}; need arrays or numbers")
+        if isinstance(leaf, np.ma.MaskedArray) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "cOSUmM"):
+            raise TypeError(f"leaf {name!r} is a {type(leaf).__name__} of {leaf.dtype}; need arrays of real numbers")
         if name in arrays:
             raise ValueError(f"two leaves share the path {name!r}: rename one (a key may hold no '/')")
         arrays[name] = to_host(leaf)

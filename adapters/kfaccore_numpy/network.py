@@ -121,6 +121,7 @@ class Sequential:
 
     def _backward(self, params: Params, layers: tuple, gy: Array, saved: dict, grads: dict, path: str) -> Array:
         xp = aac.array_namespace(gy)
+        first, _ = next(_named(self.layers, ""))
         for name, layer in reversed(list(_named(layers, path))):
             if isinstance(layer, Residual):
                 inner = self._backward(params, layer.layers, xp.asarray(gy, copy=True), saved, grads, name + ".")
@@ -128,7 +129,7 @@ class Sequential:
                 continue
             if hasattr(layer, "block"):
                 grads[name] = gy
-                if layer is self.layers[0]:
+                if name == first:  # nothing before it asks for more
                     break
             gy = layer.backward(params.get(name), saved[name], gy)
         return gy

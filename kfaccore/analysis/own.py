@@ -6,6 +6,7 @@ from functools import reduce
 from operator import add
 
 from kfaccore import xp as kernels
+from kfaccore.linalg.grams import present
 from kfaccore.posterior.reading import noise_scale
 from kfaccore.record import Record
 from kfaccore.record.chunks import parts
@@ -43,9 +44,10 @@ def noise(record: Record, grad: Array | None) -> float:
     if grad is None or not_own(record, grad):
         return float("nan")
     xp = namespace(record.g)
-    scale = record.batch / float(record.n)
+    examples = present(record)
+    scale = examples / float(record.n)
     mean = float(xp.sum(xp.astype(grad, record.g.dtype) ** 2))
-    return noise_scale(scale**2 * float(xp.sum(squares(record))), mean, record.batch)
+    return noise_scale(scale**2 * float(xp.sum(squares(record))), mean, examples)
 
 
 __all__ = ["DRAWN", "FEW", "NO_GRADIENT", "noise", "not_own"]

@@ -20,6 +20,7 @@ from kfaccore.analysis.kronecker import share_of_first_term
 from kfaccore.analysis.own import noise
 from kfaccore.analysis.sides import side_of_gradients, side_of_inputs
 from kfaccore.analysis.spectrum import Spectrum
+from kfaccore.linalg.grams import present
 from kfaccore.record import Record
 from kfaccore.record.stored import Stored
 from kfaccore.xp.arrays import Array, to_host
@@ -154,7 +155,7 @@ def _of_layer(name: str, record: Record, grad: Array | None) -> tuple[Row, dict[
     A = side_of_inputs(host)
     G = side_of_gradients(host)
     if not (A.finite and G.finite):
-        raise ValueError(f"layer {name!r}: a or g holds values that are not finite")
+        raise ValueError(f"layer {name!r}: a or g holds values that are not finite, or whose squares are not")
     exact = ExactBlock(host, ROWS, wide=True)
     of_f = [_of_rows(rows, exact) for rows in exact.grams] if exact.exact else []
     found = {"A": A.spectra, "G": G.spectra, "F": of_f}
@@ -162,7 +163,7 @@ def _of_layer(name: str, record: Record, grad: Array | None) -> tuple[Row, dict[
     row = Row(
         name,
         f"{blocks}{record.d_out} x {record.d_in}",
-        record.batch,
+        present(record),
         *_worst(found["A"]),
         *_worst(found["G"]),
         *_worst(of_f, positive=True),

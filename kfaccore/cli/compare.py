@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from kfaccore.analysis.figures import Figures
@@ -118,6 +119,11 @@ def total(figures: list[Figures], update: int, refresh: int) -> dict[str, dict[s
 
 
 def _joint(pairs: list[tuple[float, float]]) -> float:
-    above = sum((error * weight) ** 2 for error, weight in pairs)
-    below = sum(weight**2 for _, weight in pairs)
-    return (above / below) ** 0.5 if below else float("nan")
+    weights = np.array([weight for _, weight in pairs])
+    errors = np.array([error for error, _ in pairs])
+    top = weights.max(initial=0.0)
+    if not top > 0:
+        return float("nan")
+    with np.errstate(over="ignore", invalid="ignore"):
+        shares = weights / top  # whose squares do not overflow
+        return float(np.sqrt(np.sum((errors * shares) ** 2) / np.sum(shares**2)))

@@ -7,8 +7,15 @@ from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.xp import gpu
-from kfaccore.xp.arrays import Array, device_of, namespace, scalar
+from kfaccore.xp.arrays import Array, device_of, namespace, scalar, to_host
 from kfaccore.xp.memory import shared_first
+
+
+def present(record: Record) -> int:
+    """Examples that have a position which exists; read on the host where there is a mask."""
+    if record.mask is None:
+        return record.batch
+    return int(to_host(record.mask).any(axis=1).sum())
 
 
 def valid_rows(record: Record) -> Array:

@@ -28,6 +28,11 @@ from kfaccore.xp.codes import Code, choose
 
 Ready = Mapping[str, Turned | Thin]
 
+_OTHER = (
+    "is not as in the first: queries are scored in groups of what `memory` holds, a pass each, and scores stand by "
+    "place; give batches in one order (no shuffling), or more memory"
+)
+
 
 def scores(
     P: Posterior,
@@ -65,7 +70,8 @@ def scores(
     draws = next(iter(queries.values())).draws
     if out is not None:
         return _on_disk(P, groups, batches, rank, positions, out).joined(draws)
-    found = [_one_pass(P, group, batches, rank, positions) for group in groups]
+    order = _Order() if len(groups) > 1 else None
+    found = [_one_pass(P, group, batches, rank, positions, order) for group in groups]
     xp = namespace(found[0])
     apart = [xp.reshape(x, (draws, -1, *x.shape[1:])) for x in found]
     whole = xp.concat(apart, axis=1) if len(apart) > 1 else apart[0]
@@ -97,10 +103,42 @@ def _groups(P: Posterior, queries: Records, memory: int, rank: int | None) -> It
         yield dict(zip(queries, row, strict=True))
 
 
-def _one_pass(P: Posterior, group: Records, batches: Iterable[Records], rank: int | None, positions: bool) -> Array:
+class _Order:
+    """The batches of the first pass, in theirs: each group of queries is a pass of its own."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.passes = 0
+
+    def of(self, checked: Iterator[tuple[int, Records]]) -> Iterator[tuple[int, Records]]:
+        """The same batches; ValueError where a later pass has others, or them in another order."""
+        place = 0
+        for sure, batch in checked:
+            name = digest(batch)
+            if not self.passes:
+                self.first.append(name)
+            elif place >= len(self.first) or self.first[place] != name:
+                raise ValueError(f"batch {place} of pass {self.passes + 1} {_OTHER}")
+            place += 1
+            yield sure, batch
+        if place < len(self.first):
+            raise ValueError(f"pass {self.passes + 1} ended after {place} of {len(self.first)} batches: it {_OTHER}")
+        self.passes += 1
+
+
+def _one_pass(
+    P: Posterior,
+    group: Records,
+    batches: Iterable[Records],
+    rank: int | None,
+    positions: bool,
+    order: _Order | None,
+) -> Array:
     """The scores of one group of queries, (draws * queries, T)."""
     ready = _ready(P, group, rank)
-    found = [_block(ready, batch, positions, sure) for sure, batch in _checked(P, batches, positions)]
+    checked = _checked(P, batches, positions)
+    checked = checked if order is None else order.of(checked)
+    found = [_block(ready, batch, positions, sure) for sure, batch in checked]
     return namespace(found[0]).concat(found, axis=1) if len(found) > 1 else found[0]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from kfaccore import xp as kernels
 from kfaccore.linalg import forms
+from kfaccore.linalg.grams import present
 from kfaccore.posterior.checks import check_layers, check_records
 from kfaccore.posterior.gaussian import Posterior, Records
 from kfaccore.record import Record
@@ -80,7 +81,7 @@ def reading(P: Posterior, records: Records, grads: Mapping[str, Array]) -> dict[
 def _noise(P: Posterior, name: str, record: Record, share: Array, W: Array) -> float:
     """tr Sigma / |G|^2 with squares weighted by W in the basis; an example's gradient is J B / n."""
     xp = namespace(W)
-    batch = record.batch
+    batch = present(record)
     scale = batch / kernels.scalar(record.n, W)
     squares = scale**2 * float(xp.sum(forms.quadratic(record, P.curvature.layers[name], W, diagonal=True)))
     mean = float(xp.sum(W * share * share))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -77,7 +77,10 @@ def checked(
         return {}
     _present(pre, due, state, records, set(grads), together - idle, set(grads) - idle)
     taken = {name: given for name, given in records.items() if name not in idle or pre.rule.needs_records}
-    batches = {name: _sequence(pre, name, given, name in together) for name, given in taken.items()}
+    batches = {}
+    for name, given in taken.items():
+        with named(name):
+            batches[name] = _sequence(pre, name, given, name in together)
     for name, batch in batches.items():
         for record in records_of(batch):
             have = Block.of(record)
@@ -133,9 +136,14 @@ def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], to
     terms = isinstance(given, tuple) and not together and declares(pre.assigned.of(name), Terms)
     if terms and pre.rule.needs_records and not pre.rule.terms:
         raise ValueError(f"{pre.rule} cannot model several loss terms; use Quadratic() or GridSearch()")
-    if terms or not isinstance(given, list | tuple):  # a Protocol is not asked: that would look at what Stats hold
+    if terms or not isinstance(
+        given, list | tuple | Iterator
+    ):  # a Protocol is not asked: that would look at what Stats hold
         return [given]  # pyright: ignore[reportReturnType]
-    return list(given)
+    batches = list(given)
+    if not batches:
+        raise ValueError("an empty sequence of micro-batches came: leave the layer out, or give at least one Record")
+    return batches
 
 
 def _name(fisher: Fisher | None) -> str:

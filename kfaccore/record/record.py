@@ -72,10 +72,10 @@ class Record:
         told = isinstance(self.n, int | float | np.generic)
         if (told and not 0 < self.n < float("inf")) or (is_numpy(self.n) and self.n < 0):
             raise ValueError(f"n is {self.n}; need the positive share of the loss normaliser (B for a mean over B)")
-        if isinstance(a, Ids):
-            self._mark_strangers(a)
         if self.mask is not None:
             self._mask_out(self.mask)
+        if isinstance(a, Ids):
+            self._mark_strangers(a)
         if self.ids is not None and tuple(self.ids.shape) != (self.batch,):
             raise ValueError(f"ids has shape {tuple(self.ids.shape)}; need (batch,) = ({self.batch},)")
 
@@ -87,6 +87,7 @@ class Record:
             return
         put = object.__setattr__
         put(self, "a", Ids(xp.where(inside, ids.index, xp.zeros_like(ids.index)), ids.size))
+        inside = inside if self.mask is None else inside | ~self.mask
         if self.draws:
             put(self, "g", xp.where(inside[..., None], self.g, xp.zeros_like(self.g) + float("nan")))
         else:  # no gradients to mark: n is what is left

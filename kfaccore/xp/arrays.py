@@ -69,6 +69,8 @@ def widen(x: Array, what: str) -> Array:
 
 def real(x: Array, what: str) -> bool:
     """Whether the real numbers x are of half precision; TypeError as `widen`."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{what} is a masked array, shape {x.shape}: give its data, and mask= of what exists")
     xp = namespace(x)
     if x.dtype in (xp.float32, xp.float64):
         return False

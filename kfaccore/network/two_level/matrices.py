@@ -26,17 +26,48 @@ def kronecker(level: Level) -> Array:
     xp = namespace(level.Y)
     sides = [_sides(level.records[name], r) for name, r in zip(level.layers, level.vectors, strict=True)]
     grids = [grid(level.records[name]) for name in level.layers]
+    there = [_there(level.records[name]) for name in level.layers]
     rows = []
     for i, (p, q) in enumerate(sides):
         row = []
         for j, (s, t) in enumerate(sides):
             small = common(grids[i], grids[j])
-            left = pooled(p, grids[i], small, "mean")
-            A = left @ pooled(s, grids[j], small, "mean").mT / left.shape[-1]
+            left, some = _mean(p, there[i], grids[i], small)
+            right, others = _mean(s, there[j], grids[j], small)
+            A = left @ right.mT / _count(left, some, others)
             G = pooled(q, grids[i], small, "sum") @ pooled(t, grids[j], small, "sum").mT
             row.append(xp.sum(A * G) / level.n)
         rows.append(xp.stack(row))
     return xp.stack(rows)
+
+
+def _there(record: Record) -> Array | None:
+    """1 for positions that exist, (1, batch shared); None where all do."""
+    if record.mask is None:
+        return None
+    xp = namespace(record.g)
+    return xp.reshape(xp.astype(record.mask, record.g.dtype), (1, -1))
+
+
+def _mean(x: Array, there: Array | None, large: tuple[int, ...], small: tuple[int, ...]) -> tuple[Array, Array | None]:
+    """Inputs pooled by the mean over what exists of a cell, and the cells that have any; None: all."""
+    x = pooled(x, large, small, "mean")
+    if there is None:
+        return x, None
+    xp = namespace(x)
+    share = pooled(there, large, small, "mean")
+    some = share > 0
+    return x / xp.where(some, share, xp.ones_like(share)), some
+
+
+def _count(x: Array, some: Array | None, others: Array | None) -> float | Array:
+    """Cells that exist in both."""
+    if some is None and others is None:
+        return float(x.shape[-1])
+    xp = namespace(x)
+    both = some if others is None else others if some is None else some & others
+    count = xp.sum(xp.astype(both, x.dtype))
+    return xp.where(count > 0, count, xp.ones_like(count))
 
 
 def _sides(record: Record, r: Vector) -> tuple[Array, Array]:
