@@ -78,9 +78,8 @@ class _Accumulation:
     @promoting
     def init(self, params: Any) -> AccumulateState:
         inner = self.within.init(params)
-        zeros = jax.tree.map(
-            lambda x: widened(jnp.zeros_like(x)), params
-        )  # n * g overflows or stalls in half precision
+        # n * g overflows or stalls in half precision
+        zeros = jax.tree.map(lambda x: widened(jnp.zeros_like(x)), params)
         wide = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
         stats = _empty(self.rule, state_of(inner), jnp.zeros((), wide))
         share = jnp.zeros((), jnp.result_type(float))

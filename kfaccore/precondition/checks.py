@@ -136,9 +136,8 @@ def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], to
     terms = isinstance(given, tuple) and not together and declares(pre.assigned.of(name), Terms)
     if terms and pre.rule.needs_records and not pre.rule.terms:
         raise ValueError(f"{pre.rule} cannot model several loss terms; use Quadratic() or GridSearch()")
-    if terms or not isinstance(
-        given, list | tuple | Iterator
-    ):  # a Protocol is not asked: that would look at what Stats hold
+    # a Protocol is not asked: that would look at what Stats hold
+    if terms or not isinstance(given, list | tuple | Iterator):
         return [given]  # pyright: ignore[reportReturnType]
     batches = list(given)
     if not batches:
