@@ -108,17 +108,14 @@ def test_resume_says_what_it_cannot_go_on_from(trained, tmp_path):
         result = run("train", "digits-autoencoder", "--steps", 15, "--resume", file, option, 0.01)
         assert result.exit_code == 2
         assert f"is a run of {option} 0.0, not 0.01: it goes on as it began" in result.stderr
-    meta = kf.metadata(file)
-    for curve in ({"step": [1], "seconds": [], "loss": [1.0]}, {"step": [1], "seconds": [0.1]}, [1]):
-        kf.save(tmp_path / "run.safetensors", kf.load(file), **{**meta, "curve": curve})
-        result = run("train", "digits-autoencoder", "--steps", 15, "--resume", tmp_path / "run.safetensors")
-        assert result.exit_code == 2
-        assert "has damaged metadata: need a curve of step, seconds, loss" in result.stderr
-    old = {key: value for key, value in meta.items() if key not in ("curve", "codes", "penalties")}
-    kf.save(tmp_path / "run.safetensors", kf.load(file), **old)
-    result = run("train", "digits-autoencoder", "--steps", 15, "--resume", tmp_path / "run.safetensors", "--json")
-    assert "holds no curve: its steps and seconds count from here on" in result.stderr
-    assert json.loads(result.stdout)["curves"]["kfac"]["step"][0] > meta["curve"]["step"][-1]
+    (tmp_path / "run.safetensors").write_bytes(file.read_bytes())
+    curve = json.loads((trained[0] / "run.json").read_text())["curves"]["kfac"]
+    for beside in (None, "[", "[]", json.dumps({"curves": {"kfac": {"step": [3], "seconds": [1.0], "loss": [1.0]}}})):
+        if beside is not None:
+            (tmp_path / "run.json").write_text(beside)
+        result = run("train", "digits-autoencoder", "--steps", 15, "--resume", tmp_path / "run.safetensors", "--json")
+        assert "no curve of this run in" in result.stderr
+        assert json.loads(result.stdout)["curves"]["kfac"]["step"][0] > curve["step"][-1]
 
 
 @pytest.mark.parametrize("task", ["digits-classifier", "digits-cnn"])

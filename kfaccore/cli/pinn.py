@@ -159,9 +159,7 @@ class PINNRun:
     def _save(self, path: Path) -> None:
         solver, params, progress = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
-        name = next(iter(self.curves))
-        meta: dict[str, Any] = {"task": self.name, "method": name, "seed": self.seed}
-        meta |= {"curve": self.curves[name], "codes": self.codes[name]}
+        meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(solver, Preconditioner):
             size = sum(int(np.prod(matrix.shape)) for matrix in params.values())
             meta = describe(solver, progress.state, type(self.pinn).__name__, size, {}) | meta
@@ -180,7 +178,7 @@ class PINNRun:
         meta = resumed.told(path, self.name, name, self.seed)
         start = resumed.start(path, meta.get("step"), self.steps)
         tree = load(path, like={"params": params, "state": initial_state(self.pinn, params, solver)})
-        self.curves[name], self.codes[name], self.spent[name] = resumed.past(path, meta, CURVE)
+        self.curves[name], self.codes[name], self.spent[name] = resumed.past(path, name, CURVE, start)
         return tree["params"], tree["state"], start
 
 

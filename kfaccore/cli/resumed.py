@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,24 @@ def same_penalties(path: Path, meta: Mapping[str, Any], given: Mapping[str, floa
             raise ValueError(f"{path} is a run of --{option} {had[name]}, not {value}: it goes on as it began")
 
 
-def past(path: Path, meta: Mapping[str, Any], keys: Iterable[str]) -> tuple[dict[str, list], dict[str, int], float]:
-    """(curve, codes, seconds) up to where the run was written; empty and 0, which is said, of a file that has none."""
-    curve = meta.get("curve")
-    codes = meta.get("codes", {})
-    if curve is None:
-        typer.echo(f"hint: {path} holds no curve: its steps and seconds count from here on", err=True)
-        return {key: [] for key in keys}, {}, 0.0
-    whole = isinstance(curve, Mapping) and all(isinstance(values, list) for values in curve.values())
-    if not whole or not set(keys) <= set(curve) or not curve["seconds"] or not isinstance(codes, Mapping):
-        raise ValueError(f"{path} has damaged metadata: need a curve of {', '.join(keys)} and codes by name")
-    return {key: list(values) for key, values in curve.items()}, dict(codes), float(curve["seconds"][-1])
+def past(path: Path, method: str, keys: Sequence[str], taken: int) -> tuple[dict[str, list], dict[str, int], float]:
+    """(curve, codes, seconds) of a method up to the step `taken` that the run's file holds, from the run.json beside
+    it; empty ones and 0, which is said, where there is none of this run. The file itself holds no seconds, so that
+    equal runs write equal files."""
+    beside = path.with_name("run.json")
+    try:
+        told = json.loads(beside.read_text(encoding="utf-8"))
+        curve: dict[str, list[Any]] = {
+            key: [math.nan if x is None and key in keys else x for x in values]
+            for key, values in told["curves"][method].items()
+        }
+        codes = next(row["codes"] for row in told["methods"] if row["method"] == method)
+        if curve["step"][-1] == taken and set(keys) <= set(curve):
+            return curve, dict(codes), float(curve["seconds"][-1])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration):
+        pass  # no file, or another's
+    typer.echo(f"hint: no curve of this run in {beside}: its steps and seconds count from here on", err=True)
+    return {key: [] for key in keys}, {}, 0.0
 
 
 def start(path: Path, taken: object, steps: int) -> int:

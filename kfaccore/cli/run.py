@@ -164,9 +164,7 @@ class Run:
 
         optimiser, params, state = self.kept  # type: ignore[misc]
         tree: dict[str, Any] = {"params": params}
-        name = next(iter(self.curves))
-        meta: dict[str, Any] = {"task": self.name, "method": name, "seed": self.seed}
-        meta |= {"curve": self.curves[name], "codes": self.codes[name]}
+        meta: dict[str, Any] = {"task": self.name, "method": next(iter(self.curves)), "seed": self.seed}
         if isinstance(optimiser, Online):
             meta["l2"] = optimiser.l2
             optimiser = optimiser.optimiser
@@ -193,7 +191,7 @@ class Run:
         fresh = optimiser.init(self.task.network.blocks(), next(iter(params.values())))
         tree = load(path, like={"params": params, "state": fresh})
         start = resumed.start(path, tree["state"].step, self.steps)
-        self.curves[name], self.codes[name], self.spent[name] = resumed.past(path, meta, CURVE)
+        self.curves[name], self.codes[name], self.spent[name] = resumed.past(path, name, CURVE, start)
         return tree["params"], tree["state"], start
 
 
