@@ -130,3 +130,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if RAN and not hasattr(config, "workerinput"):
         namespaces, methods = (", ".join(sorted({pair[i] for pair in RAN})) for i in (0, 1))
         print(f"namespaces x methods: {namespaces} x {methods} ({len(RAN)} pairs)")
+
+
+@pytest.fixture
+def torch_double():
+    """Torch's default dtype is float64 and its generator seeded, for one test."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)

@@ -81,15 +81,16 @@ class Passes:
         return iter(next(self.orders))
 
 
-def test_scores_of_several_passes_need_one_order(rng):
+def test_scores_of_several_passes_need_one_order(rng, tmp_path):
     batches = [{"l": kf.Record(rng.normal(size=(4, 4)), rng.normal(size=(4, 3)), 4.0)} for _ in range(3)]
     queries = {"l": kf.Record(rng.normal(size=(4, 4)), rng.normal(size=(4, 3)), 4.0)}
     posterior = kf.Posterior({"l": np.zeros((3, 4))}, kf.fit(kf.KFAC(), batches), 0.1)
     whole = kf.scores(posterior, queries, batches)
     few = 2 * 12 * 8  # bytes: two groups of queries, a pass each
     np.testing.assert_allclose(kf.scores(posterior, queries, Passes(batches, batches), memory=few), whole, rtol=1e-12)
-    with pytest.raises(ValueError, match="batch 0 of pass 2 is not as in the first: queries are scored in groups"):
-        kf.scores(posterior, queries, Passes(batches, batches[::-1]), memory=few)
+    for out in (None, tmp_path / "scores.npy"):
+        with pytest.raises(ValueError, match="batch 0 of pass 2 is not as in the first: queries are scored in groups"):
+            kf.scores(posterior, queries, Passes(batches, batches[::-1]), memory=few, out=out)
     with pytest.raises(ValueError, match="pass 2 ended after 2 of 3 batches"):
         kf.scores(posterior, queries, Passes(batches, batches[:2]), memory=few)
 

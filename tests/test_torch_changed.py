@@ -17,14 +17,7 @@ import kfaccore_torch as kt
 
 CE = nn.CrossEntropyLoss()
 CORE = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(1e-2, 0.9))
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 
 class Slim(nn.Module):

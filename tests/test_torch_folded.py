@@ -16,14 +16,7 @@ import kfaccore_torch as kt
 from kfaccore_torch.folded import _folded
 
 CE = nn.CrossEntropyLoss()
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 
 class Layers(nn.Module):

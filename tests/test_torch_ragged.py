@@ -17,14 +17,7 @@ CE = nn.CrossEntropyLoss()
 LENGTHS = torch.tensor([20, 1, 2, 0, 3, 1])
 OWNER = torch.arange(6).repeat_interleave(LENGTHS)
 STARTS = LENGTHS.cumsum(0) - LENGTHS
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 
 class Graphs(nn.Module):

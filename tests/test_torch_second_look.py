@@ -23,13 +23,9 @@ STEPS = 4
 
 
 @pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
+def _seeded(torch_double):
     random.seed(0)
     np.random.seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Net(nn.Module):

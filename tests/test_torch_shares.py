@@ -33,8 +33,8 @@ def test_stats_times_a_share_are_those_of_a_record_of_that_share(row, rng):
 
 
 @pytest.mark.parametrize("method", [kf.TKFAC(), kf.TEKFAC(), kf.KFAC()], ids=["tkfac", "tekfac", "kfac"])
+@pytest.mark.usefixtures("torch_double")
 def test_a_sum_in_parts_is_the_sum(method):
-    torch.set_default_dtype(torch.float64)
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     y = torch.arange(8) % 3
     found = []
@@ -49,5 +49,4 @@ def test_a_sum_in_parts_is_the_sum(method):
             pre.loss(f, y[part]).backward()
         pre.step()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.set_default_dtype(torch.float32)
     np.testing.assert_allclose(found[1], found[0], rtol=1e-11)

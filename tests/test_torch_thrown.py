@@ -13,14 +13,7 @@ nn = torch.nn
 import kfaccore_torch as kt  # noqa: E402
 
 CE = nn.CrossEntropyLoss()
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 
 class Loop:

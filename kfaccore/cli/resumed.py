@@ -46,6 +46,8 @@ def same_sharing(path: Path, meta: Mapping[str, Any], sharing: str) -> None:
 def same_penalties(path: Path, meta: Mapping[str, Any], given: Mapping[str, float]) -> None:
     """ValueError where the run had another l2 or weight decay; files of before they were written do not say."""
     had = meta.get("penalties", {})
+    if not isinstance(had, Mapping):
+        raise ValueError(f"{path} has damaged metadata: penalties is {had!r}; need a number by name")
     for name, value in given.items():
         if had.get(name, value) != value:
             option = name.replace("_", "-")

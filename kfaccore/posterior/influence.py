@@ -8,7 +8,7 @@ Cost: Q T d_in d_out a layer of one position, (Q + S) T d_in d_out of S.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, reduce
 from math import ceil
 from operator import add, length_hint
@@ -53,8 +53,8 @@ def scores(
     out         an .npy that the scores are written to, and read from: a block for each batch, in OUT.parts until all
                 are there, so that memory holds one, and a run that was stopped computes only what is missing
 
-    ValueError for layers that differ, for records without gradients, and for batches that cannot be iterated again
-    where one pass is not enough.
+    ValueError for layers that differ, for records without gradients, and where one pass is not enough for batches that
+    cannot be iterated again or come in another order.
     """
     check_records(P.curvature.layers, queries)
     if rank is not None and rank < 1:
@@ -68,10 +68,15 @@ def scores(
             f"a pass: give a list, an object whose __iter__ starts anew, or more memory"
         )
     draws = next(iter(queries.values())).draws
-    if out is not None:
-        return _on_disk(P, groups, batches, rank, positions, out).joined(draws)
     order = _Order() if len(groups) > 1 else None
-    found = [_one_pass(P, group, batches, rank, positions, order) for group in groups]
+
+    def again() -> Iterator[tuple[int, Records]]:
+        checked = _checked(P, batches, positions)
+        return checked if order is None else order.of(checked)
+
+    if out is not None:
+        return _on_disk(P, groups, again, rank, positions, out).joined(draws)
+    found = [_one_pass(P, group, again(), rank, positions) for group in groups]
     xp = namespace(found[0])
     apart = [xp.reshape(x, (draws, -1, *x.shape[1:])) for x in found]
     whole = xp.concat(apart, axis=1) if len(apart) > 1 else apart[0]
@@ -129,15 +134,12 @@ class _Order:
 def _one_pass(
     P: Posterior,
     group: Records,
-    batches: Iterable[Records],
+    checked: Iterator[tuple[int, Records]],
     rank: int | None,
     positions: bool,
-    order: _Order | None,
 ) -> Array:
     """The scores of one group of queries, (draws * queries, T)."""
     ready = _ready(P, group, rank)
-    checked = _checked(P, batches, positions)
-    checked = checked if order is None else order.of(checked)
     found = [_block(ready, batch, positions, sure) for sure, batch in checked]
     return namespace(found[0]).concat(found, axis=1) if len(found) > 1 else found[0]
 
@@ -145,7 +147,7 @@ def _one_pass(
 def _on_disk(
     P: Posterior,
     groups: list[Records],
-    batches: Iterable[Records],
+    again: Callable[[], Iterator[tuple[int, Records]]],
     rank: int | None,
     positions: bool,
     out: str | os.PathLike,
@@ -157,7 +159,7 @@ def _on_disk(
         blocks.group()
         mine = digest(of, group)
         solved = cache(lambda group=group: _ready(P, group, rank))
-        for sure, batch in _checked(P, batches, positions):
+        for sure, batch in again():
             blocks.put(
                 digest(mine, batch),
                 lambda sure=sure, batch=batch, solved=solved: _block(solved(), batch, positions, sure),
