@@ -34,19 +34,40 @@ _KINDS = {  # first bytes: what begins so
 def save(path: str | os.PathLike, tree: object, **meta: object) -> None:
     """Write the leaves of `tree` and JSON-able `meta` to `path`; the old file stays until the new one is complete.
 
-    Raises TypeError for leaves that are neither arrays nor numbers, ValueError for two leaves of one path, OSError as
-    the file system does.
+    Arrays and NumPy's numbers in `meta` are written as lists and numbers. Raises TypeError for leaves that are neither
+    arrays nor numbers and for meta that JSON has no form for, ValueError for two leaves of one path, OSError as the
+    file system does.
     """
     from safetensors.numpy import save as serialise
 
     arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in flatten(tree).items()}
-    header = {"kfaccore": str(SCHEMA), "meta": json.dumps(meta)}
+    header = {"kfaccore": str(SCHEMA), "meta": _text(meta)}
     structure = outline(tree)
     if structure is not None:
         header["structure"] = structure
     data = serialise(arrays, header)
     with written(path) as file:
         file.write_bytes(data)
+
+
+def _text(meta: dict[str, object]) -> str:
+    """Meta as JSON; TypeError that names what has no form there."""
+    for name, value in meta.items():
+        try:
+            json.dumps(value, default=_plain)
+        except (TypeError, ValueError) as error:
+            kind = type(value).__name__
+            raise TypeError(
+                f"meta {name!r} is a {kind} that JSON has no form for ({error}); give numbers, text, lists"
+            ) from error
+    return json.dumps(meta, default=_plain)
+
+
+def _plain(value: object) -> object:
+    """An array or a number of one as lists and numbers of Python."""
+    if hasattr(value, "shape"):
+        return to_host(value).tolist()
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def flatten(tree: object) -> dict[str, np.ndarray]:

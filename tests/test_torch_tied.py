@@ -225,3 +225,25 @@ def test_a_rule_that_leaves_examples_out_measures_a_tied_table_all_the_same(shel
     assert any(np.asarray(value).any() for name, value in first.items() if "G" in name)
     for name, value in first.items():
         np.testing.assert_allclose(np.asarray(value), np.asarray(second[name]), rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("sharing", ["examples", "ragged"])
+def test_a_bag_of_the_table_is_measured_as_its_tokens(mode, sharing):
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.EmbeddingBag(7, 5, mode=mode, padding_idx=2)
+            self.head = nn.Linear(5, 7, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens, offsets=None):
+            return self.head(torch.tanh(self.table(tokens, offsets)))
+
+    model, y = Bag(), torch.tensor([1, 0, 6])
+    x = torch.tensor([[1, 2, 3], [4, 4, 0], [6, 5, 2]])
+    inputs = (x,) if sharing == "examples" else (x.reshape(-1), torch.tensor([0, 2, 6]))
+    found, _ = kt.records(model, CE, inputs, y, fisher=kf.empirical)
+    (layer,) = kt.plan(model, *inputs).layers.values()
+    losses = F.cross_entropy(model(*inputs), y, reduction="none")
+    close(kf.dense(found["table"]), empirical(losses, 3, layer))

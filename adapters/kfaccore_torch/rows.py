@@ -12,12 +12,12 @@ import torch
 
 from kfaccore import Ids, Patches, Record
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
-from kfaccore_torch.bags import padded
 from kfaccore_torch.bridge import constant, detached, to_core
 from kfaccore_torch.calls import Call, Remade
 from kfaccore_torch.images import conv_part
 from kfaccore_torch.kinds import Rest, Stack, Tied
-from kfaccore_torch.places import Groups, Place, Together, together
+from kfaccore_torch.lookup import each, existing, looked_up
+from kfaccore_torch.places import Groups, Place, together
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.tied import both
 
@@ -112,7 +112,7 @@ def _part(
     """a and g of one call, and what exists of it; a may be missing where it is not to be `whole`."""
     kind = layer.kind
     g = detached(g).reshape(g.shape[0], *call.shape)
-    exists = _both(place.mask(), mask)
+    exists = existing(place.mask(), mask)
     exists = None if exists is None else exists.to(g.device)
     if isinstance(kind, Conv):
         return Part(*conv_part(kind, call, g, place, namespace), exists)
@@ -122,7 +122,7 @@ def _part(
     g = call.features_last(g, block.d_out)
     if isinstance(kind, Gain):
         g = scaled(call, g, kind.d)
-    g = _each(g.reshape(*g.shape[: g.ndim - 1 - len(place.rows)], *place.rows, g.shape[-1]), place)
+    g = each(g.reshape(*g.shape[: g.ndim - 1 - len(place.rows)], *place.rows, g.shape[-1]), place)
     a: Any = None
     if not whole:
         pass
@@ -149,28 +149,9 @@ def scaled(call: Call, g: torch.Tensor, d: int) -> torch.Tensor:
 def _looked_up(
     kind: Embedding, call: Call, g: torch.Tensor, place: Place, exists: torch.Tensor | None, namespace: str
 ) -> Part:
-    """Rows of a table: one an output row, or in a bag several, each counted as it is in it."""
+    """Rows of a table: one an output row, or in a bag several."""
     g = scaled(call, call.features_last(g, kind.d_out), kind.d_out)
-    g = _each(g.reshape(len(g), *place.rows, g.shape[-1]), place)
-    factor = call.options.get("factor")
-    if factor is None:
-        index = place.put(call.x.reshape(*call.rows, 1))[..., 0].to(g.device)
-    elif isinstance(place, Together) and place.like is None:  # rows in their own order: no bag is padded
-        bags = call.options["bags"]
-        index = call.x[None]
-        g = g[:, :, bags] * factor.to(g)[:, None]
-        exists = _both(None if exists is None else exists[:, bags], factor[None] != 0)
-    else:
-        tokens, factor = padded(call)
-        index = place.put(tokens)
-        counts = place.put(factor.to(g)).flatten(1)
-        g = (g[..., None, :] * counts.reshape(*index.shape, 1)).flatten(2, 3)
-        exists = None if exists is None else exists.repeat_interleave(index.shape[-1], 1)
-        exists = _both(exists, counts != 0)
-        index = index.flatten(1)
-    padding = call.options.get("padding_idx")
-    if padding is not None:
-        exists = _both(exists, index != padding % kind.size)
+    index, g, exists = looked_up(kind.size, call, g, place, exists)
     return Part(Ids(to_core(index, namespace), kind.size), to_core(g, namespace), exists)
 
 
@@ -186,19 +167,6 @@ def check_unwritten(layer: Layer, call: Call) -> None:
 
 def _put(x: torch.Tensor, place: Place) -> torch.Tensor:
     return place.put(x.reshape(*place.rows, x.shape[-1]))
-
-
-def _each(g: torch.Tensor, place: Place) -> torch.Tensor:
-    """Draws apart: of one draw a view."""
-    if len(g) == 1:
-        return place.put(g[0])[None]
-    return torch.stack([place.put(x) for x in g]) if len(g) else place.put(g)
-
-
-def _both(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return first.to(second.device) & second
 
 
 def _joined(parts: list[Part]) -> Part:

@@ -19,6 +19,7 @@ from torch.nn.functional import one_hot
 from kfaccore_torch.bridge import detached
 from kfaccore_torch.calls import Call
 from kfaccore_torch.kinds import Tied
+from kfaccore_torch.lookup import existing, looked_up
 from kfaccore_torch.places import Place
 
 
@@ -46,22 +47,18 @@ def both(
 
 def _rows(kind: Tied, call: Call, g: torch.Tensor, place: Place, mask: torch.Tensor | None) -> Rows:
     g = detached(g).reshape(g.shape[0], *call.shape)
-    exists = place.mask()
+    exists = existing(place.mask(), mask)
     draws = len(g)
     if call.x.is_floating_point():
         a = place.put(detached(call.x).reshape(*place.rows, kind.d)).repeat(draws, 1, 1)
         g = place.put(call.features_last(g, kind.size)).flatten(0, 1)
         a = a.to(g)
     else:
-        index = place.put(call.x.reshape(*call.rows, 1))[..., 0]
-        a = place.put(call.features_last(g, kind.d)).flatten(0, 1)
+        index, found, exists = looked_up(kind.size, call, call.features_last(g, kind.d), place, exists)
+        a = found.flatten(0, 1)
         g = one_hot(index.long(), kind.size).to(a).repeat(draws, 1, 1)
-        padding = call.options.get("padding_idx")
-        if padding is not None:
-            mask = (index != padding % kind.size) & (torch.ones_like(index, dtype=torch.bool) if mask is None else mask)
-    kept = torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
-    for other in (exists, mask):
-        kept = kept if other is None else kept & other.to(a.device).repeat(draws, 1)
+    every = torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
+    kept = every if exists is None else exists.to(a.device).repeat(draws, 1)
     return Rows(a * kept[..., None], g * kept[..., None], kept)
 
 
