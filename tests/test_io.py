@@ -81,7 +81,7 @@ def test_meta_of_arrays_is_written_and_what_json_has_no_form_for_is_named(xp, tm
     kf.save(path, {"x": np.ones(2)}, rate=np.float32(0.5), sizes=xp.put(np.arange(3)), nested={"a": [np.int64(2)]})
     assert kf.metadata(path) == {"rate": 0.5, "sizes": [0, 1, 2], "nested": {"a": [2]}}
     before = path.read_bytes()
-    with pytest.raises(TypeError, match="meta 'thing' is a dict that JSON has no form for .a object."):
+    with pytest.raises(TypeError, match="meta 'thing' is a dict that JSON has no form for"):
         kf.save(path, {"x": np.ones(2)}, thing={"a": object()})
     assert path.read_bytes() == before
 
