@@ -9,6 +9,13 @@ for _name in ("OMP", "OPENBLAS", "MKL"):
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it would take most of a GPU's memory, in each process
 
+# Tests compile thousands of programs and run each once or twice: neither LLVM's passes nor MLIR's fusions pay.
+_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+if "tensorflow" not in os.environ.get("REQUIRE", ""):  # whose XLA may not know them
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -71,7 +71,7 @@ ALL = f"{FEW},kfac monte_carlo,kfac conv,diagonal type2"
 def test_global_arrays_give_the_step_of_one_device(devices, cases):
     here = os.path.dirname(os.path.abspath(__file__))
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(devices), cases], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr[-2000:]

@@ -20,7 +20,7 @@ PAIRS = ["shard_map:words", "checked:tuned", "pmap:conv", "explicit:kfac"]
 
 def test_four_devices_equal_one():
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "ignore", str(HERE / "jax_replicas_script.py"), *PAIRS]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

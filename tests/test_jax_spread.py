@@ -67,7 +67,7 @@ def test_state_along_its_blocks_is_halved_on_two_devices():
     here = os.path.dirname(os.path.abspath(__file__))
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     # every collective that waits holds one of XLA's threads: with as few as this machine has cores all may wait
-    threads = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16"}
+    threads = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2", "NPROC": "16"}
     env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", **threads}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
