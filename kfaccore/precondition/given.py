@@ -10,7 +10,7 @@ from kfaccore import tree
 from kfaccore.method import State, Stats, T
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import concat
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, namespace, widen
 
 
 @runtime_checkable
@@ -78,12 +78,18 @@ def refused(stats: Stats) -> Array:
     return bad if namespace(bad).isdtype(bad.dtype, "bool") else bad > 0
 
 
-def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) -> Array:
+def like_gradient(direction: Array, grad: Array | Factored) -> Array:
     """A direction in the dtype of its gradient, where the state's wider one made it wider."""
     wanted = grad.g.dtype if isinstance(grad, Factored) else grad.dtype
-    if like is None or direction.dtype == wanted or direction.dtype != like.dtype:
-        return direction
-    return namespace(like).astype(direction, wanted)
+    return direction if direction.dtype == wanted else namespace(direction).astype(direction, wanted)
+
+
+def widened(grads: Mapping[str, Array | Factored]) -> Mapping[str, Array | Factored]:
+    """Gradients of half precision as float32, as records are: a step is computed in no less."""
+    arrays = {name: x for name, x in grads.items() if not isinstance(x, Factored)}
+    if not any(str(dtype).endswith("16") for dtype in {x.dtype for x in arrays.values()}):
+        return grads
+    return {**grads, **{name: widen(x, "grad") for name, x in arrays.items()}}
 
 
 class named:
