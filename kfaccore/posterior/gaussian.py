@@ -33,7 +33,8 @@ Records = Mapping[str, Record]
 class Posterior:
     """N(mean, (scale F~ + precision I)^-1), a Gaussian over the parameters of the layers, each with a block of its own.
 
-    mean        {layer: (blocks, d_out, d_in)}; a plain layer's may be (d_out, d_in). It is copied
+    mean        {layer: (blocks, d_out, d_in)}; a plain layer's may be (d_out, d_in). It is copied,
+                of a torch leaf or Parameter the value alone
     curvature   F~ of the mean loss
     precision   a number, or {layer: number}
     scale       a number
@@ -53,6 +54,7 @@ class Posterior:
         object.__setattr__(self, "mean", {name: owned(widen(x, "mean")) for name, x in self.mean.items()})
         if isinstance(self.precision, Mapping):
             check_layers("precision and curvature", self.precision, self.curvature.layers)
+            object.__setattr__(self, "precision", dict(self.precision))
         for name, basis in self.curvature.layers.items():
             check_shapes(name, self.mean[name], basis)
             check_positive(name, basis, self.prior(name), self.scale)

@@ -12,13 +12,11 @@ from kfaccore.xp.shapes import Shape
 
 
 def owned(x: Array) -> Array:
-    """`x` in memory of its own; as it is where nobody can write to it. Of torch, what made it stays known, except of a
-    Parameter, which an optimizer writes to."""
+    """`x` in memory of its own; as it is where nobody can write to it. Of torch, a tensor that was computed stays
+    differentiable; one that training writes to, a leaf, becomes its value."""
     foreign: Any = x
     if aac.is_torch_array(foreign):
-        import torch
-
-        return foreign.detach().clone() if isinstance(foreign, torch.nn.Parameter) else foreign.clone()
+        return (foreign.detach() if foreign.is_leaf else foreign).clone()
     if aac.is_jax_array(x) or isinstance(x, Shape):
         return x
     return namespace(x).asarray(x, copy=True)
