@@ -74,6 +74,7 @@ class Preconditioner(OnRanks):
     ) -> None:
         step = spread(rule if rule is not None and step is PLAIN else step, comm)
         agreeing(network, step, comm)
+        methods = dict(methods) if isinstance(methods, Mapping) else methods  # asked once: what it makes is held
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
         numbers |= {"comm": comm, "donate": donate, "widest": widest, "stacked": stacked}
         numbers["assigned"] = Assigned(methods, network, widest)
@@ -175,9 +176,8 @@ class Preconditioner(OnRanks):
 
         Updates are the caller's, to scale or to keep: none lies in the memory of the state or of `grads`.
         """
-        updates, state, info = self.do(
-            self.due(state), state, records, grads, fisher, loss=loss, own=own, lengths=lengths
-        )
+        due = self.due(state)
+        updates, state, info = self.do(due, state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
         return apart(updates, tree.leaves(state.motion)), state, info
 
     def do(
