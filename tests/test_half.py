@@ -102,3 +102,17 @@ def test_integers_are_refused():
             method.init(BLOCKS["a"], np.zeros(1, np.int64))
     with pytest.raises(TypeError, match="like has dtype int64"):
         kf.Preconditioner(kf.Identity()).init(BLOCKS, np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda r: r.name)
+def test_a_wide_state_keeps_its_dtypes(row, rng):
+    pre = kf.Preconditioner(row.method)
+    state = pre.init(BLOCKS, np.zeros(1))
+    records, grads = {}, {}
+    for n in BLOCKS:
+        a, g, v = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 4), (8, 3), (3, 4)))
+        records[n] = kf.Record(a, g, 8.0, ids=np.arange(8))
+        grads[n] = v
+    updates, after, _ = pre.step(state, records, grads)
+    assert [x.dtype for x in tree.leaves(after.layers)] == [x.dtype for x in tree.leaves(state.layers)]
+    assert {x.dtype for x in updates.values()} == {np.dtype(np.float32)}

@@ -65,11 +65,15 @@ def working(state: State) -> Array | None:
 
 
 def in_dtype(stats: T, like: Array | None) -> T:
-    """Stats in the dtype of the state they will move."""
-    arrays = [x for x in tree.leaves(stats) if not isinstance(x, int | float)]
-    if like is None or arrays[-1].dtype == like.dtype:
+    """Stats in the dtype of the state they will move; what counts or numbers in integers stays."""
+    dtypes = {x.dtype for x in tree.leaves(stats) if not isinstance(x, int | float)}
+    if like is None or dtypes == {like.dtype}:
         return stats
-    return tree.map(lambda x: x if isinstance(x, int | float) else namespace(x).astype(x, like.dtype), stats)
+    xp = namespace(like)
+    other = dtypes & {xp.float32, xp.float64}
+    return tree.map(
+        lambda x: x if isinstance(x, int | float) or x.dtype not in other else xp.astype(x, like.dtype), stats
+    )
 
 
 def refused(stats: Stats) -> Array:
