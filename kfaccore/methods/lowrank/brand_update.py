@@ -55,7 +55,8 @@ def held_modes(low: LowRank, U: Array, D: Array, trace: Array, rank: Rank, outsi
 
 
 def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outside) -> Asks[tuple[LowRank, Array]]:
-    """Modes numbered `chosen` (blocks, m) replaced by the Ritz pairs of M in their span, `rest` kept, all sorted again; and a code.
+    """Modes numbered `chosen` (blocks, m) replaced by the Ritz pairs of M in their span, those of `rest` kept, and all
+    sorted again; and a code.
 
     |M - U diag(D) U^T|_F never grows; with all modes chosen the D is the best for the span. Cost: 2 m d^2 for m chosen.
     """

@@ -28,7 +28,7 @@ from kfaccore.methods.rows.kron import Kron, KronFactored
 from kfaccore.methods.rows.operators import Map, Operator, Parts
 from kfaccore.options import instance
 from kfaccore.record import Factored, Record
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, check_gradient, finish, gradient
 from kfaccore.xp.arrays import Array, namespace, place, select
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.owned import instead, owned
@@ -120,6 +120,7 @@ class CGFAC:
         return replace(solution, state=replace(state, start=owned(select(usable, x, state.start))))
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        check_gradient(v, self.operator.shape(state.parts))
         return self.operator.product(state.parts, v)
 
     def _iterated(
