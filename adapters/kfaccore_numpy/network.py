@@ -65,9 +65,7 @@ class Sequential:
             raise ValueError(f"x has shape {tuple(x.shape)}; need (batch, *{self.inputs})")
         xp = aac.array_namespace(x)
         if not xp.isdtype(x.dtype, "real floating"):
-            raise TypeError(
-                f"x has dtype {x.dtype}; need a real floating dtype, that of the parameters: cast it first"
-            )
+            raise TypeError(f"x has dtype {x.dtype}; need a real floating dtype, that of the parameters: cast it first")
         x = xp.astype(x, xp.result_type(x.dtype, xp.float32), copy=False)
         if x.ndim == 2:
             rows = with_ones(x.shape[0], x.shape[1], x)
