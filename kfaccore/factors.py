@@ -18,7 +18,7 @@ from kfaccore.linalg import side
 from kfaccore.linalg.grams import gram_of_gradients, gram_of_inputs, valid_rows
 from kfaccore.record import Record
 from kfaccore.record.sharing import expand
-from kfaccore.xp.arrays import Array, device_of, namespace, scalar
+from kfaccore.xp.arrays import Array, device_of, namespace, place, scalar
 from kfaccore.xp.codes import Code
 
 if TYPE_CHECKING:
@@ -107,12 +107,10 @@ class Sums:
 
 def init(block: Block, like: Array) -> dict[str, Array]:
     """The fields every state with factors starts from: zero averages of weight zero, code IDENTITY."""
-    xp = namespace(like)
-    device = device_of(like)
     return {
         "A": side.zeros(block.blocks, block.d_in, block.diagonal_in, like),
         "G": side.zeros(block.blocks, block.d_out, block.diagonal_out, like),
-        "weight": xp.zeros((block.blocks,), dtype=like.dtype, device=device),
+        "weight": namespace(like).zeros((block.blocks,), **place(like)),
         "code": unrefreshed(block, like),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
@@ -172,3 +173,65 @@ def test_a_direction_needs_a_damping(rng, damping):
     record = kf.Record(rng.normal(size=(5, 3)), rng.normal(size=(5, 2)), 5.0)
     with pytest.raises(ValueError, match=f"damping is {damping}; need a number of at least 0"):
         kf.direction(record, np.ones((2, 3)), damping=damping)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.uint8, np.float32, np.float64])
+@pytest.mark.parametrize("draws", [True, False])
+def test_masks_of_any_dtype_are_flags(rng, dtype, draws):
+    a, g = rng.normal(size=(6, 2, 4)), rng.normal(size=(1, 6, 2, 3))
+    mask = (rng.random((6, 2)) < 0.5).astype(dtype)
+    mask[0] = 1
+    g = g if draws else g[:0]
+    wanted = kf.Record(a, g, 6.0, mask.astype(bool))
+    for put in namespaces():
+        found = kf.Record(put(a), put(g), 6.0, put(mask))
+        for name in ("a", "g", "mask", "n"):
+            assert np.array_equal(np.asarray(getattr(found, name)), getattr(wanted, name))
+
+
+def test_weights_are_no_mask(rng):
+    a, g = rng.normal(size=(6, 2, 4)), rng.normal(size=(6, 2, 3))
+    weights = np.linspace(0.0, 1.0, 12).reshape(6, 2)
+    for mask in (weights, (2 * weights).astype(np.int64), weights * np.nan):
+        with pytest.raises(ValueError, match=r"mask has entries such as .* need 0 or 1"):
+            kf.Record(a, g, 6.0, mask)
+        for put in namespaces()[1:]:
+            for draws in (g[None], g[None][:0]):
+                record = kf.Record(put(a), put(draws), 6.0, put(mask))
+                pre = kf.Preconditioner(kf.KFAC())
+                state = pre.init({"l": kf.Block(3, 4)}, put(a))
+                _, _, info = pre.step(state, {"l": record}, {"l": put(np.ones((3, 4)))})
+                assert info.counts() == {kf.Code.NONFINITE: 1}
+
+
+def namespaces():
+    """NumPy, and frameworks whose arrays the host does not read."""
+    found = [np.asarray]
+    for name in ("torch", "jax.numpy"):
+        if importlib.util.find_spec(name.partition(".")[0]):
+            found.append(importlib.import_module(name).asarray)
+    return found
+
+
+@pytest.mark.parametrize("network", [kf.TwoLevel(), kf.Tridiagonal(("a", "b")), kf.GlobalFNGD()], ids=type)
+def test_layers_measured_together_come_in_equal_micro_batches(rng, network):
+    def record():
+        return kf.Record(rng.normal(size=(6, 4)), rng.normal(size=(6, 4)), 6.0)
+
+    pre = kf.Preconditioner(network=network)
+    grads = {n: rng.normal(size=(4, 4)) for n in "ab"}
+    state = pre.init({n: kf.Block(4, 4, rows=32, samples=32) for n in "ab"}, grads["a"])
+    with pytest.raises(
+        ValueError, match=r"layers have \{'a': 2, 'b': 1\} micro-batches, and " + type(network).__name__
+    ):
+        pre.step(state, {"a": [record(), record()], "b": record()}, grads)
+    assert pre.step(state, {n: [record(), record()] for n in "ab"}, grads)[2].counts() == {kf.Code.OK: 2}
+
+
+def test_micro_batches_with_and_without_draws_are_no_average(rng):
+    pre, state, record, grad = fresh(rng)
+    without = dataclasses.replace(record, g=record.g[:0])
+    for batches in ([record, without], [without, record, record]):
+        with pytest.raises(ValueError, match=r"micro-batches of layer 'fc' have \[.*0.*\] draws"):
+            pre.step(state, {"fc": batches}, {"fc": grad})
+    assert pre.step(state, {"fc": [without, without]}, {"fc": grad})[2].counts() == {kf.Code.OK: 1}

@@ -90,7 +90,7 @@ def test_inputs_untouched_and_not_kept(row, rng):
     v = rng.normal(size=(2, 3, 4))
     kept = v.copy()
     direction = row.method.solve(state, v, kf.Hyper(0, 0.0, DAMPING)).direction
-    assert np.shares_memory(direction, v) == row.unmeasured
+    assert not np.shares_memory(direction, v)
     assert np.array_equal(a, before[0])
     assert np.array_equal(g, before[1])
     assert np.array_equal(v, kept)

@@ -158,3 +158,21 @@ def test_unmeasured_methods_say_so(row, rng):
     state = row.method.update(start, row.method.measure(start, record, HYPER), HYPER)
     same = all(np.array_equal(x, y) for x, y in zip(tree.leaves(start), tree.leaves(state), strict=True))
     assert same == row.unmeasured
+
+
+@rows
+@pytest.mark.parametrize("shape", [(4, 3), (2, 6), (12, 1), (3, 1), (1, 4), (1, 1, 12)])
+def test_gradients_of_another_shape_are_refused(row, shape, rng):
+    """A kernel of JAX or Keras is the transpose: as many numbers, and another matrix."""
+    a, g = arrays(rng, blocks=1)
+    record = kf.Record(a, g, N)
+    hyper = kf.Hyper(0, 0.0, 0.1)
+    state = kf.settle(row.method, record, damping=0.1)
+    v = rng.normal(size=shape)
+    with pytest.raises(ValueError, match=r"grad has shape .* \(1, 3, 4\)"):
+        row.method.solve(state, v, hyper, record)
+    with pytest.raises(ValueError, match=r"grad has shape .* \(1, 3, 4\)"):
+        row.method.solve(state, kf.Factored(*(rng.normal(size=(5, d)) for d in shape[:-3:-1]), 5.0), hyper, record)
+    if not row.no_matrix:
+        with pytest.raises(ValueError, match=r"shape|mismatch|size"):
+            row.method.matvec(state, v if v.ndim == 3 else v[None], hyper)

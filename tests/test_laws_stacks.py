@@ -77,6 +77,17 @@ def test_stacked_is_looped(row, xp, rng):
     walk(xp, both(row.method), turns)
 
 
+@rows
+def test_layers_that_sat_out_are_their_own(row, rng):
+    """Frozen while others were refreshed, and back: what a state keeps from turn to turn is of each block."""
+    xp = FEW[0]
+    turns = [(kf.Due(True, True), *batch(xp, rng)) for _ in range(5)]
+    del turns[1][2]["a"]
+    del turns[2][2]["a"]
+    del turns[2][2]["c"]
+    walk(xp, both(row.method), turns)
+
+
 def test_what_is_stacked_is_decided_by_cost(rng):
     """On NumPy small layers that have an equal; elsewhere all that have one; methods and sizes apart are never one."""
     blocks = {

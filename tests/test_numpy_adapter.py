@@ -119,6 +119,44 @@ def test_inputs_are_left_alone(net, rng):
     assert all(np.array_equal(params[k], v) for k, v in kept[2].items())
 
 
+@nets
+def test_inputs_are_not_kept(net, rng):
+    """A loader may refill its buffers: what is asked of a tape is of the batch that made it."""
+    params, x, y = prepared(net, rng)
+    loss = kf.Gaussian()
+    data = [(rng.normal(size=x.shape), rng.normal(size=y.shape)) for _ in range(3)]
+    found = []
+    for reuse in (True, False):
+
+        def batches(reuse=reuse):
+            for one, other in data:
+                x[...] = one
+                y[...] = other
+                yield (x, y) if reuse else (one, other)
+
+        records = list(kn.Stream(net, params, loss, batches(), fisher=kf.type2))
+        found.append(kf.fit(kf.KFAC(), records).layers)
+    for name, basis in found[0].items():
+        assert np.array_equal(basis.values, found[1][name].values)
+    f, tape = net.forward(params, x)
+    g = net.backward(params, tape, f - y)
+    wanted = net.gradients(tape, g, 4.0, False)
+    x[...] = 0
+    for name, grad in net.gradients(tape, g, 4.0, False).items():
+        assert np.array_equal(grad, wanted[name])
+
+
+@nets
+def test_half_precision_is_widened_and_integers_are_refused(net, rng):
+    params, x, _ = prepared(net, rng)
+    params = {name: W.astype(np.float32) for name, W in params.items()}
+    f, _ = net.forward(params, x.astype(np.float16))
+    assert f.dtype == np.float32
+    assert np.array_equal(f, net.forward(params, x.astype(np.float16).astype(np.float32))[0])
+    with pytest.raises(TypeError, match="x has dtype int64; need a real floating dtype"):
+        net.forward(params, x.astype(np.int64))
+
+
 def test_adam_and_sgd_are_their_formulas(rng):
     W, grads = rng.normal(size=(3, 4)), rng.normal(size=(5, 3, 4))
     for optimiser in (kn.Adam(0.1), kn.SGD(0.1), kn.SGD(0.1, 0.0)):

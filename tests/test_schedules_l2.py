@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -76,3 +77,49 @@ def test_bad_penalties():
         kf.Schedules(l2=float("inf"))
     with pytest.raises(ValueError, match=r"l2 has no entry for layer 'b'; it has \['a'\]"):
         kf.Schedules(l2={"a": 0.1}).penalty("b", 0)
+
+
+class Made(Mapping):
+    """A mapping that makes what it is asked for, and holds none of it."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, name):
+        return self.make("abc".index(name))
+
+    def __iter__(self):
+        return iter("abc")
+
+    def __len__(self):
+        return 3
+
+
+@pytest.mark.parametrize("network", [None, kf.TwoLevel()])
+@pytest.mark.parametrize("l2", [0.0, 0.5, Made(lambda i: 0.5 * 3.0**i), Made(lambda i: lambda step: 0.5 * 3.0**i)])
+@pytest.mark.parametrize("damping", [Made(lambda i: 10.0**i), Made(lambda i: lambda step: 10.0**i)])
+def test_numbers_that_a_mapping_makes_are_each_layers_own(damping, l2, network, rng):
+    records = {n: kf.Record(rng.normal(size=(8, 4)), rng.normal(size=(8, 3)), 8.0) for n in "abc"}
+    grads = {n: rng.normal(size=(3, 4)) for n in "abc"}
+    found = []
+    for schedules in (
+        kf.Schedules(damping=damping, l2=l2),
+        kf.Schedules(damping=dict(damping), l2=dict(l2) if isinstance(l2, Made) else l2),
+    ):
+        pre = kf.Preconditioner(kf.KFAC(), network=network, schedules=schedules)
+        state = pre.init({n: kf.Block(3, 4) for n in "abc"}, grads["a"])
+        found.append(pre.step(state, records, grads))
+    for name in "abc":
+        assert np.array_equal(found[0][0][name], found[1][0][name])
+    assert found[0][2].damping == found[1][2].damping
+    assert len(set(found[0][2].damping.values())) == 3
+
+
+def test_methods_that_a_mapping_makes_keep_their_capabilities(rng):
+    made = Made(lambda i: (kf.KFAC, kf.Identity, kf.CGFAC)[i]())
+    pre = kf.Preconditioner(made)
+    state = pre.init({n: kf.Block(3, 4) for n in "abc"}, np.zeros(1))
+    assert pre.assigned.unmeasured("abc", state.layers) == {"b"}
+    assert set(pre.assigned.free(dict.fromkeys("abc", 0), state.layers)) == {"a", "b", "c"}
+    assert [type(pre.methods[n]) for n in "abc"] == [kf.KFAC, kf.Identity, kf.CGFAC]
+    assert pre.methods["a"] is pre.methods["a"]

@@ -129,7 +129,14 @@ def held(state):
     return sum(x.nbytes if all(x.strides) else x.itemsize for x in leaves)
 
 
-@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC(), kf.SINGD(), kf.Diagonal()], ids=lambda m: type(m).__name__)
+MIXED = {n: kf.Identity() if n in "bc" else kf.KFAC() for n in BLOCKS}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [kf.KFAC(), kf.EKFAC(), kf.SINGD(), kf.Diagonal(), kf.Identity(), MIXED],
+    ids=lambda m: type(m).__name__,
+)
 @pytest.mark.parametrize(("world", "fraction"), [(2, 0), (2, 1), (4, 0), (4, 0.5), (4, 1)])
 def test_every_rank_steps_as_one_process(method, world, fraction):
     (wanted, _, whole), *_ = together(1, 1, lambda comm: walk(comm, method, bad=2))

@@ -79,7 +79,7 @@ CASES = """
 fixed = kf.Fixed(0.3, 0.9)
 CASES = {"kfac": (kf.KFAC(), fixed), "ekfac": (kf.EKFAC(), fixed),
          "tuned": (kf.KFAC(), kf.SelfTuning(tolerance=-0.01)),  # takes a step back now and then
-         "searched": (kf.KFAC(), kf.LineSearch(cap=16.0))}
+         "searched": (kf.KFAC(), kf.LineSearch(cap=16.0)), "plain": (kf.Identity(), fixed)}
 """
 
 OPTIMIZER = """
@@ -107,7 +107,7 @@ def test_every_world_size_and_fraction_equals_one_process(world, fractions, tmp_
     (tmp_path / "one").mkdir()
     launch(f"FRACTIONS = (1,)\n{CASES}{OPTIMIZER}", tmp_path / "one", 1)
     launch(f"FRACTIONS = {fractions}\n{CASES}{OPTIMIZER}", tmp_path, world)
-    for name in ("kfac", "ekfac", "tuned", "searched"):
+    for name in ("kfac", "ekfac", "tuned", "searched", "plain"):
         wanted, losses, state = torch.load(tmp_path / "one" / f"{name}-1.pt", weights_only=False)
         for fraction in fractions:
             found, values, other = torch.load(tmp_path / f"{name}-{fraction}.pt", weights_only=False)

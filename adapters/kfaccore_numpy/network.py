@@ -60,13 +60,19 @@ class Sequential:
         return {name: layer.block(shape) for name, layer, shape in self._weights()}
 
     def forward(self, params: Params, x: Array) -> tuple[Array, Tape]:
-        """Prediction (batch, *outputs) and the tape; x is copied, not kept."""
+        """Prediction (batch, *outputs) and the tape; x is copied, not kept, half precision as float32."""
         if tuple(x.shape[1:]) != self.inputs:
             raise ValueError(f"x has shape {tuple(x.shape)}; need (batch, *{self.inputs})")
+        xp = aac.array_namespace(x)
+        if not xp.isdtype(x.dtype, "real floating"):
+            raise TypeError(f"x has dtype {x.dtype}; need a real floating dtype, that of the parameters: cast it first")
+        x = xp.astype(x, xp.result_type(x.dtype, xp.float32), copy=False)
         if x.ndim == 2:
             rows = with_ones(x.shape[0], x.shape[1], x)
             rows[:, : x.shape[1]] = x
             x = rows
+        else:
+            x = xp.asarray(x, copy=True)
         saved: dict[str, Any] = {}
         y = self._forward(params, self.layers, x, saved, "")
         return features(y), Tape(saved, tuple(features(y).shape))

@@ -13,7 +13,7 @@ from math import prod
 from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
-from kfaccore.xp.arrays import Array, eps, namespace
+from kfaccore.xp.arrays import Array, eps, namespace, widen
 
 
 @tree.kept
@@ -101,7 +101,8 @@ def right(V: Array, Q: Array) -> Array:
 
 def alike(function: Callable[[Array], Array], v: Array, shape: tuple[int, int, int]) -> Array:
     """function(v) with v as (..., *shape), in the shape of v: a plain layer's matrix may come without its blocks, and
-    any vector flat. ValueError for other shapes."""
+    any vector flat. ValueError for other shapes; half precision is widened."""
+    v = widen(v, "a vector")
     if v.ndim >= 3 and v.shape[-3:] == shape:
         return function(v)
     plain = shape[0] == 1 and tuple(v.shape) == shape[1:]

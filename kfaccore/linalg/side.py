@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kfaccore import xp as kernels
 from kfaccore.xp import traced
-from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, is_tracer, namespace
+from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, is_tracer, namespace, place
 from kfaccore.xp.asking import Answer, Ask, Asks
 from kfaccore.xp.codes import Code, choose
 
@@ -47,7 +47,7 @@ def is_diagonal(x: Array) -> bool:
 def zeros(blocks: int, d: int, diagonal: bool, like: Array) -> Array:
     """A zero factor in the namespace, dtype and device of `like`."""
     shape = (blocks, d) if diagonal else (blocks, d, d)
-    return namespace(like).zeros(shape, dtype=like.dtype, device=device_of(like))
+    return namespace(like).zeros(shape, **place(like))
 
 
 def identity(like: Array) -> Array:

@@ -21,7 +21,7 @@ from kfaccore.method import State as LayerState
 from kfaccore.methods import TEKFAC, TKFAC
 from kfaccore.network.each import Each, Hypers, NetworkSolution, joined
 from kfaccore.record import Factored, Record
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.arrays import Array, namespace, place
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SharedDamping(Each[State]):
             raise ValueError(f"no layer of {list(blocks)} has damping=Adaptive(); need it on the convolutions")
         layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
         sizes = tuple((name, block.d_out * block.d_in) for name, block in blocks.items())
-        return State(layers, namespace(like).ones((1,), dtype=like.dtype, device=device_of(like)), sizes)
+        return State(layers, namespace(like).ones((1,), **place(like)), sizes)
 
     def refresh(self, state: State, hypers: Hypers) -> State:
         new = self._refreshed({name: x for name, x in state.layers.items() if self._adapts(name)}, hypers)

@@ -20,7 +20,8 @@ from kfaccore.linalg.basis import Basis, alike
 from kfaccore.posterior.checks import check_layers, check_positive, check_records, check_shapes
 from kfaccore.posterior.curvature import Curvature
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.arrays import Array, namespace, scalar, widen
+from kfaccore.xp.owned import owned
 
 Number = float | Array
 Vectors = Mapping[str, Array]
@@ -32,7 +33,8 @@ Records = Mapping[str, Record]
 class Posterior:
     """N(mean, (scale F~ + precision I)^-1), a Gaussian over the parameters of the layers, each with a block of its own.
 
-    mean        {layer: (blocks, d_out, d_in)}; a plain layer's may be (d_out, d_in)
+    mean        {layer: (blocks, d_out, d_in)}; a plain layer's may be (d_out, d_in). It is copied,
+                of a torch leaf or Parameter the value alone
     curvature   F~ of the mean loss
     precision   a number, or {layer: number}
     scale       a number
@@ -48,8 +50,11 @@ class Posterior:
 
     def __post_init__(self) -> None:
         check_layers("mean and curvature", self.mean, self.curvature.layers)
+        # parameters are trained on in place: a posterior is of those of now
+        object.__setattr__(self, "mean", {name: owned(widen(x, "mean")) for name, x in self.mean.items()})
         if isinstance(self.precision, Mapping):
             check_layers("precision and curvature", self.precision, self.curvature.layers)
+            object.__setattr__(self, "precision", dict(self.precision))
         for name, basis in self.curvature.layers.items():
             check_shapes(name, self.mean[name], basis)
             check_positive(name, basis, self.prior(name), self.scale)

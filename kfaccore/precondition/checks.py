@@ -13,6 +13,7 @@ from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.given import Given, named, records_of
 from kfaccore.precondition.groups import Grads, NetworkMethod
+from kfaccore.record import Record
 from kfaccore.solution import check_gradient
 from kfaccore.step.rule import Checks, Rule, Spread
 
@@ -87,7 +88,30 @@ def checked(
             need = blocks[name]
             if (have.blocks, have.d_out, have.d_in) != (need.blocks, need.d_out, need.d_in):
                 raise ValueError(f"the record of layer {name!r} is for {have}; init was told {need}")
+        if len(batch) > 1:
+            _one_kind(name, batch)
+    _in_turns(pre, {name: batch for name, batch in batches.items() if name in together})
     return batches
+
+
+def _one_kind(name: str, batches: Sequence[Given]) -> None:
+    """ValueError for micro-batches of which some have draws: with none G is I by definition, no sum of anything."""
+    draws = [next(records_of([batch])).draws for batch in batches if isinstance(batch, Record | tuple)]
+    if 0 in draws and any(draws):
+        raise ValueError(
+            f"micro-batches of layer {name!r} have {draws} draws: those of zero draws (forward only) say that G = I, "
+            f"which is no average with the others; draw for all of them or for none"
+        )
+
+
+def _in_turns(pre: Preconditioner, batches: Mapping[str, Sequence[Given]]) -> None:
+    """ValueError where layers that are measured together have unequal numbers of micro-batches."""
+    counts = {name: len(batch) for name, batch in batches.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"layers have {counts} micro-batches, and {type(pre.network).__name__} measures all of them on the same "
+            f"examples: give every layer a record of each micro-batch; of one that it had no part in, with g = 0"
+        )
 
 
 def beside(

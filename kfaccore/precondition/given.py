@@ -10,7 +10,7 @@ from kfaccore import tree
 from kfaccore.method import State, Stats, T
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import concat
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, namespace, widen
 
 
 @runtime_checkable
@@ -65,11 +65,15 @@ def working(state: State) -> Array | None:
 
 
 def in_dtype(stats: T, like: Array | None) -> T:
-    """Stats in the dtype of the state they will move."""
-    arrays = [x for x in tree.leaves(stats) if not isinstance(x, int | float)]
-    if like is None or arrays[-1].dtype == like.dtype:
+    """Stats in the dtype of the state they will move; what counts or numbers in integers stays."""
+    dtypes = {x.dtype for x in tree.leaves(stats) if not isinstance(x, int | float)}
+    if like is None or dtypes == {like.dtype}:
         return stats
-    return tree.map(lambda x: x if isinstance(x, int | float) else namespace(x).astype(x, like.dtype), stats)
+    xp = namespace(like)
+    other = dtypes & {xp.float32, xp.float64}
+    return tree.map(
+        lambda x: x if isinstance(x, int | float) or x.dtype not in other else xp.astype(x, like.dtype), stats
+    )
 
 
 def refused(stats: Stats) -> Array:
@@ -78,12 +82,18 @@ def refused(stats: Stats) -> Array:
     return bad if namespace(bad).isdtype(bad.dtype, "bool") else bad > 0
 
 
-def like_gradient(direction: Array, grad: Array | Factored, like: Array | None) -> Array:
+def like_gradient(direction: Array, grad: Array | Factored) -> Array:
     """A direction in the dtype of its gradient, where the state's wider one made it wider."""
     wanted = grad.g.dtype if isinstance(grad, Factored) else grad.dtype
-    if like is None or direction.dtype == wanted or direction.dtype != like.dtype:
-        return direction
-    return namespace(like).astype(direction, wanted)
+    return direction if direction.dtype == wanted else namespace(direction).astype(direction, wanted)
+
+
+def widened(grads: Mapping[str, Array | Factored]) -> Mapping[str, Array | Factored]:
+    """Gradients of half precision as float32, as records are: a step is computed in no less."""
+    arrays = {name: x for name, x in grads.items() if not isinstance(x, Factored)}
+    if not any(str(dtype).endswith("16") for dtype in {x.dtype for x in arrays.values()}):
+        return grads
+    return {**grads, **{name: widen(x, "grad") for name, x in arrays.items()}}
 
 
 class named:

@@ -167,7 +167,7 @@ class Together:
             found = self.method.solve(state, ours, of(self.names, hypers), whole or None)
         directions = {}
         for name, x in found.direction.items():
-            directions[name] = like_gradient(x, ours[name], working(state.layers[name]))
+            directions[name] = like_gradient(x, ours[name])
         return Solution(directions, found.code, found.state, found.info)
 
     def unsolved(self, state: Layered, grads: Grads) -> Solution:

@@ -17,7 +17,7 @@ import numpy as np
 from kfaccore import tree
 from kfaccore.method import Additive, Block, Method, RowsAtSolve, S, declares
 from kfaccore.precondition.comm import Communicator, Serial, Tree
-from kfaccore.precondition.trial import refreshed_leaves
+from kfaccore.precondition.trial import floating, refreshed_leaves
 from kfaccore.record import Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, device_of, from_host, namespace
@@ -135,7 +135,7 @@ def exchanged(
     if comm.world == 1:
         return states
     states = dict(states)
-    seen = {name: refreshed_leaves(methods[name], tree.leaves(states[name])[0], blocks[name]) for name in states}
+    seen = {name: refreshed_leaves(methods[name], floating(states[name]), blocks[name]) for name in states}
     everyone = range(comm.world)
     to = {n: (w[0], *(r for r in everyone if r != w[0])) if seen[n][1] else w for n, w in work.items() if n in states}
     for ranks in sorted(set(to.values())):

@@ -14,7 +14,7 @@ from kfaccore.precondition.checks import Fisher, agreeing, beside, checked, fitt
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due, clocked
 from kfaccore.precondition.footprint import Footprint, footprints
-from kfaccore.precondition.given import Given, alike, joined
+from kfaccore.precondition.given import Given, alike, joined, like_gradient, widened
 from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.knowing import knowing
@@ -29,7 +29,8 @@ from kfaccore.precondition.state import State
 from kfaccore.record import Record
 from kfaccore.step import PLAIN, Rule, spread
 from kfaccore.step.rule import judged
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace, widen
+from kfaccore.xp.owned import apart
 
 
 @dataclass(frozen=True, init=False)
@@ -73,6 +74,7 @@ class Preconditioner(OnRanks):
     ) -> None:
         step = spread(rule if rule is not None and step is PLAIN else step, comm)
         agreeing(network, step, comm)
+        methods = dict(methods) if isinstance(methods, Mapping) else methods  # asked once: what it makes is held
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
         numbers |= {"comm": comm, "donate": donate, "widest": widest, "stacked": stacked}
         numbers["assigned"] = Assigned(methods, network, widest)
@@ -82,8 +84,10 @@ class Preconditioner(OnRanks):
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         """State of all layers, in the namespace, dtype and device of `like`.
 
-        A float64 `like` keeps averages and inverses in float64 for float32 records; updates keep the gradients' dtype.
+        A float64 `like` keeps averages and inverses in float64 for float32 records, one of half precision in float32;
+        updates keep the gradients' dtype.
         """
+        like = widen(like, "like")
         together = self.assigned.together(blocks)
         methods = {name: self.assigned.of(name) for name in blocks if name not in together}
         check(methods, self.comm)
@@ -169,8 +173,12 @@ class Preconditioner(OnRanks):
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, missing records, or draws that a rule or method cannot use.
+
+        Updates are the caller's, to scale or to keep: none lies in the memory of the state or of `grads`.
         """
-        return self.do(self.due(state), state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
+        due = self.due(state)
+        updates, state, info = self.do(due, state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
+        return apart(updates, tree.leaves(state.motion)), state, info
 
     def do(
         self,
@@ -190,11 +198,15 @@ class Preconditioner(OnRanks):
         due       flags: a bool is decided now, a traced array on the device. Records must be given where `due.update`
                   may hold, and every layer's state is then computed both ways
         damping   in place of the scheduled one
+
+        Updates may be what the rule keeps in the state: read them, and write to copies.
         """
         batches = checked(self, due, state, records or {}, grads)
         beside(self, state, grads, own, lengths)
         if batches:
             fitting(self, fisher)
+        theirs = grads
+        grads = widened(grads)
         stacked, state = self._placed(self._stacked(state), state, grads)
         seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
@@ -219,6 +231,7 @@ class Preconditioner(OnRanks):
             directions = {name: found[name] for name in grads}
             penalty = self.schedules.joint(grads, state.step)
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
+        updates = {name: like_gradient(x, theirs[name]) for name, x in updates.items()}
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
         info = Info(due.update, due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))

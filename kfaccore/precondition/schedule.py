@@ -105,27 +105,23 @@ class Schedules:
     def hypers(self, names: Iterable[str], step: int | Array, changed: Callable[[Hyper], Hyper]) -> dict[str, Hyper]:
         """The numbers of layers once `changed`, made once for all of one schedule; the curvature of the l2 penalty is
         l2 I: it joins the damping."""
-        known: dict[tuple[int, int], Hyper] = {}
+        # with each its sources, by whose identity it is known: one that a mapping makes when asked must not go before
+        known: dict[tuple[int, int], tuple[object, Hyper]] = {}
         found = {}
+        penalised = self.penalised
         for name in names:
-            key = self.key(name)
+            made_of = (_of_layer("damping", self.damping, name), _of_layer("l2", self.l2, name))
+            key = (id(made_of[0]), id(made_of[1]))
             if key not in known:
-                known[key] = self.penalised_hyper(changed(self.hyper(name, step)), name, step)
-            found[name] = known[key]
+                damping, l2 = (at(source, step) for source in made_of)
+                hyper = changed(Hyper(step, at(self.decay, step), damping))
+                known[key] = (made_of, replace(hyper, damping=hyper.damping + l2) if penalised else hyper)
+            found[name] = known[key][1]
         return found
-
-    def key(self, name: str) -> tuple[int, int]:
-        """What the numbers of layer `name` are made of; equal keys give equal numbers."""
-        return id(_of_layer("damping", self.damping, name)), id(_of_layer("l2", self.l2, name))
 
     def penalty(self, name: str, step: int | Array) -> float:
         """The l2 of layer `name` at `step`."""
         return at(_of_layer("l2", self.l2, name), step)
-
-    def penalised_hyper(self, hyper: Hyper, name: str, step: int | Array) -> Hyper:
-        """Its numbers with the curvature of the penalty, l2 I, in the damping."""
-        l2 = self.penalties([name], step)
-        return replace(hyper, damping=hyper.damping + l2[name]) if l2 else hyper
 
     def joint(self, names: Iterable[str], step: int | Array) -> float | dict[str, float]:
         """The l2 of all layers: one number where they share it, else {layer: l2}."""

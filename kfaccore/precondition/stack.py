@@ -130,7 +130,7 @@ class Stack:
             record = rows[0] if rows else None
             method: Any = self.method
             found: Solution = method.solve(state, gradients(ours), self._hyper(hypers, state), record)
-        return Solution(like_gradient(found.direction, ours[0], working(state)), found.code, found.state, found.info)
+        return Solution(like_gradient(found.direction, ours[0]), found.code, found.state, found.info)
 
     def _rows(self, batches: Batches) -> list[Any] | None:
         """The newest records that a solve is given: one of all layers if they stand side by side, else one each."""

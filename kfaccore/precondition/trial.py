@@ -54,6 +54,14 @@ class Trial:
         return {path: x is not self.updated[path] for path, x in self.refreshed.items()}
 
 
+def floating(state: object) -> Array:
+    """An array (1,) that tells where and in what a state computes: float32 where it holds nothing but integers."""
+    leaves = tree.leaves(state)
+    like = next((x for x in leaves if "float" in str(x.dtype)), leaves[0])
+    xp = namespace(like)
+    return xp.zeros((1,), dtype=like.dtype if "float" in str(like.dtype) else xp.float32, device=device_of(like))
+
+
 def refreshed_leaves(method: Method, like: Array, block: Block = _SMALL) -> tuple[tuple[bool, ...], bool]:
     """Which leaves of a method's state `refresh` replaces, and whether `measure` looks at them."""
     found = Trial.of(method, like, block)

@@ -4,6 +4,7 @@
 (`expand`, `reduce`, `concat`), `jacobian` products with the per-example gradients, `files` records on disk.
 """
 
-from kfaccore.record.record import Factored, Ids, Record, dense
+from kfaccore.record.ids import Ids
+from kfaccore.record.record import Factored, Record, dense
 
 __all__ = ["Factored", "Ids", "Record", "dense"]

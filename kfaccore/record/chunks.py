@@ -10,7 +10,8 @@ from typing import Any
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
-from kfaccore.record.record import Ids, Record
+from kfaccore.record.ids import Ids
+from kfaccore.record.record import Record
 from kfaccore.xp.arrays import Array
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from kfaccore.convolution.patches import Patches
 from kfaccore.io import save
-from kfaccore.record.record import Factored, Ids, Record
+from kfaccore.record.ids import Ids
+from kfaccore.record.record import Factored, Record
 from kfaccore.record.stored import UNPACKED, Stored
 from kfaccore.xp.arrays import Array
 

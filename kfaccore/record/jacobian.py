@@ -8,7 +8,8 @@ Cost: rows d_in d_out a vector, each way.
 from __future__ import annotations
 
 from kfaccore import xp as kernels
-from kfaccore.record.record import Ids, Record
+from kfaccore.record.ids import Ids
+from kfaccore.record.record import Record
 from kfaccore.xp.arrays import Array, is_tracer, namespace
 from kfaccore.xp.memory import shared_first
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from kfaccore.convolution.patches import Patches
-from kfaccore.record.record import Ids, Record
+from kfaccore.record.ids import Ids
+from kfaccore.record.record import Record
 from kfaccore.xp.arrays import Array
 
 

@@ -14,27 +14,9 @@ import numpy as np
 
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
+from kfaccore.record.ids import Ids
+from kfaccore.record.masks import flags
 from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, widen
-
-
-@dataclass(frozen=True)
-class Ids:
-    """Inputs of an embedding: `index` (batch, shared) or (batch,) integers below `size`, never one-hot rows.
-
-    A record of an index outside 0 .. size-1 is not finite, unless its mask says that the position does not exist.
-    """
-
-    index: Array
-    size: int
-
-    def __post_init__(self) -> None:
-        xp = namespace(self.index)
-        if not xp.isdtype(self.index.dtype, "integral"):
-            raise TypeError(f"Ids.index has dtype {self.index.dtype}; need integers")
-        if self.index.ndim not in (1, 2):
-            raise ValueError(f"Ids.index has shape {tuple(self.index.shape)}; need (batch,) or (batch, shared)")
-        if self.size < 1:
-            raise ValueError(f"Ids.size is {self.size}; need the number of rows of the embedding, at least 1")
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,8 @@ class Record:
           draws first. Zero draws means G = I by definition
     n     this record's share of the loss normaliser: mean over B examples: B; token mean: the valid tokens; class
           weights: the sum of the weights; a sum loss: 1
-    mask  (batch, shared) or (batch,): True where a position exists; the others are zeroed here and not counted
+    mask  (batch, shared) or (batch,): True or 1 where a position exists; the others are zeroed here and not counted.
+          A number between them is no mask: ValueError, on a device a record that is not finite
     ids   (batch,) dataset positions, for methods that remember examples
 
     Raises ValueError or TypeError for wrong ranks, mismatched axes, mixed namespaces, dtypes or devices, an empty
@@ -87,24 +70,30 @@ class Record:
             return
         put = object.__setattr__
         put(self, "a", Ids(xp.where(inside, ids.index, xp.zeros_like(ids.index)), ids.size))
-        inside = inside if self.mask is None else inside | ~self.mask
+        self._show(inside if self.mask is None else inside | ~self.mask)
+
+    def _show(self, good: Array) -> None:
+        """NaN for the gradients of positions that are not good: what a device holds is not read, and NaN is seen."""
+        xp = namespace(self.g)
         if self.draws:
-            put(self, "g", xp.where(inside[..., None], self.g, xp.zeros_like(self.g) + float("nan")))
+            g = xp.where(good[..., None], self.g, xp.zeros_like(self.g) + float("nan"))
+            object.__setattr__(self, "g", g)
         else:  # no gradients to mark: n is what is left
-            put(self, "n", xp.where(xp.all(inside), 1.0, float("nan")) * self.n)
+            object.__setattr__(self, "n", xp.where(xp.all(good), 1.0, float("nan")) * self.n)
 
     def _mask_out(self, mask: Array) -> None:
         """Zero the positions that do not exist, NaN padding included."""
         put = object.__setattr__
         xp = namespace(self.g, mask)
-        mask = xp.astype(mask, xp.bool)
-        mask = mask[:, None] if mask.ndim == 1 else mask
+        mask, good = flags(mask)
         if tuple(mask.shape) != (self.batch, self.shared):
             raise ValueError(f"mask has shape {tuple(mask.shape)}; need (batch, shared) = {(self.batch, self.shared)}")
         put(self, "mask", mask)
         put(self, "g", xp.where(mask[..., None], self.g, xp.zeros_like(self.g)))
         if not isinstance(self.a, Ids | Patches):
             put(self, "a", xp.where(mask[..., None], self.a, xp.zeros_like(self.a)))
+        if good is not None:
+            self._show(good)
 
     @property
     def draws(self) -> int:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from kfaccore.convolution.patches import Patches
-from kfaccore.record.record import Ids, Record
+from kfaccore.record.ids import Ids
+from kfaccore.record.record import Record
 from kfaccore.xp.arrays import Array, device_of, namespace
 from kfaccore.xp.memory import shared_first
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kfaccore import xp as kernels
 from kfaccore.record.chunks import input_chunks
-from kfaccore.record.record import Ids, Record
+from kfaccore.record.ids import Ids
+from kfaccore.record.record import Record
 from kfaccore.xp.arrays import Array, device_of, namespace
 
 

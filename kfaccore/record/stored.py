@@ -13,8 +13,9 @@ import numpy as np
 
 from kfaccore.convolution.patches import Patches, Window
 from kfaccore.io import Opened
+from kfaccore.record.ids import Ids
 from kfaccore.record.npz import Npz
-from kfaccore.record.record import Ids, Record
+from kfaccore.record.record import Record
 from kfaccore.record.sharing import concat
 
 UNPACKED = 1 << 28  # bytes that the arrays of an .npz may take

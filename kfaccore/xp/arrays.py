@@ -79,6 +79,11 @@ def real(x: Array, what: str) -> bool:
     raise TypeError(f"{what} has dtype {x.dtype}, shape {tuple(x.shape)}; need a real floating dtype: cast it first")
 
 
+def place(like: Array) -> dict[str, Any]:
+    """The dtype and device of a state made like `like`: half precision is widened here too; TypeError as `widen`."""
+    return {"dtype": namespace(like).float32 if real(like, "like") else like.dtype, "device": device_of(like)}
+
+
 def eps(dtype: object, xp: Any) -> float:
     """Machine epsilon of `dtype` as a Python float."""
     return float(xp.finfo(dtype).eps)

@@ -37,7 +37,7 @@ from kfaccore.xp.asking import Asks, lockstep
 @dataclass(frozen=True)
 class State:
     """Modes A, G and averages full_A, full_G, all times their `weight` (blocks,); the random orders of the modes
-    (blocks, k), the same in each block, rolled on by each refresh; code (blocks,)."""
+    (blocks, k), at first the same in each block, rolled on by each of its refreshes; code (blocks,)."""
 
     A: Factor
     G: Factor
@@ -107,11 +107,11 @@ class BrandCKFAC(InSteps[State], Kept[State]):
         if not isinstance(low, LowRank) or low.D.shape[-1] == 0:
             return (low, modes.well(average)), order
         many = max(1, round(self.correction.share * order.shape[-1]))
-        new = yield from brand.corrected(low, average, order[0, :many], order[0, many:], self.outside)
+        new = yield from brand.corrected(low, average, order[:, :many], order[:, many:], self.outside)
         return new, namespace(order).concat([order[:, many:], order[:, :many]], axis=-1)
 
 
 def _order(rng: np.random.Generator, low: Factor, blocks: int, like: Array) -> Array:
-    """A random order of the modes, int32 (blocks, k), the same in each block."""
+    """A random order of the modes, int32 (blocks, k), the same in each block; layers of a stack may miss a turn."""
     k = low.D.shape[-1] if isinstance(low, LowRank) else 0
     return kernels.from_host(np.tile(rng.permutation(k).astype(np.int32), (blocks, 1)), like)

@@ -55,21 +55,27 @@ def held_modes(low: LowRank, U: Array, D: Array, trace: Array, rank: Rank, outsi
 
 
 def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outside) -> Asks[tuple[LowRank, Array]]:
-    """Modes numbered `chosen` replaced by the Ritz pairs of M in their span, `rest` kept, all sorted again; and a code.
+    """Modes numbered `chosen` (blocks, m) replaced by the Ritz pairs of M in their span, those of `rest` kept, and all
+    sorted again; and a code.
 
     |M - U diag(D) U^T|_F never grows; with all modes chosen the D is the best for the span. Cost: 2 m d^2 for m chosen.
     """
     xp = namespace(M)
-    U = xp.take(low.U, chosen, axis=-1)
-    kept = xp.take(low.U, rest, axis=-1)
+    U = _taken(low.U, chosen)
+    kept = _taken(low.U, rest)
     inner = xp.matmul(U.mT, xp.matmul(M, U))
     ((values, vectors, _),) = yield (Ask(kernels.eigh, (inner,)),)
     code = choose(all_finite(inner), Code.OK, Code.INDEFINITE)
     U = xp.concat([xp.matmul(U, vectors), kept], axis=-1)
-    D = xp.concat([values, xp.take(low.D, rest, axis=-1)], axis=-1)
+    D = xp.concat([values, _taken(low.D, rest)], axis=-1)
     order = xp.argsort(D, axis=-1)
-    # every block has an order of its own, which `take` knows only block by block
-    U = xp.stack([xp.take(U[b, ...], order[b, ...], axis=-1) for b in range(U.shape[0])])
-    D = xp.stack([xp.take(D[b, ...], order[b, ...], axis=-1) for b in range(D.shape[0])])
+    U = _taken(U, order)
+    D = _taken(D, order)
     new = lowrank.with_modes(replace(low, rank=xp.zeros_like(low.rank) + D.shape[-1]), U, D, low.trace, outside)
     return replace(new, rank=low.rank), code
+
+
+def _taken(x: Array, index: Array) -> Array:
+    """x (blocks, ..., k) at `index` (blocks, m) of its last axis: each block's own, which `take` knows one by one."""
+    xp = namespace(x)
+    return xp.stack([xp.take(x[b, ...], index[b, ...], axis=-1) for b in range(x.shape[0])])

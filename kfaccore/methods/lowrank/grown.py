@@ -20,7 +20,7 @@ from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank
 from kfaccore.methods.lowrank.modes import Modes, Sides
 from kfaccore.record import Record
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, place, scalar, select
 
 
 class State(modes.State, Protocol):
@@ -114,7 +114,7 @@ def init(block: Block, rank: Rank, like: Array) -> Fields:
     return {
         "A": modes.empty(block.d_in, block.diagonal_in, block.blocks, held, rank, like),
         "G": modes.empty(block.d_out, block.diagonal_out, block.blocks, held, rank, like),
-        "weight": namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like)),
+        "weight": namespace(like).zeros((block.blocks,), **place(like)),
         "code": factors.unrefreshed(block, like),
     }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from kfaccore.linalg import kron, side
 from kfaccore.record import Factored
-from kfaccore.xp.arrays import Array, device_of, eps, namespace, select
+from kfaccore.xp.arrays import Array, device_of, eps, namespace, place, select
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def start(blocks: int, d: int, k: int, rank: Rank, like: Array) -> LowRank:
     """The last min(k, d) columns of the identity, all eigenvalues zero."""
     xp = namespace(like)
     k = min(k, d)
-    where = {"dtype": like.dtype, "device": device_of(like)}
+    where = place(like)
     U = xp.zeros((blocks, d, k), **where) + xp.eye(d, k, k=k - d, **where)
     D = xp.zeros((blocks, k), **where)
     outside = xp.zeros((blocks,), **where)

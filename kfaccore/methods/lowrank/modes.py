@@ -21,7 +21,7 @@ from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace, place
 
 
 class State(method.State, Protocol):
@@ -100,7 +100,7 @@ def normaliser(weight: Array, start: float) -> tuple[Array, Array]:
 def empty(d: int, diagonal: bool, blocks: int, held: int, rank: Rank, like: Array) -> Factor:
     """A side before any update, with room for `held` modes."""
     if diagonal:
-        return namespace(like).zeros((blocks, d), dtype=like.dtype, device=device_of(like))
+        return namespace(like).zeros((blocks, d), **place(like))
     return lowrank.start(blocks, d, held, rank, like)
 
 

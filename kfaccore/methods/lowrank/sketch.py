@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, all_finite, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, namespace, place, select
 from kfaccore.xp.codes import Code, choose
 
 SKETCHES = "kf.Symmetric(passes, oversample, seed) or kf.Singular(...)"
@@ -62,7 +62,7 @@ class Symmetric:
         wide = min(k, d) + self.oversample
         rng = np.random.default_rng((self.seed, side))
         omega = rng.standard_normal((blocks, d, wide if wide < d else 0))
-        return namespace(like).astype(kernels.from_host(omega.astype(np.float32), like), like.dtype)
+        return namespace(like).astype(kernels.from_host(omega.astype(np.float32), like), place(like)["dtype"])
 
     def modes(self, M: Array, omega: Array, k: int) -> tuple[Array, Array, Array]:
         """(U (blocks, d, k), ascending D (blocks, k), code) of M (blocks, d, d); INDEFINITE where M is not finite."""

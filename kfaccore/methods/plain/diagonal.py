@@ -16,9 +16,9 @@ from kfaccore.linalg.inverse import floored
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, check_gradient, finish, gradient
 from kfaccore.xp import Code, choose
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace
+from kfaccore.xp.arrays import Array, all_finite, namespace, place
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Diagonal(Additive):
 
     def init(self, block: Block, like: Array) -> State:
         xp = namespace(like)
-        device = device_of(like)
-        D = xp.zeros((block.blocks, block.d_out, block.d_in), dtype=like.dtype, device=device)
-        weight = xp.zeros((block.blocks,), dtype=like.dtype, device=device)
+        where = place(like)
+        D = xp.zeros((block.blocks, block.d_out, block.d_in), **where)
+        weight = xp.zeros((block.blocks,), **where)
         return State(D, weight, factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
@@ -81,6 +81,7 @@ class Diagonal(Additive):
         return finish(v / below, code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        check_gradient(v, tuple(state.D.shape))
         return factors.mean(state.D, state.weight) * v
 
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:

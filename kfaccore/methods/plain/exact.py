@@ -12,25 +12,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kfaccore import factors
+from kfaccore import factors, tree
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import accepted
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record, dense
 from kfaccore.refreshing import InSteps
-from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace
+from kfaccore.solution import Solution, check_gradient, finish, gradient
+from kfaccore.xp.arrays import Array, all_finite, namespace, place
 from kfaccore.xp.asking import Ask, Asks
 
 
 @dataclass(frozen=True)
 class State:
-    """F (blocks, D, D) times `weight` (blocks,) with D = d_out d_in, its damped inverse, code (blocks,)."""
+    """F (blocks, D, D) times `weight` (blocks,) with D = d_out d_in, its damped inverse, code (blocks,); `sides` is
+    structure."""
 
     F: Array
     weight: Array
     inverse: Array
     code: Array
+    sides: tuple[int, int] = tree.static(default=(1, 1))  # (d_out, d_in)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Exact(InSteps[State], Additive):
                 f"stops at {self.largest}: use KFAC or EKFAC, or raise `largest`"
             )
         F = side.zeros(block.blocks, size, False, like)
-        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like))
-        return State(F, weight, side.identity(F), factors.unrefreshed(block, like))
+        weight = namespace(like).zeros((block.blocks,), **place(like))
+        return State(F, weight, side.identity(F), factors.unrefreshed(block, like), (block.d_out, block.d_in))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
         F = dense(record)
@@ -85,11 +87,11 @@ class Exact(InSteps[State], Additive):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         v = grad.dense() if isinstance(grad, Factored) else grad
-        d_in = v.shape[-1]
-        v, squeeze = gradient(v, (state.F.shape[0], state.F.shape[1] // d_in, d_in))
+        v, squeeze = gradient(v, (state.F.shape[0], *state.sides))
         return finish(self._product(state.inverse, v), state.code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        check_gradient(v, (state.F.shape[0], *state.sides))
         return self._product(factors.mean(state.F, state.weight), v)
 
     @staticmethod

@@ -13,8 +13,9 @@ from typing import ClassVar
 from kfaccore import factors, tree
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, check_gradient, finish, gradient
 from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.owned import owned
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ class Identity(Additive):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         v = grad.dense() if isinstance(grad, Factored) else grad
-        v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
-        return finish(v, state.code, state, squeeze)
+        v, squeeze = gradient(v, _shape(state))
+        return finish(owned(v), state.code, state, squeeze)  # the caller may scale the one and need the other
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
-        return v
+        check_gradient(v, _shape(state))
+        return owned(v)
 
     def eigensystem(self, state: State, hyper: Hyper) -> tuple[Array, Array, Array]:
         """(I, I, 1), the bases as diagonals."""
@@ -71,3 +73,8 @@ class Identity(Additive):
         Qa = xp.ones((blocks, d_in), device=device)
         Qg = xp.ones((blocks, d_out), device=device)
         return Qa, Qg, xp.ones(state.shape, device=device)
+
+
+def _shape(state: State) -> tuple[int, int, int]:
+    """(blocks, d_out, d_in); layers of a stack are its blocks."""
+    return (state.code.shape[0], *state.shape[1:])

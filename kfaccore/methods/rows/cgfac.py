@@ -28,9 +28,10 @@ from kfaccore.methods.rows.kron import Kron, KronFactored
 from kfaccore.methods.rows.operators import Map, Operator, Parts
 from kfaccore.options import instance
 from kfaccore.record import Factored, Record
-from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, device_of, namespace, select
+from kfaccore.solution import Solution, check_gradient, finish, gradient
+from kfaccore.xp.arrays import Array, namespace, place, select
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.owned import instead, owned
 
 __all__ = ["CG", "CGFAC", "Empirical", "InRows", "Kron", "KronFactored"]
 
@@ -86,7 +87,7 @@ class CGFAC:
 
     def init(self, block: Block, like: Array) -> State:
         shape = (block.blocks, block.d_out, block.d_in if self.solver.warm else 0)
-        start = namespace(like).zeros(shape, dtype=like.dtype, device=device_of(like))
+        start = namespace(like).zeros(shape, **place(like))
         return State(self.operator.init(block, like, self.rows), start, unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:
@@ -109,16 +110,17 @@ class CGFAC:
             info = {}
         else:
             x, code, info = self._iterated(state, v, hyper.damping, self.solver)
-        x = select(fresh, v, x)
+        x = instead(fresh, v, x)
         code = choose(fresh & (code != int(Code.NONFINITE)), Code.IDENTITY, code)
         solution = finish(x, code, state, squeeze, **info)
         if not self.solver.warm:
             return solution
         xp = namespace(x)
         usable = ~fresh & (code != int(Code.NONFINITE)) & xp.all(xp.isfinite(x), axis=(-2, -1))
-        return replace(solution, state=replace(state, start=select(usable, x, state.start)))
+        return replace(solution, state=replace(state, start=owned(select(usable, x, state.start))))
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
+        check_gradient(v, self.operator.shape(state.parts))
         return self.operator.product(state.parts, v)
 
     def _iterated(

@@ -14,7 +14,7 @@ from kfaccore import factors
 from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows.factors import gradients
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, place, scalar, select
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Stats:
 def init(block: Block, like: Array, capacity: int) -> Examples:
     """No examples; `Block.rows` wins over `capacity`."""
     xp = namespace(like)
-    device = device_of(like)
+    where = place(like)
     slots = (block.blocks, block.rows or capacity)
-    share = xp.zeros(slots, dtype=like.dtype, device=device)
+    share = xp.zeros(slots, **where)
     return Examples(
-        a=xp.zeros((*slots, block.d_in), dtype=like.dtype, device=device),
-        g=xp.zeros((*slots, block.d_out), dtype=like.dtype, device=device),
+        a=xp.zeros((*slots, block.d_in), **where),
+        g=xp.zeros((*slots, block.d_out), **where),
         share=share,
         mass=xp.zeros_like(share),
-        number=xp.zeros(slots, dtype=xp.int32, device=device),
+        number=xp.zeros(slots, dtype=xp.int32, device=where["device"]),
         weight=xp.zeros_like(share[:, 0]),
     )
 

@@ -18,7 +18,7 @@ from kfaccore.method import Block, Hyper
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
 from kfaccore.record import Record
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, namespace, place, scalar
 
 Factor = Array | Stack
 Branch = Callable[[int, int], bool]
@@ -82,7 +82,7 @@ def init(block: Block, like: Array, capacity: int, branch: Branch) -> Factors:
             return stacks.empty(block.blocks, capacity, d, like)
         return side.zeros(block.blocks, d, diagonal, like)
 
-    weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like))
+    weight = namespace(like).zeros((block.blocks,), **place(like))
     return Factors(one(block.d_in, block.diagonal_in), one(block.d_out, block.diagonal_out), weight)
 
 

@@ -27,7 +27,7 @@ from kfaccore.record import Factored, Ids, Record
 from kfaccore.record import dense as dense_block
 from kfaccore.record.sharing import expand, whole
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, device_of, loop, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, loop, namespace, place, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 __all__ = ["FNGD", "mean_vector", "position", "sample", "scalar_rate"]
@@ -70,7 +70,7 @@ class FNGD(Additive, Coefficients):
 
     def init(self, block: Block, like: Array) -> State:
         size = self.share.size(block.samples, block.rows or self.slots, max(self.steps, 1))
-        weight = namespace(like).zeros((block.blocks,), dtype=like.dtype, device=device_of(like))
+        weight = namespace(like).zeros((block.blocks,), **place(like))
         return State(table.empty(block.blocks, size, like), weight, factors.unrefreshed(block, like))
 
     def measure(self, state: State, record: Record, hyper: Hyper) -> Stats:

@@ -16,7 +16,7 @@ import numpy as np
 from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
-from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, loop, namespace, select
+from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, loop, namespace, place, select
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Stack:
 def empty(blocks: int, capacity: int, d: int, like: Array) -> Stack:
     """No rows yet."""
     xp = namespace(like)
-    device = device_of(like)
-    rows = xp.zeros((blocks, capacity, d), dtype=like.dtype, device=device)
-    share = xp.zeros((blocks, capacity), dtype=like.dtype, device=device)
+    where = place(like)
+    rows = xp.zeros((blocks, capacity, d), **where)
+    share = xp.zeros((blocks, capacity), **where)
     return Stack(rows, share, xp.zeros_like(share))
 
 

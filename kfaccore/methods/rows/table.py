@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.arrays import Array, namespace, place
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Table:
 
 def empty(blocks: int, size: int, like: Array) -> Table:
     """No entries."""
-    count = namespace(like).zeros((blocks, size), dtype=like.dtype, device=device_of(like))
+    count = namespace(like).zeros((blocks, size), **place(like))
     return Table(namespace(like).ones_like(count), count)
 
 

@@ -39,7 +39,8 @@ from kfaccore.record.chunks import input_chunks
 from kfaccore.record.sharing import expand
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, at_once, choose, spans
-from kfaccore.xp.arrays import Array, all_finite, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, namespace, place, scalar, select
+from kfaccore.xp.owned import instead
 
 Coupling = Callable[[Array, Array, float | Array], tuple[Array, Array]]
 
@@ -126,7 +127,7 @@ class SINGD(Additive):
             C=tree.map(self.rule.storage.main, C),
             m_K=self._no_momentum(K),
             m_C=self._no_momentum(C),
-            moves=namespace(like).astype(0 * code, like.dtype),
+            moves=namespace(like).astype(0 * code, place(like)["dtype"]),
             code=code,
             sides=sides,
         )
@@ -184,7 +185,7 @@ class SINGD(Additive):
             lambda a: recursion.both(inputs, self.rule.storage, state.K, a),
         )
         if not isinstance(grad, Factored):
-            direction = select(state.code == int(Code.IDENTITY), grad, direction)
+            direction = instead(state.code == int(Code.IDENTITY), grad, direction)
         return finish(direction, state.code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:

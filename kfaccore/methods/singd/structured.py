@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from kfaccore import tree
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp.arrays import Array, namespace, place
 
 Parts = dict[str, Array]
 
@@ -98,13 +98,13 @@ def per_block(value: Array | float, like: Array) -> Array | float:
 def eye(blocks: int, d: int, like: Array) -> Array:
     """Identities (blocks, d, d) of their own memory."""
     xp = namespace(like)
-    zeros = xp.zeros((blocks, d, d), dtype=like.dtype, device=device_of(like))
-    return zeros + xp.eye(d, dtype=like.dtype, device=device_of(like))
+    zeros = xp.zeros((blocks, d, d), **place(like))
+    return zeros + xp.eye(d, **place(like))
 
 
 def filled(value: float, shape: tuple[int, ...], like: Array) -> Array:
     """An array of one number."""
-    return namespace(like).full(shape, value, dtype=like.dtype, device=device_of(like))
+    return namespace(like).full(shape, value, **place(like))
 
 
 def diagonal(M: Array) -> Array:

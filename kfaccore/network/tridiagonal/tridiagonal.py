@@ -32,7 +32,7 @@ from kfaccore.network.tridiagonal.state import Layer, Link, Next, Parts, State, 
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand
 from kfaccore.solution import finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, select
+from kfaccore.xp.arrays import Array, all_finite, namespace, place, select
 from kfaccore.xp.codes import Code, choose
 
 
@@ -64,7 +64,7 @@ class Tridiagonal:
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         xp = namespace(like)
-        where = {"dtype": like.dtype, "device": device_of(like)}
+        where = place(like)
         layers = {}
         for name, following in followed(self.covers(blocks)):
             block = blocks[name]

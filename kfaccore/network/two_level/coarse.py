@@ -17,7 +17,7 @@ from kfaccore.linalg import kron, side
 from kfaccore.method import Block
 from kfaccore.network.two_level.local import Local, now
 from kfaccore.network.two_level.vectors import Outer, Vector, pair, unit
-from kfaccore.xp.arrays import Array, device_of, from_host, namespace
+from kfaccore.xp.arrays import Array, from_host, namespace, place
 
 K = TypeVar("K")
 
@@ -62,7 +62,7 @@ class Nicolaides:
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Outer:
         xp = namespace(like)
-        where = {"dtype": like.dtype, "device": device_of(like)}
+        where = place(like)
         return Outer(xp.ones((block.blocks, block.d_out), **where), xp.ones((block.blocks, block.d_in), **where))
 
     def refresh(self, kept: Outer, local: Local) -> Outer:
@@ -186,7 +186,7 @@ class Given:
         for v in self.make(name, block):
             if np.shape(v) != shape:
                 raise ValueError(f"a coarse vector of layer {name!r} has shape {np.shape(v)}; need {shape}")
-            found.append(namespace(like).astype(from_host(np.asarray(v, np.float64), like), like.dtype))
+            found.append(namespace(like).astype(from_host(np.asarray(v, np.float64), like), place(like)["dtype"]))
         return tuple(found)
 
     def refresh(self, kept: tuple[Array, ...], local: Local) -> tuple[Array, ...]:
