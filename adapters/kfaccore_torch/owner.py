@@ -73,6 +73,12 @@ class Asked:
         gap = (second - factor.to(second)[:, None] * self.first).abs().amax(1)
         return gap <= slack * self.size + rounding(self.first.dtype) * factor.to(second) * self.size.max()
 
+    def multiplied(self, second: torch.Tensor, factor: float) -> bool:
+        """Whether all rows are `factor` times what they were, a power of two, to what passes of one draw differ by."""
+        eps = torch.finfo(self.first.dtype).eps
+        gap = (second / factor - self.first).abs().amax(1)
+        return bool((gap <= min(eps**0.5, 0.02) * self.size + rounding(self.first.dtype) * self.size.max()).all())
+
 
 def rounding(dtype: torch.dtype) -> float:
     """How small beside the largest a gradient may be that is rounding alone, as that of a query which sees one key."""
@@ -97,9 +103,10 @@ def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
     return sorted(votes, key=lambda split: -votes[split])
 
 
-def factors(examples: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """A power of two an example, for each pass; over all passes no two examples have the same."""
-    levels = _LEVELS.get(dtype, _MOST_LEVELS)
+def factors(examples: int, dtype: torch.dtype, few: bool = False) -> list[torch.Tensor]:
+    """A power of two an example, for each pass; over all passes no two examples have the same. `few` are near each
+    other, and take more passes."""
+    levels = _FEW_LEVELS if few else _LEVELS.get(dtype, _MOST_LEVELS)
     number = torch.arange(examples)
     found = []
     while not found or bool(number.any()):
