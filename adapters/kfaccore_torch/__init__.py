@@ -4,6 +4,7 @@ from kfaccore_torch.asked import plan
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.optimizer import Optimizer
 from kfaccore_torch.own_losses import ExampleLoss, Loss
+from kfaccore_torch.passes import drawing
 from kfaccore_torch.plan import Plan
 from kfaccore_torch.preconditioner import Preconditioner
 from kfaccore_torch.records import records, save_records
@@ -22,6 +23,7 @@ __all__ = [
     "Settings",
     "Stream",
     "assign",
+    "drawing",
     "matrices",
     "measured",
     "outputs",

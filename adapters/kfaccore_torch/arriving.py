@@ -21,6 +21,7 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.collect import kept
 from kfaccore_torch.elementwise import Slope
 from kfaccore_torch.observe import Observed, wakes
+from kfaccore_torch.passes import passing
 from kfaccore_torch.pulled import lowered, raised
 from kfaccore_torch.unusual import dense
 
@@ -132,7 +133,8 @@ def arriving(
             hooks.callback(node.register_prehook(partial(arrivals.seen, places)).remove)
         given = [x.to(f) for x, f in zip(lowered(observed, v), heads, strict=True)]
         edges = [observed.calls[i][1].edge for i in last]
-        found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
+        with passing(observed.retaining):
+            found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
     for i, g in zip(last, found, strict=True):
         arrivals.take(i, g)
     grads = [arrivals.waiting.get(name, {}).get(i) for i, (name, _) in enumerate(observed.calls)]

@@ -44,6 +44,7 @@ class Observed:
     key: Any
     expected: tuple[torch.Tensor | None, ...] = ()
     times: float = 1.0  # what draws are multiplied by to be pulled, so that the backward pass is linear
+    retaining: tuple[torch.Tensor, ...] = ()  # tensors whose `.grad` no draw may add to
 
     @property
     def mixing(self) -> set[str]:
@@ -96,7 +97,7 @@ class Observer:
         if any(f is None for f in fixed):
             asked = [i for i, f in enumerate(fixed) if f is None]
             probe, parameters = first()
-            question = Question(heads, [calls[i] for i in asked], layers, probe, times, once_more)
+            question = Question(heads, [calls[i] for i in asked], layers, probe, sight.retaining, times, once_more)
             expected = question.pull_first(() if known else parameters)
             old = [known[1][i] if known else None for i in asked]
             split, found = question.answer([split] if split else splits([rows[i] for i in asked], size), old)
@@ -109,7 +110,7 @@ class Observer:
         if key in self.kept:
             self.turns[key] = turn
         owned = tuple(owned for owned in fixed if owned is not None)
-        return Observed(tuple(calls), split or Split(size), owned, key, expected, times)
+        return Observed(tuple(calls), split or Split(size), owned, key, expected, times, sight.retaining)
 
     def _keep(self, key: Any, split: Split, owned: Sequence[Owned | None], times: float) -> None:
         """What was found; the oldest goes where that is too much."""
@@ -141,7 +142,9 @@ class Observer:
         asked = [i for i, g in enumerate(grads) if g is not None and wakes(observed, layers, i, g)]
         if not asked:
             return observed
-        question = Question(heads, [observed.calls[i] for i in asked], layers, None, observed.times, False)
+        question = Question(
+            heads, [observed.calls[i] for i in asked], layers, None, observed.retaining, observed.times, False
+        )
         question.pull_first(())
         _, found = question.answer([observed.split], [observed.owned[i] for i in asked])
         owned = list(observed.owned)

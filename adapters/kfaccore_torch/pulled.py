@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kfaccore_torch.observe import Observed
+from kfaccore_torch.passes import passing
 from kfaccore_torch.unusual import dense
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tens
     """One draw at the outputs of all calls."""
     edges = [call.edge for _, call in observed.calls]
     given = [x.to(f) for x, f in zip(v, heads, strict=True)]
-    found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
+    with passing(observed.retaining):
+        found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
     return tuple(g if g is None else dense(g) for g in found)
 
 

@@ -24,6 +24,7 @@ from kfaccore_torch.owner import (
     search,
     settled,
 )
+from kfaccore_torch.passes import passing
 from kfaccore_torch.rows import by_rows
 from kfaccore_torch.settle import Layer
 
@@ -33,10 +34,11 @@ _SMALL = 2.0**-32  # of a draw under which a backward pass that clips does not
 class Question:
     """Backward passes to the rows of some calls.
 
-    probe    the draw to begin with; None for random numbers
-    times    what draws are to be multiplied by, so that a backward pass which clips them is linear; 1 where all are
-    doubts   whether calls that nothing explains may be asked for that
-    bent     calls of a backward pass that is linear for no draw
+    probe      the draw to begin with; None for random numbers
+    retaining  tensors whose `.grad` stays as it is
+    times      what draws are to be multiplied by, so that a backward pass which clips them is linear; 1 where all are
+    doubts     whether calls that nothing explains may be asked for that
+    bent       calls of a backward pass that is linear for no draw
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Question:
         calls: Sequence[tuple[str, Call]],
         layers: dict[str, Layer],
         probe: Any,
+        retaining: Sequence[torch.Tensor],
         times: float = 1.0,
         doubts: bool = True,
     ) -> None:
         self.heads = list(heads)
         self.calls = calls
         self.layers = layers
+        self.retaining = retaining
         self.times = times
         self.doubts = doubts
         self.bent: list[int] = []
@@ -150,7 +154,8 @@ class Question:
 
     def _pull(self, v: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> Sequence[Any]:
         wanted = [call.edge for _, call in self.calls] + list(parameters)
-        return torch.autograd.grad(self.heads, wanted, v, retain_graph=True, allow_unused=True)
+        with passing(self.retaining):
+            return torch.autograd.grad(self.heads, wanted, v, retain_graph=True, allow_unused=True)
 
     def _rows(self, found: Sequence[Any]) -> list[torch.Tensor]:
         pairs = zip(self.calls, found, strict=True)
