@@ -10,7 +10,8 @@ from kfaccore_torch.preconditioner import Preconditioner
 from kfaccore_torch.records import records, save_records
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.settings import Settings
-from kfaccore_torch.stream import Stream, assign, matrices, measured, outputs
+from kfaccore_torch.stream import Stream, measured, outputs
+from kfaccore_torch.weights import assign, matrices
 
 __all__ = [
     "Coverage",
