@@ -70,6 +70,14 @@ class Capture(TorchFunctionMode):
         self.made = Made()
         self.spent = True
 
+    def check_unspent(self) -> None:
+        """ValueError once a loss of this forward was differentiated."""
+        if self.spent:
+            raise ValueError(
+                "the forward that was captured last was differentiated: form all its losses before backward(). Run "
+                "another one inside `with pre.capture():` too, or under torch.no_grad() if its loss is only looked at"
+            )
+
     @property
     def calls(self) -> dict[str, list[Call]]:
         """Calls by layer, in order."""

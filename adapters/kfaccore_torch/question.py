@@ -38,6 +38,7 @@ class Question:
     retaining  tensors whose `.grad` stays as it is
     times      what draws are to be multiplied by, so that a backward pass which clips them is linear; 1 where all are
     doubts     whether calls that nothing explains may be asked for that
+    passed     whether a pass went through
     bent       calls of a backward pass that is linear for no draw
     """
 
@@ -58,6 +59,7 @@ class Question:
         self.times = times
         self.doubts = doubts
         self.bent: list[int] = []
+        self.passed = False
         self._most = 2.0 ** max(f.numel() for f in heads).bit_length()  # of a draw beside the gradient of a mean loss
         self._reach = 1.0 if probe is None else self._most
         rng = torch.Generator().manual_seed(0)
@@ -154,8 +156,21 @@ class Question:
 
     def _pull(self, v: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> Sequence[Any]:
         wanted = [call.edge for _, call in self.calls] + list(parameters)
-        with passing(self.retaining):
-            return torch.autograd.grad(self.heads, wanted, v, retain_graph=True, allow_unused=True)
+        try:
+            with passing(self.retaining):
+                found = torch.autograd.grad(self.heads, wanted, v, retain_graph=True, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self.passed:
+                raise
+            raise RuntimeError(
+                f"a second backward pass through this graph failed ({type(error).__name__}: {error}), where the first "
+                f"did not: draws pass it before the loss does, so that an autograd.Function must not let go of what it "
+                f"keeps in its backward; keep it by ctx.save_for_backward"
+            ) from error
+        self.passed = True
+        return found
 
     def _rows(self, found: Sequence[Any]) -> list[torch.Tensor]:
         pairs = zip(self.calls, found, strict=True)
