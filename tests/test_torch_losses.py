@@ -10,6 +10,7 @@ import kfaccore as kf
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
+import kfaccore_torch as kt  # noqa: E402
 from kfaccore_torch.losses import objective  # noqa: E402
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
@@ -101,3 +102,65 @@ def test_sampled_draws_are_unbiased(case):
 def test_refused(loss, words):
     with pytest.raises(ValueError, match=words):
         objective(loss)
+
+
+class Heads(nn.Module):
+    """Two heads on one trunk, of fixed start."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.b, self.h, self.k = nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+    def forward(self, x):
+        z = self.b(x).tanh()
+        return {"a": self.h(z), "b": self.k(z)}
+
+
+def joint_direction(size, reduction):
+    """Of twelve examples in micro-batches of `size`."""
+    rng = torch.Generator().manual_seed(0)
+    x, y, z = torch.randn(12, 3, generator=rng), torch.arange(12) % 3, torch.randn(12, 2, generator=rng)
+    loss = kf.Joint({"a": nn.CrossEntropyLoss(reduction=reduction), "b": nn.MSELoss(reduction=reduction)}, {"b": 0.5})
+    model = Heads()
+    core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(1e-3, 0.9))
+    pre = kt.Preconditioner(model, loss, core, fisher=kf.type2)
+    for part in torch.arange(12).split(size):
+        with pre.capture():
+            f = model(x[part])
+        value = pre.loss(f, {"a": y[part], "b": z[part]})
+        (value if reduction == "sum" else value * len(part) / 12).backward()
+    pre.step()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
+
+
+@pytest.mark.usefixtures("torch_double")
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_joint_loss_in_micro_batches(reduction):
+    whole = joint_direction(12, reduction)
+    for size in (6, 5, 2):
+        np.testing.assert_allclose(joint_direction(size, reduction), whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("torch_double")
+def test_a_joint_of_sums_is_of_their_weighted_sum():
+    """F of one batch is the sum over heads of weight times each head's own F; n is 1, or 0 where nothing counts."""
+    y = {"a": torch.tensor([0, 2, -100, 1]), "b": torch.zeros(4, 2)}
+    model, x = Heads(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    parts = {"a": nn.CrossEntropyLoss(reduction="sum"), "b": nn.MSELoss(reduction="sum")}
+    joint = kf.Joint(parts, {"b": 0.5})
+    found, _ = kt.records(model, joint, x, y, fisher=kf.type2)
+    alone = {
+        head: kt.records(model, part, x, y[head], fisher=kf.type2, output=head)[0]["b"] for head, part in parts.items()
+    }
+    wanted = kf.dense(alone["a"]) + 0.5 * kf.dense(alone["b"])
+    np.testing.assert_allclose(kf.dense(found["b"]), wanted, rtol=1e-10, atol=1e-14)
+    assert (objective(joint).total, objective(joint).share(model(x), y)) == (True, 1.0)
+    nothing = {"a": torch.full((4,), -100)}
+    assert objective(kf.Joint({"a": parts["a"]})).share({"a": model(x)["a"]}, nothing) == 0.0
+
+
+def test_a_joint_of_a_sum_and_a_mean_is_refused():
+    joint = kf.Joint({"a": nn.CrossEntropyLoss(reduction="sum"), "b": nn.MSELoss()})
+    with pytest.raises(ValueError, match=r"sum losses for \['a'\] and mean losses for \['b'\].*one reduction"):
+        objective(joint)

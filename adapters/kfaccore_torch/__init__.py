@@ -4,12 +4,14 @@ from kfaccore_torch.asked import plan
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.optimizer import Optimizer
 from kfaccore_torch.own_losses import ExampleLoss, Loss
+from kfaccore_torch.passes import drawing
 from kfaccore_torch.plan import Plan
 from kfaccore_torch.preconditioner import Preconditioner
 from kfaccore_torch.records import records, save_records
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.settings import Settings
-from kfaccore_torch.stream import Stream, assign, matrices, measured, outputs
+from kfaccore_torch.stream import Stream, measured, outputs
+from kfaccore_torch.weights import assign, matrices
 
 __all__ = [
     "Coverage",
@@ -22,6 +24,7 @@ __all__ = [
     "Settings",
     "Stream",
     "assign",
+    "drawing",
     "matrices",
     "measured",
     "outputs",

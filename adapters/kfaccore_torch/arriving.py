@@ -21,6 +21,8 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.collect import kept
 from kfaccore_torch.elementwise import Slope
 from kfaccore_torch.observe import Observed, wakes
+from kfaccore_torch.passes import passing
+from kfaccore_torch.pulled import lowered, raised
 from kfaccore_torch.unusual import dense
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ class _Arrivals:
 
     def take(self, i: int, g: torch.Tensor | None) -> None:
         """The gradient of a call's output."""
+        g = raised(self.observed, g)
         if g is None:
             return
         name = self.observed.calls[i][0]
@@ -128,9 +131,10 @@ def arriving(
     with ExitStack() as hooks:
         for node, places in hooked.items():
             hooks.callback(node.register_prehook(partial(arrivals.seen, places)).remove)
-        given = [x.to(f) for x, f in zip(v, heads, strict=True)]
+        given = [x.to(f) for x, f in zip(lowered(observed, v), heads, strict=True)]
         edges = [observed.calls[i][1].edge for i in last]
-        found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
+        with passing(observed.retaining):
+            found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
     for i, g in zip(last, found, strict=True):
         arrivals.take(i, g)
     grads = [arrivals.waiting.get(name, {}).get(i) for i, (name, _) in enumerate(observed.calls)]

@@ -12,6 +12,7 @@ from torch import nn
 
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
+from kfaccore_torch.inside import check_grad
 from kfaccore_torch.plan import Plan, modules
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.sight import sighted
@@ -36,6 +37,7 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
         with eagerly(), seen:
             output = model(*inputs, **named)
         heads = [x for x in _tensors(output) if x.requires_grad and x.ndim > 0]
+        check_grad()
         if not heads:
             raise ValueError(f"the model's output, {type(output).__name__}, has no tensor with a graph behind it")
         return sighted(seen, heads).plan

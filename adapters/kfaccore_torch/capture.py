@@ -9,7 +9,6 @@ not see each other.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from kfaccore.layers import Conv, Embedding, Gain, Linear
 from kfaccore_torch.attention import attention
 from kfaccore_torch.calls import Call, Mark, Remade, Use
 from kfaccore_torch.joined import joined, uses
+from kfaccore_torch.passes import Made, flat
 from kfaccore_torch.plan import Plan
 from kfaccore_torch.precision import product_of
 from kfaccore_torch.provenance import followed
@@ -59,6 +59,7 @@ class Capture(TorchFunctionMode):
         self.empty: set[str] = set()  # parameters called on no rows
         self.products: dict[str, str] = {}  # parameter -> how its product is made, on CUDA
         self.spent = False  # whether a loss of this forward was differentiated
+        self.made = Made()
         self._embedded: dict[int, tuple[weakref.ref, int, Use]] = {}  # outputs, the use and its place
 
     def let_go(self) -> None:
@@ -66,7 +67,16 @@ class Capture(TorchFunctionMode):
         self.uses = []
         self.inputs = {}
         self._embedded = {}
+        self.made = Made()
         self.spent = True
+
+    def check_unspent(self) -> None:
+        """ValueError once a loss of this forward was differentiated."""
+        if self.spent:
+            raise ValueError(
+                "the forward that was captured last was differentiated: form all its losses before backward(). Run "
+                "another one inside `with pre.capture():` too, or under torch.no_grad() if its loss is only looked at"
+            )
 
     @property
     def calls(self) -> dict[str, list[Call]]:
@@ -83,6 +93,7 @@ class Capture(TorchFunctionMode):
                 return unfused(func, *args, **kwargs)
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
+        self.made.note((*args, *output) if isinstance(output, tuple | list) else (*args, output))
         if names is not None:
             self._note(func, dict(zip(names, args, strict=False)) | kwargs, output)
         if self._embedded:
@@ -91,7 +102,7 @@ class Capture(TorchFunctionMode):
 
     def _has_own(self, args: Any) -> bool:
         """Whether parameters of the model are among tensors and lists of them."""
-        return any(isinstance(x, torch.Tensor) and followed(x, self.known) is not None for x in _flat(args))
+        return any(isinstance(x, torch.Tensor) and followed(x, self.known) is not None for x in flat(args))
 
     def _note(self, func: Any, given: dict[str, Any], output: torch.Tensor) -> None:
         """Remember the call for its weight and bias."""
@@ -140,7 +151,7 @@ class Capture(TorchFunctionMode):
         if isinstance(output, torch.Size) or not isinstance(output, torch.Tensor | tuple | list | None):
             return  # a size, a dtype, a flag
         written = str(getattr(func, "__name__", "")).endswith("_")
-        for x in _flat(args):
+        for x in flat(args):
             found = self._embedded.get(id(x))
             if found is None or found[0]() is not x or (output is x and not written):
                 continue
@@ -232,15 +243,6 @@ def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Remade:
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()
     return Remade(lambda: F.batch_norm(x, mean, var, **eps))
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    """Arguments, those inside lists and tuples too."""
-    for x in values:
-        if isinstance(x, list | tuple):
-            yield from _flat(x)
-        else:
-            yield x
 
 
 def _recording(output: torch.Tensor) -> bool:

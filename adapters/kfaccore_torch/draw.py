@@ -15,6 +15,7 @@ import kfaccore as kf
 from kfaccore_torch.arriving import Made, arriving, waiting
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.folded import as_examples
+from kfaccore_torch.inside import check_grad
 from kfaccore_torch.layout import bounded, place_of
 from kfaccore_torch.masks import Told
 from kfaccore_torch.observe import Observed
@@ -208,6 +209,7 @@ def _check_own(engine: Engine, observed: Observed) -> None:
 
 def _checked(heads: list[torch.Tensor]) -> list[torch.Tensor]:
     """ValueError for predictions without a batch axis or without a graph."""
+    check_grad()
     for f in heads:
         if f.ndim < 1 or not f.requires_grad:
             raise ValueError(

@@ -14,6 +14,7 @@ from kfaccore_torch.bridge import detached, to_core
 from kfaccore_torch.calls import Call
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.draw import Batch
+from kfaccore_torch.inside import check_grad
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Place, Together
 from kfaccore_torch.rows import output_rows, rows
@@ -60,6 +61,7 @@ class Backward:
         l2: dict[str, float],
         scaler: Scaler | None = None,
     ) -> None:
+        check_grad()
         self.engine = engine
         self.value = value
         self.seen = seen

@@ -20,11 +20,24 @@ FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
 
 @dataclass(frozen=True)
 class Joined:
-    """A `kfaccore.Joint`: an objective a head; predictions and targets are dicts."""
+    """A `kfaccore.Joint`: an objective a head; predictions and targets are dicts. All heads are means, or all sums."""
 
     joint: kf.Joint
     parts: dict[str, Objective | Own]
-    total: bool = False
+
+    @property
+    def total(self) -> bool:
+        """Whether the loss is a sum, whose n does not grow with the batch."""
+        return all(part.total for part in self.parts.values())
+
+    def __post_init__(self) -> None:
+        sums = [head for head, part in self.parts.items() if part.total]
+        if sums and len(sums) < len(self.parts):
+            means = [head for head in self.parts if head not in sums]
+            raise ValueError(
+                f"Joint has sum losses for {sums} and mean losses for {means}: what micro-batches add up to is another "
+                f"for each; need one reduction for all, and weights={{head: number}} where a head is to count more"
+            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -45,8 +58,11 @@ class Joined:
         return torch.stack([v.to(values[0].dtype) for v in values]).sum()
 
     def share(self, f: Any, target: Any) -> float:
-        """The number of examples."""
-        return float(min(len(x) for x in self.heads(f)))
+        """The number of examples; of sums 1, or 0 where nothing counts in any head."""
+        heads = self.heads(f)
+        if self.total:
+            return max(part.share(f[head], target[head]) for head, part in self.parts.items())
+        return float(min(len(x) for x in heads))
 
     def unread_share(self, f: Any, target: Any) -> None:
         """Known on the host."""

@@ -8,6 +8,7 @@ at zero, in front of a norm over the batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,20 +19,14 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
 from kfaccore_torch.owner import (
-    Asked,
     Owned,
     Split,
-    confirm,
-    factors,
-    few,
-    mixed,
     rounding,
-    search,
-    settled,
     splits,
     still,
 )
 from kfaccore_torch.places import Place, Together, joined
+from kfaccore_torch.question import Question
 from kfaccore_torch.rows import by_rows
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight
@@ -48,6 +43,8 @@ class Observed:
     owned: tuple[Owned, ...]
     key: Any
     expected: tuple[torch.Tensor | None, ...] = ()
+    times: float = 1.0  # what draws are multiplied by to be pulled, so that the backward pass is linear
+    retaining: tuple[torch.Tensor, ...] = ()  # tensors whose `.grad` no draw may add to
 
     @property
     def mixing(self) -> set[str]:
@@ -65,6 +62,8 @@ class Observer:
 
     kept: dict[Any, tuple[Split, tuple[Owned, ...]]] = field(default_factory=dict)
     turns: dict[Any, int] = field(default_factory=dict)
+    times: dict[Any, float] = field(default_factory=dict)  # of draws, where it is not 1
+    bent: set[str] = field(default_factory=set)  # layers behind a backward pass that is not linear
 
     def look(
         self,
@@ -89,29 +88,52 @@ class Observer:
             if isinstance(layers[name].kind, Rest):
                 fixed[i] = Owned(Together(call.rows), mixes=True, shaped=False)
         turn = self.turns.get(key, 0) + 1
+        once_more = turn & (turn - 1) == 0
+        times = self.times.get(key, 1.0)
         if known is not None:
-            once_more = turn & (turn - 1) == 0
             pairs = zip(calls, known[1], fixed, strict=True)
             fixed = [f or (None if once_more or call.node in graph.moved else x) for (_, call), x, f in pairs]
         expected: tuple = ()
         if any(f is None for f in fixed):
             asked = [i for i, f in enumerate(fixed) if f is None]
             probe, parameters = first()
-            question = _Question(heads, [calls[i] for i in asked], layers, probe)
+            question = Question(heads, [calls[i] for i in asked], layers, probe, sight.retaining, times, once_more)
             expected = question.pull_first(() if known else parameters)
             old = [known[1][i] if known else None for i in asked]
             split, found = question.answer([split] if split else splits([rows[i] for i in asked], size), old)
+            times = question.times
+            self._name([calls[asked[i]][0] for i in question.bent])
             for i, owned in zip(asked, found, strict=True):
                 fixed[i] = owned
             if all(place is None for place in given):
-                self.kept[key] = split, tuple(owned for owned in fixed if owned is not None)
-                if len(self.kept) > _MOST:
-                    oldest = next(iter(self.kept))
-                    del self.kept[oldest], self.turns[oldest]
+                self._keep(key, split, fixed, times)
         if key in self.kept:
             self.turns[key] = turn
         owned = tuple(owned for owned in fixed if owned is not None)
-        return Observed(tuple(calls), split or Split(size), owned, key, expected)
+        return Observed(tuple(calls), split or Split(size), owned, key, expected, times, sight.retaining)
+
+    def _keep(self, key: Any, split: Split, owned: Sequence[Owned | None], times: float) -> None:
+        """What was found; the oldest goes where that is too much."""
+        self.kept[key] = split, tuple(one for one in owned if one is not None)
+        if times != 1:
+            self.times[key] = times
+        if len(self.kept) > _MOST:
+            oldest = next(iter(self.kept))
+            del self.kept[oldest], self.turns[oldest]
+            self.times.pop(oldest, None)
+
+    def _name(self, layers: Sequence[str]) -> None:
+        """A warning for layers behind a backward pass that is not linear, once each."""
+        fresh = sorted(set(layers) - self.bent)
+        self.bent |= set(fresh)
+        if fresh:
+            warnings.warn(
+                f"gradients reach layers {fresh} in a way that is not linear: twice the loss does not give twice the "
+                f"gradient, however small, as with a hook or an autograd.Function whose backward rounds, takes signs "
+                f"or adds noise. Draws of the Fisher go the same way, so that the curvature of these layers is not "
+                f"that of the network; skip them, or take the hook off the forward that is captured",
+                stacklevel=2,
+            )
 
     def again(
         self, observed: Observed, layers: dict[str, Layer], heads: Sequence[torch.Tensor], grads: Sequence[Any]
@@ -120,7 +142,9 @@ class Observer:
         asked = [i for i, g in enumerate(grads) if g is not None and wakes(observed, layers, i, g)]
         if not asked:
             return observed
-        question = _Question(heads, [observed.calls[i] for i in asked], layers, None)
+        question = Question(
+            heads, [observed.calls[i] for i in asked], layers, None, observed.retaining, observed.times, False
+        )
         question.pull_first(())
         _, found = question.answer([observed.split], [observed.owned[i] for i in asked])
         owned = list(observed.owned)
@@ -129,90 +153,6 @@ class Observer:
         if observed.key in self.kept:
             self.kept[observed.key] = observed.split, tuple(owned)
         return replace(observed, owned=tuple(owned))
-
-
-class _Question:
-    """Backward passes to the rows of some calls."""
-
-    def __init__(
-        self, heads: Sequence[torch.Tensor], calls: Sequence[tuple[str, Call]], layers: dict[str, Layer], probe: Any
-    ) -> None:
-        self.heads = list(heads)
-        self.calls = calls
-        self.layers = layers
-        rng = torch.Generator().manual_seed(0)
-        random = (torch.randn(f.shape, generator=rng, dtype=torch.float32) for f in heads)
-        self.v = [v.to(f) for v, f in zip(probe or random, heads, strict=True)]
-
-    def pull_first(self, parameters: Sequence[torch.nn.Parameter]) -> tuple:
-        """Pull the draw itself; gradients of `parameters` under it come back."""
-        found = self._pull(self.v, parameters)
-        self.asked = [Asked.of(rows) for rows in self._rows(found[: len(self.calls)])]
-        return tuple(found[len(self.calls) :])
-
-    def answer(self, candidates: Sequence[Split], old: Sequence[Owned | None]) -> tuple[Split, list[Owned]]:
-        """The split that explains most calls, and the map of each call."""
-        rows = [call.rows for _, call in self.calls]
-        best: tuple[int, Split, list, list, list[torch.Tensor]] | None = None
-        for split in candidates:
-            if any(len(f) % split.examples for f in self.heads):
-                continue
-            s = factors(split.examples, self.heads[0].dtype)
-            scaled = [self._scaled(by, split) for by in s]
-            found = confirm(rows, self.asked, scaled, split, s, old)
-            count = sum(owned is not None for owned in found)
-            if best is None or count > best[0]:
-                best = count, split, found, scaled, s
-            if count == len(found):
-                break
-        assert best is not None
-        _, split, found, scaled, s = best
-        open_ = [i for i, owned in enumerate(found) if owned is None]
-        search_in = [i for i in open_ if _is_some_power(self.asked[i], scaled[0][i], s[0])]
-        passes = self._digits(split) if search_in else []
-        for i in search_in:
-            found[i] = search(rows[i], self.asked[i], [p[i] for p in passes], split)
-        mixing = [i for i in open_ if found[i] is None]
-        by = few(split.examples, self.heads[0].dtype)
-        second = self._scaled(by, split) if mixing else []
-        for i in mixing:
-            found[i] = mixed(rows[i], self.asked[i], second[i], split, by)
-        return split, [
-            owned if owned.mixes or not owned.shaped else settled(owned, asked.alive)
-            for owned, asked in zip(found, self.asked, strict=True)
-        ]
-
-    def _digits(self, split: Split) -> list[list[torch.Tensor]]:
-        """One pass a binary digit of the examples' numbers: those that have it count twice."""
-        number = torch.arange(split.examples)
-        digits = max(1, (split.examples - 1).bit_length())
-        return [self._scaled(1.0 + ((number >> digit) & 1), split) for digit in range(digits)]
-
-    def _scaled(self, s: torch.Tensor, split: Split) -> list[torch.Tensor]:
-        """Rows of all calls under the draw with each example scaled."""
-        scaled = []
-        for v, f in zip(self.v, self.heads, strict=True):
-            factor = s[split.owner(len(f))].to(v)
-            scaled.append(v * factor.reshape(-1, *(1,) * (v.ndim - 1)))
-        return self._rows(self._pull(scaled, ()))
-
-    def _pull(self, v: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> Sequence[Any]:
-        wanted = [call.edge for _, call in self.calls] + list(parameters)
-        return torch.autograd.grad(self.heads, wanted, v, retain_graph=True, allow_unused=True)
-
-    def _rows(self, found: Sequence[Any]) -> list[torch.Tensor]:
-        pairs = zip(self.calls, found, strict=True)
-        return [
-            by_rows(self.layers[name], call, torch.zeros(call.shape) if g is None else g) for (name, call), g in pairs
-        ]
-
-
-def _is_some_power(before: Asked, second: torch.Tensor, s: torch.Tensor) -> bool:
-    """Whether every row was scaled by the number of some example."""
-    hit = ~before.alive
-    for level in s.unique():
-        hit = hit | before.scaled_by(second, level.expand(len(hit)))
-    return bool(hit.all())
 
 
 def wakes(observed: Observed, layers: dict[str, Layer], i: int, g: torch.Tensor) -> bool:

@@ -73,6 +73,12 @@ class Asked:
         gap = (second - factor.to(second)[:, None] * self.first).abs().amax(1)
         return gap <= slack * self.size + rounding(self.first.dtype) * factor.to(second) * self.size.max()
 
+    def multiplied(self, second: torch.Tensor, factor: float) -> bool:
+        """Whether all rows are `factor` times what they were, a power of two, to what passes of one draw differ by."""
+        eps = torch.finfo(self.first.dtype).eps
+        gap = (second / factor - self.first).abs().amax(1)
+        return bool((gap <= min(eps**0.5, 0.02) * self.size + rounding(self.first.dtype) * self.size.max()).all())
+
 
 def rounding(dtype: torch.dtype) -> float:
     """How small beside the largest a gradient may be that is rounding alone, as that of a query which sees one key."""
@@ -82,7 +88,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
     """Ways in which `size` rows of a prediction may be examples, by how many calls suggest each: those calls have an
-    axis of as many, and others beside it that the prediction has joined to it."""
+    axis of as many, and others beside it that the prediction has joined to it, or its features, flattened with it."""
     votes: dict[Split, float] = {Split(size): sum(size in shape for shape in rows)}
     wide = [shape for shape in rows if len(shape) > 1]
     single = bool(wide) and all(shape[0] == 1 for shape in wide)
@@ -94,12 +100,17 @@ def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
             for inner in (False, True) if b > 1 else (False,):
                 split = Split(b, inner)  # rows flattened in the order of the axes, or turned first
                 votes[split] = votes.get(split, 0) + (1.0 if inner == bool(axis) else 0.5)
+    for (b,) in (shape for shape in rows if len(shape) == 1):
+        if 1 < b < size and size % b == 0:
+            for inner in (False, True):
+                votes[Split(b, inner)] = votes.get(Split(b, inner), 0) + (0.5 if inner else 1.0)
     return sorted(votes, key=lambda split: -votes[split])
 
 
-def factors(examples: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """A power of two an example, for each pass; over all passes no two examples have the same."""
-    levels = _LEVELS.get(dtype, _MOST_LEVELS)
+def factors(examples: int, dtype: torch.dtype, few: bool = False) -> list[torch.Tensor]:
+    """A power of two an example, for each pass; over all passes no two examples have the same. `few` are near each
+    other, and take more passes."""
+    levels = _FEW_LEVELS if few else _LEVELS.get(dtype, _MOST_LEVELS)
     number = torch.arange(examples)
     found = []
     while not found or bool(number.any()):

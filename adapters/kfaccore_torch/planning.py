@@ -16,6 +16,7 @@ from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.follow import carried
+from kfaccore_torch.inside import check_plain
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.layout import pools
 from kfaccore_torch.lost import Lost
@@ -91,7 +92,8 @@ class Planning(Resumes):
     def replan(self) -> bool:
         """Follow the model: parameters frozen, thawed, replaced or of another shape since the plan was made, and those
         that newer forwards have used as a layer again. True if anything changed; layers of the same name and sizes keep
-        their state, and new ones are measured and refreshed at once."""
+        their state, and new ones are measured and refreshed at once. ValueError inside a transform of torch.func."""
+        check_plain()
         if not self.plan.holds(self.model):
             before = self.plan
             self.adopt(again(before, self.model))

@@ -136,8 +136,7 @@ class Preconditioner:
         if self._open is None:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         seen, told, shot = self._open
-        if seen.spent:
-            raise ValueError("the forward behind this loss was differentiated: form all its losses before backward()")
+        seen.check_unspent()
         batch = Batch(f, target, told)
         again = shot.formed
         n = self.engine.share(batch, wait=again)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kfaccore_torch.observe import Observed
+from kfaccore_torch.passes import passing
 from kfaccore_torch.unusual import dense
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tens
     """One draw at the outputs of all calls."""
     edges = [call.edge for _, call in observed.calls]
     given = [x.to(f) for x, f in zip(v, heads, strict=True)]
-    found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
+    with passing(observed.retaining):
+        found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
     return tuple(g if g is None else dense(g) for g in found)
 
 
@@ -28,11 +30,20 @@ def all_pulled(
     engine: Engine, heads: list[torch.Tensor], observed: Observed, draws: list[torch.Tensor]
 ) -> list[torch.Tensor | None]:
     """All draws at the outputs of all calls, (draws, *shape) each."""
-    rows = [pulled(heads, observed, v) for v in zip(*draws, strict=True)]
+    rows = [pulled(heads, observed, lowered(observed, v)) for v in zip(*draws, strict=True)]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(observed.calls)
-    return [
-        _stacked(column, call, engine.like.dtype) for column, (_, call) in zip(columns, observed.calls, strict=True)
-    ]
+    pairs = zip(columns, observed.calls, strict=True)
+    return [raised(observed, _stacked(column, call, engine.like.dtype)) for column, (_, call) in pairs]
+
+
+def lowered(observed: Observed, v: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """A draw as it is to be pulled, so that no hook on the way clips it."""
+    return v if observed.times == 1 else [x * observed.times for x in v]
+
+
+def raised(observed: Observed, g: torch.Tensor | None) -> torch.Tensor | None:
+    """What a draw that was `lowered` moved, as the draw itself does."""
+    return g if observed.times == 1 or g is None else g / observed.times
 
 
 def _stacked(column: tuple, call: Any, dtype: torch.dtype) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from kfaccore_torch.asked import plan
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
+from kfaccore_torch.passes import passing
 from kfaccore_torch.resume import of_model
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
@@ -56,10 +57,13 @@ def records(
         n = engine.share(batch)
         if n <= 0:
             raise ValueError(f"no records: {engine.void(batch)}")
-        found, *_ = engine.records(seen, batch, 0, n / parts if engine.objective.total else n, True, given=given)
+        found, observed, _ = engine.records(
+            seen, batch, 0, n / parts if engine.objective.total else n, True, given=given
+        )
         wanted = [(name, role) for name in found for role in engine.plan.layers[name].parameters]
         parameters = [engine.plan.layers[name].parameters[role] for name, role in wanted]
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        with passing(observed.retaining):
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
     for (name, role), p, g in zip(wanted, parameters, gradients, strict=True):
         by_layer.setdefault(name, {})[role] = torch.zeros_like(p) if g is None else g

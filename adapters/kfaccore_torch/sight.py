@@ -19,6 +19,7 @@ class Sight:
     """Calls that reach the prediction, by layer and in order, and the plan that they are of.
 
     marks, odd   what this forward has shown
+    retaining    tensors of it that retain their gradient
     """
 
     graph: Behind
@@ -26,6 +27,7 @@ class Sight:
     calls: tuple[tuple[str, Call], ...]
     marks: tuple[Mark, ...]
     odd: dict[str, str]
+    retaining: tuple[torch.Tensor, ...]
 
 
 def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
@@ -49,7 +51,7 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     uses += found
     seen.plan = plan
     calls = ((name, call) for name, calls in plan.assigned(uses).items() for call in calls)
-    return Sight(graph, plan, tuple(calls), marks, shown)
+    return Sight(graph, plan, tuple(calls), marks, shown, seen.made.retaining(heads))
 
 
 def _reached(seen: Capture, graph: Behind) -> list[Use]:

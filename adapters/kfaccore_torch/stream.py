@@ -4,7 +4,7 @@ weight gradient; the model is in eval mode meanwhile unless told, and its buffer
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 import kfaccore as kf
-from kfaccore_torch.bridge import to_torch
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.held import as_it_was
 from kfaccore_torch.masks import Told
-from kfaccore_torch.plan import unwrapped
+from kfaccore_torch.plan import Plan, unwrapped
 from kfaccore_torch.records import called
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.rows import absent
@@ -59,6 +58,13 @@ class Stream:
     def coverage(self) -> Coverage:
         """Which parameters the records cover; print it."""
         return self.engine.report()
+
+    @property
+    def plan(self) -> Plan:
+        """Which parameters make which layers, by the batches so far; the first is looked at where there was none."""
+        if not self.engine.plan.seen:
+            next(iter(self))
+        return self.engine.plan
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
@@ -142,37 +148,6 @@ def measured(
         return values[:, None]
 
     return _Pulled(model, units, batches, **options)
-
-
-def matrices(model: nn.Module, namespace: str | None = None, skip: tuple[str, ...] = ()) -> dict[str, Array]:
-    """{layer: matrix} of the covered parameters, copies: the `mean` of a `kfaccore.Posterior`."""
-    engine = _engine(model, kf.Gaussian(), Settings(namespace=namespace, skip=skip))
-    found = {}
-    with torch.no_grad(), engine.working():
-        for name, layer in engine.plan.layers.items():
-            found[name] = engine.matrix(layer, {role: p.detach().clone() for role, p in layer.parameters.items()})
-    return found
-
-
-def assign(model: nn.Module, matrices: Mapping[str, Array], skip: tuple[str, ...] = ()) -> None:
-    """Set the covered parameters to `matrices`, such as `P.sample(noise)`; layers left out keep theirs.
-
-    ValueError for layers that the model does not have, or of another size.
-    """
-    layers = _engine(model, kf.Gaussian(), Settings(skip=skip)).plan.layers
-    unknown = sorted(set(matrices) - set(layers))
-    if unknown:
-        raise ValueError(f"the model has no layers {unknown}; it has {sorted(layers)}")
-    with torch.no_grad():
-        for name, matrix in matrices.items():
-            block = layers[name].kind.block()
-            shape = (block.blocks, block.d_out, block.d_in)
-            if tuple(matrix.shape) not in (shape, shape[1:] if shape[0] == 1 else shape):
-                raise ValueError(f"layer {name!r} got a matrix of {tuple(matrix.shape)}; need {shape}, blocks first")
-            full = matrix.reshape(shape)
-            for role, x in layers[name].arrays(full).items():
-                p = layers[name].parameters[role]
-                p.copy_(to_torch(x, p))
 
 
 def _engine(model: nn.Module, loss: Any, settings: Settings) -> Engine:
