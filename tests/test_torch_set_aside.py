@@ -171,6 +171,18 @@ def test_gradients_that_tell_nothing_keep_what_was_seen_and_that_is_said_once():
                 loop.directions()
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_gradients_are_put_back_after_a_probe(more):
+    loop, wanted = Loop(), Loop()
+    first, _ = loop.parts()
+    loop.set_to(first)
+    wanted.backward(PARTS[0])
+    if more:
+        for one in (loop, wanted):
+            one.backward(slice(2, 6))
+    np.testing.assert_allclose(loop.directions(), wanted.directions(), rtol=1e-12)
+
+
 def of_one_forward(loop, weights=(1.0, 50.0)):
     with loop.pre.capture():
         f = loop.heads[0](loop.trunk(loop.x))

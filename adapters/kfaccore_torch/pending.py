@@ -47,6 +47,8 @@ class Pending:
         self._task = task
         if self.shots and self._gone():
             self._set_aside()
+        else:
+            self._look_back()
         self._left = []  # gradients that were let go of are not held on to
         # at the end of the pass, after what DistributedDataParallel does there
         queue = torch.autograd.Variable._execution_engine.queue_callback
@@ -54,14 +56,24 @@ class Pending:
 
     def settle(self) -> None:
         """At a step: `shots` are those that count in its gradients."""
-        if self._thrown and not _same(now := _gradients(self._trained), self._left):
-            found = used(sampled(now), self._last, [thrown.sample for thrown in self._thrown])
-            for thrown, back in zip(self._thrown, found or [True] * len(self._thrown), strict=True):
-                if back:
-                    thrown.bring_back()
-            if found is None:
-                self._tell()
+        self._look_back()
         self.shots[:] = [shot for shot in self.shots if not shot.losses or any(loss.counts for loss in shot.losses)]
+
+    def _look_back(self) -> None:
+        """What was set aside counts again where the gradients have it in them; what they have not is set aside."""
+        if not self._thrown or _same(now := _gradients(self._trained), self._left):
+            return
+        before = self._thrown
+        found = used(sampled(now), self._last, [thrown.sample for thrown in before])
+        if found is None:
+            self._tell()
+        last, *back = found or [True] * (1 + len(before))
+        self._thrown = [thrown for thrown, there in zip(before, back, strict=True) if not there]
+        if not last:
+            self._set_aside()
+        for thrown, there in zip(before, back, strict=True):
+            if there:
+                thrown.bring_back()
 
     def _tell(self) -> None:
         if self.said:
@@ -71,7 +83,7 @@ class Pending:
             "gradients were zeroed between the backward passes of one step, and those that step() got are neither what "
             "the last pass left, nor a sum that has the others in it: taken for what the loop makes of all of them, so "
             "the statistics of all count. Where a batch was skipped, call discard() with zero_grad()",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _mark(self, trained: Sequence[torch.Tensor]) -> None:

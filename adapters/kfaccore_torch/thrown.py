@@ -51,8 +51,8 @@ def sampled(gradients: Iterable[tuple[torch.Tensor, torch.Tensor, int]]) -> Samp
 
 
 def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> list[bool] | None:
-    """Whether each of the gradients `before` is in those of `now`, which are sums of multiples of the `last` and them,
-    for the whole or by parameter, elements at a common bound apart. None where they are something else.
+    """Whether the `last` gradients, and each of those `before`, are in those of `now`, which are sums of multiples of
+    them, for the whole or by parameter, elements at a common bound apart. None where they are something else.
 
     Those of the last alone are never longer: they were clipped, or unscaled.
     """
@@ -60,17 +60,18 @@ def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> list[boo
     columns = [last, *(before[i] or {} for i in known)]
     parts = [_columns(p, now[p], columns) for p in now]
     if not any(y.any() for _, y in parts):
-        return [False] * len(before)
+        return [True] + [False] * len(before)
     slack = max(max(16 * torch.finfo(g.dtype).eps for g in now.values()), 1e-10)
     together = [(np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts]))]
     for alone in (True, False):
         for groups in (together, parts):
             for clipped in (False, True):
                 found = _made_of([(x[:, :1] if alone else x, y) for x, y in groups], clipped, slack)
-                if found is None or (alone and not (np.abs(found - 0.5) <= 0.5 + slack).all()):
+                if found is None or (alone and not (np.abs(found[:, 0] - 0.5) <= 0.5 + slack).all()):
                     continue
-                seen = {known[i - 1] for i in range(1, found.shape[1]) if (np.abs(found[:, i]) > 10 * slack).any()}
-                return [i in seen for i in range(len(before))]
+                seen = (np.abs(found[:, 1:]) > 10 * slack).any(0)
+                there = {known[i] for i, one in enumerate(seen[1:]) if one}
+                return [bool(seen[0]), *(i in there for i in range(len(before)))]
     return None
 
 
@@ -88,8 +89,8 @@ def _columns(p: torch.Tensor, now: torch.Tensor, columns: Sequence[Sample]) -> t
 
 
 def _made_of(groups: list[tuple[Array, Array]], clipped: bool, slack: float) -> Array | None:
-    """(groups, gradients): how much of each is in those of now, relative to the gradients' length for all but the last
-    one. None where some group is no sum of them, or none has enough elements to tell."""
+    """(groups, 1 + gradients): what the last one is multiplied by, and the part that each is of the whole. None where
+    some group is no sum of them, or none has enough elements to tell."""
     found = []
     for x, y in groups:
         inside = np.abs(y) < np.abs(y).max(initial=0.0) if clipped else np.ones(len(y), bool)
@@ -103,5 +104,5 @@ def _made_of(groups: list[tuple[Array, Array]], clipped: bool, slack: float) -> 
         whole = np.linalg.norm(y) + np.abs(shares).sum()
         if np.linalg.norm(x / length @ shares - y) > slack * whole:
             return None
-        found.append(np.concatenate([shares[:1] / length[:1], shares[1:] / whole]) if whole else shares)
+        found.append(np.concatenate([shares[:1] / length[:1], shares / (whole or 1.0)]))
     return np.stack(found) if found else None
