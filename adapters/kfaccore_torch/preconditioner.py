@@ -22,7 +22,7 @@ from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
 from kfaccore_torch.pending import Pending
 from kfaccore_torch.report import Coverage
-from kfaccore_torch.scaling import Scale
+from kfaccore_torch.scaling import Scale, watch
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms
@@ -72,6 +72,7 @@ class Preconditioner:
         self._formed = 0  # losses since the last step, differentiated or not
         self._terms = Terms()
         self._scale = Scale()
+        watch()
 
     @property
     def info(self) -> kf.Info | None:
@@ -191,7 +192,7 @@ class Preconditioner:
                 if found:
                     given[name] = found
             covered = [g for found in given.values() for g in found.values()]
-            with self._scale.shown(covered, engine.core.comm.world):
+            with self._scale.shown(covered):
                 if lengths is not None or not engine.launch.step(engine, given):
                     self._step(engine.matrices(given), lengths)
         self.discard()

@@ -69,7 +69,7 @@ def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> list[boo
                 found = _made_of([(x[:, :1] if alone else x, y) for x, y in groups], clipped, slack)
                 if found is None or (alone and not (np.abs(found[:, 0] - 0.5) <= 0.5 + slack).all()):
                     continue
-                seen = (np.abs(found[:, 1:]) > 10 * slack).any(0)
+                seen = np.abs(found[:, 1:]).max(0) > 10 * slack
                 there = {known[i] for i, one in enumerate(seen[1:]) if one}
                 return [bool(seen[0]), *(i in there for i in range(len(before)))]
     return None
