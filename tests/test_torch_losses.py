@@ -117,31 +117,6 @@ class Heads(nn.Module):
         return {"a": self.h(z), "b": self.k(z)}
 
 
-def joint_direction(size, reduction):
-    """Of twelve examples in micro-batches of `size`."""
-    rng = torch.Generator().manual_seed(0)
-    x, y, z = torch.randn(12, 3, generator=rng), torch.arange(12) % 3, torch.randn(12, 2, generator=rng)
-    loss = kf.Joint({"a": nn.CrossEntropyLoss(reduction=reduction), "b": nn.MSELoss(reduction=reduction)}, {"b": 0.5})
-    model = Heads()
-    core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(1e-3, 0.9))
-    pre = kt.Preconditioner(model, loss, core, fisher=kf.type2)
-    for part in torch.arange(12).split(size):
-        with pre.capture():
-            f = model(x[part])
-        value = pre.loss(f, {"a": y[part], "b": z[part]})
-        (value if reduction == "sum" else value * len(part) / 12).backward()
-    pre.step()
-    return torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
-
-
-@pytest.mark.usefixtures("torch_double")
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_a_joint_loss_in_micro_batches(reduction):
-    whole = joint_direction(12, reduction)
-    for size in (6, 5, 2):
-        np.testing.assert_allclose(joint_direction(size, reduction), whole, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.usefixtures("torch_double")
 def test_a_joint_of_sums_is_of_their_weighted_sum():
     """F of one batch is the sum over heads of weight times each head's own F; n is 1, or 0 where nothing counts."""

@@ -14,7 +14,9 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.draw import Batch
+from kfaccore_torch.handed import kept
 from kfaccore_torch.held import as_it_was
+from kfaccore_torch.known_losses import TABLE
 from kfaccore_torch.masks import Told
 from kfaccore_torch.plan import Plan, unwrapped
 from kfaccore_torch.records import called
@@ -36,8 +38,9 @@ class Stream:
     train         leave the model in the mode it is in
     settings      fields of `Settings`: draws, seed, namespace, skip, ...
 
-    n is a batch's share of the MEAN loss whatever the loss's reduction, so shares add up over batches of any sizes. A
-    layer that a batch does not reach has J = 0 there. ValueError for a batch in which nothing counts.
+    n is a batch's share of the MEAN loss whatever the loss's reduction, so shares add up over batches of any sizes; of
+    a sum of one's own, and of a Joint of sums, that is the mean over the prediction's first axis. A layer that a batch
+    does not reach has J = 0 there. ValueError for a batch in which nothing counts.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Stream:
 
     def _records(self, inputs: Any, target: Any, number: int) -> dict[str, kf.Record]:
         engine = self.engine
-        with torch.enable_grad(), _still(self.model, self.train):
+        with torch.enable_grad(), _still(self.model, self.train, {"inputs": inputs, "target": target}):
             with engine.captured() as seen:
                 f = called(self.model, inputs)
             f, target, draws = self._asked(f, target)
@@ -84,6 +87,8 @@ class Stream:
             n = float(len(f)) if draws is not None else engine.share(batch)
             if n <= 0:
                 raise ValueError(f"batch {number} has no records: {engine.void(batch)}; leave it out")
+            if engine.objective.total:  # draws of a sum are on the examples' own scale
+                n = float(min(len(head) for head in engine.objective.heads(f)))
             found, *_ = engine.records(seen, batch, number, n, True, given=draws)
         return _completed(engine, found, n, len(f) if isinstance(f, torch.Tensor) else 1)
 
@@ -155,8 +160,8 @@ def _engine(model: nn.Module, loss: Any, settings: Settings) -> Engine:
 
 
 def _mean(loss: Any) -> Any:
-    """The loss with reduction "mean": a sum's share would not grow with its batch."""
-    if isinstance(loss, nn.Module) and getattr(loss, "reduction", "mean") == "sum":
+    """A loss of torch with reduction "mean": a sum's share would not grow with its batch."""
+    if type(loss) in TABLE and loss.reduction == "sum":
         loss = copy.copy(loss)
         loss.reduction = "mean"
     return loss
@@ -194,15 +199,19 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
 
 
 @contextmanager
-def _still(model: nn.Module, train: bool) -> Iterator[None]:
-    """In eval mode unless `train`; modes and what modules hold are as they were afterwards."""
+def _still(model: nn.Module, train: bool, given: dict[str, Any]) -> Iterator[None]:
+    """In eval mode unless `train`; modes, what modules hold and what they are `given` are as they were afterwards."""
     inner = unwrapped(model)
     modes = {module: module.training for module in inner.modules()}
+    undo = kept(given)
     try:
         with as_it_was(inner):
             if not train:
                 inner.eval()
             yield
     finally:
+        with torch.no_grad():
+            for put in undo:
+                put()
         for module, mode in modes.items():
             module.training = mode
