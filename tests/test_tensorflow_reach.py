@@ -131,3 +131,33 @@ def test_a_variable_behind_no_gradient_alone_is_unused(rng):
     step = kt.Optimizer(model, crossentropy(), SGD(0.1))
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         step.step(rng.normal(size=(6, 4)), rng.integers(0, 2, 6))
+
+
+def gated(x, w, also):
+    z = x @ w
+    return z, tf.reduce_mean(tf.square(z), -1, keepdims=True)
+
+
+FUNCTIONS = {
+    "one output made of the other": (gated, False),
+    "used for both": (lambda x, w, also: (x @ w, tf.sin(x) @ w), False),
+    "one output twice": (lambda x, w, also: (x @ w,) * 2, False),
+    "given twice": (lambda x, w, also: (x @ w, tf.sin(x) @ also), False),
+    "beside another": (lambda x, w, also: (tf.sin(x), x @ w), True),
+    "behind no gradient": (lambda x, w, also: (tf.stop_gradient(x @ w), x @ w), True),
+}
+
+
+@pytest.mark.parametrize(("made", "read"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_function_is_read_where_one_output_shows_all(made, read, rng):
+    """Of several outputs, the gradients of one are the product's only where no other is made of it."""
+
+    def called(own, x):
+        w = tf.identity(own.w)
+        first, second = tf.function(made)(x, w, w)
+        return first + second
+
+    model = keras.Sequential([keras.Input((5, 4)), Own(called, w=SQUARE), L.Flatten(), L.Dense(2, name="head")])
+    assert list(kt.coverage(model).refused) == ([] if read else ["own"])
+    if read:
+        assert kt.unread(model, rng.normal(size=(3, 5, 4))) == {}
