@@ -59,12 +59,35 @@ def targets(own, x):
     return tf.tanh(z + own.b) - tf.stop_gradient(z) + tf.round(z) + tf.cast(z > 0, z.dtype)
 
 
+def mixed(own, x):
+    """Tokens are mixed, the bias is of features: as many, and another axis than the product's outputs."""
+    return tf.tanh(tf.reshape(tf.matmul(own.w, x[:, :4]), (-1, 4, 4)) + own.b)
+
+
+def turned(own, x):
+    return tf.tanh(tf.expand_dims(tf.einsum("bti,io->bot", x[:, :4], own.w), 1) + own.b)
+
+
+def spread(own, x):
+    """Every output with every element of the bias."""
+    return tf.tanh(tf.expand_dims(x @ own.w, -1) + own.b)
+
+
+def heads(own, x):
+    z = tf.einsum("bti,iho->btho", x, own.w)
+    return tf.tanh(tf.reshape(z, (-1, 1, 5, 2, 3)) + own.b)
+
+
 SQUARE = (4, 4)
 BIASED = {
     "two biases": (relative, {"q": SQUARE, "k": SQUARE, "u": (4,), "v": (4,)}, ()),
     "gated": (swish, {"w": SQUARE, "b": (4,)}, ()),
     "beside": (beside, {"w": SQUARE, "b": (4,)}, ()),
     "around": (around, {"w": (3, 4, 4), "b": (4,)}, ()),
+    "mixed": (mixed, {"w": SQUARE, "b": (4,)}, ()),
+    "turned": (turned, {"w": SQUARE, "b": (4,)}, ()),
+    "spread": (spread, {"w": SQUARE, "b": (4,)}, ()),
+    "heads": (heads, {"w": (4, 2, 3), "b": (2, 3)}, ("own.w",)),
     "targets": (targets, {"w": SQUARE, "b": (4,)}, ("own.w",)),
 }
 

@@ -103,8 +103,8 @@ def _step(one: Followed, op: Operation, here: Hot) -> list[Hot]:
 
 
 def _called(op: Operation, here: Hot) -> Use:
-    """A function in which one operation uses it and one output shows that, as of compiled convolutions: its use, between
-    the call's own tensors."""
+    """A function in which one operation uses it and one output shows that, as of compiled convolutions: its use,
+    between the call's own tensors."""
     body = op.graph._functions.get(op.get_attr("f").name)
     if body is None or len(body.graph.inputs) != len(op.inputs):
         return read(op, here)
