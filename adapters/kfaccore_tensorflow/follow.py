@@ -13,11 +13,12 @@ from typing import Any
 import tensorflow as tf
 
 from kfaccore_tensorflow.halves import halves
-from kfaccore_tensorflow.kinds import Convolution
+from kfaccore_tensorflow.kinds import Convolution, Lookup
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.moves import moved
 from kfaccore_tensorflow.reach import reaching
 from kfaccore_tensorflow.rules import read
+from kfaccore_tensorflow.sparse import summed_rows
 from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use, merged
 
 SIZES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
@@ -88,17 +89,18 @@ def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int]) -> None:
         consumers = {op.name: op for op in here.tensor.consumers() if op.name in reach}
         for op in consumers.values():
             try:
-                waiting += _step(one, op, here)
+                waiting += _step(one, op, here, reach)
             except Unread as reason:
                 one.reasons.append(str(reason))
 
 
-def _step(one: Followed, op: Operation, here: Hot) -> list[Hot]:
+def _step(one: Followed, op: Operation, here: Hot, reach: set[str]) -> list[Hot]:
     """Where one operation takes a tensor: on, or into a use."""
     going = moved(op, here)
     if going is not None:
         return list(going)
-    one.uses.append(_called(op, here) if op.type in CALLS else read(op, here))
+    use = _called(op, here) if op.type in CALLS else read(op, here)
+    one.uses.append(summed_rows(use, reach) if isinstance(use.kind, Lookup) else use)
     return []
 
 

@@ -14,13 +14,14 @@ import tensorflow as tf
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
+from kfaccore_tensorflow.given import of_any_batch
 from kfaccore_tensorflow.heads import output_names
 from kfaccore_tensorflow.judge import fitting, judge
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
 from kfaccore_tensorflow.tensors import Pass, wanted_own
-from kfaccore_tensorflow.trace import known, of_any_batch
+from kfaccore_tensorflow.trace import known
 
 
 class Optimizer:
