@@ -16,7 +16,7 @@ from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
 from kfaccore_tensorflow.heads import output_names
-from kfaccore_tensorflow.judge import fitting, judge
+from kfaccore_tensorflow.judge import fitting, judge, unscaled
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
@@ -98,7 +98,8 @@ class Optimizer:
         self._trained = now
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
-        return take_step(self.model, self.engine, self.optimizer, (x, y, weight), self._loss)[0]
+        optimizer = fitting(self.optimizer, self.engine)
+        return take_step(self.model, self.engine, optimizer, (x, y, weight), self._loss)[0]
 
     def _loss(self, f: Any, y: Any, weight: Any) -> Any:
         """Loss of the batch, the model's own and the penalty."""
@@ -137,8 +138,9 @@ def take_step(
     gradients = found[: len(variables)]
     slopes = zip(outputs, found[len(variables) :], strict=True)
     own = {id(out): widened(tf.zeros_like(out) if g is None else g) for out, g in slopes}
-    new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     judged = engine.settings.step.judges
+    loss = unscaled(optimizer, engine, loss) if judged else loss
+    new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     old = [tf.identity(v) for v in variables] if judged else []
     with tf.control_dependencies(old):
         optimizer.apply(new, variables)
