@@ -174,7 +174,8 @@ def test_a_rate_that_changes_under_a_self_tuned_step_is_refused(rng):
         step.step(x[:5], y[:5])
     wrapped = kt.KFACModel(sequential(L.Dense(3)), step=kf.LineSearch())
     wrapped.compile(keras.optimizers.SGD(1.0), "mse")
-    slower = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 if epoch else 1.0)
+    slow = lambda epoch, logs: wrapped.optimizer.learning_rate.assign(0.1 if epoch else 1.0)  # noqa: E731
+    slower = keras.callbacks.LambdaCallback(on_epoch_begin=slow)
     with pytest.raises(tf.errors.InvalidArgumentError, match="LineSearch sets its own rate"):
         wrapped.fit(x, y, epochs=3, verbose=0, callbacks=[slower])
 
