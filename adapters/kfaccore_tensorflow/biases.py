@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from kfaccore_tensorflow.follow import Followed
@@ -117,6 +118,14 @@ def _place(here: Tensor, axis: int, size: int, use: Use, product: Use) -> int | 
         return None
     if _back(here, SAME) is out:
         return axis
-    behind = here.shape[axis + 1 :].num_elements()
-    same = [i for i, many in enumerate(out.shape) if many == size and out.shape[i + 1 :].num_elements() == behind]
-    return same[0] if len(same) == 1 and behind is not None else None
+    behind = _behind(here, axis)
+    same = [i for i, many in enumerate(out.shape) if many == size and _behind(out, i) == behind]
+    # where axes of size 1 alone come and go, those of unknown size are the same
+    told = not behind[1] or _back(here, (*SAME, "Squeeze", "ExpandDims")) is out
+    return same[0] if len(same) == 1 and told else None
+
+
+def _behind(x: Tensor, axis: int) -> tuple[int, int]:
+    """Elements behind an axis, along axes of known size, and how many others there are."""
+    sizes = x.shape[axis + 1 :]
+    return prod(size for size in sizes if size is not None), sum(size is None for size in sizes)

@@ -77,8 +77,8 @@ def unscaled(optimizer: Any, engine: Engine, loss: Any) -> Any:
     step = type(engine.settings.step).__name__
     rate = tf.convert_to_tensor(optimizer.learning_rate)
     told = (
-        f"{step} sets its own rate, and the learning rate of {type(optimizer).__name__} was changed from 1.0: take away "
-        f"the callback that does so or assign 1.0 again; schedules of a rate are for step=kfaccore.Fixed()"
+        f"{step} sets its own rate, and the learning rate of {type(optimizer).__name__} was changed from 1.0: take "
+        f"away the callback that does so, or assign 1.0 again; schedules of a rate are for step=kfaccore.Fixed()"
     )
     with tf.control_dependencies([tf.debugging.assert_equal(rate, tf.ones_like(rate), told)]):
         return tf.identity(loss)

@@ -37,7 +37,7 @@ class Optimizer:
                 uncovered
 
     Raises ValueError, before any step, for models, losses and optimizers that cannot be served; what only a batch
-    shows of a subclassed model is told in the first step.
+    shows of a subclassed model, or of one with axes of any length, is told in the first step.
     """
 
     def __init__(self, model: Any, loss: Any, optimizer: Any = None, **settings: Any) -> None:
@@ -49,6 +49,7 @@ class Optimizer:
         self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
         self.optimizer.build(model.trainable_variables)
         self._trained: tuple[int, ...] | None = None
+        self._file: str | PathLike | None = None  # that waits for a plan
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update on a batch; the loss before it, 0-d. ValueError for a batch without examples."""
@@ -69,9 +70,12 @@ class Optimizer:
     def save(self, path: str | PathLike, **meta: Any) -> None:
         """kfaccore's own file: covered weights as matrices, and the state; any adapter or the NumPy network reads it.
 
-        The Keras optimizer's slots and variables that are not covered are Keras's to save.
+        The Keras optimizer's slots and variables that are not covered are Keras's to save. ValueError before the first
+        step of a model that does not tell its inputs.
         """
         engine = self.engine
+        if not engine.ready:
+            raise ValueError(f"model {self.model.name!r} has no plan before its first batch: step once, then save")
         size = sum(int(np.prod(v.shape)) for v in self.model.trainable_variables)
         refused = engine.plan.refused.items()
         left = {name: (sum(int(np.prod(v.shape)) for v in variables), why) for name, (variables, why) in refused}
@@ -79,8 +83,20 @@ class Optimizer:
         kf.save(path, engine.tree(), **{**told, **meta})
 
     def load(self, path: str | PathLike) -> None:
-        """Takes weights and state from such a file, whose layers bear this model's names; ValueError for others."""
-        self.engine.replant(kf.load(path, like=self.engine.tree()))
+        """Takes weights and state from such a file, whose layers bear this model's names; ValueError for others.
+
+        Where only a batch shows the model's inputs it is done in the first step, before anything is computed.
+        """
+        self._file = path
+        self._restore()
+
+    def _restore(self) -> None:
+        """Takes what `load` was given, once there is a plan."""
+        if self._file is None or not self.engine.ready:
+            return
+        path, self._file = self._file, None
+        with tf.init_scope():  # a graph that is being traced runs later
+            self.engine.replant(kf.load(path, like=self.engine.tree()))
 
     def _follow(self) -> None:
         """A graph of what is trained now; ValueError where that is nothing, or what the plan does not know."""
@@ -99,13 +115,19 @@ class Optimizer:
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
         optimizer = fitting(self.optimizer, self.engine)
-        return take_step(self.model, self.engine, optimizer, (x, y, weight), self._loss)[0]
+        loss, _ = take_step(self.model, self.engine, optimizer, (x, y, weight), self._loss)
+        self._restore()
+        return loss
 
     def _loss(self, f: Any, y: Any, weight: Any) -> Any:
         """Loss of the batch, the model's own and the penalty."""
         value = self.engine.objective.value(y, f, weight)
-        own = [tf.cast(x, value.dtype) for x in self.model.losses]
-        return tf.add_n([value, *own]) + tf.cast(self.engine.penalty(), value.dtype)
+        return with_own(value, self.model) + tf.cast(self.engine.penalty(), value.dtype)
+
+
+def with_own(value: Any, model: Any) -> Any:
+    """A loss with the model's own, of several numbers their sum, as Keras has it."""
+    return tf.add_n([value, *(tf.reduce_sum(tf.cast(own, value.dtype)) for own in model.losses)])
 
 
 def take_step(

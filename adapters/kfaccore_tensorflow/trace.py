@@ -36,14 +36,16 @@ def coverage(model: Any, strict: bool = False, x: Any = None) -> Plan:
 
 
 def known(model: Any) -> Plan | None:
-    """The plan where the model tells what it is called on; None where only a batch will show it."""
+    """The plan where the model tells what it is called on; None where only a batch will show it: its axes too, where
+    what cannot be read of any length may be read of one."""
     if not model.built:
         raise ValueError(f"model {model.name!r} has no variables yet: build it, or call it on a batch, first")
     for one in specs(model):
         try:
-            return traced(model, one)
+            plan = traced(model, one)
         except Exception:
             continue  # the first step traces the model on its batch, and says what is wrong
+        return None if plan.refused and _open(one) else plan
     return None
 
 
@@ -59,6 +61,11 @@ def specs(model: Any) -> list[Any]:
         return []
     kinds = [keras.config.floatx(), "int32"]
     return [tf.TensorSpec((None, *shapes[0][1:]), kind) for kind in kinds]
+
+
+def _open(inputs: Any) -> bool:
+    """Whether an axis other than that of the examples is of any length."""
+    return any(one.shape.rank is None or None in one.shape[1:] for one in tf.nest.flatten(inputs) if one is not None)
 
 
 def traced(model: Any, inputs: Any) -> Plan:
