@@ -59,12 +59,35 @@ def targets(own, x):
     return tf.tanh(z + own.b) - tf.stop_gradient(z) + tf.round(z) + tf.cast(z > 0, z.dtype)
 
 
+def mixed(own, x):
+    """Tokens are mixed, the bias is of features: as many, and another axis than the product's outputs."""
+    return tf.tanh(tf.reshape(tf.matmul(own.w, x[:, :4]), (-1, 4, 4)) + own.b)
+
+
+def turned(own, x):
+    return tf.tanh(tf.expand_dims(tf.einsum("bti,io->bot", x[:, :4], own.w), 1) + own.b)
+
+
+def spread(own, x):
+    """Every output with every element of the bias."""
+    return tf.tanh(tf.expand_dims(x @ own.w, -1) + own.b)
+
+
+def heads(own, x):
+    z = tf.einsum("bti,iho->btho", x, own.w)
+    return tf.tanh(tf.reshape(z, (-1, 1, 5, 2, 3)) + own.b)
+
+
 SQUARE = (4, 4)
 BIASED = {
     "two biases": (relative, {"q": SQUARE, "k": SQUARE, "u": (4,), "v": (4,)}, ()),
     "gated": (swish, {"w": SQUARE, "b": (4,)}, ()),
     "beside": (beside, {"w": SQUARE, "b": (4,)}, ()),
     "around": (around, {"w": (3, 4, 4), "b": (4,)}, ()),
+    "mixed": (mixed, {"w": SQUARE, "b": (4,)}, ()),
+    "turned": (turned, {"w": SQUARE, "b": (4,)}, ()),
+    "spread": (spread, {"w": SQUARE, "b": (4,)}, ()),
+    "heads": (heads, {"w": (4, 2, 3), "b": (2, 3)}, ("own.w",)),
     "targets": (targets, {"w": SQUARE, "b": (4,)}, ("own.w",)),
 }
 
@@ -131,3 +154,33 @@ def test_a_variable_behind_no_gradient_alone_is_unused(rng):
     step = kt.Optimizer(model, crossentropy(), SGD(0.1))
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         step.step(rng.normal(size=(6, 4)), rng.integers(0, 2, 6))
+
+
+def gated(x, w, also):
+    z = x @ w
+    return z, tf.reduce_mean(tf.square(z), -1, keepdims=True)
+
+
+FUNCTIONS = {
+    "one output made of the other": (gated, False),
+    "used for both": (lambda x, w, also: (x @ w, tf.sin(x) @ w), False),
+    "one output twice": (lambda x, w, also: (x @ w,) * 2, False),
+    "given twice": (lambda x, w, also: (x @ w, tf.sin(x) @ also), False),
+    "beside another": (lambda x, w, also: (tf.sin(x), x @ w), True),
+    "behind no gradient": (lambda x, w, also: (tf.stop_gradient(x @ w), x @ w), True),
+}
+
+
+@pytest.mark.parametrize(("made", "read"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_function_is_read_where_one_output_shows_all(made, read, rng):
+    """Of several outputs, the gradients of one are the product's only where no other is made of it."""
+
+    def called(own, x):
+        w = tf.identity(own.w)
+        first, second = tf.function(made)(x, w, w)
+        return first + second
+
+    model = keras.Sequential([keras.Input((5, 4)), Own(called, w=SQUARE), L.Flatten(), L.Dense(2, name="head")])
+    assert list(kt.coverage(model).refused) == ([] if read else ["own"])
+    if read:
+        assert kt.unread(model, rng.normal(size=(3, 5, 4))) == {}

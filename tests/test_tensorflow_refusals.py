@@ -155,6 +155,31 @@ def test_optimizers_that_would_change_a_self_tuned_step(optimizer):
         kt.Optimizer(sequential(L.Dense(3)), kf.Gaussian(), optimizer, step=kf.SelfTuning())
 
 
+def test_a_rate_that_changes_under_a_self_tuned_step_is_refused(rng):
+    """A callback or assignment changes it once the graph is traced: nothing is updated, and with 1.0 it goes on."""
+    x, y = rng.normal(size=(8, 6)), rng.normal(size=(8, 3))
+    model = sequential(L.Dense(3))
+    step = kt.Optimizer(model, kf.Gaussian(), step=kf.SelfTuning())
+    step.step(x, y)
+    before, state = model.get_weights(), step.engine.state.step
+    step.optimizer.learning_rate.assign(0.1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"SelfTuning sets its own rate, and the learning rate of"):
+        step.step(x, y)
+    assert step.engine.state.step == state
+    np.testing.assert_array_equal(np.concatenate(model.get_weights(), None), np.concatenate(before, None))
+    step.optimizer.learning_rate.assign(1.0)
+    step.step(x, y)
+    step.optimizer.momentum = 0.5  # Keras reads it when a graph is traced
+    with pytest.raises(ValueError, match=r"SelfTuning sets its own rate, and SGD would change it"):
+        step.step(x[:5], y[:5])
+    wrapped = kt.KFACModel(sequential(L.Dense(3)), step=kf.LineSearch())
+    wrapped.compile(keras.optimizers.SGD(1.0), "mse")
+    slow = lambda epoch, logs: wrapped.optimizer.learning_rate.assign(0.1 if epoch else 1.0)  # noqa: E731
+    slower = keras.callbacks.LambdaCallback(on_epoch_begin=slow)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="LineSearch sets its own rate"):
+        wrapped.fit(x, y, epochs=3, verbose=0, callbacks=[slower])
+
+
 def test_optimizers_that_would_spoil_directions():
     model = sequential(L.Dense(3))
     with pytest.raises(ValueError, match="LossScaleOptimizer looks for overflow in gradients"):

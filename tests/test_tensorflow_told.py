@@ -138,3 +138,41 @@ def test_a_prediction_of_more_rows_than_inputs_is_named_once(flat, rng):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step.step(x, y)
+
+
+class Shrunk(L.Layer):
+    """A kernel that each pass of training makes anew, as SpectralNormalization does, here by a factor."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(4, 3), name="kernel", initializer="glorot_uniform")
+
+    def call(self, x, training=None):
+        if training:
+            self.kernel.assign(0.5 * self.kernel)
+        return x @ self.kernel
+
+
+def test_weights_that_a_pass_writes_are_written_once_a_step(rng):
+    """The judge's pass leaves no trace on them: what it judged is what stays, and nothing is said."""
+    x, y = rng.normal(size=(6, 4)), np.arange(6) % 3
+    net = keras.Sequential([keras.Input((4,)), Shrunk()])
+    before = net.get_weights()[0] / 2
+    logits = x @ before
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gradient = x.T @ (p - np.eye(3)[y]) / 6
+    step = kt.Optimizer(net, crossentropy(), method=kf.Identity())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.step(x, y)
+    moved = before - net.get_weights()[0]
+    share = (moved * gradient).sum() / (gradient**2).sum()
+    assert share > 1e-3
+    np.testing.assert_allclose(moved, share * gradient, rtol=1e-9)
+
+
+def test_spectral_normalization_is_judged_without_a_warning(rng):
+    net = keras.Sequential([keras.Input((4,)), L.SpectralNormalization(L.Dense(4)), L.Dense(3)])
+    step = kt.Optimizer(net, crossentropy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.step(rng.normal(size=(6, 4)), np.arange(6) % 3)

@@ -227,3 +227,39 @@ def test_the_numbers_of_a_step_go_into_a_summary(tmp_path, rng):
     values = [(e.step, v.tag, float(tf.make_ndarray(v.tensor))) for e in events for v in e.summary.value]
     assert sorted(values) == sorted((step, name, value) for step, one in enumerate(told) for name, value in one.items())
     assert {"alpha", "mu", "damping", "rho", "code/OK"} <= set(told[0])
+
+
+class Wrapped(keras.Model):
+    """One output in `how` it is returned, and a loss of the model's own of each example, or their sum."""
+
+    def __init__(self, how, each):
+        super().__init__()
+        self.how, self.each = how, each
+        self.a, self.b = L.Dense(4, "tanh", name="a"), L.Dense(3, name="b")
+
+    def call(self, x):
+        z = self.a(x)
+        own = 0.1 * tf.reduce_sum(tf.square(z), 1)
+        self.add_loss(own if self.each else tf.reduce_sum(own))
+        return self.how(self.b(z))
+
+
+@pytest.mark.parametrize("loss", [crossentropy, kf.SoftmaxCrossEntropy], ids=["keras", "kfaccore"])
+@pytest.mark.parametrize("how", [lambda f: {"p": f}, lambda f: [f]], ids=["dict", "list"])
+@pytest.mark.parametrize("fits", [False, True], ids=["step", "fit"])
+def test_one_output_in_a_structure_and_a_loss_of_each_example(how, loss, fits, rng):
+    """As Keras takes them: the same as the tensor and the sum."""
+    x, y = rng.normal(size=(8, 5)), rng.integers(0, 3, 8)
+    found = []
+    for each, given in ((True, how), (False, lambda f: f)):
+        keras.utils.set_random_seed(1)
+        model = Wrapped(given, each)
+        model(x)
+        if fits:
+            outer = kt.KFACModel(model, fisher=kf.type2)
+            outer.compile(keras.optimizers.SGD(1.0), loss())
+            outer.fit(x, y, batch_size=8, verbose=0)
+        else:
+            kt.Optimizer(model, loss(), keras.optimizers.SGD(1.0), fisher=kf.type2).step(x, y)
+        found.append(np.concatenate(model.get_weights(), None))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-12)

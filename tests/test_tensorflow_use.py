@@ -350,3 +350,35 @@ def test_one_example_and_ids_shared_by_all(rng):
     assert found.batch == 1
     F = J.T @ J / 3
     assert np.linalg.norm(np.asarray(kf.dense(found))[0] - F) < 0.1 * np.linalg.norm(F)
+
+
+def recurrent():
+    return keras.Sequential([keras.Input((None, 5)), L.LSTM(4, name="lstm"), L.Dense(3, name="head")])
+
+
+def test_steps_of_any_length_are_read_from_the_batch(rng):
+    """An input of open length is as one of the batches' length: in the first step, which strict refuses in too."""
+    x, y = rng.normal(size=(8, 6, 5)), rng.integers(0, 3, 8)
+    found = []
+    for length in (None, 6):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((length, 5)), L.LSTM(4, name="lstm"), L.Dense(3, name="head")])
+        step = kt.Optimizer(model, crossentropy(), SGD(1.0), fisher=kf.type2, strict=True)
+        step.step(x, y)
+        found.append(np.concatenate(model.get_weights(), None))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-12)
+    loop = keras.Sequential([keras.Input((None, 5)), L.Dense(4), L.Lambda(lambda x: tf.reduce_sum(x, 1)), L.Dense(3)])
+    assert len(kt.Optimizer(loop, crossentropy(), SGD(1.0)).engine.plan.parts) == 2  # all is read without a batch
+
+
+def test_a_file_is_taken_in_the_first_step_where_a_batch_makes_the_plan(rng, tmp_path):
+    x, y = rng.normal(size=(8, 6, 5)), rng.integers(0, 3, 8)
+    first = kt.Optimizer(recurrent(), crossentropy(), SGD(1.0))
+    with pytest.raises(ValueError, match="has no plan before its first batch: step once, then save"):
+        first.save(tmp_path / "none.safetensors")
+    first.step(x, y)
+    first.save(tmp_path / "run.safetensors")
+    second = kt.Optimizer(recurrent(), crossentropy(), SGD(1.0))
+    second.load(tmp_path / "run.safetensors")
+    losses = [[float(one.step(x, y)) for _ in range(2)] for one in (first, second)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from kfaccore_tensorflow.follow import Followed
@@ -91,20 +92,40 @@ def _aligned(use: Use, product: Use) -> Matrix | None:
     if use.hot.layout.size != blocks * d_out:
         return None
     lone = tuple(axis for axis in use.hot.layout.axes if axis[0] > 1)
-    offset = use.hot.layout.offset
-    last = kind.features in ((kind.rank - 1,), ())
+    here = next(x for x in use.out.op.inputs if x is not use.hot.tensor)
+    places = [_place(here, axis, size, use, product) for axis, (size, _) in zip(kind.features, lone, strict=True)]
     if isinstance(product.kind, Convolution):
-        channel = kind.features == (1,) if product.kind.channels_first else last
-        layout = use.hot.layout.reshaped((blocks, d_out)) if channel else None
+        channel = 1 if product.kind.channels_first else product.out.shape.rank - 1
+        layout = use.hot.layout.reshaped((blocks, d_out)) if places in ([channel], []) else None
         return None if layout is None else Matrix.split(layout, (0,), (1,))
     if not isinstance(product.kind, Product):
         return None
     terms = product.kind.terms
-    here = next(x for x in use.out.op.inputs if x is not use.hot.tensor)
-    if _back(here, SAME) is not product.out:  # views between: only the last axis is known to be the same
-        return Matrix(offset, (), lone) if last and blocks == 1 and len(terms.outs) == 1 else None
-    by_letter = {terms.out[axis]: here for axis, here in zip(kind.features, lone, strict=True)}
+    by_letter = {None if axis is None else terms.out[axis]: one for axis, one in zip(places, lone, strict=True)}
     if set(by_letter) - set(terms.blocks + terms.outs):
         return None
     groups = [tuple(by_letter.get(c, (1, 0)) for c in letters) for letters in (terms.blocks, terms.outs)]
-    return Matrix(offset, *groups)
+    return Matrix(use.hot.layout.offset, *groups)
+
+
+def _place(here: Tensor, axis: int, size: int, use: Use, product: Use) -> int | None:
+    """Which axis of the product's output one of `size` in the sum is, seen through views; None where that is not known.
+
+    Elements keep their order in views: an axis is the same where as many of them stand behind it.
+    """
+    out = product.out
+    if here.shape.rank != use.out.shape.rank or here.shape[axis] != size:  # repeated along the bias
+        return None
+    if _back(here, SAME) is out:
+        return axis
+    behind = _behind(here, axis)
+    same = [i for i, many in enumerate(out.shape) if many == size and _behind(out, i) == behind]
+    # where axes of size 1 alone come and go, those of unknown size are the same
+    told = not behind[1] or _back(here, (*SAME, "Squeeze", "ExpandDims")) is out
+    return same[0] if len(same) == 1 and told else None
+
+
+def _behind(x: Tensor, axis: int) -> tuple[int, int]:
+    """Elements behind an axis, along axes of known size, and how many others there are."""
+    sizes = x.shape[axis + 1 :]
+    return prod(size for size in sizes if size is not None), sum(size is None for size in sizes)

@@ -6,18 +6,19 @@ What gradients of the prediction reach is followed and nothing else: a regularis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
 
 from kfaccore_tensorflow.halves import halves
-from kfaccore_tensorflow.kinds import Convolution
+from kfaccore_tensorflow.kinds import Convolution, Lookup
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.moves import moved
 from kfaccore_tensorflow.reach import reaching
 from kfaccore_tensorflow.rules import read
+from kfaccore_tensorflow.sparse import summed_rows
 from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use, merged
 
 SIZES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
@@ -88,36 +89,42 @@ def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int]) -> None:
         consumers = {op.name: op for op in here.tensor.consumers() if op.name in reach}
         for op in consumers.values():
             try:
-                waiting += _step(one, op, here)
+                waiting += _step(one, op, here, reach)
             except Unread as reason:
                 one.reasons.append(str(reason))
 
 
-def _step(one: Followed, op: Operation, here: Hot) -> list[Hot]:
+def _step(one: Followed, op: Operation, here: Hot, reach: set[str]) -> list[Hot]:
     """Where one operation takes a tensor: on, or into a use."""
     going = moved(op, here)
     if going is not None:
         return list(going)
-    one.uses.append(_called(op, here) if op.type in CALLS else read(op, here))
+    use = _called(op, here) if op.type in CALLS else read(op, here)
+    one.uses.append(summed_rows(use, reach) if isinstance(use.kind, Lookup) else use)
     return []
 
 
 def _called(op: Operation, here: Hot) -> Use:
-    """A function of one operation, as compiled convolutions are: its use, between the call's own tensors."""
+    """A function in which one operation uses it and one output shows that, as of compiled convolutions: its use,
+    between the call's own tensors."""
     body = op.graph._functions.get(op.get_attr("f").name)
     if body is None or len(body.graph.inputs) != len(op.inputs):
         return read(op, here)
     graph = body.graph
-    place = next(i for i, x in enumerate(op.inputs) if x is here.tensor)
+    reach = reaching(graph.outputs)
     inner = Followed(None)
-    head = Hot(graph.inputs[place], here.layout)
-    _follow(inner, head, reaching([graph.outputs[0]]), set())
+    for x, tensor in zip(op.inputs, graph.inputs, strict=True):
+        if x is here.tensor:
+            _follow(inner, Hot(tensor, here.layout), reach, set())
     if inner.reasons or len(inner.uses) != 1:
         return read(op, here)
     use = inner.uses[0]
+    place = _end(use.out, graph.outputs, reach)
+    if place is None:
+        return read(op, here)
     outer = {id(a): b for a, b in zip(graph.inputs, op.inputs, strict=True)}
     x = use.x if use.x is None else _origin(use.x)
-    out = _origin(graph.outputs[0])
+    out = _origin(graph.outputs[place])
     kind = use.kind
     if isinstance(kind, Convolution) and x is not None and (x.op.type, out.op.type) == ("ExpandDims", "Squeeze"):
         axis = tf.get_static_value(x.op.inputs[1])  # of one axis, run as of two
@@ -129,7 +136,22 @@ def _called(op: Operation, here: Hot) -> Use:
     outside = None if x is None else outer.get(id(x))
     if (x is not None and outside is None) or out is not use.out or use.hot.changed:
         return read(op, here)
-    return replace(use, hot=here, kind=kind, x=outside, out=op.outputs[0])
+    return replace(use, hot=here, kind=kind, x=outside, out=op.outputs[place])
+
+
+def _end(start: Tensor, outputs: Sequence[Tensor], reach: set[str]) -> int | None:
+    """The one output that gradients come to a tensor from, through views alone; None where they come another way too:
+    those of that output would be a part of its own."""
+    ends: list[int] = []
+    waiting = [start]
+    while waiting:
+        here = waiting.pop()
+        ends += [i for i, x in enumerate(outputs) if x is here]
+        consumers = [op for op in here.consumers() if op.name in reach]
+        if any(op.type not in ("Identity", "Squeeze") for op in consumers):
+            return None
+        waiting += [op.outputs[0] for op in consumers]
+    return ends[0] if len(ends) == 1 else None
 
 
 def _origin(tensor: Tensor) -> Tensor:

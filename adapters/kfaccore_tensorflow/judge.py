@@ -71,6 +71,19 @@ def fitting(optimizer: Any, engine: Engine) -> Any:
     raise ValueError(f"{step} sets its own rate, and {type(optimizer).__name__} would change it: use SGD(1.0)")
 
 
+def unscaled(optimizer: Any, engine: Engine, loss: Any) -> Any:
+    """The loss, in the graph, behind a look at the rate: it is a variable, which callbacks change after the graph is
+    traced. InvalidArgumentError for another than 1 before anything is updated."""
+    step = type(engine.settings.step).__name__
+    rate = tf.convert_to_tensor(optimizer.learning_rate)
+    told = (
+        f"{step} sets its own rate, and the learning rate of {type(optimizer).__name__} was changed from 1.0: take "
+        f"away the callback that does so, or assign 1.0 again; schedules of a rate are for step=kfaccore.Fixed()"
+    )
+    with tf.control_dependencies([tf.debugging.assert_equal(rate, tf.ones_like(rate), told)]):
+        return tf.identity(loss)
+
+
 def _as_it_is(optimizer: Any) -> bool:
     """Whether it subtracts what it is given."""
     with tf.init_scope():  # out of a graph being traced, to read the rate

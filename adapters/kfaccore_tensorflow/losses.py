@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +81,11 @@ class Objective:
 
     def heads(self, f: Any) -> dict[str, Any]:
         """Predictions by output; ValueError for what is not one tensor (batch, ..., outputs) with known axes."""
-        return {"": checked(f)}
+        return {"": checked(only(f))}
 
     def by_head(self, x: Any, heads: Any) -> list[Any]:
         """Targets or weights, one an output."""
-        return [x]
+        return [only(x)]
 
     def draws_of(self, fisher: Callable, count: int, f: list[np.ndarray], told: list[Told], rng: Any) -> list[Any]:
         """`draws` of each output."""
@@ -108,6 +108,12 @@ class Objective:
     def drawless(self, fisher: Callable) -> bool:
         """Whether a Fisher makes no draws."""
         return fisher is kf.forward_only
+
+
+def only(x: Any) -> Any:
+    """The tensor of a dict, list or tuple of one, as Keras takes it; anything else as it is."""
+    leaves = tf.nest.flatten(x) if isinstance(x, Mapping | list | tuple) else []
+    return leaves[0] if len(leaves) == 1 and tf.is_tensor(leaves[0]) else x
 
 
 def checked(f: Any) -> Any:
@@ -150,7 +156,7 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
         raise ValueError(f"the empirical Fisher of {kind.__name__} needs hard labels; sample them: fisher=monte_carlo")
     core, share = TABLE[kind](loss)
     function = loss if isinstance(loss, keras.losses.Loss) else keras.losses.MeanSquaredError()
-    return Objective(core, lambda y, f, w: function(y, f, sample_weight=w), share)
+    return Objective(core, lambda y, f, w: function(only(y), only(f), sample_weight=only(w)), share)
 
 
 def _target(core: Any, f: np.ndarray, y: np.ndarray | None) -> Any:
@@ -182,6 +188,7 @@ def _value(loss: Any) -> Callable:
     def value(y: Any, f: Any, weight: Any) -> Any:
         if weight is not None:
             raise ValueError("a loss of kfaccore takes no sample weights; use the Keras loss")
+        y, f = only(y), only(f)
         mask = mask_of(f)
 
         @tf.custom_gradient

@@ -15,7 +15,7 @@ from kfaccore_tensorflow.config import decoded, encoded
 from kfaccore_tensorflow.heads import objective, output_names
 from kfaccore_tensorflow.judge import fitting
 from kfaccore_tensorflow.losses import CORE
-from kfaccore_tensorflow.optimizer import take_step
+from kfaccore_tensorflow.optimizer import take_step, with_own
 from kfaccore_tensorflow.resume import parts_in
 from kfaccore_tensorflow.step import Engine, Settings
 
@@ -99,8 +99,7 @@ class KFACModel(keras.Model):
         """Keras's loss, or that of kfaccore and the model's own."""
         if self._ours is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        value = self._objective().value(y, y_pred, sample_weight)
-        return tf.add_n([value, *(tf.cast(own, value.dtype) for own in self.losses)])
+        return with_own(self._objective().value(y, y_pred, sample_weight), self)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One update, traced by `fit`; the metrics of the batch."""

@@ -49,8 +49,8 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
     """What the forward pass that made `outputs` of `x`, in the graph being traced, did with the model's trainable
     variables."""
     graph = tf.compat.v1.get_default_graph()
-    inputs = tuple(t for t in tf.nest.flatten(x, expand_composites=True) if tf.is_tensor(t))
-    made = made_of(inputs)
+    inputs = tuple(t for t in tf.nest.flatten(x) if tf.is_tensor(t))
+    made = made_of(tf.nest.flatten(x, expand_composites=True))
     names = named(model)
     trained = list(model.trainable_variables)
     parts: list[Part] = []

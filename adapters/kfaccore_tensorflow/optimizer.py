@@ -14,13 +14,14 @@ import tensorflow as tf
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
+from kfaccore_tensorflow.given import of_any_batch
 from kfaccore_tensorflow.heads import output_names
-from kfaccore_tensorflow.judge import fitting, judge
+from kfaccore_tensorflow.judge import fitting, judge, unscaled
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
 from kfaccore_tensorflow.tensors import Pass, wanted_own
-from kfaccore_tensorflow.trace import known, of_any_batch
+from kfaccore_tensorflow.trace import known
 
 
 class Optimizer:
@@ -36,7 +37,7 @@ class Optimizer:
                 uncovered
 
     Raises ValueError, before any step, for models, losses and optimizers that cannot be served; what only a batch
-    shows of a subclassed model is told in the first step.
+    shows of a subclassed model, or of one with axes of any length, is told in the first step.
     """
 
     def __init__(self, model: Any, loss: Any, optimizer: Any = None, **settings: Any) -> None:
@@ -48,6 +49,7 @@ class Optimizer:
         self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
         self.optimizer.build(model.trainable_variables)
         self._trained: tuple[int, ...] | None = None
+        self._file: str | PathLike | None = None  # that waits for a plan
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update on a batch; the loss before it, 0-d. ValueError for a batch without examples."""
@@ -68,9 +70,12 @@ class Optimizer:
     def save(self, path: str | PathLike, **meta: Any) -> None:
         """kfaccore's own file: covered weights as matrices, and the state; any adapter or the NumPy network reads it.
 
-        The Keras optimizer's slots and variables that are not covered are Keras's to save.
+        The Keras optimizer's slots and variables that are not covered are Keras's to save. ValueError before the first
+        step of a model that does not tell its inputs.
         """
         engine = self.engine
+        if not engine.ready:
+            raise ValueError(f"model {self.model.name!r} has no plan before its first batch: step once, then save")
         size = sum(int(np.prod(v.shape)) for v in self.model.trainable_variables)
         refused = engine.plan.refused.items()
         left = {name: (sum(int(np.prod(v.shape)) for v in variables), why) for name, (variables, why) in refused}
@@ -78,8 +83,20 @@ class Optimizer:
         kf.save(path, engine.tree(), **{**told, **meta})
 
     def load(self, path: str | PathLike) -> None:
-        """Takes weights and state from such a file, whose layers bear this model's names; ValueError for others."""
-        self.engine.replant(kf.load(path, like=self.engine.tree()))
+        """Takes weights and state from such a file, whose layers bear this model's names; ValueError for others.
+
+        Where only a batch shows the model's inputs it is done in the first step, before anything is computed.
+        """
+        self._file = path
+        self._restore()
+
+    def _restore(self) -> None:
+        """Takes what `load` was given, once there is a plan."""
+        if self._file is None or not self.engine.ready:
+            return
+        path, self._file = self._file, None
+        with tf.init_scope():  # a graph that is being traced runs later
+            self.engine.replant(kf.load(path, like=self.engine.tree()))
 
     def _follow(self) -> None:
         """A graph of what is trained now; ValueError where that is nothing, or what the plan does not know."""
@@ -97,13 +114,20 @@ class Optimizer:
         self._trained = now
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
-        return take_step(self.model, self.engine, self.optimizer, (x, y, weight), self._loss)[0]
+        optimizer = fitting(self.optimizer, self.engine)
+        loss, _ = take_step(self.model, self.engine, optimizer, (x, y, weight), self._loss)
+        self._restore()
+        return loss
 
     def _loss(self, f: Any, y: Any, weight: Any) -> Any:
         """Loss of the batch, the model's own and the penalty."""
         value = self.engine.objective.value(y, f, weight)
-        own = [tf.cast(x, value.dtype) for x in self.model.losses]
-        return tf.add_n([value, *own]) + tf.cast(self.engine.penalty(), value.dtype)
+        return with_own(value, self.model) + tf.cast(self.engine.penalty(), value.dtype)
+
+
+def with_own(value: Any, model: Any) -> Any:
+    """A loss with the model's own, of several numbers their sum, as Keras has it."""
+    return tf.add_n([value, *(tf.reduce_sum(tf.cast(own, value.dtype)) for own in model.losses)])
 
 
 def take_step(
@@ -136,8 +160,9 @@ def take_step(
     gradients = found[: len(variables)]
     slopes = zip(outputs, found[len(variables) :], strict=True)
     own = {id(out): widened(tf.zeros_like(out) if g is None else g) for out, g in slopes}
-    new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     judged = engine.settings.step.judges
+    loss = unscaled(optimizer, engine, loss) if judged else loss
+    new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     old = [tf.identity(v) for v in variables] if judged else []
     with tf.control_dependencies(old):
         optimizer.apply(new, variables)

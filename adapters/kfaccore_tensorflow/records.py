@@ -12,10 +12,10 @@ import kfaccore as kf
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy
 from kfaccore_tensorflow.capture import tap
+from kfaccore_tensorflow.given import of_any_batch, tensor
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.step import Engine, Settings
 from kfaccore_tensorflow.tensors import Pass, Tensors, gathered
-from kfaccore_tensorflow.trace import of_any_batch
 
 
 def records(
@@ -50,8 +50,7 @@ def _taken(engine: Engine, model: Any, x: Any, data: tuple[Any, Any], training: 
         kept.append(gathered(engine, engine.plan.parts, Pass(seen, heads, tape, *data)))
         return kept[-1].flat()
 
-    tensors = lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf)  # noqa: E731
-    x, data = tf.nest.map_structure(tensors, (x, data))
+    x, data = tf.nest.map_structure(tensor, (x, data))
     arrays = [to_numpy(t) for t in tf.function(forward, autograph=False)(x, data)]
     taken = draw.recorded(engine, kept[0], arrays, exact=True)
     return {} if taken is None else taken.drawn
@@ -62,7 +61,7 @@ def unread(model: Any, x: Any, tolerance: float = 1e-3) -> dict[str, float]:
 
     A part that is read right is not among them: this is a test of the reading, which needs none in use.
     """
-    x = tf.nest.map_structure(tf.convert_to_tensor, x)
+    x = tf.nest.map_structure(tensor, x)
     with tf.GradientTape(persistent=True) as tape:
         f = model(x, training=False)
     asked = _Asked.of(f)

@@ -11,6 +11,7 @@ import tensorflow as tf
 from kfaccore import Window
 from kfaccore_tensorflow.kinds import Convolution, Elementwise, Lookup, Product
 from kfaccore_tensorflow.layout import Layout, Matrix
+from kfaccore_tensorflow.sparse import sparse_product
 from kfaccore_tensorflow.terms import Terms, einsum_terms, matmul_terms
 from kfaccore_tensorflow.uses import ELEMENTWISE, Hot, Operation, Tensor, Unread, Use
 
@@ -225,6 +226,7 @@ RULES: dict[str, Callable[[Operation, Hot], Use]] = {
     **_all(("Mul", "RealDiv"), _multiplied),
     **_all(("Tile", "BroadcastTo"), _repeated),
     "Einsum": _einsum,
+    "SparseTensorDenseMatMul": sparse_product,
     "SelectV2": _chosen,
 }
 REASONS = {

@@ -15,6 +15,7 @@ import kfaccore as kf
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy
 from kfaccore_tensorflow.capture import tap
+from kfaccore_tensorflow.given import spec, tensor
 from kfaccore_tensorflow.heads import output_names
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.plan import Plan
@@ -71,17 +72,16 @@ class Stream:
             yield found
 
     def _records(self, number: int, batch: tuple[Any, Any, Any]) -> dict[str, kf.Record]:
-        given = tf.nest.map_structure(_tensor, batch)
-        specs = tf.nest.map_structure(_any_batch, given)
-        key = tuple(str(spec) for spec in tf.nest.flatten(specs))
+        given = tf.nest.map_structure(tensor, batch)
+        specs = tf.nest.map_structure(spec, given)
+        key = tuple(str(one) for one in tf.nest.flatten(specs))
         if key not in self._traced:
             kept: list[Tensors] = []
             function = tf.function(lambda *given: self._forward(kept, given), autograph=False)
             self._traced[key] = (function.get_concrete_function(*specs), kept)
         concrete, kept = self._traced[key]
         self.engine.state = replace(self.engine.state, step=number)  # what draws are a function of
-        flat = [x for x in tf.nest.flatten(given) if x is not None]
-        arrays = [to_numpy(x) for x in concrete(*flat)]
+        arrays = [to_numpy(x) for x in concrete(*given)]
         taken = draw.recorded(self.engine, kept[-1], arrays, exact=True)
         if taken is None:
             raise ValueError(f"batch {number} has no records: its share of the mean loss is 0; leave it out")
@@ -186,11 +186,3 @@ def measured(
 def _three(batch: Any) -> tuple[Any, Any, Any]:
     """(inputs, target, sample weight); a batch that is no tuple is inputs alone."""
     return keras.utils.unpack_x_y_sample_weight(batch)
-
-
-def _tensor(leaf: Any) -> Tensor:
-    return None if leaf is None else tf.convert_to_tensor(leaf)
-
-
-def _any_batch(leaf: Any) -> Any:
-    return None if leaf is None else tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype)

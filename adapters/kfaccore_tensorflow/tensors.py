@@ -11,6 +11,7 @@ import tensorflow as tf
 from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import HALF, widened
 from kfaccore_tensorflow.capture import Scopes
+from kfaccore_tensorflow.given import examples
 from kfaccore_tensorflow.losses import mask_of
 from kfaccore_tensorflow.observe import Call, Observed
 from kfaccore_tensorflow.plan import Part
@@ -139,7 +140,7 @@ def _gradients(engine: Engine, given: Pass, sources: list[Tensor]) -> tuple[Tens
     def wanted() -> list[Tensor]:
         ask = lambda *arrays: draw.drawn(engine, some, list(arrays))  # noqa: E731
         sizes = tf.concat([tf.shape(out) for out in sources], 0)
-        leading = [tf.shape(t)[:1] for t in given.seen.inputs if t.shape.rank]
+        leading = [examples(t) for t in given.seen.inputs if t.shape.rank]
         leading = tf.concat(leading, 0) if leading else tf.zeros(0, tf.int32)
         count, *drawn = tf.py_function(ask, [leading, sizes, *map(widened, values), *present], [tf.float64, *kinds])
         count = tf.ensure_shape(count, (None,))

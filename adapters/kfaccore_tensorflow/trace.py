@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from kfaccore_tensorflow.capture import tap
+from kfaccore_tensorflow.given import spec, tensor
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.plan import Plan
 
@@ -19,14 +20,14 @@ def coverage(model: Any, strict: bool = False, x: Any = None) -> Plan:
     """
     if not model.built:
         raise ValueError(f"model {model.name!r} has no variables yet: build it, or call it on a batch, first")
-    given = specs(model) if x is None else [_spec(x)]
+    given = specs(model) if x is None else [tf.nest.map_structure(lambda leaf: spec(tensor(leaf)), x)]
     if not given:
         raise ValueError(f"model {model.name!r} does not tell its inputs: give a batch, coverage(model, x=batch)")
     failed: list[Exception] = []
-    for spec in given:
+    for one in given:
         try:
-            plan = traced(model, spec)
-        except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+            plan = traced(model, one)
+        except Exception as error:  # a model says in its own way what it cannot be called on
             failed.append(error)
             continue
         return plan.strictly() if strict else plan
@@ -35,14 +36,16 @@ def coverage(model: Any, strict: bool = False, x: Any = None) -> Plan:
 
 
 def known(model: Any) -> Plan | None:
-    """The plan where the model tells what it is called on; None where only a batch will show it."""
+    """The plan where the model tells what it is called on; None where only a batch will show it: its axes too, where
+    what cannot be read of any length may be read of one."""
     if not model.built:
         raise ValueError(f"model {model.name!r} has no variables yet: build it, or call it on a batch, first")
-    for spec in specs(model):
+    for one in specs(model):
         try:
-            return traced(model, spec)
-        except (ValueError, TypeError, tf.errors.InvalidArgumentError):
+            plan = traced(model, one)
+        except Exception:
             continue  # the first step traces the model on its batch, and says what is wrong
+        return None if plan.refused and _open(one) else plan
     return None
 
 
@@ -52,7 +55,7 @@ def specs(model: Any) -> list[Any]:
     if inputs is None and getattr(model, "_functional", None) is not None:  # Sequential
         inputs = model._functional._inputs_struct
     if inputs is not None:
-        return [tf.nest.map_structure(lambda t: tf.TensorSpec((None, *t.shape[1:]), t.dtype), inputs)]
+        return [tf.nest.map_structure(spec, inputs)]
     shapes = list((model._build_shapes_dict or {}).values())
     if len(shapes) != 1 or not all(isinstance(size, int | None) for size in shapes[0]):
         return []
@@ -60,16 +63,13 @@ def specs(model: Any) -> list[Any]:
     return [tf.TensorSpec((None, *shapes[0][1:]), kind) for kind in kinds]
 
 
-def _spec(x: Any) -> Any:
-    def one(leaf: Any) -> Any:
-        leaf = tf.convert_to_tensor(leaf)
-        return tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype)
-
-    return tf.nest.map_structure(one, x)
+def _open(inputs: Any) -> bool:
+    """Whether an axis other than that of the examples is of any length."""
+    return any(one.shape.rank is None or None in one.shape[1:] for one in tf.nest.flatten(inputs) if one is not None)
 
 
-def traced(model: Any, spec: Any) -> Plan:
-    """The plan of one call."""
+def traced(model: Any, inputs: Any) -> Plan:
+    """The plan of one call, on tensors of such specs."""
     found: list[Plan] = []
 
     def forward(x: Any) -> Any:
@@ -79,12 +79,5 @@ def traced(model: Any, spec: Any) -> Plan:
         found.append(observe(model, heads, scopes, x).plan)
         return f
 
-    tf.function(forward, autograph=False).get_concrete_function(spec)
+    tf.function(forward, autograph=False).get_concrete_function(inputs)
     return found[0]
-
-
-def of_any_batch(x: Any) -> Any:
-    """The same tensor, one example not told from none: its batch axis is of unknown size."""
-    if not tf.is_tensor(x) or x.shape.rank in (None, 0) or x.shape[0] != 1:
-        return x
-    return tf.compat.v1.placeholder_with_default(x, (None, *x.shape[1:]))
