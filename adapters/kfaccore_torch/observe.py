@@ -1,9 +1,9 @@
 """What is known of a captured batch before its draws: which calls count, and whose rows are whose.
 
-Maps are kept by the shapes of the calls and the way of the graph. Where data decide them, because something between a
-row and the prediction moves rows by an index or weighs sums of them, they are confirmed at every capture; all others at
-the second, fourth, eighth and so on, since numbers may open a way that the first batch did not see: a gain that began
-at zero, in front of a norm over the batch.
+Maps are kept by the shapes of the calls and the way of the graph. Where data may decide them, because something between
+a row and the prediction moves rows by an index or weighs sums of them, or because shapes alone do not give a row to one
+example, they are confirmed at every capture; all others at the second, fourth, eighth and so on, since numbers may open
+a way that the first batch did not see: a gain that began at zero, in front of a norm over the batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 from kfaccore_torch.calls import Call
+from kfaccore_torch.fixed import loose
+from kfaccore_torch.fixed_rules import passed
+from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
 from kfaccore_torch.owner import (
@@ -61,10 +64,11 @@ class Observed:
 
 @dataclass
 class Observer:
-    """Maps found so far."""
+    """Maps found so far, how often each was used, and the calls that it is confirmed for every time."""
 
     kept: dict[Any, tuple[Split, tuple[Owned, ...]]] = field(default_factory=dict)
     turns: dict[Any, int] = field(default_factory=dict)
+    loose: dict[Any, dict[int, bool]] = field(default_factory=dict)
 
     def look(
         self,
@@ -90,10 +94,10 @@ class Observer:
             if isinstance(layers[name].kind, Rest):
                 fixed[i] = Owned(Together(call.rows), mixes=True, shaped=False)
         turn = self.turns.get(key, 0) + 1
-        if known is not None:
-            once_more = turn & (turn - 1) == 0
-            pairs = zip(calls, known[1], fixed, strict=True)
-            fixed = [f or (None if once_more or call.node in graph.moved else x) for (_, call), x, f in pairs]
+        if known is not None and turn & (turn - 1):
+            fixed = [
+                f or x for f, x in zip(fixed, self._held(key, [call for _, call in calls], graph, heads), strict=True)
+            ]
         expected: tuple = ()
         if any(f is None for f in fixed):
             asked = [i for i, f in enumerate(fixed) if f is None]
@@ -109,10 +113,23 @@ class Observer:
                 if len(self.kept) > _MOST:
                     oldest = next(iter(self.kept))
                     del self.kept[oldest], self.turns[oldest]
+                    self.loose.pop(oldest, None)
         if key in self.kept:
             self.turns[key] = turn
         owned = tuple(owned for owned in fixed if owned is not None)
         return Observed(tuple(calls), split or Split(size), owned, key, expected)
+
+    def _held(self, key: Any, calls: list[Call], graph: Behind, heads: Sequence[torch.Tensor]) -> list[Owned | None]:
+        """What is kept of each call, or None where data may have changed it."""
+        split, kept = self.kept[key]
+        if key not in self.loose:
+            self.loose[key] = loose(calls, heads, split, passed)
+        free = self.loose[key]
+        held: list[Owned | None] = []
+        for i, (call, owned) in enumerate(zip(calls, kept, strict=True)):
+            changes = i in free and (owned.decided or free[i])
+            held.append(None if changes or call.node in graph.moved else owned)
+        return held
 
     def again(
         self, observed: Observed, layers: dict[str, Layer], heads: Sequence[torch.Tensor], grads: Sequence[Any]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -49,6 +50,11 @@ class Owned:
     mixes: bool = False
     shaped: bool = True
     undecided: torch.Tensor | None = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether some row was seen to be of one example."""
+        return not self.mixes and (self.undecided is None or len(self.undecided) < prod(self.place.rows))
 
 
 @dataclass(frozen=True)
