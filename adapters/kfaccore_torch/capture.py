@@ -55,7 +55,7 @@ class Capture(TorchFunctionMode):
         self.known = plan.known
         self.uses: list[Use] = []
         self.odd: dict[str, str] = {}  # parameters in calls that are no layer's
-        self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> nodes of its input
+        self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> (node, output) of its inputs
         self.empty: set[str] = set()  # parameters called on no rows
         self.products: dict[str, str] = {}  # parameter -> how its product is made, on CUDA
         self.spent = False  # whether a loss of this forward was differentiated
@@ -118,8 +118,8 @@ class Capture(TorchFunctionMode):
         edge = _edge(output)
         whole = {"weight": weight is not None or parts["weight"][0], "bias": bias is not None or parts["bias"][0]}
         graphs = [given["input"], *(given.get(name) for name, seen in whole.items() if not seen)]
-        before = [get_gradient_edge(x).node for x in graphs if x is not None and x.requires_grad]
-        before += [node for _, others in parts.values() for node in others]
+        before = [tuple(get_gradient_edge(x)[:2]) for x in graphs if x is not None and x.requires_grad]
+        before += [other for _, others in parts.values() for other in others]
         self.inputs.setdefault(edge.node, []).extend(before)
         refs = [ref for ref in (weight, bias, *(piece.ref for piece in pieces)) if ref is not None]
         if output.numel() == 0:

@@ -8,7 +8,7 @@ what it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -39,7 +39,8 @@ class Behind:
     below     node -> nodes that go into it
     above     node -> nodes it goes into; empty where nothing was met
     called    nodes of captured outputs
-    key       equal for graphs whose rows go the same way, moving operations aside
+    key       equal for graphs whose rows go the same way, moving operations aside; which call is which node of it,
+              `nodes` says
     """
 
     nodes: dict[Any, int]
@@ -55,17 +56,17 @@ class Behind:
         return {user for user, children in self.below.items() if node in children}
 
 
-def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], known: dict[int, str]) -> Behind:
+def behind(predictions: Sequence[torch.Tensor], inputs: dict[Any, list[Any]], known: dict[int, str]) -> Behind:
     """The walk from `predictions`.
 
-    inputs   node of a captured call's output -> nodes of its inputs
+    inputs   node of a captured call's output -> (node, output) of its inputs
     known    parameters that are trained, by id
     """
     roots = [f.grad_fn for f in predictions]
     nodes: dict[Any, int] = {}
     below: dict[Any, list[Any]] = {}
     met: list[Any] = []
-    marks: list[Any] = []
+    marks: list[Any] = [tuple(f.output_nr for f in predictions)]
     waiting = list(reversed(roots))
     while waiting:
         node = waiting.pop()
@@ -79,10 +80,9 @@ def behind(predictions: Iterable[torch.Tensor], inputs: dict[Any, list[Any]], kn
         marks.append(_mark(node, name))
         if name.endswith("AccumulateGrad") and id(node.variable) in known:
             met.append(node)
-        children = inputs.get(node)
-        if children is None:
-            children = [child for child, _ in node.next_functions]
-            marks.append(tuple(number for _, number in node.next_functions))
+        edges: Any = inputs.get(node, node.next_functions)
+        children = [child for child, _ in edges]
+        marks.append(tuple(number for _, number in edges))
         below[node] = children
         waiting.extend(reversed(children))
     moved = _under(roots, below, lambda node: _moves(node) or weighs(node))

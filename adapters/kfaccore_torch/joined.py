@@ -29,8 +29,9 @@ class Piece:
 
 
 def joined(x: torch.Tensor | None, axes: int, known: dict[int, str]) -> tuple[list[Piece], list[Any]]:
-    """Parts of known parameters in a tensor that joins several, and the nodes of all else in it; nothing where it is no
-    such tensor of so many axes, or where more than one of them is a constant, whose sizes autograd does not keep."""
+    """Parts of known parameters in a tensor that joins several, and (node, which output) of all else in it; nothing
+    where it is no such tensor of so many axes, or where more than one of them is a constant, whose sizes autograd does
+    not keep."""
     if x is None or x.ndim != axes or x.grad_fn is None or not x.grad_fn.name().startswith("CatBackward"):
         return [], []
     node = x.grad_fn
@@ -49,7 +50,7 @@ def joined(x: torch.Tensor | None, axes: int, known: dict[int, str]) -> tuple[li
         if ref is not None:
             found.append(Piece(ref, axis, start, stop))
         elif child is not None:
-            others.append(child)
+            others.append((child, number))
         start = stop
     return found, others
 

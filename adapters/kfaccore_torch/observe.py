@@ -1,9 +1,9 @@
 """What is known of a captured batch before its draws: which calls count, and whose rows are whose.
 
-Maps are kept by the shapes of the calls and the way of the graph. Where data decide them, because something between a
-row and the prediction moves rows by an index or weighs sums of them, they are confirmed at every capture; all others at
-the second, fourth, eighth and so on, since numbers may open a way that the first batch did not see: a gain that began
-at zero, in front of a norm over the batch.
+Maps are kept by the shapes of the calls and the way of the graph. Where data may decide them, because something between
+a row and the prediction moves rows by an index or weighs sums of them, or because shapes alone do not give a row to one
+example, they are confirmed at every capture; all others at the second, fourth, eighth and so on, since numbers may open
+a way that the first batch did not see: a gain that began at zero, in front of a norm over the batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from kfaccore_torch.calls import Call
+from kfaccore_torch.fixed import loose
+from kfaccore_torch.fixed_rules import passed
+from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
 from kfaccore_torch.owner import (
@@ -58,12 +61,13 @@ class Observed:
 
 @dataclass
 class Observer:
-    """Maps found so far."""
+    """Maps found so far, how often each was used, and the calls that it is confirmed for every time."""
 
     kept: dict[Any, tuple[Split, tuple[Owned, ...]]] = field(default_factory=dict)
     turns: dict[Any, int] = field(default_factory=dict)
     times: dict[Any, float] = field(default_factory=dict)  # of draws, where it is not 1
     bent: set[str] = field(default_factory=set)  # layers behind a backward pass that is not linear
+    loose: dict[Any, dict[int, bool]] = field(default_factory=dict)
 
     def look(
         self,
@@ -78,7 +82,8 @@ class Observer:
         graph = sight.graph
         calls = list(sight.calls)
         rows = [call.rows for _, call in calls]
-        key = (graph.key, tuple((name, call.rows) for name, call in calls), tuple(f.shape for f in heads))
+        told_apart = tuple((name, call.rows, graph.nodes[call.node]) for name, call in calls)
+        key = (graph.key, told_apart, tuple(f.shape for f in heads))
         known = self.kept.get(key)
         split = None if known is None else known[0]
         size = min(len(f) for f in heads)
@@ -90,9 +95,9 @@ class Observer:
         turn = self.turns.get(key, 0) + 1
         once_more = turn & (turn - 1) == 0
         times = self.times.get(key, 1.0)
-        if known is not None:
-            pairs = zip(calls, known[1], fixed, strict=True)
-            fixed = [f or (None if once_more or call.node in graph.moved else x) for (_, call), x, f in pairs]
+        if known is not None and not once_more:
+            held = self._held(key, [call for _, call in calls], graph, heads)
+            fixed = [f or x for f, x in zip(fixed, held, strict=True)]
         expected: tuple = ()
         if any(f is None for f in fixed):
             asked = [i for i, f in enumerate(fixed) if f is None]
@@ -121,6 +126,7 @@ class Observer:
             oldest = next(iter(self.kept))
             del self.kept[oldest], self.turns[oldest]
             self.times.pop(oldest, None)
+            self.loose.pop(oldest, None)
 
     def _name(self, layers: Sequence[str]) -> None:
         """A warning for layers behind a backward pass that is not linear, once each."""
@@ -134,6 +140,18 @@ class Observer:
                 f"that of the network; skip them, or take the hook off the forward that is captured",
                 stacklevel=2,
             )
+
+    def _held(self, key: Any, calls: list[Call], graph: Behind, heads: Sequence[torch.Tensor]) -> list[Owned | None]:
+        """What is kept of each call, or None where data may have changed it."""
+        split, kept = self.kept[key]
+        if key not in self.loose:
+            self.loose[key] = loose(calls, heads, split, passed)
+        free = self.loose[key]
+        held: list[Owned | None] = []
+        for i, (call, owned) in enumerate(zip(calls, kept, strict=True)):
+            changes = i in free and (owned.decided or free[i])
+            held.append(None if changes or call.node in graph.moved else owned)
+        return held
 
     def again(
         self, observed: Observed, layers: dict[str, Layer], heads: Sequence[torch.Tensor], grads: Sequence[Any]

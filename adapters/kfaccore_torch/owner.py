@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -50,6 +51,11 @@ class Owned:
     shaped: bool = True
     undecided: torch.Tensor | None = None
 
+    @property
+    def decided(self) -> bool:
+        """Whether some row was seen to be of one example."""
+        return not self.mixes and (self.undecided is None or len(self.undecided) < prod(self.place.rows))
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -67,11 +73,15 @@ class Asked:
         return cls(first, size, size > rounding(first.dtype) * largest)
 
     def scaled_by(self, second: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Whether each row is `factor` times what it was, (rows,)."""
-        eps = torch.finfo(self.first.dtype).eps
-        slack = min(eps**0.5, 0.02)
-        gap = (second - factor.to(second)[:, None] * self.first).abs().amax(1)
-        return gap <= slack * self.size + rounding(self.first.dtype) * factor.to(second) * self.size.max()
+        """Whether each row is `factor` times what it was, (rows,). What is let pass goes with the factor: beside a
+        factor of 2^-64 anything else would."""
+        info = torch.finfo(self.first.dtype)
+        slack = min(info.eps**0.5, 0.02)
+        factor = factor.to(second)
+        gap = (second - factor[:, None] * self.first).abs().amax(1)
+        near = rounding(self.first.dtype)
+        least = info.tiny if info.bits > 16 else near * info.tiny  # what is below the smallest number is cut off
+        return gap <= factor * (slack * self.size + near * self.size.max()) + least
 
     def multiplied(self, second: torch.Tensor, factor: float) -> bool:
         """Whether all rows are `factor` times what they were, a power of two, to what passes of one draw differ by."""
@@ -114,7 +124,7 @@ def factors(examples: int, dtype: torch.dtype, few: bool = False) -> list[torch.
     number = torch.arange(examples)
     found = []
     while not found or bool(number.any()):
-        found.append(2.0 ** (number % levels - min(levels, examples) // 2).double())
+        found.append(2.0 ** (number % levels - min(levels, int(number.max()) + 1) // 2).double())
         number = number // levels
     return found
 

@@ -1,0 +1,125 @@
+"""Whose row it is as far as shapes alone say it: what no data can change between batches of one graph.
+
+From the prediction, whose rows are those of the examples, numbers of examples go down through what autograd kept, an
+array for each output of a node, of size one along axes that make no difference. A row that reaches the prediction in
+the numbers of one example, whatever the data are, is of that example in every batch. A row that several examples may
+see is of one example only where data are zero, as in a mask of membership: that it was so is to be confirmed in every
+batch. That several do see it, as behind a norm over the batch, may be kept: it is right in the mean wherever it is not
+needed. Above a row with an operation of which nothing is known here, anything may be otherwise in the next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from kfaccore_torch.calls import Call
+from kfaccore_torch.owner import Split
+from kfaccore_torch.provenance import output_shape
+
+NONE = -1  # of a number that goes nowhere
+SEVERAL = 1 << 40  # of one that several examples may see
+UNKNOWN = 1 << 41  # of one below an operation without a rule
+_LARGE = 1 << 22  # numbers in an array, of larger ones nothing is said
+
+Rule = Any  # (node, numbers of an output, its shape, which argument, the argument's shape) -> its numbers or None
+
+
+def loose(calls: Sequence[Call], heads: Sequence[torch.Tensor], split: Split, rule: Rule) -> dict[int, bool]:
+    """The calls, by place, with rows that shapes alone give to no one example, and whether nothing is known of some."""
+    found = _numbers(heads, split, rule)
+    nothing = np.array(UNKNOWN)
+    ends = [found.get((call.edge.node, call.edge.output_nr), nothing).max(initial=NONE) for call in calls]
+    return {i: bool(x >= UNKNOWN) for i, x in enumerate(ends) if x >= SEVERAL}
+
+
+def _numbers(heads: Sequence[torch.Tensor], split: Split, rule: Rule) -> dict[tuple[Any, int], np.ndarray]:
+    """The example of each number of each output of a node, (node, which output)."""
+    found: dict[tuple[Any, int], np.ndarray] = {}
+    for f in heads:
+        owner = split.owner(len(f)).numpy().reshape(-1, *(1,) * (f.ndim - 1))
+        _add(found, (f.grad_fn, f.output_nr), owner)
+    for node in _downward([f.grad_fn for f in heads]):
+        for number in range(len(node._input_metadata)):
+            here = found.get((node, number))
+            if here is None:
+                continue
+            shape = output_shape(node, number)
+            for i, (child, output) in enumerate(node.next_functions):
+                if child is None or child.name().endswith("AccumulateGrad"):
+                    continue
+                below = output_shape(child, output)
+                x = rule(node, here, shape, i, below, number)
+                _add(found, (child, output), np.full((1,) * len(below), UNKNOWN) if x is None else x)
+    return found
+
+
+def _add(found: dict[tuple[Any, int], np.ndarray], key: tuple[Any, int], x: np.ndarray) -> None:
+    old = found.get(key)
+    if old is not None:
+        x = np.where(old == x, x, np.where(old == NONE, x, np.where(x == NONE, old, np.maximum(old, x).clip(SEVERAL))))
+    found[key] = x
+
+
+def _downward(roots: Iterable[Any]) -> Iterator[Any]:
+    """Nodes, each after all it goes into."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    waiting = [(node, False) for node in roots]
+    while waiting:
+        node, done = waiting.pop()
+        if done:
+            order.append(node)
+        elif node is not None and node not in seen:
+            seen.add(node)
+            waiting.append((node, True))
+            waiting.extend((child, False) for child, _ in node.next_functions)
+    return reversed(order)
+
+
+def meet(x: np.ndarray, axes: Iterable[int]) -> np.ndarray:
+    """One number along axes: that of all, or SEVERAL."""
+    along = tuple({a % x.ndim for a in axes if x.shape[a] > 1})
+    if not along:
+        return x
+    high = x.max(along, keepdims=True)
+    low = np.where(x == NONE, UNKNOWN, x).min(along, keepdims=True)
+    return np.where((high == NONE) | (low == high), high, high.clip(SEVERAL))
+
+
+def reshaped(x: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.ndarray | None:
+    """The numbers of an array of shape `old` in shape `new`; axes that make no difference stay of size one."""
+    if prod(old) != prod(new) or not prod(old):
+        return None
+    full: list[int] = []
+    shape: list[int] = []
+    for here, there in _groups(old, new):
+        same = all(x.shape[a] == 1 for a in here)
+        full += [1 if same else old[a] for a in here]
+        shape += [1 if same else new[a] for a in there]
+    if prod(full) > _LARGE:
+        return None
+    found = np.broadcast_to(x, full).reshape(shape)
+    return reduce(_thin, range(found.ndim), found)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """Axes of two shapes that hold the same numbers, a few at a time."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        m, n = min(i + 1, len(old)), min(j + 1, len(new))
+        while prod(old[i:m]) != prod(new[j:n]):
+            more = prod(old[i:m]) < prod(new[j:n])
+            m, n = m + more, n + (not more)
+        yield range(i, m), range(j, n)
+        i, j = m, n
+
+
+def _thin(x: np.ndarray, axis: int) -> np.ndarray:
+    first = x.take([0], axis)
+    return first if x.shape[axis] > 1 and bool((x == first).all()) else x
