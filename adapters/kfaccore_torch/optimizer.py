@@ -147,8 +147,7 @@ class Optimizer:
                 value = float(engine.objective.value(self._predicted(inputs), target))
             return mean(engine, value, n) + penalty(engine, l2)
 
-        batches = {name: [r] for name, r in records.items()} if records else None
-        self._applied(batches, grads, before, again, own)
+        self._applied(records, grads, before, again, own)
         self._step_rest(rest)
         return before
 
@@ -194,7 +193,8 @@ class Optimizer:
         """Take the core's step, and back what its rule judges too long by the loss `again`."""
         engine = self.engine
         with torch.no_grad(), engine.working():
-            found = moves(engine, engine.step(records, grads, loss=before, own=own))
+            batches = {name: [r] for name, r in records.items()} if records else None
+            found = moves(engine, engine.step(batches, grads, loss=before, own=own))
             old = [p.detach().clone() for p, _ in found] if engine.core.rule.judges else []
             for p, move in found:
                 p.sub_(move)

@@ -30,6 +30,21 @@ class Info:
     damping: dict[str, float | Array] = field(default_factory=dict)
     squares: Mapping[str, Array] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        updated: bool | Array,
+        refreshed: bool | Array,
+        groups: Sequence[Parts],
+        step: dict[str, Any],
+        damping: dict[str, float | Array],
+        updates: Mapping[str, Array],
+    ) -> Info:
+        """Of what came out of each group, and of the updates that the rule made of it."""
+        codes = Several(tuple(updates), tuple(group.codes for group in groups))
+        layers = {label: info for group in groups for label, info in group.infos.items()}
+        return cls(updated, refreshed, codes, layers, step, damping, norms(updates, groups))
+
     def code_runs(self) -> list[tuple[tuple[str, ...], Array]]:
         """(layers, the codes of all their blocks) as the step left them: one array for the layers of a stack."""
         return list(runs(self.codes))

@@ -16,10 +16,9 @@ from kfaccore.precondition.due import Due, clocked
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined, like_gradient, widened
 from kfaccore.precondition.groups import Grads, NetworkMethod
-from kfaccore.precondition.info import Info, norms
+from kfaccore.precondition.info import Info
 from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
-from kfaccore.precondition.parts import Several
 from kfaccore.precondition.placement import check, common, costs
 from kfaccore.precondition.ranks import OnRanks
 from kfaccore.precondition.road import Road
@@ -193,48 +192,42 @@ class Preconditioner(OnRanks):
         own: Mapping[str, Record | Sequence[Record]] | None = None,
         lengths: Mapping[str, float | Array] | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
-        """`step` with what is `due` decided by the caller, for steps that are traced once and run many times.
+        """`step` with what is `due` decided by the caller, for steps that are traced once and run many times; updates
+        may be what the rule keeps in the state: read them, and write to copies.
 
         due       flags: a bool is decided now, a traced array on the device. Records must be given where `due.update`
                   may hold, and every layer's state is then computed both ways
         damping   in place of the scheduled one
-
-        Updates may be what the rule keeps in the state: read them, and write to copies.
         """
         batches = checked(self, due, state, records or {}, grads)
         beside(self, state, grads, own, lengths)
-        if batches:
-            fitting(self, fisher)
-        theirs = grads
-        grads = widened(grads)
-        stacked, state = self._placed(self._stacked(state), state, grads)
-        seen = {name: joined(batches[name]) for name in grads} if self.rule.needs_records else {}
+        fitting(self, fisher if batches else None)
+        wide = widened(grads)
+        stacked, state = self._placed(self._stacked(state), state, wide)
+        seen = {name: joined(batches[name]) for name in wide} if self.rule.needs_records else {}
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
-        averaged, motion = self.rule.gradients(motion, self.assigned.free(grads, state.layers))
+        averaged, motion = self.rule.gradients(motion, self.assigned.free(wide, state.layers))
 
         def told_by_rule(hyper: Hyper) -> Hyper:
             return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
 
-        hypers = self.schedules.hypers(grads, state.step, told_by_rule)
+        hypers = self.schedules.hypers(wide, state.step, told_by_rule)
         due = due.whole(self.rule.restart(motion))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
-        together = self.assigned.together(blocks) if grads else {}
-        lineup = Lineup.of(self.assigned, grads, together, stacked, state.network)
+        lineup = Lineup.of(self.assigned, wide, self.assigned.together(blocks) if wide else {}, stacked, state.network)
         road = Road(due, self.comm, self._work(given), self.donate, given, dict(state.places))
-        groups, states = road.run(lineup.groups, lineup.states, batches, {**grads, **averaged}, hypers)
+        groups, states = road.run(lineup.groups, lineup.states, batches, {**wide, **averaged}, hypers)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
         known = knowing(self.assigned, ours, layers, hypers, loss, lengths)
         with np.errstate(all="ignore"):
-            directions = {name: found[name] for name in grads}
-            penalty = self.schedules.joint(grads, state.step)
-            updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
-        updates = {name: like_gradient(x, theirs[name]) for name, x in updates.items()}
-        codes = Several(tuple(grads), tuple(group.codes for group in groups))
-        infos = {label: info for group in groups for label, info in group.infos.items()}
-        info = Info(due.update, due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
+            directions = {name: found[name] for name in wide}
+            penalty = self.schedules.joint(wide, state.step)
+            updates, motion, told = self.rule(motion, directions, dict(wide), seen, penalty, known)
+        updates = {name: like_gradient(x, grads[name]) for name, x in updates.items()}
+        info = Info.of(due.update, due.refreshes, groups, told, dict(known.damping), updates)
         return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
 
     def _stacked(self, state: State) -> Layers:
