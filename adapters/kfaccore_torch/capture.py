@@ -21,6 +21,8 @@ from kfaccore import Window
 from kfaccore.layers import Conv, Embedding, Gain, Linear
 from kfaccore_torch.attention import attention
 from kfaccore_torch.calls import Call, Mark, Remade, Use
+from kfaccore_torch.compiled import uncompiled
+from kfaccore_torch.inside import SPENT
 from kfaccore_torch.joined import joined, uses
 from kfaccore_torch.passes import Made, flat
 from kfaccore_torch.plan import Plan
@@ -73,16 +75,14 @@ class Capture(TorchFunctionMode):
     def check_unspent(self) -> None:
         """ValueError once a loss of this forward was differentiated."""
         if self.spent:
-            raise ValueError(
-                "the forward that was captured last was differentiated: form all its losses before backward(). Run "
-                "another one inside `with pre.capture():` too, or under torch.no_grad() if its loss is only looked at"
-            )
+            raise ValueError(SPENT)
 
     @property
     def calls(self) -> dict[str, list[Call]]:
         """Calls by layer, in order."""
         return self.plan.assigned(self.uses)
 
+    @uncompiled
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 
+SPENT = (
+    "the forward that was captured last was differentiated: form all its losses before backward(). Run another one "
+    "inside `with pre.capture():` too, or under torch.no_grad() if its loss is only looked at"
+)
+
 
 def check_plain() -> None:
     """ValueError inside torch.func.grad, vmap and the like: tensors there have no graph that calls could be found in,

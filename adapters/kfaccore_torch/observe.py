@@ -24,6 +24,7 @@ from kfaccore_torch.masks import Told
 from kfaccore_torch.owner import (
     Owned,
     Split,
+    flattened,
     rounding,
     splits,
     still,
@@ -105,7 +106,9 @@ class Observer:
             question = Question(heads, [calls[i] for i in asked], layers, probe, sight.retaining, times, once_more)
             expected = question.pull_first(() if known else parameters)
             old = [known[1][i] if known else None for i in asked]
-            split, found = question.answer([split] if split else splits([rows[i] for i in asked], size), old)
+            wanted = [rows[i] for i in asked]
+            coarser = [] if split else flattened(wanted, size)
+            split, found = question.answer([split] if split else splits(wanted, size), old, coarser)
             times = question.times
             self._name([calls[asked[i]][0] for i in question.bent])
             for i, owned in zip(asked, found, strict=True):

@@ -11,6 +11,7 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
 from kfaccore_torch.batch import mean, met, summed
+from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
@@ -99,6 +100,7 @@ class Optimizer:
         what no forward has shown yet, `kfaccore_torch.plan(model, *inputs).memory(core)` knows."""
         return self.engine.memory()
 
+    @uncompiled
     def step(
         self,
         inputs: Any,

@@ -8,6 +8,7 @@ for each binary digit of the examples' numbers reads the map. Rows whose gradien
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -98,7 +99,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
     """Ways in which `size` rows of a prediction may be examples, by how many calls suggest each: those calls have an
-    axis of as many, and others beside it that the prediction has joined to it, or its features, flattened with it."""
+    axis of as many, and others beside it that the prediction has joined to it."""
     votes: dict[Split, float] = {Split(size): sum(size in shape for shape in rows)}
     wide = [shape for shape in rows if len(shape) > 1]
     single = bool(wide) and all(shape[0] == 1 for shape in wide)
@@ -110,11 +111,14 @@ def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
             for inner in (False, True) if b > 1 else (False,):
                 split = Split(b, inner)  # rows flattened in the order of the axes, or turned first
                 votes[split] = votes.get(split, 0) + (1.0 if inner == bool(axis) else 0.5)
-    for (b,) in (shape for shape in rows if len(shape) == 1):
-        if 1 < b < size and size % b == 0:
-            for inner in (False, True):
-                votes[Split(b, inner)] = votes.get(Split(b, inner), 0) + (0.5 if inner else 1.0)
     return sorted(votes, key=lambda split: -votes[split])
+
+
+def flattened(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
+    """Ways in which `size` numbers of a prediction may be features of fewer examples, a row of a call each. They are
+    coarser, and so explain whatever finer ones do: of use where those leave rows that mix."""
+    counts = Counter(shape[0] for shape in rows if len(shape) == 1 and 1 < shape[0] < size and size % shape[0] == 0)
+    return [Split(b, inner) for b, _ in counts.most_common() for inner in (False, True)]
 
 
 def factors(examples: int, dtype: torch.dtype, few: bool = False) -> list[torch.Tensor]:

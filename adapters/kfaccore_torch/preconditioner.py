@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import kfaccore as kf
 from kfaccore_torch.agreement import check_same
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, counted, gathered
+from kfaccore_torch.compiled import uncompiled, uncompiled_context
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.formed import Formed, stale
@@ -88,7 +88,7 @@ class Preconditioner:
         what no forward has shown yet, `kfaccore_torch.plan(model, *inputs).memory(core)` knows."""
         return self.engine.memory()
 
-    @contextmanager
+    @uncompiled_context
     def capture(
         self,
         mask: torch.Tensor | None = None,
@@ -112,6 +112,7 @@ class Preconditioner:
             yield
         self._open = seen, Told(mask, masks or {}, examples), Shot()
 
+    @uncompiled
     def loss(self, f: Any, target: Any, weight: float = 1.0) -> torch.Tensor:
         """The training loss at the captured prediction times `weight`; more than one on a forward add up, and so do
         their curvatures, each with its weight.
@@ -122,6 +123,7 @@ class Preconditioner:
         self.engine.objective.heads(f)
         return self.attach(self.engine.objective.value(f, target), f, target, weight)
 
+    @uncompiled
     def attach(self, value: torch.Tensor, f: Any, target: Any, weight: float = 1.0) -> torch.Tensor:
         """As `loss`, for a loss that was formed elsewhere, by a model that is given its labels: `value`, which is the
         loss named above at f and target up to a factor, is handed back times `weight`, and counts once it is
@@ -169,6 +171,7 @@ class Preconditioner:
         self._scale = Scale()
         self.engine.called = set()
 
+    @uncompiled
     def step(self, lengths: Mapping[str, float] | None = None) -> None:
         """Replace gradients by directions, in place. Parameters without a gradient are left alone.
 

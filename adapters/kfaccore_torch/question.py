@@ -74,8 +74,21 @@ class Question:
         self.asked = [Asked.of(rows) for rows in self._rows(found[: len(self.calls)])]
         return tuple(found[len(self.calls) :])
 
-    def answer(self, candidates: Sequence[Split], old: Sequence[Owned | None]) -> tuple[Split, list[Owned]]:
-        """The split that explains most calls, and the map of each call."""
+    def answer(
+        self, candidates: Sequence[Split], old: Sequence[Owned | None], coarser: Sequence[Split] = ()
+    ) -> tuple[Split, list[Owned]]:
+        """The split that explains most calls, and the map of each call; `coarser` ones are tried where rows mix."""
+        best = self._explained(candidates, old)
+        for split in (one for one in coarser if not any(len(f) % one.examples for f in self.heads)):
+            least = _mixing(best)
+            if not least or self.bent:
+                break
+            other = self._explained([split], old)
+            best = other if _mixing(other) < least else best
+        return best
+
+    def _explained(self, candidates: Sequence[Split], old: Sequence[Owned | None]) -> tuple[Split, list[Owned]]:
+        """The first of the splits whose shapes explain most calls, and the map of each call."""
         rows = [call.rows for _, call in self.calls]
         best: tuple[int, Split, list, list, list[torch.Tensor]] | None = None
         for split in candidates:
@@ -96,7 +109,7 @@ class Question:
             self.doubts = False
             if not self._linear(open_, split, float(s[0].max())):
                 if self._lowered(open_, split):
-                    return self.answer(candidates, old)
+                    return self._explained(candidates, old)
                 self.bent = open_
         search_in = [i for i in open_ if _is_some_power(self.asked[i], scaled[0][i], s[0])]
         passes = self._digits(split) if search_in else []
@@ -177,6 +190,11 @@ class Question:
         return [
             by_rows(self.layers[name], call, torch.zeros(call.shape) if g is None else g) for (name, call), g in pairs
         ]
+
+
+def _mixing(found: tuple[Split, list[Owned]]) -> int:
+    """Calls with rows that mix examples."""
+    return sum(owned.mixes for owned in found[1])
 
 
 def _is_some_power(before: Asked, second: torch.Tensor, s: torch.Tensor) -> bool:
