@@ -85,13 +85,14 @@ class Captured:
         cotangent   of the mean loss, as `gradients` takes it: SelfTuning() then leaves each example out of the model of
                  the direction it helped to make; under jit the pass is shared with `gradients`
         """
-        draws, free = independent(draws, self.prediction, self._n, fisher)
+        args = [self._args[i] for i in self.plan.batched]
+        draws, free = independent(draws, self.prediction, args, self._n, fisher)
         floats, g = self._pulled(draws, one_by_one)
         rest: dict[str, Record] = {}
         if self.plan.shared:
             apart = g
             if not free:
-                floats, apart = self._pulled(signed(draws, self._n), one_by_one)
+                floats, apart = self._pulled(signed(draws, self.prediction, args, self._n), one_by_one)
             g |= {key: apart[key] for key, call in self.plan.calls.items() if call.batch is None or call.mixed}
             rest = self._rest(floats, n)
         found = self._pairs(g)
