@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfaccore_jax.plan import followed
 from kfaccore_jax.trees import register
 
 
@@ -47,3 +48,11 @@ def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
             "take the part before the rate, such as optax.scale_by_adam() of optax.adam"
         )
     return rest.init(leaves)
+
+
+def finitely(tx: Any, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """`tx.update`; a gradient that is not finite moves nothing and leaves the state what it was, as in the core."""
+    updates, after = tx.update(grads, state, params)
+    whole = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads) if followed(g)] or [True]).all()
+    updates = jax.tree.map(lambda x: jnp.where(whole, x, jnp.zeros_like(x)), updates)
+    return updates, jax.tree.map(lambda new, old: jnp.where(whole, new, old), after, state)
