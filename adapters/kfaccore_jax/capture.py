@@ -14,7 +14,7 @@ from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.agreement import check_calls, probed
 from kfaccore_jax.batch import examples, strong
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
-from kfaccore_jax.names import named
+from kfaccore_jax.names import check_arrays, named
 from kfaccore_jax.plan import Plan, evaluated
 from kfaccore_jax.positions import Longer, mask_of
 from kfaccore_jax.records import Drawn, Pair, pairs, widened
@@ -161,6 +161,7 @@ class Captured:
 
 def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     """Run `plan.apply(params, *args)` once, keeping what records need; the batch size may differ from the plan's."""
+    check_arrays(params)
     n = examples(args, plan.batched)
     params = strong(params)
     args = strong(args)

@@ -14,10 +14,17 @@ from kfaccore_jax.trees import register
 
 def losses_of(moves: Any, value: Any, value_fn: Callable, params: Any) -> Any:
     """The batch's loss before and after the update."""
-    import optax
-
-    after = value_fn(optax.apply_updates(params, jax.tree.map(jnp.negative, moves)))
+    after = value_fn(added(params, jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else x, moves)))
     return jnp.stack([jnp.asarray(value), jnp.asarray(after)])
+
+
+def added(params: Any, moves: Any) -> Any:
+    """The parameters with updates added, in their own dtypes; what is no inexact number stays what it is."""
+
+    def one(p: Any, m: Any) -> Any:
+        return jnp.asarray(p + m, p.dtype) if jnp.issubdtype(p.dtype, jnp.inexact) else p
+
+    return jax.tree.map(one, params, moves)
 
 
 def judged(rule: Any, before: Any, motion: Any, moves: Any, losses: Any) -> tuple[Any, Any]:

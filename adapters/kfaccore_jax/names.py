@@ -19,6 +19,20 @@ def named(tree: Any) -> dict[str, Any]:
     return found
 
 
+def check_arrays(params: Any) -> None:
+    """TypeError naming leaves that are no arrays."""
+    other = [
+        f"{name} is a {type(x).__name__}"
+        for name, x in named(params).items()
+        if not (hasattr(x, "dtype") and hasattr(x, "shape"))
+    ]
+    if other:
+        raise TypeError(
+            f"params has leaves that are no arrays: {', '.join(other[:5])}; make numbers that train arrays, "
+            f"jnp.asarray(x), and keep others out of the tree"
+        )
+
+
 def _bare(path: tuple) -> tuple:
     """A path without the `value` of a Variable at its end."""
     if len(path) > 1 and str(path[-1]) == ".value":

@@ -17,7 +17,7 @@ from kfaccore_jax.layers import Layer, gathered
 from kfaccore_jax.layout import Layout
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.mixing import mixed
-from kfaccore_jax.names import named
+from kfaccore_jax.names import check_arrays, named
 from kfaccore_jax.order import moved
 from kfaccore_jax.tags import Param, Tag
 from kfaccore_jax.tap import Tap
@@ -63,7 +63,7 @@ class Plan:
     @property
     def uncovered(self) -> tuple[str, ...]:
         """Leaves that can carry a gradient and have no layer."""
-        return tuple(row.leaf for row in self.table if row.reason and not row.reason.startswith("dtype "))
+        return tuple(row.leaf for row in self.table if row.reason and not row.reason.startswith(("dtype ", "no ")))
 
     @property
     def shared(self) -> bool:
@@ -112,6 +112,7 @@ def plan(
 
     Capture the prediction, not the loss: a penalty on a parameter inside `apply` would make it uncovered.
     """
+    check_arrays(params)
     n = examples(args, batched)
     shape = strong(jax.eval_shape(lambda p, a: (p, a), params, args))
     one = shape[1]
@@ -234,5 +235,5 @@ def _check_prediction(pred: Any) -> None:
 
 
 def followed(x: Any) -> bool:
-    """Whether a leaf can carry a gradient."""
-    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+    """Whether a leaf can carry a gradient: of real numbers, one or more."""
+    return bool(jnp.issubdtype(x.dtype, jnp.floating)) and 0 not in x.shape
