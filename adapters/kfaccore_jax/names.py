@@ -33,6 +33,17 @@ def check_arrays(params: Any) -> None:
         )
 
 
+def without_number(params: Any, args: tuple, batched: tuple[int, ...]) -> Any:
+    """What two batches have in common that differ in the number of their examples alone."""
+    leaves, structure = jax.tree.flatten((params, *args))
+    axes = jax.tree.leaves((jax.tree.map(lambda _: 0, params), *(_axes(x, i in batched) for i, x in enumerate(args))))
+    return structure, tuple((x.shape[axis:], x.dtype) for x, axis in zip(leaves, axes, strict=True))
+
+
+def _axes(arg: Any, batched: bool) -> Any:
+    return jax.tree.map(lambda _: int(batched), arg)
+
+
 def _bare(path: tuple) -> tuple:
     """A path without the `value` of a Variable at its end."""
     if len(path) > 1 and str(path[-1]) == ".value":
