@@ -127,6 +127,18 @@ def scan_over_stacked_layers_with_remat():
 
 
 @exact
+def remat_borders_between_a_leaf_and_its_use():
+    def apply(p, x):
+        act = jax.checkpoint(lambda y, b: jnp.tanh(y + b))
+        shrunk = jax.checkpoint(lambda w, s: w * s)(p["w"], jnp.cos(1.0 * x.shape[1]))
+        both = jax.checkpoint(lambda *parts: jnp.concatenate(parts, 1))(p["u"], p["v"])
+        return act(x @ shrunk, p["b"]) @ both
+
+    w, b, u, v = normal((5, 4), (4,), (4, 2), (4, 1))
+    return apply, {"w": w, "b": b, "u": u, "v": v}, normal((6, 5), seed=2)
+
+
+@exact
 def rnn_by_scan():
     def apply(p, x):
         def cell(h, x):

@@ -155,6 +155,18 @@ def test_another_transformation_takes_what_is_left():
         kj.kfac(plan, rest=optax.scale_by_adam(), uncovered=kf.Diagonal())
 
 
+@pytest.mark.parametrize("given", ["rest", "graft"])
+def test_a_gradient_that_is_not_finite_leaves_another_transformation_what_it_was(given):
+    plan = kj.plan(odd, ODD, jax.ShapeDtypeStruct((6, 4), float))
+    tx = kj.kfac(plan, kf.Identity(), **{given: optax.scale_by_adam() if given == "rest" else optax.adam(0.1)})
+    grads = jax.tree.map(jnp.ones_like, ODD)
+    _, before = tx.update(grads, tx.init(ODD), ODD, records=None, fresh=False)
+    moves, after = tx.update(grads | {"e": grads["e"] * jnp.nan}, before, ODD, records=None, fresh=False)
+    assert not any(np.any(moves[name]) for name in ("e", "m"))
+    for old, new in zip(jax.tree.leaves(before.rest), jax.tree.leaves(after.rest), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_a_step_of_its_own_rate_moves_every_leaf_out_of_the_box():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(6, 4)))
     plan = kj.plan(odd, ODD, x)

@@ -147,7 +147,7 @@ def test_rows_that_mix_examples_have_signed_draws_and_no_shares_of_their_own():
     slope = captured.prediction / 6
     records = captured.records(columns, 6, fisher=kf.type2, cotangent=slope)
     assert set(records.own) == {"1.0"}
-    signs = captured.output_gradients(signed(columns, 6))
+    signs = captured.output_gradients(signed(columns, captured.prediction, [X], 6))
     plain = captured.output_gradients(columns)
     first, second = ({layer.name: layer.calls[0] for layer in plan.layers}[name] for name in ("0.0", "1.0"))
     np.testing.assert_allclose(records["0.0"].g[:, 0, :, 0], signs[first], rtol=1e-12)

@@ -151,6 +151,7 @@ MOVING = {
         lambda w, x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.flip(c[1], 0)), (0, x))[1] @ w,
         "rev",
     ),
+    "turned by a range": (lambda w, x: jnp.tanh(x @ w)[len(x) - 1 - jnp.arange(len(x)), 1:], "gather"),
     "halves": (lambda w, x: sum(jnp.split(x @ w, 2)).repeat(2, 0), "split"),
 }
 
@@ -168,6 +169,23 @@ def test_what_moves_within_an_example_is_followed():
         return jnp.roll(x, 1, 1) @ w
 
     assert kj.plan(apply, W, X).table[0].covered
+
+
+OWN = {  # by a range along the batch each example takes, or is written to, its own place
+    "taken": lambda h, i: h[jnp.arange(len(h)), -1 - i],
+    "constant": lambda h, i: h[np.arange(len(h)), i],
+    "several": lambda h, i: h[jnp.arange(len(h))[:, None], i[:, None] + jnp.arange(2)].sum(1),
+    "second axis": lambda h, i: h.swapaxes(0, 1)[i, jnp.arange(len(h))],
+    "under jit": lambda h, i: jax.jit(lambda h, r, i: h[r, i])(h, jnp.arange(len(h)), i),
+    "written": lambda h, i: h.at[jnp.arange(len(h)), i].set(0.0).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_range_takes_is_each_examples_own(name):
+    x, i = jax.ShapeDtypeStruct((6, 5, 4), float), jax.ShapeDtypeStruct((6,), int)
+    plan = kj.plan(lambda p, x, i: OWN[name](jnp.tanh(x @ p[0]), i) @ p[1], [W, W], x, i, batched=(0, 1), strict=True)
+    assert all(layer.own for layer in plan.layers)
 
 
 def test_complex_predictions_are_refused_with_the_way_out():

@@ -1,4 +1,4 @@
-"""The last batch of an epoch may have one example."""
+"""The last batch of an epoch may have one example, or so few that the model is written otherwise."""
 
 from __future__ import annotations
 
@@ -63,5 +63,22 @@ def test_a_batch_of_one_whose_examples_meet_says_what_to_do():
     x = normal((7, 3, 4), seed=1)
     params = dict(zip("qkvoc", normal(*[(4, 4)] * 4, (1, 1, 4)), strict=True))
     plan = kj.plan(apply, params, x)
-    with pytest.raises(ValueError, match="leave such a batch out, or give it two examples"):
+    with pytest.raises(ValueError, match="leave such a batch out, or give it 2 examples"):
         kj.capture(plan, params, x[:1])
+
+
+def test_a_smaller_batch_of_products_in_another_order():
+    """Of three factors einsum multiplies first what is smaller."""
+
+    def apply(p, x):
+        return jnp.einsum("bi,ij,jk->bk", x, p, jnp.arange(8.0).reshape(4, 2))
+
+    x, w = normal((12, 4), seed=1), normal((4, 4))
+    plan = kj.plan(apply, w, x, strict=True)
+    captured = kj.capture(plan, w, x[:2])
+    assert captured.prediction.shape == (2, 2)
+    record = captured.records(jnp.ones((1, 2, 2)), 2.0, fisher=kf.monte_carlo)["params"]
+    want = jax.grad(lambda w: jnp.sum(apply(w, x[:2])))(w)
+    close(record.examples().sum((0, 2))[0], plan.matrices(want)["params"][0])
+    with pytest.raises(ValueError, match="at 12 examples it has other layers than at 2, as an einsum"):
+        kj.capture(kj.plan(apply, w, x[:2]), w, x)

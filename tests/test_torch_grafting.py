@@ -91,3 +91,34 @@ def test_a_decay_of_unknown_kind_is_refused():
 
     with pytest.raises(ValueError, match="graft does not know whether the weight decay of Own is in the gradient"):
         stepped(Cross, data(), True, lambda p: Own(p, 0.1, weight_decay=0.1))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+        self.power = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.out(x) ** torch.exp(self.power)  # a power of a leaf has no layer
+
+
+@pytest.mark.parametrize("kind", ["graft", "rest"])
+def test_a_batch_that_is_not_finite_leaves_the_other_optimizer_what_it_was(kind):
+    model, y = Scaled(), torch.tensor([0, 1, 2, 0])
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.full((4, 4), torch.nan)
+    if kind == "rest":
+        adam = kt.Optimizer(model, CE, kf.Preconditioner(kf.KFAC()), rest=torch.optim.AdamW)
+        adam.step(x, y)
+        other = adam.rest
+    else:
+        other = torch.optim.AdamW(model.parameters(), lr=0.1)
+        pre = kt.Preconditioner(model, CE, kf.Preconditioner(kf.KFAC(), step=kf.Fixed(rescale=kf.Graft())))
+        with pre.capture():
+            f = model(x)
+        pre.loss(f, y).backward()
+        pre.graft(other)
+    assert not other.state
+    for old, p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, p)

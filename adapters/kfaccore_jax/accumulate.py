@@ -102,7 +102,7 @@ class _Accumulation:
         share = state.share + n
 
         def stepped() -> tuple[Any, Any]:
-            mean = jax.tree.map(lambda x, g: jnp.asarray(x / jnp.asarray(share, x.dtype), g.dtype), sums, grads)
+            mean = jax.tree.map(_over(share), sums, grads)
             fisher = records.fisher if isinstance(records, Drawn) else None
             given = None if records is None else Drawn(stats, fisher, share)
             idle = (
@@ -138,6 +138,15 @@ def _found(part: Any, seen: set[int]) -> Iterator[Transformation]:
     for one in inner:
         if callable(one) or isinstance(one, tuple | list | dict):
             yield from _found(one, seen)
+
+
+def _over(share: Any) -> Any:
+    """(sum, newest gradient) -> the mean; integers have no gradient."""
+
+    def mean(x: Any, g: Any) -> Any:
+        return jnp.asarray(x / jnp.asarray(share, x.dtype), g.dtype) if jnp.issubdtype(g.dtype, jnp.inexact) else g
+
+    return mean
 
 
 def _filled(cell: Any) -> bool:

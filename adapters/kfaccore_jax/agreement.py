@@ -10,6 +10,7 @@ import jax
 
 from kfaccore_jax.calls import Call
 from kfaccore_jax.mesh import Shape
+from kfaccore_jax.names import without_number
 from kfaccore_jax.plan import Plan, evaluated
 from kfaccore_jax.walk import OTHER
 
@@ -54,6 +55,12 @@ def probed(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
     if key is not None:
         plan.types[key] = found
     return found
+
+
+def of_other_number(plan: Plan, params: Any, args: tuple) -> bool:
+    """Whether a batch differs from what was planned with in the number of its examples alone."""
+    shapes = jax.eval_shape(lambda *both: both, params, args)
+    return plan.example == without_number(shapes[0], shapes[1], plan.batched)
 
 
 def _types(params: Any, args: tuple) -> Any:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record
-from kfaccore_jax.agreement import check_calls, probed
+from kfaccore_jax.agreement import check_calls, of_other_number, probed
 from kfaccore_jax.batch import examples, strong
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
-from kfaccore_jax.names import named
+from kfaccore_jax.names import check_arrays, named
 from kfaccore_jax.plan import Plan, evaluated
 from kfaccore_jax.positions import Longer, mask_of
 from kfaccore_jax.records import Drawn, Pair, pairs, widened
@@ -85,13 +85,14 @@ class Captured:
         cotangent   of the mean loss, as `gradients` takes it: SelfTuning() then leaves each example out of the model of
                  the direction it helped to make; under jit the pass is shared with `gradients`
         """
-        draws, free = independent(draws, self.prediction, self._n, fisher)
+        args = [self._args[i] for i in self.plan.batched]
+        draws, free = independent(draws, self.prediction, args, self._n, fisher)
         floats, g = self._pulled(draws, one_by_one)
         rest: dict[str, Record] = {}
         if self.plan.shared:
             apart = g
             if not free:
-                floats, apart = self._pulled(signed(draws, self._n), one_by_one)
+                floats, apart = self._pulled(signed(draws, self.prediction, args, self._n), one_by_one)
             g |= {key: apart[key] for key, call in self.plan.calls.items() if call.batch is None or call.mixed}
             rest = self._rest(floats, n)
         found = self._pairs(g)
@@ -160,6 +161,7 @@ class Captured:
 
 def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     """Run `plan.apply(params, *args)` once, keeping what records need; the batch size may differ from the plan's."""
+    check_arrays(params)
     n = examples(args, plan.batched)
     params = strong(params)
     args = strong(args)
@@ -168,9 +170,7 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     try:
         shapes = probed(plan, jax.tree.unflatten(structure, leaves), args, n)
     except ValueError as error:
-        if n != 1 or plan.explicit:
-            raise
-        return _one(plan, params, args, error)
+        return _otherwise(plan, params, args, n, error)
 
     def forward(floats: list, probes: dict) -> tuple[Any, tuple]:
         full = list(leaves)
@@ -195,17 +195,25 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
     return Captured(plan, pred, aux, params, both, data, shapes, n, args)
 
 
-def _one(plan: Plan, params: Any, args: tuple, error: ValueError) -> Captured:
-    """The capture of a batch of one example that runs other equations than the plan's."""
-    from kfaccore_jax.single import alone, twice
+def _otherwise(plan: Plan, params: Any, args: tuple, n: int, error: ValueError) -> Captured:
+    """The capture of a batch that runs other equations than the plan's, by way of more examples, some of them again."""
+    from kfaccore_jax.single import again, fewer
 
+    if plan.explicit or (n > 1 and not of_other_number(plan, params, args)):
+        raise error
+    more = 2 if n == 1 else plan.count if n < plan.count else 2 * plan.count
+    if more <= n:
+        raise ValueError(
+            f"{error}; at {n} examples it has other layers than at {plan.count}, as an einsum of three arrays takes "
+            f"first what is smaller: write it as products of two, or plan with as many examples as a batch has"
+        ) from error
     if plan.coupled:
         raise ValueError(
-            f"{error}: a batch of one example is written as other equations, and here outputs depend on other examples "
-            f"of the batch; leave such a batch out, or give it two examples"
+            f"{error}: a batch of {n} is written as other equations, and here outputs depend on other examples of the "
+            f"batch; leave such a batch out, or give it {more} examples"
         ) from error
-    both = (jax.tree.map(twice, arg) if i in plan.batched else arg for i, arg in enumerate(args))
-    return alone(capture(plan, params, *both), params, args)
+    filled = (jax.tree.map(lambda x: again(x, more), x) if i in plan.batched else x for i, x in enumerate(args))
+    return fewer(capture(plan, params, *filled), params, args, n)
 
 
 def remembered(pull: Pull) -> Pull:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore import Block, Fixed, Graft
-from kfaccore_jax.judge import turns
+from kfaccore_jax.judge import finitely, turns
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
 from kfaccore_jax.present import held, matrices
@@ -35,7 +35,7 @@ def grafted(
     graft: optax.GradientTransformation, plan: Plan, blocks: Mapping[str, Block], grads: Any, state: Any, params: Any
 ) -> tuple[Any, dict[str, Any], Any]:
     """The updates of `graft` with the sign of a gradient, {layer or leaf: their norm}, and its state."""
-    updates, state = graft.update(grads, state, params)
+    updates, state = finitely(graft, grads, state, params)
     updates = jax.tree.map(jnp.negative, updates) if turns(graft) else updates
     found = matrices(plan, updates, blocks)
     return updates, {name: jnp.linalg.norm(jnp.ravel(found[name])) for name in blocks}, state

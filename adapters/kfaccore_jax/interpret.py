@@ -17,7 +17,7 @@ from jax.extend.core import Literal
 from kfaccore_jax.indices import folded
 from kfaccore_jax.joined import alike, concatenated
 from kfaccore_jax.rules import RULES, lone, paired, valued
-from kfaccore_jax.tags import JITS, PLACED, REMATS, Joined, Out, Param, Tag, moved, scaled
+from kfaccore_jax.tags import JITS, PLACED, REMATS, Joined, Out, Param, Tag, arrays_in, moved, scaled, with_arrays
 from kfaccore_jax.walk import Walk
 
 
@@ -149,8 +149,7 @@ def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: i
     plain = tag.factor == 1.0 and tag.scale is None
     factor = tag.factor if tag.scale is None else tag.factor * tag.scale
     if name in RULES:
-        call = RULES[name](eqn, tag, at)
-        if call is None:
+        if (call := RULES[name](eqn, tag, at)) is None:
             return None
         x = inputs[1][..., 0] if call.kind == "embedding" else other if plain else other * factor
         return walk.capture(key, call, x, y), Out(key, tag.layout.of(shape))
@@ -198,17 +197,18 @@ def _remat(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> t
     """The inner jaxpr under jax.checkpoint again; inputs of its calls are kept, all else is recomputed."""
     seen: list[Any] = []
 
-    def body(values: list, probes: dict) -> tuple[list, dict]:
+    def body(values: list, probes: dict) -> tuple[list, dict, list]:
         inner = walk.inside(place, True)
+        inner.calls, inner.outputs = dict(walk.calls), dict(walk.outputs)  # a bias within may be of a call before it
         inner.probes = None if walk.probes is None else probes
         outs, found = run(inner, _inner(eqn), values, tags)
-        seen[:] = [inner, found]
-        return outs, inner.data
+        seen[:] = inner, found
+        return outs, inner.data, [arrays_in(tag) for tag in found]
 
-    options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
-    outs, data = jax.checkpoint(body, **options)(inputs, walk.probes_of(place))
+    again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
+    outs, data, arrays = again(inputs, walk.probes_of(place))
     walk.absorb(seen[0], data)
-    return outs, seen[1]
+    return outs, list(map(with_arrays, seen[1], arrays))
 
 
 def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> list[Any]:

@@ -8,15 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfaccore_jax.plan import followed
 from kfaccore_jax.trees import register
 
 
 def losses_of(moves: Any, value: Any, value_fn: Callable, params: Any) -> Any:
     """The batch's loss before and after the update."""
-    import optax
-
-    after = value_fn(optax.apply_updates(params, jax.tree.map(jnp.negative, moves)))
+    after = value_fn(added(params, jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else x, moves)))
     return jnp.stack([jnp.asarray(value), jnp.asarray(after)])
+
+
+def added(params: Any, moves: Any) -> Any:
+    """The parameters with updates added, in their own dtypes; what is no inexact number stays what it is."""
+
+    def one(p: Any, m: Any) -> Any:
+        return jnp.asarray(p + m, p.dtype) if jnp.issubdtype(p.dtype, jnp.inexact) else p
+
+    return jax.tree.map(one, params, moves)
 
 
 def judged(rule: Any, before: Any, motion: Any, moves: Any, losses: Any) -> tuple[Any, Any]:
@@ -47,3 +55,11 @@ def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
             "take the part before the rate, such as optax.scale_by_adam() of optax.adam"
         )
     return rest.init(leaves)
+
+
+def finitely(tx: Any, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """`tx.update`; a gradient that is not finite moves nothing and leaves the state what it was, as in the core."""
+    updates, after = tx.update(grads, state, params)
+    whole = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads) if followed(g)] or [True]).all()
+    updates = jax.tree.map(lambda x: jnp.where(whole, x, jnp.zeros_like(x)), updates)
+    return updates, jax.tree.map(lambda new, old: jnp.where(whole, new, old), after, state)

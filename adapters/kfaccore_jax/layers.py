@@ -226,6 +226,7 @@ def _row(name: str, leaf: Any, layers: list[Layer], why: list[str] | None) -> tu
         return name, shape, "", reason, reason
     if not layers:
         kind = "never used" if jnp.issubdtype(leaf.dtype, jnp.floating) else f"dtype {leaf.dtype}"
+        kind = "no elements" if 0 in shape else kind
         return name, shape, "", kind, kind
     kinds = ", ".join(dict.fromkeys("bias" if _own(layer, name) else layer.kind for layer in layers))
     seen = sum(prod(part.shape) for layer in layers for part in layer.parts if part.leaf == name)

@@ -19,6 +19,31 @@ def named(tree: Any) -> dict[str, Any]:
     return found
 
 
+def check_arrays(params: Any) -> None:
+    """TypeError naming leaves that are no arrays."""
+    other = [
+        f"{name} is a {type(x).__name__}"
+        for name, x in named(params).items()
+        if not (hasattr(x, "dtype") and hasattr(x, "shape"))
+    ]
+    if other:
+        raise TypeError(
+            f"params has leaves that are no arrays: {', '.join(other[:5])}; make numbers that train arrays, "
+            f"jnp.asarray(x), and keep others out of the tree"
+        )
+
+
+def without_number(params: Any, args: tuple, batched: tuple[int, ...]) -> Any:
+    """What two batches have in common that differ in the number of their examples alone."""
+    leaves, structure = jax.tree.flatten((params, *args))
+    axes = jax.tree.leaves((jax.tree.map(lambda _: 0, params), *(_axes(x, i in batched) for i, x in enumerate(args))))
+    return structure, tuple((x.shape[axis:], x.dtype) for x, axis in zip(leaves, axes, strict=True))
+
+
+def _axes(arg: Any, batched: bool) -> Any:
+    return jax.tree.map(lambda _: int(batched), arg)
+
+
 def _bare(path: tuple) -> tuple:
     """A path without the `value` of a Variable at its end."""
     if len(path) > 1 and str(path[-1]) == ".value":

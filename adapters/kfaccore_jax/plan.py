@@ -17,8 +17,9 @@ from kfaccore_jax.layers import Layer, gathered
 from kfaccore_jax.layout import Layout
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.mixing import mixed
-from kfaccore_jax.names import named
+from kfaccore_jax.names import check_arrays, named, without_number
 from kfaccore_jax.order import moved
+from kfaccore_jax.ranges import ranged
 from kfaccore_jax.tags import Param, Tag
 from kfaccore_jax.tap import Tap
 from kfaccore_jax.walk import Walk
@@ -53,6 +54,8 @@ class Plan:
     has_aux: bool
     explicit: bool
     coupled: bool  # an example's output depends on other examples, as far as that is seen
+    example: Any = field(default=None, repr=False)  # what it was planned with, but for how many
+    count: int = 0  # examples that it was planned with
     types: dict[Any, dict[str, Shape]] = field(default_factory=dict, repr=False)  # of outputs, by types of arguments
 
     @property
@@ -63,7 +66,7 @@ class Plan:
     @property
     def uncovered(self) -> tuple[str, ...]:
         """Leaves that can carry a gradient and have no layer."""
-        return tuple(row.leaf for row in self.table if row.reason and not row.reason.startswith("dtype "))
+        return tuple(row.leaf for row in self.table if row.reason and not row.reason.startswith(("dtype ", "no ")))
 
     @property
     def shared(self) -> bool:
@@ -112,6 +115,7 @@ def plan(
 
     Capture the prediction, not the loss: a penalty on a parameter inside `apply` would make it uncovered.
     """
+    check_arrays(params)
     n = examples(args, batched)
     shape = strong(jax.eval_shape(lambda p, a: (p, a), params, args))
     one = shape[1]
@@ -132,7 +136,8 @@ def plan(
     missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
     if strict and missing:
         raise ValueError("leaves that are not covered:\n" + "\n".join(missing))
-    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit, coupled)
+    given = without_number(shape[0], shape[1], batched)
+    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit, coupled, given, n)
 
 
 def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]], bool]:
@@ -142,6 +147,7 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
     other, data2, second, shapes2 = two
     if jaxpr is not None:
         check_equations(jaxpr, second, n)
+        jaxpr, second = ranged(jaxpr, second)
     minor = jaxpr is not None and joins_behind(jaxpr, second)
     check_rows(shapes, shapes2, n, minor)
     places = moved(jaxpr, second) if jaxpr is not None else {}
@@ -234,5 +240,5 @@ def _check_prediction(pred: Any) -> None:
 
 
 def followed(x: Any) -> bool:
-    """Whether a leaf can carry a gradient."""
-    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+    """Whether a leaf can carry a gradient: of real numbers, one or more."""
+    return bool(jnp.issubdtype(x.dtype, jnp.floating)) and 0 not in x.shape

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kfaccore import Block, Ids, Patches, Record
 from kfaccore_jax.alike import matrices_of
 from kfaccore_jax.layers import Layer
-from kfaccore_jax.names import named
+from kfaccore_jax.names import check_arrays, named
 from kfaccore_jax.plan import Plan, followed
 
 
@@ -68,7 +68,15 @@ def blocks_of(plan: Plan, params: Any) -> dict[str, Block]:
 
 
 def check_leaves(plan: Plan, params: Any) -> None:
-    """ValueError naming leaves that the plan does not know, or knows in another shape."""
+    """ValueError naming leaves that the plan does not know, or knows in another shape; TypeError for those that are no
+    numbers."""
+    check_arrays(params)
+    keys = [name for name, x in named(params).items() if jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+    if keys:
+        raise TypeError(
+            f"init got leaves that are random keys, {keys[:5]}, which no transformation can add to: keep them out of "
+            f"params, as another argument of apply, or hide them by optax.masked"
+        )
     known = {row.leaf: row.shape for row in plan.table}
     leaves = {name: tuple(x.shape) for name, x in named(params).items()}
     strange = sorted(name for name in leaves if name not in known)

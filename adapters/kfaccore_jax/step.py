@@ -47,6 +47,7 @@ from kfaccore import (
 )
 from kfaccore_jax.capture import capture
 from kfaccore_jax.grafting import rule_of
+from kfaccore_jax.judge import added
 from kfaccore_jax.mesh import promoting
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
@@ -171,8 +172,6 @@ class Step:
         return self._run(params, opt_state, batch, key)
 
     def _step(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
-        import optax
-
         *args, target = batch
         captured = capture(self.plan, params, *args)
         f = jax.tree.map(widened, captured.prediction)  # bfloat16 has 128 uniform numbers to draw labels by
@@ -190,7 +189,7 @@ class Step:
         moves, opt_state = self.tx.update(captured.gradients(slope), opt_state, params, **given)
         counts = {f"code/{code.name}": x for code, x in zip(Code, counts_of(opt_state), strict=True)}
         aux = {"aux": captured.aux} if self.plan.has_aux else {}
-        return optax.apply_updates(params, moves), opt_state, {"loss": value, **counts, **aux}
+        return added(params, moves), opt_state, {"loss": value, **counts, **aux}
 
     def _noise(self, f: Any, key: Any) -> Any:
         """What `monte_carlo` takes, head by head from one key."""
@@ -218,6 +217,8 @@ def step(
     """
     import optax
 
+    if draws < 1:
+        raise ValueError(f"step got draws={draws}; need at least one sampled label an example")
     if tx is None:
         tx = optax.chain(kfac(plan, step=SelfTuning()), optax.scale(-1.0))
     return Step(plan, loss, optax.with_extra_args_support(tx), draws)

@@ -76,6 +76,20 @@ PLACED = {"pvary", "pcast", "reshard", "mesh_cast", "sharding_constraint"}  # sa
 SAME = {"convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"} | PLACED
 
 
+def arrays_in(tag: Tag) -> Any:
+    """The arrays that a tag holds, a tree."""
+    if isinstance(tag, Joined):
+        return tag.values, [arrays_in(one) for one in tag.tags]
+    return (tag.scale, tag.by) if isinstance(tag, Param) else None
+
+
+def with_arrays(tag: Tag, arrays: Any) -> Tag:
+    """The tag with these arrays in place of its own, as they are outside the trace that it was made in."""
+    if isinstance(tag, Joined):
+        return replace(tag, values=arrays[0], tags=tuple(map(with_arrays, tag.tags, arrays[1])))
+    return replace(tag, scale=arrays[0], by=arrays[1]) if isinstance(tag, Param) else tag
+
+
 def moved(eqn: Any, tag: Param | Out) -> list[Tag] | None:
     """Tags of the outputs of an equation that only moves or selects elements, else None."""
     name = eqn.primitive.name

@@ -22,7 +22,7 @@ from kfaccore import (
     Serial,
 )
 from kfaccore_jax.grafting import beside, grafted
-from kfaccore_jax.judge import arrays, judged, losses_of, started
+from kfaccore_jax.judge import arrays, finitely, judged, losses_of, started
 from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, followed
@@ -192,7 +192,7 @@ class Transformation:
         if self.rest is None:
             return moves, before
         known = None if params is None else self.leaves_left(params)
-        found, after = self.rest.update(self.leaves_left(grads), before, known)
+        found, after = finitely(self.rest, self.leaves_left(grads), before, known)
         leaves = named(moves) | found
         return jax.tree.unflatten(jax.tree.structure(moves), list(leaves.values())), after
 

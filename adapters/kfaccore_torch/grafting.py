@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,14 +45,17 @@ class Grafted:
 
 def stepped(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> Grafted:
     """Runs the optimizer on the gradients there are, and puts the layers' parameters back. Other parameters, and the
-    optimizer's state, have taken their step.
+    optimizer's state, have taken their step; none of them takes one where a gradient is not finite.
 
     Raises ValueError for an optimizer that is not torch's, with a weight decay of which it does not tell what it is.
     """
     shrink, rising = _told(optimizer)
     old = {p: p.detach().clone() for layer in layers.values() for p in layer.parameters.values() if p.grad is not None}
-    with _undecayed(optimizer):
-        optimizer.step()
+    if finite([p.grad for group in optimizer.param_groups for p in group["params"]]):
+        with _undecayed(optimizer):
+            optimizer.step()
+    else:
+        shrink = {}
     parts = {p for layer in layers.values() for role, p in layer.parameters.items() if p in old and layer.partial(role)}
     new = {p: p.detach().clone() for p in parts if not bool(_covered(p, layers).all())}
     lengths = {}
@@ -64,6 +67,12 @@ def stepped(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> Gr
         for p, kept in old.items():
             p.copy_(kept)
     return Grafted(lengths, old, new, shrink, rising)
+
+
+def finite(grads: Iterable[torch.Tensor | None]) -> bool:
+    """Whether all numbers of gradients are; one word from their device."""
+    found = [(g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in grads if g is not None]
+    return not found or bool(torch.stack(found).all())
 
 
 def _covered(p: nn.Parameter, layers: Mapping[str, Layer]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
+from kfaccore_torch.grafting import finite
 from kfaccore_torch.handed import Handed
 from kfaccore_torch.masks import Told
 from kfaccore_torch.moves import moves, penalty
@@ -157,7 +158,8 @@ class Optimizer:
         if self.rest is not None:
             for p, g in zip(self.engine.plan.rest.values(), grads, strict=True):
                 p.grad = g
-            self.rest.step()
+            if finite(grads):  # else a moment would keep it; the core moves nothing either
+                self.rest.step()
             self.rest.zero_grad()
 
     def _predicted(self, inputs: Any) -> Any:
