@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.precondition.info import Info, norms
 from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
+from kfaccore.precondition.missed import Missed
 from kfaccore.precondition.parts import Several
 from kfaccore.precondition.placement import check, common, costs
 from kfaccore.precondition.ranks import OnRanks
@@ -96,7 +97,7 @@ class Preconditioner(OnRanks):
         zeros = {n: xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for n, shape in shapes.items()}
         network = self.network.init(together, like) if self.network is not None and together else ()
         places = () if shards is None else shards.places
-        return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()), places)
+        return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()), places, Missed.start(blocks))
 
     def memory(self, blocks: Mapping[str, Block], like: Array | None = None) -> dict[str, int]:
         """Bytes of each layer's state, before a run; nothing of that size is allocated.
@@ -110,16 +111,21 @@ class Preconditioner(OnRanks):
         """As `memory`, in parts: bytes of averages and of inverses, and the peak of an update and a refresh."""
         return footprints(self.assigned, blocks, like, self.donate)
 
-    def due(self, state: State) -> Due:
-        """What the clocks ask of the next step; flags are traced where the state's step is."""
-        return clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
+    def due(self, state: State, names: Collection[str] = ()) -> Due:
+        """What the clocks ask of the next step; flags are traced where the state's step is.
+
+        names   layers that take part: of them also those that a date has passed by, which are due now
+        """
+        found = clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
+        missed = state.missed.among(names) if names else None
+        return found if missed is None else replace(found, missed=missed)
 
     def wants_records(self, state: State) -> bool:
         """Whether the next call of `step` will use records."""
         names = [name for name, _ in state.blocks]
         awake = set(names) - self.resting(state) - self.assigned.unmeasured(names, state.layers)
         whole = self.network is not None and self.network.needs_records and awake - state.layers.keys()
-        return bool(self.rule.needs_records or whole or (awake and self.due(state).update))
+        return bool(self.rule.needs_records or whole or (awake and (self.due(state).update or state.missed.awaited)))
 
     def resting(self, state: State) -> set[str]:
         """Layers whose method rests in the step to come; see `weighting`."""
@@ -127,6 +133,10 @@ class Preconditioner(OnRanks):
             return set()
         hyper = lambda name: self.schedules.hyper(name, state.step)  # noqa: E731
         return self.assigned.resting((name for name, _ in state.blocks), state.layers, hyper)
+
+    def idle(self, state: State) -> set[str]:
+        """Layers that need no records in the step to come."""
+        return self.resting(state) | self.assigned.unmeasured([name for name, _ in state.blocks], state.layers)
 
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
@@ -170,7 +180,7 @@ class Preconditioner(OnRanks):
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, missing records, or draws that a rule or method cannot use.
         """
-        return self.do(self.due(state), state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
+        return self.do(self.due(state, grads), state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
 
     def do(
         self,
@@ -210,7 +220,8 @@ class Preconditioner(OnRanks):
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         together = self.assigned.together(blocks) if grads else {}
         lineup = Lineup.of(self.assigned, grads, together, stacked, state.network)
-        road = Road(due, self.comm, self._work(given), self.donate, given, dict(state.places))
+        now = due.met(batches)
+        road = Road(now, self.comm, self._work(given), self.donate, given, dict(state.places))
         groups, states = road.run(lineup.groups, lineup.states, batches, {**grads, **averaged}, hypers)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
@@ -221,8 +232,10 @@ class Preconditioner(OnRanks):
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
-        info = Info(due.update, due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
-        return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
+        info = Info(now.update, now.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
+        missed = due.leaves(state.missed, grads, batches.keys() & grads.keys(), lambda: self.idle(state))
+        after = {"layers": layers, "motion": motion, "network": network, "missed": missed}
+        return updates, replace(state, step=state.step + 1, **after), info
 
     def _stacked(self, state: State) -> Layers:
         """The states by stack, also where someone put others in the place of some layers."""
