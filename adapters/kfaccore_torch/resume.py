@@ -99,7 +99,7 @@ class Resumes:
     @contextmanager
     def unless_damaged(self) -> Iterator[None]:
         """The old plan and state, and all that goes with them, if loading fails inside; then ValueError."""
-        names = ("plan", "core", "_state", "observer", "new")
+        names = ("plan", "away", "core", "_state", "observer", "new")
         before = {name: getattr(self, name) for name in names}
         try:
             yield
