@@ -38,7 +38,7 @@ class Planning(Resumes):
     """Plan, core and state of a model, of which each goes with the others.
 
     given   the core as the caller made it; `core` has the methods of what the plan adds
-    away    layers that are frozen, or wait for a forward to show them: the state keeps what it has of them
+    away    layers that are frozen, or wait for a forward to show them, of which the state keeps what it has
     """
 
     model: nn.Module
@@ -69,19 +69,27 @@ class Planning(Resumes):
                 f"{method} is made of each example's own gradient, and parameters {sorted(found.rest)[:5]} have no "
                 f"record of examples: pass rest=torch.optim.Adam for them"
             )
-        found = found if self.settings.uncovered is None else filled(found)
+        found = self.filled(found)
         away = {} if self.given.network is not None else left_out(known, found)
-        core = with_method(self.given, {**away, **found.layers}, self.settings.uncovered)
+        core = self.core_of({**away, **found.layers})
         _unpooled(core, found)
         self.core = core
         self.away = away
         return found
 
+    def filled(self, plan: Plan) -> Plan:
+        """A plan with layers for what is not covered, where the settings have a method for it."""
+        return plan if self.settings.uncovered is None else filled(plan)
+
+    def core_of(self, layers: Mapping[str, Layer]) -> kf.Preconditioner:
+        """The core that goes with these layers."""
+        return with_method(self.given, layers, self.settings.uncovered)
+
     @property
     def state(self) -> Any:
         """The core's state, made when it is first asked for."""
         if self._state is None:
-            self._state = self._first_state()
+            self._state = self.first_state(self.core, self.held())
         return self._state
 
     @state.setter
@@ -92,9 +100,10 @@ class Planning(Resumes):
         """{layer: bytes of averages and inverses, and the peak of an update}, as the plan is now; nothing is made."""
         return self.core.footprint(self.held(), np.zeros(1, str(self.like.dtype).removeprefix("torch.")))
 
-    def _first_state(self) -> Any:
+    def first_state(self, core: kf.Preconditioner, blocks: dict[str, kf.Block]) -> Any:
+        """A state of layers that have seen nothing."""
         with ordered(self.namespace, self.device):
-            return self.core.init(self.held(), like=_owned(to_core(self.like, self.namespace)))
+            return core.init(blocks, like=_owned(to_core(self.like, self.namespace)))
 
     def replan(self) -> bool:
         """Follow the model: parameters frozen, thawed, replaced or of another shape since the plan was made, and those
@@ -150,22 +159,23 @@ class Planning(Resumes):
         now = self.held()
         kept_on = {name for name, block in now.items() if had.get(name) == block}
         if old is not None and kept_on != had.keys() | now.keys():
-            self._state = carried(old, self._first_state(), kept_on)
+            self._state = carried(old, self.first_state(self.core, now), kept_on)
         back = self.plan.layers.keys() - before.layers.keys()
         waited = old is not None and self._state.missed.among(sorted(back & kept_on)) is not None
         self.new = self.new or waited or bool(self.plan.layers.keys() - kept_on)
 
     def held(self) -> dict[str, kf.Block]:
         """Sizes of the layers that the state is of: those of the plan, and those away."""
-        return {**self._sized(self.away), **self.blocks()}
+        return {**self.sized(self.away), **self.blocks()}
 
     def blocks(self) -> dict[str, kf.Block]:
         """Sizes of the layers, with the capacities of the settings; of one plan they are made once."""
         if self._blocks is None or self._blocks[0] is not self.plan:
-            self._blocks = self.plan, self._sized(self.plan.layers)
+            self._blocks = self.plan, self.sized(self.plan.layers)
         return self._blocks[1]
 
-    def _sized(self, layers: Mapping[str, Layer]) -> dict[str, kf.Block]:
+    def sized(self, layers: Mapping[str, Layer]) -> dict[str, kf.Block]:
+        """Sizes of layers, with the capacities of the settings."""
         capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
         return {name: replace(layer.kind.block(), **capacity) for name, layer in layers.items()}
 

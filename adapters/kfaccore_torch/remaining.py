@@ -147,7 +147,9 @@ class Remaining:
         absent = [name for group in names for name in group if not name.startswith("#") and name not in now]
         if absent:
             raise ValueError(f"the state is of another model: its `rest` has {absent[:5]}, which are not here")
-        waiting = {n: now[n] for group in names for n in group if n in now and n not in self._named | covered}
+        waiting = {
+            n: now[n] for group in names for n in group if n in now and n not in self._named and n not in covered
+        }
         if self.optimizer is None:
             self._join(waiting)
             return
