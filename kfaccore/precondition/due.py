@@ -117,9 +117,9 @@ class Due:
         idle: Callable[[], Collection[str]],
     ) -> Missed:
         """What layers have missed after the step, of which `missed` was known; see `Missed.after`."""
-        quiet = not is_tracer(missed.table) and self.missed is None and not np.any(np.asarray(missed.table))
         nothing = self.update is False and self.refreshes is False
-        if quiet and (nothing or (len(present) == len(measured) == len(missed))):
+        every = len(present) == len(measured) == len(missed)
+        if (missed.nothing and every) or (nothing and missed.among(present) is None):
             return missed
         caught_up = self.missed is not None
         return missed.after(self.update, self.refreshed(missed.names), caught_up, present, measured, idle())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import array_api_compat as aac
@@ -58,17 +59,22 @@ class Missed(Mapping[str, Any]):
             return dict(new)
         return replace(self, table=together([new[name] for name in self.names])) if new else self
 
-    @property
+    @cached_property
+    def nothing(self) -> bool:
+        """Whether it is known that no layer missed anything; asked once of a state that stays as it is."""
+        return not self.names or (not is_tracer(self.table) and not np.any(np.asarray(self.table)))
+
+    @cached_property
     def awaited(self) -> bool:
         """Whether the records of a layer are waited for."""
-        return bool(((self.table & AWAITED) > 0).any()) if self.names else False
+        return not self.nothing and bool(self.has(AWAITED).any())
 
     def among(self, names: Collection[str]) -> Missed | None:
         """Of some layers; None where it is known that they missed nothing."""
-        if not self.names or (not is_tracer(self.table) and not np.any(np.asarray(self.table))):
+        if self.nothing:
             return None
-        found = replace(self, table=self.table[self._places(names)], names=tuple(names))
-        return found if is_tracer(found.table) or np.any(np.asarray(found.table)) else None
+        found = Missed(self.table[self._places(names)], tuple(names))
+        return None if found.nothing else found
 
     def has(self, what: int) -> Flags:
         """Which layers have it in their sum."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method
+from kfaccore.precondition.asked import Asked
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, beside, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
-from kfaccore.precondition.due import Due, clocked
+from kfaccore.precondition.due import Due
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined
 from kfaccore.precondition.groups import Grads, NetworkMethod
@@ -21,8 +24,7 @@ from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
 from kfaccore.precondition.missed import Missed
 from kfaccore.precondition.parts import Several
-from kfaccore.precondition.placement import check, common, costs
-from kfaccore.precondition.ranks import OnRanks
+from kfaccore.precondition.placement import check, common
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
@@ -34,7 +36,7 @@ from kfaccore.xp.arrays import Array, device_of, namespace
 
 
 @dataclass(frozen=True, init=False)
-class Preconditioner(OnRanks):
+class Preconditioner(Asked):
     """Turns records and gradients of all layers into updates; holds numbers only, state is returned.
 
     methods    one method for all layers, or a mapping from layer to method
@@ -111,33 +113,6 @@ class Preconditioner(OnRanks):
         """As `memory`, in parts: bytes of averages and of inverses, and the peak of an update and a refresh."""
         return footprints(self.assigned, blocks, like, self.donate)
 
-    def due(self, state: State, names: Collection[str] = ()) -> Due:
-        """What the clocks ask of the next step; flags are traced where the state's step is.
-
-        names   layers that take part: of them also those that a date has passed by, which are due now
-        """
-        found = clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
-        missed = state.missed.among(names) if names else None
-        return found if missed is None else replace(found, missed=missed)
-
-    def wants_records(self, state: State) -> bool:
-        """Whether the next call of `step` will use records."""
-        names = [name for name, _ in state.blocks]
-        awake = set(names) - self.resting(state) - self.assigned.unmeasured(names, state.layers)
-        whole = self.network is not None and self.network.needs_records and awake - state.layers.keys()
-        return bool(self.rule.needs_records or whole or (awake and (self.due(state).update or state.missed.awaited)))
-
-    def resting(self, state: State) -> set[str]:
-        """Layers whose method rests in the step to come; see `weighting`."""
-        if self.rule.needs_records:
-            return set()
-        hyper = lambda name: self.schedules.hyper(name, state.step)  # noqa: E731
-        return self.assigned.resting((name for name, _ in state.blocks), state.layers, hyper)
-
-    def idle(self, state: State) -> set[str]:
-        """Layers that need no records in the step to come."""
-        return self.resting(state) | self.assigned.unmeasured([name for name, _ in state.blocks], state.layers)
-
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
     ) -> tuple[float, State]:
@@ -210,18 +185,13 @@ class Preconditioner(OnRanks):
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
         averaged, motion = self.rule.gradients(motion, self.assigned.free(grads, state.layers))
-
-        def told_by_rule(hyper: Hyper) -> Hyper:
-            return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
-
-        hypers = self.schedules.hypers(grads, state.step, told_by_rule)
+        hypers = self.schedules.hypers(grads, state.step, partial(self._told, motion, damping))
         due = due.whole(self.rule.restart(motion))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         together = self.assigned.together(blocks) if grads else {}
         lineup = Lineup.of(self.assigned, grads, together, stacked, state.network)
-        now = due.met(batches)
-        road = Road(now, self.comm, self._work(given), self.donate, given, dict(state.places))
+        road = Road(due.met(batches), self.comm, self._work(given), self.donate, given, dict(state.places))
         groups, states = road.run(lineup.groups, lineup.states, batches, {**grads, **averaged}, hypers)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
@@ -232,10 +202,16 @@ class Preconditioner(OnRanks):
             updates, motion, told = self.rule(motion, directions, dict(grads), seen, penalty, known)
         codes = Several(tuple(grads), tuple(group.codes for group in groups))
         infos = {label: info for group in groups for label, info in group.infos.items()}
-        info = Info(now.update, now.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups))
+        info = Info(
+            road.due.update, road.due.refreshes, codes, infos, told, dict(known.damping), norms(updates, groups)
+        )
         missed = due.leaves(state.missed, grads, batches.keys() & grads.keys(), lambda: self.idle(state))
-        after = {"layers": layers, "motion": motion, "network": network, "missed": missed}
-        return updates, replace(state, step=state.step + 1, **after), info
+        after = replace(state, step=state.step + 1, layers=layers, motion=motion, network=network, missed=missed)
+        return updates, after, info
+
+    def _told(self, motion: Any, damping: float | Array | None, hyper: Hyper) -> Hyper:
+        """The numbers of a layer as the rule and the caller have them."""
+        return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
 
     def _stacked(self, state: State) -> Layers:
         """The states by stack, also where someone put others in the place of some layers."""
