@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.precondition.missed import EMPTY, MEASURE, REFRESH, Flags, Missed
+from kfaccore.precondition.missed import MEASURE, REFRESH, Flags, Missed
 from kfaccore.precondition.placement import assign
 from kfaccore.precondition.schedule import Clocks
 from kfaccore.xp.arrays import Array, is_tracer
@@ -90,7 +90,7 @@ class Due:
             return self
         with_record = self.missed.within(batches)
         measure = self.missed.has(MEASURE) & with_record
-        renew = self.missed.has(REFRESH) & (with_record | ~self.missed.has(EMPTY))
+        renew = self.missed.has(REFRESH) & (with_record | ~self.missed.has(MEASURE))  # with its newest statistics
         names = self.missed.names
         if any(map(is_tracer, (measure, self.update, self.refresh))):
             each = Each(names, measure | self.update, renew | self.refresh)

@@ -18,7 +18,7 @@ from kfaccore.xp.arrays import Array, is_tracer
 from kfaccore.xp.blocks import together
 
 Flags = Array  # (layers,), on the host or traced
-MEASURE, AWAITED, REFRESH, EMPTY = 1, 2, 4, 8
+MEASURE, AWAITED, REFRESH = 1, 2, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,7 @@ class Missed(Mapping[str, Any]):
     MEASURE   a date of the update clock passed since the layer was measured
     AWAITED   and it has come by since, in a step without its records: they are wanted until it is measured. A layer
               that never comes by is not waited for
-    REFRESH   a date of the refresh clock passed since it was refreshed
-    EMPTY     it was never measured: there is nothing yet to make an inverse of
+    REFRESH   a date of the refresh clock passed since it was refreshed with all that it was to be measured by then
     """
 
     table: Any
@@ -39,7 +38,7 @@ class Missed(Mapping[str, Any]):
     def start(cls, names: Collection[str]) -> Missed:
         """Of layers that have just been made: each is due at its first gradient. On the host, where steps are decided,
         wherever the states are; a traced shell brings it to its device."""
-        return cls(np.full(len(names), MEASURE | REFRESH | EMPTY, np.int32), tuple(names))
+        return cls(np.full(len(names), MEASURE | REFRESH, np.int32), tuple(names))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:
@@ -106,11 +105,10 @@ class Missed(Mapping[str, Any]):
         if not self.names:
             return self
         with_record, with_gradient = self.within(measured), self.within(present)
-        missed, awaited, late, empty = (self.has(what) for what in (MEASURE, AWAITED, REFRESH, EMPTY))
+        missed, awaited, late = (self.has(what) for what in (MEASURE, AWAITED, REFRESH))
         done = with_record & (update | (missed & caught_up))
         missed = (missed | update) & ~done & ~self.within(idle)
-        empty = empty & ~done & ~self.within(idle)
-        late = (late | refresh) & ~(with_gradient & ~empty & (refresh | (late & caught_up)))
+        late = (late | refresh) & ~(with_gradient & ~missed & (refresh | (late & caught_up)))
         awaited = missed & (awaited | with_gradient)
-        table = missed * MEASURE + awaited * AWAITED + late * REFRESH + empty * EMPTY
+        table = missed * MEASURE + awaited * AWAITED + late * REFRESH
         return replace(self, table=table.astype(self.table.dtype))
