@@ -86,3 +86,17 @@ def test_a_part_that_comes_at_odd_steps_is_measured_and_refreshed():
     assert float(state.core.layers[last].weight[0]) == pytest.approx(0.1)
     raw = measured(normal((2, 12, 3), seed=13))[0][1][0]
     assert not np.allclose(moves[1][0], raw)
+
+
+def test_a_checkpoint_of_before_has_missed_nothing():
+    serialization = pytest.importorskip("flax").serialization
+    core = kf.Preconditioner(kf.KFAC(), kf.Clocks(4, 8), SCHEDULES)
+    (_, state), *_ = in_turn(core, [(0, True)])
+    written = serialization.to_state_dict(state)
+    same = serialization.from_state_dict(state, written)
+    np.testing.assert_array_equal(same.core.missed.table, [0, 5])
+    del written["core"]["missed"]
+    before = serialization.from_state_dict(state, written)
+    np.testing.assert_array_equal(before.core.missed.table, [0, 0])
+    for got, want in zip(jax.tree.leaves(before.core.layers), jax.tree.leaves(state.core.layers), strict=True):
+        np.testing.assert_array_equal(got, want)

@@ -75,7 +75,7 @@ class Missed(Mapping[str, Any]):
         found = Missed(self.table[self._places(names)], tuple(names))
         return None if found.nothing else found
 
-    def has(self, what: int) -> Flags:
+    def has(self, what: int) -> Any:
         """Which layers have it in their sum."""
         return (self.table & what) > 0
 
