@@ -110,6 +110,13 @@ class Remaining:
         self._wait(names, plan)
         assert self.optimizer is not None
         saved = state["rest"]
+        have = [len(group["params"]) for group in saved["param_groups"]]
+        need = list(map(len, names))
+        if have != need or len(self._labels()) != len(need):
+            raise ValueError(
+                f"the state's `rest` has parameter groups of {have} parameters, named as {need}, and the optimizer "
+                f"here has {len(self._labels())} groups: give the same `rest` as then"
+            )
         place = {}
         for group, labels in zip(saved["param_groups"], names, strict=True):
             place.update(zip(labels, group["params"], strict=True))
