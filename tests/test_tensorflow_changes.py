@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
+import kfaccore as kf
 from tf_shared import SGD, L, crossentropy, keras, kt, tf
 from tf_shared import double as double
 
@@ -101,6 +102,20 @@ def test_layers_may_be_frozen_between_two_steps_and_thawed_again(rng):
         step.step(x, y)
         moved.append(not np.array_equal(before, net.layers[0].kernel))
     assert moved == [True, False, True]
+
+
+def test_a_layer_that_was_frozen_at_a_date_makes_up_for_it(rng):
+    x, y = rng.normal(size=(8, 4)), rng.integers(0, 2, 8)
+    net = frozen(thaw=False)
+    step = kt.Optimizer(net, crossentropy(), SGD(0.1), clocks=kf.Clocks(4, 12))
+    updated, refreshed = [], []
+    for i in range(15):
+        net.layers[0].trainable = i not in (3, 4, 5, 11, 12)
+        step.step(x, y)
+        updated += [i] if step.info.updated else []
+        refreshed += [i] if step.info.refreshed else []
+    assert updated == [0, 4, 7, 8, 12, 14]  # it came by without records at 6 and at 13
+    assert refreshed == [0, 12, 14]
 
 
 @pytest.mark.parametrize("change", ["thawed", "adapters"])

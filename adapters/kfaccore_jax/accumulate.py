@@ -198,7 +198,7 @@ def _added(rule: Transformation, state: AccumulateState, records: Any, grads: An
             found[name] = jax.tree.map(jnp.add, before, new)
         return found
 
-    due = rule.due(core, core_state, given, fresh).update
+    due = rule.due(core, core_state, given, fresh, given).measuring(given)
     if isinstance(due, bool):
         return sums() if due else state.stats
     return jax.lax.cond(due, sums, lambda: state.stats)

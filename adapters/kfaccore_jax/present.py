@@ -91,10 +91,10 @@ def check_leaves(plan: Plan, params: Any) -> None:
 
 
 def matrices(plan: Plan, grads: Any, blocks: Mapping[str, Block]) -> dict[str, Any]:
-    """{layer or leaf: (blocks, d_out, d_in)} of a tree of gradients."""
+    """{layer or leaf: (blocks, d_out, d_in)} of a tree of gradients; one that is None is frozen."""
     leaves = named(grads)
     found = matrices_of([item.layer for item in held(plan, leaves)], leaves)
-    return found | {name: leaves[name].reshape(1, -1, 1) for name in blocks if name not in found}
+    return found | {name: leaves[name].reshape(1, -1, 1) for name in blocks if name in leaves and name not in found}
 
 
 def tree_of(plan: Plan, grads: Any, directions: Mapping[str, Any]) -> Any:

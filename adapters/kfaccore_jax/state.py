@@ -35,10 +35,10 @@ class Codes(Mapping[str, Any]):
         return cls(jnp.full((sum(sizes),), code, jnp.int32), names, sizes)
 
     def after(self, info: Info) -> Codes:
-        """Those of a step, in the same order."""
+        """Those of a step, in the same order; a block that took no part keeps its own."""
         runs = info.code_runs()
         if tuple(name for names, _ in runs for name in names) != self.names:
-            runs = [((name,), info.codes[name]) for name in self.names]
+            runs = [((name,), info.codes[name] if name in info.codes else self[name]) for name in self.names]
         table = jnp.concatenate([jnp.reshape(codes, (-1,)) for _, codes in runs])
         return Codes(table.astype(jnp.int32), self.names, self.sizes)
 

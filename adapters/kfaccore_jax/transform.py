@@ -134,7 +134,7 @@ class Transformation:
             grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any
         ) -> tuple[Any, Any, Codes]:
             found = matrices(self.plan, grads, blocks) | factored
-            due = self.due(core, before, given, fresh)
+            due = self.due(core, before, given, fresh, found)
             directions, after, info = core.do(due, before, given, found, fisher, damping, **told)
             return tree_of(self.plan, grads, directions), register(after), state.codes.after(info)
 
@@ -196,10 +196,10 @@ class Transformation:
         leaves = named(moves) | found
         return jax.tree.unflatten(jax.tree.structure(moves), list(leaves.values())), after
 
-    def due(self, core: Preconditioner, state: Any, records: Mapping[str, Record], fresh: Fresh) -> Due:
-        """What the clocks say, traced; decided outside jit for `fresh` steps, but that a rule's own statistics stay on
-        the clock while it is given records at every step."""
-        clocks = core.due(state)
+    def due(self, core: Preconditioner, state: Any, records: Mapping[str, Record], fresh: Fresh, of: Any) -> Due:
+        """What the clocks say, traced, and which of the layers `of` missed them; decided outside jit for `fresh` steps,
+        but that a rule's own statistics stay on the clock while it is given records at every step."""
+        clocks = core.due(state, of)
         decided = fresh is not None and not self.step.needs_records
         update = bool(records) if decided else clocks.update if records else False
         return replace(clocks, update=update) if fresh is None else Due(update, fresh)

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.state import Codes
@@ -73,8 +74,15 @@ def _for_flax(kind: type) -> None:
     def to_dict(x: Any) -> dict[str, Any]:
         return {name: flax.to_state_dict(getattr(x, name)) for name in children}
 
+    later = {f.name for f in fields(kind) if "era" in f.metadata}
+
     def from_dict(x: Any, state: dict[str, Any]) -> Any:
-        found = {name: flax.from_state_dict(getattr(x, name), state[name]) for name in children}
+        # a file of before lacks fields that were added, which are then zero
+        absent = {
+            name: flax.to_state_dict(jax.tree.map(jnp.zeros_like, getattr(x, name))) for name in later - set(state)
+        }
+        known = {**state, **absent}
+        found = {name: flax.from_state_dict(getattr(x, name), known[name]) for name in children}
         leaves = [found[name] for name in children]
         return jax.tree.unflatten(jax.tree.structure(x), jax.tree.leaves(leaves))
 

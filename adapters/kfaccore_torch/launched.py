@@ -93,7 +93,7 @@ def _key(engine: Engine, given: Given) -> object:
     """What a step was recorded for; None where it is not to be."""
     if engine.namespace != "torch" or not records_on(engine.device) or engine.new:
         return None
-    if engine.core.due(engine.state) != kf.Due(False, False):
+    if engine.core.due(engine.state, given) != kf.Due(False, False):
         return None
     hypers = engine.core.schedules.hypers(given, engine.state.step, lambda hyper: hyper)
     numbers = tuple((name, hyper.damping) for name, hyper in hypers.items())

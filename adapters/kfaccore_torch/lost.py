@@ -33,7 +33,8 @@ class Lost:
     def follow(self, old: Plan, new: Plan, step: int) -> None:
         """One plan takes the place of another at a step: a warning for what it no longer covers."""
         seen = _named(new.marks) | new.odd.keys()
-        gone = sorted(_named(old.marks) & seen & (new.uncovered.keys() - old.uncovered.keys()))
+        covered = {path for layer in old.layers.values() for path in layer.paths.values()}
+        gone = sorted(_named(old.marks) & seen & covered & (new.uncovered.keys() - old.uncovered.keys()))
         fresh = [name for name in gone if name not in self.waits]
         if fresh:
             reasons = "; ".join(f"{name!r}: {new.uncovered[name]}" for name in fresh)

@@ -15,13 +15,13 @@ from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
-from kfaccore_torch.grafting import finite
 from kfaccore_torch.handed import Handed
 from kfaccore_torch.masks import Told
 from kfaccore_torch.moves import moves, penalty
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import recorded
 from kfaccore_torch.records import called
+from kfaccore_torch.remaining import Remaining
 from kfaccore_torch.replay import replayed
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scaler
@@ -70,22 +70,13 @@ class Optimizer:
         self.output = output
         self.scaler = Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._handed = Handed()
-        self._make_rest = rest
-        self.rest: torch.optim.Optimizer | None = None
-        self._follow_rest()
+        self._remaining = Remaining(rest)
+        self._remaining.follow(self.engine.plan)
 
-    def _follow_rest(self) -> None:
-        """The optimizer of what is not covered, over the parameters that the plan leaves it now."""
-        plan = self.engine.plan
-        old = self.rest
-        if plan.rest and self._make_rest is None and plan.seen:
-            reasons = "\n".join(f"  {name}: {reason}" for name, reason in plan.uncovered.items())
-            raise ValueError(f"these parameters are not covered; pass rest=torch.optim.Adam for them\n{reasons}")
-        if old is not None and {id(p) for g in old.param_groups for p in g["params"]} == {*map(id, plan.rest.values())}:
-            return
-        self.rest = self._make_rest(plan.rest.values()) if self._make_rest and plan.rest else None
-        if old is not None and self.rest is not None:
-            self.rest.state.update({p: old.state[p] for p in plan.rest.values() if p in old.state})
+    @property
+    def rest(self) -> torch.optim.Optimizer | None:
+        """The optimizer of parameters that are not covered, one for the whole run; None where there are none."""
+        return self._remaining.optimizer
 
     @property
     def info(self) -> kf.Info | None:
@@ -121,7 +112,7 @@ class Optimizer:
         engine = self.engine
         if engine.replan():
             check_same(engine)
-            self._follow_rest()
+            self._remaining.follow(engine.plan)
         l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
         given = {"inputs": inputs, "target": target}
         first = self._handed.before(self.model, engine.device, given) if engine.core.rule.judges else []
@@ -151,16 +142,8 @@ class Optimizer:
             return mean(engine, value, n) + penalty(engine, l2)
 
         self._applied(records, grads, before, again, own)
-        self._step_rest(rest)
+        self._remaining.step(engine.plan, rest)
         return before
-
-    def _step_rest(self, grads: tuple) -> None:
-        if self.rest is not None:
-            for p, g in zip(self.engine.plan.rest.values(), grads, strict=True):
-                p.grad = g
-            if finite(grads):  # else a moment would keep it; the core moves nothing either
-                self.rest.step()
-            self.rest.zero_grad()
 
     def _predicted(self, inputs: Any) -> Any:
         return picked(called(self.model, inputs), self.output)
@@ -170,7 +153,7 @@ class Optimizer:
         found = recorded(self.engine, seen, batch, backward, n)
         if self.engine.due:
             self.engine.agree()
-            self._follow_rest()
+            self._remaining.follow(self.engine.plan)
         return found
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
@@ -232,23 +215,14 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.save; loads on any device, and resumes bit for bit on one of its kind."""
-        rest = {} if self.rest is None else {"rest": self.rest.state_dict()}
-        return self.engine.state_dict() | rest
+        return self.engine.state_dict() | self._remaining.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; ValueError, and no change, if it is another model's."""
-        given = isinstance(state, Mapping) and "rest" in state
-        if (self._make_rest is not None) < given:
+        """Continue from `state_dict`; ValueError, and no change, if it is another model's. What is frozen here waits
+        with what the state has of it, what was frozen then begins anew."""
+        if self._remaining.make is None and isinstance(state, Mapping) and "rest" in state:
             raise ValueError("one of the state and this optimizer has parameters outside K-FAC and the other has not")
-        before = self.rest
-        try:
-            with self.engine.unless_damaged():
-                self.engine.load_state_dict(state)
-                self._follow_rest()
-                if (self.rest is not None) != given:
-                    raise ValueError("one of state and optimizer has parameters outside K-FAC and the other has not")
-                if self.rest is not None:
-                    self.rest.load_state_dict(state["rest"])
-        except ValueError:
-            self.rest = before
-            raise
+        with self.engine.unless_damaged(), self._remaining.unless_damaged():
+            self.engine.load_state_dict(state)
+            self._remaining.follow(self.engine.plan)
+            self._remaining.load_state_dict(state, self.engine.plan)

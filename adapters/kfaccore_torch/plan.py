@@ -6,7 +6,7 @@ types stand for what they are known to do; what a forward shows takes their plac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -36,8 +36,10 @@ UNUSED = "it did not take part in the prediction"
 class Plan:
     """`layers` are covered; `uncovered` maps a parameter's name to the reason it is not.
 
-    marks   what parameters were seen to be used for
+    marks   what parameters were seen to be used for, also those that are frozen since
     odd     parameters that were seen to go into what is no layer, and why
+    shown   sets of parameters that were trained together when a forward was seen: of what lies within one of them, all
+            uses are known
     places  part of a parameter -> the layer that it makes
     """
 
@@ -52,6 +54,7 @@ class Plan:
     odd: dict[str, str] = field(repr=False, default_factory=dict)
     places: dict[Ref, str] = field(repr=False, default_factory=dict)
     seen: bool = False
+    shown: tuple[frozenset[str], ...] = field(repr=False, default=())
 
     @property
     def trained(self) -> tuple[nn.Parameter, ...]:
@@ -101,11 +104,12 @@ class Plan:
 
     def with_seen(self, marks: Iterable[Mark], odd: Mapping[str, str]) -> Plan:
         """The plan with what one forward showed; itself where that is nothing new."""
-        old = set(self.marks)
+        names = set(self.known.values())
+        old = {*self.marks, *(_with(mark, names) for mark in self.marks)}
         fresh = [mark for mark in dict.fromkeys(marks) if mark not in old]
         if self.seen and not fresh and odd.keys() <= self.odd.keys():
             return self
-        return _made(self, (*self.marks, *fresh), {**odd, **self.odd}, True)
+        return remade(self, (*self.marks, *fresh), {**odd, **self.odd}, True)
 
     def assigned(self, uses: Iterable[Use]) -> dict[str, list[Call]]:
         """Calls by layer, in order."""
@@ -155,49 +159,64 @@ def modules(model: nn.Module, skip: tuple[str, ...] = ()) -> Plan:
             raise ValueError(f"skip pattern {pattern!r} matches no parameter; there are {sorted(names)[:8]}")
     made_of = tuple((n, p, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False))
     shapes = tuple(p.shape for _, p, _ in made_of)
-    return _made(Plan({}, {}, {}, made_of, shapes, model, tuple(skip)), (), {}, False)
+    return remade(Plan({}, {}, {}, made_of, shapes, model, tuple(skip)), (), {}, False)
 
 
 def again(old: Plan, model: nn.Module) -> Plan:
-    """The plan of a model whose parameters changed: what was seen of the others still holds."""
+    """The plan of a model whose parameters changed: what was seen before still holds where parameters were frozen, or
+    thawed that were trained when it was seen."""
     new = modules(model, old.skip)
-    before = {name: (p, n) for (name, p, trained), n in zip(old.made_of, old.shapes, strict=True) if trained}
+    before = {name: (p, shape) for (name, p, _), shape in zip(old.made_of, old.shapes, strict=True)}
+    now = _trained(new)
     for name, p, trained in new.made_of:
         known, shape = before.get(name, (None, None))
         if trained and (known is not p or shape != p.shape):
             return new  # with parameters that joined in or grew, an operation may have more of them
-    names = set(new.known.values())
-    marks = (_without(mark, names) for mark in old.marks)
-    kept = tuple(dict.fromkeys(mark for mark in marks if (mark.weight or mark.bias) is not None))
-    return _made(new, kept, {name: why for name, why in old.odd.items() if name in names}, old.seen)
+    known = any(now <= names for names in old.shown)
+    if known or now <= _trained(old):
+        return remade(replace(new, shown=old.shown), old.marks, old.odd, old.seen or known)
+    marks = tuple(mark for mark in old.marks if not _names(mark) & now)
+    odd = {name: why for name, why in old.odd.items() if name not in now}
+    return remade(replace(new, shown=tuple(names for names in old.shown if not names & now)), marks, odd, False)
 
 
-def remade(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) -> Plan:
-    """The plan of the same model by what was seen of it before."""
-    return _made(plan, marks, odd, seen)
+def as_trained(plan: Plan, names: Collection[str]) -> Plan:
+    """The plan of the same model with these parameters trained and the others frozen."""
+    return replace(plan, made_of=tuple((name, p, name in names) for name, p, _ in plan.made_of))
 
 
-def _without(mark: Mark, names: set[str]) -> Mark:
-    """A mark with the parameters that are still trained."""
+def _trained(plan: Plan) -> frozenset[str]:
+    return frozenset(name for name, _, trained in plan.made_of if trained)
+
+
+def _names(mark: Mark) -> set[str]:
+    return {ref.name for ref in (mark.weight, mark.bias) if ref is not None}
+
+
+def _with(mark: Mark, names: set[str]) -> Mark:
+    """A mark with those of its parameters that have these names."""
     weight = mark.weight if mark.weight is not None and mark.weight.name in names else None
     bias = mark.bias if mark.bias is not None and mark.bias.name in names else None
-    return Mark(None if weight is None else mark.kind, weight, bias)
+    return replace(mark, kind=None if weight is None else mark.kind, weight=weight, bias=bias)
 
 
-def _made(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) -> Plan:
-    """The plan of what was seen, and of what modules suggest of parameters that were not."""
+def remade(plan: Plan, marks: tuple[Mark, ...], odd: Mapping[str, str], seen: bool) -> Plan:
+    """The plan of the same model by what was seen of it, and what modules suggest of parameters that were not."""
     assert plan.model is not None
     known = plan.known
-    shown = {ref.name for mark in marks for ref in (mark.weight, mark.bias) if ref is not None} | odd.keys()
+    names = set(known.values())
+    here = tuple(mark for mark in dict.fromkeys(_with(mark, names) for mark in marks) if _names(mark))
+    shown = {name for mark in here for name in _names(mark)} | odd.keys()
     suggested = []
     for mark in hints(plan.model, known):
         if mark.bias is not None and mark.bias.name in shown:
             mark = replace(mark, bias=None)
         if (mark.weight or mark.bias) is not None and (mark.weight is None or mark.weight.name not in shown):
             suggested.append(mark)
-    parameters = {name: p for name, p in plan.model.named_parameters() if p.requires_grad}
+    trained = {id(p) for _, p, flag in plan.made_of if flag}  # of several names, one is enough
+    parameters = {name: p for name, p in plan.model.named_parameters() if id(p) in trained}
     covered = {name: p for name, p in parameters.items() if id(p) in known}
-    layers, uncovered, places = settled([*marks, *suggested], odd, covered, _owners(plan.model))
+    layers, uncovered, places = settled([*here, *suggested], odd, covered, _owners(plan.model))
     paths = {path for layer in layers.values() for path in layer.paths.values()}
     for name in parameters.keys() - paths - uncovered.keys():
         pattern = _skipped(name, plan.skip)
@@ -206,7 +225,10 @@ def _made(plan: Plan, marks: tuple[Mark, ...], odd: dict[str, str], seen: bool) 
         uncovered[name] = why or (UNUSED if seen else UNSEEN)
     rest = {name: p for name, p in parameters.items() if name in uncovered and name not in paths}
     uncovered = {name: uncovered[name] for name in rest}
-    return replace(plan, layers=layers, uncovered=uncovered, rest=rest, marks=marks, odd=odd, places=places, seen=seen)
+    now = _trained(plan)
+    sets = (*(others for others in plan.shown if not others <= now), now) if seen else plan.shown
+    found = {"layers": layers, "uncovered": uncovered, "rest": rest, "places": places}
+    return replace(plan, **found, marks=tuple(marks), odd=dict(odd), seen=seen, shown=sets)
 
 
 @lru_cache(maxsize=1 << 14)

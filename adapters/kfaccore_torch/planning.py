@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import kfaccore as kf
 from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.distributed import Distributed
-from kfaccore_torch.follow import carried
+from kfaccore_torch.follow import carried, left_out
 from kfaccore_torch.inside import check_plain
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.layout import pools
@@ -25,6 +27,7 @@ from kfaccore_torch.plan import Plan, again, remade, unwrapped
 from kfaccore_torch.report import Coverage, coverage
 from kfaccore_torch.rest import called, filled, with_method
 from kfaccore_torch.resume import Resumes
+from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight, sighted
 from kfaccore_torch.table import read, written
 
@@ -36,6 +39,7 @@ class Planning(Resumes):
     """Plan, core and state of a model, of which each goes with the others.
 
     given   the core as the caller made it; `core` has the methods of what the plan adds
+    away    layers that are frozen, or wait for a forward to show them, of which the state keeps what it has
     """
 
     model: nn.Module
@@ -44,12 +48,14 @@ class Planning(Resumes):
     called: set[str]
     like: torch.Tensor
     plan: Plan
+    away: dict[str, Layer]
     lost: Lost
     _state: Any
     _blocks: tuple[Plan, dict[str, kf.Block]] | None
 
-    def _planned(self, found: Plan) -> Plan:
-        """A plan as the settings want it, and the core that goes with it; ValueError where they do not allow it."""
+    def _planned(self, found: Plan, known: Mapping[str, Layer] = MappingProxyType({})) -> Plan:
+        """A plan as the settings want it, and the core that goes with it and with what stays of the layers `known`;
+        ValueError where they do not allow it."""
         lost = {name: why for name, why in found.uncovered.items() if found.seen or why.startswith("skipped")}
         if self.settings.strict and lost:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in lost.items())
@@ -64,17 +70,27 @@ class Planning(Resumes):
                 f"{method} is made of each example's own gradient, and parameters {sorted(found.rest)[:5]} have no "
                 f"record of examples: pass rest=torch.optim.Adam for them"
             )
-        found = found if self.settings.uncovered is None else filled(found)
-        core = with_method(self.given, found, self.settings.uncovered)
+        found = self.filled(found)
+        away = {} if self.given.network is not None else left_out(known, found)
+        core = self.core_of({**away, **found.layers})
         _unpooled(core, found)
         self.core = core
+        self.away = away
         return found
+
+    def filled(self, plan: Plan) -> Plan:
+        """A plan with layers for what is not covered, where the settings have a method for it."""
+        return plan if self.settings.uncovered is None else filled(plan)
+
+    def core_of(self, layers: Mapping[str, Layer]) -> kf.Preconditioner:
+        """The core that goes with these layers."""
+        return with_method(self.given, layers, self.settings.uncovered)
 
     @property
     def state(self) -> Any:
         """The core's state, made when it is first asked for."""
         if self._state is None:
-            self._state = self._first_state()
+            self._state = self.first_state(self.core, self.held())
         return self._state
 
     @state.setter
@@ -83,11 +99,12 @@ class Planning(Resumes):
 
     def memory(self) -> dict[str, kf.Footprint]:
         """{layer: bytes of averages and inverses, and the peak of an update}, as the plan is now; nothing is made."""
-        return self.core.footprint(self.blocks(), np.zeros(1, str(self.like.dtype).removeprefix("torch.")))
+        return self.core.footprint(self.held(), np.zeros(1, str(self.like.dtype).removeprefix("torch.")))
 
-    def _first_state(self) -> Any:
+    def first_state(self, core: kf.Preconditioner, blocks: dict[str, kf.Block]) -> Any:
+        """A state of layers that have seen nothing."""
         with ordered(self.namespace, self.device):
-            return self.core.init(self.blocks(), like=_owned(to_core(self.like, self.namespace)))
+            return core.init(blocks, like=_owned(to_core(self.like, self.namespace)))
 
     def replan(self) -> bool:
         """Follow the model: parameters frozen, thawed, replaced or of another shape since the plan was made, and those
@@ -136,22 +153,33 @@ class Planning(Resumes):
     def adopt(self, found: Plan) -> None:
         """Take another plan of the same model; layers of the same name and sizes keep their state."""
         old = self._state
-        blocks = self.blocks()
+        had = self.held() if old is None else dict(old.blocks)
         before = self.plan
-        self.plan = self._planned(found)
+        self.plan = self._planned(found, {**self.away, **before.layers})
         self.lost.follow(before, self.plan, 0 if old is None else old.step)
         self.observer = Observer()
-        kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
-        self._state = None if old is None else carried(old, self._first_state(), kept_on)
-        self.new = self.new or bool(set(self.plan.layers) - kept_on)
+        now = self.held()
+        kept_on = {name for name, block in now.items() if had.get(name) == block}
+        if old is not None and kept_on != had.keys() | now.keys():
+            self._state = carried(old, self.first_state(self.core, now), kept_on)
+        back = self.plan.layers.keys() - before.layers.keys()
+        waited = old is not None and self._state.missed.among(sorted(back & kept_on)) is not None
+        self.new = self.new or waited or bool(self.plan.layers.keys() - kept_on)
+
+    def held(self) -> dict[str, kf.Block]:
+        """Sizes of the layers that the state is of: those of the plan, and those away."""
+        return {**self.sized(self.away), **self.blocks()}
 
     def blocks(self) -> dict[str, kf.Block]:
         """Sizes of the layers, with the capacities of the settings; of one plan they are made once."""
         if self._blocks is None or self._blocks[0] is not self.plan:
-            capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
-            found = {name: replace(layer.kind.block(), **capacity) for name, layer in self.plan.layers.items()}
-            self._blocks = self.plan, found
+            self._blocks = self.plan, self.sized(self.plan.layers)
         return self._blocks[1]
+
+    def sized(self, layers: Mapping[str, Layer]) -> dict[str, kf.Block]:
+        """Sizes of layers, with the capacities of the settings."""
+        capacity = {"samples": self.settings.samples, "rows": self.settings.rows}
+        return {name: replace(layer.kind.block(), **capacity) for name, layer in layers.items()}
 
     def report(self) -> Coverage:
         """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""

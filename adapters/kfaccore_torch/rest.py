@@ -35,9 +35,9 @@ def rest(plan: Plan) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in plan.rest.items() if not unusual(p)]
 
 
-def with_method(core: kf.Preconditioner, plan: Plan, method: kf.Diagonal | None) -> kf.Preconditioner:
+def with_method(core: kf.Preconditioner, layers: Mapping[str, Layer], method: kf.Diagonal | None) -> kf.Preconditioner:
     """The core with `method` for the layers that are rows all examples share."""
-    names = [name for name, layer in plan.layers.items() if isinstance(layer.kind, Rest)]
+    names = [name for name, layer in layers.items() if isinstance(layer.kind, Rest)]
     if method is None or not names:
         return core
     if core.network is not None:
@@ -46,7 +46,7 @@ def with_method(core: kf.Preconditioner, plan: Plan, method: kf.Diagonal | None)
             f"rest=torch.optim.Adam for them, or skip= patterns that leave them out of a Preconditioner"
         )
     given = core.methods
-    known = given if isinstance(given, Mapping) else dict.fromkeys(plan.layers, given)
+    known = given if isinstance(given, Mapping) else dict.fromkeys(layers, given)
     methods = {**known, **dict.fromkeys(names, method)}
     return replace(core, methods=methods)
 

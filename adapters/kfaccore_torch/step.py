@@ -155,7 +155,7 @@ class Engine(Planning):
 
     def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any], **beside: Any) -> dict[str, Any]:
         """The core's step, with its loss, own and lengths; state and info move on."""
-        due = kf.Due(True, True) if self.new else self.core.due(self.state)  # new layers do not wait for the clocks
+        due = self.core.due(self.state, grads)
         try:
             updates, self.state, info = self.core.do(due, self.state, records, grads, self.settings.fisher, **beside)
         except Exception as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ from kfaccore import Window
 from kfaccore.layers import Bias, Conv, Embedding, Gain, Linear
 from kfaccore_torch.calls import Mark
 from kfaccore_torch.kinds import Stack
-from kfaccore_torch.plan import Plan, remade
+from kfaccore_torch.plan import Layer, Plan, as_trained, remade
 from kfaccore_torch.views import Ref, View
 
 Table = dict[str, Any]
@@ -19,21 +20,41 @@ Table = dict[str, Any]
 def written(plan: Plan) -> Table:
     """The table of a plan, of numbers, texts and lists alone."""
     marks = [[_kind(mark.kind), _ref(mark.weight), _ref(mark.bias), mark.scaled] for mark in plan.marks]
-    return {"seen": plan.seen, "marks": marks, "odd": dict(plan.odd)}
+    shown = [sorted(names) for names in plan.shown]
+    return {"seen": plan.seen, "marks": marks, "odd": dict(plan.odd), "shown": shown}
+
+
+def with_held(plan: Plan, layers: Iterable[Layer]) -> Table:
+    """The table of a plan, and of which parameters a state has layers."""
+    return {**written(plan), "held": list(dict.fromkeys(path for layer in layers for path in layer.paths.values()))}
+
+
+def as_saved(table: Table, plan: Plan) -> Plan:
+    """The plan of the same model where that is trained which a state has layers of; by a table of before, what it has
+    marks of and what is trained here."""
+    found = read(table, plan)
+    if "held" in table:
+        return remade(as_trained(plan, {*table["held"], *table["odd"]}), found.marks, found.odd, found.seen)
+    shown = {ref.name for mark in found.marks for ref in (mark.weight, mark.bias) if ref is not None}
+    here = {name for name, _, trained in plan.made_of if trained}
+    return remade(as_trained(plan, shown | here), found.marks, found.odd, found.seen)
 
 
 def read(table: Table, plan: Plan) -> Plan:
-    """The plan of a model that a table says; ValueError where the table is of other parameters."""
+    """The plan of a model that a table says of what is trained in it; ValueError where the table is of other
+    parameters."""
     _check_plain(table)
     marks = tuple(Mark(_kind_of(kind), _ref_of(w), _ref_of(b), any(scaled)) for kind, w, b, *scaled in table["marks"])
     named = {name: tuple(p.shape) for name, p, _ in plan.made_of}
     missing = {ref.name for mark in marks for ref in (mark.weight, mark.bias) if ref is not None} - named.keys()
+    missing |= {*table.get("held", ())} - named.keys()
     if missing:
         raise ValueError(f"the state is of another model: it has layers of {sorted(missing)[:5]}, which are not here")
     for mark in marks:
         for ref in filter(None, (mark.weight, mark.bias)):
             _check_inside(ref, named[ref.name])
-    return remade(plan, marks, dict(table["odd"]), bool(table["seen"]))
+    shown = tuple(frozenset(names) for names in table.get("shown", ()))
+    return remade(replace(plan, shown=shown), marks, dict(table["odd"]), bool(table["seen"]))
 
 
 def _check_plain(table: object) -> None:
@@ -44,6 +65,8 @@ def _check_plain(table: object) -> None:
         raise ValueError("the state is damaged: `seen` is to be true or false, `odd` reasons by name")
     if not all(isinstance(text, str) for pair in table["odd"].items() for text in pair):
         raise ValueError("the state is damaged: `odd` holds what is no text")
+    if not all(isinstance(name, str) for names in [table.get("held", ()), *table.get("shown", ())] for name in names):
+        raise ValueError("the state is damaged: `held` and `shown` are to be names of parameters")
     for mark in table["marks"]:
         kind, weight, bias, *scaled = mark
         if not _plain([kind, weight, bias]) or not all(isinstance(flag, bool) for flag in scaled):

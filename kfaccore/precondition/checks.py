@@ -72,9 +72,9 @@ def checked(
     together = set(pre.assigned.together(blocks)) if grads else set()
     if together - set(grads):
         raise ValueError(f"layers {sorted(together - set(grads))} have no gradients; {pre.network} needs them all")
-    idle = pre.resting(state) | pre.assigned.unmeasured(blocks, state.layers)
+    idle = pre.idle(state)
     every_step = pre.rule.needs_records or (pre.network is not None and pre.network.needs_records and together - idle)
-    if not every_step and (due.update is False or not blocks.keys() - idle):
+    if not every_step and (not due.measures or not blocks.keys() - idle):
         return {}
     _present(pre, due, state, records, set(grads), together - idle, set(grads) - idle)
     taken = {name: given for name, given in records.items() if name not in idle or pre.rule.needs_records}

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method
+from kfaccore.precondition.asked import Asked
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.checks import Fisher, agreeing, beside, checked, fitting
 from kfaccore.precondition.comm import Communicator, Serial
-from kfaccore.precondition.due import Due, clocked
+from kfaccore.precondition.due import Due
 from kfaccore.precondition.footprint import Footprint, footprints
 from kfaccore.precondition.given import Given, alike, joined, like_gradient, widened
 from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.precondition.info import Info
 from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
-from kfaccore.precondition.placement import check, common, costs
-from kfaccore.precondition.ranks import OnRanks
+from kfaccore.precondition.missed import Missed
+from kfaccore.precondition.placement import check, common
 from kfaccore.precondition.road import Road
 from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
@@ -33,7 +36,7 @@ from kfaccore.xp.owned import apart
 
 
 @dataclass(frozen=True, init=False)
-class Preconditioner(OnRanks):
+class Preconditioner(Asked):
     """Turns records and gradients of all layers into updates; holds numbers only, state is returned.
 
     methods    one method for all layers, or a mapping from layer to method
@@ -99,7 +102,7 @@ class Preconditioner(OnRanks):
         zeros = {n: xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for n, shape in shapes.items()}
         network = self.network.init(together, like) if self.network is not None and together else ()
         places = () if shards is None else shards.places
-        return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()), places)
+        return State(0, layers, self.rule.init(zeros), network, tuple(blocks.items()), places, Missed.start(blocks))
 
     def memory(self, blocks: Mapping[str, Block], like: Array | None = None) -> dict[str, int]:
         """Bytes of each layer's state, before a run; nothing of that size is allocated.
@@ -112,24 +115,6 @@ class Preconditioner(OnRanks):
     def footprint(self, blocks: Mapping[str, Block], like: Array | None = None) -> dict[str, Footprint]:
         """As `memory`, in parts: bytes of averages and of inverses, and the peak of an update and a refresh."""
         return footprints(self.assigned, blocks, like, self.donate)
-
-    def due(self, state: State) -> Due:
-        """What the clocks ask of the next step; flags are traced where the state's step is."""
-        return clocked(state.step, self.clocks, lambda: costs(self.assigned.narrowed(dict(state.blocks))))
-
-    def wants_records(self, state: State) -> bool:
-        """Whether the next call of `step` will use records."""
-        names = [name for name, _ in state.blocks]
-        awake = set(names) - self.resting(state) - self.assigned.unmeasured(names, state.layers)
-        whole = self.network is not None and self.network.needs_records and awake - state.layers.keys()
-        return bool(self.rule.needs_records or whole or (awake and self.due(state).update))
-
-    def resting(self, state: State) -> set[str]:
-        """Layers whose method rests in the step to come; see `weighting`."""
-        if self.rule.needs_records:
-            return set()
-        hyper = lambda name: self.schedules.hyper(name, state.step)  # noqa: E731
-        return self.assigned.resting((name for name, _ in state.blocks), state.layers, hyper)
 
     def judge(
         self, state: State, before: float, place: Callable[[float], object], loss: Callable[[], float]
@@ -175,7 +160,7 @@ class Preconditioner(OnRanks):
 
         Updates are the caller's, to scale or to keep: none lies in the memory of the state or of `grads`.
         """
-        due = self.due(state)
+        due = self.due(state, grads)
         updates, state, info = self.do(due, state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
         return apart(updates, tree.leaves(state.motion)), state, info
 
@@ -208,16 +193,12 @@ class Preconditioner(OnRanks):
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)
         averaged, motion = self.rule.gradients(motion, self.assigned.free(wide, state.layers))
-
-        def told_by_rule(hyper: Hyper) -> Hyper:
-            return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
-
-        hypers = self.schedules.hypers(wide, state.step, told_by_rule)
+        hypers = self.schedules.hypers(wide, state.step, partial(self._told, motion, damping))
         due = due.whole(self.rule.restart(motion))
         blocks = dict(state.blocks)
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         lineup = Lineup.of(self.assigned, wide, self.assigned.together(blocks) if wide else {}, stacked, state.network)
-        road = Road(due, self.comm, self._work(given), self.donate, given, dict(state.places))
+        road = Road(due.met(batches), self.comm, self._work(given), self.donate, given, dict(state.places))
         groups, states = road.run(lineup.groups, lineup.states, batches, {**wide, **averaged}, hypers)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
@@ -227,8 +208,14 @@ class Preconditioner(OnRanks):
             penalty = self.schedules.joint(wide, state.step)
             updates, motion, told = self.rule(motion, directions, dict(wide), seen, penalty, known)
         updates = {name: like_gradient(x, grads[name]) for name, x in updates.items()}
-        info = Info.of(due.update, due.refreshes, groups, told, dict(known.damping), updates)
-        return updates, replace(state, step=state.step + 1, layers=layers, motion=motion, network=network), info
+        info = Info.of(road.due.update, road.due.refreshes, groups, told, dict(known.damping), updates)
+        missed = due.leaves(state.missed, grads, batches.keys() & grads.keys(), lambda: self.idle(state))
+        after = replace(state, step=state.step + 1, layers=layers, motion=motion, network=network, missed=missed)
+        return updates, after, info
+
+    def _told(self, motion: Any, damping: float | Array | None, hyper: Hyper) -> Hyper:
+        """The numbers of a layer as the rule and the caller have them."""
+        return self.rule.hyper(motion, hyper if damping is None else replace(hyper, damping=damping))
 
     def _stacked(self, state: State) -> Layers:
         """The states by stack, also where someone put others in the place of some layers."""

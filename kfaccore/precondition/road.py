@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from kfaccore import tree
 from kfaccore.method import Block, Hyper
 from kfaccore.precondition.comm import Communicator, Receivers, receives
-from kfaccore.precondition.due import Due, Flag, Piece, gated
+from kfaccore.precondition.due import Due, Each, Flag, Piece, gated
 from kfaccore.precondition.groups import Batches, Grads, Group, of
 from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import exchanged, sent
@@ -18,8 +19,10 @@ from kfaccore.precondition.renewal import renewed
 from kfaccore.precondition.stack import Stack
 from kfaccore.precondition.stacks import part, put
 from kfaccore.xp import precision
+from kfaccore.xp.arrays import Array, is_tracer, namespace, select
 
 Hypers = Mapping[str, Hyper]
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Road:
         """
         with np.errstate(all="ignore"):  # what is not finite comes back as a code
             moved = [self._updated(g, s, batches, hypers) for g, s in zip(groups, states, strict=True)]
-            refreshed = self._all_refreshed(groups, [state for state, _ in moved], self.due.refresh, hypers)
+            refreshed = self._refreshed(groups, [state for state, _ in moved], hypers)
             for piece in self.due.pieces:
                 refreshed = self._in_part(piece, groups, refreshed, hypers)
             found = []
@@ -61,11 +64,19 @@ class Road:
     def _updated(self, group: Group, state: Any, batches: Batches, hypers: Hypers) -> tuple[Any, Any]:
         """The state with the group's batches in it, and where each layer's were refused; None for nowhere."""
         given = {name: batch for name, batch in of(group.names, batches).items() if batch}
+        each = self.due.each
+        if each is not None:
+            given = {name: batch for name, batch in given.items() if each.may_measure(name)}
         if self.due.update is False or not given:
             return state, None
         no = (state, None if self.due.update is True else group.accepted(state))
         comm = self._to(group)
-        return gated(self.due.update, lambda: group.updated(state, given, hypers, comm, self.donate), no)
+
+        def moved() -> tuple[Any, Any]:
+            new = group.updated(state, given, hypers, comm, self.donate)
+            return new if each is None or self.due.update is True else chosen(group, each, each.update, new, no)
+
+        return gated(self.due.update, moved, no)
 
     def _to(self, group: Group) -> Communicator:
         """What sums the group's statistics where its states are."""
@@ -97,6 +108,19 @@ class Road:
             found[i] = state
         return found
 
+    def _refreshed(self, groups: Sequence[Group], states: list[Any], hypers: Hypers) -> list[Any]:
+        """The states after what all layers are due for; of a traced program that cannot know which layers missed a
+        date, all are refreshed where one did, and the others keep what they had."""
+        each = self.due.each
+        if each is None or isinstance(self.due.refresh, bool):
+            return self._all_refreshed(groups, states, self.due.refresh, hypers)
+
+        def after_those() -> list[Any]:
+            new = self._all_refreshed(groups, states, True, hypers)
+            return [chosen(group, each, each.refresh, *pair) for group, *pair in zip(groups, new, states, strict=True)]
+
+        return gated(self.due.refresh, after_those, states)
+
     def _all_refreshed(self, groups: Sequence[Group], states: list[Any], flag: Flag, hypers: Hypers) -> list[Any]:
         """The states after a refresh where the flag holds, on every rank that needs them."""
         if flag is False:
@@ -115,3 +139,15 @@ class Road:
         methods = {group.label: group.method for group in groups if isinstance(group, Stack)}
         named = dict(zip((group.label for group in groups), states, strict=True))
         return list(exchanged(self.comm, named, methods, dict(self.work), self.blocks).values())
+
+
+def chosen(group: Group, each: Each, flags: Array, new: Tree, old: Tree) -> Tree:
+    """`new` for the layers of a stack whose traced flag holds, `old` for the others; a network-level method is one."""
+    if not is_tracer(flags) or not isinstance(group, Stack):
+        return new
+    mine = each.of(flags, group.names)
+
+    def of_blocks(x: Array, y: Array) -> Array:
+        return x if x is y else select(namespace(mine).repeat(mine, x.shape[0] // len(group.names)), x, y)
+
+    return tree.map(of_blocks, new, old)

@@ -8,12 +8,13 @@ from typing import Any
 
 from kfaccore import tree
 from kfaccore.method import Block
+from kfaccore.precondition.missed import Missed
 
 
 @dataclass(frozen=True)
 class State:
     """Steps taken, one method state a layer, the step's own buffers, that of a network-level method; `blocks` is
-    structure, as is which ranks hold each layer's, where there are several."""
+    structure, as is which ranks hold each layer's, where there are several; `missed` dates layers have to make up."""
 
     step: int
     layers: Mapping[str, Any]
@@ -21,3 +22,4 @@ class State:
     network: Any = ()
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
     places: tuple[tuple[str, tuple[int, ...]], ...] = tree.static(default=())
+    missed: Missed = tree.added(default_factory=lambda: Missed(None))  # noqa: RUF009 a field

@@ -1,0 +1,114 @@
+"""What layers missed: dates of a clock that passed while they took no part, as heads, experts and parts opened later.
+
+Such a layer does not wait for the next date, which it may miss as well: it is due at its next gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import array_api_compat as aac
+import numpy as np
+
+from kfaccore import tree
+from kfaccore.xp.arrays import Array, is_tracer
+from kfaccore.xp.blocks import together
+
+Flags = Array  # (layers,), on the host or traced
+MEASURE, AWAITED, REFRESH = 1, 2, 4
+
+
+@dataclass(frozen=True, eq=False)
+class Missed(Mapping[str, Any]):
+    """{layer: (1,), a sum of these}, kept as one array: a leaf for each would be an argument for each of a program.
+
+    MEASURE   a date of the update clock passed since the layer was measured
+    AWAITED   and it has come by since, in a step without its records: they are wanted until it is measured. A layer
+              that never comes by is not waited for
+    REFRESH   a date of the refresh clock passed since it was refreshed with all that it was to be measured by then
+    """
+
+    table: Any
+    names: tuple[str, ...] = tree.static(default=())
+
+    @classmethod
+    def start(cls, names: Collection[str]) -> Missed:
+        """Of layers that have just been made: each is due at its first gradient. On the host, where steps are decided,
+        wherever the states are; a traced shell brings it to its device."""
+        return cls(np.full(len(names), MEASURE | REFRESH, np.int32), tuple(names))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        place = self.names.index(name)
+        return self.table[place : place + 1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def rebuilt(self, new: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same layers with other numbers; a dict where what came are no arrays."""
+        if not all(aac.is_array_api_obj(x) and x.ndim for x in new.values()):
+            return dict(new)
+        return replace(self, table=together([new[name] for name in self.names])) if new else self
+
+    @cached_property
+    def nothing(self) -> bool:
+        """Whether it is known that no layer missed anything; asked once of a state that stays as it is."""
+        return not self.names or (not is_tracer(self.table) and not np.any(np.asarray(self.table)))
+
+    @cached_property
+    def awaited(self) -> bool:
+        """Whether the records of a layer are waited for."""
+        return not self.nothing and bool(self.has(AWAITED).any())
+
+    def among(self, names: Collection[str]) -> Missed | None:
+        """Of some layers; None where it is known that they missed nothing."""
+        if self.nothing:
+            return None
+        found = Missed(self.table[self._places(names)], tuple(names))
+        return None if found.nothing else found
+
+    def has(self, what: int) -> Any:
+        """Which layers have it in their sum."""
+        return (self.table & what) > 0
+
+    def within(self, names: Collection[str]) -> np.ndarray:
+        """Which layers are in a collection, on the host."""
+        return np.array([name in names for name in self.names], bool)
+
+    def _places(self, names: Collection[str]) -> np.ndarray:
+        place = {name: i for i, name in enumerate(self.names)}
+        return np.array([place[name] for name in names], int)
+
+    def after(
+        self,
+        update: Flags | bool,
+        refresh: Flags | bool,
+        caught_up: bool,
+        present: Collection[str],
+        measured: Collection[str],
+        idle: Collection[str],
+    ) -> Missed:
+        """Once a step is taken.
+
+        update, refresh   whether a date was struck, of all layers or each
+        caught_up         whether those that had missed one did not wait
+        present           layers with a gradient; `measured` with a record too; `idle` need none
+        """
+        if not self.names:
+            return self
+        with_record, with_gradient = self.within(measured), self.within(present)
+        missed, awaited, late = (self.has(what) for what in (MEASURE, AWAITED, REFRESH))
+        done = with_record & (update | (missed & caught_up))
+        missed = (missed | update) & ~done & ~self.within(idle)
+        late = (late | refresh) & ~(with_gradient & ~missed & (refresh | (late & caught_up)))
+        awaited = missed & (awaited | with_gradient)
+        table = missed * MEASURE + awaited * AWAITED + late * REFRESH
+        return replace(self, table=table.astype(self.table.dtype))
