@@ -45,7 +45,8 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     marks = tuple(use.mark for use in (*uses, *found))
     shown = {**seen.odd, **odd}
     plan = seen.plan.with_seen(marks, shown)
-    _check_half(plan, uses, found, odd)
+    strange = [use for use in found if not seen.span.made(use.call.node)]
+    _check_half(plan, uses, strange, odd)
     uses += found
     seen.plan = plan
     calls = ((name, call) for name, calls in plan.assigned(uses).items() for call in calls)
@@ -65,10 +66,11 @@ def _reached(seen: Capture, graph: Behind) -> list[Use]:
     return found
 
 
-def _check_half(plan: Plan, called: Sequence[Use], found: Sequence[Use], odd: dict[str, str]) -> None:
-    """ValueError for a weight that went into the prediction through a layer's call and past it, in a way that makes no
-    layer of both: it would be covered by half."""
-    past = {use.mark.weight.name for use in found if use.mark.weight is not None} | odd.keys()
+def _check_half(plan: Plan, called: Sequence[Use], strange: Sequence[Use], odd: dict[str, str]) -> None:
+    """ValueError for a weight that went into the prediction through a layer's call and past it, in a way that nothing
+    explains or, to no layer with the call, outside the forward (`strange`). Two ways of the forward itself that are
+    explained and make no layer together leave the weight uncovered, as two calls do."""
+    past = {use.mark.weight.name for use in strange if use.mark.weight is not None} | odd.keys()
     through = {use.mark.weight.name for use in called if use.mark.weight is not None}
     half = {name: plan.uncovered[name] for name in plan.uncovered if name in past & through}
     if not half:
