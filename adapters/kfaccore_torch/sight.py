@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kfaccore_torch.alone import Examples
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.explain import explained
@@ -34,9 +35,10 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     Raises ValueError for parameters that a layer's call explains by half.
     """
     graph = behind(heads, seen.inputs, seen.known)
-    named = {name: p for name, p, _ in seen.plan.made_of}
     uses = _reached(seen, graph)
-    found, odd = explained(graph, seen.known, named, min(len(f) for f in heads)) if graph.met else ([], {})
+    named = {name: p for name, p, _ in seen.plan.made_of}
+    examples = Examples.of(min(len(f) for f in heads), [use.call.rows for use in uses], seen.plan.marks)
+    found, odd = explained(graph, seen.known, named, examples) if graph.met else ([], {})
     if not uses and not graph.met and not seen.empty:
         raise ValueError(
             "no captured call lies behind this prediction: run the model whose parameters these are inside `with "
