@@ -19,23 +19,24 @@ class Examples:
     """What a forward tells of its examples before their rows are asked for.
 
     single   whether it may be one example; None where only the operation can tell
-    known    parts of parameters that earlier forwards used
-    tables   those of them that are tables of rows
+    marks    what earlier forwards used parameters for
     """
 
     single: bool | None
-    known: frozenset[Ref | None]
-    tables: frozenset[Ref | None]
+    marks: Sequence[Mark]
 
     @classmethod
     def of(cls, size: int, rows: Sequence[tuple[int, ...]], marks: Sequence[Mark]) -> Examples:
         """A prediction of `size` rows, calls with axes of `rows`, and what was seen before."""
         wide = [shape for shape in rows if len(shape) > 1]
         single = size == 1 or any(all(shape[axis] == 1 for shape in wide) for axis in (0, 1))
-        tables = frozenset(mark.weight for mark in marks if isinstance(mark.kind, Embedding))
-        return cls(None if size > 1 and not wide else single, frozenset(mark.weight for mark in marks), tables)
+        return cls(None if size > 1 and not wide else single, marks)
 
     def meets(self, part: Ref, own: tuple[int, ...], shape: tuple[int, ...]) -> bool:
         """Whether a part that was given with axes `own` meets examples where as many numbers come out with `shape`."""
         single = len(shape) > len(own) if self.single is None else self.single
-        return single or part in self.known
+        return single or any(mark.weight == part for mark in self.marks)
+
+    def table(self, part: Ref) -> bool:
+        """Whether a part is known as a table of rows."""
+        return any(mark.weight == part and isinstance(mark.kind, Embedding) for mark in self.marks)

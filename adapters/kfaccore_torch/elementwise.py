@@ -107,13 +107,19 @@ def _use(
 
     nothing = torch.zeros(0, device=node._input_metadata[0].device)
     call = Call(nothing, GradientEdge(node, 0), out, rows, normalised=slope, arrange=arrange)
-    table = _rows(ref, own)
-    row = table in examples.tables and feature is not None and view.axes[feature] == table.view.axes[1]
-    if len(axes) < 2 and not row:  # one position, as of a table that more of them have shown
+    if len(axes) < 2 and not _row(view, feature, ref, own, examples):
         lone = View((tuple(fine for axis in view.axes for fine in axis),), view.offset)
         kind = Bias(d) if slope is None else Gain(d)
         return Use(Mark(kind, replace(ref, view=lone)), call)
     return _table(node, replace(ref, view=view), own, shape, call)
+
+
+def _row(view: View, feature: int | None, ref: Ref, own: tuple[int, ...], examples: Examples) -> bool:
+    """Whether a part is one row of what other forwards have shown to be a table, as of positions."""
+    if feature is None or view.shape[feature] == prod(own):
+        return False
+    table = _rows(ref, own)
+    return view.axes[feature] == table.view.axes[1] and examples.table(table)
 
 
 def _rows(ref: Ref, own: tuple[int, ...]) -> Ref:
