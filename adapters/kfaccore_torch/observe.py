@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kfaccore_torch.calls import Call
+from kfaccore_torch.empty import tell
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
 from kfaccore_torch.owner import (
@@ -61,10 +62,11 @@ class Observed:
 
 @dataclass
 class Observer:
-    """Maps found so far."""
+    """Maps found so far; `empty` are layers whose empty rows were named."""
 
     kept: dict[Any, tuple[Split, tuple[Owned, ...]]] = field(default_factory=dict)
     turns: dict[Any, int] = field(default_factory=dict)
+    empty: set[str] = field(default_factory=set)
 
     def look(
         self,
@@ -99,6 +101,10 @@ class Observer:
             probe, parameters = first()
             question = _Question(heads, [calls[i] for i in asked], layers, probe)
             expected = question.pull_first(() if known else parameters)
+            if known is None:
+                filled = [i for i in asked if calls[i][1].node in graph.moved]
+                firsts = [question.asked[asked.index(i)].first for i in filled]
+                tell([calls[i] for i in filled], firsts, layers, told, self.empty)
             old = [known[1][i] if known else None for i in asked]
             split, found = question.answer([split] if split else splits([rows[i] for i in asked], size), old)
             for i, owned in zip(asked, found, strict=True):

@@ -138,7 +138,7 @@ class Planning(Resumes):
         before = self.plan
         self.plan = self._planned(found)
         self.lost.follow(before, self.plan, 0 if old is None else old.step)
-        self.observer = Observer()
+        self.observer = Observer(empty=self.observer.empty)
         kept_on = {name for name, block in self.blocks().items() if blocks.get(name) == block}
         self._state = None if old is None else carried(old, self._first_state(), kept_on)
         self.new = self.new or bool(set(self.plan.layers) - kept_on)
