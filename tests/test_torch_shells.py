@@ -180,6 +180,30 @@ def test_a_non_finite_gradient_gives_zero_and_a_code():
     assert set(pre.info.counts()) == {kf.Code.NONFINITE}
 
 
+class Outer(torch.amp.GradScaler):
+    """One of a user's own."""
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("times", [0.25, 2.0, 1024.0, None], ids=str)
+@pytest.mark.parametrize("init", [None, 0.125, 2.0**16, 0.0], ids=["none", "small", "large", "disabled"])
+def test_what_is_not_finite_is_shown_to_a_scaler_and_to_nobody_else(init, times, bad):
+    """Whatever the loss is multiplied by: how large that is tells nothing of a scaler."""
+    model, (x, y) = mlp(), labelled()
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core())
+    scaler = Outer("cpu", init_scale=init or 1.0, enabled=bool(init))
+    x[0, 0] = bad
+    with pre.capture():
+        f = model(x)
+    loss = pre.loss(f, y)
+    loss = (times * loss + 0.0 * model[0].weight.sum()) if times else loss
+    (loss if init is None else scaler.scale([loss])[0]).backward()
+    pre.step()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert bool(found.isnan().any()) == bool(init)
+    assert bool(found.isfinite().all()) != bool(init)
+
+
 def scaled_loop(unscale, steps=4):
     """Losses that overflow at the scaler's first scale: scales after each step, and whether the weights moved."""
     torch.set_default_dtype(torch.float32)

@@ -12,6 +12,7 @@ from torch import nn
 
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
+from kfaccore_torch.handed import kept
 from kfaccore_torch.plan import Plan, modules
 from kfaccore_torch.replay import random_state, replayed
 from kfaccore_torch.sight import sighted
@@ -32,7 +33,7 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
         return found
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen = Capture(found)
-    with torch.enable_grad(), _left(model, device):
+    with torch.enable_grad(), _left(model, device, {"inputs": inputs, "named": named}):
         with eagerly(), seen:
             output = model(*inputs, **named)
         heads = [x for x in _tensors(output) if x.requires_grad and x.ndim > 0]
@@ -42,12 +43,12 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
 
 
 @contextmanager
-def _left(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """What modules hold and random state as they were."""
+def _left(model: nn.Module, device: torch.device, given: dict[str, Any]) -> Iterator[None]:
+    """What modules hold, random state and what the model was `given` as they were."""
     if device.type == "meta":
         yield
         return
-    with replayed(model, random_state(model, device), device):
+    with replayed(model, random_state(model, device), device, kept(given)):
         yield
 
 

@@ -21,7 +21,6 @@ from kfaccore_torch.unread import read
 
 if TYPE_CHECKING:
     from kfaccore_torch.pending import Pending
-    from kfaccore_torch.plan import Plan
 
 Array = Any
 
@@ -32,20 +31,31 @@ class Shot:
 
     n         its share of the normaliser, 0 where nothing in it counts; one that was not read is NaN there
     total     whether its loss is a sum, whose n all micro-batches share
-    found     layer -> Records or Stats, one a loss that was differentiated
     void      why nothing in it counts
     formed    whether a loss was formed on it that counts
-    losses    those formed on it that count
-    values    n of the forward, once, and n value of each loss
+    losses    those formed on it that count, once they are differentiated
     """
 
     n: float | torch.Tensor = 0.0
     total: bool = False
-    found: dict[str, list[Any]] = field(default_factory=dict)
     void: str = ""
     formed: bool = False
     losses: list[Formed] = field(default_factory=list)
-    values: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def found(self) -> dict[str, list[Any]]:
+        """Layer -> Records or Stats, one a loss that counts."""
+        found: dict[str, list[Any]] = {}
+        for loss in self.losses:
+            for name, one in loss.found.items() if loss.counts else ():
+                found.setdefault(name, []).append(one)
+        return found
+
+    @property
+    def values(self) -> list[tuple[float, float]]:
+        """n of the forward, and n value of its losses together, where a rule asks for it."""
+        values = [loss.value for loss in self.losses if loss.counts and loss.value is not None]
+        return [(read(self.n), sum(values))] if values else []
 
     @property
     def slopes(self) -> list[torch.Tensor]:
@@ -77,12 +87,12 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
     check_shares([shot.slopes for shot in counted], [shot.n for shot in counted])
     parts = len(counted) * world if counted and counted[0].total else 1
     records: dict[str, list[Any]] = {}
-    for name in dict.fromkeys(name for shot in counted for name in shot.found):
-        here = [shot for shot in counted if name in shot.found]
-        missed = 1.0 if len(here) == len(counted) else _sum(counted) / _sum(here)
+    pieces = [(shot, shot.found) for shot in counted]
+    for name in dict.fromkeys(name for _, found in pieces for name in found):
+        here = [(shot, found[name]) for shot, found in pieces if name in found]
+        missed = 1.0 if len(here) == len(counted) else _sum(counted) / _sum([shot for shot, _ in here])
         times = missed / parts
-        for shot in here:
-            given = shot.found[name]
+        for _, given in here:
             records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
     return records
 
@@ -194,38 +204,23 @@ def counted(
     value: torch.Tensor,
     pending: Pending,
     shot: Shot,
-    found: dict[str, Any],
     let_go: Callable[[], None],
-    plan: Plan | None = None,
+    formed: Formed | None = None,
 ) -> torch.Tensor:
-    """The loss; once it is differentiated, what was `found` with it under a plan counts among what is pending for the
-    step, and the forward is let go of."""
+    """The loss; once it is differentiated, what was `formed` with it counts among what is pending for the step, and the
+    forward is let go of."""
     if not value.requires_grad:
         return value
-    formed = None
-    if plan is not None:
-        formed = Formed({name: plan.layers[name] for name in found}, plan.trained)
+    if formed is not None:
         shot.losses.append(formed)
-    value.register_hook(partial(_count, pending, shot, found, let_go, formed))
+    value.register_hook(partial(_count, pending, shot, let_go, formed))
     return value
 
 
-def _count(
-    pending: Pending,
-    shot: Shot,
-    found: dict[str, Any],
-    let_go: Callable[[], None],
-    formed: Formed | None,
-    grad: torch.Tensor,
-) -> None:
+def _count(pending: Pending, shot: Shot, let_go: Callable[[], None], formed: Formed | None, grad: torch.Tensor) -> None:
     """A loss is differentiated: what it left counts, once."""
-    if formed is not None and not formed.note(grad):
+    if formed is not None and not formed.note(grad, pending.follow):
         return
     let_go()
-    if formed is not None and formed.into:
-        pending.follow(formed.trained)
     if not any(other is shot for other in pending.shots):
         pending.shots.append(shot)
-    for name, one in found.items():
-        shot.found.setdefault(name, []).append(one)
-    found.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from kfaccore_torch.settle import Layer
 
 if TYPE_CHECKING:
     from kfaccore_torch.collect import Shot
+    from kfaccore_torch.plan import Plan
     from kfaccore_torch.step import Engine
 
 
@@ -22,28 +23,56 @@ if TYPE_CHECKING:
 class Formed:
     """One loss.
 
-    layers   those that its statistics are of, as they were then
+    found    layer -> its Records or Stats
+    layers   those that they are of, as they were then
     trained  parameters whose `.grad` tells a backward of the training loss from another derivative
+    value    its value times n of the forward, for rules that ask for it
+    counts   whether it was differentiated, and its gradients were not thrown away since
     slope    what arrived at it when it was differentiated into `.grad`: where that was twice, both together, as the
              gradients are. Where it never was, what arrived last, for loops that set `.grad` themselves
     """
 
+    found: Mapping[str, Any]
     layers: Mapping[str, Layer]
     trained: Sequence[torch.Tensor]
+    value: float | None = None
+    counts: bool = False
     slope: torch.Tensor | None = None
     into: bool = False
 
-    def note(self, grad: torch.Tensor) -> bool:
+    @classmethod
+    def on(cls, plan: Plan, found: Mapping[str, Any], value: float | None) -> Formed:
+        """A loss whose statistics were taken under a plan."""
+        return cls(found, {name: plan.layers[name] for name in found}, plan.trained, value)
+
+    def note(self, grad: torch.Tensor, follow: Callable[[Sequence[torch.Tensor]], None]) -> bool:
         """It is differentiated, which a hook of it tells; whether by parameters. Another derivative, as an attack's by
-        the inputs, is no part of the training."""
+        the inputs, is no part of the training.
+
+        follow   called, with those that are trained, before a derivative into `.grad` counts
+        """
         reach = _reached(self.trained)
+        if reach is Reach.NONE:
+            return False
         if reach is Reach.GRADS:
-            both = self.into and self.slope is not None
-            self.slope = self.slope + grad.detach() if both else grad.detach()  # pyright: ignore[reportOptionalOperand]
+            follow(self.trained)
+            self.slope = self.slope + grad.detach() if self.into and self.slope is not None else grad.detach()
             self.into = True
-        elif reach is Reach.ASKED and not self.into:
+        elif not self.into:
             self.slope = grad.detach()
-        return reach is not Reach.NONE
+        self.counts = True
+        return True
+
+    def drop(self) -> torch.Tensor | None:
+        """Its gradients were set aside: it does not count, as if it had not been differentiated. What arrived at it."""
+        slope, self.slope = self.slope, None
+        self.counts = self.into = False
+        return slope
+
+    def restore(self, slope: torch.Tensor | None) -> None:
+        """It counts after all, beside what it has been differentiated for since."""
+        self.slope = slope if self.slope is None or slope is None else self.slope + slope
+        self.counts = self.into = True
 
 
 class Reach(Enum):

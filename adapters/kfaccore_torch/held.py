@@ -35,20 +35,20 @@ _OPAQUE = (
     partial,
 )
 _FIXED = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, torch.Size, types.FunctionType})
-_CONTAINERS = (dict, list, set, deque)
+CONTAINERS = (dict, list, set, deque)
 _named: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def held(model: nn.Module) -> Iterator[Any]:
     """Containers, objects, tensors and numbers that modules hold, each once."""
-    for _, x in _walked(model):
+    for _, x in walked(unwrapped(model)):
         yield x
 
 
-def _walked(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def walked(root: Any) -> Iterator[tuple[str, Any]]:
     """With the path to each; the dicts of attributes of modules and objects are among them."""
     met: set[int] = set()
-    waiting: deque[tuple[str, Any, int]] = deque([("", unwrapped(model), 0)])
+    waiting: deque[tuple[str, Any, int]] = deque([("", root, 0)])
     while waiting:
         path, x, depth = waiting.popleft()
         if id(x) in met:
@@ -61,7 +61,7 @@ def _walked(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield path, x
         if depth < _DEPTH:
             waiting.extend((inside, child, depth + 1) for inside, child in _inside(path, x))
-    for path, x in unwrapped(model).named_buffers():
+    for path, x in root.named_buffers() if isinstance(root, nn.Module) else ():
         if id(x) not in met:  # a scripted module has no dict of them
             yield path, x
 
@@ -90,17 +90,17 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     undo: list[Callable[[], Any]] = []
     watched: list[tuple[str, torch.Tensor, int]] = []
     buffers = {id(b) for b in unwrapped(model).buffers()}
-    for path, x in _walked(model):
+    for path, x in walked(unwrapped(model)):
         if isinstance(x, torch.Tensor):
             version = 1 if x.is_inference() else x._version
             if id(x) in buffers or version > 0 or x.numel() <= _LARGE:
-                undo.append(partial(_written, x, x.detach().clone()))
+                undo.append(partial(written, x, x.detach().clone()))
             else:
                 watched.append((path, x, version))
         elif isinstance(x, np.ndarray):
             undo.append(partial(np.copyto, x, x.copy()))
-        elif isinstance(x, _CONTAINERS):
-            undo.append(partial(_filled, x, x.copy()))
+        elif isinstance(x, CONTAINERS):
+            undo.append(partial(filled, x, x.copy()))
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         _told(model, [path for path, x, version in watched if x._version != version])
 
 
-def _written(x: torch.Tensor, kept: torch.Tensor) -> None:
+def written(x: torch.Tensor, kept: torch.Tensor) -> None:
     """Its numbers as they were; graphs that know the tensor do not count that as a change."""
     with torch.inference_mode(x.is_inference()):
         if x.shape != kept.shape:
@@ -119,7 +119,7 @@ def _written(x: torch.Tensor, kept: torch.Tensor) -> None:
             x.data.copy_(kept)
 
 
-def _filled(x: Any, kept: Any) -> None:
+def filled(x: Any, kept: Any) -> None:
     """A container with what it had; the dict of a module's attributes, of which torch keeps some, too."""
     if isinstance(x, list):
         x[:] = kept

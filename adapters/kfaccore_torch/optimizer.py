@@ -14,12 +14,13 @@ from kfaccore_torch.batch import mean, met, summed
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
+from kfaccore_torch.handed import Handed
 from kfaccore_torch.masks import Told
 from kfaccore_torch.moves import moves, penalty
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import recorded
 from kfaccore_torch.records import called
-from kfaccore_torch.replay import random_state, replayed
+from kfaccore_torch.replay import replayed
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.settings import Settings
@@ -66,6 +67,7 @@ class Optimizer:
         check_same(self.engine, parameters=True)
         self.output = output
         self.scaler = Scaler(scaler) if scaler is not None and scaler.is_enabled() else None
+        self._handed = Handed()
         self._make_rest = rest
         self.rest: torch.optim.Optimizer | None = None
         self._follow_rest()
@@ -118,7 +120,8 @@ class Optimizer:
             check_same(engine)
             self._follow_rest()
         l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
-        random = random_state(self.model, engine.device) if engine.core.rule.judges else []
+        given = {"inputs": inputs, "target": target}
+        first = self._handed.before(self.model, engine.device, given) if engine.core.rule.judges else []
         with torch.enable_grad():
             with engine.captured() as seen:
                 f = self._predicted(inputs)
@@ -140,7 +143,7 @@ class Optimizer:
         before += penalty(engine, l2)
 
         def again() -> float:
-            with replayed(self.model, random, engine.device):
+            with replayed(self.model, first, engine.device, self._handed.after(given)):
                 value = float(engine.objective.value(self._predicted(inputs), target))
             return mean(engine, value, n) + penalty(engine, l2)
 

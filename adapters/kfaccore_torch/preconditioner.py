@@ -15,14 +15,14 @@ from kfaccore_torch.capture import Capture
 from kfaccore_torch.collect import Shot, complain, counted, gathered
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
-from kfaccore_torch.formed import stale
+from kfaccore_torch.formed import Formed, stale
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
 from kfaccore_torch.pending import Pending
 from kfaccore_torch.report import Coverage
-from kfaccore_torch.scaling import Scale
+from kfaccore_torch.scaling import Scale, watch
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms
@@ -72,6 +72,7 @@ class Preconditioner:
         self._formed = 0  # losses since the last step, differentiated or not
         self._terms = Terms()
         self._scale = Scale()
+        watch()
 
     @property
     def info(self) -> kf.Info | None:
@@ -139,21 +140,19 @@ class Preconditioner:
         if seen.spent:
             raise ValueError("the forward behind this loss was differentiated: form all its losses before backward()")
         batch = Batch(f, target, told)
-        again = shot.formed
-        n = self.engine.share(batch, wait=again)
+        n = self.engine.share(batch, wait=shot.formed)
         if not isinstance(n, torch.Tensor) and n <= 0:
             shot.void = self.engine.void(batch)
-            return counted(weighted, self._pending, shot, {}, seen.let_go)
+            return counted(weighted, self._pending, shot, seen.let_go)
         times = shot.joined(n, weight)
         shot.total = self.engine.objective.total
         more = own_draw(self.engine, value, batch)  # waits as a last draw
-        if more is not None:
-            shot.values.append((0.0 if again else n, shot.n * float(weighted.detach())))
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
         expected = [g if g is None else g * weight for g in observed.expected]
-        weighted = counted(weighted, self._pending, shot, found, seen.let_go, self.engine.plan)
+        formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()))
+        weighted = counted(weighted, self._pending, shot, seen.let_go, formed)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
         return weighted
 
@@ -165,7 +164,7 @@ class Preconditioner:
 
     def discard(self) -> None:
         """Forget what was captured since the last step."""
-        self._pending = Pending()
+        self._pending = Pending(said=self._pending.said)
         self._open = None
         self._formed = 0
         self._scale = Scale()
@@ -177,6 +176,7 @@ class Preconditioner:
         lengths   {layer: norm}, for rescale=Graft(); `graft` fills it from an optimizer
         """
         engine = self.engine
+        self._pending.settle()
         error = stale(engine, self._pending.shots)
         if error is not None:
             self.discard()
@@ -192,7 +192,7 @@ class Preconditioner:
                 if found:
                     given[name] = found
             covered = [g for found in given.values() for g in found.values()]
-            with self._scale.shown(covered, engine.core.comm.world):
+            with self._scale.shown(covered):
                 if lengths is not None or not engine.launch.step(engine, given):
                     self._step(engine.matrices(given), lengths)
         self.discard()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -43,10 +43,10 @@ def _generator(x: Any) -> Undo | None:
 
 
 @contextmanager
-def replayed(model: nn.Module, before: list[Undo], device: torch.device) -> Iterator[None]:
+def replayed(model: nn.Module, before: list[Undo], device: torch.device, after: Sequence[Undo] = ()) -> Iterator[None]:
     """The same dropout as in a forward that found the generators as in `before`; they and all that modules hold are
-    as they were afterwards."""
-    now = random_state(model, device)
+    as they were afterwards, and what `after` puts back."""
+    now = [*random_state(model, device), *after]
     try:
         with as_it_was(model):
             for undo in before:

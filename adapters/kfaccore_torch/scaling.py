@@ -3,41 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 
-from kfaccore_torch.bridge import HALF, constant
+from kfaccore_torch.bridge import HALF
+
+_SCALED: deque[int] = deque(maxlen=64)  # the newest backward passes of what a scaler has multiplied
+
+
+def watch() -> None:
+    """From now on what a `GradScaler` multiplies tells of its backward pass: how much a loss was multiplied by says
+    nothing of by whom. `scale` of torch's class, and of those made of it, is wrapped once; it gives what it gave."""
+    for kind in (torch.amp.GradScaler, *torch.amp.GradScaler.__subclasses__()):
+        scale = vars(kind).get("scale")
+        if scale is not None and not hasattr(scale, "__wrapped__"):
+            setattr(kind, "scale", _watched(scale))  # noqa: B010
+
+
+def _watched(scale: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    @wraps(scale)
+    def watched(scaler: Any, outputs: Any) -> Any:
+        scaled = scale(scaler, outputs)
+        return _told(scaled) if scaler.is_enabled() else scaled
+
+    return watched
+
+
+def _told(scaled: Any) -> Any:
+    """The same, with hooks."""
+    if not isinstance(scaled, torch.Tensor):
+        told = map(_told, scaled)
+        return type(scaled)(told) if isinstance(scaled, list | tuple) else told
+    if scaled.requires_grad:
+        scaled.register_hook(lambda grad: _SCALED.append(torch._C._current_graph_task_id()))
+    return scaled
 
 
 @dataclass
 class Scale:
-    """What the losses of a step were multiplied by before they were differentiated, as their gradients tell."""
+    """Whether a scaler has multiplied what the losses of a step are differentiated for."""
 
-    seen: torch.Tensor | None = None
+    seen: bool = False
 
     def note(self, grad: torch.Tensor) -> None:
-        """The gradient that arrives at a loss; a hook of it."""
-        self.seen = grad.detach()
+        """A loss is differentiated, which a hook of it tells, after those of what it goes into."""
+        self.seen |= torch._C._current_graph_task_id() in _SCALED
 
-    def overflow(self, grads: Sequence[Any], world: int) -> torch.Tensor | None:
-        """NaN where a gradient, or its square, is not finite and its loss was made larger, beyond the number of ranks
-        that a sum is multiplied by; else 0. Added to any gradient, it shows the scaler what a direction of zero would
-        hide. Nothing is read on the host."""
-        if self.seen is None or not grads:
-            return None
-        # the scale may overflow too in half precision; an infinite one elsewhere is no scaler's
-        scaled = self.seen > world if self.seen.dtype in HALF else (self.seen > world) & (self.seen < math.inf)
-        norm = torch.stack(torch._foreach_norm(grads)).sum()
-        return torch.where(scaled.to(norm.device), norm * 0.0, constant(0.0, norm.dtype, norm.device))
+    def overflow(self, grads: Sequence[Any]) -> torch.Tensor | None:
+        """NaN where a gradient, or its square, is not finite, else 0; None without a scaler. Added to any gradient, it
+        shows the scaler what a direction of zero would hide. Nothing is read on the host."""
+        return torch.stack(torch._foreach_norm(grads)).sum() * 0.0 if self.seen and grads else None
 
     @contextmanager
-    def shown(self, grads: Sequence[torch.Tensor], world: int) -> Iterator[None]:
+    def shown(self, grads: Sequence[torch.Tensor]) -> Iterator[None]:
         """Around what turns gradients into directions, in place: the overflow is seen in the first of them after."""
-        overflow = self.overflow(grads, world)
+        overflow = self.overflow(grads)
         yield
         if overflow is not None:
             grads[0].add_(overflow)

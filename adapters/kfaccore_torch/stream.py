@@ -15,6 +15,7 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import to_torch
 from kfaccore_torch.draw import Batch
+from kfaccore_torch.handed import kept
 from kfaccore_torch.held import as_it_was
 from kfaccore_torch.masks import Told
 from kfaccore_torch.plan import unwrapped
@@ -70,7 +71,7 @@ class Stream:
 
     def _records(self, inputs: Any, target: Any, number: int) -> dict[str, kf.Record]:
         engine = self.engine
-        with torch.enable_grad(), _still(self.model, self.train):
+        with torch.enable_grad(), _still(self.model, self.train, {"inputs": inputs, "target": target}):
             with engine.captured() as seen:
                 f = called(self.model, inputs)
             f, target, draws = self._asked(f, target)
@@ -219,15 +220,19 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
 
 
 @contextmanager
-def _still(model: nn.Module, train: bool) -> Iterator[None]:
-    """In eval mode unless `train`; modes and what modules hold are as they were afterwards."""
+def _still(model: nn.Module, train: bool, given: dict[str, Any]) -> Iterator[None]:
+    """In eval mode unless `train`; modes, what modules hold and what they are `given` are as they were afterwards."""
     inner = unwrapped(model)
     modes = {module: module.training for module in inner.modules()}
+    undo = kept(given)
     try:
         with as_it_was(inner):
             if not train:
                 inner.eval()
             yield
     finally:
+        with torch.no_grad():
+            for put in undo:
+                put()
         for module, mode in modes.items():
             module.training = mode
