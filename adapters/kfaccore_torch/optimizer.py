@@ -143,8 +143,8 @@ class Optimizer:
         before += penalty(engine, l2)
 
         def again() -> float:
-            with replayed(self.model, first, engine.device, self._handed.after(given)):
-                value = float(engine.objective.value(self._predicted(inputs), target))
+            with replayed(self.model, first, engine.device, self._handed.after(given), seen.span.graph):
+                value = float(engine.objective.value(self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
         batches = {name: [r] for name, r in records.items()} if records else None

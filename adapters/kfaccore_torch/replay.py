@@ -43,15 +43,18 @@ def _generator(x: Any) -> Undo | None:
 
 
 @contextmanager
-def replayed(model: nn.Module, before: list[Undo], device: torch.device, after: Sequence[Undo] = ()) -> Iterator[None]:
-    """The same dropout as in a forward that found the generators as in `before`; they and all that modules hold are
-    as they were afterwards, and what `after` puts back."""
+def replayed(
+    model: nn.Module, before: list[Undo], device: torch.device, after: Sequence[Undo] = (), graph: bool = False
+) -> Iterator[None]:
+    """The same forward as one that found all as in `before`, with a graph where it asks for one; random generators and
+    all that modules hold are as they were afterwards, and what `after` puts back."""
     now = [*random_state(model, device), *after]
     try:
         with as_it_was(model):
             for undo in before:
                 undo()
-            yield
+            with torch.set_grad_enabled(graph or torch.is_grad_enabled()):
+                yield
     finally:
         for undo in now:
             undo()
