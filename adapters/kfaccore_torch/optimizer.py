@@ -147,8 +147,7 @@ class Optimizer:
                 value = float(engine.objective.value(self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
-        batches = {name: [r] for name, r in records.items()} if records else None
-        self._applied(batches, grads, before, again, own)
+        self._applied({name: [r] for name, r in records.items()} if records else None, grads, before, again, own)
         self._step_rest(rest)
         return before
 
