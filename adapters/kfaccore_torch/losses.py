@@ -24,7 +24,20 @@ class Joined:
 
     joint: kf.Joint
     parts: dict[str, Objective | Own]
-    total: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.total  # heads that differ are named at once
+
+    @property
+    def total(self) -> bool:
+        """Whether the loss is a sum, whose n does not grow with the batch; ValueError where heads differ in that."""
+        sums = [head for head, part in self.parts.items() if part.total]
+        if sums and len(sums) < len(self.parts):
+            raise ValueError(
+                f"Joint has sums for {sums} and means for {sorted(self.parts.keys() - set(sums))}: parts of a batch "
+                f"add up for the ones and average for the others. Give all heads one reduction, and weights"
+            )
+        return bool(sums)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -45,8 +58,11 @@ class Joined:
         return torch.stack([v.to(values[0].dtype) for v in values]).sum()
 
     def share(self, f: Any, target: Any) -> float:
-        """The number of examples."""
-        return float(min(len(x) for x in self.heads(f)))
+        """The number of examples; of sums 1, and 0 where nothing counts in any."""
+        heads = self.heads(f)
+        if self.total:
+            return max(part.share(f[head], target[head]) for head, part in self.parts.items())
+        return float(min(len(x) for x in heads))
 
     def unread_share(self, f: Any, target: Any) -> None:
         """Known on the host."""

@@ -71,8 +71,15 @@ class ExampleLoss:
         )
 
     def value(self, f: torch.Tensor, target: Any) -> torch.Tensor:
-        """The sum of `each`."""
-        return self.each(f, target).sum()
+        """The sum of `each`; ValueError where that is not a number an example."""
+        each = self.each(f, target)
+        if each.shape != f.shape[:1]:
+            raise ValueError(
+                f"{type(self).__name__}.each gave the shape {tuple(each.shape)} for a prediction of "
+                f"{tuple(f.shape)}; need ({len(f)},), the loss of each example: take no mean over them (reduction "
+                f"'none'), sum over an example's own numbers, and hold it against its own target alone"
+            )
+        return each.sum()
 
     def normaliser(self, f: torch.Tensor, target: Any) -> float | torch.Tensor:
         """The number of examples."""

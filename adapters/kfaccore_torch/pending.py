@@ -64,10 +64,9 @@ class Pending:
         if not self._thrown or _same(now := _gradients(self._trained), self._left):
             return
         before = self._thrown
-        found = used(sampled(now), self._last, [thrown.sample for thrown in before])
-        if found is None:
+        (last, *back), sure = used(sampled(now), self._last, [thrown.sample for thrown in before])
+        if not sure:
             self._tell()
-        last, *back = found or [True] * (1 + len(before))
         self._thrown = [thrown for thrown, there in zip(before, back, strict=True) if not there]
         if not last:
             self._set_aside()

@@ -17,6 +17,7 @@ from kfaccore_torch.bridge import to_torch
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.handed import kept
 from kfaccore_torch.held import as_it_was
+from kfaccore_torch.known_losses import TABLE
 from kfaccore_torch.masks import Told
 from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.records import called
@@ -38,8 +39,9 @@ class Stream:
     train         leave the model in the mode it is in
     settings      fields of `Settings`: draws, seed, namespace, skip, ...
 
-    n is a batch's share of the MEAN loss whatever the loss's reduction, so shares add up over batches of any sizes. A
-    layer that a batch does not reach has J = 0 there. ValueError for a batch in which nothing counts.
+    n is a batch's share of the MEAN loss whatever the loss's reduction, so shares add up over batches of any sizes; of
+    a sum of one's own, and of a Joint of sums, that is the mean over the prediction's first axis. A layer that a batch
+    does not reach has J = 0 there. ValueError for a batch in which nothing counts.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Stream:
             n = float(len(f)) if draws is not None else engine.share(batch)
             if n <= 0:
                 raise ValueError(f"batch {number} has no records: {engine.void(batch)}; leave it out")
+            if engine.objective.total:  # draws of a sum are on the examples' own scale
+                n = float(min(len(head) for head in engine.objective.heads(f)))
             found, *_ = engine.records(seen, batch, number, n, True, given=draws)
         return _completed(engine, found, n, len(f) if isinstance(f, torch.Tensor) else 1)
 
@@ -181,8 +185,8 @@ def _engine(model: nn.Module, loss: Any, settings: Settings) -> Engine:
 
 
 def _mean(loss: Any) -> Any:
-    """The loss with reduction "mean": a sum's share would not grow with its batch."""
-    if isinstance(loss, nn.Module) and getattr(loss, "reduction", "mean") == "sum":
+    """A loss of torch with reduction "mean": a sum's share would not grow with its batch."""
+    if type(loss) in TABLE and loss.reduction == "sum":
         loss = copy.copy(loss)
         loss.reduction = "mean"
     return loss

@@ -50,9 +50,10 @@ def sampled(gradients: Iterable[tuple[torch.Tensor, torch.Tensor, int]]) -> Samp
     return found
 
 
-def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> list[bool] | None:
+def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> tuple[list[bool], bool]:
     """Whether the `last` gradients, and each of those `before`, are in those of `now`, which are sums of multiples of
-    them, for the whole or by parameter, elements at a common bound apart. None where they are something else.
+    them, for the whole or by parameter, elements at a common bound apart; and whether that is so: else all that are
+    finite may be.
 
     Those of the last alone are never longer: they were clipped, or unscaled.
     """
@@ -60,7 +61,7 @@ def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> list[boo
     columns = [last, *(before[i] or {} for i in known)]
     parts = [_columns(p, now[p], columns) for p in now]
     if not any(y.any() for _, y in parts):
-        return [True] + [False] * len(before)
+        return [True] + [False] * len(before), True
     slack = max(max(16 * torch.finfo(g.dtype).eps for g in now.values()), 1e-10)
     together = [(np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts]))]
     for alone in (True, False):
@@ -71,8 +72,8 @@ def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> list[boo
                     continue
                 seen = np.abs(found[:, 1:]).max(0) > 10 * slack
                 there = {known[i] for i, one in enumerate(seen[1:]) if one}
-                return [bool(seen[0]), *(i in there for i in range(len(before)))]
-    return None
+                return [bool(seen[0]), *(i in there for i in range(len(before)))], True
+    return [True, *(sample is None or i in known for i, sample in enumerate(before))], False
 
 
 def _finite(sample: Sample) -> bool:
