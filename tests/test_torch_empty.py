@@ -91,3 +91,15 @@ def test_slots_without_an_example_do_not_count(room):
         found = steps(room, False, told=True)
         wanted = steps(0, False)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_an_expert_by_hand_without_a_token():
+    model = Experts(0, True)
+    model.r.bias.data = torch.tensor([9.0, 0.0, -9.0])
+    pre = kt.Preconditioner(model, CE, CORE)
+    for x in (torch.randn(12, 3), torch.ones(2, 3)):
+        with pre.capture():
+            f = model(x)
+        pre.loss(f, torch.arange(len(x)) % 3).backward()
+        pre.step()
+        assert all(bool(p.grad.isfinite().all()) for p in model.parameters())

@@ -49,6 +49,8 @@ def tell(
 
 def _share(kind: Linear | Stack, call: Call, g: torch.Tensor) -> float:
     """How many of the rows of a call are empty."""
+    if not g.numel():
+        return 0.0
     x = call.x.movedim(0, -2) if isinstance(kind, Stack) else call.x
     blocks = kind.blocks if isinstance(kind, Stack) else 1
     inputs = x.reshape(len(g), blocks, -1)

@@ -38,6 +38,8 @@ def explained(
     found, odd = operations(graph, known, lambda name: name.startswith((*PRODUCTS, *ELEMENTWISE)))
     uses: list[Use] = []
     for node, refs in found.items():
+        if not prod(output_shape(node)):  # no rows, as of an expert that no token goes to
+            continue
         answer = _explain(node, refs, graph, parameters, examples)
         if isinstance(answer, str):
             odd.update({ref.name: f"it goes into {answer}" for ref in refs.values()})
