@@ -15,7 +15,8 @@ from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.handed import kept
 from kfaccore_torch.inside import check_grad
 from kfaccore_torch.plan import Plan, modules
-from kfaccore_torch.replay import random_state, replayed
+from kfaccore_torch.replay import found as as_found
+from kfaccore_torch.replay import replayed
 from kfaccore_torch.sight import sighted
 
 
@@ -50,7 +51,7 @@ def _left(model: nn.Module, device: torch.device, given: dict[str, Any]) -> Iter
     if device.type == "meta":
         yield
         return
-    with replayed(model, random_state(model, device), device, kept(given)):
+    with replayed(model, as_found(model, device, {}), device, kept(given)):
         yield
 
 

@@ -29,6 +29,7 @@ from kfaccore_torch.plan import Plan
 from kfaccore_torch.precision import product_of
 from kfaccore_torch.provenance import followed
 from kfaccore_torch.recurrent import RECURRENT, unfused
+from kfaccore_torch.spans import Span, recording
 from kfaccore_torch.unusual import unusual
 from kfaccore_torch.views import Ref
 
@@ -60,6 +61,7 @@ class Capture(TorchFunctionMode):
         self.inputs: dict[Any, list[Any]] = {}  # node of a call's output -> (node, output) of its inputs
         self.empty: set[str] = set()  # parameters called on no rows
         self.products: dict[str, str] = {}  # parameter -> how its product is made, on CUDA
+        self.span = Span()
         self.spent = False  # whether a loss of this forward was differentiated
         self.made = Made()
         self._embedded: dict[int, tuple[weakref.ref, int, Use]] = {}  # outputs, the use and its place
@@ -91,6 +93,7 @@ class Capture(TorchFunctionMode):
         if func in RECURRENT and self._has_own(args):
             with self:
                 return unfused(func, *args, **kwargs)
+        self.span.note(func, kwargs)
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
         self.made.note((*args, *output) if isinstance(output, tuple | list) else (*args, output))
@@ -106,7 +109,7 @@ class Capture(TorchFunctionMode):
 
     def _note(self, func: Any, given: dict[str, Any], output: torch.Tensor) -> None:
         """Remember the call for its weight and bias."""
-        if not _recording(output):
+        if not recording(output):
             return
         weight, bias = (followed(given.get(name), self.known) for name in ("weight", "bias"))
         axes = {"weight": 2, "bias": 1}
@@ -243,8 +246,3 @@ def _normalised(func: Any, given: dict[str, Any], x: torch.Tensor) -> Remade:
     mean = given["running_mean"].clone()
     var = given["running_var"].clone()
     return Remade(lambda: F.batch_norm(x, mean, var, **eps))
-
-
-def _recording(output: torch.Tensor) -> bool:
-    """Whether a graph is being built, and not a second time by a checkpoint's recomputation."""
-    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1 and output.requires_grad

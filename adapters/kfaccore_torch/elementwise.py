@@ -17,6 +17,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from kfaccore.layers import Bias, Embedding, Gain
+from kfaccore_torch.alone import Examples
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.provenance import output_shape
 from kfaccore_torch.views import Ref, View
@@ -24,25 +25,28 @@ from kfaccore_torch.views import Ref, View
 Refs = Mapping[int, Ref]
 
 
-def met(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter], examples: int) -> list[Use] | str:
+def met(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter], examples: Examples) -> list[Use] | str:
     """Uses of parameters in an operation element by element."""
     shape = output_shape(node)
     children = [child for child, _ in node.next_functions]
     others = [child for i, child in enumerate(children) if child is not None and i not in refs]
     uses = []
     for i, ref in refs.items():
-        # with nothing repeated there is no axis of examples: a constant, or another parameter, changes it for them all
-        if prod(ref.view.shape) == prod(shape) and (examples > 1 or (not others and len(refs) > 1)):
-            return f"{node.name()} by itself, before it meets an example"
         slope = None if _unit(node) else Slope(node, i)
-        found = _use(node, ref, tuple(known[ref.name].shape), shape, slope)
+        found = _use(node, ref, tuple(known[ref.name].shape), shape, slope, examples)
         if isinstance(found, str):
             return found
+        # with nothing repeated there may be no axis of examples: a constant, or another parameter, changes it for all
+        own = ref.view.shape
+        weight = found.mark.weight
+        assert weight is not None
+        if prod(own) == prod(shape) and (not examples.meets(weight, own, shape) or (not others and len(refs) > 1)):
+            return f"{node.name()} by itself, before it meets an example"
         uses.append(found)
     return uses
 
 
-def repeated(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter]) -> list[Use] | str:
+def repeated(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter], examples: Examples) -> list[Use] | str:
     """Expand and Repeat: every copy is a row."""
     ref = refs[0]
     shape = output_shape(node)
@@ -54,7 +58,7 @@ def repeated(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter]) -> 
         shape = (*times[:fresh], *(n for pair in zip(times[fresh:], own, strict=True) for n in pair))
         apart = tuple(axis for own_axis in ref.view.axes for axis in ((), own_axis))
         ref = replace(ref, view=View(apart, ref.view.offset))
-    found = _use(node, ref, tuple(known[ref.name].shape), shape, None)
+    found = _use(node, ref, tuple(known[ref.name].shape), shape, None, examples)
     return found if isinstance(found, str) else [found]
 
 
@@ -83,7 +87,9 @@ class Slope:
         return found.detach().expand(shape)
 
 
-def _use(node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], slope: Any) -> Use | str:
+def _use(
+    node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], slope: Any, examples: Examples
+) -> Use | str:
     """The use of a part that is broadcast to `shape`, the output's axes, maybe apart."""
     view = View(((),) * (len(shape) - len(ref.view.axes)) + ref.view.axes, ref.view.offset)
     axes = [i for i, n in enumerate(view.shape) if n > 1]
@@ -101,23 +107,37 @@ def _use(node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], slop
 
     nothing = torch.zeros(0, device=node._input_metadata[0].device)
     call = Call(nothing, GradientEdge(node, 0), out, rows, normalised=slope, arrange=arrange)
-    if len(axes) < 2:
+    if len(axes) < 2 and not _row(view, feature, ref, own, examples):
         lone = View((tuple(fine for axis in view.axes for fine in axis),), view.offset)
         kind = Bias(d) if slope is None else Gain(d)
         return Use(Mark(kind, replace(ref, view=lone)), call)
     return _table(node, replace(ref, view=view), own, shape, call)
 
 
+def _row(view: View, feature: int | None, ref: Ref, own: tuple[int, ...], examples: Examples) -> bool:
+    """Whether a part is one row of what other forwards have shown to be a table, as of positions."""
+    if feature is None or view.shape[feature] == prod(own):
+        return False
+    table = _rows(ref, own)
+    return view.axes[feature] == table.view.axes[1] and examples.table(table)
+
+
+def _rows(ref: Ref, own: tuple[int, ...]) -> Ref:
+    """All of a parameter as rows along its last axis."""
+    last = next((n for n in reversed(own) if n > 1), 1)
+    return replace(ref, view=View.whole((prod(own) // last, last)))
+
+
 def _table(node: Any, ref: Ref, own: tuple[int, ...], shape: tuple[int, ...], call: Call) -> Use | str:
     """A part with several axes: rows of the table that its last axis makes of the whole parameter."""
-    last = tuple(n for n in own if n > 1)[-1]
+    table = _rows(ref, own)
+    size, last = table.view.shape
     view = ref.view
     feature = max(i for i, n in enumerate(view.shape) if n > 1)
     if view.axes[feature] != ((last, 1),):
         return f"{node.name()} along several axes whose last is not the parameter's"
     index = _index(view, own, shape, feature, last)
-    table = replace(ref, view=View.whole((prod(own) // last, last)))
-    return Use(Mark(Embedding(prod(own) // last, last), table), replace(call, x=index))
+    return Use(Mark(Embedding(size, last), table), replace(call, x=index))
 
 
 @lru_cache(maxsize=64)

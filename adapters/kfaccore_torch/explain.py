@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kfaccore_torch.alone import Examples
 from kfaccore_torch.calls import Use
 from kfaccore_torch.elementwise import met, repeated
 from kfaccore_torch.graph import Behind, operations
@@ -31,12 +32,14 @@ ELEMENTWISE = tuple(f"{name}Backward" for name in _NAMES.split(" "))
 
 
 def explained(
-    graph: Behind, known: dict[int, str], parameters: Mapping[str, torch.nn.Parameter], examples: int
+    graph: Behind, known: dict[int, str], parameters: Mapping[str, torch.nn.Parameter], examples: Examples
 ) -> tuple[list[Use], dict[str, str]]:
     """Uses of parameters that were met past all calls, and the names of those that cannot be explained, with why."""
     found, odd = operations(graph, known, lambda name: name.startswith((*PRODUCTS, *ELEMENTWISE)))
     uses: list[Use] = []
     for node, refs in found.items():
+        if not prod(output_shape(node)):  # no rows, as of an expert that no token goes to
+            continue
         answer = _explain(node, refs, graph, parameters, examples)
         if isinstance(answer, str):
             odd.update({ref.name: f"it goes into {answer}" for ref in refs.values()})
@@ -47,7 +50,9 @@ def explained(
     return uses, {name: why.replace("torch::autograd::", "") for name, why in odd.items()}
 
 
-def _explain(node: Any, refs: Mapping[int, Any], graph: Behind, parameters: Mapping, examples: int) -> list[Use] | str:
+def _explain(
+    node: Any, refs: Mapping[int, Any], graph: Behind, parameters: Mapping, examples: Examples
+) -> list[Use] | str:
     name = node.name()
     kind = next((start for start in PRODUCTS if name.startswith(start)), None)
     if kind is not None and (set(refs) - _added(name) or kind == "ConvolutionBackward"):
@@ -59,7 +64,7 @@ def _explain(node: Any, refs: Mapping[int, Any], graph: Behind, parameters: Mapp
         more = met(node, apart, parameters, examples) if apart else []
         return more if isinstance(more, str) else [*answer, *more]
     if name.startswith(("ExpandBackward", "RepeatBackward")):
-        return repeated(node, refs, parameters)
+        return repeated(node, refs, parameters, examples)
     if name.startswith(ELEMENTWISE):
         return met(node, refs, parameters, examples)
     return name

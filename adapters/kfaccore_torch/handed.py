@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.held import CONTAINERS, filled, walked, written
-from kfaccore_torch.replay import Undo, random_state
+from kfaccore_torch.held import CONTAINERS, Undo, filled, walked, written
+from kfaccore_torch.replay import found
 
 
 @dataclass
 class Handed:
-    """What is known of what forwards do to what they are given.
+    """What is known of what forwards do to what they are given, and to what modules hold.
 
     writes  whether they write to its tensors, which are copied until that is known, and after where they do
+    held    path of a large tensor that modules hold -> the same of it
     """
 
     writes: bool | None = None
+    held: dict[str, bool] = field(default_factory=dict)
 
     def before(self, model: nn.Module, device: torch.device, given: dict[str, Any]) -> list[Undo]:
         """What puts all that a forward may move, and what it is `given`, back as it is now; TypeError for what can be
@@ -38,7 +40,7 @@ class Handed:
                     f"it. Hand over a list, or take a step that does not look back, such as kfaccore.Fixed"
                 )
         watched = [(path, x, _version(x)) for path, x in walked(given) if isinstance(x, torch.Tensor)]
-        return [*random_state(model, device), partial(self._looked, watched), *self.after(given)]
+        return [*found(model, device, self.held), partial(self._looked, watched), *self.after(given)]
 
     def after(self, given: dict[str, Any]) -> list[Undo]:
         """What puts what was `given` back as it is now."""

@@ -1,7 +1,8 @@
 """What modules hold beside parameters and modules: buffers, attributes, and what is in their containers and objects.
 
 A forward may bind them anew, or write to them. What was bound is bound again and what was written is written back, but
-large tensors that nothing has written to since they were made: these are watched, and named where a forward does.
+large tensors that nothing has written to since they were made: these are watched, and named where a forward does. So
+are iterators of which there are no copies.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,9 +22,11 @@ import torch
 from torch import nn
 
 from kfaccore_torch.plan import unwrapped
+from kfaccore_torch.streams import copied, place
 
 _OWN = frozenset(vars(nn.Module())) - {"_buffers"}  # what torch itself keeps of a module
 _DEPTH = 4  # containers and objects in each other, a module's buffers or attributes the first
+_NEAR = 1 << 10  # as many things are looked at however deep they are
 _MOST = 1 << 12  # things in a container: larger ones are kept, what is in theirs is not
 _LARGE = 1 << 20  # numbers of a tensor
 _OPAQUE = (
@@ -35,14 +39,21 @@ _OPAQUE = (
     partial,
 )
 _FIXED = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, torch.Size, types.FunctionType})
-CONTAINERS = (dict, list, set, deque)
+CONTAINERS = (dict, list, set, deque, bytearray)
+LOST = (
+    "a second look at a batch wrote to {}, large tensors that are no buffers, and what was in them is gone: register "
+    "them as buffers, which are put back"
+)
+READ = (
+    "a second look at a batch read from {}, iterators that cannot be put back: they move twice a step, and the two "
+    "looks see different numbers. Hold what they go through and a number instead"
+)
+LATE = (
+    "this forward has written to {}, as no other before: the loss after this step was of what it left there. From now "
+    "on copies are made, and both looks at a batch begin with the same"
+)
+Undo = Callable[[], Any]
 _named: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
-def held(model: nn.Module) -> Iterator[Any]:
-    """Containers, objects, tensors and numbers that modules hold, each once."""
-    for _, x in walked(unwrapped(model)):
-        yield x
 
 
 def walked(root: Any) -> Iterator[tuple[str, Any]]:
@@ -59,38 +70,93 @@ def walked(root: Any) -> Iterator[tuple[str, Any]]:
             waiting.append((path, vars(x), 1))
             continue
         yield path, x
-        if depth < _DEPTH:
+        if depth < _DEPTH or len(met) < _NEAR:
             waiting.extend((inside, child, depth + 1) for inside, child in _inside(path, x))
     for path, x in root.named_buffers() if isinstance(root, nn.Module) else ():
         if id(x) not in met:  # a scripted module has no dict of them
             yield path, x
 
 
-def _inside(path: str, x: Any) -> Iterator[tuple[str, Any]]:
+def _inside(path: str, x: Any) -> list[tuple[str, Any]]:
     """What may move of what a container or an object has."""
     if isinstance(x, dict):
         own = _OWN if "_buffers" in x and "_parameters" in x else ()
-        pairs = x.items() if len(x) <= _MOST else ()
-        found = ((path if k == "_buffers" else _joined(path, str(k)), v) for k, v in pairs if k not in own)
-    elif isinstance(x, list | tuple | set | deque):
-        found = ((f"{path}[{i}]", v) for i, v in enumerate(x if len(x) <= _MOST else ()))
-    else:
-        own_dict = None if isinstance(x, _OPAQUE) else getattr(x, "__dict__", None)
-        found = iter([(path, own_dict)] if isinstance(own_dict, dict) else [])
-    return (pair for pair in found if type(pair[1]) not in _FIXED)
+        pairs = [(k, v) for k, v in x.items() if type(v) not in _FIXED and k not in own] if len(x) <= _MOST else ()
+        return [(path if k == "_buffers" else _joined(path, str(k)), v) for k, v in pairs]
+    if isinstance(x, list | tuple | set | deque):
+        values = x if len(x) <= _MOST else ()
+        return [(f"{path}[{i}]", v) for i, v in enumerate(values) if type(v) not in _FIXED]
+    if isinstance(x, _OPAQUE) or type(x).__module__.startswith("kfaccore"):
+        return []
+    own_dict = getattr(x, "__dict__", None)
+    return [(path, own_dict)] if isinstance(own_dict, dict) else []
 
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def as_found(model: nn.Module, things: Sequence[tuple[str, Any]], known: dict[str, bool]) -> list[Undo]:
+    """What puts the `things` that modules hold, as `walked` gives them, back as they are now, for another look.
+
+    known   path of a large tensor -> whether a forward has written to it, which is found here: those that none has
+            written to are not copied. What shares memory with a parameter goes with that
+    """
+    own: set[int] | None = None  # memory of parameters, asked for once a tensor is met
+    copies: list[tuple[Any, Any]] = []
+    large: list[tuple[str, torch.Tensor, int, bool]] = []
+    streams: dict[int, Iterator] = {}
+    undo: list[Undo] = [partial(_looked, model, large, known)]
+    for path, x in things:
+        if isinstance(x, torch.Tensor):
+            own = {_memory(p) for p in model.parameters()} if own is None else own
+            if isinstance(x, nn.Parameter) or not x.numel() or _memory(x) in own:
+                continue
+            small = x.numel() <= _LARGE or x.is_inference()
+            keep = small or known.get(path, True)
+            if not small:
+                large.append((path, x, x._version, keep))
+            if keep:
+                undo.append(partial(written, x, x.detach().clone()))
+        elif isinstance(x, np.ndarray):
+            undo.append(partial(np.copyto, x, x.copy()))
+        elif isinstance(x, CONTAINERS):
+            copies.append((x, x.copy()))
+        elif isinstance(x, Iterator) and (stream := copied(x)) is not None:
+            streams[id(x)] = stream
+    for x, kept in copies:
+        if streams and isinstance(x, dict | list | deque):
+            pairs = kept.items() if isinstance(kept, dict) else enumerate(kept)
+            for key, value in list(pairs):
+                kept[key] = streams.get(id(value), value)
+        undo.append(partial(filled, x, kept))
+    return undo
+
+
+def _memory(x: torch.Tensor) -> int:
+    """Where the numbers of a tensor begin; of one that has no memory by itself, a sparse one, its own place."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return id(x)
+
+
+def _looked(model: nn.Module, large: Sequence[tuple[str, torch.Tensor, int, bool]], known: dict[str, bool]) -> None:
+    """Before another look: which large tensors the first has written to."""
+    changed = {path for path, x, version, _ in large if x._version != version}
+    known.update((path, path in changed or known.get(path, False)) for path, *_ in large)
+    late = [path for path, _, _, keep in large if path in changed and not keep]
+    _told(model, late, LATE)
+
+
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modules hold afterwards what they held before, however it is left."""
-    undo: list[Callable[[], Any]] = []
+def as_it_was(model: nn.Module, things: Sequence[tuple[str, Any]] | None = None) -> Iterator[None]:
+    """Modules hold afterwards what they held before, however it is left; `things` as `walked` gives them."""
+    undo: list[Undo] = []
     watched: list[tuple[str, torch.Tensor, int]] = []
+    streams: list[tuple[str, Iterator, Any]] = []
     buffers = {id(b) for b in unwrapped(model).buffers()}
-    for path, x in walked(unwrapped(model)):
+    for path, x in walked(unwrapped(model)) if things is None else things:
         if isinstance(x, torch.Tensor):
             version = 1 if x.is_inference() else x._version
             if id(x) in buffers or version > 0 or x.numel() <= _LARGE:
@@ -101,13 +167,16 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             undo.append(partial(np.copyto, x, x.copy()))
         elif isinstance(x, CONTAINERS):
             undo.append(partial(filled, x, x.copy()))
+        elif isinstance(x, Iterator):
+            streams.append((path, x, place(x)))
     try:
         yield
     finally:
         with torch.no_grad():
             for put in undo:
                 put()
-        _told(model, [path for path, x, version in watched if x._version != version])
+        _told(model, [path for path, x, version in watched if x._version != version], LOST)
+        _told(model, [path for path, x, before in streams if place(x) != before], READ)
 
 
 def written(x: torch.Tensor, kept: torch.Tensor) -> None:
@@ -121,27 +190,31 @@ def written(x: torch.Tensor, kept: torch.Tensor) -> None:
 
 def filled(x: Any, kept: Any) -> None:
     """A container with what it had; the dict of a module's attributes, of which torch keeps some, too."""
-    if isinstance(x, list):
+    if len(x) == len(kept) and _same(x, kept):
+        return
+    if isinstance(x, list | bytearray):
         x[:] = kept
     elif isinstance(x, dict):
-        if len(x) != len(kept) or any(x.get(key, x) is not value for key, value in kept.items()):
-            for key in x.keys() - kept.keys():
-                del x[key]
-            for key, value in kept.items():
-                x[key] = value  # `update` of a Counter adds
+        for key in x.keys() - kept.keys():
+            del x[key]
+        for key, value in kept.items():
+            x[key] = value  # `update` of a Counter adds
     else:
         x.clear()
         x.update(kept) if isinstance(x, set) else x.extend(kept)
 
 
-def _told(model: nn.Module, paths: list[str]) -> None:
-    """A warning, once, for what was written to and not kept."""
+def _same(x: Any, kept: Any) -> bool:
+    """Whether two containers of one kind and size hold the same things."""
+    if isinstance(x, dict):
+        return all(map(is_, x.values(), kept.values())) and all(map(is_, x, kept))
+    return isinstance(x, list | deque) and all(map(is_, x, kept))
+
+
+def _told(model: nn.Module, paths: list[str], words: str) -> None:
+    """A warning, once, for what could not be put back."""
     told = _named.setdefault(model, set())
     fresh = [path for path in paths if path not in told]
     told.update(fresh)
     if fresh:
-        warnings.warn(
-            f"a second look at a batch wrote to {fresh}, large tensors that are no buffers, and what was in them is "
-            f"gone: register them as buffers, which are put back",
-            stacklevel=2,
-        )
+        warnings.warn(words.format(fresh), stacklevel=2)

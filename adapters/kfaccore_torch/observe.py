@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kfaccore_torch.calls import Call
+from kfaccore_torch.empty import tell
 from kfaccore_torch.fixed import loose
 from kfaccore_torch.fixed_rules import passed
 from kfaccore_torch.graph import Behind
@@ -68,6 +69,7 @@ class Observer:
     turns: dict[Any, int] = field(default_factory=dict)
     times: dict[Any, float] = field(default_factory=dict)  # of draws, where it is not 1
     bent: set[str] = field(default_factory=set)  # layers behind a backward pass that is not linear
+    empty: set[str] = field(default_factory=set)  # layers whose empty rows were named
     loose: dict[Any, dict[int, bool]] = field(default_factory=dict)
 
     def look(
@@ -105,6 +107,10 @@ class Observer:
             probe, parameters = first()
             question = Question(heads, [calls[i] for i in asked], layers, probe, sight.retaining, times, once_more)
             expected = question.pull_first(() if known else parameters)
+            if known is None:
+                filled = [i for i in asked if calls[i][1].node in graph.moved]
+                firsts = [question.asked[asked.index(i)].first for i in filled]
+                tell([calls[i] for i in filled], firsts, layers, told, self.empty)
             old = [known[1][i] if known else None for i in asked]
             wanted = [rows[i] for i in asked]
             coarser = [] if split else flattened(wanted, size)

@@ -137,8 +137,8 @@ class Optimizer:
         before += penalty(engine, l2)
 
         def again() -> float:
-            with replayed(self.model, first, engine.device, self._handed.after(given)):
-                value = float(engine.objective.value(self._predicted(inputs), target))
+            with replayed(self.model, first, engine.device, self._handed.after(given), seen.span.graph):
+                value = float(engine.objective.value(self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
         self._applied(records, grads, before, again, own)

@@ -157,7 +157,7 @@ class Planning(Resumes):
         before = self.plan
         self.plan = self._planned(found, {**self.away, **before.layers})
         self.lost.follow(before, self.plan, 0 if old is None else old.step)
-        self.observer = Observer()
+        self.observer = Observer(empty=self.observer.empty)
         now = self.held()
         kept_on = {name for name, block in now.items() if had.get(name) == block}
         if old is not None and kept_on != had.keys() | now.keys():

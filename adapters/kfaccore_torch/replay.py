@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,22 +13,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.held import as_it_was, held
+from kfaccore_torch.held import Undo, as_found, as_it_was, walked
+from kfaccore_torch.plan import unwrapped
 
-Undo = Callable[[], Any]
+Things = list[tuple[str, Any]]
+_NO_GENERATORS = frozenset({dict, list, tuple, OrderedDict, torch.Tensor})  # what modules hold most of
 
 
-def random_state(model: nn.Module, device: torch.device) -> list[Undo]:
+def found(model: nn.Module, device: torch.device, known: dict[str, bool]) -> list[Undo]:
+    """What puts all that a forward may move back as it is now, for another look: random generators and what modules
+    hold. `known` as of `as_found`."""
+    things = list(walked(unwrapped(model)))
+    return [*_random_state(things, device), *as_found(model, things, known)]
+
+
+def _random_state(things: Things, device: torch.device) -> list[Undo]:
     """What puts each random generator back to where it is now: those of torch on the CPU and on a CUDA device, of
-    Python and NumPy, and the ones that modules hold."""
-    found: list[Undo] = [
+    Python and NumPy, and the ones among the `things` that modules hold."""
+    state: list[Undo] = [
         partial(torch.set_rng_state, torch.get_rng_state()),
         partial(random.setstate, random.getstate()),
         partial(np.random.set_state, np.random.get_state()),
     ]
     if device.type == "cuda":
-        found.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
-    return found + [undo for x in held(model) if (undo := _generator(x)) is not None]
+        state.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
+    others = (x for _, x in things if type(x) not in _NO_GENERATORS)
+    return state + [undo for x in others if (undo := _generator(x)) is not None]
 
 
 def _generator(x: Any) -> Undo | None:
@@ -43,15 +54,19 @@ def _generator(x: Any) -> Undo | None:
 
 
 @contextmanager
-def replayed(model: nn.Module, before: list[Undo], device: torch.device, after: Sequence[Undo] = ()) -> Iterator[None]:
-    """The same dropout as in a forward that found the generators as in `before`; they and all that modules hold are
-    as they were afterwards, and what `after` puts back."""
-    now = [*random_state(model, device), *after]
+def replayed(
+    model: nn.Module, before: list[Undo], device: torch.device, after: Sequence[Undo] = (), graph: bool = False
+) -> Iterator[None]:
+    """The same forward as one that found all as in `before`, with a graph where it asks for one; random generators and
+    all that modules hold are as they were afterwards, and what `after` puts back."""
+    things = list(walked(unwrapped(model)))
+    now = [*_random_state(things, device), *after]
     try:
-        with as_it_was(model):
+        with as_it_was(model, things):
             for undo in before:
                 undo()
-            yield
+            with torch.set_grad_enabled(graph or torch.is_grad_enabled()):
+                yield
     finally:
         for undo in now:
             undo()

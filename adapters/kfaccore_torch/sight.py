@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kfaccore_torch.alone import Examples
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.explain import explained
@@ -36,9 +37,10 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     Raises ValueError for parameters that a layer's call explains by half.
     """
     graph = behind(heads, seen.inputs, seen.known)
-    named = {name: p for name, p, _ in seen.plan.made_of}
     uses = _reached(seen, graph)
-    found, odd = explained(graph, seen.known, named, min(len(f) for f in heads)) if graph.met else ([], {})
+    named = {name: p for name, p, _ in seen.plan.made_of}
+    examples = Examples.of(min(len(f) for f in heads), [use.call.rows for use in uses], seen.plan.marks)
+    found, odd = explained(graph, seen.known, named, examples) if graph.met else ([], {})
     if not uses and not graph.met and not seen.empty:
         raise ValueError(
             "no captured call lies behind this prediction: run the model whose parameters these are inside `with "
@@ -47,7 +49,8 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     marks = tuple(use.mark for use in (*uses, *found))
     shown = {**seen.odd, **odd}
     plan = seen.plan.with_seen(marks, shown)
-    _check_half(plan, uses, found, odd)
+    strange = [use for use in found if not seen.span.made(use.call.node)]
+    _check_half(plan, uses, strange, odd)
     uses += found
     seen.plan = plan
     calls = ((name, call) for name, calls in plan.assigned(uses).items() for call in calls)
@@ -67,10 +70,11 @@ def _reached(seen: Capture, graph: Behind) -> list[Use]:
     return found
 
 
-def _check_half(plan: Plan, called: Sequence[Use], found: Sequence[Use], odd: dict[str, str]) -> None:
-    """ValueError for a weight that went into the prediction through a layer's call and past it, in a way that makes no
-    layer of both: it would be covered by half."""
-    past = {use.mark.weight.name for use in found if use.mark.weight is not None} | odd.keys()
+def _check_half(plan: Plan, called: Sequence[Use], strange: Sequence[Use], odd: dict[str, str]) -> None:
+    """ValueError for a weight that went into the prediction through a layer's call and past it, in a way that nothing
+    explains or, to no layer with the call, outside the forward (`strange`). Two ways of the forward itself that are
+    explained and make no layer together leave the weight uncovered, as two calls do."""
+    past = {use.mark.weight.name for use in strange if use.mark.weight is not None} | odd.keys()
     through = {use.mark.weight.name for use in called if use.mark.weight is not None}
     half = {name: plan.uncovered[name] for name in plan.uncovered if name in past & through}
     if not half:

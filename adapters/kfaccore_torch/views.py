@@ -15,6 +15,7 @@ import array_api_compat as aac
 import torch
 
 Fine = tuple[int, int]  # size and stride, in elements of the flattened parameter
+Cut = tuple[int, int, int]  # of a range: its beginning, how many pieces it is split into, and their length
 
 
 @dataclass(frozen=True)
@@ -80,49 +81,61 @@ class View:
         """Whether an element appears more than once."""
         return any(stride == 0 for axis in self.axes for _, stride in axis)
 
-    def boxed(self, numel: int) -> tuple[tuple[int, ...], tuple[slice, ...], tuple[int, ...]] | None:
-        """(shape of the flattened parameter, the box in it, the order of its axes); None where it is no box."""
+    def boxed(self, numel: int) -> tuple[tuple[Cut, ...], tuple[int, ...]] | None:
+        """(how the flattened parameter is cut into the box's axes, their order in the view); None where it is no box.
+
+        Axes go from the largest stride: of what is left, a range that the axis divides evenly, beginning as late as it
+        can, so that the next one has the most room.
+        """
         fine = [f for axis in self.axes for f in axis]
         order = sorted(range(len(fine)), key=lambda i: -fine[i][1])
-        above = numel
-        shape: list[int] = []
-        box: list[slice] = []
+        room = numel
+        offset = self.offset
+        cuts: list[Cut] = []
         for i in order:
             n, stride = fine[i]
-            if stride == 0 or above % stride:
+            start = min(offset, room - n * stride)
+            offset -= start
+            if start < 0 or offset >= stride:
                 return None
-            shape.append(above // stride)
-            start = self.offset % above // stride
-            if start + n > shape[-1]:
-                return None
-            box.append(slice(start, start + n))
-            above = stride
-        shape.append(above)
-        box.append(slice(self.offset % above, self.offset % above + 1))
+            cuts.append((start, n, stride))
+            room = stride
+        cuts.append((offset, 1, 1))
         places = [order.index(i) for i in range(len(fine))]
-        return tuple(shape), tuple(box), (*places, len(fine))
+        return tuple(cuts), (*places, len(fine))
 
     def take(self, x: Any) -> Any:
         """The elements of x, an array or tensor like the parameter, in the view's shape."""
-        shape, box, order = self._box(x)
+        cuts, order = self._box(x)
         xp = aac.array_namespace(x)
-        return xp.reshape(xp.permute_dims(xp.reshape(x, shape)[box], order), self.shape)
+        found = xp.reshape(x, (-1,))
+        for start, n, stride in cuts:  # a range of the last axis, split in two: no copies
+            found = found[..., start : start + n * stride]
+            found = xp.reshape(found, (*found.shape[:-1], n, stride))
+        return xp.reshape(xp.permute_dims(found[..., 0], order), self.shape)
 
     def put(self, part: Any, like: tuple[int, ...]) -> Any:
         """Zeros of the shape `like` with the view's elements in their places."""
         xp = aac.array_namespace(part)
-        found = xp.zeros((prod(like),), dtype=part.dtype, device=aac.device(part))
-        shape, box, order = self._box(found)
-        small = xp.permute_dims(xp.reshape(found, shape)[box], order).shape
+        cuts, order = self._box(part, prod(like))
+        sizes = [n for _, n, _ in cuts]
         back = sorted(range(len(order)), key=lambda i: order[i])
-        placed = xp.reshape(found, shape)
-        placed[box] = xp.permute_dims(xp.reshape(part, small), back)
-        return xp.reshape(placed, like)
+        found = xp.permute_dims(xp.reshape(part, [sizes[i] for i in order]), back)[..., None]
+        rooms = (prod(like), *(stride for _, _, stride in cuts))
+        for (start, n, stride), room in zip(reversed(cuts), reversed(rooms[:-1]), strict=True):
+            lead = found.shape[:-2]
+            found = xp.reshape(found, (*lead, n * stride))
+            if n * stride < room:
+                wide = xp.zeros((*lead, room), dtype=part.dtype, device=aac.device(part))
+                wide[..., start : start + n * stride] = found
+                found = wide
+        return xp.reshape(found, like)
 
-    def _box(self, x: Any) -> tuple[tuple[int, ...], tuple[slice, ...], tuple[int, ...]]:
-        found = self.boxed(prod(x.shape))
+    def _box(self, x: Any, numel: int | None = None) -> tuple[tuple[Cut, ...], tuple[int, ...]]:
+        numel = prod(x.shape) if numel is None else numel
+        found = self.boxed(numel)
         if found is None:
-            raise ValueError(f"{self} is no box of a parameter of shape {tuple(x.shape)}")
+            raise ValueError(f"{self} is no box of a parameter of {numel} numbers")
         return found
 
     def within(self, x: torch.Tensor) -> torch.Tensor | None:

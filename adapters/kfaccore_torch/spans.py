@@ -1,0 +1,55 @@
+"""Which nodes of a graph a forward made itself: neither what came after it, nor a derivative that it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_number = torch.autograd._get_sequence_nr  # of the node that this thread makes next
+_OF_GRAPHS = frozenset(  # what differs, or raises, where no graph is built
+    (
+        torch.autograd.grad,
+        torch.autograd.backward,
+        torch.Tensor.backward,
+        torch.Tensor.register_hook,
+        torch.Tensor.retain_grad,
+        torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+    )
+)
+
+
+class Span:
+    """From now on until it is closed.
+
+    derived   whether the forward took a derivative with a graph of its own, which is products with the same weights
+    graph     whether the forward asks for its graph, so that it is another without one
+    """
+
+    def __init__(self) -> None:
+        self.first = _number()
+        self.last: int | None = None
+        self.derived = False
+        self.graph = False
+
+    def note(self, func: Any, kwargs: Mapping[str, Any]) -> None:
+        """A function is called inside."""
+        if func in _OF_GRAPHS:
+            self.graph = True
+            self.derived = self.derived or bool(func is torch.autograd.grad and kwargs.get("create_graph"))
+
+    def close(self) -> None:
+        """What is made from here on is not the forward's."""
+        self.last = _number()
+
+    def made(self, node: Any) -> bool:
+        """Whether the forward made a node, and no derivative."""
+        number = node._sequence_nr()
+        return not self.derived and self.first <= number and (self.last is None or number < self.last)
+
+
+def recording(output: torch.Tensor) -> bool:
+    """Whether a graph is being built, and not a second time by a checkpoint's recomputation."""
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1 and output.requires_grad
