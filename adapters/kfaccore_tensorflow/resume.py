@@ -19,9 +19,11 @@ class Checkpointed(tf.train.experimental.PythonState):
         self.model = model
 
     def serialize(self) -> bytes:
+        """None as no bytes."""
         return self.model.curvature or b""
 
     def deserialize(self, string_value: bytes) -> None:
+        """The inverse of `serialize`."""
         self.model.curvature = string_value or None
 
 
