@@ -139,3 +139,27 @@ def test_a_model_of_which_nothing_is_trained_is_refused(rng):
     net.trainable = False
     with pytest.raises(ValueError, match=r"no variable of model 'sequential.*' is trainable now"):
         step.step(rng.normal(size=(8, 4)), np.ones((8, 1)))
+
+
+def test_a_checkpoint_of_tensorflow_holds_the_curvature_too(rng, tmp_path):
+    """Training goes on as without it, whether the new model has trained before or not."""
+    x, y = rng.normal(size=(8, 5)), rng.integers(0, 3, 8)
+
+    def made():
+        inner = keras.Sequential([keras.Input((5,)), L.Dense(4, "tanh", name="a"), L.Dense(3, name="b")])
+        model = kt.KFACModel(inner)
+        model.compile(SGD(0.1), crossentropy())
+        return model
+
+    first = made()
+    first.fit(x, y, epochs=2, verbose=0)
+    where = tf.train.Checkpoint(model=first).save(str(tmp_path / "run"))
+    first.fit(x, y, verbose=0)
+    for trained in (False, True):
+        second = made()
+        if trained:
+            second.fit(x, y, verbose=0)
+        tf.train.Checkpoint(model=second).restore(where)
+        second.fit(x, y, verbose=0)
+        for one, other in zip(first.get_weights(), second.get_weights(), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12)

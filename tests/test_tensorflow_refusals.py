@@ -214,5 +214,7 @@ def test_another_backend_of_keras_is_refused(backend, instead, monkeypatch):
 
 def test_a_batch_without_examples_is_refused():
     net = keras.Sequential([keras.Input((4,)), L.Dense(3)])
+    with pytest.raises(ValueError, match=r"y holds numbers of Python; need arrays or tensors: give np.asarray\(y\)"):
+        kt.Optimizer(net, kf.SoftmaxCrossEntropy()).step(np.zeros((2, 4)), [0, 1])
     with pytest.raises(ValueError, match=r"the batch has inputs of shape \(0, 4\); need at least one example"):
         kt.Optimizer(net, kf.SoftmaxCrossEntropy()).step(np.zeros((0, 4)), np.zeros(0, int))

@@ -16,7 +16,7 @@ from kfaccore_tensorflow.heads import objective, output_names
 from kfaccore_tensorflow.judge import fitting
 from kfaccore_tensorflow.losses import CORE
 from kfaccore_tensorflow.optimizer import take_step, with_own
-from kfaccore_tensorflow.resume import parts_in
+from kfaccore_tensorflow.resume import Checkpointed, parts_in
 from kfaccore_tensorflow.step import Engine, Settings
 
 STEPS = ("train_step", "compute_loss", "test_step", "predict_step", "compute_metrics")
@@ -47,6 +47,7 @@ class KFACModel(keras.Model):
         self._eagerly: Any = None
         self._waiting: bytes | None = None
         self.built = model.built
+        self._checkpointed = Checkpointed(self)
 
     @property
     def output_names(self) -> Any:
@@ -165,16 +166,25 @@ class KFACModel(keras.Model):
         settings = decoded(config["settings"])
         return cls(inner, config["name"], **{key: getattr(settings, key) for key in vars(settings)})
 
+    @property
+    def curvature(self) -> bytes | None:
+        """The state as one safetensors file, None before there is one; what is set waits for a plan."""
+        return self._waiting if self.engine is None or not self.engine.ready else self.engine.saved()
+
+    @curvature.setter
+    def curvature(self, given: bytes | None) -> None:
+        self._waiting = given
+        self._restore()
+
     def save_own_variables(self, store: Any) -> None:
         """Adds the curvature's state to what Keras saves."""
-        saved = self._waiting if self.engine is None or not self.engine.ready else self.engine.saved()
+        saved = self.curvature
         if saved is not None:
             store["kfaccore"] = np.frombuffer(saved, np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
         """Takes the curvature's state out again; a file of the same layers and settings is needed to train on."""
-        self._waiting = np.asarray(store["kfaccore"]).tobytes() if "kfaccore" in store.keys() else None  # noqa: SIM118
-        self._restore()
+        self.curvature = np.asarray(store["kfaccore"]).tobytes() if "kfaccore" in store.keys() else None  # noqa: SIM118
 
     def _restore(self) -> None:
         """Puts a loaded state back once there is a plan; with a warning not where layers were thawed since."""

@@ -54,6 +54,9 @@ class Optimizer:
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update on a batch; the loss before it, 0-d. ValueError for a batch without examples."""
         first: Any = next((leaf for leaf in tf.nest.flatten(x) if leaf is not None), None)
+        for name, leaf in (("x", first), ("y", next(iter(tf.nest.flatten(y)), None))):
+            if isinstance(leaf, int | float):
+                raise ValueError(f"{name} holds numbers of Python; need arrays or tensors: give np.asarray({name})")
         there = isinstance(first, np.ndarray) or (tf.is_tensor(first) and first.shape.rank)
         if there and first.shape[0] == 0:
             raise ValueError(f"the batch has inputs of shape {tuple(first.shape)}; need at least one example")

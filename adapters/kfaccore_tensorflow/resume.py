@@ -7,7 +7,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import tensorflow as tf
+
 import kfaccore as kf
+
+
+class Checkpointed(tf.train.experimental.PythonState):
+    """What `tf.train.Checkpoint` saves of the curvature of a model: the bytes of `model.curvature`, which it sets."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def serialize(self) -> bytes:
+        """None as no bytes."""
+        return self.model.curvature or b""
+
+    def deserialize(self, string_value: bytes) -> None:
+        """The inverse of `serialize`."""
+        self.model.curvature = string_value or None
 
 
 def saved(state: Any, names: Sequence[str]) -> bytes:

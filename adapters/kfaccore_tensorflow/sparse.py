@@ -29,7 +29,8 @@ def sparse_product(op: Operation, hot: Hot) -> Use:
 def summed_rows(use: Use, reach: set[str]) -> Use:
     """A look-up, as a product where its rows are weighed by a number each and then summed by segments, and are for
     nothing else that is in `reach`."""
-    index, rows = use.x, use.out
+    index: Tensor = use.x
+    rows = use.out
     while True:
         op = _next(rows, reach)
         if op is None or op.type in ("Mul", "SegmentSum"):
