@@ -26,7 +26,7 @@ _ELEMENTWISE = (
 )
 _RESHAPED = "View UnsafeView ReshapeAlias Unsqueeze Squeeze"
 _REDUCED = "Sum Mean Nansum Prod Amax Amin Max Min Median Mode Logsumexp Norm LinalgVectorNorm Var Std VarMean StdMean"
-_ALONG = "Softmax LogSoftmax SafeSoftmax MaskedSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Glu"
+_ALONG = "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Glu"
 _SPATIAL = re.compile(r"(?:Max|Avg|AdaptiveAvg|AdaptiveMax)Pool|Upsample|ReflectionPad|ReplicationPad")
 
 
