@@ -47,14 +47,19 @@ def numbers(known: Mapping[tuple[Any, int], np.ndarray], rule: Rule) -> dict[tup
             here = found.get((node, number))
             if here is None:
                 continue
-            shape = output_shape(node, number)
+            shape = _sizes(node, number)
             for i, (child, output) in enumerate(node.next_functions):
                 if child is None or child.name().endswith("AccumulateGrad"):
                     continue
-                below = output_shape(child, output)
-                x = rule(node, here, shape, i, below, number)
-                _add(found, (child, output), np.full((1,) * len(below), UNKNOWN) if x is None else x)
+                below = _sizes(child, output)
+                x = None if shape is None or below is None else rule(node, here, shape, i, below, number)
+                _add(found, (child, output), np.full((1,) * len(below or ()), UNKNOWN) if x is None else x)
     return found
+
+
+def _sizes(node: Any, number: int) -> tuple[int, ...] | None:
+    """The shape of an output; nested tensors have none."""
+    return None if node._input_metadata[number].is_nested_tensor else output_shape(node, number)
 
 
 def _add(found: dict[tuple[Any, int], np.ndarray], key: tuple[Any, int], x: np.ndarray) -> None:
