@@ -32,6 +32,10 @@ def added(w):
     return torch.where(w > 0, 0.0, FAR)
 
 
+def nested(h, w):
+    return torch.nested.as_nested_tensor(list(h.split(w.sum(1).int().tolist())))
+
+
 def summing(w):
     """A matrix of all nodes whose first rows sum the graphs."""
     first = w.argmax(1)
@@ -61,6 +65,7 @@ POOLS = {
     "solve": lambda h, w, q: torch.linalg.solve(summing(w).inverse(), h)[:3],
     "convolution": lambda h, w, q: F.conv1d(h.T[:, None], w[:, None])[..., 0].T,
     "linear": lambda h, w, q: F.linear(h.T, w).T,
+    "nested": lambda h, w, q: nested(h, w).to_padded_tensor(0.0).sum(1),
 }
 
 
@@ -90,6 +95,7 @@ class Packed(nn.Module):
 NETS = {**{name: lambda pool=pool: Net(pool) for name, pool in POOLS.items()}, "packed documents": Packed}
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", NETS)
 def test_a_record_is_that_of_its_own_batch(name):
     model, y = NETS[name](), torch.tensor([0, 2, 1])

@@ -10,7 +10,7 @@ needed. Above a row with an operation of which nothing is known here, anything m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from math import prod
 from typing import Any
@@ -32,31 +32,34 @@ Rule = Any  # (node, numbers of an output, its shape, which argument, the argume
 
 def loose(calls: Sequence[Call], heads: Sequence[torch.Tensor], split: Split, rule: Rule) -> dict[int, bool]:
     """The calls, by place, with rows that shapes alone give to no one example, and whether nothing is known of some."""
-    found = _numbers(heads, split, rule)
+    owners = [split.owner(len(f)).cpu().numpy().reshape(-1, *(1,) * (f.ndim - 1)) for f in heads]
+    found = numbers({(f.grad_fn, f.output_nr): x for f, x in zip(heads, owners, strict=True)}, rule)
     nothing = np.array(UNKNOWN)
     ends = [found.get((call.edge.node, call.edge.output_nr), nothing).max(initial=NONE) for call in calls]
     return {i: bool(x >= UNKNOWN) for i, x in enumerate(ends) if x >= SEVERAL}
 
 
-def _numbers(heads: Sequence[torch.Tensor], split: Split, rule: Rule) -> dict[tuple[Any, int], np.ndarray]:
-    """The example of each number of each output of a node, (node, which output)."""
-    found: dict[tuple[Any, int], np.ndarray] = {}
-    for f in heads:
-        owner = split.owner(len(f)).numpy().reshape(-1, *(1,) * (f.ndim - 1))
-        _add(found, (f.grad_fn, f.output_nr), owner)
-    for node in _downward([f.grad_fn for f in heads]):
+def numbers(known: Mapping[tuple[Any, int], np.ndarray], rule: Rule) -> dict[tuple[Any, int], np.ndarray]:
+    """The example of each number of each output of a node, (node, which output), from those of some outputs."""
+    found = dict(known)
+    for node in _downward([node for node, _ in known]):
         for number in range(len(node._input_metadata)):
             here = found.get((node, number))
             if here is None:
                 continue
-            shape = output_shape(node, number)
+            shape = _sizes(node, number)
             for i, (child, output) in enumerate(node.next_functions):
                 if child is None or child.name().endswith("AccumulateGrad"):
                     continue
-                below = output_shape(child, output)
-                x = rule(node, here, shape, i, below, number)
-                _add(found, (child, output), np.full((1,) * len(below), UNKNOWN) if x is None else x)
+                below = _sizes(child, output)
+                x = None if shape is None or below is None else rule(node, here, shape, i, below, number)
+                _add(found, (child, output), np.full((1,) * len(below or ()), UNKNOWN) if x is None else x)
     return found
+
+
+def _sizes(node: Any, number: int) -> tuple[int, ...] | None:
+    """The shape of an output; nested tensors have none."""
+    return None if node._input_metadata[number].is_nested_tensor else output_shape(node, number)
 
 
 def _add(found: dict[tuple[Any, int], np.ndarray], key: tuple[Any, int], x: np.ndarray) -> None:

@@ -26,7 +26,7 @@ _ELEMENTWISE = (
 )
 _RESHAPED = "View UnsafeView ReshapeAlias Unsqueeze Squeeze"
 _REDUCED = "Sum Mean Nansum Prod Amax Amin Max Min Median Mode Logsumexp Norm LinalgVectorNorm Var Std VarMean StdMean"
-_ALONG = "Softmax LogSoftmax SafeSoftmax MaskedSoftmax Cumsum Cumprod Logcumsumexp Glu"
+_ALONG = "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Glu"
 _SPATIAL = re.compile(r"(?:Max|Avg|AdaptiveAvg|AdaptiveMax)Pool|Upsample|ReflectionPad|ReplicationPad")
 
 
@@ -187,6 +187,10 @@ def _images(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: 
     return meet(x, range(1, len(out))) if i == 0 and len(out) == len(shape) else None
 
 
+def _shuffled(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
+    return meet(x, (-3, -2, -1))
+
+
 def _normed(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray | None:
     axes = len(node._saved_normalized_shape)
     return meet(x, range(-axes, 0)) if i == 0 and out == shape else None
@@ -220,10 +224,11 @@ _RULES: dict[str, Callable[..., np.ndarray | None]] = {
     **dict.fromkeys(("Split", "UnsafeSplit", "SplitWithSizes"), _split),
     **dict.fromkeys(("Mm", "Bmm"), _product),
     **dict.fromkeys(("Addmm", "Baddbmm"), _added_product),
-    **dict.fromkeys(("Convolution", "NativeGroupNorm"), _images),
+    **dict.fromkeys(("Convolution", "NativeGroupNorm", "GridSampler2D", "GridSampler3D"), _images),
     **dict.fromkeys(("NativeLayerNorm", "FusedRmsNorm"), _normed),
     **dict.fromkeys(("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"), _batch_normed),
     "T": lambda node, x, out, i, shape, number: x.T,
+    **dict.fromkeys(("PixelShuffle", "PixelUnshuffle", "ChannelShuffle"), _shuffled),
     "Permute": _permuted,
     "Repeat": _repeat,
     "Flip": _flip,

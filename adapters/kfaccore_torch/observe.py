@@ -85,7 +85,7 @@ class Observer:
         graph = sight.graph
         calls = list(sight.calls)
         rows = [call.rows for _, call in calls]
-        told_apart = tuple((name, call.rows, graph.nodes[call.node]) for name, call in calls)
+        told_apart = tuple((name, call.rows, graph.nodes.get(call.node)) for name, call in calls)
         key = (graph.key, told_apart, tuple(f.shape for f in heads))
         known = self.kept.get(key)
         split = None if known is None else known[0]
