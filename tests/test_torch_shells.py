@@ -366,7 +366,7 @@ def test_a_state_of_another_model_is_refused():
     pre = kt.Preconditioner(mlp(), nn.CrossEntropyLoss(), core())
     other = kt.Preconditioner(nn.Sequential(nn.Linear(4, 3)), nn.CrossEntropyLoss(), core())
     before = pre.engine.state
-    with pytest.raises(ValueError, match="other leaves"):
+    with pytest.raises(ValueError, match=r"other leaves|leaf .* has shape"):
         pre.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="not a state of kfaccore"):
         pre.load_state_dict({"param_groups": []})

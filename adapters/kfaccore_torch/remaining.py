@@ -103,7 +103,8 @@ class Remaining:
         """Continue from `state_dict`, as far as it has the parameters that the plan leaves over: frozen ones wait in
         their groups, those that were frozen then begin anew. ValueError for a state of others."""
         names = state.get("rest_names")
-        if names is None and (self.optimizer is not None) != ("rest" in state):
+        listed = self.optimizer is not None if names is None else any(names)
+        if listed != ("rest" in state):
             raise ValueError("one of state and optimizer has parameters outside K-FAC and the other has not")
         if names is None and self.optimizer is not None:  # of before: in order
             self.optimizer.load_state_dict(state["rest"])
