@@ -63,7 +63,7 @@ def _text(meta: dict[str, object]) -> str:
     return json.dumps(meta, default=_plain)
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> object:
     """An array or a number of one as lists and numbers of Python."""
     if hasattr(value, "shape"):
         return to_host(value).tolist()

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from kfaccore.record import Factored
 from kfaccore.xp import Code
-from kfaccore.xp.arrays import Array, all_finite, kept, real, widen
+from kfaccore.xp.arrays import Array, all_finite, is_half, kept, widen
 
 D = TypeVar("D")  # an array, or a dict of one a layer
 
@@ -40,7 +40,7 @@ def check_gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> None
     if isinstance(grad, Factored):
         shape = (grad.a.shape[0], grad.g.shape[-1], grad.a.shape[-1])
     else:
-        real(grad, "grad")
+        is_half(grad, "grad")  # raises for what is not real
         shape = (1, *grad.shape) if grad.ndim == 2 else tuple(grad.shape)
     if shape != block_shape:
         raise ValueError(f"grad has shape {shape}; the state was made for (blocks, d_out, d_in) = {block_shape}")

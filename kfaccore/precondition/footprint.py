@@ -17,7 +17,7 @@ from kfaccore.method import Block, Method
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.given import named
 from kfaccore.precondition.trial import Trial
-from kfaccore.xp.arrays import Array, real
+from kfaccore.xp.arrays import Array, is_half
 from kfaccore.xp.shapes import Shape
 
 _WORK = 6  # matrices beside the result while a side is decomposed, with its shifted copy
@@ -50,8 +50,8 @@ def footprints(
 ) -> dict[str, Footprint]:
     """{layer: Footprint}, and "network" for the layers of a network-level method, all of whose state counts as
     averages."""
-    wide = like is not None and not real(like, "like")
-    shape: Any = Shape((1,), np.dtype(str(like.dtype).rpartition(".")[2] if wide else "float32"))
+    dtype = "float32" if like is None or is_half(like, "like") else str(like.dtype).rpartition(".")[2]
+    shape: Any = Shape((1,), np.dtype(dtype))
     together = assigned.together(blocks)
     given = assigned.narrowed(blocks)
     found = {}

@@ -64,10 +64,10 @@ def widen(x: Array, what: str) -> Array:
 
     Raises TypeError for integers, booleans and complex numbers, naming the argument `what`.
     """
-    return namespace(x).astype(x, namespace(x).float32) if real(x, what) else x
+    return namespace(x).astype(x, namespace(x).float32) if is_half(x, what) else x
 
 
-def real(x: Array, what: str) -> bool:
+def is_half(x: Array, what: str) -> bool:
     """Whether the real numbers x are of half precision; TypeError as `widen`."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{what} is a masked array, shape {x.shape}: give its data, and mask= of what exists")
@@ -81,7 +81,7 @@ def real(x: Array, what: str) -> bool:
 
 def place(like: Array) -> dict[str, Any]:
     """The dtype and device of a state made like `like`: half precision is widened here too; TypeError as `widen`."""
-    return {"dtype": namespace(like).float32 if real(like, "like") else like.dtype, "device": device_of(like)}
+    return {"dtype": namespace(like).float32 if is_half(like, "like") else like.dtype, "device": device_of(like)}
 
 
 def eps(dtype: object, xp: Any) -> float:
