@@ -65,7 +65,7 @@ def on_the_host(core, taken):
         (kf.Clocks(2, 4), kf.EKFAC()),
         (kf.Clocks(2, 6, staggered=True), kf.KFAC()),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, kf.Clocks) else type(x).__name__,
 )
 def test_parts_in_turn_make_up_for_their_dates_as_on_the_host(clocks, method):
     core = kf.Preconditioner(method, clocks, SCHEDULES)

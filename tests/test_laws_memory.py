@@ -68,7 +68,7 @@ METHODS_OF_LAYERS = [
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("given", METHODS_OF_LAYERS, ids=lambda g: str(g)[:30])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_updates_are_the_callers(given, rule, kind, stacked, rng):
