@@ -108,9 +108,7 @@ class Observer:
             question = Question(heads, [calls[i] for i in asked], layers, probe, sight.retaining, times, once_more)
             expected = question.pull_first(() if known else parameters)
             if known is None:
-                filled = [i for i in asked if calls[i][1].node in graph.moved]
-                firsts = [question.asked[asked.index(i)].first for i in filled]
-                tell([calls[i] for i in filled], firsts, layers, told, self.empty)
+                self._tell_empty(question, graph, told)
             old = [known[1][i] if known else None for i in asked]
             wanted = [rows[i] for i in asked]
             coarser = [] if split else flattened(wanted, size)
@@ -125,6 +123,12 @@ class Observer:
             self.turns[key] = turn
         owned = tuple(owned for owned in fixed if owned is not None)
         return Observed(tuple(calls), split or Split(size), owned, key, expected, times, sight.retaining)
+
+    def _tell_empty(self, question: Question, graph: Behind, told: Told) -> None:
+        """A warning for layers that data fill, of which many rows hold nothing."""
+        filled = [i for i, (_, call) in enumerate(question.calls) if call.node in graph.moved]
+        calls = [question.calls[i] for i in filled]
+        tell(calls, [question.asked[i].first for i in filled], question.layers, told, self.empty)
 
     def _keep(self, key: Any, split: Split, owned: Sequence[Owned | None], times: float) -> None:
         """What was found; the oldest goes where that is too much."""
