@@ -76,7 +76,7 @@ def padded_nowhere(monkeypatch):
         raise AssertionError("a padded layout was made")
 
     monkeypatch.setattr(places.Groups, "index", property(refuse))
-    monkeypatch.setattr("kfaccore_torch.rows.padded", refuse)
+    monkeypatch.setattr("kfaccore_torch.lookup.padded", refuse)
 
 
 PAIRS = [(case, method) for case in CASES for method in (kf.KFAC(), kf.EKFAC())]

@@ -103,7 +103,7 @@ def _within(p: Any, q: Any, known: tuple[_Known, _Known]) -> tuple[Any, Any]:
             continue
         done = [_inside(x, y, p, q, known) for x, y in (zip(a, b, strict=True) if several else [(a, b)])]
         for into, side in zip(found, zip(*done, strict=True), strict=True):
-            into[key] = type(a)(side) if several else side[0]
+            into[key] = jax.tree.unflatten(jax.tree.structure(a), side) if several else side[0]
     if not found[0]:
         return p, q
     return p.replace(params=p.params | found[0]), q.replace(params=q.params | found[1])

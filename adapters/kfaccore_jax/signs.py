@@ -55,7 +55,7 @@ def _hashed(x: Any, n: int) -> Any:
         x = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     x = x.astype(jnp.uint32).reshape(n, -1)
     odd = jnp.arange(x.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B2) + 1  # its place counts too
-    return jnp.sum((x ^ (x >> 16)) * odd, 1, dtype=jnp.uint32)  # round floats have bits at the top alone
+    return jnp.sum((x ^ (x >> 16)) * odd[None, :], 1, dtype=jnp.uint32)  # round floats have bits at the top alone
 
 
 def independent(draws: Any, prediction: Any, args: Sequence[Any], n: int, fisher: Callable | None) -> tuple[Any, bool]:

@@ -22,4 +22,4 @@ class State:
     network: Any = ()
     blocks: tuple[tuple[str, Block], ...] = tree.static(default=())
     places: tuple[tuple[str, tuple[int, ...]], ...] = tree.static(default=())
-    missed: Missed = tree.added(default_factory=lambda: Missed(None))  # noqa: RUF009 a field
+    missed: Missed = tree.added(era=3, default_factory=lambda: Missed(None))  # noqa: RUF009 a field
