@@ -17,12 +17,7 @@ DATA = [(np.random.default_rng(i).normal(size=(8, 3)) * (1 + i), np.arange(8) % 
 DATA = [(torch.tensor(x), torch.tensor(y)) for x, y in DATA]
 
 
-@pytest.fixture(autouse=True)
-def _doubles():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 
 class Plain(nn.Module):

@@ -14,14 +14,7 @@ import kfaccore as kf
 import kfaccore_torch as kt
 
 CE = nn.CrossEntropyLoss()
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("torch_double")
 
 
 class Net(nn.Module):

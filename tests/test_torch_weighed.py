@@ -15,16 +15,9 @@ import kfaccore as kf
 import kfaccore_torch as kt
 
 CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.usefixtures("torch_double")
 SIZES = [[3, 2, 4], [3, 2, 4], [2, 4, 3], [3, 2, 4], [1, 5, 3], [4, 4, 1], [5, 2, 2]]
 FAR = -99.0
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def added(w):

@@ -113,14 +113,19 @@ def reshaped(x: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.ndarra
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
     """Axes of two shapes that hold the same numbers, a few at a time."""
-    i = j = 0
+    i = 0
+    j = 0
     while i < len(old) or j < len(new):
-        m, n = min(i + 1, len(old)), min(j + 1, len(new))
+        m = min(i + 1, len(old))
+        n = min(j + 1, len(new))
         while prod(old[i:m]) != prod(new[j:n]):
-            more = prod(old[i:m]) < prod(new[j:n])
-            m, n = m + more, n + (not more)
+            if prod(old[i:m]) < prod(new[j:n]):
+                m += 1
+            else:
+                n += 1
         yield range(i, m), range(j, n)
-        i, j = m, n
+        i = m
+        j = n
 
 
 def _thin(x: np.ndarray, axis: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.held import CONTAINERS, Undo, filled, walked, written
+from kfaccore_torch.held import CONTAINERS, Undo, kept_as_is, walked, written
 from kfaccore_torch.replay import found
 
 
@@ -65,10 +65,8 @@ def kept(given: dict[str, Any], tensors: bool = True) -> list[Undo]:
         if isinstance(x, torch.Tensor):
             if tensors and not isinstance(x, nn.Parameter):
                 undo.append(partial(_rewritten, x, x.detach().clone(), _version(x)))
-        elif isinstance(x, np.ndarray):
-            undo.append(partial(np.copyto, x, x.copy()))
-        elif isinstance(x, CONTAINERS):
-            undo.append(partial(filled, x, x.copy()))
+        elif isinstance(x, np.ndarray | CONTAINERS):
+            undo.append(kept_as_is(x))
     return undo
 
 

@@ -39,7 +39,7 @@ _OPAQUE = (
     partial,
 )
 _FIXED = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, torch.Size, types.FunctionType})
-CONTAINERS = (dict, list, set, deque, bytearray)
+CONTAINERS = dict | list | set | deque | bytearray
 LOST = (
     "a second look at a batch wrote to {}, large tensors that are no buffers, and what was in them is gone: register "
     "them as buffers, which are put back"
@@ -119,7 +119,7 @@ def as_found(model: nn.Module, things: Sequence[tuple[str, Any]], known: dict[st
             if keep:
                 undo.append(partial(written, x, x.detach().clone()))
         elif isinstance(x, np.ndarray):
-            undo.append(partial(np.copyto, x, x.copy()))
+            undo.append(kept_as_is(x))
         elif isinstance(x, CONTAINERS):
             copies.append((x, x.copy()))
         elif isinstance(x, Iterator) and (stream := copied(x)) is not None:
@@ -163,10 +163,8 @@ def as_it_was(model: nn.Module, things: Sequence[tuple[str, Any]] | None = None)
                 undo.append(partial(written, x, x.detach().clone()))
             else:
                 watched.append((path, x, version))
-        elif isinstance(x, np.ndarray):
-            undo.append(partial(np.copyto, x, x.copy()))
-        elif isinstance(x, CONTAINERS):
-            undo.append(partial(filled, x, x.copy()))
+        elif isinstance(x, np.ndarray | CONTAINERS):
+            undo.append(kept_as_is(x))
         elif isinstance(x, Iterator):
             streams.append((path, x, place(x)))
     try:
@@ -177,6 +175,11 @@ def as_it_was(model: nn.Module, things: Sequence[tuple[str, Any]] | None = None)
                 put()
         _told(model, [path for path, x, version in watched if x._version != version], LOST)
         _told(model, [path for path, x, before in streams if place(x) != before], READ)
+
+
+def kept_as_is(x: Any) -> Undo:
+    """What puts the numbers of an array, or the things in a container, back as they are now."""
+    return partial(np.copyto if isinstance(x, np.ndarray) else filled, x, x.copy())
 
 
 def written(x: torch.Tensor, kept: torch.Tensor) -> None:

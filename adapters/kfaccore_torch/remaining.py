@@ -135,13 +135,15 @@ class Remaining:
     @contextmanager
     def unless_damaged(self) -> Iterator[None]:
         """The old optimizer, with the groups it had, if loading fails inside."""
-        before, named = self.optimizer, self._named
+        before = self.optimizer
+        named = self._named
         groups = [] if before is None else [(group, list(group["params"])) for group in before.param_groups]
         moments = {} if before is None else dict(before.state)
         try:
             yield
         except Exception:
-            self.optimizer, self._named = before, named
+            self.optimizer = before
+            self._named = named
             if before is not None:
                 before.param_groups[:] = [group for group, _ in groups]
                 before.state.clear()

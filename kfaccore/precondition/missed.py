@@ -18,7 +18,9 @@ from kfaccore.xp.arrays import Array, is_tracer
 from kfaccore.xp.blocks import together
 
 Flags = Array  # (layers,), on the host or traced
-MEASURE, AWAITED, REFRESH = 1, 2, 4
+MEASURE = 1
+AWAITED = 2
+REFRESH = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +106,12 @@ class Missed(Mapping[str, Any]):
         """
         if not self.names:
             return self
-        with_record, with_gradient = self.within(measured), self.within(present)
-        missed, awaited, late = (self.has(what) for what in (MEASURE, AWAITED, REFRESH))
-        done = with_record & (update | (missed & caught_up))
+        with_gradient = self.within(present)
+        missed = self.has(MEASURE)
+        late = self.has(REFRESH)
+        done = self.within(measured) & (update | (missed & caught_up))
         missed = (missed | update) & ~done & ~self.within(idle)
         late = (late | refresh) & ~(with_gradient & ~missed & (refresh | (late & caught_up)))
-        awaited = missed & (awaited | with_gradient)
+        awaited = missed & (self.has(AWAITED) | with_gradient)
         table = missed * MEASURE + awaited * AWAITED + late * REFRESH
         return replace(self, table=table.astype(self.table.dtype))
