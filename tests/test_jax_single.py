@@ -71,14 +71,17 @@ def test_a_smaller_batch_of_products_in_another_order():
     """Of three factors einsum multiplies first what is smaller."""
 
     def apply(p, x):
-        return jnp.einsum("bi,ij,jk->bk", x, p, jnp.arange(8.0).reshape(4, 2))
+        return jnp.einsum("bi,ij,jk->bk", jnp.tanh(x @ p["v"]), p["w"], jnp.arange(8.0).reshape(4, 2))
 
-    x, w = normal((12, 4), seed=1), normal((4, 4))
-    plan = kj.plan(apply, w, x, strict=True)
-    captured = kj.capture(plan, w, x[:2])
+    x = normal((12, 4), seed=1)
+    params = {"v": normal((4, 4), seed=2), "w": normal((4, 4))}
+    plan = kj.plan(apply, params, x, strict=True)
+    captured = kj.capture(plan, params, x[:2])
     assert captured.prediction.shape == (2, 2)
-    record = captured.records(jnp.ones((1, 2, 2)), 2.0, fisher=kf.monte_carlo)["params"]
-    want = jax.grad(lambda w: jnp.sum(apply(w, x[:2])))(w)
-    close(record.examples().sum((0, 2))[0], plan.matrices(want)["params"][0])
+    records = captured.records(jnp.ones((1, 2, 2)), 2.0, fisher=kf.monte_carlo)
+    want = plan.matrices(jax.grad(lambda p: jnp.sum(apply(p, x[:2])))(params))
+    for name, record in records.items():
+        close(record.examples().sum((0, 2))[0], want[name][0])
+    assert records["v"].batch == 2
     with pytest.raises(ValueError, match="at 12 examples it has other layers than at 2, as an einsum"):
-        kj.capture(kj.plan(apply, w, x[:2]), w, x)
+        kj.capture(kj.plan(apply, params, x[:2]), params, x)
