@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kfaccore import tree
-from kfaccore.precondition.missed import MEASURE, REFRESH, Flags, Missed
+from kfaccore.precondition.missed import MEASURE, REFRESH, Flags, Missed, places
 from kfaccore.precondition.placement import assign
 from kfaccore.precondition.schedule import Clocks
 from kfaccore.xp.arrays import Array, is_tracer
@@ -38,8 +38,7 @@ class Each:
 
     def of(self, flags: Flags, names: Collection[str]) -> Flags:
         """The flags of some layers."""
-        place = {name: i for i, name in enumerate(self.names)}
-        return flags[np.array([place[name] for name in names], int)]
+        return flags[places(names, self.names)]
 
     def may_measure(self, name: str) -> bool:
         """Whether a layer is measured, as far as that is known on the host."""

@@ -23,6 +23,12 @@ AWAITED = 2
 REFRESH = 4
 
 
+def places(names: Collection[str], among: Collection[str]) -> np.ndarray:
+    """Where names stand among others."""
+    place = {name: i for i, name in enumerate(among)}
+    return np.array([place[name] for name in names], int)
+
+
 @dataclass(frozen=True, eq=False)
 class Missed(Mapping[str, Any]):
     """{layer: (1,), a sum of these}, kept as one array: a leaf for each would be an argument for each of a program.
@@ -74,7 +80,7 @@ class Missed(Mapping[str, Any]):
         """Of some layers; None where it is known that they missed nothing."""
         if self.nothing:
             return None
-        found = Missed(self.table[self._places(names)], tuple(names))
+        found = Missed(self.table[places(names, self.names)], tuple(names))
         return None if found.nothing else found
 
     def has(self, what: int) -> Any:
@@ -84,10 +90,6 @@ class Missed(Mapping[str, Any]):
     def within(self, names: Collection[str]) -> np.ndarray:
         """Which layers are in a collection, on the host."""
         return np.array([name in names for name in self.names], bool)
-
-    def _places(self, names: Collection[str]) -> np.ndarray:
-        place = {name: i for i, name in enumerate(self.names)}
-        return np.array([place[name] for name in names], int)
 
     def after(
         self,
