@@ -79,8 +79,12 @@ class Kept:
         """Keep these; what was left out for want of time or memory is not kept."""
         if self.path is None or "not measured" in figures.note:
             return
-        self.rows[key] = finite(asdict(figures))
-        self.changed = True
+        self.add({key: finite(asdict(figures))})
+
+    def add(self, rows: Mapping[str, Row]) -> None:
+        """Keep rows as they are, such as those of a survey of another process."""
+        self.rows |= rows
+        self.changed |= bool(rows)
 
     def write(self) -> None:
         """Replace the file, whole or not at all; where that cannot be, `trouble` says why."""

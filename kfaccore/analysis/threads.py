@@ -13,9 +13,14 @@ from kfaccore.record import Record
 WIDE = 1024  # a side from which on threads pay
 
 
+def one_thread(record: Record) -> bool:
+    """Whether the sides of a layer are narrow."""
+    return max(record.d_in, record.d_out) < WIDE
+
+
 def fitting(record: Record) -> AbstractContextManager[object]:
     """One thread for a layer of narrow sides, else as many as there were."""
-    return nullcontext() if max(record.d_in, record.d_out) >= WIDE else _pools().limit(limits=1, user_api="blas")
+    return _pools().limit(limits=1, user_api="blas") if one_thread(record) else nullcontext()
 
 
 @cache

@@ -17,6 +17,7 @@ import typer
 from kfaccore import __version__
 from kfaccore.cli.advise import advise
 from kfaccore.cli.compare import compare
+from kfaccore.cli.crew import hands
 from kfaccore.cli.doctor import doctor
 from kfaccore.cli.fail import BAD_INPUT, FAILED, INTERRUPTED, TERMINATED
 from kfaccore.cli.influence import influence
@@ -77,7 +78,7 @@ def main() -> None:
 def _run() -> int:
     """The exit code of the command."""
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True, obj=hands)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else FAILED if end.code else 0
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 
 def advise(
+    context: typer.Context,
     records: options.Records,
     memory: Annotated[str, typer.Option(help="Budget of all states: 800kB, 4MB, 1GiB")] = "",
     time: Annotated[str, typer.Option(help="Budget of a step: 500us, 20ms, 1s")] = "",
@@ -44,7 +45,7 @@ def advise(
     asked = chosen(methods, own=False)
     # what a recommendation must beat is measured whether it was asked for or not
     named = asked if by != "gain" else {**asked, **chosen(",".join(FLOOR))}
-    found = survey(records, named, layers, damping, peak, budget, backend)
+    found = survey(context, records, named, layers, damping, peak, budget, backend)
     figures = [f for f in found.figures if f.seconds]
     try:
         answers = plan(figures, lambda f: float(f.bytes) if memory else f.per_step(update, refresh), allowed, BY[by])

@@ -21,6 +21,7 @@ from kfaccore.cli.survey import BUDGET, Found
 
 
 def compare(
+    context: typer.Context,
     records: options.Records,
     methods: options.Methods = "",
     layers: options.Layers = "",
@@ -46,7 +47,7 @@ def compare(
     if plot is not None and not plot.absolute().parent.is_dir():
         fail(f"--plot {plot}: {plot.parent} is no folder; make it first, as measuring takes a while")
     named = chosen(methods)
-    found = survey(records, named, layers, damping, peak, budget, backend, check)
+    found = survey(context, records, named, layers, damping, peak, budget, backend, check)
     summary = total(found.figures, update, refresh)
     broken = violations(found.figures, named) if check else []
     plain = not (as_csv or as_json)

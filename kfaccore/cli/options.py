@@ -25,6 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")
 
 
 def survey(
+    context: typer.Context,
     records: list[Path],
     methods: dict[str, Method],
     layers: str,
@@ -51,7 +52,9 @@ def survey(
     told = Progress(quiet)
     kept = Kept.beside(records[0], backend)
     made = Survey(damping, 5, converged, limits, budget or float("inf"), kept, told.method)
-    return measured(stored, wanted, methods, made, told, moved)
+    # a device does one layer at a time; and only a process of the command's own, which `main` knows, is safe to fork
+    many = context.obj() if context.obj is not None and backend == "numpy" else 1
+    return measured(stored, wanted, methods, made, told, moved, many)
 
 
 def _placed(backend: str) -> Moved:

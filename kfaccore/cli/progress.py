@@ -16,18 +16,18 @@ class Progress:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.live = not quiet and sys.stderr.isatty()
-        self.where = ""
+        self.where: dict[str, str] = {}
         self.last = 0.0
         self.newest = ""
 
     def layer(self, name: str, index: int, count: int) -> None:
         """A layer begins."""
-        self.where = f"[{index + 1}/{count}] {name}"
+        self.where[name] = f"[{index + 1}/{count}] {name}"
 
     def method(self, layer: str, method: str) -> None:
         """Called before a method is measured."""
         if self.live:
-            self._over(f"{self.where}: {method} ... {self.newest}")
+            self._over(f"{self.where[layer]}: {method} ... {self.newest}")
 
     def row(self, f: Figures) -> None:
         """Called with figures; the first are always shown."""
@@ -37,7 +37,7 @@ class Progress:
         if self.live or self.quiet or (self.last and now - self.last < EVERY):
             return
         self.last = now
-        sys.stderr.write(f"{self.where}: {self.newest}\n")
+        sys.stderr.write(f"{self.where[f.layer]}: {self.newest}\n")
         sys.stderr.flush()
 
     def end(self) -> None:

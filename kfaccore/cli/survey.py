@@ -7,22 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from kfaccore.analysis.figures import LATER, Figures
 from kfaccore.analysis.survey import Survey
 from kfaccore.cli.fail import INTERRUPTED, fail
+from kfaccore.cli.passes import Begun, Methods, Moved, Pass, Refused, Row, Shape
 from kfaccore.cli.progress import Progress
-from kfaccore.method import Method
-from kfaccore.record import Record
 from kfaccore.record.stored import Stored
 
 BUDGET = 15.0  # seconds
 FEW = 5  # layers that could not be read, one by one
-Methods = dict[str, Method]
-Moved = Callable[[Record], Record]  # to where methods run
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -123,15 +120,20 @@ def _no_quantity(option: str, text: str, units: Mapping[str, float]) -> NoReturn
 
 
 def measured(
-    stored: Stored, layers: list[str], methods: Methods, survey: Survey, told: Progress, moved: Moved
+    stored: Stored, layers: list[str], methods: Methods, survey: Survey, told: Progress, moved: Moved, hands: int = 1
 ) -> Found:
-    """Every method on every layer; a second pass for what the first had no time for. Ctrl-C ends it with what is
-    there."""
+    """Every method on every layer, of which `hands` may be measured at once; a second pass for what the first had no
+    time for. Ctrl-C ends it with what is there."""
     found = Found()
+
+    def run(wanted: dict[str, Methods]) -> None:
+        Pass(stored, wanted, survey, moved).run(
+            hands, lambda name, index: told.layer(name, index, len(wanted)), _taken(found, survey, told)
+        )
+
     try:
-        _pass(found, stored, dict.fromkeys(layers, methods), survey, told, moved)
-        again = found.left_out()
-        _pass(found, stored, {n: {m: methods[m] for m in ms} for n, ms in again.items()}, survey, told, moved)
+        run(dict.fromkeys(layers, methods))
+        run({name: {m: methods[m] for m in late} for name, late in found.left_out().items()})
     except KeyboardInterrupt:
         found.interrupted = True
         found.stopped(methods)
@@ -145,37 +147,29 @@ def measured(
     place = {label: index for index, label in enumerate(methods)}
     order = {name: index for index, name in enumerate(layers)}
     found.figures.sort(key=lambda f: (order[f.layer], place[f.method]))
+    found.shapes = {name: found.shapes[name] for name in layers if name in found.shapes}
     return found
 
 
-def _pass(
-    found: Found, stored: Stored, wanted: dict[str, Methods], survey: Survey, told: Progress, moved: Moved
-) -> None:
-    """Layer by layer, each with its share of the time that is left."""
-    from kfaccore.analysis.compare import figures_of
-
+def _taken(found: Found, survey: Survey, told: Progress) -> Callable[[str, Any], None]:
+    """What is done with what comes of a layer."""
     written = time.perf_counter()
-    for index, (name, methods) in enumerate(wanted.items()):
-        told.layer(name, index, len(wanted))
-        survey.grant(1 / (len(wanted) - index))
-        try:
-            record = stored[name]
-            found.shapes[name] = _shape(record)
-            for row in figures_of(name, moved(record), methods, stored.grad(name), survey):
-                found.put(row)
-                told.row(row)
-        except ValueError as error:
-            text = str(error)
-            found.bad.append(text if repr(name) in text else f"layer {name!r}: {text}")
+
+    def take(name: str, message: object) -> None:
+        nonlocal written
+        match message:
+            case Shape(text):
+                found.shapes[name] = text
+            case Begun(method):
+                told.method(name, method)
+            case Refused(text):
+                found.bad.append(text)
+            case Row(figures, kept):
+                found.put(figures)
+                told.row(figures)
+                survey.kept.add(kept)
         if time.perf_counter() - written > 5:
             survey.kept.write()
             written = time.perf_counter()
 
-
-def _shape(record: Record) -> str:
-    """What layers have in common that are shown together."""
-    blocks = f"{record.blocks} x " if record.blocks > 1 else ""
-    shared = f", {record.shared} positions" if record.shared > 1 else ""
-    kind = type(record.a).__name__
-    what = {"Ids": "embedding ", "Patches": "convolution "}.get(kind, "")
-    return f"{what}{blocks}{record.d_out} x {record.d_in}{shared}"
+    return take

@@ -42,6 +42,10 @@ class Stored(Mapping[str, Record]):
                 )
         self.meta = first.meta
 
+    def again(self) -> Stored:
+        """The same files opened anew, for another process: one that is forked shares places in open files."""
+        return Stored(*(file.path for file in self.files), unpacked=self.files[0].unpacked)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.files[0].layers)
 
