@@ -77,9 +77,11 @@ def labelled(f: Array, target: Array, mask: Array | None, ignore: int | None) ->
     if valid is not None:
         label = xp.where(valid, label, xp.zeros_like(label))
     good = _existing(label, f.shape[-1])
+    if real:
+        label = xp.astype(label if good is None else xp.where(good, label, xp.zeros_like(label)), xp.int32)
     if good is not None and there.good is not None:
         good = good & there.good
-    return xp.astype(label, xp.int32) if real else label, Positions(valid, there.good if good is None else good)
+    return label, Positions(valid, there.good if good is None else good)
 
 
 def beside(f: Array, target: Array) -> Array:
