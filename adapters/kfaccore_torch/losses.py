@@ -54,7 +54,8 @@ class Joined:
     def value(self, f: Any, target: Any) -> torch.Tensor:
         """The weighted sum of the heads' losses, of those in which something counts; NaN where nothing does in any."""
         self.heads(f)
-        values, unread = [], []
+        values = []
+        unread = []
         for head, part in self.parts.items():
             n = None if self.total else part.unread_share(f[head], target[head])
             values.append(self.weights[head] * _counted(part, f[head], target[head], n))

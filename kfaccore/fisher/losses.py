@@ -45,6 +45,9 @@ class SoftmaxCrossEntropy:
     smoothing   share of each label spread evenly over the classes
     weights     one number a class, a tuple, or none
     ignore      label value of positions that do not count
+
+    Labels are 0 to C - 1, of any dtype. Another one is refused: ValueError of NumPy's, NaN in value, gradient and draws
+    of others, whose host waits for no label.
     """
 
     smoothing: float = 0.0
