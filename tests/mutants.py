@@ -144,6 +144,20 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     ),
     ("smoothing ignored", "fisher/losses.py", "self.smoothing / f.shape[-1]", "0.0", "test_fisher.py"),
     (
+        "labels held in their own dtype",
+        "fisher/positions.py",
+        "target if real else signed(target)",
+        "target",
+        "test_fisher_positions.py",
+    ),
+    (
+        "a head in which nothing counts divided by 0",
+        "fisher/joint.py",
+        "    return xp.where(n == 0, xp.ones_like(n), n)\n",
+        "    return n\n",
+        "test_fisher_joint.py",
+    ),
+    (
         "in-place activations: outputs instead of edges",
         "../kfaccore_torch/capture.py",
         "    return get_gradient_edge(output)\n",

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 import kfaccore_torch as kt  # noqa: E402
+from kfaccore_torch import known_losses, own_losses  # noqa: E402
 from kfaccore_torch.losses import objective  # noqa: E402
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
@@ -139,3 +140,44 @@ def test_a_joint_of_a_sum_and_a_mean_is_refused():
     joint = kf.Joint({"a": nn.CrossEntropyLoss(reduction="sum"), "b": nn.MSELoss()})
     with pytest.raises(ValueError, match=r"sum losses for \['a'\] and mean losses for \['b'\].*one reduction"):
         objective(joint)
+
+
+@pytest.mark.usefixtures("torch_double")
+@pytest.mark.parametrize("far", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("silent", [nn.CrossEntropyLoss(), kf.SoftmaxCrossEntropy(ignore=-100)], ids=["torch", "core"])
+def test_a_head_without_labels_adds_nothing(silent, far, monkeypatch):
+    """Value and slope are those of the other head; of no head at all the batch is refused, where the host knows, or
+    its loss is NaN."""
+    if far:
+        for module in (known_losses, own_losses):
+            monkeypatch.setattr(module, "known_at_once", lambda x: not x.numel())
+    model, x = Heads(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    f, y = model(x), {"a": torch.tensor([0, 2, 1, 1]), "b": torch.full((4,), -100)}
+    joint, alone = objective(kf.Joint({"a": silent, "b": silent}, {"a": 0.5})), nn.CrossEntropyLoss()
+    value = joint.value(f, y)
+    torch.testing.assert_close(value, 0.5 * alone(f["a"], y["a"]), rtol=1e-13, atol=0.0)
+    slopes = torch.autograd.grad(value, [model.b.weight, model.k.weight], retain_graph=True)
+    (wanted,) = torch.autograd.grad(0.5 * alone(f["a"], y["a"]), [model.b.weight], retain_graph=True)
+    torch.testing.assert_close(slopes[0], wanted, rtol=1e-12, atol=1e-15)
+    assert not slopes[1].any()
+    assert joint.share(f, y) == 4.0
+    none = {"a": y["b"], "b": y["b"]}
+    if far:
+        assert joint.value(f, none).isnan()
+        return
+    assert joint.share(f, none) == 0.0
+    with pytest.raises(ValueError, match="all labels of the batch are ignored"):
+        kt.Optimizer(model, kf.Joint({"a": silent, "b": silent})).step(x, none)
+
+
+def test_a_label_without_a_class_is_refused():
+    """By a loss that is not finite: the host waits for no label."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3), torch.randn(4, 3)
+    optimizer = kt.Optimizer(model, kf.SoftmaxCrossEntropy())
+    assert np.isfinite(float(optimizer.step(x, torch.tensor([1, 2, 0, 1]))))
+    before = model.weight.detach().clone()
+    assert np.isnan(float(optimizer.step(x, torch.tensor([1, 2, 3, 1]))))
+    assert torch.equal(model.weight, before)
+    assert np.isfinite(float(optimizer.step(x, torch.tensor([1, 2, 0, 1]))))
+    assert not torch.equal(model.weight, before)

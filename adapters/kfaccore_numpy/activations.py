@@ -65,7 +65,7 @@ class ReLU(Activation):
 
     def value(self, x: Array) -> Array:
         xp = aac.array_namespace(x)
-        return xp.where(x > 0, x, xp.zeros_like(x))
+        return xp.maximum(x, xp.zeros_like(x))  # which keeps NaN
 
     def slope(self, kept: Array) -> Array:
         return aac.array_namespace(kept).astype(kept > 0, kept.dtype)

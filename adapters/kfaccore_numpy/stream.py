@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat as aac
 import numpy as np
 
-from kfaccore import Record, draw_noise, empirical, forward_only, monte_carlo, type2
+from kfaccore import Record, SoftmaxCrossEntropy, draw_noise, empirical, forward_only, monte_carlo, type2
 
 if TYPE_CHECKING:
     from kfaccore_numpy.network import Sequential
@@ -119,6 +119,6 @@ def measured(
 def margin(f: Array, y: Array) -> Array:
     """The gradient of f_y - log sum of exp of the others, the log odds of the label, for `measured`."""
     xp = aac.array_namespace(f)
-    own = xp.astype(xp.arange(f.shape[1])[None, :] == y[:, None], f.dtype)
-    rest = xp.exp(f - xp.max(f, axis=1, keepdims=True)) * (1 - own)
-    return own - rest / xp.sum(rest, axis=1, keepdims=True)
+    own = xp.arange(f.shape[1])[None, :] == y[:, None]
+    # the others are a model of their own, in which the label has no chance
+    return -SoftmaxCrossEntropy().gradient(xp.where(own, -xp.inf * xp.ones_like(f), f), y)

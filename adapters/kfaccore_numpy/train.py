@@ -80,11 +80,12 @@ def step(
     preconditioned = isinstance(optimiser, Preconditioner)
     l2 = _penalties(optimiser, state, params)
     f, tape = network.forward(params, data[0])
-    n = float(loss.normaliser(f, data[1]))
+    n = float(loss.normaliser(f, data[1])) or _nothing(f)
     g = network.backward(params, tape, loss.gradient(f, data[1]))
-    value = float(loss.value(f, data[1])) / n + _penalty(params, l2)
+    value = float(loss.value(f, data[1])) / float(n) + _penalty(params, l2)
     on_weights = weighted(optimiser, state, g, ids) if preconditioned else g
     rests = on_weights is not g  # the weight gradients are then the directions
+    n = n if preconditioned or n > 0 else 1.0
     grads = network.gradients(tape, on_weights, n, factored=preconditioned and not (l2 or rests))
     if l2:
         grads = {name: grad + l2[name] * params[name] for name, grad in grads.items()}
@@ -107,6 +108,12 @@ def step(
     with np.errstate(all="ignore"):  # a loss that is not finite is an answer here
         _, state = optimiser.judge(state, value, place, batch_loss)
     return value, state, info
+
+
+def _nothing(f: Array) -> Array:
+    """n of a batch in which nothing counts, whose mean is refused as what is not finite: a 0-d NaN."""
+    xp = aac.array_namespace(f)
+    return xp.full((), float("nan"), dtype=f.dtype, device=aac.device(f))
 
 
 def _placing(params: Params, updates: Params, shrink: float) -> Callable[[float], None]:

@@ -57,12 +57,11 @@ class Objective:
         y = _target(self.core, f, y)
         if fisher is kf.monte_carlo:
             noise = kf.draw_noise(self.core, f.shape, count, rng)
-            draws = kf.monte_carlo(self.core, f, noise, y)
+            draws = kf.monte_carlo(self.core, f, noise, y, mask)
         elif fisher is kf.forward_only:
             return kf.forward_only(f)
         else:
-            draws = fisher(self.core, f, y)
-        draws = draws if mask is None else draws * mask[..., None].astype(f.dtype)
+            draws = fisher(self.core, f, y, mask)
         if self.scale != 1:
             draws = np.asarray(draws * (self.scale if fisher is kf.empirical else self.scale**0.5), f.dtype)
         if weight is None:

@@ -52,17 +52,28 @@ class Joined:
         return [tensor_of(f[head]) for head in self.parts]
 
     def value(self, f: Any, target: Any) -> torch.Tensor:
-        """The weighted sum of the heads' losses."""
+        """The weighted sum of the heads' losses, of those in which something counts; NaN where nothing does in any."""
         self.heads(f)
-        values = [self.weights[head] * part.value(f[head], target[head]) for head, part in self.parts.items()]
-        return torch.stack([v.to(values[0].dtype) for v in values]).sum()
+        values = []
+        unread = []
+        for head, part in self.parts.items():
+            n = None if self.total else part.unread_share(f[head], target[head])
+            values.append(self.weights[head] * _counted(part, f[head], target[head], n))
+            unread.append(n)
+        total = torch.stack([v.to(values[0].dtype) for v in values]).sum()
+        known = [n for n in unread if n is not None]
+        if len(known) < len(unread):
+            return total
+        return torch.where(torch.stack(known).isnan().all(), float("nan"), total)
 
     def share(self, f: Any, target: Any) -> float:
-        """The number of examples; of sums 1, or 0 where nothing counts in any head."""
+        """The number of examples, of sums 1; 0 where nothing counts in any head, as far as the host knows."""
         heads = self.heads(f)
+        each = [(part, f[head], target[head]) for head, part in self.parts.items()]
         if self.total:
-            return max(part.share(f[head], target[head]) for head, part in self.parts.items())
-        return float(min(len(x) for x in heads))
+            return max(part.share(*pair) for part, *pair in each)
+        counts = any(part.unread_share(*pair) is not None or part.share(*pair) for part, *pair in each)
+        return float(min(len(x) for x in heads)) if counts else 0.0
 
     def unread_share(self, f: Any, target: Any) -> None:
         """Known on the host."""
@@ -78,6 +89,17 @@ class Joined:
             scale = self.weights[head] * n / own if own else 0.0
             found[head] = v * (scale if fisher is kf.empirical else scale**0.5)
         return list((self.joint.padded(found) if fisher is kf.type2 else found).values())
+
+
+def _counted(part: Objective | Own, f: Any, target: Any, unread: torch.Tensor | None) -> torch.Tensor:
+    """A head's loss; 0, of slope 0, where nothing in it counts: of what lies on a device chosen there, by its n."""
+    if part.total:
+        return part.value(f, target)
+    if unread is None:
+        return part.value(f, target) if part.share(f, target) else f[:0].sum()
+    if isinstance(part.loss, (*CORE, Loss)):  # 0 / 0 has no slope
+        return part.loss.value(f, target) / unread.nan_to_num(1.0)
+    return torch.where(unread.isnan(), 0.0, part.value(f, target))
 
 
 def objective(loss: Any) -> Objective | Own | Joined:

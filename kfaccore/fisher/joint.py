@@ -27,7 +27,7 @@ class Joint:
     weights   head -> a positive number; 1 where none is given
 
     n of a record is the number of examples B. A head's draws carry sqrt(weight B / its own normaliser), so that
-    F = (1/B) sum of vec(J) vec(J)^T is the sum of the heads' Fishers:
+    F = (1/B) sum of vec(J) vec(J)^T is the sum of the heads' Fishers; one in which nothing counts adds nothing:
 
         type2         the columns of each head in turn, the other heads zero: exact
         monte_carlo   labels of all heads at once, drawn independently: products of two heads vanish in expectation
@@ -53,13 +53,20 @@ class Joint:
         total: Any = 0.0
         for head, loss in self.losses:
             args = f[head], target[head], (mask or {}).get(head)
-            total = total + dict(self.weights)[head] * loss.value(*args) / loss.normaliser(*args)
+            total = total + dict(self.weights)[head] * loss.value(*args) / _or_one(loss.normaliser(*args))
         return total * self.normaliser(f, target, mask)
 
-    def normaliser(self, f: Mapping[str, Array], target: Heads | None = None, mask: Heads | None = None) -> float:
-        """The number of examples, which all heads have."""
+    def normaliser(self, f: Mapping[str, Array], target: Heads | None = None, mask: Heads | None = None) -> Any:
+        """The number of examples, which all heads have; 0 where the targets leave nothing that counts in any head."""
         self.check(f)
-        return float(next(iter(f.values())).shape[0])
+        examples = float(next(iter(f.values())).shape[0])
+        if target is None:
+            return examples
+        total: Any = sum(loss.normaliser(f[head], target[head], (mask or {}).get(head)) for head, loss in self.losses)
+        if isinstance(total, int | float):
+            return examples if total else 0.0
+        xp = namespace(total)
+        return xp.where(total == 0, total, xp.full_like(total, examples))
 
     def check(self, f: Mapping[str, Array]) -> None:
         """ValueError for predictions of other heads or of batches that differ."""
@@ -90,7 +97,7 @@ class Joint:
                 v = single.monte_carlo(loss, f[head], (noise or {})[head], y, m)
             else:
                 v = fisher(loss, f[head], y, m)
-            scale = dict(self.weights)[head] * self.normaliser(f) / loss.normaliser(f[head], y, m)
+            scale = dict(self.weights)[head] * self.normaliser(f) / _or_one(loss.normaliser(f[head], y, m))
             # the empirical draw is the gradient itself, which weight B / n multiplies; the others enter F squared
             found[head] = v * (scale if fisher is single.empirical else scale**0.5)
         return self.padded(found) if fisher is single.type2 else found
@@ -112,3 +119,11 @@ class Joint:
             found[head] = xp.concat([sides[0], v, sides[1]])
             before += counts[head]
         return found
+
+
+def _or_one(n: Any) -> Any:
+    """What a head is divided by, 1 in the place of 0: where nothing counts value and draws are zero already."""
+    if isinstance(n, int | float):
+        return n or 1.0
+    xp = namespace(n)
+    return xp.where(n == 0, xp.ones_like(n), n)

@@ -1,7 +1,8 @@
 """Losses that a Fisher can be taken of: value, normaliser, gradient, Hessian root and model sampling in one place.
 
 f (batch, *positions, outputs); the per-example loss sums over label positions. Masked or ignored positions count
-nowhere: value, normaliser, gradient and draws are zero there. Value and normaliser are summed in float32 at least.
+nowhere: value, normaliser, gradient and draws are zero there, whatever they hold. A mask is of flags; a label, of any
+dtype, is one of the classes: `positions`. Logits may be -inf. Value and normaliser are summed in float32 at least.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from kfaccore.fisher.positions import Positions, beside, labelled, masked
 from kfaccore.xp.arrays import Array, device_of, namespace, widen
 
 
@@ -43,6 +45,9 @@ class SoftmaxCrossEntropy:
     smoothing   share of each label spread evenly over the classes
     weights     one number a class, a tuple, or none
     ignore      label value of positions that do not count
+
+    Labels are 0 to C - 1, of any dtype. Another one is refused: ValueError of NumPy's, NaN in value, gradient and draws
+    of others, whose host waits for no label.
     """
 
     smoothing: float = 0.0
@@ -51,78 +56,69 @@ class SoftmaxCrossEntropy:
 
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum of the loss over examples and positions, 0-d; divide by `normaliser` for the mean."""
-        xp = namespace(f)
         f = widen(f, "f")
-        return -xp.sum(self._soft(f, target, mask) * _log_softmax(f))
+        v, there = self._soft(f, target, mask)
+        return -namespace(f).sum(_times(there.of(v), _log_softmax(there.zeroed(f))))
 
     def normaliser(self, f: Array, target: Array | None, mask: Array | None = None) -> Array:
         """Sum of the label weights of the valid positions, 0-d (their number without class weights: then target may be
         None)."""
-        xp = namespace(f)
-        f = widen(f, "f")
-        if target is None:
-            return xp.sum(self._scale(f, None, mask))
-        if self.weights is None:
-            return xp.sum(xp.astype(self._valid(f, target, mask), f.dtype))
+        if target is None or self.weights is None:
+            return self._weighed(f, target, mask)[1].count(f)
         hard = SoftmaxCrossEntropy(0.0, self.weights, self.ignore)
-        return xp.sum(hard._soft(f, target, mask))
+        v, there = hard._soft(widen(f, "f"), target, mask)
+        return namespace(f).sum(there.zeroed(v))
 
     def gradient(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """(sum_c v_c) p - v, like f."""
-        xp = namespace(f)
-        v = self._soft(f, target, mask)
-        return xp.sum(v, axis=-1, keepdims=True) * _softmax(f) - v
+        v, there = self._soft(f, target, mask)
+        return there.of(namespace(f).sum(v, axis=-1, keepdims=True) * _softmax(f) - v)
 
     def roots(self, f: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """Columns of S with S S^T = diag p - p p^T at each position, weighted: (C, *f.shape)."""
         xp = namespace(f)
-        p = _softmax(f)
-        root = xp.sqrt(p)
+        scale, there = self._weighed(f, target, mask)
+        p = there.of(_softmax(f))  # of p = 0 all columns are zero
+        root = xp.sqrt(p) if scale is None else xp.sqrt(p) * scale
         classes = f.shape[-1]
         eye = xp.eye(classes, dtype=f.dtype, device=device_of(f))
         eye = xp.reshape(eye, (classes, *(1,) * (f.ndim - 1), classes))
         column = xp.reshape(xp.permute_dims(root, (f.ndim - 1, *range(f.ndim - 1))), (classes, *f.shape[:-1], 1))
-        return column * (eye - p[None, ...]) * self._scale(f, target, mask)[None, ...]
+        return column * (eye - p[None, ...])
 
     def sampled(self, f: Array, noise: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """p - onehot(y), y drawn from the model by inverting the cumulative sum at noise (draws, *f.shape[:-1])."""
         xp = namespace(f)
         _check_noise(noise, f.shape[:-1], "uniform")
+        scale, there = self._weighed(f, target, mask)
         p = _softmax(f)
         below = xp.cumulative_sum(p, axis=-1)
         # counted in bytes: all classes of all positions are many
         y = xp.sum(xp.astype(noise[..., None] >= below[None, ..., :-1], xp.uint8), axis=-1, dtype=xp.int32)
-        return (p[None, ...] - _onehot(y, f)) * self._scale(f, target, mask)[None, ...]
+        found = there.of(p[None, ...] - _onehot(y, f))
+        return found if scale is None else found * scale[None, ...]
 
-    def _soft(self, f: Array, target: Array, mask: Array | None) -> Array:
-        """v (*f.shape): smoothed, weighted labels, zero at positions that do not count."""
-        xp = namespace(f)
-        valid = self._valid(f, target, mask)
-        label = xp.where(valid, target, xp.zeros_like(target))
-        q = (1.0 - self.smoothing) * _onehot(label, f) + self.smoothing / f.shape[-1]
+    def _soft(self, f: Array, target: Array, mask: Array | None) -> tuple[Array, Positions]:
+        """v (*f.shape): smoothed, weighted labels, those of class 0 at positions that do not count."""
+        label, there = labelled(f, target, mask, self.ignore)
+        v = (1.0 - self.smoothing) * _onehot(label, f) + self.smoothing / f.shape[-1]
         if self.weights is not None:
             if len(self.weights) != f.shape[-1]:
                 raise ValueError(f"weights has {len(self.weights)} classes, f has shape {tuple(f.shape)}; need equal")
-            q = q * _along(xp.asarray(self.weights, dtype=f.dtype, device=device_of(f)), f)
-        return xp.where(valid[..., None], q, xp.zeros_like(q))
+            v = v * _along(namespace(f).asarray(self.weights, dtype=f.dtype, device=device_of(f)), f)
+        return v, there
 
-    def _scale(self, f: Array, target: Array | None, mask: Array | None) -> Array:
-        """Root of each position's total label weight (*f.shape[:-1], 1): what a draw is multiplied by."""
-        xp = namespace(f)
-        if target is not None and self.weights is None:  # labels add up to one
-            return xp.astype(self._valid(f, target, mask), f.dtype)[..., None]
-        if target is not None:
-            return xp.sqrt(xp.sum(self._soft(f, target, mask), axis=-1, keepdims=True))
-        if self.weights is not None or self.ignore is not None:
+    def _weighed(self, f: Array, target: Array | None, mask: Array | None) -> tuple[Array | None, Positions]:
+        """Root of each position's total label weight (*f.shape[:-1], 1), what a draw is multiplied by; None for 1."""
+        if target is None and (self.weights is not None or self.ignore is not None):
             raise ValueError("class weights and ignored labels depend on the label: pass target to the draws too")
-        return _masked_ones(f, mask)
-
-    def _valid(self, f: Array, target: Array, mask: Array | None) -> Array:
-        xp = namespace(f, target)
-        if tuple(target.shape) != tuple(f.shape[:-1]):
-            raise ValueError(f"target has shape {tuple(target.shape)}; need labels of shape {tuple(f.shape[:-1])}")
-        valid = xp.ones(target.shape, dtype=xp.bool, device=device_of(f)) if mask is None else mask
-        return valid if self.ignore is None else valid & (target != self.ignore)
+        if target is None:
+            return None, masked(f, mask)
+        if self.weights is None:  # labels add up to one
+            return None, labelled(f, target, mask, self.ignore)[1]
+        xp = namespace(f)
+        v, there = self._soft(f, target, mask)
+        return xp.sqrt(xp.sum(v, axis=-1, keepdims=True)), there
 
 
 @dataclass(frozen=True)
@@ -132,10 +128,14 @@ class Bernoulli:
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum over examples, positions and outputs, 0-d."""
         xp = namespace(f)
-        f = widen(f, "f")
+        there = masked(f, mask)
+        f = there.zeroed(widen(f, "f"))
+        y = there.zeroed(beside(f, target))
         zero = xp.zeros_like(f)
-        loss = xp.maximum(f, zero) - _beside(f, target) * f + xp.log1p(xp.exp(-xp.abs(f)))
-        return xp.sum(loss * _masked_ones(f, mask))
+        # |f| is up + down, as autograd's slope of a maximum at 0 is 1/2 everywhere, and of |f| 1 in JAX
+        up = xp.maximum(f, zero)
+        down = xp.maximum(-f, zero)
+        return xp.sum(there.of(_times(1.0 - y, up) + _times(y, down) + xp.log1p(xp.exp(-(up + down)))))
 
     def normaliser(self, f: Array, target: Array, mask: Array | None = None) -> Array | float:
         """Number of examples, or of valid positions under a mask."""
@@ -143,20 +143,19 @@ class Bernoulli:
 
     def gradient(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """sigmoid(f) - y."""
-        return (_sigmoid(f) - _beside(f, target)) * _masked_ones(f, mask)
+        return masked(f, mask).of(_sigmoid(f) - beside(f, target))
 
     def roots(self, f: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """(outputs, *f.shape): sqrt(p (1 - p)) on the diagonal."""
-        xp = namespace(f)
         p = _sigmoid(f)
-        return _diagonal_roots(xp.sqrt(p * (1.0 - p)) * _masked_ones(f, mask))
+        return _diagonal_roots(masked(f, mask).of(namespace(f).sqrt(p * (1.0 - p))))
 
     def sampled(self, f: Array, noise: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """p - y with y = [noise < p], noise uniform (draws, *f.shape)."""
         xp = namespace(f)
         _check_noise(noise, f.shape, "uniform")
         p = _sigmoid(f)
-        return (p[None, ...] - xp.astype(noise < p[None, ...], f.dtype)) * _masked_ones(f, mask)[None, ...]
+        return masked(f, mask).of(p[None, ...] - xp.astype(noise < p[None, ...], f.dtype))
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,8 @@ class Gaussian:
 
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum over examples, positions and outputs, 0-d."""
-        xp = namespace(f)
         f = widen(f, "f")
-        return 0.5 * xp.sum((f - _beside(f, target)) ** 2 * _masked_ones(f, mask))
+        return 0.5 * namespace(f).sum(self.gradient(f, target, mask) ** 2)
 
     def normaliser(self, f: Array, target: Array, mask: Array | None = None) -> Array | float:
         """Number of examples, or of valid positions under a mask."""
@@ -175,16 +173,16 @@ class Gaussian:
 
     def gradient(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """f - y."""
-        return (f - _beside(f, target)) * _masked_ones(f, mask)
+        return masked(f, mask).of(f - beside(f, target))
 
     def roots(self, f: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """(outputs, *f.shape): columns of the identity."""
-        return _diagonal_roots(namespace(f).ones_like(f) * _masked_ones(f, mask))
+        return _diagonal_roots(masked(f, mask).of(namespace(f).ones_like(f)))
 
     def sampled(self, f: Array, noise: Array, target: Array | None = None, mask: Array | None = None) -> Array:
         """f - y with y = f + noise: minus the standard normal noise (draws, *f.shape)."""
         _check_noise(noise, f.shape, "standard normal")
-        return -noise * _masked_ones(f, mask)[None, ...]
+        return masked(f, mask).of(-noise)
 
 
 def _log_softmax(f: Array) -> Array:
@@ -221,27 +219,14 @@ def _diagonal_roots(scale: Array) -> Array:
     return xp.reshape(eye, (d, *(1,) * (scale.ndim - 1), d)) * scale[None, ...]
 
 
-def _masked_ones(f: Array, mask: Array | None) -> Array:
-    xp = namespace(f)
-    if mask is None:
-        return xp.ones((*f.shape[:-1], 1), dtype=f.dtype, device=device_of(f))
-    if tuple(mask.shape) != tuple(f.shape[:-1]):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; need {tuple(f.shape[:-1])}, one entry a position of f")
-    return xp.astype(mask, f.dtype)[..., None]
-
-
 def _count(f: Array, mask: Array | None) -> Array | float:
-    xp = namespace(f)
-    return float(f.shape[0]) if mask is None else xp.sum(xp.astype(mask, widen(f, "f").dtype))
+    return float(f.shape[0]) if mask is None else masked(f, mask).count(f)
 
 
-def _beside(f: Array, target: Array) -> Array:
-    """The target of f, widened as f is."""
-    xp = namespace(f, target)
-    if tuple(target.shape) != tuple(f.shape):
-        raise ValueError(f"target has shape {tuple(target.shape)}; need that of f, {tuple(f.shape)}")
-    half = f.dtype != target.dtype and str(target.dtype).rsplit(".", 1)[-1] in ("float16", "bfloat16")
-    return xp.astype(target, f.dtype) if half else target
+def _times(weight: Array, x: Array) -> Array:
+    """weight * x, where a weight of 0 takes nothing, of what is infinite neither."""
+    xp = namespace(x)
+    return weight * xp.where(weight != 0, x, xp.zeros_like(x))
 
 
 def _check_noise(noise: Array, shape: tuple[int, ...], kind: str) -> None:

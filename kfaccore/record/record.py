@@ -85,7 +85,7 @@ class Record:
         """Zero the positions that do not exist, NaN padding included."""
         put = object.__setattr__
         xp = namespace(self.g, mask)
-        mask, good = flags(mask)
+        mask, good = flags(mask[:, None] if mask.ndim == 1 else mask)
         if tuple(mask.shape) != (self.batch, self.shared):
             raise ValueError(f"mask has shape {tuple(mask.shape)}; need (batch, shared) = {(self.batch, self.shared)}")
         put(self, "mask", mask)

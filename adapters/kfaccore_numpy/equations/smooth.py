@@ -95,7 +95,7 @@ def _gelu(z: Array) -> Iterator[Array]:
 def _relu(z: Array) -> Iterator[Array]:
     xp = aac.array_namespace(z)
     zero = xp.zeros_like(z)
-    yield xp.where(z > 0, z, zero)
+    yield xp.maximum(z, zero)  # which keeps NaN
     yield xp.astype(z > 0, z.dtype)
     yield zero
     yield zero
