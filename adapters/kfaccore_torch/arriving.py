@@ -133,7 +133,7 @@ def arriving(
             hooks.callback(node.register_prehook(partial(arrivals.seen, places)).remove)
         given = [x.to(f) for x, f in zip(lowered(observed, v), heads, strict=True)]
         edges = [observed.calls[i][1].edge for i in last]
-        with passing(observed.retaining):
+        with passing(observed.quiet):
             found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
     for i, g in zip(last, found, strict=True):
         arrivals.take(i, g)
