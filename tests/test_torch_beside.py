@@ -80,6 +80,26 @@ class Accumulating(nn.Module):
         return self.c(Fused.apply(self.a(x).tanh(), self.w).tanh())
 
 
+class Listening(nn.Module):
+    """Notes the size of a gradient on its way, by a hook of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 3)
+        self.register_buffer("size", torch.zeros(()))
+        self.count = 0
+
+    def forward(self, x):
+        h = self.a(x)
+        h.register_hook(self.note)
+        return self.b(h.tanh())
+
+    def note(self, g):
+        self.size = 0.9 * self.size + g.norm()
+        self.count += 1
+
+
 def data():
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     return x + 1, torch.arange(8) % 3
@@ -130,6 +150,13 @@ def test_a_backward_that_adds_by_itself_adds_the_loss_alone(way):
     torch.testing.assert_close(found.main_grad, wanted.main_grad, rtol=1e-14, atol=0)
     torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-14, atol=0)
     assert (found.count, found.number) == (wanted.count, wanted.number)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_notes_the_loss_alone(way):
+    wanted, found = trained(Listening()), trained(Listening(), way)
+    torch.testing.assert_close(found.size, wanted.size, rtol=1e-13, atol=0)
+    assert found.count == wanted.count == 10
 
 
 def test_other_graphs_are_not_watched():

@@ -77,6 +77,7 @@ if rank == 0:
     torch.save(found, f"{folder}/found.pt")
 """
 
+
 @pytest.mark.parametrize("body", [STATIC, HEADS], ids=["static_graph", "heads"])
 def test_two_ranks_are_one_process(body, tmp_path):
     found = []

@@ -1,8 +1,9 @@
 """What a backward pass moves beside its gradients: a checkpoint's second forward counts the batch once more in running
 averages, and a function written by hand may add to what a parameter holds. Draws leave all of that as it was.
 
-Only graphs that may do so are watched: those with functions written by hand, and forwards whose tensors hooks keep. What
-their draws move is found at the first, second, fourth, eighth and so on of each, and put back at every one.
+Only graphs that may do so are watched: those with functions written by hand or hooks of tensors, and forwards whose
+tensors hooks keep. What their draws move is found at the first, second, fourth, eighth and so on of each, and put back
+at every one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kfaccore_torch.graph import Behind
 from kfaccore_torch.held import as_it_was, walked
 from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.replay import random_state
+from kfaccore_torch.spans import Span
 
 _MOST = 256  # ways of graphs that are remembered
 _SINK = "_DDPSinkBackward"
@@ -47,14 +49,14 @@ class Beside:
         self.turns: dict[Any, int] = {}
         self.moved: dict[Any, set[str]] = {}
 
-    def quiet(self, graph: Behind, hooked: bool, retaining: tuple[torch.Tensor, ...]) -> Quiet:
-        """For passes through a graph; `hooked` where hooks keep tensors of it."""
+    def quiet(self, graph: Behind, span: Span, retaining: tuple[torch.Tensor, ...]) -> Quiet:
+        """For passes through a graph that a forward made."""
         functions = [node for node in graph.nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
         sinks = [node for node in functions if node.name() == _SINK]
-        written = len(functions) > len(sinks)
-        if not (written or hooked):
+        written = span.listened or len(functions) > len(sinks)
+        if not (written or span.kept):
             return Quiet(retaining, partial(_past, sinks) if sinks else nullcontext)
-        key = graph.key, hooked
+        key = graph.key, written, span.kept
         if key not in self.turns and len(self.turns) >= _MOST:
             oldest = next(iter(self.turns))
             del self.turns[oldest], self.moved[oldest]
@@ -66,10 +68,10 @@ class Beside:
     @contextmanager
     def _around(self, sinks: Sequence[Any], written: bool, moved: set[str], watch: bool) -> Iterator[None]:
         """What is `moved` is put back, and where it is to `watch` all that can be, what moves joins it. `written` by
-        hand: a function may write to what parameters hold."""
+        hand: functions may write to what parameters hold."""
         with ExitStack() as stack:
             stack.enter_context(_past(sinks))
-            for undo in random_state((), self.device):
+            for undo in random_state([], self.device):
                 stack.callback(undo)
             if watch or moved:
                 things = list(walked(unwrapped(self.model)))

@@ -109,8 +109,8 @@ class Backward:
         }
         if resting and own:
             raise ValueError(
-                f"parameters of layers {sorted(own)} have hooks, but FNGD makes their gradients of rows, which hooks do "
-                f"not see: take the hooks off, or give those layers another method"
+                f"parameters of layers {sorted(own)} have hooks, but FNGD makes their gradients of rows, which hooks "
+                f"do not see: take the hooks off, or give those layers another method"
             )
         odd = [n for n in rows if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]
         if odd:

@@ -41,8 +41,8 @@ _OPAQUE = (
 _FIXED = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, torch.Size, types.FunctionType})
 CONTAINERS = dict | list | set | deque | bytearray
 LOST = (
-    "a second look at a batch, or a draw, wrote to {}, large tensors that are no buffers, and what was in them is gone: register "
-    "them as buffers, which are put back"
+    "a second look at a batch, or a draw, wrote to {}, large tensors that are no buffers, and what was in them is "
+    "gone: register them as buffers, which are put back"
 )
 READ = (
     "a second look at a batch, or a draw, read from {}, iterators that cannot be put back: they move more often than "

@@ -138,7 +138,7 @@ class Planning(Resumes):
             self.called |= {name for name, _ in found.calls}
         self.lost.note(self.state.step, found.marks, found.odd)
         more = called(self.plan) if self.settings.uncovered is not None else []
-        quiet = self.beside.quiet(found.graph, seen.span.hooked, found.quiet.retaining)
+        quiet = self.beside.quiet(found.graph, seen.span, found.quiet.retaining)
         return replace(found, plan=self.plan, calls=(*found.calls, *more), quiet=quiet)
 
     def agree(self, measured: Iterable[str]) -> None:
