@@ -68,16 +68,32 @@ class Fused(torch.autograd.Function):
         return g @ w, None
 
 
+class Given(torch.autograd.Function):
+    """A product whose backward sets the weight's gradient itself."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        w.grad = g.t() @ x
+        return g @ w, None
+
+
 class Accumulating(nn.Module):
-    def __init__(self):
+    def __init__(self, product=Fused):
         super().__init__()
+        self.product = product
         torch.manual_seed(1)
         self.a, self.w, self.c = nn.Linear(3, 5), nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 3)
         self.w.main_grad = torch.zeros(5, 5)
         self.w.count = 0
 
     def forward(self, x):
-        return self.c(Fused.apply(self.a(x).tanh(), self.w).tanh())
+        return self.c(self.product.apply(self.a(x).tanh(), self.w).tanh())
 
 
 class Listening(nn.Module):
@@ -150,6 +166,20 @@ def test_a_backward_that_adds_by_itself_adds_the_loss_alone(way):
     torch.testing.assert_close(found.main_grad, wanted.main_grad, rtol=1e-14, atol=0)
     torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-14, atol=0)
     assert (found.count, found.number) == (wanted.count, wanted.number)
+
+
+def test_gradients_that_there_were_none_of_are_none_after_draws():
+    x, y = data()
+    model = Accumulating(Given)
+    pre = kt.Preconditioner(model, CE)
+    for _ in range(5):
+        model.zero_grad()
+        with pre.capture():
+            f = model(x)
+        loss = pre.loss(f, y)
+        assert model.w.grad is None
+        loss.backward()
+        pre.step()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -73,12 +73,12 @@ class Beside:
             stack.enter_context(_past(sinks))
             for undo in random_state([], self.device):
                 stack.callback(undo)
+            stack.enter_context(_bound(self.model if written else None))
             if watch or moved:
                 things = list(walked(unwrapped(self.model)))
                 own = list(_of_parameters(self.model)) if written else []
                 if not watch:
                     things, own = ([(path, x) for path, x in some if path in moved] for some in (things, own))
-                stack.enter_context(_bound(self.model if written else None))
                 stack.enter_context(as_it_was(self.model, things, own, moved.update if watch else None))
             yield
 
