@@ -119,7 +119,8 @@ def arriving(
 ) -> tuple[dict[str, Any], Observed]:
     """What waits for the step of one draw `v` at the heads, by layer that it reached, and what was observed."""
     layers = engine.plan.layers
-    observed = _ready(observed)
+    with observed.quiet.around():
+        observed = _ready(observed)
     outputs = sum(prod(call.shape) for _, call in observed.calls)
     measured = Measured(engine, min(_ROOM, outputs // _SHARE), copies)
     arrivals = _Arrivals(observed, layers, made, measured)

@@ -33,7 +33,7 @@ class Quiet:
     """What passes through a user's graph leave as it is.
 
     retaining   tensors whose `.grad` no draw may add to
-    around      makes what is entered around a pass
+    around      makes what is entered around a pass, or a look at what autograd kept
     """
 
     retaining: tuple[torch.Tensor, ...] = ()
@@ -64,6 +64,16 @@ class Beside:
         moved = self.moved.setdefault(key, set())
         around = partial(self._around, sinks, written, moved, turn & (turn - 1) == 0)
         return Quiet(retaining, around)
+
+    @contextmanager
+    def looking(self, span: Span) -> Iterator[None]:
+        """While what autograd kept of a forward is read, of which a checkpoint makes it a second time."""
+        with ExitStack() as stack:
+            if span.kept:
+                for undo in random_state([], self.device):
+                    stack.callback(undo)
+                stack.enter_context(as_it_was(self.model))
+            yield
 
     @contextmanager
     def _around(self, sinks: Sequence[Any], written: bool, moved: set[str], watch: bool) -> Iterator[None]:

@@ -131,7 +131,8 @@ class Planning(Resumes):
 
     def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
         """What lies behind a prediction; the plan follows what it shows."""
-        found = sighted(seen, heads)
+        with self.beside.looking(seen.span):
+            found = sighted(seen, heads)
         if found.plan is not self.plan:
             self.adopt(found.plan)
             seen.plan = self.plan
