@@ -119,7 +119,8 @@ def arriving(
 ) -> tuple[dict[str, Any], Observed]:
     """What waits for the step of one draw `v` at the heads, by layer that it reached, and what was observed."""
     layers = engine.plan.layers
-    observed = _ready(observed)
+    with observed.quiet.around():
+        observed = _ready(observed)
     outputs = sum(prod(call.shape) for _, call in observed.calls)
     measured = Measured(engine, min(_ROOM, outputs // _SHARE), copies)
     arrivals = _Arrivals(observed, layers, made, measured)
@@ -133,7 +134,7 @@ def arriving(
             hooks.callback(node.register_prehook(partial(arrivals.seen, places)).remove)
         given = [x.to(f) for x, f in zip(lowered(observed, v), heads, strict=True)]
         edges = [observed.calls[i][1].edge for i in last]
-        with passing(observed.retaining):
+        with passing(observed.quiet):
             found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
     for i, g in zip(last, found, strict=True):
         arrivals.take(i, g)

@@ -115,10 +115,11 @@ def _whole(
     last = None if more is None else alike(more(observed), observed, grads)
     if last is not None:
         observed = remembering(engine.observer.again(observed, layers, heads, last))
-    records = {name: made(observed, name, parts) for name, parts in by_layer(observed, grads).items()}
-    if last is None:
-        return Drawn(as_examples(engine, records, False), observed, {})
-    own = {name: made(observed, name, parts, records[name]) for name, parts in by_layer(observed, last).items()}
+    with observed.quiet.around():
+        records = {name: made(observed, name, parts) for name, parts in by_layer(observed, grads).items()}
+        if last is None:
+            return Drawn(as_examples(engine, records, False), observed, {})
+        own = {name: made(observed, name, parts, records[name]) for name, parts in by_layer(observed, last).items()}
     return Drawn(as_examples(engine, records, True), observed, own)
 
 

@@ -15,6 +15,7 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.inside import check_grad
+from kfaccore_torch.obeyed import hooked, obeyed
 from kfaccore_torch.observe import Observed
 from kfaccore_torch.places import Place, Together
 from kfaccore_torch.rows import output_rows, rows
@@ -102,7 +103,15 @@ class Backward:
             observed = engine.observer.look(sight, engine.plan.layers, heads, self.batch.told)
         layers = engine.plan.layers
         calls = _placed(self.seen, observed)
-        rows = {n: c[0] for n, c in calls.items() if resting or (not whole and _factors(layers[n].kind, c))}
+        own = {n for n in calls if hooked(layers[n].parameters.values())}  # gradients that hooks are to see
+        rows = {
+            n: c[0] for n, c in calls.items() if resting or (not whole and n not in own and _factors(layers[n].kind, c))
+        }
+        if resting and own:
+            raise ValueError(
+                f"parameters of layers {sorted(own)} have hooks, but FNGD makes their gradients of rows, which hooks "
+                f"do not see: take the hooks off, or give those layers another method"
+            )
         odd = [n for n in rows if resting and (len(calls[n]) > 1 or not isinstance(layers[n].kind, Linear))]
         if odd:
             raise ValueError(f"layers {odd} are not linear layers called once: give them another method than FNGD")
@@ -113,7 +122,7 @@ class Backward:
         """Of the loss itself, also where it is scaled; `keep` the graph for more."""
         scaler = self.scaler
         value = self.value if scaler is None else scaler.scaled(self.value)
-        found = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
+        found = obeyed(wanted, torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True))
         return found if scaler is None else scaler.unscaled(found)
 
     def _factored(self, wanted: Wanted, found: Sequence[torch.Tensor | None]) -> dict[str, Any]:

@@ -41,12 +41,12 @@ _OPAQUE = (
 _FIXED = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, torch.Size, types.FunctionType})
 CONTAINERS = dict | list | set | deque | bytearray
 LOST = (
-    "a second look at a batch wrote to {}, large tensors that are no buffers, and what was in them is gone: register "
-    "them as buffers, which are put back"
+    "a second look at a batch, or a draw, wrote to {}, large tensors that are no buffers, and what was in them is "
+    "gone: register them as buffers, which are put back"
 )
 READ = (
-    "a second look at a batch read from {}, iterators that cannot be put back: they move twice a step, and the two "
-    "looks see different numbers. Hold what they go through and a number instead"
+    "a second look at a batch, or a draw, read from {}, iterators that cannot be put back: they move more often than "
+    "in a plain step, and looks see different numbers. Hold what they go through and a number instead"
 )
 LATE = (
     "this forward has written to {}, as no other before: the loss after this step was of what it left there. From now "
@@ -150,34 +150,42 @@ def _looked(model: nn.Module, large: Sequence[tuple[str, torch.Tensor, int, bool
 
 
 @contextmanager
-def as_it_was(model: nn.Module, things: Sequence[tuple[str, Any]] | None = None) -> Iterator[None]:
-    """Modules hold afterwards what they held before, however it is left; `things` as `walked` gives them."""
-    undo: list[Undo] = []
+def as_it_was(
+    model: nn.Module,
+    things: Sequence[tuple[str, Any]] | None = None,
+    own: Sequence[tuple[str, Any]] = (),
+    moved: Callable[[list[str]], Any] | None = None,
+) -> Iterator[None]:
+    """Modules hold afterwards what they held before, however it is left; `things` as `walked` gives them, beside what
+    is copied however large it is, their `own`. `moved`, if asked for, is told the paths of what had to be put back."""
+    undo: list[tuple[str, partial]] = []
     watched: list[tuple[str, torch.Tensor, int]] = []
     streams: list[tuple[str, Iterator, Any]] = []
-    buffers = {id(b) for b in unwrapped(model).buffers()}
-    for path, x in walked(unwrapped(model)) if things is None else things:
+    buffers = {id(x) for x in (*unwrapped(model).buffers(), *(x for _, x in own))}
+    for path, x in (*(walked(unwrapped(model)) if things is None else things), *own):
         if isinstance(x, torch.Tensor):
             version = 1 if x.is_inference() else x._version
             if id(x) in buffers or version > 0 or x.numel() <= _LARGE:
-                undo.append(partial(written, x, x.detach().clone()))
+                undo.append((path, partial(written, x, x.detach().clone())))
             else:
                 watched.append((path, x, version))
         elif isinstance(x, np.ndarray | CONTAINERS):
-            undo.append(kept_as_is(x))
+            undo.append((path, kept_as_is(x)))
         elif isinstance(x, Iterator):
             streams.append((path, x, place(x)))
     try:
         yield
     finally:
         with torch.no_grad():
-            for put in undo:
+            if moved is not None:
+                moved([path for path, put in undo if _moved(*put.args)])
+            for _, put in undo:
                 put()
         _told(model, [path for path, x, version in watched if x._version != version], LOST)
         _told(model, [path for path, x, before in streams if place(x) != before], READ)
 
 
-def kept_as_is(x: Any) -> Undo:
+def kept_as_is(x: Any) -> partial:
     """What puts the numbers of an array, or the things in a container, back as they are now."""
     return partial(np.copyto if isinstance(x, np.ndarray) else filled, x, x.copy())
 
@@ -212,6 +220,15 @@ def _same(x: Any, kept: Any) -> bool:
     if isinstance(x, dict):
         return all(map(is_, x.values(), kept.values())) and all(map(is_, x, kept))
     return isinstance(x, list | deque) and all(map(is_, x, kept))
+
+
+def _moved(x: Any, kept: Any) -> bool:
+    """Whether a tensor, an array or a container is not as it was kept."""
+    if isinstance(x, torch.Tensor):
+        return x.shape != kept.shape or not bool(((x == kept) | ((x != x) & (kept != kept))).all())
+    if isinstance(x, np.ndarray):
+        return x.tobytes() != kept.tobytes()
+    return len(x) != len(kept) or not (x == kept if isinstance(x, set | bytearray) else _same(x, kept))
 
 
 def _told(model: nn.Module, paths: list[str], words: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kfaccore_torch.beside import Quiet
 from kfaccore_torch.calls import Call
 from kfaccore_torch.empty import tell
 from kfaccore_torch.fixed import loose
@@ -49,7 +50,7 @@ class Observed:
     key: Any
     expected: tuple[torch.Tensor | None, ...] = ()
     times: float = 1.0  # what draws are multiplied by to be pulled, so that the backward pass is linear
-    retaining: tuple[torch.Tensor, ...] = ()  # tensors whose `.grad` no draw may add to
+    quiet: Quiet = field(default_factory=Quiet)  # what no draw may move
 
     @property
     def mixing(self) -> set[str]:
@@ -105,7 +106,7 @@ class Observer:
         if any(f is None for f in fixed):
             asked = [i for i, f in enumerate(fixed) if f is None]
             probe, parameters = first()
-            question = Question(heads, [calls[i] for i in asked], layers, probe, sight.retaining, times, once_more)
+            question = Question(heads, [calls[i] for i in asked], layers, probe, sight.quiet, times, once_more)
             expected = question.pull_first(() if known else parameters)
             if known is None:
                 self._tell_empty(question, graph, told)
@@ -122,7 +123,7 @@ class Observer:
         if key in self.kept:
             self.turns[key] = turn
         owned = tuple(owned for owned in fixed if owned is not None)
-        return Observed(tuple(calls), split or Split(size), owned, key, expected, times, sight.retaining)
+        return Observed(tuple(calls), split or Split(size), owned, key, expected, times, sight.quiet)
 
     def _tell_empty(self, question: Question, graph: Behind, told: Told) -> None:
         """A warning for layers that data fill, of which many rows hold nothing."""
@@ -174,7 +175,7 @@ class Observer:
         if not asked:
             return observed
         question = Question(
-            heads, [observed.calls[i] for i in asked], layers, None, observed.retaining, observed.times, False
+            heads, [observed.calls[i] for i in asked], layers, None, observed.quiet, observed.times, False
         )
         question.pull_first(())
         _, found = question.answer([observed.split], [observed.owned[i] for i in asked])

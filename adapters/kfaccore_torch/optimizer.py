@@ -152,7 +152,7 @@ class Optimizer:
         """As `recorded`; the plan then is that of all ranks."""
         found = recorded(self.engine, seen, batch, backward, n)
         if self.engine.due:
-            self.engine.agree()
+            self.engine.agree(found[0] or ())
             self._remaining.follow(self.engine.plan)
         return found
 

@@ -12,6 +12,7 @@ import torch
 import kfaccore as kf
 from kfaccore_torch.arriving import waiting
 from kfaccore_torch.batch import mean
+from kfaccore_torch.beside import Quiet
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.passes import passing
 from kfaccore_torch.pulled import pulled
@@ -33,7 +34,7 @@ def own_draw(engine: Engine, value: torch.Tensor, batch: Batch) -> Pull | None:
     if not engine.core.rule.wants_own:
         return None
     heads = engine.objective.heads(batch.f)
-    with passing([f for f in heads if f.retains_grad]):
+    with passing(Quiet(tuple(f for f in heads if f.retains_grad))):
         found = torch.autograd.grad(value, heads, retain_graph=True, allow_unused=True)
     own = [torch.zeros_like(f) if g is None else g.detach() for g, f in zip(found, heads, strict=True)]
     return lambda observed: pulled(heads, observed, own)

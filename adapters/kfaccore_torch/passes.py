@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from kfaccore_torch.beside import Quiet
 
 _LOCK = threading.Lock()
 _RUNNING = [0]  # passes in progress: a device runs hooks in threads of its own
@@ -25,13 +28,14 @@ def drawing() -> bool:
 
 
 @contextmanager
-def passing(retaining: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Around such a pass; `.grad` of tensors that are `retaining` it is put back."""
-    before = [(x, x.grad) for x in retaining]
+def passing(quiet: Quiet) -> Iterator[None]:
+    """Around such a pass; `.grad` of tensors that retain it is put back, and what the pass would move beside."""
+    before = [(x, x.grad) for x in quiet.retaining]
     with _LOCK:
         _RUNNING[0] += 1
     try:
-        yield
+        with quiet.around():
+            yield
     finally:
         with _LOCK:
             _RUNNING[0] -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import kfaccore as kf
+from kfaccore_torch.beside import Beside
 from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.distributed import Distributed
@@ -39,6 +40,7 @@ class Planning(Resumes):
     """Plan, core and state of a model, of which each goes with the others.
 
     given   the core as the caller made it; `core` has the methods of what the plan adds
+    partly  whether some ranks may lack statistics of layers that others have, in this step
     away    layers that are frozen, or wait for a forward to show them, of which the state keeps what it has
     """
 
@@ -46,8 +48,10 @@ class Planning(Resumes):
     given: kf.Preconditioner
     settings: Settings
     called: set[str]
+    partly: bool = False
     like: torch.Tensor
     plan: Plan
+    beside: Beside
     away: dict[str, Layer]
     lost: Lost
     _state: Any
@@ -127,24 +131,31 @@ class Planning(Resumes):
 
     def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
         """What lies behind a prediction; the plan follows what it shows."""
-        found = sighted(seen, heads)
+        with self.beside.looking(seen.span):
+            found = sighted(seen, heads)
         if found.plan is not self.plan:
             self.adopt(found.plan)
             seen.plan = self.plan
             self.called |= {name for name, _ in found.calls}
         self.lost.note(self.state.step, found.marks, found.odd)
         more = called(self.plan) if self.settings.uncovered is not None else []
-        return replace(found, plan=self.plan, calls=(*found.calls, *more))
+        quiet = self.beside.quiet(found.graph, seen.span, found.quiet.retaining)
+        return replace(found, plan=self.plan, calls=(*found.calls, *more), quiet=quiet)
 
-    def agree(self) -> None:
-        """One plan on all ranks: what any of them has seen, experts that only some of them used, all of them know."""
+    def agree(self, measured: Iterable[str]) -> None:
+        """One plan on all ranks: what any of them has seen, experts that only some of them used, all of them know; and
+        whether any has layers that are not among those `measured` for this step."""
         comm = self.core.comm
         if comm.world == 1 or not isinstance(comm, Distributed):
             return
         number = zlib.crc32(json.dumps(written(self.plan)).encode()) % 2**20
-        total, squares = comm.all_reduce([np.array([number, number**2], np.float64)])[0].tolist()
+        missed = not self.plan.layers.keys() <= set(measured)
+        told = comm.all_reduce([np.array([number, number**2, missed], np.float64)])[0]
+        total, squares, missing = told.tolist()
+        self.partly = missing > 0
         if squares * comm.world == total**2:  # no variance: equal everywhere
             return
+        self.partly = True
         tables = comm.gathered(written(self.plan))
         marks = dict.fromkeys(mark for table in tables for mark in read(table, self.plan).marks)
         odd = {name: why for table in reversed(tables) for name, why in table["odd"].items()}

@@ -194,7 +194,7 @@ class Preconditioner:
                 if found:
                     given[name] = found
             covered = [g for found in given.values() for g in found.values()]
-            with self._scale.shown(covered):
+            with self._scale.undone(engine.plan.layers), self._scale.shown(covered):
                 if lengths is not None or not engine.launch.step(engine, given):
                     self._step(engine.matrices(given), lengths)
         self.discard()
@@ -216,7 +216,7 @@ class Preconditioner:
         In place of `step` and `optimizer.step`: it is run on the plain gradients, so that its state is its own. Weight
         decay in the gradient (Adam, SGD) is in both; beside the step (AdamW) it stays beside it.
         """
-        layers = self.engine.plan.layers
+        layers = self._scale.checked(self.engine.plan.layers)
         grafted = stepped(optimizer, layers)
         self.step(grafted.lengths)
         grafted.take(layers)

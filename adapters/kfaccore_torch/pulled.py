@@ -21,7 +21,7 @@ def pulled(heads: list[torch.Tensor], observed: Observed, v: Sequence[torch.Tens
     """One draw at the outputs of all calls."""
     edges = [call.edge for _, call in observed.calls]
     given = [x.to(f) for x, f in zip(v, heads, strict=True)]
-    with passing(observed.retaining):
+    with passing(observed.quiet):
         found = torch.autograd.grad(heads, edges, given, retain_graph=True, allow_unused=True)
     return tuple(g if g is None else dense(g) for g in found)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kfaccore_torch.beside import Quiet
 from kfaccore_torch.calls import Call
 from kfaccore_torch.owner import (
     Asked,
@@ -35,7 +36,7 @@ class Question:
     """Backward passes to the rows of some calls.
 
     probe      the draw to begin with; None for random numbers
-    retaining  tensors whose `.grad` stays as it is
+    quiet      what stays as it is
     times      what draws are to be multiplied by, so that a backward pass which clips them is linear; 1 where all are
     doubts     whether calls that nothing explains may be asked for that
     passed     whether a pass went through
@@ -48,14 +49,14 @@ class Question:
         calls: Sequence[tuple[str, Call]],
         layers: dict[str, Layer],
         probe: Any,
-        retaining: Sequence[torch.Tensor],
+        quiet: Quiet,
         times: float = 1.0,
         doubts: bool = True,
     ) -> None:
         self.heads = list(heads)
         self.calls = calls
         self.layers = layers
-        self.retaining = retaining
+        self.quiet = quiet
         self.times = times
         self.doubts = doubts
         self.bent: list[int] = []
@@ -170,7 +171,7 @@ class Question:
     def _pull(self, v: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> Sequence[Any]:
         wanted = [call.edge for _, call in self.calls] + list(parameters)
         try:
-            with passing(self.retaining):
+            with passing(self.quiet):
                 found = torch.autograd.grad(self.heads, wanted, v, retain_graph=True, allow_unused=True)
         except torch.OutOfMemoryError:
             raise

@@ -62,7 +62,7 @@ def records(
         )
         wanted = [(name, role) for name in found for role in engine.plan.layers[name].parameters]
         parameters = [engine.plan.layers[name].parameters[role] for name, role in wanted]
-        with passing(observed.retaining):
+        with passing(observed.quiet):
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
     for (name, role), p, g in zip(wanted, parameters, gradients, strict=True):

@@ -24,10 +24,10 @@ def found(model: nn.Module, device: torch.device, known: dict[str, bool]) -> lis
     """What puts all that a forward may move back as it is now, for another look: random generators and what modules
     hold. `known` as of `as_found`."""
     things = list(walked(unwrapped(model)))
-    return [*_random_state(things, device), *as_found(model, things, known)]
+    return [*random_state(things, device), *as_found(model, things, known)]
 
 
-def _random_state(things: Things, device: torch.device) -> list[Undo]:
+def random_state(things: Things, device: torch.device) -> list[Undo]:
     """What puts each random generator back to where it is now: those of torch on the CPU and on a CUDA device, of
     Python and NumPy, and the ones among the `things` that modules hold."""
     state: list[Undo] = [
@@ -60,7 +60,7 @@ def replayed(
     """The same forward as one that found all as in `before`, with a graph where it asks for one; random generators and
     all that modules hold are as they were afterwards, and what `after` puts back."""
     things = list(walked(unwrapped(model)))
-    now = [*_random_state(things, device), *after]
+    now = [*random_state(things, device), *after]
     try:
         with as_it_was(model, things):
             for undo in before:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kfaccore_torch.alone import Examples
+from kfaccore_torch.beside import Quiet
 from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.explain import explained
@@ -20,7 +21,7 @@ class Sight:
     """Calls that reach the prediction, by layer and in order, and the plan that they are of.
 
     marks, odd   what this forward has shown
-    retaining    tensors of it that retain their gradient
+    quiet        what draws through it leave as it is
     """
 
     graph: Behind
@@ -28,7 +29,7 @@ class Sight:
     calls: tuple[tuple[str, Call], ...]
     marks: tuple[Mark, ...]
     odd: dict[str, str]
-    retaining: tuple[torch.Tensor, ...]
+    quiet: Quiet
 
 
 def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
@@ -54,7 +55,7 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     uses += found
     seen.plan = plan
     calls = ((name, call) for name, calls in plan.assigned(uses).items() for call in calls)
-    return Sight(graph, plan, tuple(calls), marks, shown, seen.made.retaining(heads))
+    return Sight(graph, plan, tuple(calls), marks, shown, Quiet(seen.made.retaining(heads)))
 
 
 def _reached(seen: Capture, graph: Behind) -> list[Use]:

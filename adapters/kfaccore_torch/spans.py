@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+_kept_by = torch._C._autograd._top_saved_tensors_default_hooks  # the hooks in force
 _number = torch.autograd._get_sequence_nr  # of the node that this thread makes next
 _OF_GRAPHS = frozenset(  # what differs, or raises, where no graph is built
     (
@@ -21,10 +22,15 @@ _OF_GRAPHS = frozenset(  # what differs, or raises, where no graph is built
 )
 
 
+_LISTENS = frozenset((torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__))  # type: ignore[attr-defined]
+
+
 class Span:
     """From now on until it is closed.
 
     derived   whether the forward took a derivative with a graph of its own, which is products with the same weights
+    kept      whether hooks keep tensors for the backward pass, which a checkpoint makes a second time
+    listened  whether the forward may have put hooks in the way of the backward pass
     graph     whether the forward asks for its graph, so that it is another without one
     """
 
@@ -33,11 +39,15 @@ class Span:
         self.last: int | None = None
         self.derived = False
         self.graph = False
+        self.kept = False
+        self.listened = False
 
     def note(self, func: Any, kwargs: Mapping[str, Any]) -> None:
         """A function is called inside."""
+        self.kept = self.kept or _kept_by(False) is not None
         if func in _OF_GRAPHS:
             self.graph = True
+            self.listened = self.listened or func in _LISTENS
             self.derived = self.derived or bool(func is torch.autograd.grad and kwargs.get("create_graph"))
 
     def close(self) -> None:

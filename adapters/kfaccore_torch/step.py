@@ -13,6 +13,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.assembled import matrices, tensors
+from kfaccore_torch.beside import Beside
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
@@ -30,6 +31,7 @@ from kfaccore_torch.rows import absent
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.share import check_whole
+from kfaccore_torch.unseen import check_seen
 
 _NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
@@ -63,6 +65,7 @@ class Engine(Planning):
         self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
         self._state: Any = None
         self._blocks = None
+        self.beside = Beside(model, self.device)
         self._due: tuple[Any, kf.Preconditioner, bool] | None = None
         self._precision: tuple[Any, dict[str, str], dict[str, kf.Precision] | None] | None = None
         self.launch = Launch()
@@ -122,7 +125,7 @@ class Engine(Planning):
     def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:
         """Records and gradients of one step, n its share: a layer that no example reached, such as an expert without
         tokens, is left as it is, or counts with J = 0 where other ranks or layers wait for it."""
-        self.check_seen(records, grads)
+        check_seen(self, records, grads)
         missing = [name for name in grads if name not in records]
         together = self.core.network.covers(self.blocks()) if self.core.network is not None else ()
         found = dict(records)
@@ -188,27 +191,6 @@ class Engine(Planning):
                 marks[name]["diagonal"] = np.asarray(True)
         return replace(info, layers={**info.layers, **marks})
 
-    def check_seen(self, records: Mapping[str, Any], grads: dict[str, Any]) -> None:
-        """ValueError for a gradient that no captured call explains: it would keep an old batch's curvature."""
-        missing = [name for name in grads if name not in records and _nonzero(grads[name])]
-        aside = [name for name in missing if name in self.called]
-        if not missing:
-            return
-        text = (
-            f"layers {aside} have a gradient and were called, but do not lie behind the prediction of this loss: "
-            f"another term has a prediction of its own. Form its loss by pre.loss too, whose curvature is added, or "
-            f"give one kfaccore.Joint of both; or skip those parameters"
-        )
-        if not aside:
-            text = (
-                f"layer {missing[0]!r} has a gradient but none of its calls was captured"
-                f"{f' (nor of {missing[1:]})' if missing[1:] else ''}: was the model run inside capture(), and is "
-                f"checkpointing non-reentrant (use_reentrant=False)?"
-            )
-        error = ValueError(text)
-        self.leave_word(error)
-        raise error
-
     def leave_word(self, error: Exception) -> None:
         """Other ranks, which may lose the connection before they know, can then say why this one stops."""
         if isinstance(self.core.comm, Distributed):
@@ -244,7 +226,3 @@ class Engine(Planning):
         self.called |= set(seen.calls)
         if seen.products != self.products:
             self.products = {**self.products, **seen.products}
-
-
-def _nonzero(grad: Any) -> bool:
-    return bool((getattr(grad, "g", grad) != 0).any())
