@@ -165,7 +165,7 @@ class Preconditioner:
 
     def discard(self) -> None:
         """Forget what was captured since the last step."""
-        self._pending = Pending(said=self._pending.said)
+        self._pending = self._pending.fresh()
         self._open = None
         self._formed = 0
         self._scale = Scale()

@@ -22,6 +22,7 @@ class Terms:
     declared: bool = False
     looked: bool = False
     _fired: list[tuple[torch.Tensor, Expected]] = field(default_factory=list)  # losses of one backward pass
+    _task: int = -1  # that pass
 
     def expect(self, value: torch.Tensor, expected: Expected, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Look, at the end of the backward pass of `value`, whether the gradient is that of such losses alone.
@@ -34,7 +35,10 @@ class Terms:
         value.register_hook(partial(self._fire, expected if fresh else (), parameters))
 
     def _fire(self, expected: Expected, parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> None:
-        if not self._fired:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # what is left of a pass before is of one that failed
+            self._task = task
+            self._fired = []
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._compare, parameters))
         self._fired.append((grad.detach(), expected))  # not read: a device would be waited for
 
