@@ -25,8 +25,8 @@ def same(now: Left, left: Left) -> bool:
 
 
 def gone(left: Left) -> set[int] | None:
-    """Parameters, by id, whose gradients were let go of or set to zero since: all, or those of which it is certain. None
-    where only a device knows, which is not asked.
+    """Parameters, by id, whose gradients were let go of or set to zero since: all, or those of which it is certain.
+    None where only a device knows, which is not asked.
 
     A gradient may be zero as its pass left it: only where all are, or where it was written to and others were not, that
     tells. What goes past autograd (`p.grad.data`, a NumPy view) leaves no version.

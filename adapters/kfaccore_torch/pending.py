@@ -9,7 +9,7 @@ what was set aside comes back where the step's gradients have it in them. A pass
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 class Pending:
     """The forwards that count in the next step, and `.grad` as the last backward pass left it.
 
-    said  whether it was told, in any step, that gradients are neither those of the last pass nor sums
+    said    whether it was told, in any step, that gradients are neither those of the last pass nor sums
+    missed  and that there are none at all, of layers that were measured
     """
 
     shots: list[Shot] = field(default_factory=list)
     said: bool = False
+    missed: bool = False
     _task: int = -1  # of the backward pass in progress, or the last one
     _firing: list[Formed] = field(default_factory=list)  # by a pass that has not reached its end
     _sampler: Sampler | None = None  # of what that pass hands to who asked
@@ -45,7 +47,7 @@ class Pending:
     def fresh(self) -> Pending:
         """Where nothing waits."""
         self._drop_failed()
-        return Pending(said=self.said)
+        return Pending(said=self.said, missed=self.missed)
 
     def follow(self, loss: Formed, into: bool) -> int:
         """A backward pass differentiates a loss, and adds to `.grad` or hands on what it was asked for: what waited for
@@ -79,6 +81,19 @@ class Pending:
             self._thrown.pop().bring_back()  # whatever the loop made of them
         self._look_back()
         self.shots[:] = [shot for shot in self.shots if not shot.losses or any(loss.counts for loss in shot.losses)]
+
+    def check(self, given: Collection[str]) -> None:
+        """A warning, once, where no layer has a gradient for a step that layers were measured for."""
+        without = sorted({name for shot in self.shots for name in shot.found})
+        if given or not without or self.missed:
+            return
+        self.missed = True
+        warnings.warn(
+            f"step() found no gradient at all, though layers {without} were measured for it by a loss that was "
+            f"differentiated: nothing is preconditioned. Call step() after backward, before the optimizer's step and "
+            f"its zero_grad; an optimizer that steps inside backward leaves nothing to precondition",
+            stacklevel=4,
+        )
 
     def _drop_failed(self) -> None:
         """A pass that never reached its end, as where memory ran out, differentiated nothing."""
@@ -134,10 +149,10 @@ class Pending:
             return
         self.said = True
         warnings.warn(
-            "gradients were zeroed, or asked of torch.autograd.grad, between the backward passes of one step, and those "
-            "that step() got are neither what the last pass left, nor a sum that has the others in it: taken for what "
-            "the loop makes of all of them, so the statistics of all count. Where a batch was skipped, call discard() "
-            "with zero_grad()",
+            "gradients were zeroed, or asked of torch.autograd.grad, between the backward passes of one step, and what "
+            "step() got is neither what the last pass left, nor a sum that has the others in it: taken for what the "
+            "loop makes of all of them, so the statistics of all count. Where a batch was skipped, call discard() with "
+            "zero_grad()",
             stacklevel=5,
         )
 

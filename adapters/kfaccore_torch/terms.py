@@ -57,7 +57,7 @@ class Terms:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a backward pass in progress has seen."""
-        return {**self.__dict__, "_fired": []}
+        return {**self.__dict__, "_fired": [], "_task": -1}
 
 
 def _sum(fired: Sequence[tuple[float, Expected]], i: int) -> torch.Tensor | None:
