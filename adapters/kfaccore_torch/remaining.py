@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfaccore_torch.grafting import finite
+from kfaccore_torch.grafting import check_alone, finite
 from kfaccore_torch.plan import Plan
 
 Made = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -63,10 +63,13 @@ class Remaining:
     def _join(self, fresh: Mapping[str, nn.Parameter]) -> None:
         if not fresh or self.make is None:
             return
-        self._named = {**self._named, **fresh}
         if self.optimizer is None:
-            self.optimizer = self.make(fresh.values())
+            made = self.make(fresh.values())
+            check_alone(made)
+            self.optimizer = made
+            self._named = {**self._named, **fresh}
             return
+        self._named = {**self._named, **fresh}
         groups = self.optimizer.param_groups
         if len(groups) == 1:
             groups[0]["params"] += fresh.values()
@@ -88,11 +91,13 @@ class Remaining:
             p.grad = None
         for p, g in zip(plan.rest.values(), grads, strict=True):
             p.grad = g
-        if finite(grads):  # else a moment would keep it; the core moves nothing either
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        for p, g in zip(frozen, aside, strict=True):
-            p.grad = g
+        try:
+            if finite(grads):  # else a moment would keep it; the core moves nothing either
+                self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()
+            for p, g in zip(frozen, aside, strict=True):
+                p.grad = g
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and whose each entry is."""
