@@ -37,24 +37,26 @@ class Remaining:
         if self.make is None:
             return
         now = {name: p for name, p, _ in plan.made_of}
+        names = {id(p): name for name, p in reversed(now.items())}
         covered = {id(p) for layer in plan.layers.values() for p in layer.parameters.values()}
-        stays = {name: now.get(name) for name, p in self._named.items()}
-        stays = {name: p for name, p in stays.items() if p is not None and id(p) not in covered}
-        if self.optimizer is not None:
-            self._exchange(stays)
-        self._named = stays
-        self._join({name: p for name, p in plan.rest.items() if name not in stays})
+        stays = {names[id(p)]: p for p in self._named.values() if id(p) in names}  # whatever they are called now
+        gone = {name: p for name, p in self._named.items() if id(p) not in names}
+        instead = {name: now[name] for name in gone if name in now and name not in stays}
+        new = {id(p): p for p in stays.values()} | {id(p): instead.get(name) for name, p in gone.items()}
+        stays |= instead
+        self._exchange({key: p if p is not None and id(p) not in covered else None for key, p in new.items()})
+        self._named = {name: p for name, p in stays.items() if id(p) not in covered}
+        self._join({name: p for name, p in plan.rest.items() if name not in self._named})
 
-    def _exchange(self, stays: Mapping[str, nn.Parameter]) -> None:
-        """Leave out what stays no longer; a parameter in the place of another begins without moments."""
-        assert self.optimizer is not None
-        new = {id(p): stays.get(name) for name, p in self._named.items() if stays.get(name) is not p}
-        if not new:
+    def _exchange(self, new: Mapping[int, nn.Parameter | None]) -> None:
+        """Put parameters in the place of others, by id, or leave these out; one in the place of another begins without
+        moments."""
+        if self.optimizer is None:
             return
         for group in self.optimizer.param_groups:
             found = [new.get(id(p), p) for p in group["params"]]
-            for p in group["params"]:
-                if id(p) in new:
+            for p, other in zip(group["params"], found, strict=True):
+                if other is not p:
                     self.optimizer.state.pop(p, None)
             group["params"][:] = [p for p in found if p is not None]
         if not any(group["params"] for group in self.optimizer.param_groups):
