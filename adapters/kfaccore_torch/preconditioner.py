@@ -26,7 +26,7 @@ from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale, watch
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
-from kfaccore_torch.terms import Terms
+from kfaccore_torch.terms import Terms, numbered
 
 
 class Preconditioner:
@@ -131,10 +131,7 @@ class Preconditioner:
         """As `loss`, for a loss that was formed elsewhere, by a model that is given its labels: `value`, which is the
         loss named above at f and target up to a factor, is handed back times `weight`, and counts once it is
         differentiated."""
-        learned = isinstance(weight, torch.Tensor)  # it may have a gradient, whatever it is now
-        number = float(weight.detach() if learned else weight)
-        if not number > 0:
-            raise ValueError(f"weight is {number}; need a positive number: leave out a loss that does not count")
+        number, learned = numbered(weight)
         f = picked(f, self.output)
         weighted = value * weight if learned or number != 1.0 else value
         if weighted.requires_grad:

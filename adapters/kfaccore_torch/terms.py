@@ -60,6 +60,16 @@ class Terms:
         return {**self.__dict__, "_fired": [], "_task": -1}
 
 
+def numbered(weight: Any) -> tuple[float, bool]:
+    """A loss's weight as a number, and whether it is learned: then it has a gradient, also where it is 1. ValueError
+    where it is not positive."""
+    tensor = isinstance(weight, torch.Tensor)
+    number = float(weight.detach() if tensor else weight)
+    if not number > 0:
+        raise ValueError(f"weight is {number}; need a positive number: leave out a loss that does not count")
+    return number, tensor and weight.requires_grad
+
+
 def _sum(fired: Sequence[tuple[float, Expected]], i: int) -> torch.Tensor | None:
     """The gradient of one parameter that the losses explain."""
     known = [scale * e for scale, expected in fired if (e := expected[i]) is not None]
