@@ -142,9 +142,7 @@ class Optimizer:
                 value = float(engine.objective.value(self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
-        with whole_or_none(engine) as old:
-            self._applied(records, grads, before, again, own, old)
-            self._remaining.step(engine.plan, rest)
+        self._applied(records, grads, rest, before, again, own)
         return before
 
     def _predicted(self, inputs: Any) -> Any:
@@ -180,28 +178,29 @@ class Optimizer:
         self,
         records: Any,
         grads: dict[str, Any],
+        rest: tuple,
         before: float,
         again: Callable[[], float],
         own: dict[str, kf.Record],
-        old: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """Take the core's step, and back what its rule judges too long by the loss `again`; `old` is to hold what the
-        parameters were where there is a judgement."""
+        """Take the core's step, and back what its rule judges too long by the loss `again`, and that of the rest."""
         engine = self.engine
-        with torch.no_grad(), engine.working():
-            batches = {name: [r] for name, r in records.items()} if records else None
-            found = moves(engine, engine.step(batches, grads, loss=before, own=own))
-            old += [(p, p.detach().clone()) for p, _ in found] if engine.core.rule.judges else []
-            for p, move in found:
-                p.sub_(move)
-            torch.clear_autocast_cache()  # which has the old weights, for as long as the caller's autocast is open
+        with whole_or_none(engine) as old:
+            with torch.no_grad(), engine.working():
+                batches = {name: [r] for name, r in records.items()} if records else None
+                found = moves(engine, engine.step(batches, grads, loss=before, own=own))
+                old += [(p, p.detach().clone()) for p, _ in found] if engine.core.rule.judges else []
+                for p, move in found:
+                    p.sub_(move)
+                torch.clear_autocast_cache()  # which has the old weights, while the caller's autocast is open
 
-            def place(share: float) -> None:
-                for (_, move), (p, values) in zip(found, old, strict=True):
-                    p.copy_(values - share * move if share else values)
-                torch.clear_autocast_cache()
+                def place(share: float) -> None:
+                    for (_, move), (p, values) in zip(found, old, strict=True):
+                        p.copy_(values - share * move if share else values)
+                    torch.clear_autocast_cache()
 
-            _, engine.state = engine.core.judge(engine.state, before, place, again)
+                _, engine.state = engine.core.judge(engine.state, before, place, again)
+            self._remaining.step(engine.plan, rest)
 
     def _overflowed(self) -> bool:
         """Whether a gradient of the scaled loss was not finite on any rank; the scaler is told."""
