@@ -170,7 +170,7 @@ def test_inputs_are_let_go_of_once_a_loss_is_differentiated():
     target = torch.zeros(5, 2)
     first = pre.loss(f, target)
     second = pre.loss(f, target)
-    seen = pre._open[0]
+    seen = pre._opened.all[-1].seen
     assert seen.uses
     (first + second).backward(retain_graph=True)
     assert not seen.uses

@@ -44,12 +44,18 @@ class Shot:
 
     @property
     def found(self) -> dict[str, list[Any]]:
-        """Layer -> Records or Stats, one a loss that counts."""
+        """Layer -> Records or Stats, one a loss that counts there."""
         found: dict[str, list[Any]] = {}
         for loss in self.losses:
             for name, one in loss.found.items() if loss.counts else ():
-                found.setdefault(name, []).append(one)
+                if name not in loss.without:
+                    found.setdefault(name, []).append(one)
         return found
+
+    def reaches(self, name: str) -> bool:
+        """Whether it is a forward of what a layer's gradient is made of, with J = 0 where it does not use the layer."""
+        losses = [loss for loss in self.losses if loss.counts]
+        return not losses or any(name not in loss.without for loss in losses)
 
     @property
     def values(self) -> list[tuple[float, float]]:
@@ -85,13 +91,13 @@ def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
         check_even(shot.slopes)
     counted = _counting(shots)
     check_shares([shot.slopes for shot in counted], [shot.n for shot in counted])
-    parts = len(counted) * world if counted and counted[0].total else 1
     records: dict[str, list[Any]] = {}
     pieces = [(shot, shot.found) for shot in counted]
     for name in dict.fromkeys(name for _, found in pieces for name in found):
         here = [(shot, found[name]) for shot, found in pieces if name in found]
-        missed = 1.0 if len(here) == len(counted) else _sum(counted) / _sum([shot for shot, _ in here])
-        times = missed / parts
+        together = [shot for shot in counted if shot.reaches(name)]
+        missed = 1.0 if len(here) == len(together) else _sum(together) / _sum([shot for shot, _ in here])
+        times = missed / (len(together) * world if counted[0].total else 1)
         for _, given in here:
             records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
     return records

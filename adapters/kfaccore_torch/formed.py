@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -27,52 +27,56 @@ class Formed:
     layers   those that they are of, as they were then
     trained  parameters whose `.grad` tells a backward of the training loss from another derivative
     value    its value times n of the forward, for rules that ask for it
-    counts   whether it was differentiated, and its gradients were not thrown away since
-    slope    what arrived at it when it was differentiated into `.grad`: where that was twice, both together, as the
-             gradients are. Where it never was, what arrived last, for loops that set `.grad` themselves
+    passes   backward passes that differentiated it -> what arrived at it there; without those that failed, and those
+             whose gradients were set aside
+    without  layers whose gradients alone were set aside since
     """
 
     found: Mapping[str, Any]
     layers: Mapping[str, Layer]
     trained: Sequence[torch.Tensor]
     value: float | None = None
-    counts: bool = False
-    slope: torch.Tensor | None = None
-    into: bool = False
+    passes: dict[int, Arrived] = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
+
+    @property
+    def counts(self) -> bool:
+        """Whether it was differentiated, and its gradients were not thrown away since."""
+        return bool(self.passes)
+
+    @property
+    def slope(self) -> torch.Tensor | None:
+        """What arrived at it when it was differentiated into `.grad`: where that was twice, both together, as the
+        gradients are. Where it never was, what arrived last, for loops that set `.grad` themselves."""
+        into = [arrived.slope for arrived in self.passes.values() if arrived.into]
+        asked = [arrived.slope for arrived in self.passes.values()][-1:]
+        return sum(into[1:], into[0]) if into else asked[0] if asked else None
 
     @classmethod
     def on(cls, plan: Plan, found: Mapping[str, Any], value: float | None) -> Formed:
         """A loss whose statistics were taken under a plan."""
         return cls(found, {name: plan.layers[name] for name in found}, plan.trained, value)
 
-    def note(self, grad: torch.Tensor, follow: Callable[[Sequence[torch.Tensor]], None]) -> bool:
+    def note(self, grad: torch.Tensor, follow: Callable[[Formed, bool], int]) -> bool:
         """It is differentiated, which a hook of it tells; whether by parameters. Another derivative, as an attack's by
         the inputs, is no part of the training.
 
-        follow   called, with those that are trained, before a derivative into `.grad` counts
+        follow   called before a derivative counts, with whether it goes into `.grad`; the pass that it is of
         """
         reach = _reached(self.trained)
         if reach is Reach.NONE:
             return False
-        if reach is Reach.GRADS:
-            follow(self.trained)
-            self.slope = self.slope + grad.detach() if self.into and self.slope is not None else grad.detach()
-            self.into = True
-        elif not self.into:
-            self.slope = grad.detach()
-        self.counts = True
+        number = follow(self, reach is Reach.GRADS)
+        self.passes[number] = Arrived(grad.detach(), reach is Reach.GRADS)
+        self.without = frozenset()
         return True
 
-    def drop(self) -> torch.Tensor | None:
-        """Its gradients were set aside: it does not count, as if it had not been differentiated. What arrived at it."""
-        slope, self.slope = self.slope, None
-        self.counts = self.into = False
-        return slope
 
-    def restore(self, slope: torch.Tensor | None) -> None:
-        """It counts after all, beside what it has been differentiated for since."""
-        self.slope = slope if self.slope is None or slope is None else self.slope + slope
-        self.counts = self.into = True
+class Arrived(NamedTuple):
+    """What arrived at a loss in a backward pass, and whether the gradients went into `.grad`."""
+
+    slope: torch.Tensor
+    into: bool
 
 
 class Reach(Enum):

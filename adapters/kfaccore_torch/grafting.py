@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def stepped(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> Gr
 
     Raises ValueError for an optimizer that is not torch's, with a weight decay of which it does not tell what it is.
     """
+    check_alone(optimizer)
     shrink, rising = _told(optimizer)
     old = {p: p.detach().clone() for layer in layers.values() for p in layer.parameters.values() if p.grad is not None}
     if finite([p.grad for group in optimizer.param_groups for p in group["params"]]):
@@ -67,6 +69,16 @@ def stepped(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> Gr
         for p, kept in old.items():
             p.copy_(kept)
     return Grafted(lengths, old, new, shrink, rising)
+
+
+def check_alone(optimizer: torch.optim.Optimizer) -> None:
+    """TypeError for one whose step needs the loss again, as often as it likes (LBFGS)."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} needs a closure that forms the loss again: take an optimizer that "
+            f"steps by the gradients it is given, such as SGD or Adam"
+        )
 
 
 def finite(grads: Iterable[torch.Tensor | None]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kfaccore_torch.calls import Mark
+from kfaccore_torch.covered import Changed
 from kfaccore_torch.plan import Plan, remade
 
 
@@ -29,6 +30,7 @@ class Lost:
     _odd: set[str] = field(default_factory=set)  # of the newest step
     _step: int | None = None  # the newest that showed anything
     _since: int | None = None  # the one that lost a parameter, which shows what it was lost to
+    _changed: Changed = field(default_factory=Changed)
 
     def follow(self, old: Plan, new: Plan, step: int) -> None:
         """One plan takes the place of another at a step: a warning for what it no longer covers."""
@@ -51,6 +53,7 @@ class Lost:
         if gone:
             self._since = step
             self._step = None
+        self._changed.follow(old, new, self.waits.keys())
 
     def note(self, step: int, marks: Iterable[Mark], odd: Mapping[str, str]) -> None:
         """What one forward of a step has shown."""

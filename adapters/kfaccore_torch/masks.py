@@ -28,6 +28,11 @@ class Told:
     examples: Any = None
     _fits: set[Any] = field(default_factory=set)
 
+    @property
+    def any(self) -> bool:
+        """Whether the caller says anything."""
+        return self.mask is not None or bool(self.masks) or self.examples is not None
+
     def mask_of(self, name: str, place: Place) -> torch.Tensor | None:
         """(batch, positions) of one call, or None; ValueError for a mask by name that does not fit."""
         for pattern, mask in self.masks.items():

@@ -10,6 +10,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
+from kfaccore_torch.atomic import kept, whole_or_none
 from kfaccore_torch.batch import mean, met, summed
 from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.distributed import over_ranks
@@ -64,7 +65,7 @@ class Optimizer:
         self.model = model
         if rest is None and settings.get("fisher") is not kf.forward_only and not kf.own_gradients(core):
             settings = {"uncovered": kf.Diagonal(), **settings}
-        core = over_ranks(core, model)
+        core = kept(over_ranks(core, model))
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine, parameters=True)
         self.output = output
@@ -141,8 +142,7 @@ class Optimizer:
                 value = float(engine.objective.value(self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
-        self._applied(records, grads, before, again, own)
-        self._remaining.step(engine.plan, rest)
+        self._applied(records, grads, rest, before, again, own)
         return before
 
     def _predicted(self, inputs: Any) -> Any:
@@ -175,24 +175,32 @@ class Optimizer:
         return engine.objective.value(batch.f, batch.target), n / world if engine.objective.total else n
 
     def _applied(
-        self, records: Any, grads: dict[str, Any], before: float, again: Callable[[], float], own: dict[str, kf.Record]
+        self,
+        records: Any,
+        grads: dict[str, Any],
+        rest: tuple,
+        before: float,
+        again: Callable[[], float],
+        own: dict[str, kf.Record],
     ) -> None:
-        """Take the core's step, and back what its rule judges too long by the loss `again`."""
+        """Take the core's step, and back what its rule judges too long by the loss `again`, and that of the rest."""
         engine = self.engine
-        with torch.no_grad(), engine.working():
-            batches = {name: [r] for name, r in records.items()} if records else None
-            found = moves(engine, engine.step(batches, grads, loss=before, own=own))
-            old = [p.detach().clone() for p, _ in found] if engine.core.rule.judges else []
-            for p, move in found:
-                p.sub_(move)
-            torch.clear_autocast_cache()  # which has the old weights, for as long as the caller's autocast is open
+        with whole_or_none(engine) as old:
+            with torch.no_grad(), engine.working():
+                batches = {name: [r] for name, r in records.items()} if records else None
+                found = moves(engine, engine.step(batches, grads, loss=before, own=own))
+                old += [(p, p.detach().clone()) for p, _ in found] if engine.core.rule.judges else []
+                for p, move in found:
+                    p.sub_(move)
+                torch.clear_autocast_cache()  # which has the old weights, while the caller's autocast is open
 
-            def place(share: float) -> None:
-                for (p, move), kept in zip(found, old, strict=True):
-                    p.copy_(kept - share * move if share else kept)
-                torch.clear_autocast_cache()
+                def place(share: float) -> None:
+                    for (_, move), (p, values) in zip(found, old, strict=True):
+                        p.copy_(values - share * move if share else values)
+                    torch.clear_autocast_cache()
 
-            _, engine.state = engine.core.judge(engine.state, before, place, again)
+                _, engine.state = engine.core.judge(engine.state, before, place, again)
+            self._remaining.step(engine.plan, rest)
 
     def _overflowed(self) -> bool:
         """Whether a gradient of the scaled loss was not finite on any rank; the scaler is told."""

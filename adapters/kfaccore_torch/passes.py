@@ -53,9 +53,13 @@ class Made:
         """Arguments and outputs of an operation."""
         self._seen += [weakref.ref(x) for x in values if isinstance(x, torch.Tensor) and x.requires_grad]
 
+    def held(self) -> list[torch.Tensor]:
+        """Those that are still there."""
+        return [x for x in (ref() for ref in self._seen) if x is not None]
+
     def retaining(self, heads: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Those of them, and of `heads`, that retain their gradient."""
-        held = [x for x in (*(ref() for ref in self._seen), *heads) if x is not None and x.retains_grad]
+        held = [x for x in (*self.held(), *heads) if x.retains_grad]
         return tuple({id(x): x for x in held}.values())
 
 

@@ -2,76 +2,146 @@
 
 A loop that skips a batch after its backward pass, or differentiates twice for one step (sharpness-aware minimisation),
 says so by `zero_grad`, which tells nobody; but the next backward pass finds the gradients gone. One that keeps copies,
-and adds them up itself, does the same: what was set aside comes back where the step's gradients have it in them.
+and adds them up itself, does the same, and one that asks for gradients (`torch.autograd.grad`) puts them where it will:
+what was set aside comes back where the step's gradients have it in them. A pass that failed has given no gradients.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from kfaccore_torch.thrown import Sample, Thrown, sampled, used
+from kfaccore_torch.gone import Left, doubt, gone, gradients, same
+from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, sampled, used
 
 if TYPE_CHECKING:
     from kfaccore_torch.collect import Shot
-
-Left = list[tuple[torch.Tensor, torch.Tensor, int]]  # parameters, their gradients, and versions of these
+    from kfaccore_torch.formed import Formed
 
 
 @dataclass(eq=False)
 class Pending:
     """The forwards that count in the next step, and `.grad` as the last backward pass left it.
 
-    said  whether it was told, in any step, that gradients are neither those of the last pass nor sums
+    said    whether it was told, in any step, that gradients are neither those of the last pass nor sums
+    missed  and that there are none at all, of layers that were measured
     """
 
     shots: list[Shot] = field(default_factory=list)
     said: bool = False
+    missed: bool = False
     _task: int = -1  # of the backward pass in progress, or the last one
+    _firing: list[Formed] = field(default_factory=list)  # by a pass that has not reached its end
+    _sampler: Sampler | None = None  # of what that pass hands to who asked
     _trained: Sequence[torch.Tensor] = ()
     _left: Left = field(default_factory=list)  # by the last backward pass
     _thrown: list[Thrown] = field(default_factory=list)
-    _last: Sample = field(default_factory=dict)  # of what the last pass left, where others were thrown away before
+    _last: Sample = field(default_factory=dict)  # of what the last pass left, where others were set aside before
+    _doubts: list[tuple[torch.Tensor, list[Taken]]] = field(default_factory=list)
 
-    def follow(self, trained: Sequence[torch.Tensor]) -> None:
-        """A backward pass adds to the gradients of `trained`: what waited for gradients that are no more is dropped.
-        Called by hooks, once for each loss that it differentiates, before that counts."""
+    def fresh(self) -> Pending:
+        """Where nothing waits."""
+        self._drop_failed()
+        return Pending(said=self.said, missed=self.missed)
+
+    def follow(self, loss: Formed, into: bool) -> int:
+        """A backward pass differentiates a loss, and adds to `.grad` or hands on what it was asked for: what waited for
+        gradients that are no more is dropped. Called by hooks, before the loss counts; the number of the pass."""
         task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        self._task = task
-        if self.shots and self._gone():
-            self._set_aside()
-        else:
-            self._look_back()
-        self._left = []  # gradients that were let go of are not held on to
-        # at the end of the pass, after what DistributedDataParallel does there
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(partial(queue, partial(self._mark, trained)))
+        if task != self._task:
+            self._drop_failed()
+            self._task = task
+            if into:
+                self._compare()
+            else:
+                self._sampler = Sampler(loss.trained)
+            # at the end of the pass, after what DistributedDataParallel does there
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(partial(queue, partial(self._mark, loss.trained)))
+        self._firing.append(loss)
+        return task
 
     def settle(self) -> None:
         """At a step: `shots` are those that count in its gradients."""
+        self._drop_failed()
+        for zeros, taken in self._doubts:
+            if not bool(zeros):
+                continue
+            if same(gradients(self._trained), self._left):
+                self._thrown.append(Thrown([one.out() for one in taken], None))
+            else:
+                self._tell()
+        self._doubts = []
+        if len(self._thrown) == 1 and self._thrown[0].asked and not self._left:
+            self._thrown.pop().bring_back()  # whatever the loop made of them
         self._look_back()
         self.shots[:] = [shot for shot in self.shots if not shot.losses or any(loss.counts for loss in shot.losses)]
 
+    def check(self, given: Collection[str]) -> None:
+        """A warning, once, where no layer has a gradient for a step that layers were measured for."""
+        without = sorted({name for shot in self.shots for name in shot.found})
+        if given or not without or self.missed:
+            return
+        self.missed = True
+        warnings.warn(
+            f"step() found no gradient at all, though layers {without} were measured for it by a loss that was "
+            f"differentiated: nothing is preconditioned. Call step() after backward, before the optimizer's step and "
+            f"its zero_grad; an optimizer that steps inside backward leaves nothing to precondition",
+            stacklevel=4,
+        )
+
+    def _drop_failed(self) -> None:
+        """A pass that never reached its end, as where memory ran out, differentiated nothing."""
+        if not self._firing or torch._C._current_graph_task_id() == self._task:
+            return
+        for loss in self._firing:
+            loss.passes.pop(self._task, None)
+        self._firing = []
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+    def _compare(self) -> None:
+        """At the start of a pass: what waits, with what has become of its gradients."""
+        losses = [loss for shot in self.shots for loss in shot.losses if any(a.into for a in loss.passes.values())]
+        found = gone(self._left) if losses else set()
+        if found is None:  # a device knows
+            self._doubts.append((doubt(self._left), [Taken.whole(loss) for loss in losses]))
+        if found and len(found) == len(self._left):
+            self._set_aside()
+        else:
+            if found:
+                self._set_aside(found)
+                self._last = self._last or sampled(one for one in self._left if id(one[0]) not in found)
+            self._look_back()
+        # gradients that were let go of are not held on to
+        self._left = [one for one in self._left if one[0].grad is one[1]]
+
     def _look_back(self) -> None:
         """What was set aside counts again where the gradients have it in them; what they have not is set aside."""
-        if not self._thrown or _same(now := _gradients(self._trained), self._left):
+        if not self._thrown or same(now := gradients(self._trained), self._left):
             return
         before = self._thrown
-        (last, *back), sure = used(sampled(now), self._last, [thrown.sample for thrown in before])
+        last = self._last
+        newest = before.pop() if not self._left and before[-1].asked else None
+        if newest is not None:
+            last = newest.sample or {}
+        (there, *back), sure = used(sampled(now), last, [thrown.sample for thrown in before])
         if not sure:
             self._tell()
-        self._thrown = [thrown for thrown, there in zip(before, back, strict=True) if not there]
-        if not last:
+        if newest is not None:
+            before.append(newest)
+            back.append(there)
+        self._thrown = [thrown for thrown, found in zip(before, back, strict=True) if not found]
+        if not there and newest is None:
             self._set_aside()
-        for thrown, there in zip(before, back, strict=True):
-            if there:
+        for thrown, found in zip(before, back, strict=True):
+            if found:
                 thrown.bring_back()
 
     def _tell(self) -> None:
@@ -79,39 +149,34 @@ class Pending:
             return
         self.said = True
         warnings.warn(
-            "gradients were zeroed between the backward passes of one step, and those that step() got are neither what "
-            "the last pass left, nor a sum that has the others in it: taken for what the loop makes of all of them, so "
-            "the statistics of all count. Where a batch was skipped, call discard() with zero_grad()",
+            "gradients were zeroed, or asked of torch.autograd.grad, between the backward passes of one step, and what "
+            "step() got is neither what the last pass left, nor a sum that has the others in it: taken for what the "
+            "loop makes of all of them, so the statistics of all count. Where a batch was skipped, call discard() with "
+            "zero_grad()",
             stacklevel=5,
         )
 
     def _mark(self, trained: Sequence[torch.Tensor]) -> None:
+        """At the end of a pass."""
         self._trained = trained
-        self._left = _gradients(trained)
-        if self._thrown:
+        firing, self._firing = self._firing, []
+        if self._sampler is None:
+            self._left = gradients(trained)
+            self._last = sampled(self._left) if self._thrown else {}
+            return
+        if self._left and not self._last:
             self._last = sampled(self._left)
+        taken = [Taken(loss, {self._task: loss.passes[self._task]}).out() for loss in firing]
+        self._thrown.append(Thrown(taken, self._sampler.close(), asked=True))
+        self._sampler = None
 
-    def _set_aside(self) -> None:
-        """Losses that were differentiated into `.grad` do not count; those whose gradients the loop asked for do."""
-        losses = [loss for shot in self.shots for loss in shot.losses if loss.counts and loss.into]
+    def _set_aside(self, only: set[int] | None = None) -> None:
+        """Losses that were differentiated into `.grad` do not count, in layers whose parameters, by id, are all among
+        these alone; those whose gradients the loop asked for are aside."""
+        losses = [loss for shot in self.shots for loss in shot.losses]
+        taken = [Taken.whole(loss) if only is None else Taken.partly(loss, only) for loss in losses]
+        left = [one for one in self._left if only is None or id(one[0]) in only]
         # gradients that were let go of are still there, others were written over
-        whole = all(p.grad is not grad for p, grad, _ in self._left)
-        self._thrown.append(Thrown([(loss, loss.drop()) for loss in losses], sampled(self._left) if whole else None))
-
-    def _gone(self) -> bool:
-        """Whether all gradients were let go of or set to zero; read on the host where all were written to since."""
-        kept = [(p.grad, grad, version) for p, grad, version in self._left if p.grad is not None]
-        if any(now is grad and now._version == version for now, grad, version in kept):
-            return False
-        return bool(self._left) and not any(bool(now.any()) for now, _, _ in kept)
-
-
-def _gradients(trained: Sequence[torch.Tensor]) -> Left:
-    return [(p, p.grad, p.grad._version) for p in trained if p.grad is not None]
-
-
-def _same(now: Left, left: Left) -> bool:
-    """Whether these are the tensors that there were, and nothing has written to them."""
-    return len(now) == len(left) and all(
-        grad is old and version == before for (_, grad, version), (_, old, before) in zip(now, left, strict=True)
-    )
+        kept = all(p.grad is not grad for p, grad, _ in left)
+        if any(one.passes or one.layers for one in taken):
+            self._thrown.append(Thrown([one.out() for one in taken], sampled(left) if kept else None))

@@ -18,7 +18,7 @@ from kfaccore_torch.beside import Beside
 from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.distributed import Distributed
-from kfaccore_torch.follow import carried, left_out
+from kfaccore_torch.follow import carried, left_out, moved
 from kfaccore_torch.inside import check_plain
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.layout import pools
@@ -48,6 +48,7 @@ class Planning(Resumes):
     given: kf.Preconditioner
     settings: Settings
     called: set[str]
+    mixing: set[str]
     partly: bool = False
     like: torch.Tensor
     plan: Plan
@@ -118,7 +119,8 @@ class Planning(Resumes):
         if not self.plan.holds(self.model):
             before = self.plan
             self.adopt(again(before, self.model))
-            covered = {path for layer in before.layers.values() for path in layer.paths.values()}
+            known, _ = moved(before.layers, self.plan)
+            covered = {path for layer in known.values() for path in layer.paths.values()}
             unshown = covered & (self.plan.uncovered.keys() - before.uncovered.keys())
             self.new = self.new or bool(unshown)  # a forward must show them anew
             return True
@@ -162,20 +164,29 @@ class Planning(Resumes):
         self.adopt(remade(self.plan, tuple(marks), odd, any(table["seen"] for table in tables)))
 
     def adopt(self, found: Plan) -> None:
-        """Take another plan of the same model; layers of the same name and sizes keep their state."""
+        """Take another plan of the same model; layers of the same parameters keep their state whatever they are called
+        now, others of the same name and sizes that of the name."""
         old = self._state
         had = self.held() if old is None else dict(old.blocks)
         before = self.plan
-        self.plan = self._planned(found, {**self.away, **before.layers})
+        core = self.core
+        known, names = moved({**self.away, **before.layers}, found)
+        self.plan = self._planned(found, known)
         self.lost.follow(before, self.plan, 0 if old is None else old.step)
         self.observer = Observer(empty=self.observer.empty)
         now = self.held()
-        kept_on = {name for name, block in now.items() if had.get(name) == block}
-        if old is not None and kept_on != had.keys() | now.keys():
-            self._state = carried(old, self.first_state(self.core, now), kept_on)
-        back = self.plan.layers.keys() - before.layers.keys()
-        waited = old is not None and self._state.missed.among(sorted(back & kept_on)) is not None
-        self.new = self.new or waited or bool(self.plan.layers.keys() - kept_on)
+        kept = {name: was for name, was in names.items() if name in now and had.get(was) == now[name]}
+        kept = {name: was for name, was in kept.items() if name == was or self._alike(core, was, name)}
+        if old is not None and (kept.keys() != now.keys() or {*kept.values()} != had.keys() or _renamed(kept)):
+            self._state = carried(old, self.first_state(self.core, now), kept)
+        self.mixing = {name for name, was in names.items() if was in self.mixing}
+        back = [name for name, was in kept.items() if name in self.plan.layers and was not in before.layers]
+        waited = old is not None and self._state.missed.among(sorted(back)) is not None
+        self.new = self.new or waited or bool(self.plan.layers.keys() - kept.keys())
+
+    def _alike(self, before: kf.Preconditioner, was: str, name: str) -> bool:
+        """Whether the state of a layer is one of the method that it has under its new name."""
+        return self.core.network is not None or before.assigned.of(was) == self.core.assigned.of(name)
 
     def held(self) -> dict[str, kf.Block]:
         """Sizes of the layers that the state is of: those of the plan, and those away."""
@@ -196,6 +207,10 @@ class Planning(Resumes):
         """Parameter by parameter: rule, factor sizes, bytes, and how the block is approximated."""
         mixing = {name for name in self.mixing if name in self.plan.layers}
         return coverage(self.plan, self.blocks(), self.core, mixing)
+
+
+def _renamed(names: Mapping[str, str]) -> bool:
+    return any(name != was for name, was in names.items())
 
 
 def _unpooled(core: kf.Preconditioner, plan: Plan) -> None:

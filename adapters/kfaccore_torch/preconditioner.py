@@ -10,14 +10,15 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
-from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import Shot, complain, counted, gathered
+from kfaccore_torch.collect import complain, counted, gathered
 from kfaccore_torch.compiled import uncompiled, uncompiled_context
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.formed import Formed, stale
+from kfaccore_torch.given import gradients
 from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
+from kfaccore_torch.opened import Open, Opened
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
 from kfaccore_torch.pending import Pending
@@ -25,8 +26,7 @@ from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale, watch
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
-from kfaccore_torch.terms import Terms
-from kfaccore_torch.unusual import dense_grad
+from kfaccore_torch.terms import Terms, numbered
 
 
 class Preconditioner:
@@ -67,7 +67,7 @@ class Preconditioner:
         self.engine = Engine(model, loss, core, Settings(**settings))
         check_same(self.engine)
         self.output = output
-        self._open: tuple[Capture, Told, Shot] | None = None
+        self._opened = Opened()
         self._pending = Pending()
         self._formed = 0  # losses since the last step, differentiated or not
         self._terms = Terms()
@@ -102,18 +102,21 @@ class Preconditioner:
         masks     pattern of layer names -> a mask for those layers instead
         examples  the example of each row, (rows,), for layers that have as many, or pattern -> (rows,)
         """
-        self._open = None
+        self._opened.prune()
+        made_of = self.engine.plan.made_of
         if self.engine.replan():
             check_same(self.engine)
+        if self.engine.plan.made_of is not made_of:
+            self._opened.clear()
         if not self.engine.due:
             yield
             return
         with self.engine.captured() as seen:
             yield
-        self._open = seen, Told(mask, masks or {}, examples), Shot()
+        self._opened.all.append(Open(seen, Told(mask, masks or {}, examples)))
 
     @uncompiled
-    def loss(self, f: Any, target: Any, weight: float = 1.0) -> torch.Tensor:
+    def loss(self, f: Any, target: Any, weight: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The training loss at the captured prediction times `weight`; more than one on a forward add up, and so do
         their curvatures, each with its weight.
 
@@ -124,34 +127,35 @@ class Preconditioner:
         return self.attach(self.engine.objective.value(f, target), f, target, weight)
 
     @uncompiled
-    def attach(self, value: torch.Tensor, f: Any, target: Any, weight: float = 1.0) -> torch.Tensor:
+    def attach(self, value: torch.Tensor, f: Any, target: Any, weight: float | torch.Tensor = 1.0) -> torch.Tensor:
         """As `loss`, for a loss that was formed elsewhere, by a model that is given its labels: `value`, which is the
         loss named above at f and target up to a factor, is handed back times `weight`, and counts once it is
         differentiated."""
-        if not weight > 0:
-            raise ValueError(f"weight is {weight}; need a positive number: leave out a loss that does not count")
+        number, learned = numbered(weight)
         f = picked(f, self.output)
-        weighted = value if weight == 1.0 else value * weight
+        weighted = value * weight if learned or number != 1.0 else value
         if weighted.requires_grad:
             weighted.register_hook(self._scale.note)
         if not self.engine.due or not torch.is_grad_enabled():
             return weighted
-        if self._open is None:
+        if not self._opened:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
-        seen, told, shot = self._open
+        opened = self._opened.of(self.engine.objective.heads(f))
+        seen, shot = opened.seen, opened.shot
         seen.check_unspent()
-        batch = Batch(f, target, told)
+        seen.plan = self.engine.plan  # other forwards of the step may have shown more since
+        batch = Batch(f, target, opened.told)
         n = self.engine.share(batch, wait=shot.formed)
         if not isinstance(n, torch.Tensor) and n <= 0:
             shot.void = self.engine.void(batch)
             return counted(weighted, self._pending, shot, seen.let_go)
-        times = shot.joined(n, weight)
+        times = shot.joined(n, number)
         shot.total = self.engine.objective.total
         more = own_draw(self.engine, value, batch)  # waits as a last draw
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
-        expected = [g if g is None else g * weight for g in observed.expected]
+        expected = [g if g is None else g * number for g in observed.expected]
         formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()))
         weighted = counted(weighted, self._pending, shot, seen.let_go, formed)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
@@ -165,8 +169,8 @@ class Preconditioner:
 
     def discard(self) -> None:
         """Forget what was captured since the last step."""
-        self._pending = Pending(said=self._pending.said)
-        self._open = None
+        self._pending = self._pending.fresh()
+        self._opened = Opened()
         self._formed = 0
         self._scale = Scale()
         self.engine.called = set()
@@ -183,16 +187,9 @@ class Preconditioner:
         if error is not None:
             self.discard()
             raise error
-        given = {}
         with torch.no_grad(), engine.working():
-            for name, layer in engine.plan.layers.items():
-                found = {role: g for role, p in layer.parameters.items() if (g := dense_grad(p)) is not None}
-                if found and len(found) < len(layer.parameters):
-                    if engine.core.comm.world > 1:
-                        continue  # the ranks find out together which of them disagree
-                    raise ValueError(f"layer {name!r} has a gradient for {sorted(found)} only, of {list(layer.paths)}")
-                if found:
-                    given[name] = found
+            given = gradients(engine)
+            self._pending.check(given)
             covered = [g for found in given.values() for g in found.values()]
             with self._scale.undone(engine.plan.layers), self._scale.shown(covered):
                 if lengths is not None or not engine.launch.step(engine, given):
@@ -203,7 +200,7 @@ class Preconditioner:
         """Gradients into directions, with the statistics that are due."""
         engine = self.engine
         records, grads = self._gathered(grads) if engine.due and grads else (None, grads)
-        self._open = None  # the calls' inputs have done their part
+        self._opened.all = []  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:
             before = mean_loss(engine, [value for shot in self._pending.shots for value in shot.values])
@@ -226,7 +223,7 @@ class Preconditioner:
         found = gathered(self._pending.shots, self.engine.core.comm.world)
         records = {name: pieces for name, pieces in found.items() if name in grads}
         if not records:
-            complain(self._pending.shots, self._formed, self._open is not None, self.engine.core.comm.world)
+            complain(self._pending.shots, self._formed, bool(self._opened), self.engine.core.comm.world)
         return self.engine.completed(records, grads, sum(shot.n for shot in self._pending.shots))
 
     def save(self, path: Any, **meta: Any) -> None:
@@ -247,4 +244,4 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits for a step: it belongs to graphs, which no copy shares."""
-        return {**self.__dict__, "_open": None, "_pending": Pending(), "_formed": 0, "_scale": Scale()}
+        return {**self.__dict__, "_opened": Opened(), "_pending": Pending(), "_formed": 0, "_scale": Scale()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfaccore_torch.grafting import finite
+from kfaccore_torch.grafting import check_alone, finite
 from kfaccore_torch.plan import Plan
 
 Made = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -37,24 +37,26 @@ class Remaining:
         if self.make is None:
             return
         now = {name: p for name, p, _ in plan.made_of}
+        names = {id(p): name for name, p in reversed(now.items())}
         covered = {id(p) for layer in plan.layers.values() for p in layer.parameters.values()}
-        stays = {name: now.get(name) for name, p in self._named.items()}
-        stays = {name: p for name, p in stays.items() if p is not None and id(p) not in covered}
-        if self.optimizer is not None:
-            self._exchange(stays)
-        self._named = stays
-        self._join({name: p for name, p in plan.rest.items() if name not in stays})
+        stays = {names[id(p)]: p for p in self._named.values() if id(p) in names}  # whatever they are called now
+        gone = {name: p for name, p in self._named.items() if id(p) not in names}
+        instead = {name: now[name] for name in gone if name in now and name not in stays}
+        new = {id(p): p for p in stays.values()} | {id(p): instead.get(name) for name, p in gone.items()}
+        stays |= instead
+        self._exchange({key: p if p is not None and id(p) not in covered else None for key, p in new.items()})
+        self._named = {name: p for name, p in stays.items() if id(p) not in covered}
+        self._join({name: p for name, p in plan.rest.items() if name not in self._named})
 
-    def _exchange(self, stays: Mapping[str, nn.Parameter]) -> None:
-        """Leave out what stays no longer; a parameter in the place of another begins without moments."""
-        assert self.optimizer is not None
-        new = {id(p): stays.get(name) for name, p in self._named.items() if stays.get(name) is not p}
-        if not new:
+    def _exchange(self, new: Mapping[int, nn.Parameter | None]) -> None:
+        """Put parameters in the place of others, by id, or leave these out; one in the place of another begins without
+        moments."""
+        if self.optimizer is None:
             return
         for group in self.optimizer.param_groups:
             found = [new.get(id(p), p) for p in group["params"]]
-            for p in group["params"]:
-                if id(p) in new:
+            for p, other in zip(group["params"], found, strict=True):
+                if other is not p:
                     self.optimizer.state.pop(p, None)
             group["params"][:] = [p for p in found if p is not None]
         if not any(group["params"] for group in self.optimizer.param_groups):
@@ -63,10 +65,13 @@ class Remaining:
     def _join(self, fresh: Mapping[str, nn.Parameter]) -> None:
         if not fresh or self.make is None:
             return
-        self._named = {**self._named, **fresh}
         if self.optimizer is None:
-            self.optimizer = self.make(fresh.values())
+            made = self.make(fresh.values())
+            check_alone(made)
+            self.optimizer = made
+            self._named = {**self._named, **fresh}
             return
+        self._named = {**self._named, **fresh}
         groups = self.optimizer.param_groups
         if len(groups) == 1:
             groups[0]["params"] += fresh.values()
@@ -88,11 +93,13 @@ class Remaining:
             p.grad = None
         for p, g in zip(plan.rest.values(), grads, strict=True):
             p.grad = g
-        if finite(grads):  # else a moment would keep it; the core moves nothing either
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        for p, g in zip(frozen, aside, strict=True):
-            p.grad = g
+        try:
+            if finite(grads):  # else a moment would keep it; the core moves nothing either
+                self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()
+            for p, g in zip(frozen, aside, strict=True):
+                p.grad = g
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and whose each entry is."""

@@ -136,7 +136,8 @@ class Resumes:
             self.core = self.core_of({**self.away, **self.plan.layers})
             blocks = dict(state.blocks)
             fresh = {name for name, block in self.held().items() if blocks.get(name) != block}
-            state = carried(state, self.first_state(self.core, self.held()), self.held().keys() - fresh)
+            same = {name: name for name in self.held().keys() - fresh}
+            state = carried(state, self.first_state(self.core, self.held()), same)
             self.new = self.new or bool(fresh & self.plan.layers.keys())
         self.state = state
 

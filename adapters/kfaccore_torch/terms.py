@@ -22,6 +22,7 @@ class Terms:
     declared: bool = False
     looked: bool = False
     _fired: list[tuple[torch.Tensor, Expected]] = field(default_factory=list)  # losses of one backward pass
+    _task: int = -1  # that pass
 
     def expect(self, value: torch.Tensor, expected: Expected, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Look, at the end of the backward pass of `value`, whether the gradient is that of such losses alone.
@@ -34,7 +35,10 @@ class Terms:
         value.register_hook(partial(self._fire, expected if fresh else (), parameters))
 
     def _fire(self, expected: Expected, parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> None:
-        if not self._fired:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # what is left of a pass before is of one that failed
+            self._task = task
+            self._fired = []
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._compare, parameters))
         self._fired.append((grad.detach(), expected))  # not read: a device would be waited for
 
@@ -53,7 +57,17 @@ class Terms:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a backward pass in progress has seen."""
-        return {**self.__dict__, "_fired": []}
+        return {**self.__dict__, "_fired": [], "_task": -1}
+
+
+def numbered(weight: Any) -> tuple[float, bool]:
+    """A loss's weight as a number, and whether it is learned: then it has a gradient, also where it is 1. ValueError
+    where it is not positive."""
+    tensor = isinstance(weight, torch.Tensor)
+    number = float(weight.detach() if tensor else weight)
+    if not number > 0:
+        raise ValueError(f"weight is {number}; need a positive number: leave out a loss that does not count")
+    return number, tensor and weight.requires_grad
 
 
 def _sum(fired: Sequence[tuple[float, Expected]], i: int) -> torch.Tensor | None:

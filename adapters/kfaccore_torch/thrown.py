@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from kfaccore_torch.unusual import dense
 
 if TYPE_CHECKING:
-    from kfaccore_torch.formed import Formed
+    from kfaccore_torch.formed import Arrived, Formed
 
 _MOST = 64  # elements of a parameter
 Sample = Mapping[torch.Tensor, torch.Tensor]  # parameter -> some elements of its gradient
@@ -25,29 +26,83 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass
-class Thrown:
-    """Losses whose gradients were set aside together.
+class Taken:
+    """What is taken from a loss: backward passes, with what arrived at it, or layers alone."""
 
-    losses  with what arrived at each
+    loss: Formed
+    passes: dict[int, Arrived]
+    layers: frozenset[str] = frozenset()
+
+    @classmethod
+    def whole(cls, loss: Formed) -> Taken:
+        """All that went into `.grad`."""
+        return cls(loss, {number: arrived for number, arrived in loss.passes.items() if arrived.into})
+
+    @classmethod
+    def partly(cls, loss: Formed, gone: set[int]) -> Taken:
+        """The layers whose parameters, by id, are all among those `gone`, of a loss that went into `.grad`."""
+        into = any(arrived.into for arrived in loss.passes.values())
+        layers = loss.layers.items() if into else ()
+        names = (name for name, layer in layers if all(id(p) in gone for p in layer.parameters.values()))
+        return cls(loss, {}, frozenset(names) - loss.without)
+
+    def out(self) -> Taken:
+        """It does not count, as if the loss had not been differentiated there."""
+        for number in self.passes:
+            self.loss.passes.pop(number, None)
+        self.loss.without |= self.layers
+        return self
+
+    def back(self) -> None:
+        """It counts after all, beside what the loss has been differentiated for since."""
+        self.loss.passes.update(self.passes)
+        self.loss.without -= self.layers
+
+
+@dataclass
+class Thrown:
+    """What was taken from losses whose gradients were set aside together.
+
     sample  of the gradients; None where they were written over
+    asked   whether the loop asked for them: they never were in `.grad`
     """
 
-    losses: list[tuple[Formed, torch.Tensor | None]]
+    taken: list[Taken]
     sample: Sample | None
+    asked: bool = False
 
     def bring_back(self) -> None:
         """They count after all."""
-        for loss, slope in self.losses:
-            loss.restore(slope)
+        for one in self.taken:
+            one.back()
+
+
+class Sampler:
+    """Elements of the gradients that a backward pass hands to who asked for them, which are in no `.grad`: by hooks,
+    until it is closed."""
+
+    def __init__(self, trained: Sequence[torch.Tensor]) -> None:
+        self._found: dict[torch.Tensor, torch.Tensor] = {}
+        self._handles = [p.register_hook(partial(self._note, p)) for p in trained if p.requires_grad]
+
+    def _note(self, p: torch.Tensor, grad: torch.Tensor) -> None:
+        self._found[p] = _spread(grad)
+
+    def close(self) -> Sample:
+        """What was seen."""
+        for handle in self._handles:
+            handle.remove()
+        return self._found
 
 
 def sampled(gradients: Iterable[tuple[torch.Tensor, torch.Tensor, int]]) -> Sample:
     """Elements that are spread over each gradient, copies; nothing waits for a device."""
-    found = {}
-    for p, grad, _ in gradients:
-        flat = dense(grad.detach()).reshape(-1)
-        found[p] = flat[:: max(1, len(flat) // _MOST)].clone()
-    return found
+    return {p: _spread(grad) for p, grad, _ in gradients}
+
+
+def _spread(grad: torch.Tensor) -> torch.Tensor:
+    flat = dense(grad.detach()).reshape(-1)
+    return flat[:: max(1, len(flat) // _MOST)].clone()
 
 
 def used(now: Sample, last: Sample, before: Sequence[Sample | None]) -> tuple[list[bool], bool]:

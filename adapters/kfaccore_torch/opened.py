@@ -1,0 +1,101 @@
+"""Captured forwards of a step whose losses are still to come, and which of them made a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kfaccore_torch.capture import Capture
+from kfaccore_torch.collect import Shot
+from kfaccore_torch.masks import Told
+
+
+@dataclass(eq=False)
+class Open:
+    """One forward: its calls, what the caller told of its rows, and what its losses leave."""
+
+    seen: Capture
+    told: Told
+    shot: Shot = field(default_factory=Shot)
+
+
+@dataclass(eq=False)
+class Opened:
+    """Those of a step, in order; `lost` where one was let go of before its loss."""
+
+    all: list[Open] = field(default_factory=list)
+    lost: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+    def clear(self) -> None:
+        """Their parameters are no more."""
+        self.lost = self.lost or any(not one.seen.spent for one in self.all)
+        self.all = []
+
+    def prune(self) -> None:
+        """Before another forward: those of which nobody holds a prediction any more, as of a validation, are let go of
+        with all that they keep."""
+        kept = [one for one in self.all if one.seen.spent or _held(one.seen)]
+        self.lost = self.lost or len(kept) < len(self.all)
+        self.all = kept
+
+    def of(self, heads: Sequence[torch.Tensor]) -> Open:
+        """The forward that made a prediction, as autograd's record has it; the newest where the graph says nothing.
+
+        Raises ValueError where none of them made it, or several that were told of different rows.
+        """
+        newest = self.all[-1]
+        if len(self.all) == 1 and not self.lost:
+            return newest
+        found = next((one for one in reversed(self.all) if _made(one, heads)), None)
+        if found is None:
+            before = (node for node in _behind(heads) if node._sequence_nr() < newest.seen.span.first)
+            if next(before, None) is not None:
+                raise ValueError(
+                    "this prediction is not of the newest captured forward, and that which made it is no more: nobody "
+                    "held what it returned, or the model's parameters changed since. Form the loss of a forward before "
+                    "the next one, or keep what the model returned"
+                )
+            return newest
+        others = [one for one in self.all if one is not found and not one.seen.spent and one.told.any]
+        if any(_made(one, heads) for one in others):
+            raise ValueError(
+                "this prediction is made of several captured forwards, one of which has a mask or examples of its own: "
+                "run them inside one `with pre.capture(masks=...):`"
+            )
+        return found
+
+
+def _made(one: Open, heads: Sequence[torch.Tensor]) -> bool:
+    """Whether a node behind a prediction was made inside the forward; most often the first that is looked at."""
+    span = one.seen.span
+    return any(span.first <= node._sequence_nr() < (span.last or 0) for node in _behind(heads))
+
+
+def _behind(heads: Iterable[torch.Tensor]) -> Iterator[Any]:
+    """The nodes of a graph, from its end; those of leaves, which have no time, aside."""
+    return _nodes([f.grad_fn for f in heads])
+
+
+def _nodes(waiting: list[Any]) -> Iterator[Any]:
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node.name().endswith("AccumulateGrad"):
+            continue
+        seen.add(node)
+        yield node
+        waiting.extend(child for child, _ in node.next_functions)
+
+
+def _held(seen: Capture) -> bool:
+    """Whether somebody holds what a forward came to: a tensor that the graph we keep has no use for."""
+    tensors = seen.made.held()
+    nodes = _nodes([*(use.call.node for use in seen.uses), *(x.grad_fn for x in tensors)])
+    inner = {child for node in nodes for child, _ in node.next_functions}
+    return any(x.grad_fn is not None and x.grad_fn not in inner for x in tensors)
