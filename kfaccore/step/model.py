@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
+from kfaccore.convolution.patches import Patches
+from kfaccore.linalg.grams import gram_of_inputs
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import contracted, outputs
@@ -150,12 +152,11 @@ def trace(records: Mapping[str, Record], comm: Communicator = Serial()) -> Numbe
 def _traces(record: Record) -> list[Array]:
     """Sums of |a|^2 and |g|^2 of each block, and (rows, n) they are averages over."""
     xp = namespace(record.g)
-    a = record.rows()
     g = record.g
     rows = float(record.batch * record.shared)
     if record.mask is not None:
         rows = number(xp.sum(xp.astype(record.mask, g.dtype)))
-    tr_a = numbers(xp.sum(a * a, axis=(1, 2, 3)))
+    tr_a = numbers(xp.sum(gram_of_inputs(record, diagonal=True), axis=-1))
     tr_g = numbers(xp.sum(g * g, axis=(0, 2, 3, 4)))
     return [tr_a, tr_g, stack([rows, number(record.n)])]
 
@@ -163,8 +164,8 @@ def _traces(record: Record) -> list[Array]:
 def _same_rows(grad: Factored, record: Record) -> bool:
     """Under tracing only where they are one array; XLA merges the products of equal ones."""
     a = record.a
-    if isinstance(a, Ids) or tuple(grad.a.shape) != (record.blocks, record.batch, record.shared, record.d_in):
+    if isinstance(a, Ids | Patches) or tuple(grad.a.shape) != (record.blocks, record.batch, record.shared, record.d_in):
         return False
     if is_tracer(grad.a) or is_tracer(record.g):
         return grad.a is a
-    return bool(namespace(grad.a).all(grad.a == record.rows()))
+    return bool(namespace(grad.a).all(grad.a == a))

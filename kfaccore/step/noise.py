@@ -13,6 +13,7 @@ from kfaccore.step.model import counts, expansion, inner
 from kfaccore.step.own import remaining
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
+from kfaccore.xp.ranges import COUNT, NO_BOUND, PART, SHARE, ranged
 
 _SAME = 1e-5  # relative: a loss this close to the one after the last step is of the same batch
 _CLEAR = 0.9  # rho from which own shares are next to nothing
@@ -39,14 +40,7 @@ class Noise:
     promise: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0 <= self.average < 1:
-            raise ValueError(f"Noise.average is {self.average}; need a share in [0, 1): it stays in a step")
-        if not self.reach > 0:
-            raise ValueError(f"Noise.reach is {self.reach}; need a positive number, math.inf for no bound")
-        if not 0 < self.promise <= 1:
-            raise ValueError(f"Noise.promise is {self.promise}; need a share of the loss in (0, 1]")
-        if self.every < 1:
-            raise ValueError(f"Noise.every is {self.every}; need at least 1, the steps between two measurements")
+        ranged(self, average=SHARE, reach=NO_BOUND, promise=PART, every=COUNT)
 
     def __call__(self, directions: Mapping[str, Array], grads: Mapping[str, Array | Factored], lr: float) -> float:
         return 1.0  # as rescale= of Fixed, see modelled
