@@ -63,7 +63,11 @@ class Noise:
         examples = counts(records, comm)[1]
         left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
         if left is not None:
-            left = left._replace(factor=remaining(True, examples), layers=frozenset(names))
+            left = left._replace(
+                factor=remaining(True, examples),
+                layers=frozenset(names),
+                own={name: known.own.records[name] for name in names},
+            )
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
         found = expansion(records, grads, (x, x), comm, left)
         norms = sum(known.damping[name] * inner({name: d}, {name: d}) for name, d in x.items())
@@ -74,10 +78,11 @@ class Noise:
         alpha = pick(good, number(down[0]) / pick(good, below, 1.0), 0.0)
         step = stack([pick(alpha < 1.0, alpha, 1.0)])
         step = self.shortened(step, F if found.batch is None else found.batch[:1, :1], first)
+        whole = len(records) - len(names)
         slope = number(down[0]) if found.slope is None else found.slope
         seen = Seen(slope - found.own, found.own)
         step = promised(step, F, down, self.believed(known.loss, seen.rho(examples)))
-        return {"scale": number(step[0]), **seen.told(examples), "with_own": len(records) - len(names)}
+        return {"scale": number(step[0]), **seen.told(examples), "with_own": whole, "given": found.given}
 
     def shortened(self, step: Array, F: Array, first: Number) -> Array:
         """`step` times min(1, sqrt(reach first / step^T F step)); as it is where the first loss is not known, 0."""

@@ -130,7 +130,8 @@ class SelfTuning(ByModel):
         known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Motion, dict[str, float | Array]]:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code; and
-        of noise rho, critical_batch and how many layers' own shares are left in (`with_own`).
+        of noise rho, critical_batch, how many layers' own shares are left in (`with_own`), and the gradients over the
+        loss's own (`given`).
 
         l2   the penalty l2/2 |theta|^2 is part of the loss and of `grads`, so its curvature joins the model.
         """
@@ -167,7 +168,7 @@ class SelfTuning(ByModel):
             seen=seen,
             bent=pick(sound, number(step @ F @ step), motion.bent),
         )
-        told = _told(motion, after, code) | seen.told(examples) | {"with_own": own.whole}
+        told = _told(motion, after, code) | seen.told(examples) | {"with_own": own.whole, "given": found.given}
         return {name: _like(v, directions[name]) for name, v in updates.items()}, after, told
 
     def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:
