@@ -101,3 +101,22 @@ def test_a_checkpoint_of_before_has_missed_nothing():
     np.testing.assert_array_equal(before.core.missed.table, [0, 0])
     for got, want in zip(jax.tree.leaves(before.core.layers), jax.tree.leaves(state.core.layers), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("clocks", [kf.Clocks(1, 100), kf.Clocks(4, 8)], ids=repr)
+def test_a_first_batch_that_is_not_finite_is_made_up_for_under_jit(clocks):
+    tx = kj.kfac(PLAN, core=kf.Preconditioner(kf.KFAC(), clocks, SCHEDULES))
+
+    @partial(jax.jit, compiler_options=FAST)
+    def call(state, grads, records):
+        return tx.update(grads, state, None, records=records, fresh=None)
+
+    fresh = tx.init(mlp_params())
+    _, state = call(fresh, *jax.tree.map(lambda x: x * np.nan, measured(normal((2, 12, 3), seed=10))))
+    assert state.core.missed.has(REFRESH).all()
+    later = measured(normal((2, 12, 3), seed=11))
+    found, after = call(state, *later)
+    want, _ = call(fresh, *later)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12)
+    np.testing.assert_array_equal(after.core.missed.table, [0, 0])

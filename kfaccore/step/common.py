@@ -1,8 +1,8 @@
 """The common factor of the gradients that a step is given and of the loss's own: 1, but for what a loop does to them.
 
 A loop that clips by the norm, scales its loss or averages over ranks hands on c g for the loss's gradient g, and the
-own shares are of g. <c g, x> over <g, x> shows c for any x; output by output it also shows whether there is such a
-factor: a penalty that joined the gradient, or a clip by entries, gives each output another. Then the shares stand as they are.
+own shares are of g. <c g, x> over <g, x> shows c for any x; output by output it also shows whether there is one: a
+penalty that joined the gradient, or a clip by entries, gives each output another. Then the shares stand as they are.
 Cost: rows d_out a layer.
 """
 
