@@ -27,13 +27,15 @@ def outputs(record: Record, *vs: Array) -> list[Array]:
     v = full[0] if len(full) == 1 else xp.concat(full, axis=1)
     if isinstance(record.a, Ids):
         z = xp.take(v[0, ...].mT, xp.reshape(record.a.index, (-1,)), axis=0)
+    elif isinstance(record.a, Patches):
+        z = joined(record, lambda a: _times(a, v))
     elif shared_first(record.a):
         a = xp.reshape(xp.moveaxis(record.a, -2, -3), (record.blocks, -1, record.d_in))
         z = xp.reshape(xp.matmul(a, v.mT), (record.blocks, record.shared, record.batch, -1))
         z = xp.moveaxis(z, -2, -3)
         return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
     else:
-        z = joined(record, lambda a: _times(a, v))
+        z = _times(record.a, v)
     z = xp.reshape(z, (record.blocks, record.batch, record.shared, -1))
     return [z[..., i * record.d_out : (i + 1) * record.d_out] for i in range(len(vs))]
 

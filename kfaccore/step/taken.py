@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from kfaccore.xp.arrays import Array
 
@@ -14,6 +15,6 @@ def taken(directions: Mapping[str, Array], buffers: Mapping[str, Array]) -> Take
     return None if len(directions) == len(buffers) else tuple(directions)
 
 
-def of_step(change: Callable[[Array], Array], buffers: Mapping[str, Array], layers: Taken) -> dict[str, Array]:
+def of_step(change: Callable[[Array], Any], buffers: Mapping[str, Array], layers: Taken) -> dict[str, Array]:
     """The buffers once those of the step's layers are changed; layers left out keep theirs."""
     return {name: change(x) if layers is None or name in layers else x for name, x in buffers.items()}

@@ -44,7 +44,7 @@ def within(name: str, value: Any, wanted: Range) -> None:
     """As `ranged`, of a value at hand. Arrays of a device or a trace are believed: their numbers are not read."""
     value = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
     if isinstance(value, int | float | np.number):
-        if not wanted.holds(value):
+        if not wanted.holds(float(value)):
             raise ValueError(f"{name} is {value}; need {wanted.need}")
     elif not aac.is_array_api_obj(value):
         raise TypeError(f"{name} is {value!r}; need {wanted.need}")
