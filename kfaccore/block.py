@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.ranges import AT_LEAST_0, SHARE, Range, within
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Block:
         return cls(record.d_out, record.d_in, record.blocks, isinstance(record.a, Ids))
 
 
+_OLD = Range("a number in [0, 1): it multiplies the old average", SHARE.holds)
+
+
 @dataclass(frozen=True)
 class Hyper:
     """Numbers of one step: `decay` multiplies the OLD average, `damping` is absolute unless the method says so."""
@@ -43,7 +47,5 @@ class Hyper:
     epoch: int | Array = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, int | float) and not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping is {self.damping}; need a finite number >= 0")
-        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
-            raise ValueError(f"decay is {self.decay}; need a number in [0, 1): it multiplies the old average")
+        within("damping", self.damping, AT_LEAST_0)
+        within("decay", self.decay, _OLD)

@@ -13,6 +13,7 @@ from typing import Protocol
 from kfaccore.linalg.side import Scale
 from kfaccore.options import function, instance
 from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.ranges import AT_LEAST_0, ranged
 
 
 def mean_eigenvalue(a: Scale, g: Scale) -> Array:
@@ -181,6 +182,9 @@ class Adaptive:
     """
 
     floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        ranged(self, floor=AT_LEAST_0)
 
     def __call__(self, trace: Array, size: int, damping: float | Array) -> Array:
         low = namespace(trace).zeros_like(trace) + self.floor

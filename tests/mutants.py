@@ -134,7 +134,7 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
         "self.momentum**2 * namespace(d)",
         "test_preconditioner.py",
     ),
-    ("clip without rate", "step/rescale.py", "lr * lr * abs(total)", "abs(total)", "test_preconditioner.py"),
+    ("clip without rate", "step/rescale.py", "(*sizes, none + lr)", "sizes", "test_preconditioner.py"),
     (
         "sign of a border",
         "convolution/autocorrelation.py",

@@ -169,7 +169,7 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "coefficients in the steps that compute",
         "methods/rows/fngd.py",
-        "xp.where(xp.asarray(rests), beta, xp.ones_like(beta))",
+        "xp.where(xp.asarray(rests, device=device_of(beta)), beta, xp.ones_like(beta))",
         "beta",
         _DECLARED,
     ),

@@ -46,7 +46,7 @@ A, G = np.ones((6, 4)), np.ones((6, 3))
         (lambda: kf.KFAC(split=kf.exact), ValueError, "inverse=eigh"),
         (lambda: kf.Exact().init(kf.Block(1000, 1000), A), ValueError, "use KFAC or EKFAC"),
         (lambda: kf.Block(0, 3), ValueError, "at least 1"),
-        (lambda: kf.Clocks(0, 1), ValueError, "at least 1 step"),
+        (lambda: kf.Clocks(0, 1), ValueError, "Clocks.update is 0; need a whole number of at least 1"),
         (
             lambda: kf.Preconditioner(kf.KFAC(), network="two-level"),
             TypeError,

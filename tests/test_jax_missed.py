@@ -10,6 +10,7 @@ import pytest
 import kfaccore as kf
 from jax_models import FAST, mlp, mlp_params, normal
 from jax_needed import jax, kj
+from kfaccore.precondition.missed import MEASURE, NEVER, REFRESH
 
 X, Y = normal((12, 5), seed=2), normal((12, 3), seed=3)
 PLAN = kj.plan(mlp, mlp_params(), X)
@@ -94,9 +95,28 @@ def test_a_checkpoint_of_before_has_missed_nothing():
     (_, state), *_ = in_turn(core, [(0, True)])
     written = serialization.to_state_dict(state)
     same = serialization.from_state_dict(state, written)
-    np.testing.assert_array_equal(same.core.missed.table, [0, 5])
+    np.testing.assert_array_equal(same.core.missed.table, [0, MEASURE | REFRESH | NEVER])
     del written["core"]["missed"]
     before = serialization.from_state_dict(state, written)
     np.testing.assert_array_equal(before.core.missed.table, [0, 0])
     for got, want in zip(jax.tree.leaves(before.core.layers), jax.tree.leaves(state.core.layers), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("clocks", [kf.Clocks(1, 100), kf.Clocks(4, 8)], ids=repr)
+def test_a_first_batch_that_is_not_finite_is_made_up_for_under_jit(clocks):
+    tx = kj.kfac(PLAN, core=kf.Preconditioner(kf.KFAC(), clocks, SCHEDULES))
+
+    @partial(jax.jit, compiler_options=FAST)
+    def call(state, grads, records):
+        return tx.update(grads, state, None, records=records, fresh=None)
+
+    fresh = tx.init(mlp_params())
+    _, state = call(fresh, *jax.tree.map(lambda x: x * np.nan, measured(normal((2, 12, 3), seed=10))))
+    assert state.core.missed.has(REFRESH).all()
+    later = measured(normal((2, 12, 3), seed=11))
+    found, after = call(state, *later)
+    want, _ = call(fresh, *later)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12)
+    np.testing.assert_array_equal(after.core.missed.table, [0, 0])

@@ -8,6 +8,7 @@ import pytest
 import kfaccore as kf
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
+from kfaccore.record.jacobian import adjoint, outputs
 from kfaccore.xp.asking import Ask, answered
 from kfaccore.xp.widths import widths
 
@@ -133,3 +134,25 @@ def test_a_traced_n_is_that_of_every_group_of_stacked_layers(rng):
     found = jax.jit(step)(*jax.tree.map(jnp.asarray, (rows, grads)), jnp.asarray(4.0))
     for name in layers:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_patches_are_unfolded_a_few_examples_at_a_time(rng, monkeypatch, batch, masked):
+    """J v and J^T w of whole rows, eager and in one loop of a compiled program, with and without one left over."""
+    monkeypatch.setattr("kfaccore.record.chunks._held", lambda record: 2)
+    image, g = rng.normal(size=(2, batch, 5, 4, 2)), rng.normal(size=(3, 2, batch, 12, 3))
+    mask = rng.random((batch, 12)) < 0.7 if masked else None
+    v = [rng.normal(size=(2, 3, 9)) for _ in range(2)]
+    w = rng.normal(size=(3, batch))
+
+    def program(image, g, mask, v, w):
+        record = kf.Record(Patches(image, kf.Window((2, 2)), True), g, 1.0, mask)
+        return outputs(record, *v), adjoint(record, w)
+
+    whole = kf.Record(kf.Record(Patches(image, kf.Window((2, 2)), True), g, 1.0).rows(), g, 1.0, mask)
+    want = [np.einsum("kbsi,koi->kbso", whole.a, x) for x in v]
+    back = np.einsum("vb,vkbso,kbsi->koi", w, whole.g, whole.a)
+    for found in (program(image, g, mask, v, w), jax.jit(program)(*jax.tree.map(jnp.asarray, (image, g, mask, v, w)))):
+        for x, y in zip((*found[0], found[1]), (*want, back), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)

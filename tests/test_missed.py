@@ -118,3 +118,38 @@ def test_a_layer_whose_method_needs_no_records_is_never_waited_for():
     pre = kf.Preconditioner(methods, kf.Clocks(4, 8), SCHEDULES)
     _, infos, _ = ran(pre, [(i, ("body", "one") if i else ("body",)) for i in range(5)])
     assert [wanted for wanted, *_ in infos] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("clocks", [kf.Clocks(1, 100), kf.Clocks(7, 14), kf.Clocks(1, 9, staggered=True)], ids=repr)
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("bad", [("one",), tuple(BLOCKS)], ids=len)
+def test_a_first_record_that_is_not_finite_is_made_up_for(clocks, stacked, bad):
+    """The next one is measured and refreshed from, whatever the clocks say of that step; then they hold again."""
+    pre = kf.Preconditioner(kf.KFAC(), clocks, SCHEDULES, stacked=stacked)
+    state = pre.init(BLOCKS, np.zeros(1))
+    infos = []
+    for i in range(3):
+        records, grads = turn(tuple(BLOCKS), i)
+        if i == 0:
+            records |= {name: kf.Record(records[name].a * np.nan, records[name].g, 6) for name in bad}
+        assert pre.wants_records(state) or i == 2
+        found, state, info = pre.step(state, records, grads)
+        infos.append((bool(info.updated), bool(info.refreshed)))
+        if i == 1:
+            mine = pre.step(pre.init({"one": BLOCKS["one"]}, np.zeros(1)), *turn(("one",), 1))[0]["one"]
+            np.testing.assert_allclose(found["one"], mine, rtol=1e-12)
+            assert state.missed.nothing
+    assert infos[1] == (True, True)
+    assert infos[2] == (clocks.update == 1, clocks.staggered and 2 in clocks.slots())
+
+
+def test_records_that_turn_bad_later_are_not_asked_for(monkeypatch):
+    """A device is not read in a step but until its layers began."""
+    pre = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 2), SCHEDULES)
+    _, _, state = ran(pre, [(0, tuple(BLOCKS))])
+    monkeypatch.setattr("kfaccore.precondition.info.Info.refused", lambda *_: pytest.fail("it was read"))
+    records, grads = turn(tuple(BLOCKS), 1)
+    records["one"] = kf.Record(records["one"].a * np.nan, records["one"].g, 6)
+    _, after, info = pre.step(state, records, grads)
+    assert info.counts() == {kf.Code.OK: 2, kf.Code.NONFINITE: 1}
+    assert after.missed.nothing

@@ -247,7 +247,7 @@ def test_float32_with_tiny_damping_is_warned_about_with_the_number(name):
 
 
 def test_methods_refuse_what_they_cannot_be():
-    with pytest.raises(ValueError, match="need terms >= 1"):
+    with pytest.raises(ValueError, match=r"PINNKFAC.terms is 0; need a whole number of at least 1"):
         kf.PINNKFAC(terms=0)
     with pytest.raises(ValueError, match="a split that shifts each factor"):
         kf.PINNKFAC(split=kf.exact)
@@ -255,7 +255,7 @@ def test_methods_refuse_what_they_cannot_be():
         kf.PINNKFAC().init(kf.Block(2, 3, diagonal_in=True), np.zeros(1))
     with pytest.raises(ValueError, match=r"Quadratic.damping is 0"):
         kf.Quadratic(0.0)
-    with pytest.raises(ValueError, match=r"need momentum in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"GridSearch.momentum is 1.0; need a number in \[0, 1\)"):
         kf.GridSearch(1.0)
     record = kf.Record(np.ones((2, 3)), np.ones((2, 2)), 2.0)
     with pytest.raises(ValueError, match="record has 1 terms; this PINNKFAC needs a tuple of 2"):

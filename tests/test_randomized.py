@@ -268,7 +268,7 @@ def test_a_failed_refresh_keeps_the_previous_modes(rng):
     ("call", "message"),
     [
         (lambda: Rank(-1), "at least 0"),
-        (lambda: kf.Symmetric(passes=0), "passes >= 1"),
+        (lambda: kf.Symmetric(passes=0), "Symmetric.passes is 0; need a whole number"),
         (lambda: kf.RandomizedKFAC(split=kf.exact), "does not shift each factor"),
         (lambda: kf.BrandKFAC(split=kf.exact), "does not shift each factor"),
     ],

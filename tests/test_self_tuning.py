@@ -230,6 +230,21 @@ def test_first_damping_is_a_share_of_the_mean_eigenvalue(rng):
     assert rule.begin(rule.init({}), {"a": record}).damping == pytest.approx(0.1 * mean, rel=1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["ids", "patches"])
+def test_the_first_damping_never_asks_for_rows(rng, monkeypatch, kind, masked):
+    """An embedding of any vocabulary, a convolution of any image: the same damping as of their rows."""
+    mask = np.array([[True, False, True, True]] * 6) if masked else None
+    a = kf.Ids(rng.integers(0, 7, (6, 4)), 7)
+    if kind == "patches":
+        a = kf.Patches(rng.normal(size=(6, 3, 3, 2)), kf.Window((2, 2)), bias=True)
+    record = kf.Record(a, rng.normal(size=(2, 6, 4, 3)), 6.0, mask)
+    rule = kf.SelfTuning()
+    want = rule.begin(rule.init({}), {"a": dataclasses.replace(record, a=record.rows())}).damping
+    monkeypatch.setattr(kf.Record, "rows", None)
+    assert rule.begin(rule.init({}), {"a": record}).damping == pytest.approx(want, rel=1e-12)
+
+
 @pytest.mark.parametrize("damping", [1e-6, 1e-4, 1e-2, 1.0, 1e2])
 @pytest.mark.parametrize("name", ["digits-autoencoder", "digits-classifier", "digits-cnn", "curves-autoencoder"])
 def test_never_non_finite_from_any_first_damping(name, damping):

@@ -186,3 +186,25 @@ def test_gradients_near_underflow_pass(rng, method):
         assert np.isfinite(method.solve(state, v, hyper).direction).all()
     want = method.matvec(kf.settle(method, kf.Record(a, g, record.n), 120), v, hyper)
     assert apart(method.matvec(state, v, hyper), want) < 1e-3
+
+
+@pytest.mark.parametrize("d_in", [4, 1])
+@pytest.mark.parametrize("d_out", [1, 3])
+def test_a_second_pair_is_not_made_of_rounding(rng, d_in, d_out):
+    """Averaged over batches, the order of rows changes nothing; one output, or one input, is KPSVD's."""
+    given = [(rng.normal(size=(8, d_in)), rng.normal(size=(2, 8, d_out))) for _ in range(6)]
+    v, turned = rng.normal(size=(d_out, d_in)), rng.permutation(8)
+
+    def run(method, rows):
+        pre = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(0.1, 0.8))
+        state = pre.init({"x": kf.Block(d_out, d_in)}, v)
+        found = []
+        for a, g in given:
+            moves, state, _ = pre.step(state, {"x": kf.Record(a[rows], g[:, rows], 8.0)}, {"x": v})
+            found.append(moves["x"])
+        return np.array(found)
+
+    for method in TWO:
+        np.testing.assert_allclose(run(method, turned), run(method, slice(None)), rtol=1e-6, atol=1e-9)
+    if 1 in (d_in, d_out):
+        np.testing.assert_allclose(run(kf.Deflation(), turned), run(kf.KPSVD(), slice(None)), rtol=1e-10)

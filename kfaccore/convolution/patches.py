@@ -81,10 +81,10 @@ class Patches:
             counted = rows if mask is None else xp.where(mask[None, :, :, None], rows, xp.zeros_like(rows))
             return xp.sum(counted * counted, axis=(1, 2))
         axes = tuple(range(1, self.image.ndim - 1))
-        parts = [part * part for part in offsets(self.image, self.window)]
+        parts = (part * part for part in offsets(self.image, self.window))  # one at a time
         if mask is not None:
             counted = xp.reshape(mask, (1, mask.shape[0], *outputs, 1))
-            parts = [xp.where(counted, part, xp.zeros_like(part)) for part in parts]
+            parts = (xp.where(counted, part, xp.zeros_like(part)) for part in parts)
         sums = [xp.sum(part, axis=axes) for part in parts]
         if self.bias:
             ones = xp.ones_like(sums[0][:, :1])
@@ -113,7 +113,7 @@ class Patches:
             rows = unfold(image, self.window, self.bias)
             return kernels.gram(namespace(rows).reshape(rows, (self.blocks, -1, rows.shape[-1])))
 
-        found = traced.in_turns(self.image, chunk, whole, of)
+        found = traced.in_turns((self.image,), chunk, whole, of)
         left = self.image[:, whole * chunk :, ...]
         return found + of(left) if left.shape[1] else found
 

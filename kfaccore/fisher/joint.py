@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfaccore.fisher import draws as single
 from kfaccore.fisher.losses import Loss
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +115,8 @@ class Joint:
         found = {}
         for head, v in draws.items():
             xp = namespace(v)
-            sides = [xp.zeros((k, *v.shape[1:]), dtype=v.dtype) for k in (before, total - before - counts[head])]
+            where = {"dtype": v.dtype, "device": device_of(v)}
+            sides = [xp.zeros((k, *v.shape[1:]), **where) for k in (before, total - before - counts[head])]
             found[head] = xp.concat([sides[0], v, sides[1]])
             before += counts[head]
         return found

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from kfaccore.xp.arrays import Array, all_finite, device_of, eps, loop, namespace, select
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.ranges import AT_LEAST_0, COUNT, UNIT, ranged
 
 Map = Callable[[Array], Array]
 Carry = tuple[Array, ...]
@@ -35,6 +36,9 @@ class Iterations:
 
     count: int = 10
 
+    def __post_init__(self) -> None:
+        ranged(self, count=COUNT)
+
     def reached(self, k: Array, residual: Array, floor: Array, phi: Array) -> Array:
         return (k >= self.count) | (residual < 0)
 
@@ -44,6 +48,9 @@ class Residual:
     """|b - Op x| <= tolerance |b|, or the rounding of Op x where that is larger."""
 
     tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        ranged(self, tolerance=AT_LEAST_0)
 
     def reached(self, k: Array, residual: Array, floor: Array, phi: Array) -> Array:
         xp = namespace(residual)
@@ -58,6 +65,9 @@ class Progress:
     tolerance: float = 5e-4
     least: int = 10
     share: float = 0.1
+
+    def __post_init__(self) -> None:
+        ranged(self, tolerance=AT_LEAST_0, least=COUNT, share=UNIT)
 
     def reached(self, k: Array, residual: Array, floor: Array, phi: Array) -> Array:
         xp = namespace(phi)
@@ -101,10 +111,7 @@ class CG:
     jacobi: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; need at least one iteration")
-        if not 0 <= self.warm <= 1 or not 0 <= self.jacobi <= 1:
-            raise ValueError(f"warm is {self.warm} and jacobi {self.jacobi}; need numbers in [0, 1]")
+        ranged(self, limit=COUNT, warm=UNIT, jacobi=UNIT)
 
 
 def solve(operator: Map, b: Array, how: CG, precondition: Map | None = None, start: Array | None = None) -> Result:

@@ -23,6 +23,7 @@ from kfaccore import xp as kernels
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, select, to_host
 from kfaccore.xp.codes import Code
+from kfaccore.xp.ranges import AT_LEAST_0, COUNT, PART, POSITIVE, ranged
 
 Records = Mapping[str, Record | tuple[Record, ...]]
 
@@ -56,6 +57,9 @@ class GaussNewton:
     points: int = 16
     least: float = 1e-15
 
+    def __post_init__(self) -> None:
+        ranged(self, damping=AT_LEAST_0, drop=PART, grow=POSITIVE, points=COUNT, least=AT_LEAST_0)
+
     def init(self) -> State:
         return State()
 
@@ -63,6 +67,7 @@ class GaussNewton:
         self, state: State, records: Records, residuals: Sequence[Array]
     ) -> tuple[dict[str, Array], State, dict[str, float | Array]]:
         """(full updates to subtract (blocks, d_out, d_in) a layer, state, info); residuals (batch,) a term."""
+        _one_batch(records, residuals)
         rows = {name: jacobian(record) for name, record in records.items()}
         kernel = gram(rows)
         r = scaled(records, residuals)
@@ -103,6 +108,19 @@ class GaussNewton:
         if share == 1 and ratio > 0.75:
             factor = self.drop
         return replace(state, damping=max(state.damping * factor, self.least))
+
+
+def _one_batch(records: Records, residuals: Sequence[Array]) -> None:
+    """ValueError where records or residuals are not of the same examples, term by term."""
+    sizes = {name: [term.batch for term in (x if isinstance(x, tuple) else (x,))] for name, x in records.items()}
+    wanted = [int(r.shape[0]) for r in residuals]
+    odd = {name: size for name, size in sizes.items() if size != wanted}
+    if odd:
+        raise ValueError(
+            f"Gauss-Newton got residuals of {wanted} examples, one number a term, and records of {odd} in layers "
+            f"{list(odd)}: it needs a row of J for each residual. A layer with one row for all examples, such as an "
+            f"embedding of their positions, has none: freeze it, or take Quadratic()"
+        )
 
 
 def jacobian(record: Record | tuple[Record, ...]) -> Array:

@@ -10,6 +10,7 @@ from kfaccore.method import Block, Hyper, LinearSides, Method, Resting, RowsAtSo
 from kfaccore.options import need
 from kfaccore.precondition.groups import NetworkMethod
 from kfaccore.xp.arrays import is_tracer
+from kfaccore.xp.ranges import NO_BOUND, within
 
 Grad = TypeVar("Grad")
 
@@ -26,6 +27,7 @@ class Assigned:
     widest: int
 
     def __post_init__(self) -> None:
+        within("Preconditioner.widest", self.widest, NO_BOUND)
         if self.widest < 1:
             raise ValueError(
                 f"Preconditioner got widest={self.widest}; need at least 1, the widest side with a full factor"

@@ -114,6 +114,7 @@ class Due:
         present: Collection[str],
         measured: Collection[str],
         idle: Callable[[], Collection[str]],
+        refused: Callable[[], Flags],
     ) -> Missed:
         """What layers have missed after the step, of which `missed` was known; see `Missed.after`."""
         nothing = self.update is False and self.refreshes is False
@@ -121,7 +122,7 @@ class Due:
         if (missed.nothing and every) or (nothing and missed.among(present) is None):
             return missed
         caught_up = self.missed is not None
-        return missed.after(self.update, self.refreshed(missed.names), caught_up, present, measured, idle())
+        return missed.after(self.update, self.refreshed(missed.names), caught_up, present, measured, idle(), refused)
 
 
 def clocked(step: int | Array, clocks: Clocks, costs: Callable[[], Mapping[str, float]]) -> Due:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kfaccore.precondition.parts import Parts, Rows, Several, runs
 from kfaccore.xp import Code
-from kfaccore.xp.arrays import Array, to_host
+from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
 from kfaccore.xp.gram import squares_of
 
 
@@ -48,6 +48,20 @@ class Info:
     def code_runs(self) -> list[tuple[tuple[str, ...], Array]]:
         """(layers, the codes of all their blocks) as the step left them: one array for the layers of a stack."""
         return list(runs(self.codes))
+
+    def refused(self, names: Sequence[str]) -> Any:
+        """Which of some layers have a block that ended NONFINITE, (layers,); read to the host where it can be."""
+        known: list[str] = []
+        flags: list[Any] = []
+        for layers, code in self.code_runs():
+            bad = code == int(Code.NONFINITE)
+            bad = namespace(code).any(namespace(code).reshape(bad, (len(layers), -1)), axis=1)
+            known += layers
+            flags.append(bad if is_tracer(bad) else to_host(bad))
+        at = {name: i for i, name in enumerate(known)}
+        xp = namespace(flags[0])
+        table = xp.concat([*flags, xp.zeros_like(flags[0][:1])])  # the last is of layers that took no part
+        return table[np.array([at.get(name, len(known)) for name in names])]
 
     def counts(self) -> dict[Code, int]:
         """How many blocks ended with each code; reads the codes to the host."""

@@ -1,11 +1,12 @@
 """What layers missed: dates of a clock that passed while they took no part, as heads, experts and parts opened later.
 
-Such a layer does not wait for the next date, which it may miss as well: it is due at its next gradient.
+Such a layer does not wait for the next date, which it may miss as well: it is due at its next gradient. Nor does one
+whose first record was not finite: there was nothing to measure, nor to refresh from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ Flags = Array  # (layers,), on the host or traced
 MEASURE = 1
 AWAITED = 2
 REFRESH = 4
+NEVER = 8
 
 
 def places(names: Collection[str], among: Collection[str]) -> np.ndarray:
@@ -37,6 +39,7 @@ class Missed(Mapping[str, Any]):
     AWAITED   and it has come by since, in a step without its records: they are wanted until it is measured. A layer
               that never comes by is not waited for
     REFRESH   a date of the refresh clock passed since it was refreshed with all that it was to be measured by then
+    NEVER     no step with it was finite yet; later ones are not asked, as averages and inverses then stay
     """
 
     table: Any
@@ -46,7 +49,7 @@ class Missed(Mapping[str, Any]):
     def start(cls, names: Collection[str]) -> Missed:
         """Of layers that have just been made: each is due at its first gradient. On the host, where steps are decided,
         wherever the states are; a traced shell brings it to its device."""
-        return cls(np.full(len(names), MEASURE | REFRESH, np.int32), tuple(names))
+        return cls(np.full(len(names), MEASURE | REFRESH | NEVER, np.int32), tuple(names))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:
@@ -99,12 +102,14 @@ class Missed(Mapping[str, Any]):
         present: Collection[str],
         measured: Collection[str],
         idle: Collection[str],
+        refused: Callable[[], Flags],
     ) -> Missed:
         """Once a step is taken.
 
         update, refresh   whether a date was struck, of all layers or each
         caught_up         whether those that had missed one did not wait
         present           layers with a gradient; `measured` with a record too; `idle` need none
+        refused           which had anything that is not finite; on a device that is read, so it is asked of new layers
         """
         if not self.names:
             return self
@@ -112,8 +117,11 @@ class Missed(Mapping[str, Any]):
         missed = self.has(MEASURE)
         late = self.has(REFRESH)
         done = self.within(measured) & (update | (missed & caught_up))
+        never = self.has(NEVER)
+        if is_tracer(self.table) or (done & never).any():
+            done = done & ~(never & refused())
         missed = (missed | update) & ~done & ~self.within(idle)
         late = (late | refresh) & ~(with_gradient & ~missed & (refresh | (late & caught_up)))
         awaited = missed & (self.has(AWAITED) | with_gradient)
-        table = missed * MEASURE + awaited * AWAITED + late * REFRESH
+        table = missed * MEASURE + awaited * AWAITED + late * REFRESH + (never & ~done & missed) * NEVER
         return replace(self, table=table.astype(self.table.dtype))

@@ -209,7 +209,8 @@ class Preconditioner(Asked):
             updates, motion, told = self.rule(motion, directions, dict(wide), seen, penalty, known)
         updates = {name: like_gradient(x, grads[name]) for name, x in updates.items()}
         info = Info.of(road.due.update, road.due.refreshes, groups, told, dict(known.damping), updates)
-        missed = due.leaves(state.missed, grads, batches.keys() & grads.keys(), lambda: self.idle(state))
+        refused = partial(info.refused, state.missed.names)
+        missed = due.leaves(state.missed, grads, batches.keys() & grads.keys(), lambda: self.idle(state), refused)
         after = replace(state, step=state.step + 1, layers=layers, motion=motion, network=network, missed=missed)
         return updates, after, info
 

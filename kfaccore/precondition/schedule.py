@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from kfaccore.method import Hyper
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.ranges import ANY, AT_LEAST_0, COUNT, SHARE, ranged, within
 
 Schedule = Callable[..., float]
 PIECES = 8  # more would refresh too few matrices at once for a GPU: 8 cut the longest step to a third
@@ -15,21 +16,27 @@ PIECES = 8  # more would refresh too few matrices at once for a GPU: 8 cut the l
 
 def constant(value: float) -> Schedule:
     """The same number at every step."""
+    within("constant(value)", value, ANY)
     return lambda step: value
 
 
 def exponential(start: float, rate: float, floor: float = 0.0) -> Schedule:
     """max(floor, start * rate^step)."""
+    _finite("exponential", start=start, rate=rate, floor=floor)
     return lambda step: max(floor, start * rate**step)
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
     """From start to end over `steps` steps, then end."""
+    _finite("linear", start=start, end=end)
+    within("linear(steps)", steps, COUNT)
     return lambda step: start + (end - start) * min(step / steps, 1.0)
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
     """Half a cosine from start to end over `steps` steps, then end."""
+    _finite("cosine", start=start, end=end)
+    within("cosine(steps)", steps, COUNT)
     return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
 
@@ -37,7 +44,14 @@ def piecewise(values: tuple[float, ...], boundaries: tuple[int, ...]) -> Schedul
     """values[i] from step boundaries[i - 1] on; one more value than boundaries."""
     if len(values) != len(boundaries) + 1:
         raise ValueError(f"piecewise got {len(values)} values and {len(boundaries)} boundaries; need one value more")
+    _finite("piecewise", **{f"values[{i}]": value for i, value in enumerate(values)})
+    _finite("piecewise", **{f"boundaries[{i}]": boundary for i, boundary in enumerate(boundaries)})
     return lambda step: values[sum(step >= b for b in boundaries)]
+
+
+def _finite(of: str, **given: float) -> None:
+    for name, value in given.items():
+        within(f"{of}({name})", value, ANY)
 
 
 def at(value: float | Schedule, step: int | Array) -> float:
@@ -60,8 +74,7 @@ class Clocks:
     staggered: bool = False
 
     def __post_init__(self) -> None:
-        if self.update < 1 or self.refresh < 1:
-            raise ValueError(f"{self}: need at least 1 step between updates and refreshes")
+        ranged(self, update=COUNT, refresh=COUNT)
 
     def slots(self) -> tuple[int, ...]:
         """The steps of a period at which pieces are refreshed: at most `PIECES`, evenly spread; (0,) unstaggered."""
@@ -91,12 +104,16 @@ class Schedules:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        penalties = {"l2": self.l2}
-        if isinstance(self.l2, Mapping):
-            penalties = {f"l2[{name!r}]": value for name, value in self.l2.items()}
-        for name, value in {**penalties, "weight_decay": self.weight_decay}.items():
-            if not callable(value) and not 0 <= value < math.inf:
-                raise ValueError(f"Schedules.{name} is {value}; need a finite number >= 0")
+        for field, given, wanted in (
+            ("damping", self.damping, AT_LEAST_0),
+            ("decay", self.decay, SHARE),
+            ("l2", self.l2, AT_LEAST_0),
+            ("weight_decay", self.weight_decay, AT_LEAST_0),
+        ):
+            each = given.items() if isinstance(given, Mapping) else [(None, given)]
+            for name, value in each:
+                if not callable(value):  # a schedule is looked at where it answers
+                    within(f"Schedules.{field}" + ("" if name is None else f"[{name!r}]"), value, wanted)
 
     def hyper(self, name: str, step: int | Array) -> Hyper:
         """The numbers of layer `name` at `step`."""

@@ -12,7 +12,7 @@ from kfaccore.convolution.patches import Patches
 from kfaccore.method import Hyper
 from kfaccore.precondition.given import Given
 from kfaccore.record import Factored, Ids, Record
-from kfaccore.xp.arrays import Array, from_host, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, from_host, is_numpy, namespace
 from kfaccore.xp.blocks import stacked, together
 from kfaccore.xp.chunks import HELD
 
@@ -90,5 +90,6 @@ def shared(hypers: Sequence[Hyper], blocks: int, like: Array) -> Hyper:
         damping = from_host(np.repeat(np.array(dampings, float), each), like)
     else:
         xp = namespace(like)
-        damping = xp.repeat(xp.stack([xp.asarray(x, dtype=like.dtype) for x in dampings]), each)
+        where = {"dtype": like.dtype, "device": device_of(like)}
+        damping = xp.repeat(xp.stack([xp.asarray(x, **where) for x in dampings]), each)
     return replace(first, damping=damping)

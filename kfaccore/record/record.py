@@ -131,7 +131,9 @@ class Record:
             a = self.a.unfold()
         elif isinstance(self.a, Ids):
             xp = namespace(self.g)
-            hit = self.a.index[..., None] == xp.arange(self.a.size, dtype=self.a.index.dtype)
+            hit = self.a.index[..., None] == xp.arange(
+                self.a.size, dtype=self.a.index.dtype, device=device_of(self.a.index)
+            )
             a = xp.astype(hit, self.g.dtype)[None, ...]
         else:
             return self.a

@@ -218,5 +218,7 @@ def _fold(x: Array) -> Array:
 
 
 def _full_mask(record: Record) -> Array:
+    if record.mask is not None:
+        return record.mask
     xp = namespace(record.g)
-    return xp.ones((record.batch, record.shared), dtype=xp.bool) if record.mask is None else record.mask
+    return xp.ones((record.batch, record.shared), dtype=xp.bool, device=device_of(record.g))

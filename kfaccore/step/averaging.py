@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kfaccore.xp.arrays import Array
+from kfaccore.xp.ranges import UNIT, ranged
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,9 @@ class IterateAverage:
     """Numbers of the average; its state is one array a parameter."""
 
     decay: float = 0.97
+
+    def __post_init__(self) -> None:
+        ranged(self, decay=UNIT)
 
     def __call__(self, mean: dict[str, Array], params: dict[str, Array], k: int) -> dict[str, Array]:
         """The mean after step k = 1, 2, ...; at k = 1 it is a copy of `params` and `mean` is not read."""

@@ -15,6 +15,7 @@ from kfaccore.step.noise import first_loss
 from kfaccore.step.rescale import ByLayer, Modelled, Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace, scalar
 from kfaccore.xp.numbers import Number, number
+from kfaccore.xp.ranges import AT_LEAST_0, SHARE, ranged
 
 _FIRST = "first loss"  # beside the buffers
 
@@ -34,6 +35,9 @@ class Fixed:
     judges: ClassVar[bool] = False
     traced: ClassVar[bool] = True
     terms: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        ranged(self, lr=AT_LEAST_0, momentum=SHARE)
 
     @property
     def needs_records(self) -> bool:

@@ -15,24 +15,29 @@ from typing import ClassVar
 
 import numpy as np
 
+from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.record import Factored
 from kfaccore.step.known import Known
 from kfaccore.step.model import Penalty, Records
 from kfaccore.step.rule import ByLoss
+from kfaccore.step.taken import Taken, of_step, taken
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code
+from kfaccore.xp.ranges import COUNT, SHARE, ranged
 
 
 @dataclass(frozen=True)
 class Trail:
-    """One buffer a layer, the rate proposed, losses of the shares tried for the step at hand, and counters."""
+    """One buffer a layer, the rate proposed, losses of the shares tried for the step at hand, which layers it is of
+    until it is judged, and counters."""
 
     buffers: dict[str, Array]
     rate: float = 1.0
     tried: dict[float, float] = field(default_factory=dict)
     rejected: int = 0
     code: int = int(Code.OK)
+    layers: Taken = tree.static(default=None)  # noqa: RUF009 a field
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,7 @@ class GridSearch(ByLoss):
     terms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1 or self.points < 1:
-            raise ValueError(f"{self}: need momentum in [0, 1) and at least 1 point")
+        ranged(self, momentum=SHARE, points=COUNT)
 
     def init(self, zeros: dict[str, Array]) -> Trail:
         return Trail(zeros)
@@ -87,7 +91,8 @@ class GridSearch(ByLoss):
         moved = {name: self.momentum * namespace(d).reshape(old[name], d.shape) + d for name, d in directions.items()}
         kept = {**old, **{name: namespace(m).reshape(m, old[name].shape) for name, m in moved.items()}}
         told: dict[str, float | Array] = {"alpha": rate, "code": Code(motion.code), "rejected": motion.rejected}
-        return {name: rate * m for name, m in moved.items()}, replace(motion, buffers=kept, tried={}), told
+        after = replace(motion, buffers=kept, tried={}, layers=taken(directions, old))
+        return {name: rate * m for name, m in moved.items()}, after, told
 
     def judge(self, motion: Trail, share: float, before: float, after: float) -> tuple[float, Trail]:
         """The next share to try, or the best one when both its neighbours were tried; 0 when none lowers the loss."""
@@ -109,5 +114,7 @@ class GridSearch(ByLoss):
 
     def _ended(self, motion: Trail, rate: float, code: Code) -> Trail:
         """The state after a step with this rate; after none the next search starts from the top."""
-        buffers = {name: rate * m for name, m in motion.buffers.items()} if self.scaled else motion.buffers
-        return replace(motion, buffers=buffers, rate=rate or 1.0, tried={}, code=int(code))
+        buffers = motion.buffers
+        if self.scaled:
+            buffers = of_step(lambda m: rate * m, buffers, motion.layers)
+        return replace(motion, buffers=buffers, rate=rate or 1.0, tried={}, code=int(code), layers=None)

@@ -63,6 +63,7 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
     left = when(idle, lambda: _nothing(records), lambda: known.own.shares(records, weights))
     least = pick(motion.steps == 0, _FIRST, 0.0)
     remains = {"factor": remaining(weight > _ALL, examples), "least": least, "layers": frozenset(names)}
+    remains["own"] = {name: known.own.records[name] for name in names}
     if is_tracer(idle):
         return Leaving(
             left._replace(**remains | {"factor": pick(idle, 1.0, remains["factor"])}),

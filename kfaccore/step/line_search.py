@@ -19,6 +19,7 @@ from kfaccore.step.model import Penalty, Records
 from kfaccore.step.rule import ByLoss
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.codes import Code
+from kfaccore.xp.ranges import BETWEEN, POSITIVE, UNIT, ranged
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class LineSearch(ByLoss):
     judges: ClassVar[bool] = True
     traced: ClassVar[bool] = False
     terms: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        ranged(self, cap=POSITIVE, grow=POSITIVE, shrink=BETWEEN, least=UNIT)
 
     def init(self, zeros: dict[str, Array]) -> Search:
         return Search(self.cap)

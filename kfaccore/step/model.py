@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
+from kfaccore.convolution.patches import Patches
+from kfaccore.linalg.grams import gram_of_inputs
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import contracted, outputs
+from kfaccore.step.common import Compared, compared, factor
 from kfaccore.step.own import Left
 from kfaccore.xp.arrays import Array, is_tracer, namespace, scalar
 from kfaccore.xp.numbers import Number, number, numbers, pick, stack
@@ -27,7 +30,7 @@ class Expansion:
     arrays of the widest dtype JAX has.
 
     Where own shares were left out of the first direction: `batch` is F with them, `slope` what the layers that have any
-    add to down[0] with them, `own` their part of it.
+    add to down[0] with them, `own` their part of it, `given` the factor of the gradients over the loss's own.
     """
 
     F: Array
@@ -35,6 +38,7 @@ class Expansion:
     batch: Array | None = None
     slope: Number | None = None
     own: Number = 0.0
+    given: Number = 1.0
 
 
 def expansion(
@@ -51,14 +55,21 @@ def expansion(
     layers of one row an example are left out of F.
 
     left   own shares of the first of two directions: J_b x becomes factor (J_b x - s_b / n), and <gradient, x> the
-           like, but at least `least` of the batch's; F stays positive semidefinite
+           like, but at least `least` of the batch's; F stays positive semidefinite. Where gradients are a
+    multiple of the loss's own, as clipped ones, so is the direction made of them, and the shares with it
     """
     down = stack([0.0] * len(directions))
     known = down
     rows: dict[tuple[int, ...], Array] = {}  # J v of the layers by its shape: only equal batches may be added
+    seen: list[Compared] = []
     for name in directions[0]:
         record = records[name]
-        Jv, slopes = _along(name, record, grads[name], [v[name] for v in directions])
+        vs = [v[name] for v in directions]
+        z = outputs(record, *vs)
+        rows_z = _of_gradient(grads[name], record, z, vs)
+        if left is not None and name in left.own:
+            seen.append(compared(left.own[name], grads[name], vs[0], z[0], rows_z[0]))
+        Jv, slopes = _along(name, record, grads[name], vs, z, rows_z)
         u = namespace(Jv).reshape(Jv, (len(directions), -1))
         rows[u.shape] = rows[u.shape] + u if u.shape in rows else u
         down = down + slopes
@@ -69,14 +80,15 @@ def expansion(
         return Expansion(F / n, down)
     Q, n, q = comm.all_reduce([reduce(add, (_gram_with(u, left.s) for u in rows.values())), n, stack([left.q])])
     zero = 0.0 * n[0]
-    turn = stack([left.factor, zero, -left.factor / n[0], zero, 1.0 + zero, zero])
+    c = factor(seen, comm) if seen else 1.0
+    turn = stack([left.factor, zero, -left.factor * c / n[0], zero, 1.0 + zero, zero])
     T = namespace(turn).reshape(turn, (2, 3))
-    own = number(q[0] / (n[0] * n[0]))
+    own = number(c * c * q[0] / (n[0] * n[0]))
     slope = number(down[0])
     kept = left.factor * (slope - own)
     least = left.least * pick(slope > 0, slope, 0.0 * slope)
     down = stack([pick(kept > least, kept, least), number(down[1])])
-    return Expansion(T @ Q @ T.mT / n, down, Q[:2, :2] / n, number(known[0]), own)
+    return Expansion(T @ Q @ T.mT / n, down, Q[:2, :2] / n, number(known[0]), own, c)
 
 
 def _gram_with(u: Array, s: Array) -> Array:
@@ -109,18 +121,25 @@ def _examples(record: Record) -> Number:
     return number(xp.sum(xp.astype(xp.any(record.mask, axis=1), record.g.dtype)))
 
 
-def _along(name: str, record: Record, grad: Array | Factored, vs: list[Array]) -> tuple[Array, Array]:
-    """J v of one layer, (directions, draws, batch), and <gradient, v>, (directions,)."""
-    z = outputs(record, *vs)
+def _along(
+    name: str, record: Record, grad: Array | Factored, vs: list[Array], z: list[Array], of_gradient: list[Array]
+) -> tuple[Array, Array]:
+    """J v of one layer, (directions, draws, batch), and <gradient, v>, (directions,), given V a of both rows."""
     images = [numbers(contracted(record, x)) for x in z]
     Jv = namespace(*images).stack(images)
     if isinstance(grad, Factored):
-        z = z if _same_rows(grad, record) else outputs(Record(grad.a, grad.g, grad.n), *vs)
         xp = namespace(record.g)
-        slopes = stack([number(xp.sum(grad.g * x)) for x in z]) / number(grad.n)
+        slopes = stack([number(xp.sum(grad.g * x)) for x in of_gradient]) / number(grad.n)
     else:
         slopes = stack([inner({name: grad}, {name: v}) for v in vs])
     return Jv, slopes
+
+
+def _of_gradient(grad: Array | Factored, record: Record, z: list[Array], vs: list[Array]) -> list[Array]:
+    """V a of the rows of a gradient not multiplied out: z, V a of the record, where they are its rows."""
+    if not isinstance(grad, Factored) or _same_rows(grad, record):
+        return z
+    return outputs(Record(grad.a, grad.g, grad.n), *vs)
 
 
 def weighed(l2: Mapping[str, float], v: Mapping[str, Array]) -> dict[str, Array]:
@@ -150,12 +169,11 @@ def trace(records: Mapping[str, Record], comm: Communicator = Serial()) -> Numbe
 def _traces(record: Record) -> list[Array]:
     """Sums of |a|^2 and |g|^2 of each block, and (rows, n) they are averages over."""
     xp = namespace(record.g)
-    a = record.rows()
     g = record.g
     rows = float(record.batch * record.shared)
     if record.mask is not None:
         rows = number(xp.sum(xp.astype(record.mask, g.dtype)))
-    tr_a = numbers(xp.sum(a * a, axis=(1, 2, 3)))
+    tr_a = numbers(xp.sum(gram_of_inputs(record, diagonal=True), axis=-1))
     tr_g = numbers(xp.sum(g * g, axis=(0, 2, 3, 4)))
     return [tr_a, tr_g, stack([rows, number(record.n)])]
 
@@ -163,8 +181,8 @@ def _traces(record: Record) -> list[Array]:
 def _same_rows(grad: Factored, record: Record) -> bool:
     """Under tracing only where they are one array; XLA merges the products of equal ones."""
     a = record.a
-    if isinstance(a, Ids) or tuple(grad.a.shape) != (record.blocks, record.batch, record.shared, record.d_in):
+    if isinstance(a, Ids | Patches) or tuple(grad.a.shape) != (record.blocks, record.batch, record.shared, record.d_in):
         return False
     if is_tracer(grad.a) or is_tracer(record.g):
         return grad.a is a
-    return bool(namespace(grad.a).all(grad.a == record.rows()))
+    return bool(namespace(grad.a).all(grad.a == a))

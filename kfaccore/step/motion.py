@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 
 from kfaccore.record import Factored
 from kfaccore.step.noise import Seen
-from kfaccore.tree import added
+from kfaccore.step.taken import Taken
+from kfaccore.tree import added, static
 from kfaccore.xp.arrays import Array, all_finite, is_tracer, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, number, pick
+
+_LEAST = 1e-8  # of damping
+_MOST = 1e8
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Motion:
     first, last the loss before the first step and after the last one, 0 where not known
     seen        slope and noise, averaged over steps
     bent        u^T F u of the previous update u as its own batch saw it; 0 where there is none
+    layers      of the last step, until it is judged
     """
 
     previous: dict[str, Array]
@@ -91,6 +96,13 @@ class Motion:
     last: Number = added(default=0.0)  # noqa: RUF009 a field
     seen: Seen = added(default_factory=Seen)  # noqa: RUF009 a field
     bent: Number = added(era=2, default=0.0)  # noqa: RUF009 a field
+    layers: Taken = static(default=None)  # noqa: RUF009 a field
+
+
+def bounded(damping: Number) -> Number:
+    """The damping, no less than 1e-8 and no more than 1e8."""
+    high = pick(damping < _LEAST, _LEAST, damping)
+    return pick(high > _MOST, _MOST, high)
 
 
 def lifted(damping: Number, alpha: Number, floor: float) -> Number:

@@ -13,6 +13,7 @@ from kfaccore.step.model import counts, expansion, inner
 from kfaccore.step.own import remaining
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
+from kfaccore.xp.ranges import COUNT, NO_BOUND, PART, SHARE, ranged
 
 _SAME = 1e-5  # relative: a loss this close to the one after the last step is of the same batch
 _CLEAR = 0.9  # rho from which own shares are next to nothing
@@ -39,14 +40,7 @@ class Noise:
     promise: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0 <= self.average < 1:
-            raise ValueError(f"Noise.average is {self.average}; need a share in [0, 1): it stays in a step")
-        if not self.reach > 0:
-            raise ValueError(f"Noise.reach is {self.reach}; need a positive number, math.inf for no bound")
-        if not 0 < self.promise <= 1:
-            raise ValueError(f"Noise.promise is {self.promise}; need a share of the loss in (0, 1]")
-        if self.every < 1:
-            raise ValueError(f"Noise.every is {self.every}; need at least 1, the steps between two measurements")
+        ranged(self, average=SHARE, reach=NO_BOUND, promise=PART, every=COUNT)
 
     def __call__(self, directions: Mapping[str, Array], grads: Mapping[str, Array | Factored], lr: float) -> float:
         return 1.0  # as rescale= of Fixed, see modelled
@@ -69,7 +63,11 @@ class Noise:
         examples = counts(records, comm)[1]
         left = known.own.shares(records, dict.fromkeys(names, 1.0)) if names else None
         if left is not None:
-            left = left._replace(factor=remaining(True, examples), layers=frozenset(names))
+            left = left._replace(
+                factor=remaining(True, examples),
+                layers=frozenset(names),
+                own={name: known.own.records[name] for name in names},
+            )
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
         found = expansion(records, grads, (x, x), comm, left)
         norms = sum(known.damping[name] * inner({name: d}, {name: d}) for name, d in x.items())
@@ -80,10 +78,11 @@ class Noise:
         alpha = pick(good, number(down[0]) / pick(good, below, 1.0), 0.0)
         step = stack([pick(alpha < 1.0, alpha, 1.0)])
         step = self.shortened(step, F if found.batch is None else found.batch[:1, :1], first)
+        whole = len(records) - len(names)
         slope = number(down[0]) if found.slope is None else found.slope
         seen = Seen(slope - found.own, found.own)
         step = promised(step, F, down, self.believed(known.loss, seen.rho(examples)))
-        return {"scale": number(step[0]), **seen.told(examples), "with_own": len(records) - len(names)}
+        return {"scale": number(step[0]), **seen.told(examples), "with_own": whole, "given": found.given}
 
     def shortened(self, step: Array, F: Array, first: Number) -> Array:
         """`step` times min(1, sqrt(reach first / step^T F step)); as it is where the first loss is not known, 0."""

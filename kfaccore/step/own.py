@@ -23,13 +23,15 @@ from kfaccore.xp.numbers import Number, number, numbers, pick
 class Left(NamedTuple):
     """What a model leaves out: s (draws, batch) = J_vb P h_b and q = sum_b h_b . P h_b, times their weight in the
     direction and added over layers, both still to be divided by n; factor on what remains, and the least share of the
-    batch's slope that does; the layers that s and q are of, None for all."""
+    batch's slope that does; the layers that s and q are of, None for all; the own records, to see whether the gradients
+    that the direction was made of are a multiple of theirs."""
 
     s: Array
     q: Number
     factor: Number = 1.0
     least: Number = 0.0
     layers: frozenset[str] | None = None
+    own: Mapping[str, Record] = {}
 
     def of(self, name: str) -> bool:
         """Whether a layer's shares are among them."""

@@ -22,18 +22,22 @@ from kfaccore.record.jacobian import products
 from kfaccore.step.known import Known
 from kfaccore.step.model import Penalty, Records, inner, weighed
 from kfaccore.step.rule import ByModel
+from kfaccore.step.taken import Taken, of_step, taken
 from kfaccore.xp.arrays import Array, eps, namespace, to_host
 from kfaccore.xp.codes import Code
+from kfaccore.xp.ranges import AT_LEAST_0, COUNT, POSITIVE, REAL, ranged
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The previous update, the steps taken and those taken back, the code of the last one."""
+    """The previous update, the steps taken and those taken back, the code of the last one, and which layers it is of
+    until it is judged."""
 
     previous: dict[str, Array]
     steps: int = 0
     rejected: int = 0
     code: int = int(Code.OK)
+    layers: Taken = tree.static(default=None)  # noqa: RUF009 a field
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,7 @@ class Quadratic(ByModel):
     terms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < np.inf:
-            raise ValueError(f"Quadratic.damping is {self.damping}; need a finite positive number")
+        ranged(self, damping=POSITIVE, first=AT_LEAST_0, tolerance=REAL, points=COUNT)
 
     @property
     def wants_own(self) -> bool:
@@ -84,13 +87,15 @@ class Quadratic(ByModel):
         """`share` when the loss has not risen too far, half of it otherwise; 0 when nothing helps. What stays is the
         previous update of the next step."""
         if np.isfinite(after) and (after <= before or after - before <= self.tolerance * before):
-            kept = motion.previous if share == 1 else tree.map(lambda x: x * share, motion.previous)
-            return share, replace(motion, previous=kept, code=int(Code.OK))
+            kept = motion.previous
+            if share != 1:
+                kept = of_step(lambda x: x * share, kept, motion.layers)
+            return share, replace(motion, previous=kept, code=int(Code.OK), layers=None)
         if share > 2.0 ** (1 - self.points):
             return share / 2, motion
-        still = tree.map(lambda x: x * 0, motion.previous)
+        still = of_step(lambda x: namespace(x).zeros_like(x), motion.previous, motion.layers)
         code = Code.UNCONVERGED if np.isfinite(before) else Code.NONFINITE
-        return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(code))
+        return 0.0, replace(motion, previous=still, rejected=motion.rejected + 1, code=int(code), layers=None)
 
     def gradients(
         self, motion: Memory, grads: Mapping[str, Array | Factored]
@@ -110,7 +115,7 @@ class Quadratic(ByModel):
         """(updates to subtract, motion, info) with alpha, mu and the predicted change of the damped model, <= 0."""
         told: dict[str, float | Array] = {"code": Code(motion.code), "rejected": motion.rejected}
         if not directions:
-            return directions, motion, {**told, "alpha": 0.0}
+            return directions, replace(motion, layers=()), {**told, "alpha": 0.0}
         previous = {name: motion.previous[name] for name in directions}
         x = {name: namespace(v).reshape(v, previous[name].shape) for name, v in directions.items()}
         pair = (x, previous)
@@ -128,22 +133,31 @@ class Quadratic(ByModel):
         alpha, mu = (float(s) for s in step)
         updates = {name: alpha * x[name] + mu * previous[name] for name in directions}
         told |= {"alpha": alpha, "mu": mu, "predicted": float(-step @ down + 0.5 * step @ Q @ step)}
-        motion = replace(motion, previous={**motion.previous, **updates}, steps=motion.steps + 1)
+        layers = taken(directions, motion.previous)
+        motion = replace(motion, previous={**motion.previous, **updates}, steps=motion.steps + 1, layers=layers)
         moved = {name: namespace(v).reshape(v, directions[name].shape) for name, v in updates.items()}
         return moved, motion, told
 
 
 def curvature(records: Records, directions: Sequence[Mapping[str, Array]]) -> np.ndarray:
-    """v_i^T F v_j for every pair of directions, over all layers and terms, float64 on the host."""
+    """v_i^T F v_j for every pair of directions, over all layers and terms, float64 on the host.
+
+    A layer with one row for all examples, such as an embedding of their positions, is a block of its own, as in
+    `expansion`.
+    """
     names = list(directions[0])
     given = [records[name] for name in names]
     terms = [(record,) if isinstance(record, Record) else record for record in given]
     total = np.zeros((len(directions),) * 2)
     for batch in zip(*terms, strict=True):  # one term of the loss: a record of every layer
-        layers = [products(r, *(v[name] for v in directions)) for name, r in zip(names, batch, strict=True)]
-        Jv = [to_host(fold(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)]
-        u = np.stack(Jv)
-        total += u @ u.T / float(batch[0].n)
+        rows: dict[tuple[int, ...], list] = {}  # J v of the layers by its shape: only equal batches may be added
+        for name, record in zip(names, batch, strict=True):
+            Jv = products(record, *(v[name] for v in directions))
+            rows.setdefault(tuple(Jv[0].shape), []).append(Jv)
+        for layers in rows.values():
+            Jv = [to_host(fold(add, column)).astype(np.float64).ravel() for column in zip(*layers, strict=True)]
+            u = np.stack(Jv)
+            total += u @ u.T / float(batch[0].n)
     return total
 
 

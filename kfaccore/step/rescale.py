@@ -11,8 +11,9 @@ from typing import Protocol
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
-from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.arrays import Array, largest, namespace, scalar
 from kfaccore.xp.numbers import Number
+from kfaccore.xp.ranges import POSITIVE, ranged
 
 Directions = Mapping[str, Array]
 Gradients = Mapping[str, Array | Factored]
@@ -86,11 +87,14 @@ class Graft:
 
 
 def _length(d: Array, wanted: Number) -> Array:
-    """wanted / |d|, 0 where d is."""
+    """wanted / |d|; 0 where d is zero, or either is not finite."""
     xp = namespace(d)
-    size = xp.sqrt(xp.sum(d * d))
-    some = size > 0
-    return xp.where(some, scalar(wanted, d) / xp.where(some, size, xp.ones_like(size)), xp.zeros_like(size))
+    top = _top([d])
+    some = (top > 0) & (top < float("inf"))
+    one = xp.ones_like(top)
+    size = xp.sqrt(xp.sum(_over(d, top) ** 2))
+    factor = scalar(wanted, d) / xp.where(some, top, one) / xp.where(some, size, one)
+    return xp.where(some & (abs(factor) < float("inf")), factor, xp.zeros_like(one))
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,14 @@ class KLClip:
 
     kappa: float = 1e-3
 
+    def __post_init__(self) -> None:
+        ranged(self, kappa=POSITIVE)
+
     def __call__(self, directions: Directions, grads: Gradients, lr: float) -> Array:
-        total = _sum(namespace(d).sum(d * _dense(grads[name], d)) for name, d in directions.items())
-        return _shrink(self.kappa, lr * lr * abs(total), directions)
+        pairs = [(d, _beside(grads[name], d)) for name, d in directions.items()]
+        tops = _top(d for d, _ in pairs), _top(g for _, g in pairs)
+        total = _sum(namespace(d).sum(_over(d, tops[0]) * _over(g, tops[1])) for d, g in pairs)
+        return _bounded(self.kappa**0.5, lr, abs(total) ** 0.5, *(top**0.5 for top in tops))
 
 
 @dataclass(frozen=True)
@@ -121,22 +130,44 @@ class NormConstraint:
 
     limit: float = 1.0
 
+    def __post_init__(self) -> None:
+        ranged(self, limit=POSITIVE)
+
     def __call__(self, directions: Directions, grads: Gradients, lr: float) -> Array:
-        total = _sum(namespace(d).sum(d * d) for d in directions.values())
-        return _shrink(self.limit * self.limit, lr * lr * total, directions)
+        top = _top(directions.values())
+        total = _sum(namespace(d).sum(_over(d, top) ** 2) for d in directions.values())
+        return _bounded(self.limit, lr, total**0.5, top)
 
 
-def _shrink(allowed: float, size: Array, directions: Directions) -> Array:
-    """sqrt(min(1, allowed / size)), 1 where size is 0."""
-    xp = namespace(*directions.values())
-    one = xp.ones_like(size)
-    return xp.sqrt(xp.where(size > allowed, allowed / xp.where(size > 0, size, one), one))
+def _bounded(allowed: float, lr: float, *sizes: Array) -> Array:
+    """min(1, allowed / (lr * the product of sizes)), 1 where one is 0 and 0 where one is not finite: never a step whose
+    size is not known. Divided one by one, as the product may overflow."""
+    xp = namespace(*sizes)
+    room = xp.full_like(sizes[0], allowed)
+    none = xp.zeros_like(room)
+    for size in (*sizes, none + lr):
+        room = xp.where(size == 0, none + float("inf"), room / xp.where(size == 0, none + 1.0, size))
+    return xp.where(room >= 0, xp.minimum(room, none + 1.0), none)
+
+
+def _top(arrays: Iterable[Array]) -> Array:
+    """The largest absolute entry of all, 0-d; NaN where there is one."""
+    tops = [largest(namespace(x).reshape(x, (-1,))) for x in arrays]
+    return reduce(namespace(*tops).maximum, tops)
+
+
+def _over(x: Array, top: Array) -> Array:
+    """x / top, so that no square overflows or is lost; as it is where top is 0."""
+    xp = namespace(x)
+    return x / xp.where(top > 0, top, xp.ones_like(top))
 
 
 def _sum(terms: Iterable[Array]) -> Array:
     return reduce(add, terms)
 
 
-def _dense(grad: Array | Factored, like: Array) -> Array:
+def _beside(grad: Array | Factored, d: Array) -> Array:
+    """The gradient, shaped like its direction; 0 where that is: of a gradient that is not finite it is zero."""
     v = grad.dense() if isinstance(grad, Factored) else grad
-    return namespace(like).reshape(v, like.shape)
+    xp = namespace(d)
+    return xp.where(d == 0, xp.zeros_like(d), xp.reshape(v, d.shape))

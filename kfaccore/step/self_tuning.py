@@ -23,17 +23,16 @@ from kfaccore.record import Factored, Record
 from kfaccore.step.known import Known
 from kfaccore.step.leaving import leaving
 from kfaccore.step.model import Expansion, Penalty, counts, expansion, inner, trace, weighed
-from kfaccore.step.motion import Average, Motion, lifted
+from kfaccore.step.motion import Average, Motion, bounded, lifted
 from kfaccore.step.noise import Noise, first_loss, promised
 from kfaccore.step.plane import capped, combined, minimum
 from kfaccore.step.rule import ByModel
 from kfaccore.step.sharpness import sharpness, unforgotten
+from kfaccore.step.taken import Taken, of_step, taken
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
-
-_LEAST = 1e-8  # of damping
-_MOST = 1e8
+from kfaccore.xp.ranges import AT_LEAST_0, COUNT, NO_BOUND, PART, POSITIVE, REAL, SHARE, ranged
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,10 @@ class SelfTuning(ByModel):
     traced: ClassVar[bool] = True
     terms: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        ranged(self, first=POSITIVE, drop=PART, every=COUNT, grow=POSITIVE, cap=NO_BOUND)
+        ranged(self, tolerance=REAL, floor=AT_LEAST_0, memory=SHARE)
+
     def over(self, comm: Communicator) -> SelfTuning:
         """The rule for ranks whose records add up to the batch, all of which call it with the same directions."""
         return replace(self, comm=comm, model=partial(self.model, comm=comm))
@@ -102,7 +105,7 @@ class SelfTuning(ByModel):
         def first() -> Number:
             size = sum(record.blocks * record.d_out * record.d_in for record in records.values())
             damping = self.first * trace(records, self.comm) / size
-            damping = pick(finite(damping), _bounded(damping), motion.damping)
+            damping = pick(finite(damping), bounded(damping), motion.damping)
             # both sides of `when` must have one dtype
             return damping if isinstance(motion.damping, int | float) else scalar(damping, motion.damping)
 
@@ -127,12 +130,13 @@ class SelfTuning(ByModel):
         known: Known = Known(),  # noqa: B008 frozen
     ) -> tuple[dict[str, Array], Motion, dict[str, float | Array]]:
         """(updates to subtract, motion, info): alpha, mu, damping, predicted change, last ratio, rejections, code; and
-        of noise rho, critical_batch and how many layers' own shares are left in (`with_own`).
+        of noise rho, critical_batch, how many layers' own shares are left in (`with_own`), and the gradients over the
+        loss's own (`given`).
 
         l2   the penalty l2/2 |theta|^2 is part of the loss and of `grads`, so its curvature joins the model.
         """
         if not directions:
-            return directions, motion, {"alpha": 0.0, "code": Code.OK}
+            return directions, replace(motion, layers=()), {"alpha": 0.0, "code": Code.OK}
         previous = {name: motion.previous[name] for name in directions}
         pair = ({name: _like(v, previous[name]) for name, v in directions.items()}, previous)
         rows, examples = counts(records, self.comm)
@@ -153,20 +157,18 @@ class SelfTuning(ByModel):
         updates = {name: combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
         sound = code != Code.NONFINITE
         after = replace(
-            motion,
-            previous=tree.map(partial(pick, sound), {**motion.previous, **updates}, motion.previous),
+            _moved(motion, updates, sound),
             damping=lifted(motion.damping, alpha, self.floor),
             alpha=alpha,
             mu=mu,
             sharp=sharp,
             predicted=_predicted(step, F, found.down),
-            steps=motion.steps + 1,
             code=int(code) if isinstance(code, Code) else code,
             first=first,
             seen=seen,
             bent=pick(sound, number(step @ F @ step), motion.bent),
         )
-        told = _told(motion, after, code) | seen.told(examples) | {"with_own": own.whole}
+        told = _told(motion, after, code) | seen.told(examples) | {"with_own": own.whole, "given": found.given}
         return {name: _like(v, directions[name]) for name, v in updates.items()}, after, told
 
     def judge(self, motion: Motion, share: float, before: Number, after: Number) -> tuple[Number, Motion]:
@@ -185,12 +187,13 @@ class SelfTuning(ByModel):
         moved = motion.steps > 0
         seen = abs(motion.predicted) > _rounding(motion.previous) * abs(before)
         look = good & moved & seen & (motion.steps % self.every == 0)
-        kept = pick(moved, _bounded(motion.damping * pick(look, factor, 1.0)), motion.damping)
-        grown = pick(told, _least(motion.damping * self.grow, _MOST), motion.damping)
+        kept = pick(moved, bounded(motion.damping * pick(look, factor, 1.0)), motion.damping)
+        grown = pick(told, bounded(motion.damping * self.grow), motion.damping)
         stays = good | (motion.code == int(Code.NONFINITE))
         return pick(good, share, 0.0), replace(
             motion,
-            previous=_kept(stays, motion.previous),
+            previous=_kept(stays, motion.previous, motion.layers),
+            layers=None,
             bent=pick(stays, motion.bent, 0.0),
             damping=pick(good, kept, grown),
             ratio=pick(look, ratio, motion.ratio),
@@ -199,6 +202,12 @@ class SelfTuning(ByModel):
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
             last=pick(good, after, pick(told, before, motion.last)),
         )
+
+
+def _moved(motion: Motion, updates: dict[str, Array], sound: bool | Array) -> Motion:
+    """After a step with these updates, which stand for nothing where they are not sound."""
+    previous = tree.map(partial(pick, sound), {**motion.previous, **updates}, motion.previous)
+    return replace(motion, previous=previous, layers=taken(updates, motion.previous), steps=motion.steps + 1)
 
 
 def _rounding(previous: Mapping[str, Array]) -> float:
@@ -228,19 +237,11 @@ def _gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, floa
     return namespace(flat).reshape(flat, (2, 2))
 
 
-def _kept(good: bool | Array, previous: dict[str, Array]) -> dict[str, Array]:
+def _kept(good: bool | Array, previous: dict[str, Array], layers: Taken) -> dict[str, Array]:
     """The update, or zeros after one that was taken back."""
     if isinstance(good, bool) and good:
         return previous
-    return tree.map(lambda x: pick(good, x, namespace(x).zeros_like(x)), previous)
-
-
-def _least(x: Number, y: Number) -> Number:
-    return pick(y < x, y, x)
-
-
-def _bounded(damping: Number) -> Number:
-    return _least(pick(damping < _LEAST, _LEAST, damping), _MOST)
+    return of_step(lambda x: pick(good, x, namespace(x).zeros_like(x)), previous, layers)
 
 
 def _like(v: Array, like: Array) -> Array:

@@ -78,15 +78,29 @@ def widened(x: Array, width: int, fill: Array) -> Array:
     return jax.numpy.where(beside, fill[:, None, None], jax.numpy.pad(foreign, ((0, 0), (0, more), (0, more))))
 
 
-def in_turns(x: Array, step: int, times: int, of: Callable[[Array], Array]) -> Array:
-    """The sum of `of` over so many pieces of x, `step` long on its second axis: one body, which a loop repeats."""
+def in_turns(arrays: tuple[Array, ...], step: int, times: int, of: Callable[..., Array]) -> Array:
+    """The sum of `of` over so many pieces of arrays, `step` long on the second axis: one body, which a loop repeats."""
     import jax
 
-    def piece(turn: Any) -> Array:
-        return of(jax.lax.dynamic_slice_in_dim(x, turn * step, step, axis=1))
-
+    piece = _piece(arrays, step, of)
     first: Any = piece(0)
     return jax.lax.fori_loop(1, times, lambda turn, held: held + piece(turn), first)
+
+
+def joined_turns(arrays: tuple[Array, ...], step: int, times: int, of: Callable[..., Array]) -> Array:
+    """As `in_turns`, what `of` gives joined on the second axis."""
+    import jax
+
+    found = jax.lax.map(_piece(arrays, step, of), jax.numpy.arange(times))
+    found = jax.numpy.moveaxis(found, 0, 1)
+    return found.reshape(found.shape[0], times * step, *found.shape[3:])
+
+
+def _piece(arrays: tuple[Array, ...], step: int, of: Callable[..., Array]) -> Callable[[Any], Array]:
+    """`of` the pieces of a turn."""
+    import jax
+
+    return lambda turn: of(*(jax.lax.dynamic_slice_in_dim(x, turn * step, step, axis=1) for x in arrays))
 
 
 def total(x: Array) -> Array:

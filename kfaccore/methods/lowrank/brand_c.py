@@ -32,6 +32,7 @@ from kfaccore.record.sharing import expand
 from kfaccore.refreshing import InSteps
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.asking import Asks, lockstep
+from kfaccore.xp.ranges import PART, ranged
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class Correction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share}; need a number in (0, 1]")
+        ranged(self, share=PART)
 
 
 @dataclass(frozen=True)

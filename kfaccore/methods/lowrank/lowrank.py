@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from kfaccore.linalg import kron, side
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, device_of, eps, namespace, place, select
+from kfaccore.xp.ranges import AT_LEAST_0, SOME, ranged
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class Rank:
     below: float = 0.026
 
     def __post_init__(self) -> None:
-        if min(self.cap, self.start, self.floor, self.up, self.down) < 0:
-            raise ValueError(f"{self}: numbers of modes and their changes must be at least 0")
+        ranged(self, cap=SOME, start=SOME, floor=SOME, up=SOME, down=SOME, above=AT_LEAST_0, below=AT_LEAST_0)
 
     def first(self, blocks: int, d: int, like: Array) -> Array:
         """The count at the start, int32 (blocks,)."""

@@ -22,6 +22,7 @@ from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, device_of, namespace, place
+from kfaccore.xp.ranges import AT_LEAST_0, ranged
 
 
 class State(method.State, Protocol):
@@ -57,6 +58,7 @@ class Modes(Generic[S]):
         instance(self, "rank", Rank, RANKS)
         check(self, self.split)
         function(self, "outside", "kf.even, kf.lowest or kf.nothing")
+        ranged(self, start=AT_LEAST_0)
 
     def sides(self, state: S) -> Sides:
         """A~ and G~ of F~ = G~ (x) A~."""

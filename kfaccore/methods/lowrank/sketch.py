@@ -17,6 +17,7 @@ import numpy as np
 from kfaccore import xp as kernels
 from kfaccore.xp.arrays import Array, all_finite, namespace, place, select
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.ranges import COUNT, SOME, ranged
 
 SKETCHES = "kf.Symmetric(passes, oversample, seed) or kf.Singular(...)"
 
@@ -53,8 +54,7 @@ class Symmetric:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.passes < 1 or self.oversample < 0:
-            raise ValueError(f"{self}: need passes >= 1 and oversample >= 0")
+        ranged(self, passes=COUNT, oversample=SOME)
 
     def draw(self, blocks: int, d: int, k: int, side: int, like: Array) -> Array:
         """Omega (blocks, d, l), standard normal, from the seed and the number of the side; l = 0 where it would fill

@@ -21,6 +21,7 @@ from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, check_gradient, finish, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace, place
 from kfaccore.xp.asking import Ask, Asks
+from kfaccore.xp.ranges import NO_BOUND, ranged
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Exact(InSteps[State], Additive):
 
     largest: int = 8192
     cycles: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        ranged(self, largest=NO_BOUND)
 
     def init(self, block: Block, like: Array) -> State:
         size = block.d_out * block.d_in

@@ -32,6 +32,7 @@ from kfaccore.solution import Solution, check_gradient, finish, gradient
 from kfaccore.xp.arrays import Array, namespace, place, select
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.owned import instead, owned
+from kfaccore.xp.ranges import COUNT, ranged
 
 __all__ = ["CG", "CGFAC", "Empirical", "InRows", "Kron", "KronFactored"]
 
@@ -84,6 +85,7 @@ class CGFAC:
     def __post_init__(self) -> None:
         instance(self, "operator", Operator, "Kron(...), KronFactored(...) or Empirical(...)")
         instance(self, "solver", Solver, "CG(...) or InRows()")
+        ranged(self, rows=COUNT)
 
     def init(self, block: Block, like: Array) -> State:
         shape = (block.blocks, block.d_out, block.d_in if self.solver.warm else 0)

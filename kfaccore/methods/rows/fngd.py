@@ -27,7 +27,7 @@ from kfaccore.record import Factored, Ids, Record
 from kfaccore.record import dense as dense_block
 from kfaccore.record.sharing import expand, whole
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, loop, namespace, place, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, loop, namespace, place, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 __all__ = ["FNGD", "mean_vector", "position", "sample", "scalar_rate"]
@@ -114,7 +114,7 @@ class FNGD(Additive, Coefficients):
         solved = (code < int(Code.NONFINITE)) & (state.code != int(Code.IDENTITY)) & xp.all(xp.isfinite(c), axis=-1)
         beta = xp.astype(c * scalar(record.n, c), state.betas.value.dtype)
         index = self._index(state, beta.shape[-1], record.ids, hyper)
-        ok = solved & ~xp.asarray(self.rests(hyper))
+        ok = solved & ~xp.asarray(self.rests(hyper), device=device_of(solved))
         return replace(state, betas=table.added(state.betas, index, beta, ok, hyper.step % self.steps == 0))
 
     def weighted(self, state: State, g: Array, hyper: Hyper, ids: Array | None = None) -> Array:
@@ -134,7 +134,7 @@ class FNGD(Additive, Coefficients):
             ids = xp.repeat(ids, positions)
         beta = table.read(state.betas, self._index(state, count, ids, hyper))
         beta = xp.reshape(beta, (beta.shape[0], batch, -1, 1))
-        beta = xp.where(xp.asarray(rests), beta, xp.ones_like(beta))
+        beta = xp.where(xp.asarray(rests, device=device_of(beta)), beta, xp.ones_like(beta))
         return xp.reshape(g4 * xp.astype(beta, g.dtype), g.shape)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
@@ -157,7 +157,7 @@ class FNGD(Additive, Coefficients):
         xp = namespace(state.weight)
         v = grad.dense() if isinstance(grad, Factored) else grad
         v, squeeze = gradient(v, (state.code.shape[0], *v.shape[-2:]))
-        waits = ~xp.asarray(self.rests(hyper)) | (state.code == int(Code.IDENTITY))
+        waits = ~xp.asarray(self.rests(hyper), device=device_of(state.code)) | (state.code == int(Code.IDENTITY))
         # where it waits the direction is a copy of the gradient, never the caller's own array
         (v,) = loop(lambda _: xp.any(waits), lambda _: (v + xp.zeros_like(v),), (v,), 1)
         return finish(v, choose(waits, Code.IDENTITY, state.code), state, squeeze)

@@ -15,6 +15,7 @@ from kfaccore.options import function, instance
 from kfaccore.record import Record
 from kfaccore.record.sharing import whole
 from kfaccore.xp.arrays import Array, device_of, namespace, scalar
+from kfaccore.xp.ranges import COUNT, SOME, ranged
 
 
 class Share(Protocol):
@@ -100,6 +101,7 @@ class Coefficients:
     def __post_init__(self) -> None:
         instance(self, "share", Share, "mean_vector, position, sample or scalar_rate of kfaccore.methods.rows.fngd")
         function(self, "sharing", "whole, expand or reduce")
+        ranged(self, steps=SOME, every=SOME, slots=COUNT)
 
     def rests(self, hyper: Hyper) -> bool | Array:
         """Whether the step is in an epoch that shares: no record is needed, and gradients come weighted."""

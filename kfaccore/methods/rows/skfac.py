@@ -37,6 +37,7 @@ from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.asking import Ask, Asks, lockstep
+from kfaccore.xp.ranges import COUNT, SOME, ranged
 
 Inverse = Array | LowRank
 
@@ -87,6 +88,7 @@ class SKFAC(InSteps[State]):
         function(self, "explicit", "cheaper_dense, always or never, a function of (rows, d)")
         if not self.split.separable:
             raise ValueError(f"split={self.split} does not shift each factor, so Woodbury cannot use it: take pi")
+        ranged(self, rows=COUNT, rank=SOME)
         if not 0 <= self.rank < self.rows:
             raise ValueError(f"rank is {self.rank} of {self.rows} rows; need 0 <= rank < rows")
 

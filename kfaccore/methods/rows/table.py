@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, namespace, place
+from kfaccore.xp.arrays import Array, device_of, namespace, place
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ def added(table: Table, index: Array, values: Array, ok: Array, clear: bool | Ar
     table where `clear`."""
     xp = namespace(values)
     size = table.count.shape[1]
-    kept = table.count * xp.astype(~xp.asarray(clear), values.dtype)  # clear may be traced: no `if`
+    kept = table.count * xp.astype(
+        ~xp.asarray(clear, device=device_of(values)), values.dtype
+    )  # clear may be traced: no `if`
     total = table.value * kept + kernels.segment_sum(values.mT, index, size).mT
     count = kept + kernels.segment_sum(xp.ones_like(values).mT, index, size).mT
     mean = xp.sum(total, axis=-1, keepdims=True) / xp.sum(count, axis=-1, keepdims=True)

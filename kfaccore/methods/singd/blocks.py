@@ -13,6 +13,7 @@ from kfaccore import tree
 from kfaccore import xp as kernels
 from kfaccore.methods.singd.structured import Parts, diagonal, diagonal_matrix, eye, filled, total
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.ranges import COUNT, ranged
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ class BlockDiagonal:
     """k x k blocks on the diagonal, the last d mod k wide; Pi keeps the blocks. Memory k d."""
 
     k: int = 30
+
+    def __post_init__(self) -> None:
+        ranged(self, k=COUNT)
 
     def eye(self, blocks: int, d: int, like: Array) -> Parts:
         full, rest = divmod(d, self.k)

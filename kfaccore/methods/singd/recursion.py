@@ -16,6 +16,7 @@ from kfaccore.methods.singd.limits import Limit, by_entries, by_norm, by_radius,
 from kfaccore.methods.singd.structured import Parts, Structure
 from kfaccore.options import instance
 from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.ranges import POSITIVE, SHARE, UNIT, ranged
 
 __all__ = [
     "Limit",
@@ -117,6 +118,7 @@ class Rule:
     def __post_init__(self) -> None:
         instance(self, "limit", Limit, "by_radius, by_norm, by_entries or unlimited")
         instance(self, "storage", Storage, "full, bfloat16 or master")
+        ranged(self, momentum=SHARE, rate=POSITIVE, warm=UNIT)
 
     def moved(
         self,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from kfaccore.methods.singd.blocks import Dense, Diagonal
 from kfaccore.methods.singd.structured import Parts, Structure, diagonal, eye, filled
 from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.ranges import SOME, ranged
 
 _dense = Dense()
 _diagonal = Diagonal()
@@ -29,6 +30,9 @@ class Hierarchical:
 
     k1: int = 15
     k2: int = 15
+
+    def __post_init__(self) -> None:
+        ranged(self, k1=SOME, k2=SOME)
 
     def eye(self, blocks: int, d: int, like: Array) -> Parts:
         n1, n2 = self._sizes(d)

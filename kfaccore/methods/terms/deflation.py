@@ -5,6 +5,8 @@ P = Z vec(V), Q = Z^T vec(U), s = <U, P>, with Z the rearranged block. The secon
 Z - vec(P) vec(Q)^T / s, whose rank is one less; its term is P2 (x) V2, the best for its V2. Signs of U2, V2 follow the
 last ones, or averages over updates would cancel. The damping is split over the first pair (a third term otherwise).
 
+A layer of one output or one input has no second pair: F is one Kronecker product, and KPSVD's.
+
 Exact when F is a sum of two Kronecker products, to the convergence of the iteration; at convergence nothing of two
 terms is nearer. The second pair is indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.
 Source: Koroko et al. 2022 (2201.10285).
@@ -86,6 +88,8 @@ class Deflation(TwoTerms[State], Additive):
     def update(self, state: State, stats: Stats, hyper: Hyper, donate: bool = False) -> State:
         ok = factors.counts(stats.bad == 0, stats.rows, stats.n)
         state = replace(state, **rearranged.averaged(state, stats.first, stats.n, ok, hyper, donate))
+        if 1 in (state.A.shape[-1], state.G.shape[-1]):
+            return state  # Z is one row or column, which the first pair is: there is no second
         first = rearranged.balanced(state)  # the second pair fits what the first leaves now
         return replace(state, pair=rearranged.moved(state.pair, stats.second, stats.n, first, ok, hyper))
 

@@ -31,6 +31,7 @@ from kfaccore.solution import Solution
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, eps, namespace, scalar
 from kfaccore.xp.asking import Asks
+from kfaccore.xp.ranges import AT_LEAST_0, COUNT, ranged
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Lanczos(TwoTerms[State]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ranged(self, krylov=COUNT, restarts=COUNT, tolerance=AT_LEAST_0)
         if self.krylov < 8:
             raise ValueError(f"krylov is {self.krylov}; need at least 8, or the second pair is lost")
 

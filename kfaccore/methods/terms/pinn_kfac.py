@@ -31,6 +31,7 @@ from kfaccore.solution import Solution, finish, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, eps, namespace
 from kfaccore.xp.asking import Asks
+from kfaccore.xp.ranges import AT_LEAST_0, COUNT, UNIT, ranged
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ class PINNKFAC(InSteps[State], Additive):
     def __post_init__(self) -> None:
         function(self, "sharing", factors.SHARINGS)
         check(self, self.split, shifts=False)
-        if self.terms < 1 or not self.split.separable or not 0 <= self.start <= 1:
-            raise ValueError(f"{self}: need terms >= 1, a split that shifts each factor and start in [0, 1]")
+        ranged(self, terms=COUNT, start=UNIT, tolerance=AT_LEAST_0, iterations=COUNT)
+        if not self.split.separable:
+            raise ValueError(f"{self}: need a split that shifts each factor")
 
     def init(self, block: Block, like: Array) -> State:
         why = side.dense_only("PINNKFAC", block)

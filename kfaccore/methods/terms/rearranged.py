@@ -15,10 +15,12 @@ from kfaccore.linalg import side
 from kfaccore.methods.terms.sandwich import products
 from kfaccore.record import Record
 from kfaccore.record.chunks import input_chunks
-from kfaccore.xp.arrays import Array, device_of, namespace, scalar, select
+from kfaccore.xp.arrays import Array, device_of, eps, kept, namespace, scalar, select
 
 if TYPE_CHECKING:
     from kfaccore.method import Block, Hyper
+
+_ROUNDING = 64.0  # eps of the first term: sums over rows in another order differ by less
 
 
 class FirstTerm(factors.Averages, Protocol):
@@ -83,14 +85,19 @@ def inner(x: Array, y: Array) -> Array:
     return xp.vecdot(xp.reshape(x, flat), xp.reshape(y, flat))
 
 
+def norm(x: Array) -> Array:
+    """Frobenius norm, (blocks,)."""
+    return namespace(x).sqrt(inner(x, x))
+
+
 def unit(x: Array, otherwise: Array) -> Array:
     """x over its Frobenius norm, `otherwise` where it is zero."""
     xp = namespace(x)
     top = xp.max(xp.abs(x), axis=(-2, -1))
     usable = top > 0
     x = x / xp.where(usable, top, xp.ones_like(top))[:, None, None]
-    norm = xp.sqrt(inner(x, x))
-    return select(usable, x / xp.where(usable, norm, xp.ones_like(norm))[:, None, None], otherwise)
+    size = norm(x)
+    return select(usable, x / xp.where(usable, size, xp.ones_like(size))[:, None, None], otherwise)
 
 
 def generic(like: Array) -> Array:
@@ -148,8 +155,9 @@ def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Arr
     A, G = first
     U, V = ahead(pair)
     n = factors.positive(n)[:, None, None]
-    rest_g = sums.G / n - G * inner(A, V)[:, None, None]
-    rest_a = sums.A / n - A * inner(G, U)[:, None, None]
+    size = norm(A) * norm(G)  # of the first term, and so of what rounding leaves of the difference
+    rest_g = _beyond_rounding(sums.G / n - G * inner(A, V)[:, None, None], size)
+    rest_a = _beyond_rounding(sums.A / n - A * inner(G, U)[:, None, None], size)
     decay = scalar(hyper.decay, G)
     return Pair(
         G=kernels.average(pair.G, rest_g, decay, 1 - decay, ok),
@@ -157,6 +165,13 @@ def moved(pair: Pair, sums: Sweep, n: Array, first: tuple[Array, Array], ok: Arr
         U=select(ok, U, pair.U),
         V=select(ok, V, pair.V),
     )
+
+
+def _beyond_rounding(rest: Array, size: Array) -> Array:
+    """What is left of matrices of this `size` (blocks,) once one was subtracted; zero where that is rounding, which
+    `unit` would make a whole direction of."""
+    rounding = _ROUNDING * eps(rest.dtype, namespace(rest)) * size
+    return kept(rest, namespace(rest).logical_not(norm(rest) <= rounding), 0.0)
 
 
 def second(pair: Pair, weight: Array) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from kfaccore.method import Block
 from kfaccore.network.two_level.local import Local, now
 from kfaccore.network.two_level.vectors import Outer, Vector, pair, unit
 from kfaccore.xp.arrays import Array, from_host, namespace, place
+from kfaccore.xp.ranges import COUNT, ranged
 
 K = TypeVar("K")
 
@@ -129,8 +130,7 @@ class Krylov:
     outer = False
 
     def __post_init__(self) -> None:
-        if self.order < 1:
-            raise ValueError(f"order is {self.order}; need at least 1 vector a vector of the space")
+        ranged(self, order=COUNT)
 
     @property
     def residual(self) -> bool:
@@ -205,6 +205,9 @@ class Enriched:
     eigenvectors."""
 
     count: int = 5
+
+    def __post_init__(self) -> None:
+        ranged(self, count=COUNT)
 
     residual = False
     outer = True

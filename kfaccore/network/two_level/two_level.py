@@ -41,6 +41,7 @@ from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.memory import plus
+from kfaccore.xp.ranges import ANY, ranged
 
 _NOWHERE: Mapping[str, Turned] = MappingProxyType({})
 
@@ -79,6 +80,7 @@ class TwoLevel(Each[State]):
     needs_records: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        ranged(self, coefficient=ANY)
         if self.matrix is kronecker and not self.space.outer:
             raise ValueError(f"matrix=kronecker needs vectors that are products; {self.space} has others: use exact")
 

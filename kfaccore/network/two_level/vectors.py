@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
+from kfaccore.record.chunks import joined
 from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
 
 
@@ -57,9 +58,13 @@ def dots(record: Record, r: Outer) -> tuple[Array, Array]:
     if isinstance(record.a, Ids):
         p = xp.take(r.right[0, :], xp.reshape(record.a.index, (-1,)))
     else:
-        p = xp.matmul(xp.reshape(record.rows(), (record.blocks, -1, record.d_in)), r.right[:, :, None])
+        p = joined(record, lambda a: xp.reshape(xp.matmul(_rows(a), r.right[:, :, None]), a.shape[:-1]))
     q = xp.matmul(xp.reshape(record.g, (record.draws, record.blocks, -1, record.d_out)), r.left[None, :, :, None])
     return xp.reshape(p, shape), xp.reshape(q, (record.draws, *shape))
+
+
+def _rows(a: Array) -> Array:
+    return namespace(a).reshape(a, (a.shape[0], -1, a.shape[-1]))
 
 
 def scaled(c: Array, r: Vector) -> Array:
