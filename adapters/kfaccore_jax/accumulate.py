@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kfaccore import Block, Ids, Record, measured
 from kfaccore_jax.mesh import promoting
+from kfaccore_jax.present import matrices, seen
 from kfaccore_jax.records import Drawn, widened
 from kfaccore_jax.replicas import share_of
 from kfaccore_jax.state import Fresh, KFACState, restored, state_of
@@ -97,12 +98,14 @@ class _Accumulation:
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
         n = jnp.asarray(share_of(records), state.share.dtype)
-        sums = jax.tree.map(lambda total, g: total + jnp.asarray(n, total.dtype) * g, state.grads, grads)
+        sums = _mapped(
+            lambda g, total: total if g is None else total + jnp.asarray(n, total.dtype) * g, grads, state.grads
+        )
         stats = _added(self.rule, state, records, grads, fresh)
         share = state.share + n
 
         def stepped() -> tuple[Any, Any]:
-            mean = jax.tree.map(_over(share), sums, grads)
+            mean = _mapped(_over(share), grads, sums)
             fisher = records.fisher if isinstance(records, Drawn) else None
             given = None if records is None else Drawn(stats, fisher, share)
             idle = (
@@ -130,7 +133,9 @@ def _found(part: Any, seen: set[int]) -> Iterator[Transformation]:
     seen.add(id(part))
     owner = getattr(part, "__self__", None)
     if isinstance(owner, Transformation):
-        yield owner
+        if id(owner) not in seen:  # a wrapper closes over init and update of one
+            seen.add(id(owner))
+            yield owner
         return
     inner = list(part) if isinstance(part, tuple | list) else list(part.values()) if isinstance(part, dict) else []
     inner += [cell.cell_contents for cell in getattr(part, "__closure__", None) or () if _filled(cell)]
@@ -141,12 +146,19 @@ def _found(part: Any, seen: set[int]) -> Iterator[Transformation]:
 
 
 def _over(share: Any) -> Any:
-    """(sum, newest gradient) -> the mean; integers have no gradient."""
+    """(newest gradient, sum) -> the mean; integers have no gradient, and a leaf without one now does not move."""
 
-    def mean(x: Any, g: Any) -> Any:
+    def mean(g: Any, x: Any) -> Any:
+        if g is None:
+            return None
         return jnp.asarray(x / jnp.asarray(share, x.dtype), g.dtype) if jnp.issubdtype(g.dtype, jnp.inexact) else g
 
     return mean
+
+
+def _mapped(function: Any, grads: Any, sums: Any) -> Any:
+    """function(gradient or None, sum) for each leaf."""
+    return jax.tree.map(function, grads, sums, is_leaf=lambda g: g is None)
 
 
 def _filled(cell: Any) -> bool:
@@ -185,14 +197,18 @@ def _added(rule: Transformation, state: AccumulateState, records: Any, grads: An
     core_state = state_of(state.inner).core
     blocks = dict(core_state.blocks)
     core = rule.core(blocks)
+    grads = seen(rule.plan, grads, blocks)
     given = rule.given_records(records, grads, blocks)
-    missing = sorted(state.stats.keys() - given.keys())
+    missing = sorted((state.stats.keys() & matrices(rule.plan, grads, blocks).keys()) - given.keys())
     if missing:
         raise ValueError(f"update got no records of {missing}; give the records of Captured.records, of all layers")
 
     def sums() -> dict[str, Any]:
         found = {}
         for name, before in state.stats.items():
+            if name not in given:  # without a gradient: frozen
+                found[name] = before
+                continue
             new = register(measured(core, core_state, name, given[name]))
             new = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, before)
             found[name] = jax.tree.map(jnp.add, before, new)

@@ -13,6 +13,7 @@ from kfaccore_jax.judge import finitely, turns
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
 from kfaccore_jax.present import held, matrices
+from kfaccore_jax.wrappers import check_given
 
 if TYPE_CHECKING:
     import optax
@@ -35,6 +36,7 @@ def grafted(
     graft: optax.GradientTransformation, plan: Plan, blocks: Mapping[str, Block], grads: Any, state: Any, params: Any
 ) -> tuple[Any, dict[str, Any], Any]:
     """The updates of `graft` with the sign of a gradient, {layer or leaf: their norm}, and its state."""
+    check_given("graft", blocks, matrices(plan, grads, blocks))
     updates, state = finitely(graft, grads, state, params)
     updates = jax.tree.map(jnp.negative, updates) if turns(graft) else updates
     found = matrices(plan, updates, blocks)

@@ -10,21 +10,24 @@ import jax.numpy as jnp
 
 from kfaccore_jax.plan import followed
 from kfaccore_jax.trees import register
+from kfaccore_jax.wrappers import completed
 
 
-def losses_of(moves: Any, value: Any, value_fn: Callable, params: Any) -> Any:
-    """The batch's loss before and after the update."""
-    after = value_fn(added(params, jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else x, moves)))
+def losses_of(moves: Any, value: Any, value_fn: Callable, params: Any, whole: Any) -> Any:
+    """The batch's loss before and after the update; leaves that a mask hides are those of `whole`."""
+    back = jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else x, moves)
+    after = value_fn(completed(added(params, back), whole))
     return jnp.stack([jnp.asarray(value), jnp.asarray(after)])
 
 
 def added(params: Any, moves: Any) -> Any:
-    """The parameters with updates added, in their own dtypes; what is no inexact number stays what it is."""
+    """The parameters with updates added, in their own dtypes; what is no inexact number, and what has no update, stays
+    what it is."""
 
-    def one(p: Any, m: Any) -> Any:
-        return jnp.asarray(p + m, p.dtype) if jnp.issubdtype(p.dtype, jnp.inexact) else p
+    def one(m: Any, p: Any) -> Any:
+        return jnp.asarray(p + m, p.dtype) if m is not None and jnp.issubdtype(p.dtype, jnp.inexact) else p
 
-    return jax.tree.map(one, params, moves)
+    return jax.tree.map(one, moves, params, is_leaf=lambda m: m is None)
 
 
 def judged(rule: Any, before: Any, motion: Any, moves: Any, losses: Any) -> tuple[Any, Any]:

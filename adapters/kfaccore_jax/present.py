@@ -90,6 +90,30 @@ def check_leaves(plan: Plan, params: Any) -> None:
         raise ValueError(f"init got leaves of other shapes than the plan's: {', '.join(other[:5])}; plan again")
 
 
+def check_halves(plan: Plan, grads: Any, blocks: Mapping[str, Block]) -> None:
+    """ValueError naming the leaf of a layer that has no gradient where its block is of the whole layer."""
+    here = named(grads)
+    for item in held(plan, here):
+        if item.part != "whole" and blocks.get(item.full, item.layer.block).d_in != item.layer.block.d_in:
+            layer = next(x for x in plan.layers if x.name == item.full)
+            lacking = [part.leaf for part in layer.parts if part.leaf not in here]
+            raise ValueError(
+                f"layer {item.full} got no gradient of {lacking[0]} and one of its other part, and one block has both: "
+                f"freeze both of them, or hide {lacking[0]} from init too, by optax.masked or optax.partition"
+            )
+
+
+def seen(plan: Plan, tree: Any, blocks: Mapping[str, Block]) -> dict[str, Any]:
+    """{leaf: array} of those leaves of layers and blocks that a rule with these blocks sees of a whole tree."""
+    leaves = named(tree)
+    names = set(blocks)
+    for layer in plan.layers:
+        if layer.name in blocks:
+            whole = blocks[layer.name].d_in == layer.block.d_in
+            names |= {part.leaf for part in (layer.parts if whole else [layer.weight])}
+    return {name: x for name, x in leaves.items() if name in names}
+
+
 def matrices(plan: Plan, grads: Any, blocks: Mapping[str, Block]) -> dict[str, Any]:
     """{layer or leaf: (blocks, d_out, d_in)} of a tree of gradients; one that is None is frozen."""
     leaves = named(grads)

@@ -83,13 +83,18 @@ def restored(kind: Any, *fields: Any) -> Any:
 
 def state_of(state: Any) -> KFACState:
     """The state of kfac in that of a chain."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KFACState))
-    found = [x for x in leaves if isinstance(x, KFACState)]
+    found = _states(state)
     if len(found) != 1:
         raise ValueError(f"the state of one kfac(plan) is needed; this has {len(found)}")
     return found[0]
 
 
+def _states(state: Any) -> list[KFACState]:
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KFACState))
+    return [x for x in leaves if isinstance(x, KFACState)]
+
+
 def counts_of(state: Any) -> Any:
-    """How often each code has come up, from the state of a chain with kfac."""
-    return state_of(state).counts
+    """How often each code has come up, from the state of a chain with kfac, or of several for parts of the leaves."""
+    found = _states(state)
+    return sum(x.counts for x in found[1:]) + found[0].counts if found else state_of(state).counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +25,12 @@ from kfaccore_jax.judge import arrays, finitely, judged, losses_of, started
 from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan, followed
-from kfaccore_jax.present import blocks_of, check_leaves, held, matrices, tree_of
+from kfaccore_jax.present import blocks_of, check_halves, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn, side_by_side
 from kfaccore_jax.replicas import Axes, check_axes, share_of
 from kfaccore_jax.state import Codes, Fresh, KFACState
 from kfaccore_jax.trees import register
+from kfaccore_jax.wrappers import check_given, check_seen, not_within_multisteps
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Transformation:
         return self.given.rule
 
     def init(self, params: Any) -> KFACState:
-        _not_within_multisteps()
+        not_within_multisteps()
         check_leaves(self.plan, params)
         blocks = self.blocks(params)
         leaves = [x for x in jax.tree.leaves(params) if followed(x)]
@@ -117,13 +117,14 @@ class Transformation:
         factored: Mapping[str, Factored] | None = None,
         value: Any = None,
         value_fn: Callable[[Any], Any] | None = None,
+        whole: Any = None,
         **extra: Any,
     ) -> tuple[Any, KFACState]:
         check_axes(self.axes)
         records = side_by_side(records)
         blocks = dict(state.core.blocks)
         given = self.given_records(records, grads, blocks)
-        self._wanting(given, fresh, damping, value, value_fn, params)
+        self._wanting(given, fresh, damping, value, value_fn, params, whole)
         axes = Axes(self.axes) if self.axes else None
         share = share_of(records)
         grads = grads if axes is None else _averaged(axes, grads, share, factored)
@@ -150,7 +151,7 @@ class Transformation:
         moves, rest = self._rest_moved(moves, grads, rest, params)
         counts = state.counts + jnp.sum(codes.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         if value_fn is not None and self.step.judges:
-            losses = losses_of(moves, value, value_fn, params)
+            losses = losses_of(moves, value, value_fn, params, whole)
             losses = losses if axes is None else axes.mean(losses, share)
             moves, motion = judged(self.step, state.core.motion, after.motion, moves, losses)
             after = replace(after, motion=motion)
@@ -158,8 +159,10 @@ class Transformation:
 
     def given_records(self, records: Mapping[str, Any] | None, grads: Any, blocks: Mapping[str, Block]) -> dict:
         """{block: what was measured} of the layers and leaves at hand."""
+        check_halves(self.plan, grads, blocks)
         if isinstance(records, Drawn) and records.share is not None:
-            return {name: stats for name, stats in records.items() if name in blocks}  # of `accumulate`, by block
+            moving = matrices(self.plan, grads, blocks)
+            return {name: stats for name, stats in records.items() if name in moving}  # of `accumulate`, by block
         found = dict(records or {})
         here = {item.layer.name: item for item in held(self.plan, named(grads))}
         given = {name: item.record(found[item.full]) for name, item in here.items() if item.full in found}
@@ -177,7 +180,7 @@ class Transformation:
         return {"loss": value if axes is None else axes.mean(value, share), "own": found}
 
     def _wanting(
-        self, given: Mapping[str, Any], fresh: Fresh, damping: Any, value: Any, value_fn: Any, params: Any
+        self, given: Mapping[str, Any], fresh: Fresh, damping: Any, value: Any, value_fn: Any, params: Any, whole: Any
     ) -> None:
         """ValueError where something is not there."""
         if self.step.needs_records and not given:
@@ -186,13 +189,17 @@ class Transformation:
             raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
         if self.step.judges and (damping is not None or value is None or value_fn is None or params is None):
             raise ValueError(f"{self.step} needs params, value=loss and value_fn=function of params, and no damping")
+        if self.step.judges:
+            check_seen(self.plan, params, whole)
 
     def _rest_moved(self, moves: Any, grads: Any, before: Any, params: Any) -> tuple[Any, Any]:
         """The tree with what `rest` makes of the leaves it has, and its state."""
         if self.rest is None:
             return moves, before
         known = None if params is None else self.leaves_left(params)
-        found, after = finitely(self.rest, self.leaves_left(grads), before, known)
+        left = self.leaves_left(grads)
+        check_given("rest", known or left, left)
+        found, after = finitely(self.rest, left, before, known)
         leaves = named(moves) | found
         return jax.tree.unflatten(jax.tree.structure(moves), list(leaves.values())), after
 
@@ -233,18 +240,3 @@ def _averaged(axes: Axes, grads: Any, share: Any, factored: object) -> Any:
 
 def _in_force(names: tuple[str, ...]) -> bool:
     return set(names) <= set(named_axes())
-
-
-def _not_within_multisteps() -> None:
-    """ValueError where optax.MultiSteps asks: between its steps it drops the inner state, so that of all micro-batches
-    only the last one's records would ever be measured."""
-    import optax
-
-    frame = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
-            raise ValueError(
-                "optax.MultiSteps hands kfac() the records of the last micro-batch alone, so that the curvature of the "
-                "others is lost: take kfaccore_jax.accumulate(kfac(plan), k), around the whole chain"
-            )
-        frame = frame.f_back
