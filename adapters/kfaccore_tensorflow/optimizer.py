@@ -139,9 +139,9 @@ def take_step(
     """(loss before, prediction) of one applied update, while a graph is traced."""
     x, y, weight = data
     x = tf.nest.map_structure(of_any_batch, x)
-    watch = Watch(model)
     with tf.GradientTape(persistent=True) as tape:
         with tap(model) as scopes:
+            watch = Watch(model)
             f = model(x, training=True)
         heads = engine.objective.heads(f)
         seen = observe(model, list(heads.values()), scopes, x)
@@ -154,7 +154,7 @@ def take_step(
         if engine.loose:
             warnings.warn(
                 f"the loss is judged under other draws than it was made with, by {engine.loose[:5]}: draw by layers of "
-                f"Keras, or by keras.random with a keras.random.SeedGenerator that the model holds",
+                f"Keras, or by keras.random",
                 stacklevel=2,
             )
     variables = model.trainable_variables
