@@ -37,10 +37,11 @@ def lay(calls: Sequence[Rows], masks: Sequence[np.ndarray]) -> list[tuple[int, .
 
 def _looped(mask: np.ndarray, sizes: tuple[int, ...], moved: np.ndarray) -> np.ndarray | None:
     """(examples, calls * rows), each call of one step."""
-    calls = moved.shape[1]
+    calls = int(moved.shape[1])
     flat = mask.reshape(len(mask), -1)
-    for one in (mask, flat, *(mask.any(axis=tuple(range(k, mask.ndim))) for k in range(2, mask.ndim))):
-        steps = one.shape[1]
+    fewer = [np.any(mask, axis=tuple(range(k, mask.ndim))) for k in range(2, mask.ndim)]
+    for one in (mask, flat, *map(np.asarray, fewer)):
+        steps = int(one.shape[1])  # type: ignore[misc]
         if calls < 2 or steps < 2 or calls % steps:
             continue
         orders = np.arange(calls).reshape(-1, steps), np.arange(calls).reshape(steps, -1).T  # loops, or calls a step

@@ -46,7 +46,7 @@ class Optimizer:
             optimizer = keras.optimizers.SGD(1.0)
         self.model = model
         self.engine = Engine(loss, Settings(**settings), known(model), output_names(model))
-        self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
+        self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine, model.trainable_variables)
         self.optimizer.build(model.trainable_variables)
         self._trained: tuple[int, ...] | None = None
         self._file: str | PathLike | None = None  # that waits for a plan
@@ -117,7 +117,7 @@ class Optimizer:
         self._trained = now
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
-        optimizer = fitting(self.optimizer, self.engine)
+        optimizer = fitting(self.optimizer, self.engine, self.model.trainable_variables)
         loss, _ = take_step(self.model, self.engine, optimizer, (x, y, weight), self._loss)
         self._restore()
         return loss

@@ -97,9 +97,7 @@ class Watch:
         count, and those on queues and tables."""
         bodies = [body.graph.get_operations() for body in self.graph._functions.values()]
         every = [*self.graph.get_operations()[self.start :], *(op for ops in bodies for op in ops)]
-        return sorted(
-            {f"{op.name} ({op.type})" for op in every if "seed2" in op.node_def.attr or op.type in LASTING}
-        )
+        return sorted({f"{op.name} ({op.type})" for op in every if "seed2" in op.node_def.attr or op.type in LASTING})
 
     def _written(self) -> set[int]:
         """Handles that may have been written."""
