@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -246,6 +247,27 @@ def test_optimizers_that_would_spoil_directions():
         kt.Optimizer(model, kf.Gaussian(), keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"][:1]).scope():
         kt.Optimizer(model, kf.Gaussian())
+
+
+@pytest.mark.parametrize("scope", [True, False])
+def test_a_step_inside_a_strategy_of_one_replica_says_where_to_go(scope, rng):
+    x, y = rng.normal(size=(4, 6)), rng.normal(size=(4, 3))
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        step = kt.Optimizer(sequential(L.Dense(3)), kf.Gaussian())
+    call = step.step if scope else lambda x, y: strategy.run(step.step, args=(x, y))
+    with strategy.scope() if scope else nullcontext(), pytest.raises(ValueError, match=r"call Optimizer\.step outside"):
+        call(x, y)
+    step.step(x, y)
+
+
+def test_a_model_with_nothing_to_train_says_so(rng):
+    net = sequential(L.Dense(3))
+    model = kt.KFACModel(net)
+    model.compile("sgd", "mse")
+    net.trainable = False
+    with pytest.raises(ValueError, match=r"no variable of model .* is trainable now"):
+        model.train_on_batch(rng.normal(size=(4, 6)), rng.normal(size=(4, 3)))
 
 
 def test_models_without_variables_or_with_several_outputs():

@@ -100,7 +100,7 @@ def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int], rows: Abst
 
 def _step(one: Followed, op: Operation, here: Hot, reach: set[str], rows: AbstractSet[int]) -> list[Hot]:
     """Where one operation takes a tensor: on, or into a use."""
-    going = None if any(id(x) in rows for x in op.inputs) else moved(op, here)
+    going = None if any(id(x) in rows and x.shape.num_elements() != 1 for x in op.inputs) else moved(op, here)
     if going is not None:
         return list(going)
     use = _called(op, here) if op.type in CALLS else read(op, here)

@@ -79,6 +79,19 @@ def fitting(optimizer: Any, engine: Engine, variables: Sequence[Any]) -> Any:
     raise ValueError(f"{step} sets its own rate, and {type(optimizer).__name__} would change it: use SGD(1.0)")
 
 
+def alone(model: Any) -> None:
+    """ValueError where a strategy of one replica would have a step's parts run by other threads, or asks who it is."""
+    if not tf.distribute.has_strategy():
+        return
+    strategy = tf.distribute.get_strategy()
+    inside = not tf.distribute.in_cross_replica_context() and isinstance(strategy, tf.distribute.OneDeviceStrategy)
+    if strategy.num_replicas_in_sync == 1 and not inside:
+        raise ValueError(
+            f"a step of model {model.name!r} was asked for under {type(strategy).__name__} of one replica: make the "
+            f"model in strategy.scope(), and call Optimizer.step outside of it and of strategy.run"
+        )
+
+
 def unscaled(optimizer: Any, engine: Engine, loss: Any) -> Any:
     """The loss, in the graph, behind a look at the rate: it is a variable, which callbacks change after the graph is
     traced. InvalidArgumentError for another than 1 before anything is updated."""

@@ -113,6 +113,10 @@ class KFACModel(keras.Model):
             )
         if not self.inner.built:
             self(x, training=False)
+        if not self.inner.trainable_variables:
+            raise ValueError(
+                f"no variable of model {self.inner.name!r} is trainable now: set trainable=True again and compile"
+            )
         engine = self._ready()
         optimizer = fitting(self.optimizer, engine, self.trainable_variables)
         if tf.executing_eagerly():

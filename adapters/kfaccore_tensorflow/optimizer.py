@@ -16,7 +16,7 @@ from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
 from kfaccore_tensorflow.heads import output_names
-from kfaccore_tensorflow.judge import fitting, judge, unscaled
+from kfaccore_tensorflow.judge import alone, fitting, judge, unscaled
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
@@ -60,6 +60,7 @@ class Optimizer:
         there = isinstance(first, np.ndarray) or (tf.is_tensor(first) and first.shape.rank)
         if there and first.shape[0] == 0:
             raise ValueError(f"the batch has inputs of shape {tuple(first.shape)}; need at least one example")
+        alone(self.model)
         self._follow()
         return self._graph(x, y, sample_weight)
 
