@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from tf_shared import L, keras, kt, tf
+from tf_shared import L, crossentropy, keras, kt, tf
 from tf_shared import double as double
 
 slopes_of = pytest.importorskip("kfaccore_tensorflow.slopes")
@@ -279,3 +279,43 @@ def test_slopes_are_those_of_tensorflow(name):
 
         found, want = both(tf.constant(values), tf.constant(other))
         np.testing.assert_allclose(found, 0 if want is None else want, rtol=1e-12, atol=1e-14, err_msg=str(pair))
+
+
+class Leaking(L.Layer):
+    """A state of its own, of one example: a bias is added to what is made of it, then to what is made of the input."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(3, 3), name="w")
+        self.b = self.add_weight(shape=(3,), name="b", initializer="ones")
+        self.state = tf.Variable(tf.zeros((1, 3), "float64"), trainable=False)
+
+    def call(self, x):
+        h = self.state.read_value() if self.kept else tf.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            h = tf.tanh(x[:, t] + tf.sigmoid(h @ self.w + self.b))
+        if self.kept:
+            self.state.assign(h)
+        return h
+
+
+@pytest.mark.parametrize("make", [Leaking, lambda kept: L.GRU(3, stateful=kept)], ids=["own", "GRU"])
+def test_a_state_of_one_example_is_a_row(make, rng):
+    """From a state of zeros, kept or not, the step is the same, with the bias's curvature."""
+    x, y = rng.normal(size=(1, 4, 3)), np.array([1])
+    found = []
+    for kept in (False, True):
+        keras.utils.set_random_seed(2)
+        layer = make(kept)
+        net = keras.Sequential([keras.Input(batch_shape=(1, 4, 3)), layer, L.Dense(2)])
+        states = [layer.state] if isinstance(layer, Leaking) else [*(layer.states or ())]
+        for state in states:  # Keras calls a layer once to build it
+            state.assign(tf.zeros_like(state))
+        step = kt.Optimizer(net, crossentropy(), keras.optimizers.SGD(1.0), fisher=kf.type2)
+        step.step(x, y)
+        assert not step.engine.plan.refused
+        found.append(np.concatenate([np.ravel(v) for v in net.trainable_variables]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,42 @@ class Shared(L.Layer):
         return x
 
 
+class Loop(L.Layer):
+    """A loop over steps of one's own: `orders` of them behind each other, `uses` of one layer a step."""
+
+    def __init__(self, *orders, uses=1):
+        super().__init__()
+        self.supports_masking = True
+        self.orders = orders
+        self.uses = uses
+        self.inner = L.Dense(6, "tanh")
+
+    def build(self, shape):
+        self.inner.build((None, 6))
+        self.built = True
+
+    def call(self, x, mask=None):
+        found = []
+        for order in self.orders:
+            h = tf.zeros_like(x[:, 0])
+            for t in range(x.shape[1])[::order]:
+                new = x[:, t] + h
+                for _ in range(self.uses):
+                    new = self.inner(new)
+                h = tf.where(mask[:, t : t + 1], new, h)
+            found.append(h)
+        return tf.concat(found, -1)
+
+    def compute_mask(self, x, mask=None):
+        return None  # there are no positions any more
+
+
 PADDED = {
+    "a loop of one's own": lambda: [Loop(1)],
+    "backwards": lambda: [Loop(-1)],
+    "two uses a step": lambda: [Loop(1, uses=2)],
+    "there and back by one layer": lambda: [Loop(1, -1)],
+    "TimeDistributed": lambda: [L.TimeDistributed(L.Dense(6, "tanh")), L.GlobalAveragePooling1D()],
     "heads first": lambda: [Heads(3), L.GlobalAveragePooling1D()],
     "as many heads as positions, flattened": lambda: [Heads(3, flat=True), L.GlobalAveragePooling1D()],
     "used twice a step": lambda: [L.RNN(Cell())],
@@ -109,3 +146,61 @@ def test_a_mask_is_laid_along_the_axis_that_moves_the_prediction_least(rng):
     np.testing.assert_array_equal(found.reshape(2, 3, 3), np.broadcast_to(mask[:, None], (2, 3, 3)))
     found = masks.existing(np.zeros((1, 1, 2, 9, 2)), [(0, None)], [mask], 2, (2, 3, 3), places.Place(0), False)
     assert found is None  # not to be seen: all rows count
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_words_of_sentences_are_those_of_their_mask(apart, rng):
+    """A mask of two axes of positions: as of each sentence for itself, whose loss is the same."""
+    ids, y = rng.integers(1, 9, (2, 3, 4)), rng.integers(0, 3, (2, 3, 4))
+    there = np.arange(4) < np.array([[3, 4, 2], [2, 1, 3]])[..., None]
+    ids, y = ids * there, y * there
+    found = []
+    for shape in ((2, 3, 4), (6, 4)):
+        keras.utils.set_random_seed(1)
+        layer = L.Dense(5, "tanh")
+        layer = L.TimeDistributed(layer) if apart and len(shape) == 3 else layer
+        words = L.Embedding(9, 4, mask_zero=True)
+        net = keras.Sequential([keras.Input(shape[1:], dtype="int32"), words, layer, L.Dense(3)])
+        step = kt.Optimizer(net, crossentropy(), SGD(1.0), fisher=kf.type2)
+        step.step(ids.reshape(shape), y.reshape(shape))
+        found.append(np.concatenate([np.ravel(v) for v in net.trainable_variables]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+class Later(L.Layer):
+    """All positions but the first, as of a next word: one row less than the mask has."""
+
+    def __init__(self):
+        super().__init__()
+        self.supports_masking = True
+        self.inner = L.Dense(6, "tanh")
+
+    def build(self, shape):
+        self.inner.build((None, 6))
+        self.built = True
+
+    def compute_mask(self, x, mask=None):
+        return None
+
+    def call(self, x, mask=None):
+        there = tf.cast(mask[:, 1:, None], x.dtype)
+        return tf.reduce_sum(self.inner(x[:, 1:]) * there, 1)
+
+
+def test_a_mask_that_fits_no_axis_is_named_once(rng):
+    ids, y = rng.integers(1, 7, (4, 5)), rng.integers(0, 3, 4)
+    ids *= np.arange(5) < np.array([3, 5, 2, 4])[:, None]
+    found = []
+    for length in (5, 8):
+        keras.utils.set_random_seed(1)
+        words = L.Embedding(7, 6, mask_zero=True)
+        net = keras.Sequential([keras.Input((length,), dtype="int32"), words, Later(), L.Dense(3)])
+        step = kt.Optimizer(net, crossentropy(), SGD(1.0), fisher=kf.type2)
+        x = np.pad(ids, ((0, 0), (0, length - 5)))
+        with pytest.warns(UserWarning, match=r"mask \(4, .\) that rows of '.*dense.*' stand under"):
+            step.step(x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step.step(x, y)
+        found.append(np.concatenate([np.ravel(v) for v in net.trainable_variables]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9, atol=1e-12)

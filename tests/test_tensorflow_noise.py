@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
 import kfaccore as kf
 from kfaccore.step.known import Known
 from kfaccore.step.model import expansion
-from tf_shared import L, keras, kt, tf
+from tf_shared import SGD, L, keras, kt, tf
 from tf_shared import double as double
 
 SEEN: dict = {}
@@ -113,6 +115,50 @@ def test_a_step_is_judged_under_the_draws_it_was_made_with(rng):
     assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["after"], rel=1e-12)
     for v, new in zip(before, after, strict=True):
         assert np.array_equal(v.numpy(), new) or "moving" in v.path  # one draw of the seeds, as one pass takes
+
+
+class Counting(L.Layer):
+    """What no list of Keras's holds: a variable of TensorFlow, a metric, and draws of the seed of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.many = tf.Variable(0.0, dtype="float64", trainable=False)
+        self.sum = keras.metrics.Sum()
+
+    def call(self, x, training=None):
+        self.many.assign_add(1.0)
+        self.sum.update_state(2.0)
+        return x + keras.random.normal(tf.shape(x)) if training else x
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_whatever_a_pass_writes_is_written_once_a_step(fit, rng):
+    x, y = rng.normal(size=(2, 4, 3)), np.array([0, 1])
+    layers = [Counting(), L.LSTM(3, stateful=True), L.GRU(3, stateful=True), L.SimpleRNN(3, stateful=True)]
+    expanded = [layer for rnn in layers[1:] for layer in (rnn, L.RepeatVector(2))][:-1]
+    model = keras.Sequential([keras.Input(batch_shape=(2, 4, 3)), layers[0], *expanded, L.Dense(2)])
+    written = [layers[0].many, *layers[0].sum.variables, *layers[1].states, *layers[2].states, *layers[3].states]
+    start = [v.numpy() for v in written]
+    keras.utils.set_random_seed(7)
+    value = float(CROSS(y, model(x, training=True)))
+    right = [v.numpy() for v in written]
+    for v, old in zip(written, start, strict=True):
+        v.assign(old)
+    keras.utils.set_random_seed(7)
+    if fit:
+        ours = kt.KFACModel(model, step=Asked())
+        ours.compile(SGD(1.0), CROSS)
+        ours.fit(x, y, shuffle=False, verbose=0)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert float(kt.Optimizer(model, CROSS, step=Asked()).step(x, y)) == pytest.approx(value, rel=1e-12)
+    for v, wanted in zip(written, right, strict=True):
+        np.testing.assert_allclose(v.numpy(), wanted, rtol=1e-12)
+    for v, old in zip(written, start, strict=True):
+        v.assign(old)
+    keras.utils.set_random_seed(7)
+    assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["after"], rel=1e-12)
 
 
 class Mixing(keras.Model):

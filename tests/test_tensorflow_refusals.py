@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -180,12 +181,93 @@ def test_a_rate_that_changes_under_a_self_tuned_step_is_refused(rng):
         wrapped.fit(x, y, epochs=3, verbose=0, callbacks=[slower])
 
 
+@pytest.mark.parametrize("rule", [kf.SelfTuning(), kf.LineSearch()])
+def test_constraints_that_would_change_a_judged_step(rule, rng):
+    """They are for a step of fixed length; added later, they are refused at the next graph."""
+    bound = sequential(L.Dense(3, name="free"), L.Dense(3, kernel_constraint="non_neg", name="bound"))
+    with pytest.raises(ValueError, match=r"judges the updates that it made.*constraints of \['.*bound/kernel'\]"):
+        kt.Optimizer(bound, kf.Gaussian(), step=rule)
+    wrapped = kt.KFACModel(bound, step=rule)
+    wrapped.compile(keras.optimizers.SGD(1.0), "mse")
+    with pytest.raises(ValueError, match="constraints of"):
+        wrapped.train_on_batch(rng.normal(size=(4, 6)), rng.normal(size=(4, 3)))
+    kt.Optimizer(bound, kf.Gaussian(), keras.optimizers.SGD(0.1)).step(rng.normal(size=(4, 6)), rng.normal(size=(4, 3)))
+    assert min(bound.layers[-1].kernel.numpy().ravel()) >= 0
+
+
+class Losing(kt.KFACModel):
+    """A loss that it computes itself, of Keras's and the prediction."""
+
+    how = staticmethod(lambda loss, f: loss)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return self.how(super().compute_loss(x, y, y_pred, sample_weight, training), y_pred)
+
+
+COMPUTED = {
+    "the same": (lambda loss, f: loss + 0.0 * tf.reduce_sum(f), None),
+    "ten times": (lambda loss, f: 10 * loss, r"10 times the loss given to compile.*loss_weights=10 "),
+    "another": (lambda loss, f: tf.reduce_mean(f**4), "another loss of the prediction"),
+    "and more": (lambda loss, f: loss + 0.1 * tf.reduce_sum(f), "another loss of the prediction"),
+}
+
+
+@pytest.mark.parametrize(("how", "told"), COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize("rule", [kf.Fixed(), kf.SelfTuning()])
+def test_a_loss_of_its_own_is_that_of_compile_in_the_prediction(how, told, rule, rng):
+    x, y = rng.normal(size=(8, 6)), rng.normal(size=(8, 3))
+    found = []
+    for kind in (kt.KFACModel, Losing):
+        keras.utils.set_random_seed(2)
+        model = kind(sequential(L.Dense(4, "tanh"), L.Dense(3)), step=rule)
+        model.how = how
+        model.compile(keras.optimizers.SGD(1.0), "mse")
+        before = np.concatenate(model.get_weights(), None)
+        if told is not None and kind is Losing:
+            with pytest.raises(tf.errors.InvalidArgumentError, match=f"compute_loss of Losing is {told}"):
+                model.train_on_batch(x, y)
+            np.testing.assert_array_equal(np.concatenate(model.get_weights(), None), before)
+            return
+        model.train_on_batch(x, y)
+        found.append(np.concatenate(model.get_weights(), None))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
+def test_a_call_that_is_not_trained_is_refused(rng):
+    calling = type("Calling", (kt.KFACModel,), {"call": lambda self, x, training=None, mask=None: 2 * self.inner(x)})
+    model = calling(sequential(L.Dense(3)))
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    with pytest.raises(ValueError, match="Calling has a call of its own, and what is trained is the inner model"):
+        model.train_on_batch(rng.normal(size=(4, 6)), rng.normal(size=(4, 3)))
+
+
 def test_optimizers_that_would_spoil_directions():
     model = sequential(L.Dense(3))
     with pytest.raises(ValueError, match="LossScaleOptimizer looks for overflow in gradients"):
         kt.Optimizer(model, kf.Gaussian(), keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"][:1]).scope():
         kt.Optimizer(model, kf.Gaussian())
+
+
+@pytest.mark.parametrize("scope", [True, False])
+def test_a_step_inside_a_strategy_of_one_replica_says_where_to_go(scope, rng):
+    x, y = rng.normal(size=(4, 6)), rng.normal(size=(4, 3))
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        step = kt.Optimizer(sequential(L.Dense(3)), kf.Gaussian())
+    call = step.step if scope else lambda x, y: strategy.run(step.step, args=(x, y))
+    with strategy.scope() if scope else nullcontext(), pytest.raises(ValueError, match=r"call Optimizer\.step outside"):
+        call(x, y)
+    step.step(x, y)
+
+
+def test_a_model_with_nothing_to_train_says_so(rng):
+    net = sequential(L.Dense(3))
+    model = kt.KFACModel(net)
+    model.compile("sgd", "mse")
+    net.trainable = False
+    with pytest.raises(ValueError, match=r"no variable of model .* is trainable now"):
+        model.train_on_batch(rng.normal(size=(4, 6)), rng.normal(size=(4, 3)))
 
 
 def test_models_without_variables_or_with_several_outputs():

@@ -26,7 +26,7 @@ NOISE = {
     "tf.nn.dropout": (lambda x, seed: tf.nn.dropout(x, 0.5), r"RandomUniform\)"),
     "tf.random": (lambda x, seed: x + tf.random.normal(tf.shape(x), dtype=x.dtype), r"RandomStandardNormal\)"),
     "in a function": (tf.function(lambda x, seed: x * tf.random.uniform(tf.shape(x), dtype=x.dtype)), "RandomUniform"),
-    "keras.random": (lambda x, seed: x + keras.random.normal(tf.shape(x)), "keras.random without a SeedGenerator"),
+    "keras.random": (lambda x, seed: x + keras.random.normal(tf.shape(x)), None),
     "seeded": (lambda x, seed: x + keras.random.normal(tf.shape(x), seed=seed), None),
     "stateless": (lambda x, seed: x + tf.random.stateless_normal(tf.shape(x), [1, 2], dtype=x.dtype), None),
 }

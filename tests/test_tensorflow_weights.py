@@ -157,3 +157,39 @@ def test_a_batch_of_no_weight_is_left_out(rng):
     before = flat(net)
     step.step(x, y, np.zeros(6))
     np.testing.assert_array_equal(flat(net), before)
+
+
+SPREAD = {
+    "one weight": ((4,), 3, lambda x: (np.arange(6) % 3, np.array(0.5)), lambda x: (np.arange(6) % 3, np.full(6, 0.5))),
+    "of positions": (
+        (6, 4),
+        3,
+        lambda x: (np.arange(36).reshape(6, 6) % 3, np.arange(6.0)),
+        lambda x: (np.arange(36).reshape(6, 6) % 3, np.tile(np.arange(6.0), (6, 1))),
+    ),
+    "a target for all outputs": ((4,), 3, lambda x: (x[:, :1], None), lambda x: (np.tile(x[:, :1], (1, 3)), None)),
+    "a target for all examples": ((4,), 3, lambda x: (x[0, :3], None), lambda x: (np.tile(x[0, :3], (6, 1)), None)),
+    "an output of positions": (
+        (5, 4),
+        1,
+        lambda x: (x[..., 0], np.arange(6.0)),
+        lambda x: (x[..., :1], np.tile(np.arange(6.0)[:, None], (1, 5))),
+    ),
+}
+
+
+@pytest.mark.parametrize(("shape", "outputs", "given", "whole"), SPREAD.values(), ids=SPREAD)
+def test_targets_and_weights_spread_as_those_of_keras(shape, outputs, given, whole, rng):
+    """By a Keras loss: what is spread and what was written out take the same step."""
+    x = rng.normal(size=(6, *shape))
+    found = []
+    for make in (given, whole):
+        keras.utils.set_random_seed(1)
+        y, weight = make(x)
+        loss = crossentropy() if y.dtype.kind == "i" else keras.losses.MeanSquaredError()
+        net = keras.Sequential([keras.Input(shape), L.Dense(5, "tanh"), L.Dense(outputs)])
+        wanted = float(loss(y, net(x), sample_weight=weight))
+        step = kt.Optimizer(net, loss, SGD(1.0), fisher=kf.type2)
+        assert float(step.step(x, y, weight)) == pytest.approx(wanted, rel=1e-12)
+        found.append(np.concatenate([np.ravel(v) for v in net.trainable_variables]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-10, atol=1e-13)

@@ -19,7 +19,7 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class Scope:
-    """One call of a layer: operations number start to end, the mask (batch, positions) of its input, or None, and that
+    """One call of a layer: operations number start to end, the mask (batch, *positions) of its input, or None, and that
     input."""
 
     layer: Layer
@@ -137,4 +137,4 @@ def _mask(layer: Layer, first: Any, kwargs: dict[str, Any], graph: Any) -> Tenso
         mask = layer.compute_mask(first, None)
     if mask is None or not tf.is_tensor(mask):
         return None
-    return mask if mask.shape.rank == 2 and getattr(mask, "graph", graph) is graph else None
+    return mask if (mask.shape.rank or 0) >= 2 and getattr(mask, "graph", graph) is graph else None

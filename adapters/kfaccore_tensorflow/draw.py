@@ -121,7 +121,21 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
         taken.drawn[part.name] = both if apart or not last else replace(both, g=both.g[:-1, ...])
         if last and not mixes and not apart:
             taken.own[part.name] = replace(both, g=both.g[-1:, ...])
+    _unseen(engine, batch)
     return taken
+
+
+def _unseen(engine: Engine, batch: Batch) -> None:
+    """A warning of masks that leave out rows of a part, though which is not to be seen; of each part once."""
+    new = {name: mask for name, mask in batch.unseen.items() if name not in engine.unseen}
+    engine.unseen |= set(new)
+    for name, mask in new.items():
+        warnings.warn(
+            f"the Keras mask {mask} that rows of {name!r} stand under fits neither their axes nor a loop over its "
+            f"steps: rows that move nothing are left out where the masked examples tell them, else padding counts. "
+            f"Keep an axis, or a call, for each position of the mask",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +166,7 @@ class _Batch(Batch):
             for (part, shape), operand, each, other, rows in zip(calls, x, slopes, by, g[: len(x)], strict=True):
                 given[part.name].append(seen(part, shape, Given(operand, each, rows, other)))
         wholes = zip((part.name for part in tensors.parts if part.whole), g[len(x) :], strict=True)
-        return cls(n, int(examples), masks, present, int(asked), given, dict(wholes))
+        return cls(n, int(examples), masks, present, {}, int(asked), given, dict(wholes))
 
 
 def _whole(g: np.ndarray, n: float) -> kf.Record:

@@ -7,6 +7,7 @@ What gradients of the prediction reach is followed and nothing else: a regularis
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from kfaccore_tensorflow.moves import moved
 from kfaccore_tensorflow.reach import reaching
 from kfaccore_tensorflow.rules import read
 from kfaccore_tensorflow.sparse import summed_rows
+from kfaccore_tensorflow.states import of_states
 from kfaccore_tensorflow.uses import Hot, Operation, Tensor, Unread, Use, merged
 
 SIZES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
@@ -34,7 +36,7 @@ class Followed:
     reasons: list[str] = field(default_factory=list)
 
 
-def followed(graph: Any, reach: set[str], variables: Iterable[Any]) -> list[Followed]:
+def followed(graph: Any, reach: set[str], variables: Sequence[Any]) -> list[Followed]:
     """Of each variable, along the operations of the graph that gradients `reach`."""
     inside = {id(outside): tensor for outside, tensor in graph.captures}
     found = []
@@ -46,8 +48,9 @@ def followed(graph: Any, reach: set[str], variables: Iterable[Any]) -> list[Foll
         if handle is not None:
             heads.append((one, Hot(handle, Layout.of(variable.shape))))
     hot: set[int] = set()
+    rows = of_states(graph, variables)
     for one, head in heads:
-        _follow(one, head, reach, hot)
+        _follow(one, head, reach, hot, rows)
     for one in found:
         one.uses = merged(one.uses)
         alone: list[Use] = []
@@ -81,7 +84,8 @@ def made_of(inputs: Iterable[Tensor]) -> set[str]:
     return seen
 
 
-def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int]) -> None:
+def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int], rows: AbstractSet[int] = frozenset()) -> None:
+    """rows: tensors with a row an example, though there is but one."""
     waiting = [head]
     while waiting:
         here = waiting.pop()
@@ -89,14 +93,14 @@ def _follow(one: Followed, head: Hot, reach: set[str], hot: set[int]) -> None:
         consumers = {op.name: op for op in here.tensor.consumers() if op.name in reach}
         for op in consumers.values():
             try:
-                waiting += _step(one, op, here, reach)
+                waiting += _step(one, op, here, reach, rows)
             except Unread as reason:
                 one.reasons.append(str(reason))
 
 
-def _step(one: Followed, op: Operation, here: Hot, reach: set[str]) -> list[Hot]:
+def _step(one: Followed, op: Operation, here: Hot, reach: set[str], rows: AbstractSet[int]) -> list[Hot]:
     """Where one operation takes a tensor: on, or into a use."""
-    going = moved(op, here)
+    going = None if any(id(x) in rows and x.shape.num_elements() != 1 for x in op.inputs) else moved(op, here)
     if going is not None:
         return list(going)
     use = _called(op, here) if op.type in CALLS else read(op, here)

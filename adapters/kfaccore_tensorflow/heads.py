@@ -47,7 +47,7 @@ class Several:
 
     def by_head(self, x: Any, heads: Any) -> list[Any]:
         """Targets or weights, one an output; a single weight is each output's."""
-        if x is None or tf.is_tensor(x):
+        if x is None or tf.is_tensor(x) or np.isscalar(x):
             return [x] * len(self.names)
         named = self._named(x, "the targets or weights are")
         return [named[name] for name in self.names]

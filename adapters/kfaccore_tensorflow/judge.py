@@ -57,18 +57,39 @@ def _between(old: Any, new: Any, share: Any) -> Any:
     return tf.where(share == 0, old, moved)
 
 
-def fitting(optimizer: Any, engine: Engine) -> Any:
-    """The optimizer; ValueError where updates would not survive it."""
+def fitting(optimizer: Any, engine: Engine, variables: Sequence[Any]) -> Any:
+    """The optimizer; ValueError where updates would not survive it, or the constraints of `variables`."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             "LossScaleOptimizer looks for overflow in gradients, which never reach it: use the policy mixed_bfloat16"
         )
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
         raise ValueError("several replicas are not supported: the curvature's state lives in one process")
-    if not engine.settings.step.judges or _as_it_is(optimizer):
+    if not engine.settings.step.judges:
         return optimizer
     step = type(engine.settings.step).__name__
+    bound = [v.path for v in variables if v.constraint is not None]
+    if bound:
+        raise ValueError(
+            f"{step} judges the updates that it made, and the constraints of {bound[:5]} would change them behind it: "
+            f"take step=kfaccore.Fixed() with a Keras optimizer, or make the constraint part of the layer's call"
+        )
+    if _as_it_is(optimizer):
+        return optimizer
     raise ValueError(f"{step} sets its own rate, and {type(optimizer).__name__} would change it: use SGD(1.0)")
+
+
+def alone(model: Any) -> None:
+    """ValueError where a strategy of one replica would have a step's parts run by other threads, or asks who it is."""
+    if not tf.distribute.has_strategy():
+        return
+    strategy = tf.distribute.get_strategy()
+    inside = not tf.distribute.in_cross_replica_context() and isinstance(strategy, tf.distribute.OneDeviceStrategy)
+    if strategy.num_replicas_in_sync == 1 and not inside:
+        raise ValueError(
+            f"a step of model {model.name!r} was asked for under {type(strategy).__name__} of one replica: make the "
+            f"model in strategy.scope(), and call Optimizer.step outside of it and of strategy.run"
+        )
 
 
 def unscaled(optimizer: Any, engine: Engine, loss: Any) -> Any:

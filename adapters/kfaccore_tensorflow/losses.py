@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
+from kfaccore_tensorflow.broadcast import target_like, weight_like
 
 CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)
 FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
@@ -42,12 +43,14 @@ class Objective:
     value    (target, prediction, sample weight or None) -> 0-d tensor, differentiable
     share    (prediction, target, mask of its positions or None) -> n, what the mean divides the core's sum by
     scale    what `compile` multiplies the loss with: the Fisher of c times a loss is c times its own
+    keras    whether it is one of Keras's, which spreads weights from the last axis on
     """
 
     core: Any
     value: Callable[[Any, Any, Any], Any]
     share: Callable[[np.ndarray, Any, Any], float]
     scale: float = 1.0
+    keras: bool = False
 
     def draws(
         self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any, mask: Any = None
@@ -89,7 +92,7 @@ class Objective:
     def draws_of(self, fisher: Callable, count: int, f: list[np.ndarray], told: list[Told], rng: Any) -> list[Any]:
         """`draws` of each output."""
         one = told[0]
-        return [self.draws(fisher, count, f[0], one.target, one.weight, rng, one.valid(f[0]))]
+        return [self.draws(fisher, count, f[0], one.target, self._weight(f[0], one), rng, one.valid(f[0]))]
 
     def share_of(self, f: list[np.ndarray], told: list[Told]) -> float:
         """`share` of all outputs."""
@@ -98,7 +101,8 @@ class Objective:
     def present_of(self, f: list[np.ndarray], told: list[Told]) -> np.ndarray:
         """Which examples count, (batch,): those of no weight and with ignored labels alone are as none."""
         one = told[0]
-        found = np.ones(len(f[0]), bool) if one.weight is None else np.any(one.weight.reshape(len(f[0]), -1), axis=1)
+        weight = self._weight(f[0], one)
+        found = np.ones(len(f[0]), bool) if weight is None else np.any(weight.reshape(len(f[0]), -1), axis=1)
         ignored = self.core.ignore if isinstance(self.core, kf.SoftmaxCrossEntropy) else None
         if ignored is None or one.target is None:
             return found
@@ -107,6 +111,9 @@ class Objective:
     def drawless(self, fisher: Callable) -> bool:
         """Whether a Fisher makes no draws."""
         return fisher is kf.forward_only
+
+    def _weight(self, f: np.ndarray, one: Told) -> np.ndarray | None:
+        return None if one.weight is None else weight_like(one.weight, f, one.target, self.keras)
 
 
 def only(x: Any) -> Any:
@@ -155,7 +162,7 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
         raise ValueError(f"the empirical Fisher of {kind.__name__} needs hard labels; sample them: fisher=monte_carlo")
     core, share = TABLE[kind](loss)
     function = loss if isinstance(loss, keras.losses.Loss) else keras.losses.MeanSquaredError()
-    return Objective(core, lambda y, f, w: function(only(y), only(f), sample_weight=only(w)), share)
+    return Objective(core, lambda y, f, w: function(only(y), only(f), sample_weight=only(w)), share, keras=True)
 
 
 def _target(core: Any, f: np.ndarray, y: np.ndarray | None) -> Any:
@@ -163,7 +170,7 @@ def _target(core: Any, f: np.ndarray, y: np.ndarray | None) -> Any:
     if y is None:
         return None
     if not isinstance(core, kf.SoftmaxCrossEntropy):
-        return np.asarray(y, f.dtype).reshape(f.shape)
+        return target_like(y, f)
     if y.shape == f.shape:
         return np.argmax(y, axis=-1)
     return np.asarray(y, np.int64).reshape(f.shape[:-1])

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
+from kfaccore_tensorflow.agree import agreed
 from kfaccore_tensorflow.config import decoded, encoded
 from kfaccore_tensorflow.heads import objective, output_names
 from kfaccore_tensorflow.judge import fitting
@@ -105,10 +106,19 @@ class KFACModel(keras.Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One update, traced by `fit`; the metrics of the batch."""
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        if type(self).call is not KFACModel.call:
+            raise ValueError(
+                f"{type(self).__name__} has a call of its own, and what is trained is the inner model: make it part of "
+                f"that"
+            )
         if not self.inner.built:
             self(x, training=False)
+        if not self.inner.trainable_variables:
+            raise ValueError(
+                f"no variable of model {self.inner.name!r} is trainable now: set trainable=True again and compile"
+            )
         engine = self._ready()
-        optimizer = fitting(self.optimizer, engine)
+        optimizer = fitting(self.optimizer, engine, self.trainable_variables)
         if tf.executing_eagerly():
             if self._eagerly is None:
                 step = lambda given: self._stepped(given, optimizer)  # noqa: E731
@@ -124,9 +134,14 @@ class KFACModel(keras.Model):
 
     def _stepped(self, data: tuple[Any, Any, Any], optimizer: Any) -> tuple[Any, Any]:
         engine = self._ready()
+        kind = type(self)
+        waiting = [True] if kind.compute_loss is not KFACModel.compute_loss else []  # asked in the first pass alone
 
         def value(f: Any, y: Any, weight: Any) -> Any:
-            found = self.compute_loss(data[0], y, f, weight, training=True)
+            own = lambda: self.compute_loss(data[0], y, f, weight, training=True)  # noqa: E731
+            known = lambda: with_own(engine.objective.value(y, f, weight), self)  # noqa: E731
+            asked = waiting and waiting.pop()
+            found = agreed(kind.__name__, engine.objective.heads(f), own, known) if asked else own()
             return found + tf.cast(engine.penalty(), found.dtype)
 
         found = take_step(self.inner, engine, optimizer, data, value)
@@ -212,5 +227,6 @@ def _plain(model: Any) -> None:
     if isinstance(model, keras.Model) and own:
         raise ValueError(
             f"{type(model).__name__} has a {' and a '.join(own)} of its own, which KFACModel would replace: override "
-            f"that in a subclass of KFACModel instead, or train it in a loop with kfaccore_tensorflow.Optimizer"
+            f"that in a subclass of KFACModel instead (a compute_loss must be compile's loss as far as the prediction "
+            f"goes), or train it in a loop with kfaccore_tensorflow.Optimizer"
         )

@@ -16,7 +16,7 @@ from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
 from kfaccore_tensorflow.heads import output_names
-from kfaccore_tensorflow.judge import fitting, judge, unscaled
+from kfaccore_tensorflow.judge import alone, fitting, judge, unscaled
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
@@ -46,7 +46,7 @@ class Optimizer:
             optimizer = keras.optimizers.SGD(1.0)
         self.model = model
         self.engine = Engine(loss, Settings(**settings), known(model), output_names(model))
-        self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine)
+        self.optimizer = fitting(keras.optimizers.get(optimizer), self.engine, model.trainable_variables)
         self.optimizer.build(model.trainable_variables)
         self._trained: tuple[int, ...] | None = None
         self._file: str | PathLike | None = None  # that waits for a plan
@@ -60,6 +60,7 @@ class Optimizer:
         there = isinstance(first, np.ndarray) or (tf.is_tensor(first) and first.shape.rank)
         if there and first.shape[0] == 0:
             raise ValueError(f"the batch has inputs of shape {tuple(first.shape)}; need at least one example")
+        alone(self.model)
         self._follow()
         return self._graph(x, y, sample_weight)
 
@@ -117,7 +118,7 @@ class Optimizer:
         self._trained = now
 
     def _traced(self, x: Any, y: Any, weight: Any) -> Any:
-        optimizer = fitting(self.optimizer, self.engine)
+        optimizer = fitting(self.optimizer, self.engine, self.model.trainable_variables)
         loss, _ = take_step(self.model, self.engine, optimizer, (x, y, weight), self._loss)
         self._restore()
         return loss
@@ -139,9 +140,9 @@ def take_step(
     """(loss before, prediction) of one applied update, while a graph is traced."""
     x, y, weight = data
     x = tf.nest.map_structure(of_any_batch, x)
-    watch = Watch(model)
     with tf.GradientTape(persistent=True) as tape:
         with tap(model) as scopes:
+            watch = Watch(model)
             f = model(x, training=True)
         heads = engine.objective.heads(f)
         seen = observe(model, list(heads.values()), scopes, x)
@@ -154,7 +155,7 @@ def take_step(
         if engine.loose:
             warnings.warn(
                 f"the loss is judged under other draws than it was made with, by {engine.loose[:5]}: draw by layers of "
-                f"Keras, or by keras.random with a keras.random.SeedGenerator that the model holds",
+                f"Keras, or by keras.random",
                 stacklevel=2,
             )
     variables = model.trainable_variables

@@ -12,7 +12,8 @@ import kfaccore as kf
 from kfaccore_tensorflow.halves import Half
 from kfaccore_tensorflow.kinds import Elementwise, Kind, Lookup, Seen
 from kfaccore_tensorflow.layout import Layout
-from kfaccore_tensorflow.masks import existing
+from kfaccore_tensorflow.loops import lay
+from kfaccore_tensorflow.masks import Rows
 from kfaccore_tensorflow.places import Place
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.slopes import change
@@ -70,12 +71,17 @@ def seen(part: Part, shape: Shape, given: Given) -> Seen:
 @dataclass(frozen=True)
 class Batch:
     """n and the number of examples; masks (examples, positions) of the layers' calls; `present`, which examples count,
-    or None for all."""
+    or None for all.
+
+    unseen    {part: shape of a mask that leaves out some of its rows, though which is not to be seen}; filled by
+              `record`
+    """
 
     n: float
     examples: int
     masks: Sequence[np.ndarray]
     present: np.ndarray | None
+    unseen: dict[str, tuple[int, ...]]
 
 
 def record(
@@ -95,14 +101,12 @@ def record(
     together = any(place.axis is None for place in places)
     if together:
         places = [Place(None, mixes=True)] * len(places)
+    examples = 1 if together else batch.examples
+    every = [_piece(part, *one, examples) for one in zip(shapes, given, places, strict=True)]
+    _stand(part, every, shapes, given, places, batch)
     pieces = []
     merged: dict[tuple, int] = {}
-    for shape, found, place in zip(shapes, given, places, strict=True):
-        piece = _piece(part, shape, found, place, 1 if together else batch.examples)
-        lookup = isinstance(shape.kind, Lookup)
-        piece.exists = existing(
-            piece.g, shape.masks, batch.masks, batch.examples, found.rows, place, lookup, batch.present
-        )
+    for shape, found, piece in zip(shapes, given, every, strict=True):
         key = (shape.together, found.rows)
         if isinstance(shape.kind, Elementwise) and key in merged:
             pieces[merged[key]].g = pieces[merged[key]].g + piece.g
@@ -123,6 +127,26 @@ class _Piece:
     g: np.ndarray
     turned: bool = False
     exists: np.ndarray | None = None
+
+
+def _stand(
+    part: Part,
+    pieces: Sequence[_Piece],
+    shapes: Sequence[Shape],
+    given: Sequence[Seen],
+    places: Sequence[Place],
+    batch: Batch,
+) -> None:
+    """Which rows of each call exist: by a mask along its own rows, else along all calls."""
+    calls = []
+    for shape, found, place, piece in zip(shapes, given, places, pieces, strict=True):
+        lookup = isinstance(shape.kind, Lookup)
+        calls.append(Rows.of(piece.g, shape.masks, batch.examples, found.rows, place, lookup))
+        calls[-1].lay(batch.masks)
+    for mask in lay(calls, batch.masks):
+        batch.unseen[part.name] = mask
+    for piece, call in zip(pieces, calls, strict=True):
+        piece.exists = call.existing(batch.present)
 
 
 def _piece(part: Part, shape: Shape, found: Seen, place: Place, examples: int) -> _Piece:

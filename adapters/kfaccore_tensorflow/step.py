@@ -104,6 +104,7 @@ class Engine:
         self.info: kf.Info | None = None
         self.plain: set[str] = set()  # variables that were named because only their gradients are known
         self.loose: list[str] = []  # operations whose draws a judge's pass does not repeat
+        self.unseen: set[str] = set()  # parts that were named because a mask of theirs could not be laid
         self.flat = False  # whether a prediction of more rows than inputs was named
         self.negative = False  # whether negative weights were named
         self.void = False  # whether nothing counted in the last batch

@@ -33,12 +33,15 @@ def noted(calls: Sequence[Call], scopes: Scopes, masks: Masks) -> list[tuple[tup
 
 
 def _step(scope: Scope, calls: Sequence[int], this: int) -> int | None:
-    """Which step of a recurrent layer a call belongs to: each step makes as many, one step's behind the other's."""
+    """Which step of a layer that goes through them in order a call belongs to: each step makes as many, one step's
+    behind the other's. Of other loops the gradients tell."""
     steps = None if scope.mask is None else scope.mask.shape[1]
-    if not isinstance(scope.layer, keras.layers.RNN) or steps is None or len(calls) < 2 or len(calls) % steps:
+    recurrent = isinstance(scope.layer, keras.layers.RNN)
+    ordered = recurrent or isinstance(scope.layer, keras.layers.TimeDistributed)
+    if not ordered or steps is None or len(calls) < 2 or len(calls) % steps:
         return None
     step = calls.index(this) // (len(calls) // steps)
-    return steps - 1 - step if scope.layer.go_backwards else step
+    return steps - 1 - step if recurrent and scope.layer.go_backwards else step
 
 
 def _one(masks: Sequence[Tensor]) -> list[tuple[Tensor, None]]:
