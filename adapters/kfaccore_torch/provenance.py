@@ -90,8 +90,8 @@ def shift(node: Any) -> tuple[int, float] | None:
     if child is None or not name.startswith(("AddBackward", "SubBackward", "RsubBackward")):
         return None
     alpha = float(getattr(node, "_saved_alpha", 1))
-    if name.startswith("RsubBackward"):
-        return child, -alpha
+    if name.startswith("RsubBackward"):  # the second argument less alpha times the first
+        return child, (1.0 if child else -alpha)
     return child, (1.0 if child == 0 else alpha if name.startswith("Add") else -alpha)
 
 
