@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Span:
 
     derived   whether the forward took a derivative with a graph of its own, which is products with the same weights
     graph     whether the forward asks for its graph, so that it is another without one
+    watch     told of every function, its arguments, before it is called, where somebody asks
     """
 
     def __init__(self) -> None:
@@ -33,9 +34,12 @@ class Span:
         self.last: int | None = None
         self.derived = False
         self.graph = False
+        self.watch: Callable[[Any, Any, dict[str, Any]], None] | None = None
 
-    def note(self, func: Any, kwargs: Mapping[str, Any]) -> None:
+    def note(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A function is called inside."""
+        if self.watch is not None:
+            self.watch(func, args, kwargs)
         if func in _OF_GRAPHS:
             self.graph = True
             self.derived = self.derived or bool(func is torch.autograd.grad and kwargs.get("create_graph"))
