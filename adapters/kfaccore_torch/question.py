@@ -16,7 +16,6 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.owner import (
     Asked,
     Owned,
-    Split,
     confirm,
     factors,
     few,
@@ -27,6 +26,7 @@ from kfaccore_torch.owner import (
 from kfaccore_torch.passes import passing
 from kfaccore_torch.rows import by_rows
 from kfaccore_torch.settle import Layer
+from kfaccore_torch.split import Split
 
 _SMALL = 2.0**-32  # of a draw under which a backward pass that clips does not
 
@@ -79,7 +79,7 @@ class Question:
     ) -> tuple[Split, list[Owned]]:
         """The split that explains most calls, and the map of each call; `coarser` ones are tried where rows mix."""
         best = self._explained(candidates, old)
-        for split in (one for one in coarser if not any(len(f) % one.examples for f in self.heads)):
+        for split in (one for one in coarser if one.fits(self.heads)):
             least = _mixing(best)
             if not least or self.bent:
                 break
@@ -92,7 +92,7 @@ class Question:
         rows = [call.rows for _, call in self.calls]
         best: tuple[int, Split, list, list, list[torch.Tensor]] | None = None
         for split in candidates:
-            if any(len(f) % split.examples for f in self.heads):
+            if not split.fits(self.heads):
                 continue
             s = self._numbers(split.examples)
             scaled = [self._scaled(by, split) for by in s]
@@ -162,8 +162,8 @@ class Question:
     def _scaled(self, s: torch.Tensor, split: Split) -> list[torch.Tensor]:
         """Rows of all calls under the draw with each example scaled."""
         scaled = []
-        for v, f in zip(self.v, self.heads, strict=True):
-            factor = s[split.owner(len(f))].to(v)
+        for head, v in enumerate(self.v):
+            factor = s[split.owner(len(v), head)].to(v)
             scaled.append(v * factor.reshape(-1, *(1,) * (v.ndim - 1)))
         return self._rows(self._pull(scaled, ()))
 
