@@ -113,7 +113,6 @@ class Optimizer:
         if engine.replan():
             check_same(engine)
             self._remaining.follow(engine.plan)
-        l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
         look = Look(engine, self._handed, {"inputs": inputs, "target": target})
         with torch.enable_grad():
             with engine.captured() as seen:
@@ -121,6 +120,7 @@ class Optimizer:
                 f = self._predicted(inputs)
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
+            l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
                 backward = Backward(engine, value, seen, batch, l2, self.scaler)
                 records, own, observed = self._recorded(seen, batch, backward, n)
@@ -153,6 +153,7 @@ class Optimizer:
         found = recorded(self.engine, seen, batch, backward, n)
         if self.engine.due:
             self.engine.agree()
+        if self.engine.due or seen.span.changed:
             self._remaining.follow(self.engine.plan)
         return found
 

@@ -23,8 +23,8 @@ def followed(x: torch.Tensor | None, known: dict[int, str]) -> Ref | None:
     constants added."""
     if x is None:
         return None
-    if x.grad_fn is None:
-        return Ref(known[id(x)], View.whole(x.shape)) if id(x) in known else None
+    if x.grad_fn is None:  # frozen here, it may be trained elsewhere in the forward
+        return Ref(known[id(x)], View.whole(x.shape)) if id(x) in known and x.requires_grad else None
     return through(x.grad_fn, x.output_nr, known, shifts=True)
 
 

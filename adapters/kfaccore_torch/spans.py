@@ -19,6 +19,13 @@ _OF_GRAPHS = frozenset(  # what differs, or raises, where no graph is built
         torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
     )
 )
+_OF_FLAGS = frozenset(
+    (
+        torch.Tensor.requires_grad_,
+        torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+        torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]  # which a module reads of what it is given
+    )
+)
 
 
 class Span:
@@ -26,6 +33,7 @@ class Span:
 
     derived   whether the forward took a derivative with a graph of its own, which is products with the same weights
     graph     whether the forward asks for its graph, so that it is another without one
+    changed   whether the forward may have frozen, thawed or bound parameters
     watch     told of every function, its arguments, before it is called, where somebody asks
     """
 
@@ -34,12 +42,15 @@ class Span:
         self.last: int | None = None
         self.derived = False
         self.graph = False
+        self.changed = False
         self.watch: Callable[[Any, Any, dict[str, Any]], None] | None = None
 
     def note(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A function is called inside."""
         if self.watch is not None:
             self.watch(func, args, kwargs)
+        if func in _OF_FLAGS:
+            self.changed = self.changed or isinstance(args[0], torch.nn.Parameter)
         if func in _OF_GRAPHS:
             self.graph = True
             self.derived = self.derived or bool(func is torch.autograd.grad and kwargs.get("create_graph"))

@@ -240,7 +240,7 @@ class Engine(Planning):
         seen = Capture(self.plan)
         with eagerly(), seen:
             yield seen
-        seen.span.close()
+        self.follow(seen)
         self.called |= set(seen.calls)
         if seen.products != self.products:
             self.products = {**self.products, **seen.products}
