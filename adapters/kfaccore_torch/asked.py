@@ -14,6 +14,7 @@ from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly
 from kfaccore_torch.handed import kept
 from kfaccore_torch.inside import check_grad
+from kfaccore_torch.moved import Moved
 from kfaccore_torch.plan import Plan, modules
 from kfaccore_torch.replay import found as as_found
 from kfaccore_torch.replay import replayed
@@ -35,7 +36,9 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
         return found
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen = Capture(found)
-    with torch.enable_grad(), _left(model, device, {"inputs": inputs, "named": named}):
+    moved = Moved(model, found)
+    seen.span.watch = moved.note
+    with torch.enable_grad(), _left(model, device, {"inputs": inputs, "named": named}, moved):
         with eagerly(), seen:
             output = model(*inputs, **named)
         heads = [x for x in _tensors(output) if x.requires_grad and x.ndim > 0]
@@ -46,12 +49,12 @@ def plan(model: nn.Module, *inputs: Any, skip: tuple[str, ...] = (), **named: An
 
 
 @contextmanager
-def _left(model: nn.Module, device: torch.device, given: dict[str, Any]) -> Iterator[None]:
-    """What modules hold, random state and what the model was `given` as they were."""
+def _left(model: nn.Module, device: torch.device, given: dict[str, Any], moved: Moved) -> Iterator[None]:
+    """What modules hold, random state, parameters and what the model was `given` as they were."""
     if device.type == "meta":
         yield
         return
-    with replayed(model, as_found(model, device, {}), device, kept(given)):
+    with replayed(model, as_found(model, device, {}), device, [moved.undo, *kept(given)]):
         yield
 
 

@@ -93,6 +93,11 @@ class Mark:
         if any(ref is not None and ref.factor is not None for ref in (self.weight, self.bias)):
             object.__setattr__(self, "scaled", True)
 
+    @property
+    def names(self) -> set[str]:
+        """The parameters it is of."""
+        return {ref.name for ref in (self.weight, self.bias) if ref is not None}
+
 
 @dataclass(frozen=True)
 class Use:

@@ -93,7 +93,7 @@ class Capture(TorchFunctionMode):
         if func in RECURRENT and self._has_own(args):
             with self:
                 return unfused(func, *args, **kwargs)
-        self.span.note(func, kwargs)
+        self.span.note(func, args, kwargs)
         names = _ARGUMENTS.get(func)
         output = func(*args, **kwargs)
         self.made.note((*args, *output) if isinstance(output, tuple | list) else (*args, output))

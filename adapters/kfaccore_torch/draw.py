@@ -223,7 +223,7 @@ def _checked(heads: list[torch.Tensor]) -> list[torch.Tensor]:
 def _check_room(heads: list[torch.Tensor], observed: Observed) -> None:
     """ValueError, before anything is allocated, for type2 draws that would not fit: one for every number of an example
     of the prediction, each as large as it and the outputs of all layers."""
-    number = sum(f.numel() // max(1, observed.split.examples) for f in heads)
+    number = sum(f.numel() // max(1, observed.split.of(head).examples) for head, f in enumerate(heads))
     size = max(4, heads[0].element_size())
     found = number * size * (sum(f.numel() for f in heads) + sum(prod(call.shape) for _, call in observed.calls))
     if found > MOST_BYTES:
@@ -239,7 +239,7 @@ def _signed(draws: list[torch.Tensor], observed: Observed, rng: Any) -> list[tor
     """Each example of each draw with a random sign of its own: products of two examples vanish in expectation."""
     signs = torch.from_numpy(rng.choice([-1.0, 1.0], (len(draws[0]), observed.split.examples)))
     found = []
-    for v in draws:
-        own = signs[:, observed.split.owner(v.shape[1])].to(v)
+    for head, v in enumerate(draws):
+        own = signs[:, observed.split.owner(v.shape[1], head)].to(v)
         found.append(v * own.reshape(*own.shape, *(1,) * (v.ndim - 2)))
     return found

@@ -32,7 +32,7 @@ def met(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter], examples
     others = [child for i, child in enumerate(children) if child is not None and i not in refs]
     uses = []
     for i, ref in refs.items():
-        slope = None if _unit(node) else Slope(node, i)
+        slope = None if _unit(node, i) else Slope(node, i)
         found = _use(node, ref, tuple(known[ref.name].shape), shape, slope, examples)
         if isinstance(found, str):
             return found
@@ -62,9 +62,11 @@ def repeated(node: Any, refs: Refs, known: Mapping[str, torch.nn.Parameter], exa
     return found if isinstance(found, str) else [found]
 
 
-def _unit(node: Any) -> bool:
-    """Whether every number of the output moves as the parameter's does."""
-    return node.name().startswith(("AddBackward", "AddmmBackward")) and getattr(node, "_saved_alpha", 1) == 1
+def _unit(node: Any, index: int) -> bool:
+    """Whether every number of the output moves as that of its `index`-th input does."""
+    if node.name().startswith("AddmmBackward"):
+        return node._saved_beta == 1  # alpha is the product's
+    return node.name().startswith("AddBackward") and (index == 0 or getattr(node, "_saved_alpha", 1) == 1)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from kfaccore_torch.calls import Call
-from kfaccore_torch.owner import Split
 from kfaccore_torch.provenance import output_shape
+from kfaccore_torch.split import Split
 
 NONE = -1  # of a number that goes nowhere
 SEVERAL = 1 << 40  # of one that several examples may see
@@ -32,7 +32,8 @@ Rule = Any  # (node, numbers of an output, its shape, which argument, the argume
 
 def loose(calls: Sequence[Call], heads: Sequence[torch.Tensor], split: Split, rule: Rule) -> dict[int, bool]:
     """The calls, by place, with rows that shapes alone give to no one example, and whether nothing is known of some."""
-    owners = [split.owner(len(f)).cpu().numpy().reshape(-1, *(1,) * (f.ndim - 1)) for f in heads]
+    sizes = [(len(f), *(1,) * (f.ndim - 1)) for f in heads]
+    owners = [split.owner(size[0], head).cpu().numpy().reshape(size) for head, size in enumerate(sizes)]
     found = numbers({(f.grad_fn, f.output_nr): x for f, x in zip(heads, owners, strict=True)}, rule)
     nothing = np.array(UNKNOWN)
     ends = [found.get((call.edge.node, call.edge.output_nr), nothing).max(initial=NONE) for call in calls]

@@ -1,4 +1,5 @@
-"""What modules hold beside parameters and modules: buffers, attributes, and what is in their containers and objects.
+"""What modules hold beside modules: buffers, attributes, and what is in their containers and objects. Of parameters,
+which are bound; what is in them, `moved` knows.
 
 A forward may bind them anew, or write to them. What was bound is bound again and what was written is written back, but
 large tensors that nothing has written to since they were made: these are watched, and named where a forward does. So
@@ -24,7 +25,7 @@ from torch import nn
 from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.streams import copied, place
 
-_OWN = frozenset(vars(nn.Module())) - {"_buffers"}  # what torch itself keeps of a module
+_OWN = frozenset(vars(nn.Module())) - {"_buffers", "_parameters"}  # what torch itself keeps of a module
 _DEPTH = 4  # containers and objects in each other, a module's buffers or attributes the first
 _NEAR = 1 << 10  # as many things are looked at however deep they are
 _MOST = 1 << 12  # things in a container: larger ones are kept, what is in theirs is not
@@ -109,8 +110,10 @@ def as_found(model: nn.Module, things: Sequence[tuple[str, Any]], known: dict[st
     undo: list[Undo] = [partial(_looked, model, large, known)]
     for path, x in things:
         if isinstance(x, torch.Tensor):
-            own = {_memory(p) for p in model.parameters()} if own is None else own
-            if isinstance(x, nn.Parameter) or not x.numel() or _memory(x) in own:
+            if isinstance(x, nn.Parameter) or not x.numel():
+                continue
+            own = {memory(p) for p in model.parameters()} if own is None else own
+            if memory(x) in own:
                 continue
             small = x.numel() <= _LARGE or x.is_inference()
             keep = small or known.get(path, True)
@@ -133,7 +136,7 @@ def as_found(model: nn.Module, things: Sequence[tuple[str, Any]], known: dict[st
     return undo
 
 
-def _memory(x: torch.Tensor) -> int:
+def memory(x: torch.Tensor) -> int:
     """Where the numbers of a tensor begin; of one that has no memory by itself, a sparse one, its own place."""
     try:
         return x.untyped_storage().data_ptr()
@@ -155,14 +158,17 @@ def as_it_was(
     things: Sequence[tuple[str, Any]] | None = None,
     own: Sequence[tuple[str, Any]] = (),
     moved: Callable[[list[str]], Any] | None = None,
-) -> Iterator[None]:
+) -> Iterator[list[Undo]]:
     """Modules hold afterwards what they held before, however it is left; `things` as `walked` gives them, beside what
-    is copied however large it is, their `own`. `moved`, if asked for, is told the paths of what had to be put back."""
+    is copied however large it is, their `own`. `moved`, if asked for, is told the paths of what had to be put back.
+    What puts it back is handed out."""
     undo: list[tuple[str, partial]] = []
     watched: list[tuple[str, torch.Tensor, int]] = []
     streams: list[tuple[str, Iterator, Any]] = []
     buffers = {id(x) for x in (*unwrapped(model).buffers(), *(x for _, x in own))}
     for path, x in (*(walked(unwrapped(model)) if things is None else things), *own):
+        if isinstance(x, nn.Parameter):
+            continue
         if isinstance(x, torch.Tensor):
             version = 1 if x.is_inference() else x._version
             if id(x) in buffers or version > 0 or x.numel() <= _LARGE:
@@ -174,7 +180,7 @@ def as_it_was(
         elif isinstance(x, Iterator):
             streams.append((path, x, place(x)))
     try:
-        yield
+        yield [put for _, put in undo]
     finally:
         with torch.no_grad():
             if moved is not None:

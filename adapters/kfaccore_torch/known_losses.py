@@ -14,7 +14,7 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.bridge import detached
 from kfaccore_torch.outputs import tensor_of
-from kfaccore_torch.owner import Split
+from kfaccore_torch.split import Split
 from kfaccore_torch.unread import known_at_once, unread
 
 CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)

@@ -13,7 +13,7 @@ import kfaccore as kf
 from kfaccore_torch.known_losses import CORE, TABLE, Objective
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.own_losses import Loss, Own
-from kfaccore_torch.owner import Split
+from kfaccore_torch.split import Split
 
 FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
 
@@ -83,8 +83,8 @@ class Joined:
     ) -> list[torch.Tensor]:
         """Draws a head that share one axis: those of type2 in turn, the others at once."""
         n, found = self.share(f, target), {}
-        for head, part in self.parts.items():
-            v = part.draws(fisher, count, f[head], target[head], rng, split)
+        for place, (head, part) in enumerate(self.parts.items()):
+            v = part.draws(fisher, count, f[head], target[head], rng, None if split is None else split.of(place))
             own = part.share(f[head], target[head])
             scale = self.weights[head] * n / own if own else 0.0
             found[head] = v * (scale if fisher is kf.empirical else scale**0.5)

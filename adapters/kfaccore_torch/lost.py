@@ -48,7 +48,7 @@ class Lost:
         for name in gone:
             self.waits[name] = 2 * self.waits.get(name, 0) or 1
             self.quiet[name] = 0
-            self._beside[name] = {other for mark in old.marks if name in _names(mark) for other in _names(mark)}
+            self._beside[name] = {other for mark in old.marks if name in mark.names for other in mark.names}
         self.quiet = {name: count for name, count in self.quiet.items() if name in new.uncovered}
         if gone:
             self._since = step
@@ -61,7 +61,7 @@ class Lost:
             return
         self._step = step
         watched = self._with_others(self.quiet.keys())
-        self._marks.update(dict.fromkeys(mark for mark in marks if _names(mark) & watched))
+        self._marks.update(dict.fromkeys(mark for mark in marks if mark.names & watched))
         self._odd |= odd.keys() & watched
 
     def regained(self, plan: Plan, step: int) -> Plan | None:
@@ -88,16 +88,12 @@ class Lost:
     def _forgetting(self, plan: Plan, names: set[str]) -> Plan:
         """The plan with the newest marks of these parameters alone, and of others that they shared marks with."""
         names = names | (self._with_others(names) & _named(self._marks) - self._odd)
-        kept = [mark for mark in plan.marks if not _names(mark) & names]
-        fresh = [mark for mark in self._marks if _names(mark) & names]
+        kept = [mark for mark in plan.marks if not mark.names & names]
+        fresh = [mark for mark in self._marks if mark.names & names]
         odd = {name: why for name, why in plan.odd.items() if name not in names}
         return remade(plan, tuple(dict.fromkeys([*kept, *fresh])), odd, plan.seen)
 
 
-def _names(mark: Mark) -> set[str]:
-    return {ref.name for ref in (mark.weight, mark.bias) if ref is not None}
-
-
 def _named(marks: Iterable[Mark]) -> set[str]:
     """Names of the parameters that marks are of."""
-    return {name for mark in marks for name in _names(mark)}
+    return {name for mark in marks for name in mark.names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,12 @@ def moves(engine: Engine, updates: Mapping[str, Any]) -> list[tuple[nn.Parameter
             x = x + shrink * layer.own(role, p.detach()) if shrink else x
             found[id(p)] = p, found[id(p)][1] + x if id(p) in found else x  # parts of one parameter
     return list(found.values())
+
+
+def stepped(engine: Engine, grads: Mapping[str, Any], rest: Sequence[Any]) -> Iterator[nn.Parameter]:
+    """Parameters that a step with these gradients, of layers and of what the plan leaves over, moves."""
+    yield from (p for name in grads for p in engine.plan.layers[name].parameters.values())
+    yield from (p for p, g in zip(engine.plan.rest.values(), rest, strict=True) if g is not None)
 
 
 def penalty(engine: Engine, l2: Mapping[str, float]) -> float:

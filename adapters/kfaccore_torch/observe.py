@@ -23,19 +23,13 @@ from kfaccore_torch.fixed_rules import passed
 from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
-from kfaccore_torch.owner import (
-    Owned,
-    Split,
-    flattened,
-    rounding,
-    splits,
-    still,
-)
+from kfaccore_torch.owner import Owned, rounding, still
 from kfaccore_torch.places import Place, Together, joined
 from kfaccore_torch.question import Question
 from kfaccore_torch.rows import by_rows
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight
+from kfaccore_torch.split import Split, candidates
 
 _MOST = 256  # combinations of shapes that are remembered
 
@@ -90,8 +84,8 @@ class Observer:
         key = (graph.key, told_apart, tuple(f.shape for f in heads))
         known = self.kept.get(key)
         split = None if known is None else known[0]
-        size = min(len(f) for f in heads)
-        given = [told.place_of(name, call, split.examples if split else size) for name, call in calls]
+        each = Split.rows_of(heads)
+        given = [told.place_of(name, call, (split or each).examples) for name, call in calls]
         fixed = [Owned(place, shaped=False) if place is not None else None for place in given]
         for i, (name, call) in enumerate(calls):
             if isinstance(layers[name].kind, Rest):
@@ -112,8 +106,8 @@ class Observer:
                 self._tell_empty(question, graph, told)
             old = [known[1][i] if known else None for i in asked]
             wanted = [rows[i] for i in asked]
-            coarser = [] if split else flattened(wanted, size)
-            split, found = question.answer([split] if split else splits(wanted, size), old, coarser)
+            asked_for, coarser = ([split], []) if split else candidates(wanted, each)
+            split, found = question.answer(asked_for, old, coarser)
             times = question.times
             self._name([calls[asked[i]][0] for i in question.bent])
             for i, owned in zip(asked, found, strict=True):
@@ -123,7 +117,7 @@ class Observer:
         if key in self.kept:
             self.turns[key] = turn
         owned = tuple(owned for owned in fixed if owned is not None)
-        return Observed(tuple(calls), split or Split(size), owned, key, expected, times, sight.quiet)
+        return Observed(tuple(calls), split or each, owned, key, expected, times, sight.quiet)
 
     def _tell_empty(self, question: Question, graph: Behind, told: Told) -> None:
         """A warning for layers that data fill, of which many rows hold nothing."""

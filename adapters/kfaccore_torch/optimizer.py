@@ -17,13 +17,13 @@ from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
 from kfaccore_torch.handed import Handed
+from kfaccore_torch.look import Look
 from kfaccore_torch.masks import Told
 from kfaccore_torch.moves import moves, penalty
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import recorded
 from kfaccore_torch.records import called
 from kfaccore_torch.remaining import Remaining
-from kfaccore_torch.replay import replayed
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.settings import Settings
@@ -114,14 +114,14 @@ class Optimizer:
         if engine.replan():
             check_same(engine)
             self._remaining.follow(engine.plan)
-        l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
-        given = {"inputs": inputs, "target": target}
-        first = self._handed.before(self.model, engine.device, given) if engine.core.rule.judges else []
+        look = Look(engine, self._handed, {"inputs": inputs, "target": target})
         with torch.enable_grad():
             with engine.captured() as seen:
+                look.watch(seen.span)
                 f = self._predicted(inputs)
             batch = Batch(f, target, Told(mask, masks or {}, examples), ids)
             value, n = self._loss(batch)
+            l2 = engine.core.schedules.penalties(engine.plan.layers, engine.state.step)
             with torch.autocast(engine.device.type, enabled=False):  # backward is not for it
                 backward = Backward(engine, value, seen, batch, l2, self.scaler)
                 records, own, observed = self._recorded(seen, batch, backward, n)
@@ -138,7 +138,7 @@ class Optimizer:
         before += penalty(engine, l2)
 
         def again() -> float:
-            with replayed(self.model, first, engine.device, self._handed.after(given), seen.span.graph):
+            with look.again(grads, rest):
                 value = float(engine.objective.value(self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
@@ -153,6 +153,7 @@ class Optimizer:
         found = recorded(self.engine, seen, batch, backward, n)
         if self.engine.due:
             self.engine.agree(found[0] or ())
+        if self.engine.due or seen.span.changed:
             self._remaining.follow(self.engine.plan)
         return found
 

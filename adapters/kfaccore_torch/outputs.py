@@ -41,3 +41,10 @@ def tensor_of(f: Any) -> torch.Tensor:
         f"the prediction is a {type(f).__name__}{f' of {names}' if names else ''}, not a tensor: hand over the tensor "
         f"that the loss is of{text}, or pass output={which}; for several with a loss each use kfaccore.Joint"
     )
+
+
+def nothing(f: Any) -> str:
+    """Of a prediction without rows, or with a head without any, which it is."""
+    heads = {f"head {name!r}": x for name, x in f.items()} if isinstance(f, Mapping) else {"the prediction": f}
+    name, shape = next((name, tuple(x.shape)) for name, x in heads.items() if 0 in x.shape)
+    return f"the batch is empty: {name} has shape {shape}"

@@ -11,7 +11,7 @@ import torch
 import kfaccore as kf
 from kfaccore_torch.bridge import detached
 from kfaccore_torch.outputs import tensor_of
-from kfaccore_torch.owner import Split
+from kfaccore_torch.split import Split
 from kfaccore_torch.unread import known_at_once, unread
 
 

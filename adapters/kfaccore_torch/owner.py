@@ -8,14 +8,14 @@ for each binary digit of the examples' numbers reads the map. Rows whose gradien
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
-from kfaccore_torch.places import Axes, Place, Together, by_shape, grouped
+from kfaccore_torch.places import Place, Together, by_shape, grouped
+from kfaccore_torch.split import Split
 
 _ROUNDINGS = 32  # of the largest number: what sums that should cancel leave; of 16 bits, summed in 32, fewer
 _FEW_ROUNDINGS = 4
@@ -23,18 +23,6 @@ _LEVELS = {torch.float16: 3, torch.float64: 512}  # powers of two of a confirmat
 _MOST_LEVELS = 128
 _FEW_LEVELS = 6
 Pull = Callable[[torch.Tensor, Sequence[int]], list[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Split:
-    """How the rows of a prediction make examples: `examples` of them, their rows behind each other or interleaved."""
-
-    examples: int
-    inner: bool = False
-
-    def owner(self, rows: int) -> torch.Tensor:
-        """The example of each row of a prediction."""
-        return Axes((rows,), 0, self.examples, self.inner).owner()
 
 
 @dataclass(frozen=True)
@@ -97,30 +85,6 @@ def rounding(dtype: torch.dtype) -> float:
     return (_ROUNDINGS if info.bits > 16 else _FEW_ROUNDINGS) * info.eps
 
 
-def splits(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
-    """Ways in which `size` rows of a prediction may be examples, by how many calls suggest each: those calls have an
-    axis of as many, and others beside it that the prediction has joined to it."""
-    votes: dict[Split, float] = {Split(size): sum(size in shape for shape in rows)}
-    wide = [shape for shape in rows if len(shape) > 1]
-    single = bool(wide) and all(shape[0] == 1 for shape in wide)
-    for shape in wide:
-        for axis in (0, 1):
-            b = shape[axis]
-            if b >= size or size % b or (b == 1 and not single) or (size in shape and not single):
-                continue
-            for inner in (False, True) if b > 1 else (False,):
-                split = Split(b, inner)  # rows flattened in the order of the axes, or turned first
-                votes[split] = votes.get(split, 0) + (1.0 if inner == bool(axis) else 0.5)
-    return sorted(votes, key=lambda split: -votes[split])
-
-
-def flattened(rows: Sequence[tuple[int, ...]], size: int) -> list[Split]:
-    """Ways in which `size` numbers of a prediction may be features of fewer examples, a row of a call each. They are
-    coarser, and so explain whatever finer ones do: of use where those leave rows that mix."""
-    counts = Counter(shape[0] for shape in rows if len(shape) == 1 and 1 < shape[0] < size and size % shape[0] == 0)
-    return [Split(b, inner) for b, _ in counts.most_common() for inner in (False, True)]
-
-
 def factors(examples: int, dtype: torch.dtype, few: bool = False) -> list[torch.Tensor]:
     """A power of two an example, for each pass; over all passes no two examples have the same. `few` are near each
     other, and take more passes."""
@@ -151,7 +115,7 @@ def confirm(
     found: list[Owned | None] = []
     for i, (shape, before, old) in enumerate(zip(rows, asked, kept, strict=True)):
         candidates = [] if old is None or old.place.examples != split.examples else [old]
-        candidates += [Owned(place) for place in by_shape(shape, split.examples)]
+        candidates += [Owned(place) for place in split.suggested(shape)]
         after = [scaled[i] for scaled in passes]
         found.append(next((c for c in candidates if _agrees(c, before, after, s)), None))
     return found

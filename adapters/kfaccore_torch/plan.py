@@ -21,6 +21,7 @@ from kfaccore_torch.calls import Call, Mark, Use
 from kfaccore_torch.distributed import check_whole
 from kfaccore_torch.hints import hints
 from kfaccore_torch.settle import Layer, settled
+from kfaccore_torch.tied import ties
 from kfaccore_torch.unusual import unusual
 from kfaccore_torch.views import Ref
 
@@ -166,16 +167,16 @@ def again(old: Plan, model: nn.Module) -> Plan:
     """The plan of a model whose parameters changed: what was seen before still holds where parameters were frozen, or
     thawed that were trained when it was seen."""
     new = modules(model, old.skip)
-    before = {name: (p, shape) for (name, p, _), shape in zip(old.made_of, old.shapes, strict=True)}
+    before = {name: shape for (name, _, _), shape in zip(old.made_of, old.shapes, strict=True)}
+    now_of, were = ties(new.made_of), ties(old.made_of)
     now = _trained(new)
     for name, p, trained in new.made_of:
-        known, shape = before.get(name, (None, None))
-        if trained and (known is not p or shape != p.shape):
+        if trained and (before.get(name) != p.shape or now_of[name] != were[name]):
             return new  # with parameters that joined in or grew, an operation may have more of them
     known = any(now <= names for names in old.shown)
     if known or now <= _trained(old):
         return remade(replace(new, shown=old.shown), old.marks, old.odd, old.seen or known)
-    marks = tuple(mark for mark in old.marks if not _names(mark) & now)
+    marks = tuple(mark for mark in old.marks if not mark.names & now)
     odd = {name: why for name, why in old.odd.items() if name not in now}
     return remade(replace(new, shown=tuple(names for names in old.shown if not names & now)), marks, odd, False)
 
@@ -187,10 +188,6 @@ def as_trained(plan: Plan, names: Collection[str]) -> Plan:
 
 def _trained(plan: Plan) -> frozenset[str]:
     return frozenset(name for name, _, trained in plan.made_of if trained)
-
-
-def _names(mark: Mark) -> set[str]:
-    return {ref.name for ref in (mark.weight, mark.bias) if ref is not None}
 
 
 def _with(mark: Mark, names: set[str]) -> Mark:
@@ -205,8 +202,8 @@ def remade(plan: Plan, marks: tuple[Mark, ...], odd: Mapping[str, str], seen: bo
     assert plan.model is not None
     known = plan.known
     names = set(known.values())
-    here = tuple(mark for mark in dict.fromkeys(_with(mark, names) for mark in marks) if _names(mark))
-    shown = {name for mark in here for name in _names(mark)} | odd.keys()
+    here = tuple(mark for mark in dict.fromkeys(_with(mark, names) for mark in marks) if mark.names)
+    shown = {name for mark in here for name in mark.names} | odd.keys()
     suggested = []
     for mark in hints(plan.model, known):
         if mark.bias is not None and mark.bias.name in shown:

@@ -131,6 +131,18 @@ class Planning(Resumes):
             self.adopt(found)
         return found is not None
 
+    def follow(self, seen: Capture) -> None:
+        """A forward ends here: follow what it has frozen, thawed or bound. Calls of parameters that it has bound others
+        in the place of are no layer's any more; what was bound or thawed meanwhile is seen in the graph."""
+        seen.span.close()
+        if not seen.span.changed or not self.replan():
+            return
+        before = {name: p for name, p, _ in seen.plan.made_of}
+        gone = {name for name, p, _ in self.plan.made_of if before.get(name) is not p}
+        seen.uses = [use for use in seen.uses if gone.isdisjoint(use.mark.names)]
+        seen.plan = self.plan
+        seen.known = self.plan.known
+
     def sight(self, seen: Capture, heads: list[torch.Tensor]) -> Sight:
         """What lies behind a prediction; the plan follows what it shows."""
         with self.beside.looking(seen.span):
@@ -173,7 +185,8 @@ class Planning(Resumes):
         known, names = moved({**self.away, **before.layers}, found)
         self.plan = self._planned(found, known)
         self.lost.follow(before, self.plan, 0 if old is None else old.step)
-        self.observer = Observer(empty=self.observer.empty)
+        if _ways(before) != _ways(self.plan):
+            self.observer = Observer(empty=self.observer.empty)
         now = self.held()
         kept = {name: was for name, was in names.items() if name in now and had.get(was) == now[name]}
         kept = {name: was for name, was in kept.items() if name == was or self._alike(core, was, name)}
@@ -211,6 +224,11 @@ class Planning(Resumes):
 
 def _renamed(names: Mapping[str, str]) -> bool:
     return any(name != was for name, was in names.items())
+
+
+def _ways(plan: Plan) -> dict[str, Any]:
+    """What the layers of a plan are, whatever parameters they have."""
+    return {name: (layer.kind, layer.paths, layer.views) for name, layer in plan.layers.items()}
 
 
 def _unpooled(core: kf.Preconditioner, plan: Plan) -> None:

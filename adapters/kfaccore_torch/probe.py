@@ -27,4 +27,5 @@ def probe(engine: Engine, heads: list[torch.Tensor], batch: Batch) -> tuple[Any,
     n = engine.objective.share(batch.f, batch.target)
     if not n or not all(bool((v != 0).all()) and bool(v.isfinite().all()) for v in own):
         return None, ()
-    return [v / n for v in own], engine.plan.trained
+    trained = engine.plan.trained
+    return [v / n for v in own], trained if all(p.requires_grad for p in trained) else ()

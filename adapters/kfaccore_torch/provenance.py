@@ -23,8 +23,8 @@ def followed(x: torch.Tensor | None, known: dict[int, str]) -> Ref | None:
     constants added."""
     if x is None:
         return None
-    if x.grad_fn is None:
-        return Ref(known[id(x)], View.whole(x.shape)) if id(x) in known else None
+    if x.grad_fn is None:  # frozen here, it may be trained elsewhere in the forward
+        return Ref(known[id(x)], View.whole(x.shape)) if id(x) in known and x.requires_grad else None
     return through(x.grad_fn, x.output_nr, known, shifts=True)
 
 
@@ -90,8 +90,8 @@ def shift(node: Any) -> tuple[int, float] | None:
     if child is None or not name.startswith(("AddBackward", "SubBackward", "RsubBackward")):
         return None
     alpha = float(getattr(node, "_saved_alpha", 1))
-    if name.startswith("RsubBackward"):
-        return child, -alpha
+    if name.startswith("RsubBackward"):  # the second argument less alpha times the first
+        return child, (1.0 if child else -alpha)
     return child, (1.0 if child == 0 else alpha if name.startswith("Add") else -alpha)
 
 

@@ -8,7 +8,7 @@ pass is linear, and they are what is measured too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,6 @@ from kfaccore_torch.calls import Call
 from kfaccore_torch.owner import (
     Asked,
     Owned,
-    Split,
     confirm,
     factors,
     few,
@@ -28,8 +27,24 @@ from kfaccore_torch.owner import (
 from kfaccore_torch.passes import passing
 from kfaccore_torch.rows import by_rows
 from kfaccore_torch.settle import Layer
+from kfaccore_torch.split import Split
 
 _SMALL = 2.0**-32  # of a draw under which a backward pass that clips does not
+
+
+class Tried(NamedTuple):
+    """What shapes explain under a split: a map a call or None, and the rows of all calls under examples scaled by `s`,
+    pass by pass."""
+
+    split: Split
+    found: list[Any]  # Owned or None
+    scaled: list[list[torch.Tensor]]
+    s: list[torch.Tensor]
+
+    @property
+    def explained(self) -> int:
+        """How many calls."""
+        return sum(owned is not None for owned in self.found)
 
 
 class Question:
@@ -79,40 +94,61 @@ class Question:
         self, candidates: Sequence[Split], old: Sequence[Owned | None], coarser: Sequence[Split] = ()
     ) -> tuple[Split, list[Owned]]:
         """The split that explains most calls, and the map of each call; `coarser` ones are tried where rows mix."""
-        best = self._explained(candidates, old)
-        for split in (one for one in coarser if not any(len(f) % one.examples for f in self.heads)):
+        coarser = [split for split in coarser if split.fits(self.heads)]
+        tried = self._tried(candidates, old)
+        if coarser and self._mixes(tried):
+            for split in coarser:  # one that explains every call spares what is asked of rows that mix
+                other = self._tried([split], old)
+                if all(other.found):
+                    return self._explained(other, [split], old)
+        best = self._explained(tried, candidates, old)
+        for split in coarser:
             least = _mixing(best)
             if not least or self.bent:
                 break
-            other = self._explained([split], old)
+            other = self._explained(self._tried([split], old), [split], old)
             best = other if _mixing(other) < least else best
         return best
 
-    def _explained(self, candidates: Sequence[Split], old: Sequence[Owned | None]) -> tuple[Split, list[Owned]]:
-        """The first of the splits whose shapes explain most calls, and the map of each call."""
+    def _tried(self, candidates: Sequence[Split], old: Sequence[Owned | None]) -> Tried:
+        """The first of the splits whose shapes explain most calls."""
         rows = [call.rows for _, call in self.calls]
-        best: tuple[int, Split, list, list, list[torch.Tensor]] | None = None
+        best: Tried | None = None
         for split in candidates:
-            if any(len(f) % split.examples for f in self.heads):
+            if not split.fits(self.heads):
                 continue
             s = self._numbers(split.examples)
             scaled = [self._scaled(by, split) for by in s]
-            found = confirm(rows, self.asked, scaled, split, s, old)
-            count = sum(owned is not None for owned in found)
-            if best is None or count > best[0]:
-                best = count, split, found, scaled, s
-            if count == len(found):
+            tried = Tried(split, confirm(rows, self.asked, scaled, split, s, old), scaled, s)
+            if best is None or tried.explained > best.explained:
+                best = tried
+            if all(tried.found):
                 break
         assert best is not None
-        _, split, found, scaled, s = best
+        return best
+
+    def _mixes(self, tried: Tried) -> bool:
+        """Whether rows of some call can be of no one example."""
+        return any(owned is None and not self._powers(tried, i) for i, owned in enumerate(tried.found))
+
+    def _powers(self, tried: Tried, i: int) -> bool:
+        """Whether every row of a call was scaled by the number of some example."""
+        return _is_some_power(self.asked[i], tried.scaled[0][i], tried.s[0])
+
+    def _explained(
+        self, tried: Tried, candidates: Sequence[Split], old: Sequence[Owned | None]
+    ) -> tuple[Split, list[Owned]]:
+        """A split that was tried, of the candidates, and the map of each call."""
+        rows = [call.rows for _, call in self.calls]
+        split, found, _, s = tried
         open_ = [i for i, owned in enumerate(found) if owned is None]
         if open_ and self.doubts:
             self.doubts = False
             if not self._linear(open_, split, float(s[0].max())):
                 if self._lowered(open_, split):
-                    return self._explained(candidates, old)
+                    return self._explained(self._tried(candidates, old), candidates, old)
                 self.bent = open_
-        search_in = [i for i in open_ if _is_some_power(self.asked[i], scaled[0][i], s[0])]
+        search_in = [i for i in open_ if self._powers(tried, i)]
         passes = self._digits(split) if search_in else []
         for i in search_in:
             found[i] = search(rows[i], self.asked[i], [p[i] for p in passes], split)
@@ -163,8 +199,8 @@ class Question:
     def _scaled(self, s: torch.Tensor, split: Split) -> list[torch.Tensor]:
         """Rows of all calls under the draw with each example scaled."""
         scaled = []
-        for v, f in zip(self.v, self.heads, strict=True):
-            factor = s[split.owner(len(f))].to(v)
+        for head, v in enumerate(self.v):
+            factor = s[split.owner(len(v), head)].to(v)
             scaled.append(v * factor.reshape(-1, *(1,) * (v.ndim - 1)))
         return self._rows(self._pull(scaled, ()))
 
@@ -199,8 +235,16 @@ def _mixing(found: tuple[Split, list[Owned]]) -> int:
 
 
 def _is_some_power(before: Asked, second: torch.Tensor, s: torch.Tensor) -> bool:
-    """Whether every row was scaled by the number of some example."""
+    """Whether every row was scaled by the number of some example: by which, its largest number tells to a factor below
+    two."""
+    if not before.first.numel():
+        return True
+    at = before.first.abs().argmax(1, keepdim=True)
+    ratio = (second.gather(1, at) / before.first.gather(1, at))[:, 0].double()
+    low, high = (float(x.log2()) for x in (s.min(), s.max()))
+    level = ratio.log2().nan_to_num(nan=low - 2).floor()  # of a change of sign there is none
     hit = ~before.alive
-    for level in s.unique():
-        hit = hit | before.scaled_by(second, level.expand(len(hit)))
+    for power in (level, level + 1):
+        inside = (power >= low) & (power <= high)
+        hit = hit | (inside & before.scaled_by(second, 2.0 ** power.clamp(low, high)))
     return bool(hit.all())

@@ -55,15 +55,23 @@ def _generator(x: Any) -> Undo | None:
 
 @contextmanager
 def replayed(
-    model: nn.Module, before: list[Undo], device: torch.device, after: Sequence[Undo] = (), graph: bool = False
+    model: nn.Module,
+    before: list[Undo],
+    device: torch.device,
+    after: Sequence[Undo] = (),
+    graph: bool = False,
+    left: bool = False,
 ) -> Iterator[None]:
     """The same forward as one that found all as in `before`, with a graph where it asks for one; random generators and
-    all that modules hold are as they were afterwards, and what `after` puts back."""
+    all that modules hold are as they were afterwards, and what `after` puts back.
+
+    left   whether modules begin with what they hold now
+    """
     things = list(walked(unwrapped(model)))
     now = [*random_state(things, device), *after]
     try:
-        with as_it_was(model, things):
-            for undo in before:
+        with as_it_was(model, things) as held:
+            for undo in (*before, *(held if left else ())):
                 undo()
             with torch.set_grad_enabled(graph or torch.is_grad_enabled()):
                 yield

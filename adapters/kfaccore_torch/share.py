@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import kfaccore as kf
-from kfaccore_torch.owner import Split
+from kfaccore_torch.split import Split
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Part:
     def alone(self, draws: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Draws (draws, *prediction's shape) of each head, zero at the rows of all other examples."""
         found = []
-        for v in draws:
-            owner = self.split.owner(v.shape[1])
+        for head, v in enumerate(draws):
+            owner = self.split.owner(v.shape[1], head)
             inside = ((owner >= self.span.start) & (owner < self.span.stop)).to(v)
             found.append(v * inside.reshape(1, -1, *(1,) * (v.ndim - 2)))
         return found

@@ -40,7 +40,7 @@ def sighted(seen: Capture, heads: Sequence[torch.Tensor]) -> Sight:
     graph = behind(heads, seen.inputs, seen.known)
     uses = _reached(seen, graph)
     named = {name: p for name, p, _ in seen.plan.made_of}
-    examples = Examples.of(min(len(f) for f in heads), [use.call.rows for use in uses], seen.plan.marks)
+    examples = Examples.of(max(len(f) for f in heads), [use.call.rows for use in uses], seen.plan.marks)
     found, odd = explained(graph, seen.known, named, examples) if graph.met else ([], {})
     if not uses and not graph.met and not seen.empty:
         raise ValueError(

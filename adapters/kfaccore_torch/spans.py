@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,13 @@ _OF_GRAPHS = frozenset(  # what differs, or raises, where no graph is built
         torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
     )
 )
+_OF_FLAGS = frozenset(
+    (
+        torch.Tensor.requires_grad_,
+        torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+        torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]  # which a module reads of what it is given
+    )
+)
 
 
 _LISTENS = frozenset((torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__))  # type: ignore[attr-defined]
@@ -32,6 +39,8 @@ class Span:
     kept      whether hooks keep tensors for the backward pass, which a checkpoint makes a second time
     listened  whether the forward may have put hooks in the way of the backward pass
     graph     whether the forward asks for its graph, so that it is another without one
+    changed   whether the forward may have frozen, thawed or bound parameters
+    watch     told of every function, its arguments, before it is called, where somebody asks
     """
 
     def __init__(self) -> None:
@@ -41,10 +50,16 @@ class Span:
         self.graph = False
         self.kept = False
         self.listened = False
+        self.changed = False
+        self.watch: Callable[[Any, Any, dict[str, Any]], None] | None = None
 
-    def note(self, func: Any, kwargs: Mapping[str, Any]) -> None:
+    def note(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A function is called inside."""
         self.kept = self.kept or _kept_by(False) is not None
+        if self.watch is not None:
+            self.watch(func, args, kwargs)
+        if func in _OF_FLAGS:
+            self.changed = self.changed or isinstance(args[0], torch.nn.Parameter)
         if func in _OF_GRAPHS:
             self.graph = True
             self.listened = self.listened or func in _LISTENS

@@ -24,6 +24,7 @@ from kfaccore_torch.launched import Launch
 from kfaccore_torch.losses import objective
 from kfaccore_torch.lost import Lost
 from kfaccore_torch.observe import Observed, Observer
+from kfaccore_torch.outputs import nothing
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
 from kfaccore_torch.precision import by_layer
@@ -105,9 +106,8 @@ class Engine(Planning):
 
     def void(self, batch: Batch) -> str:
         """Why nothing in a batch counts."""
-        shapes = [tuple(f.shape) for f in self.objective.heads(batch.f)]
-        if any(0 in shape for shape in shapes):
-            return f"the batch is empty: the prediction has shape {shapes[0]}"
+        if any(0 in head.shape for head in self.objective.heads(batch.f)):
+            return nothing(batch.f)
         return "all labels of the batch are ignored (ignore_index), so no example counts and n is 0"
 
     def records(self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any) -> Drawn:
@@ -222,7 +222,7 @@ class Engine(Planning):
         seen = Capture(self.plan)
         with eagerly(), seen:
             yield seen
-        seen.span.close()
+        self.follow(seen)
         self.called |= set(seen.calls)
         if seen.products != self.products:
             self.products = {**self.products, **seen.products}

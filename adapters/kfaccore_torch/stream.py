@@ -15,9 +15,10 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.handed import kept
-from kfaccore_torch.held import as_it_was
+from kfaccore_torch.held import Undo, as_it_was
 from kfaccore_torch.known_losses import TABLE
 from kfaccore_torch.masks import Told
+from kfaccore_torch.moved import Moved
 from kfaccore_torch.plan import Plan, unwrapped
 from kfaccore_torch.records import called
 from kfaccore_torch.report import Coverage
@@ -79,8 +80,12 @@ class Stream:
 
     def _records(self, inputs: Any, target: Any, number: int) -> dict[str, kf.Record]:
         engine = self.engine
-        with torch.enable_grad(), _still(self.model, self.train, {"inputs": inputs, "target": target}):
+        given = {"inputs": inputs, "target": target}
+        with torch.enable_grad(), _still(self.model, self.train, given) as undo:
+            moved = Moved(self.model, engine.plan)
+            undo.append(moved.undo)
             with engine.captured() as seen:
+                seen.span.watch = moved.note
                 f = called(self.model, inputs)
             f, target, draws = self._asked(f, target)
             batch = Batch(f, target, Told(None, {}, None))
@@ -199,8 +204,9 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
 
 
 @contextmanager
-def _still(model: nn.Module, train: bool, given: dict[str, Any]) -> Iterator[None]:
-    """In eval mode unless `train`; modes, what modules hold and what they are `given` are as they were afterwards."""
+def _still(model: nn.Module, train: bool, given: dict[str, Any]) -> Iterator[list[Undo]]:
+    """In eval mode unless `train`; modes, what modules hold and what they are `given` are as they were afterwards, and
+    what else is put back by what joins those handed out."""
     inner = unwrapped(model)
     modes = {module: module.training for module in inner.modules()}
     undo = kept(given)
@@ -208,7 +214,7 @@ def _still(model: nn.Module, train: bool, given: dict[str, Any]) -> Iterator[Non
         with as_it_was(inner):
             if not train:
                 inner.eval()
-            yield
+            yield undo
     finally:
         with torch.no_grad():
             for put in undo:

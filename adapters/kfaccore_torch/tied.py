@@ -66,3 +66,11 @@ def _met(rows: Rows) -> Rows:
     """The same J with inputs of length 1."""
     length = torch.linalg.vector_norm(rows.a, dim=-1, keepdim=True)
     return Rows(rows.a / torch.where(length > 0, length, 1.0), rows.g * length, rows.exists)
+
+
+def ties(made_of: Sequence[tuple[str, torch.nn.Parameter, bool]]) -> dict[str, list[str]]:
+    """Name of a parameter -> all that it has."""
+    found: dict[int, list[str]] = {}
+    for name, p, _ in made_of:
+        found.setdefault(id(p), []).append(name)
+    return {name: found[id(p)] for name, p, _ in made_of}
