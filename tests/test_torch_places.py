@@ -71,7 +71,9 @@ def test_nothing_is_made_on_the_default_device(make):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("row", [row for row in METHODS if "fngd" in row.name or "cgfac" in row.name], ids=str)
+@pytest.mark.parametrize(
+    "row", [row for row in METHODS if "fngd" in row.name or "cgfac" in row.name], ids=lambda row: row.name
+)
 def test_methods_of_rows_make_nothing_there(row):
     record = kf.Record(normal(4, 1, 4), normal(1, 4, 1, 3), 4.0)
     grad = normal(3, 4)
