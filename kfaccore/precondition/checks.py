@@ -14,6 +14,7 @@ from kfaccore.precondition.due import Due
 from kfaccore.precondition.given import Given, named, records_of
 from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.record import Record
+from kfaccore.settle import one_term
 from kfaccore.solution import check_gradient
 from kfaccore.step.rule import Checks, Rule, Spread
 
@@ -160,6 +161,8 @@ def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], to
     terms = isinstance(given, tuple) and not together and declares(pre.assigned.of(name), Terms)
     if terms and pre.rule.needs_records and not pre.rule.terms:
         raise ValueError(f"{pre.rule} cannot model several loss terms; use Quadratic() or GridSearch()")
+    if not terms:
+        one_term(pre.network if together else pre.assigned.of(name), given)
     # a Protocol is not asked: that would look at what Stats hold
     if terms or not isinstance(given, list | tuple | Iterator):
         return [given]  # pyright: ignore[reportReturnType]

@@ -184,11 +184,16 @@ class Preconditioner(Asked):
                   may hold, and every layer's state is then computed both ways
         damping   in place of the scheduled one
         """
+        stacked = self._stacked(state)
+        if not records:  # before this rank alone is refused for it
+            self._agreed(due, stacked, (), grads)
         batches = checked(self, due, state, records or {}, grads)
+        if records:
+            self._agreed(due, stacked, records, grads)
         beside(self, state, grads, own, lengths)
         fitting(self, fisher if batches else None)
         wide = widened(grads)
-        stacked, state = self._placed(self._stacked(state), state, wide)
+        stacked, state = self._placed(stacked, state)
         seen = {name: joined(batches[name]) for name in wide} if self.rule.needs_records else {}
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)

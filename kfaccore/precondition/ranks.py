@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from kfaccore import tree
 from kfaccore.method import Block
 from kfaccore.precondition.assigned import Assigned
 from kfaccore.precondition.comm import Communicator
+from kfaccore.precondition.due import Due
 from kfaccore.precondition.placement import agree, assign, costs
 from kfaccore.precondition.sharding import Shards
 from kfaccore.precondition.stacks import Layers
@@ -28,13 +29,17 @@ class OnRanks:
         shards = self._shards(state.layers, dict(state.blocks))
         return state if shards is None else replace(state, layers=shards.whole(state.layers, dict(state.places)))
 
-    def _placed(self, layers: Layers, state: State, grads: Mapping[str, object]) -> tuple[Layers, State]:
-        """Stacks and state of a step with these gradients, each on its ranks; ValueError where the ranks do not agree
-        on what takes part."""
+    def _agreed(self, due: Due, layers: Layers, records: Collection[str], grads: Collection[str]) -> None:
+        """ValueError on all ranks where they do not agree on what takes part, or on what is measured."""
+        if self.comm.world > 1:
+            measured = records if due.measures or self.rule.needs_records else ()
+            agree(self.comm, grads, tuple(layers), tree.leaves(layers.states)[0], measured)
+
+    def _placed(self, layers: Layers, state: State) -> tuple[Layers, State]:
+        """Stacks and state of a step, each on its ranks."""
         shards = self._shards(state.layers, dict(state.blocks))
         if shards is None:
             return layers, state
-        agree(self.comm, set(grads), tuple(state.layers), tree.leaves(layers.states)[0])
         return shards.placed(layers, dict(state.places)), replace(state, places=shards.places)
 
     def _shards(self, names: Iterable[str], blocks: Mapping[str, Block]) -> Shards | None:

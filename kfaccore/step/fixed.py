@@ -33,7 +33,7 @@ class Fixed:
 
     judges: ClassVar[bool] = False
     traced: ClassVar[bool] = True
-    terms: ClassVar[bool] = True
+    terms: ClassVar[bool] = False  # where records are needed, for a model
 
     @property
     def needs_records(self) -> bool:
