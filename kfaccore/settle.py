@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfaccore.method import Block, Hyper, Method, S, T, Terms, declares
+from kfaccore.method import Block, Hyper, Method, S, T, one_term
 from kfaccore.record import Record
 
 
@@ -24,13 +24,3 @@ def settle(method: Method[S, T], record: Record | tuple[Record, ...], k: int | N
     for _ in range(method.cycles if k is None else k):
         state = cycle(method, state, record, hyper)
     return method.update(state, method.measure(state, record, hyper), hyper)
-
-
-def one_term(method: object, given: object) -> None:
-    """ValueError for a tuple of loss terms and a method that takes one; micro-batches of one term are a list."""
-    if isinstance(given, tuple) and not declares(method, Terms):
-        raise ValueError(
-            f"a tuple of {len(given)} records came, which is one record a term of the loss, each with its own n; "
-            f"{type(method).__name__} takes one term: use PINNKFAC({len(given)}), or give micro-batches of one term as "
-            f"a list"
-        )

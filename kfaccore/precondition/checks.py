@@ -7,14 +7,13 @@ from types import FunctionType
 from typing import TYPE_CHECKING
 
 from kfaccore.fisher import empirical, forward_only
-from kfaccore.method import Block, OwnGradients, Terms, declares
+from kfaccore.method import Block, OwnGradients, Terms, declares, one_term
 from kfaccore.options import need
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.given import Given, named, records_of
 from kfaccore.precondition.groups import Grads, NetworkMethod
 from kfaccore.record import Record
-from kfaccore.settle import one_term
 from kfaccore.solution import check_gradient
 from kfaccore.step.rule import Checks, Rule, Spread
 

@@ -13,7 +13,7 @@ from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.asked import Asked
 from kfaccore.precondition.assigned import Assigned
-from kfaccore.precondition.checks import Fisher, agreeing, beside, checked, fitting
+from kfaccore.precondition.checks import Fisher, agreeing, beside, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.footprint import Footprint, footprints
@@ -185,11 +185,7 @@ class Preconditioner(Asked):
         damping   in place of the scheduled one
         """
         stacked = self._stacked(state)
-        if not records:  # before this rank alone is refused for it
-            self._agreed(due, stacked, (), grads)
-        batches = checked(self, due, state, records or {}, grads)
-        if records:
-            self._agreed(due, stacked, records, grads)
+        batches = self._agreed(due, state, stacked, records or {}, grads)
         beside(self, state, grads, own, lengths)
         fitting(self, fisher if batches else None)
         wide = widened(grads)
