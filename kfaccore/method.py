@@ -230,3 +230,13 @@ class Additive:
     def combine(self, first: T, second: T) -> T:
         """Leafwise sum."""
         return tree.add(first, second)
+
+
+def one_term(method: object, given: object) -> None:
+    """ValueError for a tuple of loss terms and a method that takes one; micro-batches of one term are a list."""
+    if isinstance(given, tuple) and not declares(method, Terms):
+        raise ValueError(
+            f"a tuple of {len(given)} records came, which is one record a term of the loss, each with its own n; "
+            f"{type(method).__name__} takes one term: use PINNKFAC({len(given)}), or give micro-batches of one term as "
+            f"a list"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfaccore.method import Block, Hyper, Method, S, T
+from kfaccore.method import Block, Hyper, Method, S, T, one_term
 from kfaccore.record import Record
 
 
@@ -17,6 +17,7 @@ def settle(method: Method[S, T], record: Record | tuple[Record, ...], k: int | N
     k cycles (default `method.cycles`), then one more measure and update, for what lives in the basis of the last
     refresh: EKFAC's moments.
     """
+    one_term(method, record)
     hyper = Hyper(0, 0.0, damping)
     one = record[0] if isinstance(record, tuple) else record
     state = method.init(Block.of(one), one.g)

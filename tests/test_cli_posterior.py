@@ -102,6 +102,7 @@ def test_bad_input_ends_with_exit_2(trained, tmp_path):
     np.savez(tmp_path / "spoilt.npz", x=spoilt, y=np.zeros(3, int))
     np.savez(tmp_path / "strange.npz", x=np.zeros((3, 64)), y=np.array([0, 9, 10]))
     np.savez(tmp_path / "below.npz", x=np.zeros((8, 64)), y=np.full(8, -1))
+    np.savez(tmp_path / "complex.npz", x=np.full((3, 64), 1 + 1j), y=np.zeros(3, int))
     np.savez(tmp_path / "alone.npz", x=np.zeros((3, 64)))
     kf.save(tmp_path / "other.safetensors", {"a": np.zeros(2)})
     folder = trained / "run"
@@ -114,6 +115,7 @@ def test_bad_input_ends_with_exit_2(trained, tmp_path):
         (asked(tmp_path / "none.npz"), "need an .npz of x and y"),
         (asked(tmp_path / "spoilt.npz"), "x of examples 1 holds values that are not finite"),
         ((*asked(good)[:5], tmp_path / "spoilt.npz"), "--train .*not finite"),
+        (asked(tmp_path / "complex.npz"), "x has dtype complex128; need real numbers"),
         (asked(tmp_path / "strange.npz"), "y of examples 2 is 10; need labels from 0 to 9"),
         (asked(tmp_path / "below.npz"), "y of examples 0, 1, 2, 3, 4 and 3 more is -1"),
         (asked(tmp_path / "alone.npz"), "has no array 'y', only x"),

@@ -620,3 +620,11 @@ def test_factored_gradients_have_the_same_slope(rng):
     a, g, v = rng.normal(size=(5, 4)), rng.normal(size=(5, 3)), rng.normal(size=(1, 3, 4))
     grad = Factored(a, g, 5.0)
     assert slope({"x": grad}, {"x": v}) == pytest.approx(np.sum(grad.dense() * v), rel=1e-12)
+
+
+def test_terms_of_one_output_are_named_under_a_network_of_two(rng):
+    pinn, _, batch = small(rng, "poisson-2d")
+    two = replace(pinn, network=Sequential((2,), (Dense(4), Tanh(), Dense(2))))
+    params = two.network.init(np.random.default_rng(0), np.float64)
+    with pytest.raises(ValueError, match=r"seeds of the interior term .*outputs of the network\) \(\d+, \d+, 2\)"):
+        two.capture(params, batch)

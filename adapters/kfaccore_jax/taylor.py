@@ -10,14 +10,16 @@ Source: Dangel, Mueller & Zeinhofer 2024 (2405.15603), section 3. Cost: d + 2 or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 
 from kfaccore import Record
+from kfaccore_jax.chain import chained, elementwise, own_points
 
 Array = Any
 _KINKED = (jax.nn.relu, jax.nn.relu6, jax.nn.leaky_relu, jax.nn.hard_tanh, jax.nn.hard_sigmoid, jnp.abs)
@@ -49,13 +51,18 @@ def forward(
     operator: Array | None,
     activation: Callable[[Array], Array] = jnp.tanh,
     taps: dict[str, Array] | None = None,
+    order: Sequence[str] | None = None,
 ) -> tuple[Coefficients, dict[str, Array]]:
     """Slots of the prediction at x (batch, d), and the input rows (batch, slots, d_in + 1) of every layer.
 
-    params     {name: (d_out, d_in + 1)} in the order of the layers, the bias as last column
+    params     {name: (d_out, d_in + 1)}, the bias as last column
     operator   c (d, d); None propagates the value alone
     taps       arrays added to the layers' outputs
+    order      names of the layers, first to last. JAX sorts the names of a dict wherever it goes through jit, grad or
+               an optimizer: without `order` that of a dict is taken where its names are not sorted, else the one that
+               the widths leave; ValueError where they leave several
     """
+    params = chained(params, x, order)
     batch, d = x.shape
     z = x[:, None, :]
     if operator is not None:
@@ -68,9 +75,7 @@ def forward(
         rows[name] = jnp.concatenate([z, ones], axis=2)
         z = rows[name] @ W.T
         z = z if taps is None else z + taps[name]
-    if operator is None:
-        return Coefficients(z[:, 0], None, None), rows
-    return Coefficients(z[:, 0], z[:, 1:-1], z[:, -1]), rows
+    return _slots(z, operator), rows
 
 
 def capture(
@@ -79,11 +84,17 @@ def capture(
     residual: Callable[[Coefficients], Array],
     operator: Array | None = None,
     activation: Callable[[Array], Array] = jnp.tanh,
+    order: Sequence[str] | None = None,
 ) -> tuple[Array, dict[str, Record]]:
     """(r (batch,), {name: Record}) of one loss term; a record's g holds dr/d(slots), zeros where r ignores a slot.
 
-    Raises ValueError or TypeError for shapes, dtypes and activations that do not fit, while tracing too.
+    order   as in `forward`
+
+    Raises ValueError or TypeError for shapes, dtypes and activations that do not fit, while tracing too. An activation
+    that is not elementwise, and a residual of a point that sees other points, show in values: a ValueError, and where
+    what they hold is traced, records of NaN, which methods answer with the code NONFINITE.
     """
+    params = chained(params, x, order)
     check(params, x, operator)
     if operator is not None and activation in _KINKED:
         raise ValueError(
@@ -94,13 +105,17 @@ def capture(
     taps = {name: jnp.zeros((x.shape[0], count, W.shape[0]), x.dtype) for name, W in params.items()}
 
     def run(taps: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        u, rows = forward(params, x, operator, activation, taps)
-        return residual(u), rows
+        u, rows = forward(params, x, operator, activation, taps, tuple(params))
+        return _joined(u), rows
 
-    r, pull, rows = jax.vjp(run, taps, has_aux=True)
+    z, pull, rows = jax.vjp(run, taps, has_aux=True)
+    r, back = jax.vjp(lambda z: residual(_slots(z, operator)), z)
     if r.shape != x.shape[:1]:
         raise ValueError(f"residual gave shape {r.shape}; need one number a point, ({x.shape[0]},)")
-    g = pull(jnp.ones_like(r))[0]
+    slots = own_points(back, r)
+    for width in {W.shape[1] - 1 for W in list(params.values())[1:]}:
+        slots = elementwise(activation, (x.shape[0], width), slots)
+    g = pull(slots)[0]
     return r, {name: Record(rows[name], g[name], float(x.shape[0])) for name in params}
 
 
@@ -108,6 +123,9 @@ def check(params: dict[str, Array], x: Array, operator: Array | None) -> None:
     """ValueError or TypeError when points, operator and parameters do not belong together."""
     first = next(iter(params.values()))
     d = first.shape[1] - 1
+    for (one, W), (two, V) in pairwise(params.items()):
+        if V.shape[1] - 1 != W.shape[0]:
+            raise ValueError(f"layer {two!r} takes {V.shape[1] - 1} numbers and {one!r} before it gives {W.shape[0]}")
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != d:
         raise ValueError(f"points have shape {x.shape}; need (points, {d}), at least one point")
     if operator is not None and operator.shape != (d, d):
@@ -116,6 +134,19 @@ def check(params: dict[str, Array], x: Array, operator: Array | None) -> None:
     dtypes |= {} if operator is None else {"operator": operator.dtype}
     if len(set(dtypes.values())) > 1:
         raise TypeError(f"dtypes differ: {', '.join(f'{name} {t}' for name, t in dtypes.items())}; need one dtype")
+
+
+def _slots(z: Array, operator: Array | None) -> Coefficients:
+    if operator is None:
+        return Coefficients(z[:, 0], None, None)
+    return Coefficients(z[:, 0], z[:, 1:-1], z[:, -1])
+
+
+def _joined(u: Coefficients) -> Array:
+    """The inverse of `_slots`."""
+    if u.first is None or u.second is None:
+        return u.value[:, None]
+    return jnp.concatenate([u.value[:, None], u.first, u.second[:, None]], axis=1)
 
 
 def _bend(activation: Callable[[Array], Array], z: Array, operator: Array | None) -> Array:

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfaccore import Record
+from kfaccore_torch.children import Passed, compare, uses
 
 Derivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-_SMOOTH: dict[type[nn.Module], Derivatives] = {}
+_SMOOTH: dict[type[nn.Module], Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]] = {}
 
 
 def smooth(module: type[nn.Module]) -> Callable[[Derivatives], Derivatives]:
     """Registers value, first and second derivative of an activation module."""
 
     def register(derivatives: Derivatives) -> Derivatives:
-        _SMOOTH[module] = derivatives
+        _SMOOTH[module] = lambda _, z: derivatives(z)
         return derivatives
 
     return register
@@ -54,10 +56,12 @@ def _silu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z * t, t + z * s1, 2 * s1 + z * s2
 
 
-@smooth(nn.Softplus)
-def _softplus(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    t = torch.sigmoid(z)
-    return nn.functional.softplus(z), t, t * (1 - t)
+def _softplus(module: nn.Softplus, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.sigmoid(module.beta * z)
+    return module(z), t, module.beta * t * (1 - t)
+
+
+_SMOOTH[nn.Softplus] = _softplus
 
 
 @dataclass(frozen=True)
@@ -69,28 +73,29 @@ class Coefficients:
     second: Tensor | None
 
 
-def forward(model: nn.Sequential, x: Tensor, operator: Tensor | None) -> tuple[Coefficients, dict]:
-    """Slots of the prediction at x (batch, d), and (rows, outputs) of every linear layer by name.
+def forward(model: nn.Sequential, x: Tensor, operator: Tensor | None) -> tuple[Coefficients, list[Passed]]:
+    """Slots of the prediction at x (batch, d), and what passed each child, in order; one used again is there again.
 
     operator   c (d, d); None propagates the value alone
     """
     batch, d = x.shape
-    z, layers = x[:, None, :], {}
+    z = x[:, None, :]
     if operator is not None:
         eye = torch.eye(d, dtype=x.dtype, device=x.device).expand(batch, d, d)
         z = torch.cat([z, eye, torch.zeros_like(z)], dim=1)
     bias = torch.zeros(z.shape[1], 1, dtype=x.dtype, device=x.device)
     bias[0] = 1
-    for name, module in model.named_children():
+    passed = []
+    for name, module in model._modules.items():  # named_children leaves out one that is there again
         if isinstance(module, nn.Linear):
             rows = z if module.bias is None else torch.cat([z, bias.expand(batch, -1, 1)], dim=2)
             z = z @ module.weight.T if module.bias is None else z @ module.weight.T + bias * module.bias
-            layers[name] = rows, z
         else:
+            rows = z
             z = _bend(module, z, operator)
-    if operator is None:
-        return Coefficients(z[:, 0], None, None), layers
-    return Coefficients(z[:, 0], z[:, 1:-1], z[:, -1]), layers
+        z = z if z.requires_grad else z.requires_grad_()  # of frozen layers: a record is of outputs, not of parameters
+        passed.append(Passed(name, module, rows, z))
+    return _slots(z, operator), passed
 
 
 def capture(
@@ -101,17 +106,32 @@ def capture(
 ) -> tuple[Tensor, dict[str, Record]]:
     """(r (batch,), {name: Record}) of one loss term; a record's g holds dr/d(slots), zeros where r ignores a slot.
 
-    Raises ValueError or TypeError for shapes, dtypes and layers that do not fit, before anything is computed.
+    A layer used again has one record, of the name of its first use: its uses are further shared positions. Once for
+    each model and residual, and again when the model's children or hooks change, what the rules say is compared with
+    model(x), and r is asked whether it sees other points.
+
+    Raises ValueError or TypeError for shapes, dtypes and layers that do not fit, before anything is computed, for a
+    model that computes something else than its children one after the other, and for a residual of several points.
     """
     check(model, x, operator)
-    u, layers = forward(model, x, operator)
-    r = residual(u)
-    if tuple(r.shape) != (x.shape[0],):
-        raise ValueError(f"residual gave shape {tuple(r.shape)}; need one number a point, ({x.shape[0]},)")
-    outputs = [z for _, z in layers.values()]
-    grads = torch.autograd.grad(r.sum(), outputs, materialize_grads=True)
-    pairs = zip(layers.items(), grads, strict=True)
-    return r.detach(), {name: Record(rows.detach(), g, float(x.shape[0])) for (name, (rows, _)), g in pairs}
+    with torch.enable_grad():
+        _, passed = forward(model, x, operator)
+        z = passed[-1].z
+        leaf = z.detach().requires_grad_()
+        r = residual(_slots(leaf, operator))
+        if tuple(r.shape) != (x.shape[0],):
+            raise ValueError(f"residual gave shape {tuple(r.shape)}; need one number a point, ({x.shape[0]},)")
+        compare(model, x, passed, lambda module, z: _SMOOTH[type(module)](module, z), residual, leaf, r)
+        slots = torch.autograd.grad(r.sum(), leaf, materialize_grads=True)
+        layers = uses(passed)
+        every = [use for found in layers.values() for use in found]
+        outputs = [use.z for use in every]
+        g = dict(zip(map(id, outputs), torch.autograd.grad(z, outputs, slots, materialize_grads=True), strict=True))
+    records = {}
+    for name, found in layers.items():
+        rows = torch.cat([use.rows.detach() for use in found], dim=1)
+        records[name] = Record(rows, torch.cat([g[id(use.z)] for use in found], dim=1), float(x.shape[0]))
+    return r.detach(), records
 
 
 def check(model: nn.Sequential, x: Tensor, operator: Tensor | None) -> None:
@@ -130,6 +150,12 @@ def check(model: nn.Sequential, x: Tensor, operator: Tensor | None) -> None:
         raise TypeError(f"dtypes differ: {', '.join(f'{name} {t}' for name, t in dtypes.items())}; need one dtype")
 
 
+def _slots(z: Tensor, operator: Tensor | None) -> Coefficients:
+    if operator is None:
+        return Coefficients(z[:, 0], None, None)
+    return Coefficients(z[:, 0], z[:, 1:-1], z[:, -1])
+
+
 def _bend(module: nn.Module, z: Tensor, operator: Tensor | None) -> Tensor:
     if operator is not None and isinstance(module, nn.ReLU | nn.LeakyReLU | nn.Hardtanh):
         raise ValueError(
@@ -138,7 +164,7 @@ def _bend(module: nn.Module, z: Tensor, operator: Tensor | None) -> Tensor:
         )
     if type(module) not in _SMOOTH:
         raise TypeError(f"{type(module).__name__} has no derivatives here: register them with @smooth")
-    value, s1, s2 = _SMOOTH[type(module)](z[:, 0])
+    value, s1, s2 = _SMOOTH[type(module)](module, z[:, 0])
     if operator is None:
         return value[:, None]
     first = z[:, 1:-1]

@@ -119,6 +119,9 @@ def examples(option: str, file: Path, run: Trained) -> tuple[np.ndarray, np.ndar
     inputs = run.task.network.inputs
     if x.shape[1:] != inputs or len(x) != len(y) or not len(x):
         fail(f"{option} {file}: x has shape {x.shape} and y {y.shape}; need (count, *{inputs}) and as many labels")
+    for name, array in (("x", x), ("y", y)):
+        if array.dtype.kind not in "biuf":  # a cast would drop an imaginary part, and cannot read text
+            fail(f"{option} {file}: {name} has dtype {array.dtype}; need real numbers")
     first = next(iter(run.params.values()))
     x = x.astype(first.dtype)
     bad = np.asarray(~np.isfinite(x.reshape(len(x), -1)).all(axis=1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import isfinite, prod
 
+import numpy as np
+
 from kfaccore.linalg.basis import Basis
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
@@ -35,6 +37,14 @@ def check_positive(name: str, basis: Basis, precision: float | Array, scale: flo
     times = float(to_host(scale))
     if not (isfinite(shift) and shift >= 0 and isfinite(times) and times > 0):
         raise ValueError(f"layer {name!r} has precision {shift} and scale {times}; need finite numbers, >= 0 and > 0")
+    for what, number in (("precision", shift), ("scale", times)):
+        with np.errstate(over="ignore", under="ignore"):
+            held = float(np.asarray(number, np.asarray(to_host(basis.values)).dtype))
+        if not isfinite(held) or (number > 0) != (held > 0):
+            raise ValueError(
+                f"layer {name!r} has {what} {number:.6g}, {held} in the {basis.values.dtype} of its curvature: "
+                f"need a number that this dtype holds, or a curvature in float64"
+            )
     smallest = times * float(namespace(values).min(values))
     if not smallest + shift > 0:
         need = "any precision > 0" if smallest >= 0 else f"a precision above {-smallest:.6g}"

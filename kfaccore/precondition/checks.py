@@ -7,7 +7,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING
 
 from kfaccore.fisher import empirical, forward_only
-from kfaccore.method import Block, OwnGradients, Terms, declares
+from kfaccore.method import Block, OwnGradients, Terms, declares, one_term
 from kfaccore.options import need
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due
@@ -160,6 +160,8 @@ def _sequence(pre: Preconditioner, name: str, given: Given | Sequence[Given], to
     terms = isinstance(given, tuple) and not together and declares(pre.assigned.of(name), Terms)
     if terms and pre.rule.needs_records and not pre.rule.terms:
         raise ValueError(f"{pre.rule} cannot model several loss terms; use Quadratic() or GridSearch()")
+    if not terms:
+        one_term(pre.network if together else pre.assigned.of(name), given)
     # a Protocol is not asked: that would look at what Stats hold
     if terms or not isinstance(given, list | tuple | Iterator):
         return [given]  # pyright: ignore[reportReturnType]

@@ -73,18 +73,32 @@ def check(methods: Mapping[str, Method], comm: Communicator) -> None:
             )
 
 
-def agree(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> None:
-    """ValueError on all ranks if some have a layer in this step that others lack, which are named."""
+def agree(
+    comm: Communicator, names: Collection[str], every: tuple[str, ...], like: Array, records: Collection[str] = ()
+) -> None:
+    """ValueError on all ranks if some have a layer in this step, or a record of it, that others lack, who are named."""
     xp = namespace(like)
-    own = [float(name in names) for name in every]
-    rows = [own if rank == comm.rank else [0.0] * len(every) for rank in range(comm.world)]
+    own = [float(name in had) for had in (names, records) for name in every]
+    rows = [own if rank == comm.rank else [0.0] * len(own) for rank in range(comm.world)]
     counts = comm.all_reduce(xp.asarray(rows, dtype=like.dtype, device=device_of(like)))
-    lacking = {name: [r for r in range(comm.world) if not float(counts[r, i])] for i, name in enumerate(every)}
-    differing = {name: ranks for name, ranks in lacking.items() if 0 < len(ranks) < comm.world}
-    if differing:
+    has = [[float(counts[r, i]) > 0 for r in range(comm.world)] for i in range(len(own))]
+    _same(
+        dict(zip(every, has[: len(every)], strict=True)),
+        "take part in this step on some ranks only; need the same on all",
+    )
+    _same(
+        dict(zip(every, has[len(every) :], strict=True)),
+        "have records on some ranks only, and statistics are summed over all; where no example of a rank went through "
+        "a layer, give a record whose rows are all masked",
+    )
+
+
+def _same(has: Mapping[str, list[bool]], what: str) -> None:
+    differing = {name: [r for r, had in enumerate(ranks) if not had] for name, ranks in has.items() if any(ranks)}
+    lacking = {name: ranks for name, ranks in differing.items() if ranks}
+    if lacking:
         raise ValueError(
-            f"layers {list(differing)} take part in this step on some ranks only; need the same on all: ranks "
-            f"{sorted({r for ranks in differing.values() for r in ranks})} lack them"
+            f"layers {list(lacking)} {what}: ranks {sorted({r for ranks in lacking.values() for r in ranks})} lack them"
         )
 
 

@@ -13,7 +13,7 @@ from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.asked import Asked
 from kfaccore.precondition.assigned import Assigned
-from kfaccore.precondition.checks import Fisher, agreeing, beside, checked, fitting
+from kfaccore.precondition.checks import Fisher, agreeing, beside, fitting
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.footprint import Footprint, footprints
@@ -184,11 +184,12 @@ class Preconditioner(Asked):
                   may hold, and every layer's state is then computed both ways
         damping   in place of the scheduled one
         """
-        batches = checked(self, due, state, records or {}, grads)
+        stacked = self._stacked(state)
+        batches = self._agreed(due, state, stacked, records or {}, grads)
         beside(self, state, grads, own, lengths)
         fitting(self, fisher if batches else None)
         wide = widened(grads)
-        stacked, state = self._placed(self._stacked(state), state, wide)
+        stacked, state = self._placed(stacked, state)
         seen = {name: joined(batches[name]) for name in wide} if self.rule.needs_records else {}
         ours = common(self.comm, alike(own or {}, seen), tuple(state.layers), seen) if self.rule.wants_own else {}
         motion = self.rule.begin(state.motion, seen)

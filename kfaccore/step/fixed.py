@@ -34,7 +34,7 @@ class Fixed:
 
     judges: ClassVar[bool] = False
     traced: ClassVar[bool] = True
-    terms: ClassVar[bool] = True
+    terms: ClassVar[bool] = False  # where records are needed, for a model
 
     def __post_init__(self) -> None:
         ranged(self, lr=AT_LEAST_0, momentum=SHARE)

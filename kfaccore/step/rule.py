@@ -23,7 +23,7 @@ class Rule(Protocol[M]):
     wants_own       whether the loss's own gradients by example are of use, `own` of a step
     judges          whether `judge` must be asked after the updates were applied
     traced          whether all of it runs under jit, one judgement being final
-    terms           whether records may be tuples, one a loss term
+    terms           whether records that it needs may be tuples, one a loss term
     """
 
     @property

@@ -106,7 +106,14 @@ class PINN:
             self.problem.terms, batch, passed.residuals, passed.outputs, passed.tapes, passed.sizes, strict=True
         )
         for term, (x, _), r, z, tape, n in terms:
-            g = taylor.backward(self.network, params, tape, term.seeds(z, x), term.slots)
+            seeds = term.seeds(z, x)
+            shape = (term.slots.count, x.shape[0], z.value.shape[-1])
+            if seeds.shape != shape:
+                raise ValueError(
+                    f"seeds of the {term.name} term have shape {seeds.shape}; need (slots, points, outputs of the "
+                    f"network) {shape}: a system of several outputs takes terms of its own, see problems.Term"
+                )
+            g = taylor.backward(self.network, params, tape, seeds, term.slots)
             for name, a in tape.inputs.items():
                 records[name] = (*records.get(name, ()), term_record(a, g[name], x.shape[0]))
                 grad = taylor_gradient(a, g[name], r / n)
