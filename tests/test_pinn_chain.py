@@ -43,6 +43,14 @@ def test_eleven_layers_in_their_order_eagerly_in_jit_and_after_a_pytree():
     assert jnp.allclose(jax.jit(lambda p, x: value(p, x, NAMES))(params, x), want, rtol=1e-13)
     assert jnp.allclose(value(sorted_by_jax, x, NAMES), want, rtol=1e-13)
     assert jnp.allclose(jax.jit(value)(OrderedDict(params), x), want, rtol=1e-13)  # of those jax keeps the order
+    assert jnp.allclose(jax.jit(value)(params, x), want, rtol=1e-13)  # names that count tell it
+    assert jnp.allclose(value(sorted_by_jax, x), want, rtol=1e-13)
+
+
+def test_names_that_tell_no_order_are_refused_once_jax_may_have_sorted_them():
+    names = ("first", "second", "third", "fourth")
+    params, x = made([2, 4, 4, 4, 1], names), points()
+    assert jnp.allclose(value(params, x), network(params, names, x), rtol=1e-13)
     for call in (jax.jit(value), lambda p, x: value(jax.tree.map(lambda W: W, p), x)):
         with pytest.raises(ValueError, match=r"order of the layers .* cannot be seen.*give order="):
             call(params, x)

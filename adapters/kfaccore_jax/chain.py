@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -15,13 +16,17 @@ Array = Any
 
 
 def chained(params: dict[str, Array], x: Array, order: Sequence[str] | None) -> dict[str, Array]:
-    """The layers in their order; ValueError where neither `order`, the dict nor the widths tell it."""
+    """The layers in their order; ValueError where neither `order`, the dict, names that count nor the
+    widths tell it."""
     if order is not None:
         if sorted(order) != sorted(params):
             raise ValueError(f"order has layers {list(order)}; params have {list(params)}: name each once")
         return {name: params[name] for name in order}
     if isinstance(params, OrderedDict) or list(params) != sorted(params):
         return params  # jax sorts the names of a plain dict: here it did not
+    counted = _counted(list(params))
+    if counted:
+        return {name: params[name] for name in counted}
     widths = {name: (W.shape[1] - 1, W.shape[0]) for name, W in params.items()}
     starts = [x.shape[-1:], {d_in for d_in, _ in widths.values()}]  # the second for a message about the points
     for found in (list(islice((way for width in start for way in _ways(widths, width)), 2)) for start in starts):
@@ -36,6 +41,14 @@ def chained(params: dict[str, Array], x: Array, order: Sequence[str] | None) -> 
                 f"give order=(first, ..., last)"
             )
     return params
+
+
+def _counted(names: list[str]) -> list[str]:
+    """Names that differ by a number at their end alone, by that number; [] for others."""
+    found = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    if any(one is None for one in found) or len({one[1] for one in found if one}) > 1:
+        return []
+    return [name for _, name in sorted((int(one[2]), name) for one, name in zip(found, names, strict=True) if one)]
 
 
 def _ways(left: dict[str, tuple[int, int]], width: int) -> Iterator[tuple[str, ...]]:

@@ -59,8 +59,9 @@ def forward(
     operator   c (d, d); None propagates the value alone
     taps       arrays added to the layers' outputs
     order      names of the layers, first to last. JAX sorts the names of a dict wherever it goes through jit, grad or
-               an optimizer: without `order` that of a dict is taken where its names are not sorted, else the one that
-               the widths leave; ValueError where they leave several
+               an optimizer: without `order` that of a dict is taken where its names are not sorted, else that of names
+               that count (dense_1, dense_2, ...), else the one that the widths leave; ValueError where they leave
+               several
     """
     params = chained(params, x, order)
     batch, d = x.shape
