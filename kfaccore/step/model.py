@@ -55,8 +55,8 @@ def expansion(
     layers of one row an example are left out of F.
 
     left   own shares of the first of two directions: J_b x becomes factor (J_b x - s_b / n), and <gradient, x> the
-           like, but at least `least` of the batch's; F stays positive semidefinite. Where gradients are a
-    multiple of the loss's own, as clipped ones, so is the direction made of them, and the shares with it
+           like, but at least `least` of the batch's; F stays positive semidefinite. Where gradients are a multiple of
+           the loss's own, as clipped ones, so is the direction made of them, and the shares with it
     """
     down = stack([0.0] * len(directions))
     known = down
