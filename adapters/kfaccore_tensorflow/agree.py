@@ -40,7 +40,8 @@ def agreed(name: str, heads: Mapping[str, Tensor], own: Callable[[], Tensor], kn
 
 def _same(name: str, own: np.ndarray, known: np.ndarray, coarse: bool) -> None:
     close = 0.02 if coarse else float(np.finfo(own.dtype).eps) ** 0.5
-    own, known = own.astype(float), known.astype(float)
+    own = own.astype(float)
+    known = known.astype(float)
     size = float(np.linalg.norm(known))
     apart = float(np.linalg.norm(own - known))
     if not apart > close * max(size, float(np.linalg.norm(own))):

@@ -88,7 +88,8 @@ class Beside:
                 things = list(walked(unwrapped(self.model)))
                 own = list(_of_parameters(self.model)) if written else []
                 if not watch:
-                    things, own = ([(path, x) for path, x in some if path in moved] for some in (things, own))
+                    things = [(path, x) for path, x in things if path in moved]
+                    own = [(path, x) for path, x in own if path in moved]
                 stack.enter_context(as_it_was(self.model, things, own, moved.update if watch else None))
             yield
 

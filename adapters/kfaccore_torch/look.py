@@ -41,7 +41,8 @@ class Look:
     def again(self, grads: Mapping[str, Any], rest: Sequence[Any]) -> Iterator[None]:
         """Around the other forward, after the step with these gradients. It begins with what the first began with; with
         what that left where it has written to parameters that the step moved then."""
-        engine, moved = self.engine, self.moved
+        engine = self.engine
+        moved = self.moved
         left = moved.among(stepped(engine, grads, rest), engine.plan)
         before = self.first if left else [*self.first, *moved.before()]
         after = [*self.handed.after(self.given), *moved.now()]

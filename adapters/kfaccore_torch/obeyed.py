@@ -21,7 +21,8 @@ def obeyed(wanted: Sequence[Any], found: Sequence[torch.Tensor | None]) -> list[
         hooks = p._post_accumulate_grad_hooks if isinstance(p, torch.Tensor) else None
         if not hooks or g is None or id(p) in after:
             continue
-        before, p.grad = p.grad, g.detach()
+        before = p.grad
+        p.grad = g.detach()
         try:
             with torch.no_grad():
                 for hook in list(hooks.values()):

@@ -159,7 +159,8 @@ class Pending:
     def _mark(self, trained: Sequence[torch.Tensor]) -> None:
         """At the end of a pass."""
         self._trained = trained
-        firing, self._firing = self._firing, []
+        firing = self._firing
+        self._firing = []
         if self._sampler is None:
             self._left = gradients(trained)
             self._last = sampled(self._left) if self._thrown else {}

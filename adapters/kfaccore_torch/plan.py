@@ -168,7 +168,8 @@ def again(old: Plan, model: nn.Module) -> Plan:
     thawed that were trained when it was seen."""
     new = modules(model, old.skip)
     before = {name: shape for (name, _, _), shape in zip(old.made_of, old.shapes, strict=True)}
-    now_of, were = ties(new.made_of), ties(old.made_of)
+    now_of = ties(new.made_of)
+    were = ties(old.made_of)
     now = _trained(new)
     for name, p, trained in new.made_of:
         if trained and (before.get(name) != p.shape or now_of[name] != were[name]):

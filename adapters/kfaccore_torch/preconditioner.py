@@ -141,7 +141,8 @@ class Preconditioner:
         if not self._opened:
             raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         opened = self._opened.of(self.engine.objective.heads(f))
-        seen, shot = opened.seen, opened.shot
+        seen = opened.seen
+        shot = opened.shot
         seen.check_unspent()
         seen.plan = self.engine.plan  # other forwards of the step may have shown more since
         batch = Batch(f, target, opened.told)

@@ -241,7 +241,7 @@ def _is_some_power(before: Asked, second: torch.Tensor, s: torch.Tensor) -> bool
         return True
     at = before.first.abs().argmax(1, keepdim=True)
     ratio = (second.gather(1, at) / before.first.gather(1, at))[:, 0].double()
-    low, high = (float(x.log2()) for x in (s.min(), s.max()))
+    low, high = map(float, s.log2().aminmax())
     level = ratio.log2().nan_to_num(nan=low - 2).floor()  # of a change of sign there is none
     hit = ~before.alive
     for power in (level, level + 1):
