@@ -109,8 +109,8 @@ def test_a_convolution_is_read_part_by_part(monkeypatch):
     grad = np.einsum("bso,bsi->oi", record.g[0, 0], record.rows()[0]) / 7.0
     monkeypatch.setattr(own.kernels, "at_once", lambda each: 2)
     sizes = []
-    unfold = kf.Record.rows
-    monkeypatch.setattr(kf.Record, "rows", lambda self: sizes.append(self.batch) or unfold(self))
+    unfold = kf.Patches.rows
+    monkeypatch.setattr(kf.Patches, "rows", lambda self, many: sizes.append(many) or unfold(self, many))
     assert own.not_own(record, grad) == ""
     assert own.not_own(record, 1.001 * grad) == own.DRAWN
     assert max(sizes) == 2

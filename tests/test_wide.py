@@ -257,7 +257,7 @@ def test_a_method_of_linear_sides_keeps_its_modes():
 
 @pytest.mark.parametrize("widest", [0, -1])
 def test_widest_is_checked(widest):
-    with pytest.raises(ValueError, match=f"widest={widest}; need at least 1"):
+    with pytest.raises(ValueError, match=f"Preconditioner.widest is {widest}; need a positive number"):
         kf.Preconditioner(kf.KFAC(), widest=widest)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
-
 from kfaccore import xp as kernels
 from kfaccore.linalg.grams import present
 from kfaccore.posterior.reading import noise_scale
 from kfaccore.record import Record
-from kfaccore.record.chunks import parts
 from kfaccore.record.jacobian import pulled
 from kfaccore.record.squares import squares
 from kfaccore.xp.arrays import Array, namespace
@@ -30,9 +26,7 @@ def not_own(record: Record, grad: Array | None) -> str:
     if record.draws != 1 or record.batch < 2:
         return FEW
     xp = namespace(record.g)
-    many = kernels.at_once(record.shared * record.d_in * record.blocks)  # a convolution is never unfolded as a whole
-    mean = reduce(add, (pulled(part, part.g[0, ...]) for part in parts(record, many)))
-    mean = mean / kernels.scalar(record.n, record.g)
+    mean = pulled(record, record.g[0, ...]) / kernels.scalar(record.n, record.g)
     rounding = float(xp.finfo(grad.dtype).eps)
     given = xp.reshape(xp.astype(grad, mean.dtype), mean.shape)
     away = mean - given

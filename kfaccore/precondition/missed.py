@@ -118,7 +118,8 @@ class Missed(Mapping[str, Any]):
         late = self.has(REFRESH)
         done = self.within(measured) & (update | (missed & caught_up))
         never = self.has(NEVER)
-        if is_tracer(self.table) or (done & never).any():
+        new = done & never
+        if is_tracer(new) or new.any():
             done = done & ~(never & refused())
         missed = (missed | update) & ~done & ~self.within(idle)
         late = (late | refresh) & ~(with_gradient & ~missed & (refresh | (late & caught_up)))

@@ -22,29 +22,31 @@ _APART = 0.02  # of the gradients, relative: what rounding of half precision and
 
 
 class Compared(NamedTuple):
-    """Of one layer, <given, x> and n <own, x> in parts, and n, (1,)."""
+    """Of one layer, <given, x> and n <own, x> in parts, and n of the batch, (1,)."""
 
     given: Array
     own: Array
     n: Array
 
 
-def compared(own: Record, grad: Array | Factored, x: Array, z: Array, rows: Array) -> Compared:
+def compared(own: Record, n: float | Array, grad: Array | Factored, x: Array, z: Array, rows: Array) -> Compared:
     """The parts of one layer: its outputs, or entries where it has few outputs.
 
+    n      share of the loss of the examples that the own record is of, whatever its own n: ranks add n g / own.n
     z      V a of the own record's rows for V = x, (blocks, batch, shared, d_out)
     rows   the same of the rows of a gradient not multiplied out
     """
     xp = namespace(own.g)
-    n = stack([number(own.n)])
+    unit = number(n) / number(own.n)
+    share = stack([number(n)])
     if own.blocks * own.d_out <= _FEW:
         dense = grad.dense() if isinstance(grad, Factored) else grad
         given = xp.reshape(dense, x.shape) * x
-        return Compared(_flat(given), _flat(pulled(own, own.g[0, ...]) * x), n)
+        return Compared(_flat(given), _flat(pulled(own, own.g[0, ...]) * x) * unit, share)
     mine = xp.sum(own.g[0, ...] * z, axis=(1, 2))
     if isinstance(grad, Factored):
-        return Compared(_flat(xp.sum(grad.g * rows, axis=(1, 2))) / number(grad.n), _flat(mine), n)
-    return Compared(_flat(xp.vecdot(xp.reshape(grad, x.shape), x)), _flat(mine), n)
+        return Compared(_flat(xp.sum(grad.g * rows, axis=(1, 2))) / number(grad.n), _flat(mine) * unit, share)
+    return Compared(_flat(xp.vecdot(xp.reshape(grad, x.shape), x)), _flat(mine) * unit, share)
 
 
 def factor(parts: Sequence[Compared], comm: Communicator) -> Number:

@@ -68,7 +68,7 @@ def expansion(
         z = outputs(record, *vs)
         rows_z = _of_gradient(grads[name], record, z, vs)
         if left is not None and name in left.own:
-            seen.append(compared(left.own[name], grads[name], vs[0], z[0], rows_z[0]))
+            seen.append(compared(left.own[name], record.n, grads[name], vs[0], z[0], rows_z[0]))
         Jv, slopes = _along(name, record, grads[name], vs, z, rows_z)
         u = namespace(Jv).reshape(Jv, (len(directions), -1))
         rows[u.shape] = rows[u.shape] + u if u.shape in rows else u
