@@ -75,6 +75,18 @@ def launch(body: str, folder: Path, world: int, check: bool = True) -> list[subp
     return found
 
 
+def two_ranks_are_one_process(body: str, folder: Path) -> None:
+    """What `body` leaves in found.pt is the same on one rank and on two."""
+    found = []
+    for world in (1, 2):
+        place = folder / str(world)
+        place.mkdir()
+        launch(body, place, world)
+        found.append(torch.load(place / "found.pt", weights_only=False))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 CASES = """
 fixed = kf.Fixed(0.3, 0.9)
 CASES = {"kfac": (kf.KFAC(), fixed), "ekfac": (kf.EKFAC(), fixed),
@@ -142,14 +154,7 @@ def test_under_ddp(tmp_path):
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     """
-    found = []
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        launch(body, folder, world)
-        found.append(torch.load(folder / "found.pt", weights_only=False))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    two_ranks_are_one_process(body, tmp_path)
 
 
 LOOPS = """
