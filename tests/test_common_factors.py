@@ -110,3 +110,16 @@ def test_gradients_of_more_than_the_loss_keep_their_shares(rng):
     more = {n: g + rng.normal(size=g.shape) for n, g in grads.items()}
     _, _, info = stepped(kf.Fixed(rescale=kf.Noise()), records, more, blocks, own=own)
     assert info.step["given"] == 1.0
+
+
+@pytest.mark.parametrize("d_out", [1, 7])
+def test_own_records_may_count_in_another_n(rng, d_out):
+    """g / n of an own record is what counts, as where a shell gives the slopes of a mean loss with n = 1."""
+    records, own, grads, blocks = problem(rng, d_out=d_out)
+    rule = kf.SelfTuning()
+    want, _, _ = stepped(rule, records, grads, blocks, own=own)
+    same = {n: kf.Record(x.a, x.g / x.n, 1.0) for n, x in own.items()}
+    got, _, info = stepped(rule, records, grads, blocks, own=same)
+    assert info.step["given"] == pytest.approx(1.0, rel=1e-12)
+    for n, x in want.items():
+        np.testing.assert_allclose(got[n], x, rtol=1e-10, atol=1e-14)
