@@ -79,6 +79,6 @@ def figures_of(
 def _work(method: Method, record: Record) -> float:
     """Multiplications; of what refuses the layer none."""
     try:
-        return price(method, record).work * method.cycles
+        return price(method, record).work(method.cycles)
     except (ValueError, TypeError):
         return 0.0

@@ -32,7 +32,7 @@ def measured(target: Target, label: str, method: Method, survey: Survey) -> Figu
         cost = price(method, target.record)
     except (ValueError, TypeError) as error:
         return replace(known, note=str(error))
-    seconds = survey.pace.seconds(label, cost.work * method.cycles)
+    seconds = survey.pace.seconds(label, cost.work(method.cycles))
     if cost.fit / 2 > target.limits.room:
         return replace(known, note=f"{LATER}: it needs about {cost.fit / 2**31:.2g} GiB (--peak)")
     if seconds > survey.left:
@@ -89,7 +89,7 @@ def _measured(target: Target, known: Figures, method: Method, survey: Survey, co
             its = like_record(fit.state, came)
             seconds, size = costs(method, its, came, like(target.grad, came.g), hyper, survey.repeats)
             solution = method.solve(fit.state, grad, hyper, record)
-        survey.pace.saw(known.method, cost.work * fit.cycles, time.perf_counter() - start)
+        survey.pace.saw(known.method, cost.work(fit.cycles), time.perf_counter() - start)
     except (ValueError, TypeError) as error:
         return replace(known, note=str(error))
     found = _direction(target, known, to_host(solution.direction))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,32 +27,43 @@ _UNSEEN = 2.0  # a method that was not seen yet may take this many times what is
 
 @dataclass(frozen=True)
 class Price:
-    """`fit` bytes held at once in float64 (half of it in float32) and `work`, multiplications of one cycle."""
+    """`fit` bytes held at once in float64 (half of it in float32), and multiplications: `swept` in an update, `once` in
+    the refresh and solve that follow all of them."""
 
     fit: int
-    work: float
+    swept: float
+    once: float
+
+    def work(self, cycles: int) -> float:
+        """Multiplications of a state that takes so many updates."""
+        return cycles * self.swept + self.once
 
 
 def price(method: Method, record: Record) -> Price:
     """Of measuring `method` on this record; raises what its `init` does for a block it cannot take."""
-    block = Block.of(record)
+    return _price(method, Block.of(record), record.draws, record.batch, record.shared)
+
+
+@lru_cache(maxsize=256)  # it is asked for when methods are put in order, and again when each is measured
+def _price(method: Method, block: Block, draws: int, batch: int, shared: int) -> Price:
     like: Any = Shape((1,), np.dtype(np.float64))
     leaves: list[Array] = tree.leaves(method.init(block, like))
     state = sum(_bytes(leaf) for leaf in leaves)
     square = [leaf for leaf in leaves if isinstance(leaf, Shape) and _is_square(leaf)]
     largest = max((leaf.nbytes // leaf.shape[0] for leaf in square), default=0)
     decomposed = sum(leaf.shape[0] * leaf.shape[-1] ** 3 for leaf in square)
-    size = record.d_out * record.d_in * record.blocks
-    rows = record.draws * record.batch
+    size = block.d_out * block.d_in * block.blocks
+    rows = draws * batch
     J = 8 * rows * size if declares(method, HoldsBlock) else 0  # per-example gradients, all at once
-    positions = record.batch * record.shared
-    products = positions * (record.d_in**2 + record.draws * record.d_out**2) * record.blocks
+    products = batch * shared * (block.d_in**2 + draws * block.d_out**2) * block.blocks
     products = 0 if not square else rows * size * size if J else products
-    work = _DECOMPOSED * decomposed / 2 + products + 4.0 * rows * record.shared * size
     # coefficients of examples are solved for: J J^T with two copies to factorise
     examples = rows if declares(method, Resting) else 0
-    work += examples**2 * (examples + record.d_in + record.d_out)
-    return Price(3 * state + _WORK * largest + J + 4 * 8 * size + 3 * 8 * examples**2, work)
+    return Price(
+        fit=3 * state + _WORK * largest + J + 4 * 8 * size + 3 * 8 * examples**2,
+        swept=products + 4.0 * rows * shared * size,
+        once=_DECOMPOSED * decomposed / 2 + examples**2 * (examples + block.d_in + block.d_out),
+    )
 
 
 def _is_square(leaf: Shape) -> bool:
