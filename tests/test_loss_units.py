@@ -125,3 +125,27 @@ def test_batches_without_curvature_leave_the_first_damping_to_the_next():
     assert state.motion.unit == pytest.approx(state.motion.damping, rel=0.3)
     assert 1e-4 < state.motion.unit < 1
     assert all(np.isfinite(x).all() for x in params.values())
+
+
+@pytest.mark.parametrize("c", [1e-12, 1e-8, 1e8, 1e12])
+def test_gauss_newton_takes_the_steps_of_any_unit(c):
+    """And a first batch of zeros, or one that is not finite, leaves its damping to the next."""
+
+    def run(c):
+        rng = np.random.default_rng(0)
+        rule = kf.GaussNewton(drop=1e-9, grow=1e9)
+        state = rule.init()
+        found = []
+        for k, spoilt in enumerate((0.0, np.nan, 1.0, 1.0, 1.0, 1.0, 1.0)):
+            a = rng.normal(size=(5, 3))
+            record = kf.Record(a * spoilt, rng.normal(size=(5, 2)) * c**0.5, 5.0)
+            with np.errstate(all="ignore"):
+                updates, state, info = rule.step(state, {"x": record}, [rng.normal(size=5) * c**0.5])
+            after = iter([np.inf] * 16 if k == 5 else [0.0])
+            _, state = rule.judge(state, c, lambda share: None, lambda after=after: next(after))
+            found.append(np.append(updates["x"].ravel(), info["damping"] / c))
+        return found
+
+    for x, y in zip(run(c), run(1.0), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    assert run(c)[2][-1] > 0
