@@ -109,6 +109,18 @@ def test_every_method_has_the_directions_of_any_unit(row, rng):
         assert np.abs(found.direction - want.direction).max() <= tolerance * np.abs(want.direction).max()
 
 
+@pytest.mark.parametrize("method", [kf.FNGD(relative=True), kf.KFAC(split=kf.Relative())], ids=["fngd", "kfac"])
+def test_a_relative_damping_has_no_unit(method, rng):
+    record = kf.Record(rng.normal(size=(6, 4)), rng.normal(size=(6, 3)), 6.0)
+    v = record.examples()[0].sum(1) / 6
+
+    def solved(c):
+        return kf.direction(kf.Record(record.a, record.g * c, 6.0), c * v, method, 0.1) * c
+
+    for c in (1e-12, 1e-7, 1e7):
+        np.testing.assert_allclose(solved(c), solved(1.0), rtol=1e-8)
+
+
 def test_bounds_of_damping_are_those_of_the_first():
     rule = kf.SelfTuning()
     motion = rule.init({"a": np.zeros((1, 1, 1))})
