@@ -133,7 +133,7 @@ def test_bounds_of_damping_are_those_of_the_first():
 
 def test_batches_without_curvature_leave_the_first_damping_to_the_next():
     pre = kf.Preconditioner(kf.KFAC(), step=kf.SelfTuning())
-    losses, params, state = trained(pre, 1.0, 3, blank=2)
+    _, params, state = trained(pre, 1.0, 3, blank=2)
     assert state.motion.unit == pytest.approx(state.motion.damping, rel=0.3)
     assert 1e-4 < state.motion.unit < 1
     assert all(np.isfinite(x).all() for x in params.values())

@@ -77,4 +77,6 @@ def test_what_is_not_there_is_not_found(rng):
         assert "none" not in mapping
         with pytest.raises(KeyError, match="none"):
             mapping["none"]
-    np.testing.assert_array_equal(state.layers["layer7"].A, kf.io.unflatten(kf.flatten(state), state).layers["layer7"].A)
+    np.testing.assert_array_equal(
+        state.layers["layer7"].A, kf.io.unflatten(kf.flatten(state), state).layers["layer7"].A
+    )

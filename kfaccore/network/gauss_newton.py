@@ -41,7 +41,7 @@ class State:
     curvature: float = 0.0
     steps: int = 0
     stuck: int = 0
-    unit: float = added(default=0.0)  # noqa: RUF009 a field
+    unit: float = added(default=0.0)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class GaussNewton:
             if np.isfinite(after) and after < before:
                 return share, self._learnt(state, share, after - before)
         place(0.0)
-        return 0.0, replace(state, damping=min(state.damping * self.grow, _MOST * state.unit or np.inf), stuck=state.stuck + 1)
+        return 0.0, replace(
+            state, damping=min(state.damping * self.grow, _MOST * state.unit or np.inf), stuck=state.stuck + 1
+        )
 
     def _learnt(self, state: State, share: float, change: float) -> State:
         """The damping to come, from how the change of the loss compares with the predicted one."""
