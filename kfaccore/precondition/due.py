@@ -47,7 +47,7 @@ class Each:
     @cached_property
     def measured(self) -> frozenset[str]:
         """The layers that are, where that is known."""
-        return frozenset(name for name, flag in zip(self.names, self.update, strict=True) if flag)
+        return frozenset(name for name, flag in zip(self.names, np.asarray(self.update), strict=True) if flag)
 
 
 @dataclass(frozen=True)
