@@ -165,6 +165,19 @@ def test_two_terms_are_exact_at_rank_two(rng):
     assert errors(kf.Lanczos(), record)[0] < 1e-12
 
 
+def test_pairs_of_antisymmetric_matrices_are_not_looked_for():
+    """KPSVD-3: J = 2 I and J = K, a quarter turn, have Z with the singular values 5 of (I, I), 5 of (K, K) and 3
+    twice of symmetric pairs. Sums of products J V J^T, V symmetric, never meet the second."""
+    turn = np.array([[0.0, -1.0], [1.0, 0.0]])
+    rows = np.broadcast_to(np.eye(2), (2, 2, 2))
+    record = kf.Record(rows, np.stack([2 * np.eye(2), turn.T]), 1.0)
+    np.testing.assert_allclose(singular(record)[1], [5, 5, 3, 3], rtol=1e-12)
+    total = 25 + 25 + 9 + 9
+    assert errors(kf.KPSVD(), record, 5)[0] ** 2 * total == pytest.approx(25 + 9 + 9, rel=1e-11)
+    for method, cycles in ((kf.Deflation(), 100), (kf.Lanczos(), None)):
+        assert errors(method, record, cycles)[0] ** 2 * total == pytest.approx(25 + 9, rel=1e-9)
+
+
 def test_a_correction_takes_off_the_first_singular_value_of_the_rest(rng):
     """KPSVD-6: squared error = K-FAC's less the largest squared singular value of what K-FAC leaves; never under rank
     2."""

@@ -342,10 +342,10 @@ def test_averages_leave_out_what_is_not_finite():
     np.testing.assert_array_equal(after.sums["a"], average.sums["a"])
 
 
-ERAS = ("/average", "/first", "/last", "/seen"), ("/bent",), ("missed/",)
+ERAS = ("/average", "/first", "/last", "/seen"), ("/bent",), ("missed/",), ("motion/unit",)
 
 
-@pytest.mark.parametrize("eras", [ERAS, ERAS[1:], ERAS[2:]], ids=["first", "second", "third"])
+@pytest.mark.parametrize("eras", [ERAS, ERAS[1:], ERAS[2:], ERAS[3:]], ids=["first", "second", "third", "fourth"])
 def test_files_of_before_load(eras):
     """What they do not know starts at zero, whichever version wrote them. A file that has some of it and not the rest
     is damaged."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -42,12 +44,14 @@ class Codes(Mapping[str, Any]):
         table = jnp.concatenate([jnp.reshape(codes, (-1,)) for _, codes in runs])
         return Codes(table.astype(jnp.int32), self.names, self.sizes)
 
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Where each layer's codes lie, looked up once for all."""
+        ends = accumulate(self.sizes)
+        return {name: slice(end - size, end) for name, size, end in zip(self.names, self.sizes, ends, strict=True)}
+
     def __getitem__(self, name: str) -> Any:
-        if name not in self.names:
-            raise KeyError(name)
-        place = self.names.index(name)
-        start = sum(self.sizes[:place])
-        return self.table[start : start + self.sizes[place]]
+        return self.table[self.spans[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

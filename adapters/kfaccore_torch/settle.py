@@ -136,8 +136,11 @@ def _joint(marks: list[Mark], odd: Mapping[str, str]) -> dict[Ref | None, Ref]:
 def _whole(kinds: Kinds, parameters: Parameters, uncovered: dict[str, str]) -> dict[Ref, Any]:
     """The kind of each part; parameters of which that cannot be said are named in `uncovered`."""
     found: dict[Ref, Any] = {}
-    for name in dict.fromkeys(ref.name for ref in kinds):
-        parts = {ref: unified(kinds[ref]) for ref in kinds if ref.name == name}
+    refs: dict[str, list[Ref]] = {}
+    for ref in kinds:
+        refs.setdefault(ref.name, []).append(ref)
+    for name, ours in refs.items():
+        parts = {ref: unified(kinds[ref]) for ref in ours}
         why = next((kind for kind in parts.values() if isinstance(kind, str)), "")
         numel = parameters[name].numel()
         if not why and any(ref.view.repeats or ref.view.boxed(numel) is None for ref in parts):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from kfaccore.factors import needs_draws
 from kfaccore.method import Block, Hyper, Method, State, Stats
 from kfaccore.methods import KFAC
 from kfaccore.record import Record
@@ -80,7 +81,8 @@ def joined(state: Layered, found: Mapping[str, Solution], info: dict[str, Array]
 
 
 def one_batch(records: Mapping[str, Record], names: Iterable[str]) -> float | Array:
-    """n of the batch of the layers `names`; ValueError where their records are not of one with the same draws."""
+    """n of the batch of the layers `names`; ValueError where their records are not of one with the same draws, or have
+    none: F of zero draws is not defined, only G = I is."""
     missing = sorted(set(names) - set(records))
     if missing:
         raise ValueError(f"layers {missing} have gradients but no records")
@@ -91,4 +93,5 @@ def one_batch(records: Mapping[str, Record], names: Iterable[str]) -> float | Ar
         for what, left, right in (("draws", one.draws, other.draws), ("batch", one.batch, other.batch)):
             if left != right:
                 raise ValueError(f"{what} is {left} in layer {first!r} and {right} in {name!r}; need one batch")
+    needs_draws(one)
     return scalar(one.n, one.g)

@@ -21,41 +21,46 @@ import numpy as np
 
 from kfaccore import xp as kernels
 from kfaccore.record import Record
+from kfaccore.tree import added
 from kfaccore.xp.arrays import Array, all_finite, device_of, namespace, select, to_host
 from kfaccore.xp.codes import Code
 from kfaccore.xp.ranges import AT_LEAST_0, COUNT, PART, POSITIVE, ranged
 
 Records = Mapping[str, Record | tuple[Record, ...]]
 
+_MOST = 1e6  # of damping, over the trace
+
 
 @dataclass(frozen=True)
 class State:
-    """The damping in force (0: not known before the first batch), slope and curvature of the last step, counters."""
+    """The damping in force (0: not known before the first batch), slope and curvature of the last step, counters, and
+    the trace that damping is in units of, that of the first batch which has one."""
 
     damping: float = 0.0
     slope: float = 0.0
     curvature: float = 0.0
     steps: int = 0
     stuck: int = 0
+    unit: float = added(default=0.0)
 
 
 @dataclass(frozen=True)
 class GaussNewton:
     """Gauss-Newton steps with backtracking; none of the numbers usually needs setting.
 
-    damping   the first one, over the trace of J J^T
+    damping   the first one, over the trace of the first J J^T
     drop      damping is multiplied by it after a full step with a reduction ratio over 3/4, divided by it after a step
               of at most 1/4 or a ratio under 1/4
     grow      factor on damping when no step lowered the loss
     points    steps tried: 1, 1/2, ..., 2^(1 - points)
-    least     damping never falls below it
+    least     damping never falls below it, over that trace
     """
 
     damping: float = 1e-9
     drop: float = 0.5
     grow: float = 100.0
     points: int = 16
-    least: float = 1e-15
+    least: float = 1e-18
 
     def __post_init__(self) -> None:
         ranged(self, damping=AT_LEAST_0, drop=PART, grow=POSITIVE, points=COUNT, least=AT_LEAST_0)
@@ -72,14 +77,17 @@ class GaussNewton:
         kernel = gram(rows)
         r = scaled(records, residuals)
         xp = namespace(kernel)
-        damping = state.damping
-        if damping == 0:
-            damping = max(self.damping * float(to_host(xp.sum(xp.linalg.diagonal(kernel)))), self.least)
+        unit = state.unit
+        if unit == 0:
+            trace = float(to_host(xp.sum(xp.linalg.diagonal(kernel))))
+            unit = trace if np.isfinite(trace) else 0.0
+        damping = state.damping or max(self.damping, self.least) * unit
         weights, code = solve(kernel, r, damping)
         change = kernel @ weights
         slope = float(to_host(xp.sum(change * r)))
         curvature = float(to_host(xp.sum(change * change)))
-        state = replace(state, damping=damping, slope=slope, curvature=curvature, steps=state.steps + 1)
+        seen = {"slope": slope, "curvature": curvature, "unit": unit}
+        state = replace(state, damping=damping, steps=state.steps + 1, **seen)
         return pull(rows, weights, records), state, {"damping": damping, "code": code}
 
     def judge(
@@ -97,7 +105,9 @@ class GaussNewton:
             if np.isfinite(after) and after < before:
                 return share, self._learnt(state, share, after - before)
         place(0.0)
-        return 0.0, replace(state, damping=min(state.damping * self.grow, 1e8), stuck=state.stuck + 1)
+        return 0.0, replace(
+            state, damping=min(state.damping * self.grow, _MOST * state.unit or np.inf), stuck=state.stuck + 1
+        )
 
     def _learnt(self, state: State, share: float, change: float) -> State:
         """The damping to come, from how the change of the loss compares with the predicted one."""
@@ -107,7 +117,7 @@ class GaussNewton:
         factor = 1 / self.drop if poor else 1.0
         if share == 1 and ratio > 0.75:
             factor = self.drop
-        return replace(state, damping=max(state.damping * factor, self.least))
+        return replace(state, damping=max(state.damping * factor, self.least * state.unit))
 
 
 def _one_batch(records: Records, residuals: Sequence[Array]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kfaccore.convolution.patches import Patches
 from kfaccore.record import Ids, Record
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, device_of, namespace
 
 BIAS = ".bias"  # appended to a layer's name
 
@@ -88,7 +88,8 @@ def _columns(name: str, record: Record) -> tuple[Record, Record]:
     xp = namespace(record.g)
     inputs = record.a
     if isinstance(inputs, Patches) and inputs.bias:
-        ones = xp.ones_like(record.g[0, ..., :1])
+        shape = (record.blocks, record.batch, record.shared, 1)
+        ones = xp.ones(shape, dtype=record.g.dtype, device=device_of(record.g))
         return replace(record, a=Patches(inputs.image, inputs.window)), replace(record, a=ones)
     if isinstance(inputs, Ids | Patches) or inputs.shape[-1] < 2:
         raise ValueError(f"layer {name!r} has no column of ones to set apart")

@@ -52,8 +52,12 @@ def fitting(pre: Preconditioner, fisher: Fisher | None) -> None:
             f"does: draw labels with monte_carlo or type2, or use LineSearch()"
         )
     if pre.rule.needs_records and fisher is forward_only:
-        rule = type(pre.rule).__name__
-        raise ValueError(f"{rule} models the loss from draws, and forward_only has none: use monte_carlo or type2")
+        raise ValueError(_undrawn(pre))
+
+
+def _undrawn(pre: Preconditioner) -> str:
+    rule = type(pre.rule).__name__
+    return f"{rule} models the loss from draws, and forward_only has none: use monte_carlo or type2"
 
 
 def checked(
@@ -88,6 +92,8 @@ def checked(
             need = blocks[name]
             if (have.blocks, have.d_out, have.d_in) != (need.blocks, need.d_out, need.d_in):
                 raise ValueError(f"the record of layer {name!r} is for {have}; init was told {need}")
+            if pre.rule.needs_records and record.draws == 0:
+                raise ValueError(f"the record of layer {name!r} has zero draws: {_undrawn(pre)}")
         if len(batch) > 1:
             _one_kind(name, batch)
     _in_turns(pre, {name: batch for name, batch in batches.items() if name in together})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,7 +42,12 @@ class Each:
 
     def may_measure(self, name: str) -> bool:
         """Whether a layer is measured, as far as that is known on the host."""
-        return is_tracer(self.update) or bool(self.update[self.names.index(name)])
+        return is_tracer(self.update) or name in self.measured
+
+    @cached_property
+    def measured(self) -> frozenset[str]:
+        """The layers that are, where that is known."""
+        return frozenset(name for name, flag in zip(self.names, np.asarray(self.update), strict=True) if flag)
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,13 @@ class Missed(Mapping[str, Any]):
         wherever the states are; a traced shell brings it to its device."""
         return cls(np.full(len(names), MEASURE | REFRESH | NEVER, np.int32), tuple(names))
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each layer stands, looked up once for all."""
+        return {name: i for i, name in enumerate(self.names)}
+
     def __getitem__(self, name: str) -> Any:
-        if name not in self.names:
-            raise KeyError(name)
-        place = self.names.index(name)
+        place = self.places[name]
         return self.table[place : place + 1]
 
     def __iter__(self) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from kfaccore.xp.arrays import Array, namespace
@@ -23,10 +24,13 @@ class Rows(Mapping[str, Array]):
         """Of an array (all blocks, ...) of a stack."""
         return cls(names, namespace(x).reshape(x, (len(names), -1, *x.shape[1:])))
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Which row is whose, looked up once for all."""
+        return {name: i for i, name in enumerate(self.names)}
+
     def __getitem__(self, name: str) -> Array:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.table[self.names.index(name), ...]
+        return self.table[self.places[name], ...]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -42,11 +46,13 @@ class Several(Mapping[str, V], Generic[V]):
     names: tuple[str, ...]
     mappings: tuple[Mapping[str, V], ...]
 
+    @cached_property
+    def whose(self) -> dict[str, Mapping[str, V]]:
+        """Which mapping has a layer, looked up once for all; the first of several."""
+        return {name: mapping for mapping in reversed(self.mappings) for name in mapping}
+
     def __getitem__(self, name: str) -> V:
-        for mapping in self.mappings:
-            if name in mapping:
-                return mapping[name]
-        raise KeyError(name)
+        return self.whose[name][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -38,14 +39,18 @@ class Layers(Mapping[str, State]):
     stacks: tuple[tuple[str, ...], ...] = tree.static(default=())
     order: tuple[str, ...] = tree.static(default=())
 
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Which stack a layer is in and where it stands there, looked up once for all."""
+        return {name: (i, k) for i, names in enumerate(self.stacks) for k, name in enumerate(names)}
+
     def __getitem__(self, name: str) -> State:
-        for names, state in zip(self.stacks, self.states, strict=True):
-            if name in names:
-                return part(state, names, (name,))
-        raise KeyError(name)
+        i, k = self.places[name]
+        count = len(self.stacks[i])
+        return self.states[i] if count == 1 else tree.map(lambda x: _cut(x, k, count), self.states[i])
 
     def __contains__(self, name: object) -> bool:
-        return name in self.order
+        return name in self.places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.order)
@@ -149,7 +154,8 @@ def part(state: Tree, whole: Names, names: Sequence[str]) -> Tree:
     """The blocks of some layers of a stack, in the order of `names`."""
     if tuple(names) == whole:
         return state
-    places = [whole.index(name) for name in names]
+    place = whole.index if len(names) == 1 else {name: i for i, name in enumerate(whole)}.__getitem__
+    places = [place(name) for name in names]
     if places == list(range(places[0], places[0] + len(places))):  # side by side: a view
         return tree.map(lambda x: _cut(x, places[0], len(whole), len(places)), state)
     return tree.map(lambda x: together([_cut(x, i, len(whole)) for i in places]), state)

@@ -163,7 +163,7 @@ class ReceptiveMean:
             slots = xp.concat([slots, column], axis=-1)
         a = xp.reshape(slots * rows**0.5, (a.shape[0], -1, 1, record.d_in))
         g = xp.repeat(record.g, rows, axis=3) * rows**-0.5
-        g = xp.reshape(g, (*g.shape[:2], -1, 1, record.d_out))
+        g = xp.reshape(g, (*g.shape[:2], g.shape[2] * g.shape[3], 1, record.d_out))
         mask = None if record.mask is None else xp.reshape(xp.repeat(record.mask, rows, axis=1), (-1, 1))
         return Record(a, g, record.n, mask)
 
@@ -208,7 +208,8 @@ def _counts(record: Record) -> Array:
     """Valid positions of each example, (1, 1, batch, 1, 1); 1 where there are none."""
     xp = namespace(record.g)
     if record.mask is None:
-        return xp.ones_like(record.g[:1, :1, :, :1, :1]) * float(record.shared)
+        shape = (1, 1, record.batch, 1, 1)  # not cut out of g, which may have no draws
+        return xp.full(shape, float(record.shared), dtype=record.g.dtype, device=device_of(record.g))
     count = xp.sum(xp.astype(record.mask, record.g.dtype), axis=-1)
     return xp.where(count > 0, count, xp.ones_like(count))[None, None, :, None, None]
 

@@ -13,8 +13,8 @@ from kfaccore.xp.arrays import Array, all_finite, is_tracer, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, number, pick
 
-_LEAST = 1e-8  # of damping
-_MOST = 1e8
+_LEAST = 1e-8  # of damping, over the first one: the loss may be in any unit
+_MOST = 1e10
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Motion:
     first, last the loss before the first step and after the last one, 0 where not known
     seen        slope and noise, averaged over steps
     bent        u^T F u of the previous update u as its own batch saw it; 0 where there is none
+    unit        the first damping, which its bounds are relative to; 0 where not known
     layers      of the last step, until it is judged
     """
 
@@ -96,13 +97,16 @@ class Motion:
     last: Number = added(default=0.0)  # noqa: RUF009 a field
     seen: Seen = added(default_factory=Seen)  # noqa: RUF009 a field
     bent: Number = added(era=2, default=0.0)  # noqa: RUF009 a field
+    unit: Number = added(era=4, default=0.0)  # noqa: RUF009 a field
     layers: Taken = static(default=None)  # noqa: RUF009 a field
 
 
-def bounded(damping: Number) -> Number:
-    """The damping, no less than 1e-8 and no more than 1e8."""
-    high = pick(damping < _LEAST, _LEAST, damping)
-    return pick(high > _MOST, _MOST, high)
+def bounded(damping: Number, unit: Number) -> Number:
+    """The damping, no less than 1e-8 and no more than 1e10 of `unit`; as it is where that is 0."""
+    least = _LEAST * unit
+    most = pick(unit > 0, _MOST * unit, float("inf"))
+    high = pick(damping < least, least, damping)
+    return pick(high > most, most, high)
 
 
 def lifted(damping: Number, alpha: Number, floor: float) -> Number:

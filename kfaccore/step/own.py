@@ -53,7 +53,8 @@ class Own:
     def layers(self, drawn: Mapping[str, Record]) -> list[str]:
         """The layers whose own shares are known: one row an example of the batch, and a P in closed form."""
         known = [name for name in drawn if name in self.records and solvable(self.solving.get(name))]
-        return [name for name in known if drawn[name].batch == most_examples(drawn).batch]
+        most = most_examples(drawn).batch if known else 0
+        return [name for name in known if drawn[name].batch == most]
 
     def shares(self, drawn: Mapping[str, Record], weights: Mapping[str, Number]) -> Left:
         """The shares of the layers of `weights`, each times its weight: the part of this batch in its direction."""

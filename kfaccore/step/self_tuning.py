@@ -98,18 +98,19 @@ class SelfTuning(ByModel):
         return replace(hyper, damping=motion.damping)
 
     def begin(self, motion: Motion, records: Mapping[str, Record]) -> Motion:
-        """The first damping, from tr(A) tr(G) of the first records."""
+        """The first damping, from tr(A) tr(G) of the first records that have any."""
         if not records:
             return motion
 
         def first() -> Number:
             size = sum(record.blocks * record.d_out * record.d_in for record in records.values())
             damping = self.first * trace(records, self.comm) / size
-            damping = pick(finite(damping), bounded(damping), motion.damping)
+            damping = pick(finite(damping), damping, motion.damping)
             # both sides of `when` must have one dtype
             return damping if isinstance(motion.damping, int | float) else scalar(damping, motion.damping)
 
-        return replace(motion, damping=when(motion.damping > 0, lambda: motion.damping, first))
+        damping = when(motion.damping > 0, lambda: motion.damping, first)
+        return replace(motion, damping=damping, unit=pick(motion.unit > 0, motion.unit, damping))
 
     def gradients(
         self, motion: Motion, grads: Mapping[str, Array | Factored]
@@ -187,8 +188,8 @@ class SelfTuning(ByModel):
         moved = motion.steps > 0
         seen = abs(motion.predicted) > _rounding(motion.previous) * abs(before)
         look = good & moved & seen & (motion.steps % self.every == 0)
-        kept = pick(moved, bounded(motion.damping * pick(look, factor, 1.0)), motion.damping)
-        grown = pick(told, bounded(motion.damping * self.grow), motion.damping)
+        kept = pick(moved, bounded(motion.damping * pick(look, factor, 1.0), motion.unit), motion.damping)
+        grown = pick(told, bounded(motion.damping * self.grow, motion.unit), motion.damping)
         stays = good | (motion.code == int(Code.NONFINITE))
         return pick(good, share, 0.0), replace(
             motion,

@@ -84,7 +84,7 @@ def damped_inverse(
 ) -> tuple[Array, Array, Array]:
     """(K + n damping I)^-1, damping (blocks,), and a code; a damping of 0 is lifted to eps of the mean eigenvalue.
 
-    relative: damping in units of tr(K) / n^2, at least 1e-12.
+    relative: damping in units of tr(K) / n^2; the unit of zeros is 1.
     """
     xp = namespace(K)
     n = kernels.scalar(n, K)
@@ -93,7 +93,7 @@ def damped_inverse(
     shift = factors.per_block(damping, trace)
     if relative:
         unit = trace / n
-        shift = shift * xp.where(unit > 1e-12, unit, xp.zeros_like(unit) + 1e-12)
+        shift = shift * xp.where(unit > 0, unit, xp.ones_like(unit))
     floor = kernels.eps(K.dtype, xp) * xp.where(trace > 0, trace, xp.ones_like(trace)) / size
     lifted = shift <= floor
     shift = xp.where(lifted, floor, shift)

@@ -7,8 +7,9 @@ last ones, or averages over updates would cancel. The damping is split over the 
 
 A layer of one output or one input has no second pair: F is one Kronecker product, and KPSVD's.
 
-Exact when F is a sum of two Kronecker products, to the convergence of the iteration; at convergence nothing of two
-terms is nearer. The second pair is indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.
+Exact when F is a sum of two Kronecker products of symmetric matrices, to the convergence of the iteration; at
+convergence no two such terms are nearer (a second pair of antisymmetric matrices, which may be, is not looked for). The
+second pair is indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.
 Source: Koroko et al. 2022 (2201.10285).
 Cost: update 4 rows (d_in^2 + d_out^2) at shared 1, about 5 times K-FAC's; refresh four eigendecompositions; four
 products a solve.
@@ -59,7 +60,7 @@ class Deflation(TwoTerms[State], Additive):
     """x solves (G1 (x) A1 + G2 (x) A2) vec(x) = vec(V), the two nearest Kronecker terms of F by power iteration.
 
     The first is KPSVD's, the second the same iteration on what is left. V and x (blocks, d_out, d_in). Exact when F is
-    a sum of two Kronecker products. Code INDEFINITE where the sum is not positive definite.
+    a sum of two Kronecker products of symmetric matrices. Code INDEFINITE where the sum is not positive definite.
     Koroko et al. 2022, arxiv.org/abs/2201.10285.
 
     split        pi | equal | per_factor | Relative(...): damping of the first term

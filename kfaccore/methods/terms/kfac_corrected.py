@@ -6,7 +6,8 @@ P (x) V. Signs of U, V follow the last ones, or averages over updates would canc
 pair.
 
 Exact wherever K-FAC is; at convergence its squared Frobenius error is K-FAC's less the largest squared singular value
-of the residual. The second pair is indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.
+of the residual's symmetric pairs. The second pair is indefinite, and so may the sum be: `indefinite` says what then,
+code INDEFINITE.
 Source: Koroko et al. 2022 (2201.10285).
 Cost: K-FAC's update and 2 rows (d_in^2 + d_out^2) at shared 1; refresh four eigendecompositions; four products a solve.
 """

@@ -5,8 +5,9 @@ at the last right matrices: Z vec(V) = (1/n) sum J V J^T, Z^T vec(U) = (1/n) sum
 sqrt(s) V is averaged on its own, with the sign that agrees with its average; so the average is not that of F. The
 damping is split over the first pair (a third term otherwise).
 
-Exact when F is a sum of two Kronecker products; without memory nothing of two terms is nearer. The second pair is
-indefinite, and so may the sum be: `indefinite` says what then, code INDEFINITE.
+Exact when F is a sum of two Kronecker products of symmetric matrices; without memory no two such terms are nearer (a
+second pair of antisymmetric matrices, which may be, is not looked for). The second pair is indefinite, and so may the
+sum be: `indefinite` says what then, code INDEFINITE.
 Source: Koroko et al. 2022 (2201.10285); Golub & Kahan 1965.
 Cost: update 4 krylov rows (d_in^2 + d_out^2) a cycle at shared 1; refresh four eigendecompositions; four products a
 solve; memory (krylov + 2) (d_in^2 + d_out^2) and the rows, patches unfolded, of one update.
@@ -66,7 +67,8 @@ class Lanczos(TwoTerms[State]):
     """x solves (G1 (x) A1 + G2 (x) A2) vec(x) = vec(V), the two nearest terms of each update's F by Golub-Kahan.
 
     V and x (blocks, d_out, d_in). Rows of micro-batches are gathered, not added. Exact when F is a sum of two Kronecker
-    products. Code INDEFINITE where the sum is not positive definite. Koroko et al. 2022, arxiv.org/abs/2201.10285.
+    products of symmetric matrices. Code INDEFINITE where the sum is not positive definite.
+    Koroko et al. 2022, arxiv.org/abs/2201.10285.
 
     krylov       new vectors a cycle, of which there are at most `restarts`; a residual then over `tolerance` (relative
                  to the largest singular value) is UNCONVERGED
