@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
+from kfaccore_tensorflow.applied import apply
 from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
@@ -169,7 +170,7 @@ def take_step(
     new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     old = [tf.identity(v) for v in variables] if judged else []
     with tf.control_dependencies(old):
-        optimizer.apply(new, variables)
+        apply(optimizer, new, variables)
     if judged:
 
         def again() -> Any:
