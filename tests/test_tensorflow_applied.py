@@ -92,15 +92,27 @@ def test_a_loss_that_knows_no_training_is_asked_as_keras_asks(rng):
     np.testing.assert_array_equal(*found)
 
 
-def test_variables_beside_the_inner_model_are_refused(rng):
-    """They would never be trained."""
+def test_variables_beside_the_inner_model_that_move_the_loss_are_refused(rng):
+    """They would never be trained; a copy that is kept beside, as of averaged weights, moves nothing."""
 
     class Beside(kt.KFACModel):
         def __init__(self, model, **settings):
             super().__init__(model, **settings)
             self.temperature = self.add_weight(shape=(), name="temperature")
+            self.averaged = keras.models.clone_model(model)
+            self.tempered = False
 
-    model = Beside(network())
-    model.compile(SGD(0.1), crossentropy())
-    with pytest.raises(ValueError, match=r"temperature'\] are variables of Beside beside the inner model"):
-        model.train_on_batch(rng.normal(size=(8, 4)), np.arange(8) % 3)
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            return loss + self.temperature**2 if self.tempered else loss
+
+    x, y = rng.normal(size=(8, 4)), np.arange(8) % 3
+    for tempered in (False, True):
+        model = Beside(network())
+        model.tempered = tempered
+        model.compile(SGD(0.1), crossentropy())
+        if not tempered:
+            model.train_on_batch(x, y)
+            continue
+        with pytest.raises(ValueError, match=r"the loss is made of \['[\w/]*temperature'\], which are no variables of"):
+            model.train_on_batch(x, y)

@@ -1,4 +1,4 @@
-"""Updates as Keras's own train_step hands gradients to an optimizer."""
+"""Updates as Keras's own train_step hands gradients to an optimizer, of all variables that it would train."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def _scaled(gradient: Any, factor: Any, variable: Any) -> Any:
     if gradient is None or variable.overwrite_with_gradient:  # it becomes the variable, and is not scaled back
         return gradient
     return gradient * tf.cast(factor, gradient.dtype)
+
+
+def moves_nothing(beside: Sequence[Any], gradients: Sequence[Any], name: str) -> None:
+    """ValueError where variables beside those of the model of that name have a gradient, as Keras would train them."""
+    moved = [v.path for v, g in zip(beside, gradients, strict=True) if g is not None]
+    if moved:
+        raise ValueError(
+            f"the loss is made of {moved[:5]}, which are no variables of model {name!r}, the one that is trained: make "
+            f"them part of it, with an output and a loss, or set trainable=False"
+        )

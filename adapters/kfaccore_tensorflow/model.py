@@ -117,13 +117,6 @@ class KFACModel(keras.Model):
             raise ValueError(
                 f"no variable of model {self.inner.name!r} is trainable now: set trainable=True again and compile"
             )
-        trained = {id(v) for v in self.inner.trainable_variables}
-        beside = [v.path for v in self.trainable_variables if id(v) not in trained]
-        if beside:
-            raise ValueError(
-                f"{beside[:5]} are variables of {type(self).__name__} beside the inner model, and what is trained is "
-                f"that: make them part of it, with an output and a loss, or set trainable=False"
-            )
         engine = self._ready()
         optimizer = fitting(self.optimizer, engine, self.trainable_variables)
         if tf.executing_eagerly():
@@ -152,7 +145,9 @@ class KFACModel(keras.Model):
             found = agreed(kind.__name__, engine.objective.heads(f), own, known) if asked else own()
             return found + tf.cast(engine.penalty(), found.dtype)
 
-        found = take_step(self.inner, engine, optimizer, data, value)
+        trained = {id(v) for v in self.inner.trainable_variables}
+        beside = [v for v in self.trainable_variables if id(v) not in trained]
+        found = take_step(self.inner, engine, optimizer, data, value, beside)
         self._restore()
         return found
 

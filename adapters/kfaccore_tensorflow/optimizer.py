@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
-from kfaccore_tensorflow.applied import apply
+from kfaccore_tensorflow.applied import apply, moves_nothing
 from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
@@ -135,9 +135,17 @@ def with_own(value: Any, model: Any) -> Any:
 
 
 def take_step(
-    model: Any, engine: Engine, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Callable[[Any, Any, Any], Any]
+    model: Any,
+    engine: Engine,
+    optimizer: Any,
+    data: tuple[Any, Any, Any],
+    loss_of: Callable[[Any, Any, Any], Any],
+    beside: Sequence[Any] = (),
 ) -> tuple[Any, Any]:
-    """(loss before, prediction) of one applied update, while a graph is traced."""
+    """(loss before, prediction) of one applied update, while a graph is traced.
+
+    beside   variables that Keras would train too; ValueError where the loss is made of one
+    """
     x, y, weight = data
     x = tf.nest.map_structure(of_any_batch, x)
     with tf.GradientTape(persistent=True) as tape:
@@ -150,6 +158,7 @@ def take_step(
         engine.penalise()
         loss = loss_of(f, y, weight)
     pinned = watch.pinned()
+    moves_nothing(beside, tape.gradient(loss, list(beside)), model.name)
     variables = model.trainable_variables
     outputs = wanted_own(engine, seen)
     found = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, [*variables, *outputs])]

@@ -54,7 +54,7 @@ class Pinned:
 
     trained    those that are trained, and that each pass makes anew of what they are, as SpectralNormalization does
     drawn      the generators before the pass was traced
-    numbers    constants that were traced
+    numbers    hashes of constants that were traced
     """
 
     handles: Sequence[Tensor]
@@ -62,7 +62,7 @@ class Pinned:
     after: Sequence[Tensor]
     trained: Sequence[Variable] = ()
     drawn: Any = None
-    numbers: frozenset[bytes] = frozenset()
+    numbers: frozenset[int] = frozenset()
 
     @contextmanager
     def again(self) -> Iterator[list[str]]:
@@ -158,10 +158,10 @@ def _loose(op: Operation) -> bool:
     return op.op_def.is_stateful and not silent and not op.name.rpartition("/")[2].startswith(ASKED)
 
 
-def _constants(graph: Any, start: int) -> dict[bytes, str]:
-    """Real numbers that were traced since, and where: integers are sizes and places, others where a loop is one."""
+def _constants(graph: Any, start: int) -> dict[int, str]:
+    """Hashes of real numbers that were traced since, and where: integers are sizes and places, others where a loop is one."""
     new = [op for op in graph.get_operations()[start:] if op.type == "Const" and op.outputs[0].dtype.is_floating]
-    return {op.get_attr("value").SerializeToString(): op.name for op in new}
+    return {hash(op.get_attr("value").SerializeToString()): op.name for op in new}
 
 
 def _generators() -> tuple[Any, Any]:
