@@ -159,7 +159,8 @@ def _loose(op: Operation) -> bool:
 
 
 def _constants(graph: Any, start: int) -> dict[int, str]:
-    """Hashes of real numbers that were traced since, and where: integers are sizes and places, others where a loop is one."""
+    """Hashes of real numbers that were traced since, and where. Integers are sizes and places, others where a loop is
+    not unrolled."""
     new = [op for op in graph.get_operations()[start:] if op.type == "Const" and op.outputs[0].dtype.is_floating]
     return {hash(op.get_attr("value").SerializeToString()): op.name for op in new}
 
