@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from tf_shared import SGD, L, keras, kt, tf
 from tf_shared import double as double
 
 SEEN: dict = {}
+TOLD: list = []
 NOTHING = Known()
 
 
@@ -115,6 +117,34 @@ def test_a_step_is_judged_under_the_draws_it_was_made_with(rng):
     assert float(CROSS(y, model(x, training=True))) == pytest.approx(SEEN["after"], rel=1e-12)
     for v, new in zip(before, after, strict=True):
         assert np.array_equal(v.numpy(), new) or "moving" in v.path  # one draw of the seeds, as one pass takes
+
+
+class Traced(L.Layer):
+    """Draws numbers of Python and NumPy while it is traced, as AugMix does."""
+
+    def call(self, x, training=None):
+        noise = np.random.normal(size=x.shape[1:]) * random.choice([1.0, -2.0, 3.0])
+        TOLD.append(noise)
+        return x + noise
+
+
+def test_numbers_drawn_while_a_step_is_traced_are_those_it_is_judged_under(rng):
+    model = keras.Sequential([keras.Input((4,)), L.Dense(6), Traced(), L.Dense(3)])
+    x, y = rng.normal(size=(8, 4)), rng.integers(0, 3, 8)
+    ours = kt.Optimizer(model, CROSS, step=Asked())
+    TOLD.clear()
+    np.random.seed(2)
+    random.seed(2)
+    ours.step(x, y)
+    follows = np.random.normal(), random.random()
+    first, second = TOLD
+    np.testing.assert_array_equal(first, second)
+    dense = [layer for layer in model.layers if isinstance(layer, L.Dense)]
+    assert float(CROSS(y, dense[1](dense[0](x) + first))) == pytest.approx(SEEN["after"], rel=1e-12)
+    np.random.seed(2)
+    random.seed(2)
+    Traced()(tf.zeros((1, 6), "float64"))
+    assert follows == (np.random.normal(), random.random())  # as after one pass
 
 
 class Counting(L.Layer):

@@ -78,6 +78,40 @@ def heads(own, x):
     return tf.tanh(tf.reshape(z, (-1, 1, 5, 2, 3)) + own.b)
 
 
+def split(own, x):
+    """Attention as published: one product, then heads."""
+    return tf.tanh(tf.reshape(x @ own.w, (-1, 5, 2, 3)) + own.b)
+
+
+def split_turned(own, x):
+    return tf.tanh(tf.reshape(x @ own.w, (-1, 5, 2, 3)) + tf.transpose(own.b))
+
+
+def flat(own, x):
+    """Heads and their bias as one axis."""
+    return tf.tanh(tf.reshape(tf.einsum("bti,iho->btho", x, own.w), (-1, 5, 6)) + own.b)
+
+
+def regrouped(own, x):
+    """Outputs of two axes as two others."""
+    return tf.tanh(tf.reshape(tf.einsum("bti,iho->btho", x, own.w), (-1, 5, 4, 3)) + own.b)
+
+
+def some(own, x):
+    """A bias of each head, whatever the output."""
+    return tf.tanh(tf.reshape(x @ own.w, (-1, 5, 2, 3)) + own.b[:, None])
+
+
+def positions(own, x):
+    """As many as the outputs, along positions and heads."""
+    return tf.tanh(tf.reshape(x @ own.w, (-1, 5, 2, 5)) + own.b[..., None])
+
+
+def mapped(own, x):
+    """Channels of a convolution in groups."""
+    return tf.tanh(tf.reshape(tf.nn.conv1d(x, own.w, 1, "SAME"), (-1, 5, 2, 3)) + own.b)
+
+
 SQUARE = (4, 4)
 BIASED = {
     "two biases": (relative, {"q": SQUARE, "k": SQUARE, "u": (4,), "v": (4,)}, ()),
@@ -89,6 +123,13 @@ BIASED = {
     "spread": (spread, {"w": SQUARE, "b": (4,)}, ()),
     "heads": (heads, {"w": (4, 2, 3), "b": (2, 3)}, ("own.w",)),
     "targets": (targets, {"w": SQUARE, "b": (4,)}, ("own.w",)),
+    "split": (split, {"w": (4, 6), "b": (2, 3)}, ("own.w",)),
+    "split, turned": (split_turned, {"w": (4, 6), "b": (3, 2)}, ("own.w",)),
+    "flat": (flat, {"w": (4, 2, 3), "b": (6,)}, ("own.w",)),
+    "regrouped": (regrouped, {"w": (4, 6, 2), "b": (4, 3)}, ("own.w",)),
+    "some": (some, {"w": (4, 6), "b": (2,)}, ()),
+    "positions": (positions, {"w": (4, 10), "b": (5, 2)}, ()),
+    "mapped": (mapped, {"w": (3, 4, 6), "b": (2, 3)}, ("own.w",)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import numpy as np
@@ -22,7 +23,30 @@ class Noisy(L.Layer):
         return self.how(x, self.seed) if training else x
 
 
+def checked(x, seed):
+    """Operations that TensorFlow runs in order, and that draw nothing."""
+    tf.debugging.assert_all_finite(x, "finite")
+    tf.print("seen", output_stream="file:///dev/null")
+    return tf.debugging.check_numerics(x, "finite")
+
+
+def by_numpy(stateful, f=lambda a: a + np.random.normal(size=a.shape)):
+    return lambda x, seed: tf.ensure_shape(tf.numpy_function(f, [x], x.dtype, stateful), x.shape)
+
+
+PRIVATE = np.random.default_rng(1)
 NOISE = {
+    "numpy": (by_numpy(True), r"PyFunc\)"),
+    "numpy, told that it draws nothing": (by_numpy(False, np.sin), None),
+    "python": (lambda x, seed: tf.ensure_shape(tf.py_function(tf.sin, [x], x.dtype), x.shape), r"EagerPyFunc\)"),
+    "numpy, traced": (lambda x, seed: x + np.random.normal(size=x.shape[1:]), None),
+    "python, traced": (
+        lambda x, seed: x * random.gauss(1, 0.1) if random.random() < 0.5 else x - random.random(),
+        None,
+    ),
+    "a generator of one's own, traced": (lambda x, seed: x + PRIVATE.normal(size=x.shape[1:]), "noisy"),
+    "clock": (lambda x, seed: x + tf.cast(tf.timestamp() % 1.0, x.dtype), r"Timestamp\)"),
+    "checked": (checked, None),
     "tf.nn.dropout": (lambda x, seed: tf.nn.dropout(x, 0.5), r"RandomUniform\)"),
     "tf.random": (lambda x, seed: x + tf.random.normal(tf.shape(x), dtype=x.dtype), r"RandomStandardNormal\)"),
     "in a function": (tf.function(lambda x, seed: x * tf.random.uniform(tf.shape(x), dtype=x.dtype)), "RandomUniform"),
@@ -45,6 +69,16 @@ def test_noise_that_a_judge_cannot_repeat_is_named_once(how, named, rng):
     if named is not None:
         with pytest.warns(UserWarning, match=f"by .*{named}"):
             warnings.warn(found[0], stacklevel=1)
+
+
+def test_what_the_shell_asks_itself_is_no_noise(rng):
+    """A loss of the core and a penalty by schedule are functions of NumPy."""
+    net = keras.Sequential([keras.Input((4,)), L.Dropout(0.5), L.Dense(3)])
+    schedules = kf.Schedules(l2=lambda step: 0.1)
+    step = kt.Optimizer(net, kf.SoftmaxCrossEntropy(), schedules=schedules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.step(rng.normal(size=(6, 4)), np.arange(6) % 3)
 
 
 def test_noise_is_the_judge_s_alone_to_care_for(rng):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kfaccore_tensorflow.bridge import to_numpy, widened
+from kfaccore_tensorflow.bridge import asked, to_numpy, widened
 
 Tensor = Any
 
@@ -34,7 +34,7 @@ def agreed(name: str, heads: Mapping[str, Tensor], own: Callable[[], Tensor], kn
         _same(name, np.concatenate(arrays[:half]), np.concatenate(arrays[half:]), coarse)
         return True
 
-    with tf.control_dependencies([tf.py_function(compare, [tf.stop_gradient(g) for g in pairs], tf.bool)]):
+    with tf.control_dependencies([asked(compare, [tf.stop_gradient(g) for g in pairs], tf.bool)]):
         return tf.identity(found)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kfaccore_tensorflow.follow import Followed
 from kfaccore_tensorflow.kinds import Convolution, Elementwise, Product
-from kfaccore_tensorflow.layout import Matrix
+from kfaccore_tensorflow.layout import Axis, Layout, Matrix
 from kfaccore_tensorflow.uses import AS_IT_IS, Tensor, Use
 
 VIEWS = ("Reshape", "Squeeze", "ExpandDims")
@@ -87,45 +87,57 @@ def _only(here: Tensor, start: Tensor, sole: Callable[[Tensor], bool]) -> bool:
 def _aligned(use: Use, product: Use) -> Matrix | None:
     """The bias as a column (blocks, d_out, 1) of the product's matrix; None where it does not span just that."""
     blocks, d_out, _ = product.matrix.sizes
-    kind = use.kind
-    assert isinstance(kind, Elementwise)
-    if use.hot.layout.size != blocks * d_out:
+    bias = use.hot.layout
+    if bias.size != blocks * d_out:
         return None
-    lone = tuple(axis for axis in use.hot.layout.axes if axis[0] > 1)
-    here = next(x for x in use.out.op.inputs if x is not use.hot.tensor)
-    places = [_place(here, axis, size, use, product) for axis, (size, _) in zip(kind.features, lone, strict=True)]
     if isinstance(product.kind, Convolution):
         channel = 1 if product.kind.channels_first else product.out.shape.rank - 1
-        layout = use.hot.layout.reshaped((blocks, d_out)) if places in ([channel], []) else None
-        return None if layout is None else Matrix.split(layout, (0,), (1,))
-    if not isinstance(product.kind, Product):
-        return None
+        spanned = _spanned(use, product, {channel: d_out * blocks})
+        if spanned is None:
+            return None
+        try:
+            return Matrix(bias.offset, *Layout(0, spanned[channel]).grouped((blocks, d_out)))
+        except ValueError:
+            return None
+    assert isinstance(product.kind, Product)
     terms = product.kind.terms
-    by_letter = {None if axis is None else terms.out[axis]: one for axis, one in zip(places, lone, strict=True)}
-    if set(by_letter) - set(terms.blocks + terms.outs):
+    sizes = {c: product.hot.layout.shape[terms.weight.index(c)] for c in terms.blocks + terms.outs}
+    spanned = _spanned(use, product, {terms.out.index(c): size for c, size in sizes.items()})
+    if spanned is None:
         return None
-    groups = [tuple(by_letter.get(c, (1, 0)) for c in letters) for letters in (terms.blocks, terms.outs)]
-    return Matrix(use.hot.layout.offset, *groups)
+    groups = [[axis for c in letters for axis in spanned[terms.out.index(c)]] for letters in (terms.blocks, terms.outs)]
+    return Matrix(bias.offset, *map(tuple, groups))
 
 
-def _place(here: Tensor, axis: int, size: int, use: Use, product: Use) -> int | None:
-    """Which axis of the product's output one of `size` in the sum is, seen through views; None where that is not known.
+def _spanned(use: Use, product: Use, features: dict[int, int]) -> dict[int, tuple[Axis, ...]] | None:
+    """The bias's axes along each of the product's `features`, places and sizes, seen through views; None where it runs
+    along other axes.
 
-    Elements keep their order in views: an axis is the same where as many of them stand behind it.
+    Elements keep their order in views: along those that it does not run along, a bias has stride 0.
     """
-    out = product.out
-    if here.shape.rank != use.out.shape.rank or here.shape[axis] != size:  # repeated along the bias
+    kind, out = use.kind, product.out
+    assert isinstance(kind, Elementwise)
+    here = next(x for x in use.out.op.inputs if x is not use.hot.tensor)
+    lone = [axis for axis in use.hot.layout.axes if axis[0] > 1]
+    if here.shape.rank != use.out.shape.rank or any(
+        here.shape[place] != size for place, (size, _) in zip(kind.features, lone, strict=True)
+    ):  # repeated along the bias
         return None
-    if _back(here, SAME) is out:
-        return axis
-    behind = _behind(here, axis)
-    same = [i for i, many in enumerate(out.shape) if many == size and _behind(out, i) == behind]
-    # where axes of size 1 alone come and go, those of unknown size are the same
-    told = not behind[1] or _back(here, (*SAME, "Squeeze", "ExpandDims")) is out
-    return same[0] if len(same) == 1 and told else None
-
-
-def _behind(x: Tensor, axis: int) -> tuple[int, int]:
-    """Elements behind an axis, along axes of known size, and how many others there are."""
-    sizes = x.shape[axis + 1 :]
-    return prod(size for size in sizes if size is not None), sum(size is None for size in sizes)
+    wide = [place for place, size in features.items() if size > 1]
+    runs = dict(zip(kind.features, lone, strict=True))
+    # what stands before the first of them is rows, of whatever sizes
+    first, start = min(runs, default=here.shape.rank), min(wide, default=out.shape.rank)
+    if None in [*here.shape[first:], *out.shape[start:]] and _back(here, (*SAME, "Squeeze", "ExpandDims")) is not out:
+        return None
+    # where axes of size 1 alone come and go, those of unknown size are the same, in the same order
+    axes = [runs.get(place, (here.shape[place] or 1, 0)) for place in range(first, here.shape.rank)]
+    sizes = [out.shape[place] or 1 for place in range(start, out.shape.rank)]
+    if prod(size for size, _ in axes) != prod(sizes):
+        return None
+    try:
+        groups = dict(enumerate(Layout(0, tuple(axes)).grouped(sizes), start))
+    except ValueError:
+        return None
+    along = {place for place, group in groups.items() if any(stride for _, stride in group)}
+    whole = all(stride for place in wide for _, stride in groups[place])
+    return {place: groups.get(place, ()) for place in features} if along == set(wide) and whole else None

@@ -6,12 +6,14 @@ goes in through DLPack.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 HALF = (tf.float16, tf.bfloat16)
+ASKED = "kfaccore_asks"
 
 
 def widened(x: Any) -> Any:
@@ -30,3 +32,8 @@ def to_numpy(x: Any) -> np.ndarray:
 def to_tensor(x: Any, dtype: Any = None) -> Any:
     """A tensor with its own copy of `x`, whatever the strides, alignment or flags of `x`."""
     return tf.constant(np.array(x, order="C"), dtype=dtype)
+
+
+def asked(function: Callable, given: Sequence[Any], kinds: Any) -> Any:
+    """`tf.py_function` of this shell's own, within a pass: it is known by its name, and draws nothing."""
+    return tf.py_function(function, given, kinds, name=ASKED)

@@ -5,6 +5,7 @@ That loss is one more forward in the same graph; only its value goes to the core
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,19 @@ def _between(old: Any, new: Any, share: Any) -> Any:
     """old + share (new - old), and exactly `old` for a share of 0, whatever `new` is."""
     moved = old + tf.cast(share, old.dtype) * (new - old)
     return tf.where(share == 0, old, moved)
+
+
+def told_loose(engine: Engine, loose: Sequence[str]) -> None:
+    """A warning, once, of operations whose numbers are other ones in the pass that judges, or may be."""
+    if not loose or engine.loose:
+        return
+    engine.loose = list(loose)
+    warnings.warn(
+        f"the loss may be judged under other draws than it was made with, by {engine.loose[:5]}: draw by layers of "
+        f"Keras, or by keras.random, and call functions of NumPy that draw nothing by tf.numpy_function(..., "
+        f"stateful=False)",
+        stacklevel=2,
+    )
 
 
 def fitting(optimizer: Any, engine: Engine, variables: Sequence[Any]) -> Any:

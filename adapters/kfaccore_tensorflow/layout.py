@@ -41,19 +41,28 @@ class Layout:
 
     def reshaped(self, shape: Sequence[int]) -> Layout:
         """Axes split and joined; ValueError where joined axes are not neighbours in memory."""
+        groups = self.grouped(shape)
+        if any(len(group) > 1 for group in groups):
+            raise ValueError("a reshape joins axes that are not neighbours in the variable")
+        return replace(self, axes=tuple(group[0] if group else (1, 0) for group in groups))
+
+    def grouped(self, shape: Sequence[int]) -> tuple[tuple[Axis, ...], ...]:
+        """The axes that each axis of a reshape is made of; ValueError where one spans a part of another's."""
         waiting = list(reversed(joined(self.axes)))
-        axes = []
+        groups = []
         for size in (int(s) for s in shape):
-            if size == 1:
-                axes.append((1, 0))
-                continue
-            have, stride = waiting.pop() if waiting else (1, 0)
-            if have % size:
-                raise ValueError("a reshape joins axes that are not neighbours in the variable")
-            axes.append((size, stride * (have // size)))
-            if have > size:
-                waiting.append((have // size, stride))
-        return replace(self, axes=tuple(axes))
+            group = []
+            while size != 1:
+                have, stride = waiting.pop() if waiting else (1, 0)
+                taken = min(have, size)
+                if taken <= 1 or have % taken or size % taken:
+                    raise ValueError("a reshape joins axes that are not neighbours in the variable")
+                group.append((taken, stride * (have // taken)))
+                size //= taken
+                if have > taken:
+                    waiting.append((have // taken, stride))
+            groups.append(tuple(group))
+        return tuple(groups)
 
     def sliced(self, axis: int, start: int, count: int, step: int = 1) -> Layout:
         """`count` elements of an axis from `start` on."""

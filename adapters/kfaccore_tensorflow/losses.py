@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
-from kfaccore_tensorflow.bridge import to_numpy, to_tensor
+from kfaccore_tensorflow.bridge import asked, to_numpy, to_tensor
 from kfaccore_tensorflow.broadcast import target_like, weight_like
 
 CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)
@@ -201,7 +201,7 @@ def _value(loss: Any) -> Callable:
         def mean(f: Any) -> tuple[Any, Callable]:
             wide = tf.float32 if f.dtype in (tf.float16, tf.bfloat16) else f.dtype
             given = [f, y] if mask is None else [f, y, tf.cast(mask, tf.bool)]
-            total, gradient = tf.py_function(both, given, [wide, wide])
+            total, gradient = asked(both, given, [wide, wide])
             total.set_shape(())
             gradient.set_shape(f.shape)
             return total, lambda upstream: tf.cast(upstream * gradient, f.dtype)

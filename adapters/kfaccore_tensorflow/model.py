@@ -135,16 +135,19 @@ class KFACModel(keras.Model):
     def _stepped(self, data: tuple[Any, Any, Any], optimizer: Any) -> tuple[Any, Any]:
         engine = self._ready()
         kind = type(self)
+        told = {"training": True} if "training" in signature(self.compute_loss).parameters else {}  # as Keras asks too
         waiting = [True] if kind.compute_loss is not KFACModel.compute_loss else []  # asked in the first pass alone
 
         def value(f: Any, y: Any, weight: Any) -> Any:
-            own = lambda: self.compute_loss(data[0], y, f, weight, training=True)  # noqa: E731
+            own = lambda: self.compute_loss(data[0], y, f, weight, **told)  # noqa: E731
             known = lambda: with_own(engine.objective.value(y, f, weight), self)  # noqa: E731
             asked = waiting and waiting.pop()
             found = agreed(kind.__name__, engine.objective.heads(f), own, known) if asked else own()
             return found + tf.cast(engine.penalty(), found.dtype)
 
-        found = take_step(self.inner, engine, optimizer, data, value)
+        trained = {id(v) for v in self.inner.trainable_variables}
+        beside = [v for v in self.trainable_variables if id(v) not in trained]
+        found = take_step(self.inner, engine, optimizer, data, value, beside)
         self._restore()
         return found
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -12,11 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 import kfaccore as kf
+from kfaccore_tensorflow.applied import apply, moves_nothing
 from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
 from kfaccore_tensorflow.heads import output_names
-from kfaccore_tensorflow.judge import alone, fitting, judge, unscaled
+from kfaccore_tensorflow.judge import alone, fitting, judge, told_loose, unscaled
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
@@ -135,9 +135,17 @@ def with_own(value: Any, model: Any) -> Any:
 
 
 def take_step(
-    model: Any, engine: Engine, optimizer: Any, data: tuple[Any, Any, Any], loss_of: Callable[[Any, Any, Any], Any]
+    model: Any,
+    engine: Engine,
+    optimizer: Any,
+    data: tuple[Any, Any, Any],
+    loss_of: Callable[[Any, Any, Any], Any],
+    beside: Sequence[Any] = (),
 ) -> tuple[Any, Any]:
-    """(loss before, prediction) of one applied update, while a graph is traced."""
+    """(loss before, prediction) of one applied update, while a graph is traced.
+
+    beside   variables that Keras would train too; ValueError where the loss is made of one
+    """
     x, y, weight = data
     x = tf.nest.map_structure(of_any_batch, x)
     with tf.GradientTape(persistent=True) as tape:
@@ -150,14 +158,7 @@ def take_step(
         engine.penalise()
         loss = loss_of(f, y, weight)
     pinned = watch.pinned()
-    if engine.settings.step.judges and not engine.loose:
-        engine.loose = watch.loose()
-        if engine.loose:
-            warnings.warn(
-                f"the loss is judged under other draws than it was made with, by {engine.loose[:5]}: draw by layers of "
-                f"Keras, or by keras.random",
-                stacklevel=2,
-            )
+    moves_nothing(beside, tape.gradient(loss, list(beside)), model.name)
     variables = model.trainable_variables
     outputs = wanted_own(engine, seen)
     found = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, [*variables, *outputs])]
@@ -165,16 +166,20 @@ def take_step(
     slopes = zip(outputs, found[len(variables) :], strict=True)
     own = {id(out): widened(tf.zeros_like(out) if g is None else g) for out, g in slopes}
     judged = engine.settings.step.judges
-    loss = unscaled(optimizer, engine, loss) if judged else loss
+    if judged:
+        told_loose(engine, watch.loose())
+        loss = unscaled(optimizer, engine, loss)
     new = engine.updates(Pass(seen, heads, tape, y, weight, loss, own), variables, gradients)
     old = [tf.identity(v) for v in variables] if judged else []
     with tf.control_dependencies(old):
-        optimizer.apply(new, variables)
+        apply(optimizer, new, variables)
     if judged:
 
         def again() -> Any:
-            with pinned.again():
-                return loss_of(model(x, training=True), y, weight)
+            with pinned.again() as other:
+                value = loss_of(model(x, training=True), y, weight)
+            told_loose(engine, other)
+            return value
 
         judge(engine, loss, again, variables, old)
     return loss, f

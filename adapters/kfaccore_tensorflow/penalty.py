@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from kfaccore_tensorflow.bridge import to_tensor
+from kfaccore_tensorflow.bridge import asked, to_tensor
 
 if TYPE_CHECKING:
     from kfaccore_tensorflow.step import Engine
@@ -24,7 +24,7 @@ def weights(engine: Engine) -> dict[str, Any]:
     # a read of a variable orders the question behind the step before, in graphs of several steps
     first = tf.stop_gradient(tf.reshape(next(iter(engine.plan.parts[0].variables.values())).value, [-1])[:1])
     ask = lambda _: to_tensor(list(schedules.penalties(names, engine.state.step).values()), tf.float64)  # noqa: E731
-    now = tf.ensure_shape(tf.py_function(ask, [first], tf.float64), (len(names),))
+    now = tf.ensure_shape(asked(ask, [first], tf.float64), (len(names),))
     return dict(zip(names, tf.unstack(tf.cast(now, _dtype(engine))), strict=True))
 
 

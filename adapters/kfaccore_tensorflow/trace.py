@@ -36,16 +36,17 @@ def coverage(model: Any, strict: bool = False, x: Any = None) -> Plan:
 
 
 def known(model: Any) -> Plan | None:
-    """The plan where the model tells what it is called on; None where only a batch will show it: its axes too, where
-    what cannot be read of any length may be read of one."""
+    """The plan where the model tells what it is called on; None where only a batch will show it: its lengths too, since
+    what is written for any length may be written otherwise for one."""
     if not model.built:
         raise ValueError(f"model {model.name!r} has no variables yet: build it, or call it on a batch, first")
     for one in specs(model):
+        if _open(one):
+            continue
         try:
-            plan = traced(model, one)
+            return traced(model, one)
         except Exception:
             continue  # the first step traces the model on its batch, and says what is wrong
-        return None if plan.refused and _open(one) else plan
     return None
 
 
