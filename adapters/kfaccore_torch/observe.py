@@ -23,7 +23,7 @@ from kfaccore_torch.fixed_rules import passed
 from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
-from kfaccore_torch.owner import Owned, rounding, still
+from kfaccore_torch.owner import Owned, dealt, rounding, still
 from kfaccore_torch.places import Place, Together, joined
 from kfaccore_torch.question import Question
 from kfaccore_torch.rows import by_rows
@@ -112,6 +112,7 @@ class Observer:
             self._name([calls[asked[i]][0] for i in question.bent])
             for i, owned in zip(asked, found, strict=True):
                 fixed[i] = owned
+            fixed = dealt(fixed, [name for name, _ in calls])
             if all(place is None for place in given):
                 self._keep(key, split, fixed, times)
         if key in self.kept:
@@ -174,10 +175,13 @@ class Observer:
         question.pull_first(())
         _, found = question.answer([observed.split], [observed.owned[i] for i in asked])
         owned = list(observed.owned)
+        kept = list(self.kept[observed.key][1]) if observed.key in self.kept else None
         for i, new in zip(asked, found, strict=True):
             owned[i] = still(observed.owned[i], new)
-        if observed.key in self.kept:
-            self.kept[observed.key] = observed.split, tuple(owned)
+            if kept is not None:  # the others may stand otherwise here than was found
+                kept[i] = owned[i]
+        if kept is not None:
+            self.kept[observed.key] = observed.split, tuple(kept)
         return replace(observed, owned=tuple(owned))
 
 

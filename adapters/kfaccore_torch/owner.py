@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from kfaccore_torch.places import Place, Together, by_shape, grouped
+from kfaccore_torch.places import Groups, Place, Together, by_shape, grouped
 from kfaccore_torch.split import Split
 
 _ROUNDINGS = 32  # of the largest number: what sums that should cancel leave; of 16 bits, summed in 32, fewer
@@ -44,6 +44,11 @@ class Owned:
     def decided(self) -> bool:
         """Whether some row was seen to be of one example."""
         return not self.mixes and (self.undecided is None or len(self.undecided) < prod(self.place.rows))
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether no row has a gradient and shapes say nothing of their examples."""
+        return not (self.mixes or self.shaped or self.decided)
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,38 @@ def search(rows: tuple[int, ...], before: Asked, passes: Sequence[torch.Tensor],
         owner += high.to(torch.int64) << digit
         pure &= high ^ before.scaled_by(after, one)
     alive = owner[before.alive]  # a row without a gradient agrees with every digit
-    if bool((before.alive & ~pure).any()) or not len(alive) or int(alive.max()) >= split.examples:
+    if bool((before.alive & ~pure).any()) or int(alive.max()) >= split.examples:
         return None
     owner = torch.where(before.alive, owner, -1).cpu()
     place = grouped(rows, _filled(owner), split.examples)
     return Owned(place, shaped=False, undecided=torch.nonzero(owner < 0)[:, 0] if bool((owner < 0).any()) else None)
+
+
+def waiting(rows: tuple[int, ...], split: Split) -> Owned:
+    """Rows of which none has a gradient, where shapes say nothing: nobody's until one has."""
+    count = prod(rows)
+    owner = torch.full((count,), -1)
+    return Owned(grouped(rows, owner, split.examples), shaped=False, undecided=torch.arange(count))
+
+
+def dealt(found: Sequence[Owned | None], names: Sequence[str]) -> list[Owned | None]:
+    """Calls of layers `names`, those of which no row has a gradient with an example that no other call of the layer
+    has, in order: their rows count in the mean of inputs, and beside those of another example only where none is left.
+    """
+    dealt = list(found)
+    waiting = [i for i, owned in enumerate(found) if owned is not None and owned.unmoved]
+    free: dict[str, list[int]] = {}
+    for name in {names[i] for i in waiting}:
+        others = [x.place for x, n in zip(found, names, strict=True) if n == name and x is not None and not x.unmoved]
+        taken = {int(k) for place in others if not isinstance(place, Together) for k in place.owner().unique()}
+        free[name] = [k for k in range(others[0].examples if others else 0) if k not in taken]
+    for i in waiting:
+        owned = dealt[i]
+        assert owned is not None and isinstance(owned.place, Groups)
+        left = free[names[i]]
+        example = left.pop(0) if left else 0
+        dealt[i] = replace(owned, place=replace(owned.place, of=torch.full_like(owned.place.of, example)))
+    return dealt
 
 
 def mixed(rows: tuple[int, ...], before: Asked, second: torch.Tensor, split: Split, s: torch.Tensor) -> Owned:

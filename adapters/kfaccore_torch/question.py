@@ -23,6 +23,7 @@ from kfaccore_torch.owner import (
     mixed,
     search,
     settled,
+    waiting,
 )
 from kfaccore_torch.passes import passing
 from kfaccore_torch.rows import by_rows
@@ -141,6 +142,9 @@ class Question:
         """A split that was tried, of the candidates, and the map of each call."""
         rows = [call.rows for _, call in self.calls]
         split, found, _, s = tried
+        for i, asked in enumerate(self.asked):
+            if found[i] is None and not bool(asked.alive.any()):
+                found[i] = waiting(rows[i], split)
         open_ = [i for i, owned in enumerate(found) if owned is None]
         if open_ and self.doubts:
             self.doubts = False

@@ -48,7 +48,8 @@ class Engine(Planning):
         self.objective = objective(loss)
         self.observer = Observer()
         self.lost = Lost()
-        self.mixing: set[str] = set()
+        self.mixing: set[str] = set()  # layers whose rows were seen to mix examples when they were last observed
+        self._observed: set[str] = set()  # layers observed since the last step
         self.called: set[str] = set()  # layers seen in a forward since the last step
         self.products: dict[str, str] = {}  # parameter -> how its product was made when it was last seen
         self.new = False  # whether layers joined since the last step, which must not wait for the clocks
@@ -113,14 +114,21 @@ class Engine(Planning):
     def records(self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any) -> Drawn:
         """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
         found = drawn(self, seen, batch, turn, n, exact, **how)
-        self.mixing |= found.observed.mixing
+        self._noted(found.observed)
         return found
 
     def measured(self, seen: Capture, batch: Batch, turn: int, n: float, **how: Any) -> tuple[dict[str, Any], Observed]:
         """What waits for the step in the place of `records`: Stats, or copies of rows; see `draw.measured`."""
         found, observed = measured(self, seen, batch, turn, n, **how)
-        self.mixing |= observed.mixing
+        self._noted(observed)
         return found, observed
+
+    def _noted(self, observed: Observed) -> None:
+        """What mixes examples: what is found takes the place of what was found before, and joins what else was found of
+        the same step."""
+        names = {name for name, _ in observed.calls}
+        self.mixing = (self.mixing - (names - self._observed)) | observed.mixing
+        self._observed |= names
 
     def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:
         """Records and gradients of one step, n its share: a layer that no example reached, such as an expert without
@@ -166,6 +174,7 @@ class Engine(Planning):
             raise
         self.new = False
         self.called = set()
+        self._observed = set()
         self._info = self.marked(info, grads)
         return updates
 
