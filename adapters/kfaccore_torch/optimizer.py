@@ -151,6 +151,7 @@ class Optimizer:
     def _recorded(self, seen: Any, batch: Batch, backward: Backward, n: float) -> tuple:
         """As `recorded`; the plan then is that of all ranks."""
         found = recorded(self.engine, seen, batch, backward, n)
+        self.engine.met(backward.value, batch.f)
         if self.engine.due:
             self.engine.agree(found[0] or ())
         if self.engine.due or seen.span.changed:
@@ -211,7 +212,8 @@ class Optimizer:
         if comm.world > 1:
             good = not float(comm.all_reduce([torch.tensor(float(not good))])[0])
         self.scaler.told(good)
-        self.engine.called = set() if not good else self.engine.called
+        if not good:
+            self.engine.forget()
         return not good
 
     def save(self, path: Any, **meta: Any) -> None:
