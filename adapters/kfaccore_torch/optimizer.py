@@ -17,6 +17,7 @@ from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
 from kfaccore_torch.handed import Handed
+from kfaccore_torch.kept import again as once_more
 from kfaccore_torch.look import Look
 from kfaccore_torch.masks import Told
 from kfaccore_torch.moves import moves, penalty
@@ -139,7 +140,7 @@ class Optimizer:
 
         def again() -> float:
             with look.again(grads, rest):
-                value = float(engine.objective.value(self._predicted(inputs), target).detach())
+                value = float(once_more(engine.objective, self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
         self._applied(records, grads, rest, before, again, own)

@@ -19,6 +19,7 @@ from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly, uncompiled
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.draw import Batch, Drawn, drawn, measured
+from kfaccore_torch.kept import keeping
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.launched import Launch
 from kfaccore_torch.losses import objective
@@ -42,7 +43,7 @@ class Engine(Planning):
         self.given = core
         self.core = core
         self.settings = settings
-        self.objective = objective(loss)
+        self.objective = keeping(objective(loss))
         self.observer = Observer()
         self.lost = Lost()
         self.mixing: set[str] = set()  # layers whose rows were seen to mix examples when they were last observed
