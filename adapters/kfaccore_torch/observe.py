@@ -23,10 +23,11 @@ from kfaccore_torch.fixed_rules import passed
 from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
-from kfaccore_torch.owner import Owned, dealt, rounding, still
+from kfaccore_torch.owner import Owned, dealt, still
 from kfaccore_torch.places import Place, Together, joined
 from kfaccore_torch.question import Question
 from kfaccore_torch.rows import by_rows
+from kfaccore_torch.scaled import rounding
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight
 from kfaccore_torch.split import Split, candidates
@@ -124,7 +125,7 @@ class Observer:
         """A warning for layers that data fill, of which many rows hold nothing."""
         filled = [i for i, (_, call) in enumerate(question.calls) if call.node in graph.moved]
         calls = [question.calls[i] for i in filled]
-        tell(calls, [question.asked[i].first for i in filled], question.layers, told, self.empty)
+        tell(calls, [question.asked.first(i) for i in filled], question.layers, told, self.empty)
 
     def _keep(self, key: Any, split: Split, owned: Sequence[Owned | None], times: float) -> None:
         """What was found; the oldest goes where that is too much."""
