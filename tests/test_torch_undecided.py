@@ -68,7 +68,7 @@ def after(model, core, dead, **settings):
 @pytest.mark.parametrize("make", [Bags, Chunks])
 @pytest.mark.parametrize("sharing", [None, kf.expand, kf.reduce], ids=["exact", "expand", "reduce"])
 def test_a_call_without_a_gradient_mixes_nothing(make, sharing):
-    """The direction is that of all rows in one call, with their examples told, in batches with a dead call and in those after them."""
+    """The direction is that of all rows in one call with their examples told, with a dead call and after it."""
     method = kf.Exact() if sharing is None else kf.KFAC(sharing=sharing)
     core = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(0.01, 0.0))
     results = []

@@ -111,9 +111,7 @@ class Observer:
             split, found = question.answer(asked_for, old, coarser)
             times = question.times
             self._name([calls[asked[i]][0] for i in question.bent])
-            for i, owned in zip(asked, found, strict=True):
-                fixed[i] = owned
-            fixed = dealt(fixed, [name for name, _ in calls])
+            fixed = dealt(fixed, found, [name for name, _ in calls])
             if all(place is None for place in given):
                 self._keep(key, split, fixed, times)
         if key in self.kept:

@@ -165,20 +165,23 @@ def waiting(rows: tuple[int, ...], split: Split) -> Owned:
     return Owned(grouped(rows, owner, split.examples), shaped=False, undecided=torch.arange(count))
 
 
-def dealt(found: Sequence[Owned | None], names: Sequence[str]) -> list[Owned | None]:
-    """Calls of layers `names`, those of which no row has a gradient with an example that no other call of the layer
-    has, in order: their rows count in the mean of inputs, and beside those of another example only where none is left.
-    """
-    dealt = list(found)
-    waiting = [i for i, owned in enumerate(found) if owned is not None and owned.unmoved]
+def dealt(known: Sequence[Owned | None], fresh: Sequence[Owned], names: Sequence[str]) -> list[Owned | None]:
+    """Calls of layers `names`, what is `fresh` where nothing was known; those of which no row has a gradient go with an
+    example that no other call of the layer has, in order: their rows count in the mean of inputs, and beside those of
+    another example only where none is left."""
+    given = iter(fresh)
+    found = [next(given) if owned is None else owned for owned in known]
+    dealt: list[Owned | None] = list(found)
+    waiting = [i for i, owned in enumerate(found) if owned.unmoved]
     free: dict[str, list[int]] = {}
-    for name in {names[i] for i in waiting}:
-        others = [x.place for x, n in zip(found, names, strict=True) if n == name and x is not None and not x.unmoved]
+    for name, examples in {names[i]: found[i].place.examples for i in waiting}.items():
+        others = [x.place for x, n in zip(found, names, strict=True) if n == name and not x.unmoved]
         taken = {int(k) for place in others if not isinstance(place, Together) for k in place.owner().unique()}
-        free[name] = [k for k in range(others[0].examples if others else 0) if k not in taken]
+        free[name] = [k for k in range(examples) if k not in taken]
     for i in waiting:
         owned = dealt[i]
-        assert owned is not None and isinstance(owned.place, Groups)
+        assert owned is not None
+        assert isinstance(owned.place, Groups)
         left = free[names[i]]
         example = left.pop(0) if left else 0
         dealt[i] = replace(owned, place=replace(owned.place, of=torch.full_like(owned.place.of, example)))
