@@ -90,7 +90,7 @@ def within(engine: Engine, term: torch.Tensor, heads: Sequence[torch.Tensor]) ->
 def alone(engine: Engine, records: Mapping[str, Any], grads: Mapping[str, Any], plainly: bool) -> set[str]:
     """Layers with a gradient that the loss, or a declared term, uses and no prediction does, named once where they have
     their gradients `plainly`; else a ValueError, and on several ranks, of which another may have a prediction."""
-    names = sorted(engine.beyond & (grads.keys() - records.keys()))
+    names = sorted(engine.beyond & (grads.keys() - records.keys()) - engine.called)  # a call may have a prediction
     if not names:
         return set()
     paths = [path for name in names for path in engine.plan.layers[name].paths.values()]
