@@ -8,8 +8,9 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 import kfaccore_torch as kt  # noqa: E402
-from kfaccore_torch.owner import Asked, factors  # noqa: E402
-from kfaccore_torch.question import Question, _is_some_power  # noqa: E402
+from kfaccore_torch.owner import factors  # noqa: E402
+from kfaccore_torch.question import Question  # noqa: E402
+from kfaccore_torch.scaled import Asked  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch_double")
 
@@ -51,9 +52,9 @@ def test_a_row_was_scaled_by_some_power(dtype):
     first[4] = 0
     second = (first.double() * s[torch.arange(9) * 2][:, None]).to(dtype)
     before = Asked.of(first)
-    assert _is_some_power(before, second, s)
-    assert not _is_some_power(before, -second, s)
+    assert before.powers(second, s) == [True]
+    assert before.powers(-second, s) == [False]
     mixed = second.clone()
     mixed[0] = (0.6 * second[0].double() + 0.4 * first[0].double() * s[3] * torch.tensor([1.0, -1.0, 2.0])).to(dtype)
-    assert not _is_some_power(before, mixed, s)
-    assert not _is_some_power(before, second * 4 * float(s.max() / s.min()), s)
+    assert before.powers(mixed, s) == [False]
+    assert before.powers(second * 4 * float(s.max() / s.min()), s) == [False]

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 
 
 def gradients(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
-    """Of every covered layer, by role; ValueError for a layer of which some parameters alone have one."""
+    """Of every covered layer that does not keep its plain one, by role; ValueError for a layer of which some parameters
+    alone have one."""
     given = {}
+    aside = set() if engine.due else engine.plainly
     for name, layer in engine.plan.layers.items():
+        if name in aside:
+            continue
         found = {role: g for role, p in layer.parameters.items() if (g := dense_grad(p)) is not None}
         if found and len(found) < len(layer.parameters):
             if engine.core.comm.world > 1:

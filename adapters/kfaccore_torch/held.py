@@ -184,7 +184,7 @@ def as_it_was(
     finally:
         with torch.no_grad():
             if moved is not None:
-                moved([path for path, put in undo if _moved(*put.args)])
+                moved([path for path, put in undo if changed(*put.args)])
             for _, put in undo:
                 put()
         _told(model, [path for path, x, version in watched if x._version != version], LOST)
@@ -228,7 +228,7 @@ def _same(x: Any, kept: Any) -> bool:
     return isinstance(x, list | deque) and all(map(is_, x, kept))
 
 
-def _moved(x: Any, kept: Any) -> bool:
+def changed(x: Any, kept: Any) -> bool:
     """Whether a tensor, an array or a container is not as it was kept."""
     if isinstance(x, torch.Tensor):
         return x.shape != kept.shape or not bool(((x == kept) | ((x != x) & (kept != kept))).all())

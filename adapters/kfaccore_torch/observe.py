@@ -23,10 +23,11 @@ from kfaccore_torch.fixed_rules import passed
 from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
-from kfaccore_torch.owner import Owned, rounding, still
+from kfaccore_torch.owner import Owned, dealt, still
 from kfaccore_torch.places import Place, Together, joined
 from kfaccore_torch.question import Question
 from kfaccore_torch.rows import by_rows
+from kfaccore_torch.scaled import rounding
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight
 from kfaccore_torch.split import Split, candidates
@@ -110,8 +111,7 @@ class Observer:
             split, found = question.answer(asked_for, old, coarser)
             times = question.times
             self._name([calls[asked[i]][0] for i in question.bent])
-            for i, owned in zip(asked, found, strict=True):
-                fixed[i] = owned
+            fixed = dealt(fixed, found, [name for name, _ in calls])
             if all(place is None for place in given):
                 self._keep(key, split, fixed, times)
         if key in self.kept:
@@ -123,7 +123,7 @@ class Observer:
         """A warning for layers that data fill, of which many rows hold nothing."""
         filled = [i for i, (_, call) in enumerate(question.calls) if call.node in graph.moved]
         calls = [question.calls[i] for i in filled]
-        tell(calls, [question.asked[i].first for i in filled], question.layers, told, self.empty)
+        tell(calls, [question.asked.first(i) for i in filled], question.layers, told, self.empty)
 
     def _keep(self, key: Any, split: Split, owned: Sequence[Owned | None], times: float) -> None:
         """What was found; the oldest goes where that is too much."""
@@ -174,10 +174,13 @@ class Observer:
         question.pull_first(())
         _, found = question.answer([observed.split], [observed.owned[i] for i in asked])
         owned = list(observed.owned)
+        kept = list(self.kept[observed.key][1]) if observed.key in self.kept else None
         for i, new in zip(asked, found, strict=True):
             owned[i] = still(observed.owned[i], new)
-        if observed.key in self.kept:
-            self.kept[observed.key] = observed.split, tuple(owned)
+            if kept is not None:  # the others may stand otherwise here than was found
+                kept[i] = owned[i]
+        if kept is not None:
+            self.kept[observed.key] = observed.split, tuple(kept)
         return replace(observed, owned=tuple(owned))
 
 

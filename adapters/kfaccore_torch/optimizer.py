@@ -17,6 +17,7 @@ from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
 from kfaccore_torch.gradients import Backward
 from kfaccore_torch.handed import Handed
+from kfaccore_torch.kept import again as once_more
 from kfaccore_torch.look import Look
 from kfaccore_torch.masks import Told
 from kfaccore_torch.moves import moves, penalty
@@ -139,7 +140,7 @@ class Optimizer:
 
         def again() -> float:
             with look.again(grads, rest):
-                value = float(engine.objective.value(self._predicted(inputs), target).detach())
+                value = float(once_more(engine.objective, self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
         self._applied(records, grads, rest, before, again, own)
@@ -151,6 +152,7 @@ class Optimizer:
     def _recorded(self, seen: Any, batch: Batch, backward: Backward, n: float) -> tuple:
         """As `recorded`; the plan then is that of all ranks."""
         found = recorded(self.engine, seen, batch, backward, n)
+        self.engine.met(backward.value, batch.f)
         if self.engine.due:
             self.engine.agree(found[0] or ())
         if self.engine.due or seen.span.changed:
@@ -211,7 +213,8 @@ class Optimizer:
         if comm.world > 1:
             good = not float(comm.all_reduce([torch.tensor(float(not good))])[0])
         self.scaler.told(good)
-        self.engine.called = set() if not good else self.engine.called
+        if not good:
+            self.engine.forget()
         return not good
 
     def save(self, path: Any, **meta: Any) -> None:

@@ -14,11 +14,10 @@ from math import prod
 
 import torch
 
-from kfaccore_torch.places import Place, Together, by_shape, grouped
+from kfaccore_torch.places import RAGGED, Groups, Place, Together, by_shape, grouped
+from kfaccore_torch.scaled import Asked, Rows
 from kfaccore_torch.split import Split
 
-_ROUNDINGS = 32  # of the largest number: what sums that should cancel leave; of 16 bits, summed in 32, fewer
-_FEW_ROUNDINGS = 4
 _LEVELS = {torch.float16: 3, torch.float64: 512}  # powers of two of a confirmation, as a dtype has range for
 _MOST_LEVELS = 128
 _FEW_LEVELS = 6
@@ -45,44 +44,10 @@ class Owned:
         """Whether some row was seen to be of one example."""
         return not self.mixes and (self.undecided is None or len(self.undecided) < prod(self.place.rows))
 
-
-@dataclass(frozen=True)
-class Asked:
-    """Rows (rows, d) of one call under the draw v, and how large they are."""
-
-    first: torch.Tensor
-    size: torch.Tensor
-    alive: torch.Tensor
-
-    @classmethod
-    def of(cls, first: torch.Tensor) -> Asked:
-        """From the rows' gradients of the first draw; rows of rounding alone do not count."""
-        size = first.abs().amax(1)
-        largest = size.max() if len(size) else size.sum()
-        return cls(first, size, size > rounding(first.dtype) * largest)
-
-    def scaled_by(self, second: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Whether each row is `factor` times what it was, (rows,). What is let pass goes with the factor: beside a
-        factor of 2^-64 anything else would."""
-        info = torch.finfo(self.first.dtype)
-        slack = min(info.eps**0.5, 0.02)
-        factor = factor.to(second)
-        gap = (second - factor[:, None] * self.first).abs().amax(1)
-        near = rounding(self.first.dtype)
-        least = info.tiny if info.bits > 16 else near * info.tiny  # what is below the smallest number is cut off
-        return gap <= factor * (slack * self.size + near * self.size.max()) + least
-
-    def multiplied(self, second: torch.Tensor, factor: float) -> bool:
-        """Whether all rows are `factor` times what they were, a power of two, to what passes of one draw differ by."""
-        eps = torch.finfo(self.first.dtype).eps
-        gap = (second / factor - self.first).abs().amax(1)
-        return bool((gap <= min(eps**0.5, 0.02) * self.size + rounding(self.first.dtype) * self.size.max()).all())
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """How small beside the largest a gradient may be that is rounding alone, as that of a query which sees one key."""
-    info = torch.finfo(dtype)
-    return (_ROUNDINGS if info.bits > 16 else _FEW_ROUNDINGS) * info.eps
+    @property
+    def unmoved(self) -> bool:
+        """Whether no row has a gradient and shapes say nothing of their examples."""
+        return not (self.mixes or self.shaped or self.decided)
 
 
 def factors(examples: int, dtype: torch.dtype, few: bool = False) -> list[torch.Tensor]:
@@ -105,57 +70,130 @@ def few(examples: int, dtype: torch.dtype) -> torch.Tensor:
 
 def confirm(
     rows: Sequence[tuple[int, ...]],
-    asked: Sequence[Asked],
+    asked: Rows,
     passes: Sequence[Sequence[torch.Tensor]],
     split: Split,
     s: Sequence[torch.Tensor],
     kept: Sequence[Owned | None],
 ) -> list[Owned | None]:
     """The first suggestion for each call that every scaled pass agrees with, or None."""
-    found: list[Owned | None] = []
-    for i, (shape, before, old) in enumerate(zip(rows, asked, kept, strict=True)):
-        candidates = [] if old is None or old.place.examples != split.examples else [old]
-        candidates += [Owned(place) for place in split.suggested(shape)]
-        after = [scaled[i] for scaled in passes]
-        found.append(next((c for c in candidates if _agrees(c, before, after, s)), None))
+    found = []
+    for k, (group, own) in enumerate(zip(asked.groups, asked.asked, strict=True)):
+        suggested = [_candidates(rows[i], split, kept[i]) for i in group]
+        found.append(_confirmed([rows[i] for i in group], own, [scaled[k] for scaled in passes], s, suggested))
+    return asked.each(found)
+
+
+def _confirmed(
+    rows: Sequence[tuple[int, ...]],
+    asked: Asked,
+    passes: Sequence[torch.Tensor],
+    s: Sequence[torch.Tensor],
+    left: list[list[Owned]],
+) -> list[Owned | None]:
+    """Of calls of one layer, what is suggested of each in turn until all agrees."""
+    found: list[Owned | None] = [None] * len(rows)
+    while any(left):
+        now = [candidates.pop(0) if candidates else None for candidates in left]
+        owner = torch.cat([_owner(one, shape) for one, shape in zip(now, rows, strict=True)])
+        holds = torch.ones_like(asked.alive)
+        for scaled, by in zip(passes, s, strict=True):
+            factor = torch.where(owner < 0, torch.zeros((), dtype=by.dtype), by[owner.clamp(min=0)]).to(scaled)
+            holds &= asked.scaled_by(scaled, factor) | ~asked.alive
+        for i, agrees in enumerate(asked.every(holds)):
+            if agrees and now[i] is not None:
+                found[i] = now[i]
+                left[i] = []
     return found
 
 
-def _agrees(candidate: Owned, before: Asked, after: Sequence[torch.Tensor], s: Sequence[torch.Tensor]) -> bool:
-    place = candidate.place
-    if candidate.mixes or isinstance(place, Together):
-        return False
-    owner = place.owner()
-    for scaled, by in zip(after, s, strict=True):
-        factor = torch.where(owner < 0, torch.zeros((), dtype=by.dtype), by[owner.clamp(min=0)]).to(scaled)
-        if not bool((before.scaled_by(scaled, factor) | ~before.alive).all()):
-            return False
-    return True
+def _candidates(rows: tuple[int, ...], split: Split, old: Owned | None) -> list[Owned]:
+    """What a call may be: what it was, and what its shape suggests."""
+    known = old is not None and old.place.examples == split.examples
+    candidates = [old] if known and old is not None else []
+    candidates += [Owned(place) for place in split.suggested(rows)]
+    return [one for one in candidates if not one.mixes and not isinstance(one.place, Together)]
 
 
-def search(rows: tuple[int, ...], before: Asked, passes: Sequence[torch.Tensor], split: Split) -> Owned | None:
-    """The map read from one pass a binary digit; None where a row agrees with neither digit, so mixes examples."""
-    owner = torch.zeros(len(before.size), dtype=torch.int64, device=before.size.device)
-    pure = torch.ones_like(before.alive)
-    one = torch.ones_like(before.size)
-    for digit, after in enumerate(passes):
-        high = before.scaled_by(after, 2 * one)
-        owner += high.to(torch.int64) << digit
-        pure &= high ^ before.scaled_by(after, one)
-    alive = owner[before.alive]  # a row without a gradient agrees with every digit
-    if bool((before.alive & ~pure).any()) or not len(alive) or int(alive.max()) >= split.examples:
-        return None
-    owner = torch.where(before.alive, owner, -1).cpu()
-    place = grouped(rows, _filled(owner), split.examples)
-    return Owned(place, shaped=False, undecided=torch.nonzero(owner < 0)[:, 0] if bool((owner < 0).any()) else None)
+def _owner(candidate: Owned | None, rows: tuple[int, ...]) -> torch.Tensor:
+    """The example of each row, (rows,); -1 of a call that nothing is suggested for."""
+    if candidate is None or isinstance(candidate.place, Together):
+        return torch.full((prod(rows),), -1)
+    return candidate.place.owner()
 
 
-def mixed(rows: tuple[int, ...], before: Asked, second: torch.Tensor, split: Split, s: torch.Tensor) -> Owned:
+def search(
+    rows: Sequence[tuple[int, ...]],
+    asked: Rows,
+    passes: Sequence[Sequence[torch.Tensor]],
+    split: Split,
+    calls: set[int],
+) -> dict[int, Owned | None]:
+    """The maps of some calls, read from one pass a binary digit; None where a row agrees with neither digit, so mixes
+    examples."""
+    found: dict[int, Owned | None] = {}
+    for k, (group, own) in enumerate(zip(asked.groups, asked.asked, strict=True)):
+        if calls.isdisjoint(group):
+            continue
+        owner = torch.zeros(len(own.size), dtype=torch.int64, device=own.size.device)
+        pure = torch.ones_like(own.alive)
+        one = torch.ones_like(own.size)
+        for digit, after in enumerate(scaled[k] for scaled in passes):
+            high = own.scaled_by(after, 2 * one)
+            owner += high.to(torch.int64) << digit
+            pure &= high ^ own.scaled_by(after, one)
+        there = own.every((pure & (owner < split.examples)) | ~own.alive)  # one without a gradient agrees with all
+        owner = torch.where(own.alive, owner, -1).cpu()
+        for i, part, ok in zip(group, owner.split(own.lengths), there, strict=True):
+            if i in calls:
+                found[i] = _read(rows[i], part, split) if ok else None
+    return found
+
+
+def _read(rows: tuple[int, ...], owner: torch.Tensor, split: Split) -> Owned:
+    """The map of a call, of which rows without an example are negative."""
+    undecided = torch.nonzero(owner < 0)[:, 0]
+    if not len(undecided):
+        return Owned(grouped(rows, owner, split.examples), shaped=False)
+    return Owned(grouped(rows, _filled(owner), split.examples), shaped=False, undecided=undecided)
+
+
+def waiting(rows: tuple[int, ...], split: Split) -> Owned:
+    """Rows of which none has a gradient, where shapes say nothing: nobody's until one has."""
+    count = prod(rows)
+    owner = torch.full((count,), -1)
+    return Owned(grouped(rows, owner, split.examples), shaped=False, undecided=torch.arange(count))
+
+
+def dealt(known: Sequence[Owned | None], fresh: Sequence[Owned], names: Sequence[str]) -> list[Owned | None]:
+    """Calls of layers `names`, what is `fresh` where nothing was known; those of which no row has a gradient go with an
+    example that no other call of the layer has, in order: their rows count in the mean of inputs, and beside those of
+    another example only where none is left."""
+    given = iter(fresh)
+    found = [next(given) if owned is None else owned for owned in known]
+    dealt: list[Owned | None] = list(found)
+    waiting = [i for i, owned in enumerate(found) if owned.unmoved]
+    free: dict[str, list[int]] = {}
+    for name, examples in {names[i]: found[i].place.examples for i in waiting}.items():
+        others = [x.place for x, n in zip(found, names, strict=True) if n == name and not x.unmoved]
+        taken = {int(k) for place in others if not isinstance(place, Together) for k in place.owner().unique()}
+        free[name] = [k for k in range(examples) if k not in taken]
+    for i in waiting:
+        owned = dealt[i]
+        assert owned is not None
+        assert isinstance(owned.place, Groups)
+        left = free[names[i]]
+        example = left.pop(0) if left else 0
+        dealt[i] = replace(owned, place=replace(owned.place, of=torch.full_like(owned.place.of, example)))
+    return dealt
+
+
+def mixed(rows: tuple[int, ...], first: torch.Tensor, second: torch.Tensor, split: Split, s: torch.Tensor) -> Owned:
     """Rows that move several examples; the shape is kept in mind where each still moves one of them most. `second` is
     scaled by numbers s of which none drowns the others."""
     like = None
     for place in by_shape(rows, split.examples):
-        own = s[place.owner()].to(second)[:, None] * before.first
+        own = s[place.owner()].to(second)[:, None] * first
         if float((second - own).square().sum()) < 0.25 * float(own.square().sum()):
             like = place
             break
@@ -164,8 +202,7 @@ def mixed(rows: tuple[int, ...], before: Asked, second: torch.Tensor, split: Spl
 
 def settled(owned: Owned, alive: torch.Tensor) -> Owned:
     """With the rows that had no gradient noted."""
-    dead = ~alive
-    return replace(owned, undecided=torch.nonzero(dead)[:, 0].cpu() if bool(dead.any()) else None)
+    return replace(owned, undecided=torch.nonzero(~alive)[:, 0].cpu())
 
 
 def still(old: Owned, new: Owned) -> Owned:
@@ -177,9 +214,19 @@ def still(old: Owned, new: Owned) -> Owned:
 
 
 def _filled(owner: torch.Tensor) -> torch.Tensor:
-    """Undecided rows go with the row before them, the first ones with the first decided."""
+    """Undecided rows go with the row before them, the first ones with the first decided; where that would pad all
+    examples to far more rows than they have, as of masked pixels, with those that have fewest."""
     known = owner >= 0
     place = torch.where(known, torch.arange(len(owner)), -1)
     place = torch.cummax(place, 0).values
     first = int(torch.nonzero(known)[0, 0])
-    return owner[place.clamp(min=first)]
+    filled = owner[place.clamp(min=first)]
+    counts = torch.bincount(owner[known])
+    there = torch.nonzero(counts)[:, 0]
+    level = max(int(counts.max()), -(-len(owner) // len(there)))
+    if int(torch.bincount(filled).max()) <= RAGGED * level:
+        return filled
+    free = torch.repeat_interleave(there, level - counts[there])
+    owner = owner.clone()
+    owner[~known] = free[: int((~known).sum())]
+    return owner

@@ -160,13 +160,13 @@ class Preconditioner:
         formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()))
         weighted = counted(weighted, self._pending, shot, seen.let_go, formed)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
-        return weighted
+        return self.engine.met(weighted, f)
 
     def extra(self, term: torch.Tensor) -> torch.Tensor:
         """Declares a term of the loss that has no curvature here, such as a KL divergence or a penalty: it is handed
         back, to be added, and its gradient is preconditioned with the others."""
         self._terms.declared = True
-        return term
+        return self.engine.met(term)
 
     def discard(self) -> None:
         """Forget what was captured since the last step."""
@@ -174,7 +174,7 @@ class Preconditioner:
         self._opened = Opened()
         self._formed = 0
         self._scale = Scale()
-        self.engine.called = set()
+        self.engine.forget()
 
     @uncompiled
     def step(self, lengths: Mapping[str, float] | None = None) -> None:
@@ -225,7 +225,7 @@ class Preconditioner:
         records = {name: pieces for name, pieces in found.items() if name in grads}
         if not records:
             complain(self._pending.shots, self._formed, bool(self._opened), self.engine.core.comm.world)
-        return self.engine.completed(records, grads, sum(shot.n for shot in self._pending.shots))
+        return self.engine.completed(records, grads, sum(shot.n for shot in self._pending.shots), plainly=True)
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state in one file that every adapter of kfaccore reads."""

@@ -8,6 +8,7 @@ pass is linear, and they are what is measured too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ import torch
 from kfaccore_torch.beside import Quiet
 from kfaccore_torch.calls import Call
 from kfaccore_torch.owner import (
-    Asked,
     Owned,
     confirm,
     factors,
@@ -23,9 +23,11 @@ from kfaccore_torch.owner import (
     mixed,
     search,
     settled,
+    waiting,
 )
 from kfaccore_torch.passes import passing
 from kfaccore_torch.rows import by_rows
+from kfaccore_torch.scaled import Rows
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.split import Split
 
@@ -33,8 +35,8 @@ _SMALL = 2.0**-32  # of a draw under which a backward pass that clips does not
 
 
 class Tried(NamedTuple):
-    """What shapes explain under a split: a map a call or None, and the rows of all calls under examples scaled by `s`,
-    pass by pass."""
+    """What shapes explain under a split: a map a call or None, and the rows of all calls, group by group, under
+    examples scaled by `s`, pass by pass."""
 
     split: Split
     found: list[Any]  # Owned or None
@@ -87,7 +89,8 @@ class Question:
     def pull_first(self, parameters: Sequence[torch.nn.Parameter]) -> tuple:
         """Pull the draw itself; gradients of `parameters` under it come back."""
         found = self._pull(self.v, parameters)
-        self.asked = [Asked.of(rows) for rows in self._rows(found[: len(self.calls)])]
+        rows = self._rows(found[: len(self.calls)])
+        self.asked = Rows([name for name, _ in self.calls], rows)
         return tuple(found[len(self.calls) :])
 
     def answer(
@@ -129,11 +132,13 @@ class Question:
 
     def _mixes(self, tried: Tried) -> bool:
         """Whether rows of some call can be of no one example."""
-        return any(owned is None and not self._powers(tried, i) for i, owned in enumerate(tried.found))
+        if all(tried.found):
+            return False
+        return any(owned is None and not ok for owned, ok in zip(tried.found, self._powers(tried), strict=True))
 
-    def _powers(self, tried: Tried, i: int) -> bool:
-        """Whether every row of a call was scaled by the number of some example."""
-        return _is_some_power(self.asked[i], tried.scaled[0][i], tried.s[0])
+    def _powers(self, tried: Tried) -> list[bool]:
+        """Of each call, whether every row was scaled by the number of some example."""
+        return self.asked.powers(tried.scaled[0], tried.s[0])
 
     def _explained(
         self, tried: Tried, candidates: Sequence[Split], old: Sequence[Owned | None]
@@ -141,6 +146,9 @@ class Question:
         """A split that was tried, of the candidates, and the map of each call."""
         rows = [call.rows for _, call in self.calls]
         split, found, _, s = tried
+        for i, nothing in enumerate(self.asked.dead()):
+            if nothing and found[i] is None:
+                found[i] = waiting(rows[i], split)
         open_ = [i for i, owned in enumerate(found) if owned is None]
         if open_ and self.doubts:
             self.doubts = False
@@ -148,19 +156,21 @@ class Question:
                 if self._lowered(open_, split):
                     return self._explained(self._tried(candidates, old), candidates, old)
                 self.bent = open_
-        search_in = [i for i in open_ if self._powers(tried, i)]
+        powers = self._powers(tried) if open_ else []
+        search_in = [i for i in open_ if powers[i]]
         passes = self._digits(split) if search_in else []
-        for i in search_in:
-            found[i] = search(rows[i], self.asked[i], [p[i] for p in passes], split)
+        for i, owned in search(rows, self.asked, passes, split, set(search_in)).items():
+            found[i] = owned
         mixing = [i for i in open_ if found[i] is None]
         by = few(split.examples, self.heads[0].dtype)
         second = self._scaled(by, split) if mixing else []
         for i in mixing:
-            found[i] = mixed(rows[i], self.asked[i], second[i], split, by)
-        return split, [
-            owned if owned.mixes or not owned.shaped else settled(owned, asked.alive)
-            for owned, asked in zip(found, self.asked, strict=True)
-        ]
+            found[i] = mixed(rows[i], self.asked.first(i), self.asked.alone(i, second), split, by)
+        whole = self.asked.whole()
+        for i, owned in enumerate(found):
+            if not (owned.mixes or not owned.shaped):
+                found[i] = replace(owned, undecided=None) if whole[i] else settled(owned, self.asked.alive(i))
+        return split, found
 
     def _numbers(self, examples: int) -> list[torch.Tensor]:
         """A power of two an example for each pass, up to beyond a draw; near each other where draws must stay small."""
@@ -176,7 +186,8 @@ class Question:
     def _linear(self, calls: Sequence[int], split: Split, times: float) -> bool:
         """Whether the whole draw times a power of two moves the rows of some calls by as much."""
         after = self._scaled(torch.full((split.examples,), times, dtype=torch.float64), split)
-        return all(self.asked[i].multiplied(after[i], times) for i in calls)
+        linear = self.asked.multiplied(after, times)
+        return all(linear[i] for i in calls)
 
     def _lowered(self, calls: Sequence[int], split: Split) -> bool:
         """Go on with draws so small that the pass is linear; False, and no change, where it is for none."""
@@ -197,12 +208,12 @@ class Question:
         return [self._scaled(1.0 + ((number >> digit) & 1), split) for digit in range(digits)]
 
     def _scaled(self, s: torch.Tensor, split: Split) -> list[torch.Tensor]:
-        """Rows of all calls under the draw with each example scaled."""
+        """Rows of all calls, group by group, under the draw with each example scaled."""
         scaled = []
         for head, v in enumerate(self.v):
             factor = s[split.owner(len(v), head)].to(v)
             scaled.append(v * factor.reshape(-1, *(1,) * (v.ndim - 1)))
-        return self._rows(self._pull(scaled, ()))
+        return self.asked.grouped(self._rows(self._pull(scaled, ())))
 
     def _pull(self, v: Sequence[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> Sequence[Any]:
         wanted = [call.edge for _, call in self.calls] + list(parameters)
@@ -232,19 +243,3 @@ class Question:
 def _mixing(found: tuple[Split, list[Owned]]) -> int:
     """Calls with rows that mix examples."""
     return sum(owned.mixes for owned in found[1])
-
-
-def _is_some_power(before: Asked, second: torch.Tensor, s: torch.Tensor) -> bool:
-    """Whether every row was scaled by the number of some example: by which, its largest number tells to a factor below
-    two."""
-    if not before.first.numel():
-        return True
-    at = before.first.abs().argmax(1, keepdim=True)
-    ratio = (second.gather(1, at) / before.first.gather(1, at))[:, 0].double()
-    low, high = map(float, s.log2().aminmax())
-    level = ratio.log2().nan_to_num(nan=low - 2).floor()  # of a change of sign there is none
-    hit = ~before.alive
-    for power in (level, level + 1):
-        inside = (power >= low) & (power <= high)
-        hit = hit | (inside & before.scaled_by(second, 2.0 ** power.clamp(low, high)))
-    return bool(hit.all())

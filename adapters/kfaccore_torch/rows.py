@@ -17,6 +17,7 @@ from kfaccore_torch.calls import Call, Remade
 from kfaccore_torch.images import conv_part
 from kfaccore_torch.kinds import Rest, Stack, Tied
 from kfaccore_torch.lookup import each, existing, looked_up
+from kfaccore_torch.merged import apart, side_by_side
 from kfaccore_torch.places import Groups, Place, together
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.tied import both
@@ -69,6 +70,9 @@ def record(
         grads = [grads[i] for i in heads]
         places = [places[i] for i in heads]
         masks = [masks[i] for i in heads]
+    if len(calls) > 1 and isinstance(layer.kind, Linear) and all(m is None for m in masks) and apart(places):
+        calls, grads, places = side_by_side(layer.kind, calls, grads, places)
+        masks = [None]
     given = zip(calls, grads, places, masks, strict=True)
     parts = [_part(layer, call, g, place, mask, namespace, like is None) for call, g, place, mask in given]
     part = parts[0] if len(parts) == 1 else _joined(parts)

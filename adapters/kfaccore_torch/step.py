@@ -16,9 +16,10 @@ from kfaccore_torch.assembled import matrices, tensors
 from kfaccore_torch.beside import Beside
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.compiled import eagerly
+from kfaccore_torch.compiled import eagerly, uncompiled
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.draw import Batch, Drawn, drawn, measured
+from kfaccore_torch.kept import keeping
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.launched import Launch
 from kfaccore_torch.losses import objective
@@ -28,13 +29,10 @@ from kfaccore_torch.outputs import nothing
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
 from kfaccore_torch.precision import by_layer
-from kfaccore_torch.rows import absent
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.share import check_whole
-from kfaccore_torch.unseen import check_seen
-
-_NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
+from kfaccore_torch.unseen import completed, within
 
 
 class Engine(Planning):
@@ -45,11 +43,14 @@ class Engine(Planning):
         self.given = core
         self.core = core
         self.settings = settings
-        self.objective = objective(loss)
+        self.objective = keeping(objective(loss))
         self.observer = Observer()
         self.lost = Lost()
-        self.mixing: set[str] = set()
+        self.mixing: set[str] = set()  # layers whose rows were seen to mix examples when they were last observed
+        self._observed: set[str] = set()  # layers observed since the last step
         self.called: set[str] = set()  # layers seen in a forward since the last step
+        self.beyond: set[str] = set()  # layers seen since the last step in a loss behind no prediction, or in a term
+        self.plainly: set[str] = set()  # of these, layers that keep their plain gradients
         self.products: dict[str, str] = {}  # parameter -> how its product was made when it was last seen
         self.new = False  # whether layers joined since the last step, which must not wait for the clocks
         if settings.draws_on < 1:
@@ -113,32 +114,38 @@ class Engine(Planning):
     def records(self, seen: Capture, batch: Batch, turn: int, n: float, exact: bool = False, **how: Any) -> Drawn:
         """One record a layer that was called, and what was observed of the calls; see `draw.drawn`."""
         found = drawn(self, seen, batch, turn, n, exact, **how)
-        self.mixing |= found.observed.mixing
+        self._noted(found.observed)
         return found
 
     def measured(self, seen: Capture, batch: Batch, turn: int, n: float, **how: Any) -> tuple[dict[str, Any], Observed]:
         """What waits for the step in the place of `records`: Stats, or copies of rows; see `draw.measured`."""
         found, observed = measured(self, seen, batch, turn, n, **how)
-        self.mixing |= observed.mixing
+        self._noted(observed)
         return found, observed
 
-    def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float) -> tuple[dict, dict]:
-        """Records and gradients of one step, n its share: a layer that no example reached, such as an expert without
-        tokens, is left as it is, or counts with J = 0 where other ranks or layers wait for it."""
-        check_seen(self, records, grads)
-        missing = [name for name in grads if name not in records]
-        together = self.core.network.covers(self.blocks()) if self.core.network is not None else ()
-        found = dict(records)
-        with self.working():
-            for name in missing:
-                if self.core.comm.world > 1 or name in together:
-                    found[name] = absent(
-                        self.plan.layers[name],
-                        n * self.settings.draws_on or _NEXT_TO_NOTHING,
-                        self.like,
-                        self.namespace,
-                    )
-        return found, {name: g for name, g in grads.items() if name in found}
+    def _noted(self, observed: Observed) -> None:
+        """What mixes examples: what is found takes the place of what was found before, and joins what else was found of
+        the same step."""
+        names = {name for name, _ in observed.calls}
+        self.mixing = (self.mixing - (names - self._observed)) | observed.mixing
+        self._observed |= names
+
+    @uncompiled
+    def met(self, term: Any, f: Any = None) -> Any:
+        """A loss at the prediction `f`, or a term without one, as it is; layers that are in it by themselves are noted
+        where the next step uses records."""
+        if self.due and isinstance(term, torch.Tensor):
+            self.beyond |= within(self, term, () if f is None else self.objective.heads(f))
+        return term
+
+    def forget(self) -> None:
+        """What was seen since the last step."""
+        self.called = set()
+        self.beyond = set()
+
+    def completed(self, records: Mapping[str, Any], grads: dict[str, Any], n: float, plainly: bool = False) -> tuple:
+        """Records and gradients of one step; see `unseen.completed`."""
+        return completed(self, records, grads, n, plainly)
 
     def matrix(self, layer: Layer, tensors: dict[str, torch.Tensor]) -> Any:
         """Tensors like a layer's parameters, by role -> its matrix in the core's namespace."""
@@ -165,7 +172,8 @@ class Engine(Planning):
             self.leave_word(error)
             raise
         self.new = False
-        self.called = set()
+        self.forget()
+        self._observed = set()
         self._info = self.marked(info, grads)
         return updates
 

@@ -1,0 +1,160 @@
+"""A user's loss that keeps something: a centre of what it has seen, a count, random numbers that it draws.
+
+The training value moves it, once a step. The loss is asked more often than that: for n, for draws, for the loss after
+the step. What is asked at a prediction finds all as the training value at it did, and leaves all as it was.
+
+What a loss moves is found at its first, second, fourth, eighth and so on value; only that is copied at the others.
+"""
+
+from __future__ import annotations
+
+import pickle
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kfaccore_torch.held import CONTAINERS, changed, kept_as_is, walked, written
+from kfaccore_torch.losses import Joined
+from kfaccore_torch.own_losses import Own
+from kfaccore_torch.replay import random_state
+from kfaccore_torch.split import Split
+
+_RANDOM = "random numbers"
+
+
+def keeping(objective: Any) -> Any:
+    """The same objective, of whose losses those that a user wrote move what they keep once a step."""
+    parts = objective.parts.values() if isinstance(objective, Joined) else [objective]
+    own = [part.loss for part in parts if isinstance(part, Own)]
+    return Keeping(objective, own) if own else objective
+
+
+def again(objective: Any, f: Any, target: Any) -> torch.Tensor:
+    """The training loss, of a second look."""
+    return objective.again(f, target) if isinstance(objective, Keeping) else objective.value(f, target)
+
+
+class Keeping:
+    """An objective, and what the `losses` in it keep."""
+
+    def __init__(self, of: Any, losses: Sequence[Any]) -> None:
+        self.of = of
+        self.losses = list(losses)
+        self.turn = 0
+        self.moved: set[str] = set()
+        self._first: list[Callable] = []  # what puts all that moves back to where the last training value found it
+        self._at: Any = None  # the prediction of that
+
+    @property
+    def total(self) -> bool:
+        """Whether the loss is a sum, whose n does not grow with the batch."""
+        return self.of.total
+
+    def heads(self, f: Any) -> list[torch.Tensor]:
+        """The tensors of a prediction."""
+        return self.of.heads(f)
+
+    def value(self, f: Any, target: Any) -> torch.Tensor:
+        """The training loss: what it moves stays moved."""
+        self.turn += 1
+        head = self.of.heads(f)[0]
+        before = self._copies(head.device)
+        value = self.of.value(f, target)
+        self._note(before)
+        self._first = [put for path, put, _ in before if path in self.moved]
+        self._at = weakref.ref(head)
+        return value
+
+    def again(self, f: Any, target: Any) -> torch.Tensor:
+        """The training loss, of a second look at the batch of the last `value`."""
+        with self._aside(self.of.heads(f)[0].device, True):
+            return self.of.value(f, target)
+
+    def share(self, f: Any, target: Any) -> float:
+        """n of a record of this batch."""
+        with self._beside(f):
+            return self.of.share(f, target)
+
+    def unread_share(self, f: Any, target: Any) -> torch.Tensor | None:
+        """`share` as a number on the device; None where the host knows it."""
+        with self._beside(f):
+            return self.of.unread_share(f, target)
+
+    def draws(
+        self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Of the loss that the training value at this prediction was of."""
+        with self._beside(f):
+            return self.of.draws(fisher, count, f, target, rng, split)
+
+    def _beside(self, f: Any) -> Any:
+        """Around a question at a prediction."""
+        head = self.of.heads(f)[0]
+        return self._aside(head.device, self._at is not None and self._at() is head)
+
+    @contextmanager
+    def _aside(self, device: torch.device, first: bool) -> Iterator[None]:
+        """All is as it was afterwards; it begins as the `first` look found it where that is wanted."""
+        before = self._copies(device)
+        if first:
+            with torch.no_grad():
+                for put in self._first:
+                    put()
+        try:
+            yield
+        finally:
+            self._note(before)
+            with torch.no_grad():
+                for path, put, _ in before:
+                    if path in self.moved:
+                        put()
+
+    @property
+    def _watch(self) -> bool:
+        return self.turn & (self.turn - 1) == 0
+
+    def _copies(self, device: torch.device) -> list[tuple[str, Callable, Callable[[], bool]]]:
+        """(path, what puts it back, whether it has changed), of all that may move, or of what is known to."""
+        if not (self._watch or self.moved):
+            return []
+        things = list(walked(self.losses))
+        copies: list[tuple[str, Callable, Callable[[], bool]]] = []
+        for path, x in things:
+            if not (self._watch or path in self.moved):
+                continue
+            if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter):
+                put = partial(written, x, x.detach().clone())
+            elif isinstance(x, np.ndarray | CONTAINERS):
+                put = kept_as_is(x)
+            else:
+                continue
+            copies.append((path, put, partial(changed, *put.args)))
+        if self._watch or _RANDOM in self.moved:
+            puts = random_state(things, device)
+            state = _pickled(puts) if self._watch else None
+            copies.append((_RANDOM, partial(_all, puts), lambda: _pickled(random_state(things, device)) != state))
+        return copies
+
+    def _note(self, before: Sequence[tuple[str, Callable, Callable[[], bool]]]) -> None:
+        if self._watch:
+            self.moved |= {path for path, _, moves in before if path not in self.moved and moves()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last look."""
+        return {**self.__dict__, "_first": [], "_at": None}
+
+
+def _pickled(puts: Sequence[Any]) -> list[bytes]:
+    """The states of generators, as they are now."""
+    return [pickle.dumps(put.args) for put in puts]
+
+
+def _all(puts: Sequence[Callable]) -> None:
+    for put in puts:
+        put()
