@@ -1,4 +1,4 @@
-"""accumulate over layers of equal sizes, which share a state: eager, under jit, in a scan, and from a state restored."""
+"""accumulate over layers of equal sizes, which share a state: eager, under jit, in a scan, from a state restored."""
 
 from __future__ import annotations
 
