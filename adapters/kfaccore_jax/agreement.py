@@ -48,7 +48,7 @@ def probed(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
         check_calls(plan, walk.calls, n)
         found.update(walk.outputs)
 
-    key = _types(params, args)
+    key = types_of(params, args)
     if key in plan.types:  # another program of the same step: the model is traced once less
         return plan.types[key]
     jax.eval_shape(abstract, params, args)
@@ -63,7 +63,7 @@ def of_other_number(plan: Plan, params: Any, args: tuple) -> bool:
     return plan.example == without_number(shapes[0], shapes[1], plan.batched)
 
 
-def _types(params: Any, args: tuple) -> Any:
+def types_of(params: Any, args: tuple) -> Any:
     """What the types of the outputs of calls follow from; None where it cannot be looked up."""
     leaves, structure = jax.tree.flatten((params, args))
     key = structure, tuple(jax.typeof(x) for x in leaves)
