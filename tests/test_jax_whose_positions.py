@@ -106,7 +106,7 @@ def pooled(p, source, there):
 
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_a_mask_is_of_flags(by_layer):
-    """0 and 1 in any dtype; an additive one is refused, under jit the step's code says that its record is not finite."""
+    """0 and 1 in any dtype; an additive one is refused; under jit the code of its step is NONFINITE."""
     params = {"e": P["e"], "o": P["o"]}
     plan = kj.plan(pooled, params, SOURCE, THERE, batched=(0, 1))
     tx = kj.kfac(plan)
