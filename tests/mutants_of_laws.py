@@ -39,7 +39,7 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "the first layer's rows counted for all of a stack",
         "precondition/stacks.py",
-        "return leaves[0] if alike else _numbers_of(leaves, like)",
+        "return leaves[0] if alike else _numbers_of(leaves, likes)",
         "return leaves[0]",
         _UNEQUAL,
     ),

@@ -7,7 +7,7 @@ import pytest
 
 import kfaccore as kf
 from jax_models import mlp, mlp_params, normal
-from jax_needed import jax, jnp, kj, lax
+from jax_needed import jax, jnp, kj, lax, optax
 
 W, X = normal((4, 4)), normal((6, 4), seed=2)
 
@@ -192,3 +192,26 @@ def test_complex_predictions_are_refused_with_the_way_out():
     with pytest.raises(TypeError, match=r"jnp.stack\(\[f.real, f.imag\], -1\)"):
         kj.plan(lambda p, x: (x @ p) * jnp.exp(1j * x), W, X)
     assert kj.plan(lambda p, x: jnp.stack([x @ p, x], -1), W, X).table[0].covered
+
+
+def test_arguments_of_another_dtype_than_the_plan_s_are_named():
+    """As images are that come in half precision, and a state that the first step of a loop under x64 widens."""
+
+    def apply(p, x, state):
+        return jnp.tanh((x.astype(float) - state["mean"].astype(float)) @ p)
+
+    plan = kj.plan(apply, W, X, {"mean": jnp.zeros(4, jnp.float32)})
+    with pytest.raises(ValueError, match=r"argument 0 \(params not counted\) is bfloat16 and was float64: cast it"):
+        kj.capture(plan, W, X.astype(jnp.bfloat16), {"mean": jnp.zeros(4, jnp.float32)})
+    with pytest.raises(ValueError, match=r"argument 1 \(params not counted\)\['mean'\] is float64 and was float32"):
+        jax.jit(lambda x, s: kj.capture(plan, W, x, s).prediction)(X, {"mean": jnp.zeros(4)})
+
+
+def test_whole_that_a_wrapper_masks_too_is_named():
+    plan = kj.plan(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]), {"w": W, "b": jnp.ones(4)}, X)
+    params = {"w": W, "b": jnp.ones(4)}
+    hidden = {"w": True, "b": False}
+    tx = optax.masked(kj.kfac(plan, step=kf.SelfTuning()), hidden, mask_compatible_extra_args=True)
+    step = kj.step(plan, kf.Gaussian(), optax.chain(tx, optax.scale(-1.0)))
+    with pytest.raises(ValueError, match=r"whole without \['b'\]: .*mask_compatible_extra_args=True.* leave that"):
+        step(params, step.init(params), (X, jnp.ones((6, 4))), jax.random.key(0))

@@ -134,3 +134,28 @@ def test_layers_may_bring_unequal_batches(rng):
     turns = [(kf.Due(True, True), {**records, **given}, grads) for given in ({"b": b}, {"b": b, "c": c})]
     for method in (kf.KFAC(), kf.EKFAC(), kf.Lanczos(), kf.SKFAC()):
         walk(numpy, both(method), turns)
+
+
+@rows
+@few
+def test_numbers_of_stats_may_be_arrays(row, xp, rng):
+    """What a trace, a loop or a tree of arrays was handed as a number comes back as an array of no axis: of all layers,
+    of some, next to numbers and to (blocks,)."""
+    pres = both(row.method)
+    records, grads = batch(xp, rng)
+    states = [pre.init(dict.fromkeys(NAMES, kf.Block(3, 4, rows=64)), grads["a"]) for pre in pres]
+    stats = {name: kf.measured(pres[1], states[1], name, record) for name, record in records.items()}
+    if None in stats.values():
+        pytest.skip("its step needs the rows themselves")
+    due = kf.Due(True, True)
+    wanted = pres[1].do(due, states[1], stats, grads)
+
+    def put(x):
+        return xp.put(np.asarray(float(x))) if isinstance(x, int | float) else x
+
+    for names in (NAMES, ("a",), ("b", "d")):
+        given = {name: tree.map(put, one) if name in names else one for name, one in stats.items()}
+        for pre, state in zip(pres, states, strict=True):
+            found = pre.do(due, state, given, grads)
+            same(xp, found[0], wanted[0])
+            same(xp, found[1].layers, wanted[1].layers)

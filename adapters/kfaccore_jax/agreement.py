@@ -48,13 +48,38 @@ def probed(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
         check_calls(plan, walk.calls, n)
         found.update(walk.outputs)
 
-    key = _types(params, args)
+    key = types_of(params, args)
     if key in plan.types:  # another program of the same step: the model is traced once less
         return plan.types[key]
-    jax.eval_shape(abstract, params, args)
+    try:
+        jax.eval_shape(abstract, params, args)
+    except ValueError as error:
+        if OTHER in str(error) and (told := _differing(plan, params, args)):
+            raise ValueError(f"{error}. Of what apply takes, {told}") from error
+        raise
     if key is not None:
         plan.types[key] = found
     return found
+
+
+def _differing(plan: Plan, params: Any, args: tuple) -> str:
+    """Which arrays have another dtype than what was planned with, or another shape but for the number of examples; ""
+    where none has."""
+    shapes = jax.eval_shape(lambda *both: both, params, args)
+    found = without_number(shapes[0], shapes[1], plan.batched)
+    if found[0] != plan.example[0]:
+        return "the trees have another structure"
+    told = []
+    paths = jax.tree_util.tree_leaves_with_path((params, *args))
+    for (path, _), (shape, dtype), (planned, was) in zip(paths, found[1], plan.example[1], strict=True):
+        place = path[0].idx  # of (params, *args)
+        name = f"argument {place - 1} (params not counted)" if place else "params"
+        name += jax.tree_util.keystr(path[1:])
+        if dtype != was:
+            told.append(f"{name} is {dtype} and was {was}: cast it, or plan with what the loop gives")
+        if shape != planned:
+            told.append(f"{name} has shape {shape}, examples not counted, and had {planned}")
+    return "; ".join(told[:5])
 
 
 def of_other_number(plan: Plan, params: Any, args: tuple) -> bool:
@@ -63,7 +88,7 @@ def of_other_number(plan: Plan, params: Any, args: tuple) -> bool:
     return plan.example == without_number(shapes[0], shapes[1], plan.batched)
 
 
-def _types(params: Any, args: tuple) -> Any:
+def types_of(params: Any, args: tuple) -> Any:
     """What the types of the outputs of calls follow from; None where it cannot be looked up."""
     leaves, structure = jax.tree.flatten((params, args))
     key = structure, tuple(jax.typeof(x) for x in leaves)

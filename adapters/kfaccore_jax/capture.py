@@ -16,7 +16,7 @@ from kfaccore_jax.batch import examples, strong
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.names import check_arrays, named
 from kfaccore_jax.plan import Plan, evaluated
-from kfaccore_jax.positions import Longer, mask_of
+from kfaccore_jax.positions import Longer, marks, masks_of
 from kfaccore_jax.records import Drawn, Pair, pairs, widened
 from kfaccore_jax.signs import independent, signed
 
@@ -79,8 +79,9 @@ class Captured:
         n        the loss normaliser: the batch size for a mean over examples, the positions that count for a mean over
                  positions
         fisher   kfaccore's function that made the draws, so that a step which cannot use them says so
-        mask     (batch, *positions), True where a position exists: padding then enters no factor. Which rows of a layer
-                 it means is seen from the model at twice the length; where that cannot be, give {layer: (batch, rows)}.
+        mask     (batch, *positions), True or 1 where a position exists: padding then enters no factor. Which rows of a
+                 layer it means is seen from the model at another length; where that cannot be, or positions of several
+                 arrays do not go together, a source's and a target's, give {layer: (batch, rows)}.
                  The loss's own mask is the draws' matter: type2(loss, f, mask=mask)
         cotangent   of the mean loss, as `gradients` takes it: SelfTuning() then leaves each example out of the model of
                  the direction it helped to make; under jit the pass is shared with `gradients`
@@ -120,8 +121,9 @@ class Captured:
             unknown = sorted(set(mask or {}) - set(self.plan.blocks))
             if unknown:
                 raise ValueError(f"mask has layers {unknown} that the plan has not; it has {sorted(self.plan.blocks)}")
-            return mask or {}
-        mask = jnp.asarray(mask)
+            given = (mask or {}).items()
+            return {name: x if x is None else marks(x, f"mask of layer {name!r}") for name, x in given}
+        mask = marks(mask)
         if mask.ndim < 2 or mask.shape[0] != self._n:
             raise ValueError(f"mask has shape {mask.shape}; need ({self._n}, *positions), True where a position exists")
         return self._masked(mask, draws)
@@ -129,7 +131,7 @@ class Captured:
     def _masked(self, mask: Any, draws: int) -> dict[str, Any]:
         """`_masks` of an array, seen from the model at twice the length."""
         longer = Longer.of(self.plan, self.params, self._args, self._shapes, tuple(mask.shape[1:]))
-        return {layer.name: mask_of(self.plan, layer, mask, longer, draws) for layer in self.plan.layers}
+        return masks_of(self.plan, mask, longer, draws)
 
     def _rest(self, floats: Any, n: Any) -> dict[str, Record]:
         """Records of leaves without a layer: one row for the whole batch, a = 1, g the gradient of the draw."""

@@ -57,6 +57,7 @@ class Plan:
     example: Any = field(default=None, repr=False)  # what it was planned with, but for how many
     count: int = 0  # examples that it was planned with
     types: dict[Any, dict[str, Shape]] = field(default_factory=dict, repr=False)  # of outputs, by types of arguments
+    ways: dict[Any, tuple] = field(default_factory=dict, repr=False)  # so, what positions lengthen
 
     @property
     def blocks(self) -> dict[str, Block]:

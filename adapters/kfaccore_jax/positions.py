@@ -1,4 +1,4 @@
-"""Which positions of an example a call's rows are, for masks: told from the model traced at twice their number."""
+"""Which positions of an example a call's rows are, for masks: told from the model traced at another length."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore_jax.mesh import Shape
+from kfaccore_jax.stretch import Way, ways
 
 if TYPE_CHECKING:
     from kfaccore_jax.layers import Layer
@@ -19,64 +20,98 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Longer:
-    """Types of the calls' outputs at this batch, and again with each position axis of the mask twice as long; None for
-    an axis where the model does not run so, as one with a table of positions does not."""
+    """Types of the calls' outputs at this batch, and what gets longer with each position axis of the mask."""
 
     here: Mapping[str, Shape]
-    longer: tuple[Mapping[str, Shape] | None, ...]
+    ways: tuple[tuple[Way, ...], ...]
 
     @classmethod
     def of(cls, plan: Plan, params: Any, args: tuple, here: Mapping[str, Shape], sizes: tuple[int, ...]) -> Longer:
-        """Trace the model with each axis of positions stretched."""
-        found = []
-        for axis, size in enumerate(sizes, start=1):
-            found.append(_traced(plan, params, _stretched(plan, args, axis, size)))
-        return cls(here, tuple(found))
+        """Trace the model with each axis of positions stretched; ValueError where whose positions the mask means cannot
+        be seen."""
+        found = cls(here, tuple(ways(plan, params, args, axis, size) for axis, size in enumerate(sizes, start=1)))
+        for size, several in zip(sizes, found.ways, strict=True):
+            layers = [names for way in several if way.ours and (names := found._grown(plan, way))]
+            if len(layers) > 1:
+                raise ValueError(
+                    f"mask has {size} positions, and so have arrays of apply that do not go together: layers "
+                    f"{' and '.join(map(str, layers))} have rows of one each, and which of them the mask means cannot "
+                    f"be seen: give mask={{layer: (batch, rows)}}, without the layers whose rows all exist"
+                )
+        return found
 
-    def axes(self, key: str, positions: tuple[int, ...]) -> list[int | None]:
+    def _grown(self, plan: Plan, way: Way) -> list[str]:
+        """The layers that have other rows."""
+        return [
+            layer.name
+            for layer in plan.layers
+            if not layer.common
+            and any(way.outputs[key].shape != self.here[key].shape for key in (*layer.calls, *layer.turned))
+        ]
+
+    def axes(self, key: str) -> list[int | None]:
         """For each axis of the call's output the axis of the mask it is, None for one that is none."""
         shape = self.here[key].shape
         found: list[int | None] = [None] * len(shape)
-        for k, size in enumerate(positions):
-            other = self.longer[k]
-            for i, n in enumerate(shape):
-                if n == size and other is not None and other[key].shape[i] == 2 * n:
-                    found[i] = k
+        for k, several in enumerate(self.ways):
+            for way in several:
+                for i, n in enumerate(shape):
+                    if way.ours and n == way.size and way.stretches(self.here[key], key, i):
+                        found[i] = k
         return found
 
-
-def _stretched(plan: Plan, args: tuple, axis: int, size: int) -> tuple:
-    """Shapes of the arguments with twice the positions on their axis `axis`."""
-
-    def longer(x: Any) -> jax.ShapeDtypeStruct:
-        shape = list(x.shape)
-        if len(shape) > axis and shape[axis] == size:
-            shape[axis] = 2 * size
-        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-
-    return tuple(jax.tree.map(longer, arg) if i in plan.batched else arg for i, arg in enumerate(args))
+    def joined(self, key: str, axis: int) -> bool:
+        """Whether an axis of the call's output holds the positions of all the mask's axes."""
+        return all(any(way.ours and way.stretches(self.here[key], key, axis) for way in part) for part in self.ways)
 
 
-def _traced(plan: Plan, params: Any, args: tuple) -> Mapping[str, Shape] | None:
-    from kfaccore_jax.plan import evaluated
+def masks_of(plan: Plan, mask: Any, longer: Longer, draws: int) -> dict[str, Any]:
+    """{layer: (batch, shared)}, None where its rows have no positions, for a mask (batch, *positions).
 
-    found: dict[str, Shape] = {}
-
-    def abstract(params: Any, args: tuple) -> None:
-        found.update(evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2].outputs)
-
-    try:
-        jax.eval_shape(abstract, params, args)
-    except (TypeError, ValueError):
-        return None
-    return found if found.keys() == plan.calls.keys() else None
-
-
-def mask_of(plan: Plan, layer: Layer, mask: Any, longer: Longer, draws: int) -> Any:
-    """(batch, shared) of a layer's record for a mask (batch, *positions); None where its rows have no positions.
-
-    Raises ValueError naming the layer where what its rows are cannot be seen.
+    Raises ValueError naming the layers where what their rows are cannot be seen.
     """
+    found = {}
+    unseen = {}
+    for layer in plan.layers:
+        try:
+            found[layer.name] = _mask_of(plan, layer, mask, longer, draws)
+        except _Unseen as error:
+            unseen[layer.name] = error.args[0]
+    if unseen:
+        rows = ", ".join(f"layer {name!r} has rows of shape {shape} an example" for name, shape in unseen.items())
+        raise ValueError(
+            f"{rows}, and which of them a mask of shape {tuple(mask.shape)} means cannot be seen, as the model does "
+            f"not run, or not have them so, at another length: give mask={{layer: (batch, rows)}}, None for layers "
+            f"without one"
+        )
+    return found
+
+
+class _Unseen(Exception):
+    """The shape of rows whose positions cannot be seen."""
+
+
+def marks(mask: Any, name: str = "mask") -> Any:
+    """A mask as flags, bool where that is known; else 0, 1, and 2 for what is none, which a record shows.
+
+    Raises ValueError for other entries than 0 and 1, as an additive mask has, where they can be read.
+    """
+    mask = jnp.asarray(mask)
+    if mask.dtype == bool:
+        return mask
+    good = (mask == 0) | (mask == 1)
+    if isinstance(mask, jax.core.Tracer):
+        return jnp.where(good, mask, 2).astype(jnp.int8)
+    if not good.all():
+        raise ValueError(
+            f"{name} has entries such as {mask[~good][0]}, dtype {mask.dtype}, shape {mask.shape}; need True or 1 "
+            f"where a position exists, else False or 0: of an additive mask, 0 and very negative, give mask == 0"
+        )
+    return mask.astype(bool)
+
+
+def _mask_of(plan: Plan, layer: Layer, mask: Any, longer: Longer, draws: int) -> Any:
+    """(batch, shared) of a layer's record for a mask (batch, *positions); None where its rows have no positions."""
     if layer.common:
         return None
     found = [_call_mask(plan, layer, key, mask, longer) for key in (*layer.calls, *layer.turned)]
@@ -90,13 +125,15 @@ def mask_of(plan: Plan, layer: Layer, mask: Any, longer: Longer, draws: int) -> 
 def _call_mask(plan: Plan, layer: Layer, key: str, mask: Any, longer: Longer) -> tuple[Any, int]:
     """The mask of one call's rows, None where they have no positions, and how many rows an example has."""
     call = plan.calls[key]
-    axes = longer.axes(key, tuple(mask.shape[1:]))
+    axes = longer.axes(key)
     shape = longer.here[key].shape
+    batch = call.y.shared[call.batch or 0]
+    whole = batch  # its axis before one is split
     if call.y.split:
         place, groups = call.y.split
         axes[place : place + 1] = [None, axes[place]]
         shape = (*shape[:place], groups, shape[place] // groups, *shape[place + 1 :])
-    batch = call.y.shared[call.batch or 0]
+        whole -= batch > place
     others = [i for i in call.y.shared if i != batch]
     sizes = [shape[i] for i in others]
     each = shape[batch] // mask.shape[0]  # positions joined with the batch stand behind it
@@ -104,15 +141,10 @@ def _call_mask(plan: Plan, layer: Layer, key: str, mask: Any, longer: Longer) ->
     known: list[int | None] = [axes[i] for i in others]
     if each == 1 and not others:
         return None, rows
-    if each == 1 and sizes == list(mask.shape[1:]) and None in longer.longer:
-        known = [*range(len(sizes))]
-    if each == prod(mask.shape[1:]) and not others:
-        return mask.reshape(mask.shape[0], -1).astype(bool), rows
+    if each == prod(mask.shape[1:]) and not others and longer.joined(key, whole):
+        return mask.reshape(mask.shape[0], -1), rows
     if each != 1 or not any(k is not None for k in known):
-        raise ValueError(
-            f"layer {layer.name!r} has rows of shape {(each, *sizes)} an example, and which of them a mask of shape "
-            f"{tuple(mask.shape)} means cannot be seen: give mask={{layer: (batch, rows)}}, None for layers without one"
-        )
+        raise _Unseen((each, *sizes))
     return _spread(mask, known, sizes), rows
 
 
@@ -120,7 +152,7 @@ def _spread(mask: Any, known: list[int | None], sizes: list[int]) -> Any:
     """The mask over the axes of a call's rows: positions that they lack are there if any of theirs is."""
     present = [k for k in known if k is not None]
     lacking = tuple(k + 1 for k in range(mask.ndim - 1) if k not in present)
-    small = jnp.any(mask.astype(bool), axis=lacking) if lacking else mask.astype(bool)
+    small = mask.max(axis=lacking) if lacking else mask
     order = sorted(present)
     small = small.transpose(0, *(1 + order.index(k) for k in present))
     shape = [mask.shape[0], *(size if k is not None else 1 for k, size in zip(known, sizes, strict=True))]

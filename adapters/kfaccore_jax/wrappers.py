@@ -31,6 +31,12 @@ def check_seen(plan: Plan, params: Any, whole: Any) -> None:
     seen = params if whole is None else whole
     if any(hidden(x) for x in jax.tree.leaves(seen, is_leaf=hidden)):
         missing = [row.leaf for row in plan.table if row.leaf not in named(seen)]
+        if whole is not None:
+            raise ValueError(
+                f"update got whole without {missing[:5]}: a wrapper masks it as it masks params, as optax.masked(..., "
+                f"mask_compatible_extra_args=True) does with what has their structure; leave that argument out, so "
+                f"that value_fn is called with all params"
+            )
         raise ValueError(
             f"update sees params without {missing[:5]}, which optax.masked or optax.partition hides, and value_fn is a "
             f"function of all of them: pass update(..., whole=params) too"

@@ -18,7 +18,7 @@ from kfaccore_torch.places import Axes, Groups, Place, Together, grouped
 class Told:
     """What the caller says of a batch beside its loss.
 
-    mask       (batch, positions), true where a position exists: for every layer whose rows have such positions
+    mask       (batch, positions), true or 1 where a position exists: for every layer whose rows have such positions
     masks      pattern of layer names -> a mask for those layers instead
     examples   the example of each row, for the calls that have as many rows: (rows,), or pattern -> (rows,)
     """
@@ -27,6 +27,11 @@ class Told:
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     examples: Any = None
     _fits: set[Any] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for name, mask in ((None, self.mask), *self.masks.items()):
+            if mask is not None:
+                _check_flags(mask, "mask" if name is None else f"masks[{name!r}]")
 
     @property
     def any(self) -> bool:
@@ -96,6 +101,18 @@ class Told:
         missing = {p for p in patterns - waits if ("examples", p) not in self._fits}
         if missing:
             raise ValueError(f"examples {sorted(missing)} fit no layer called: need the example of each of its rows")
+
+
+def _check_flags(mask: torch.Tensor, name: str) -> None:
+    """ValueError for entries other than 0 and 1, as an additive mask has; integers on a device are not read."""
+    if mask.dtype == torch.bool or not (mask.is_cpu or mask.is_floating_point()):
+        return
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if len(wrong):
+        raise ValueError(
+            f"{name} has entries such as {wrong[0].item()}, dtype {mask.dtype}, shape {tuple(mask.shape)}; need True "
+            f"or 1 where a position exists, else False or 0: of an additive mask, 0 and very negative, give mask == 0"
+        )
 
 
 def _fitted(mask: torch.Tensor, place: Place, name: str) -> torch.Tensor | None:

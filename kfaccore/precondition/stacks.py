@@ -113,36 +113,43 @@ def merged(trees: Sequence[Tree]) -> Tree:
     if len(trees) == 1:
         return trees[0]
     axes = iter(tree.marks(trees[0], "DRAWS_FIRST"))
-    like = next((x for x in tree.leaves(trees[0]) if not isinstance(x, int | float)), None)
+    likes = [next((x for x in tree.leaves(one) if not _numeric(x)), None) for one in trees]
 
     def joined(*leaves: Any) -> Any:
         axis = int(next(axes))
-        if any(isinstance(x, int | float) for x in leaves):
+        if any(_numeric(x) for x in leaves):
             alike = all(isinstance(x, int | float) for x in leaves) and len(set(leaves)) == 1
-            return leaves[0] if alike else _numbers_of(leaves, like)
+            return leaves[0] if alike else _numbers_of(leaves, likes)
         return together(leaves, axis)
 
     return tree.map(joined, *trees)
 
 
-def _numbers_of(leaves: Sequence[Any], like: Any) -> Array:
-    """Numbers, or arrays (blocks,), one a layer, as (all blocks,), with the blocks of a layer's array `like`: nothing
-    is copied from the host."""
+def _numeric(x: Any) -> bool:
+    """Whether a leaf is a number of all blocks: what a trace or a tree of arrays was handed as one is an array ()."""
+    return isinstance(x, int | float) or x.ndim == 0
+
+
+def _numbers_of(leaves: Sequence[Any], likes: Sequence[Any]) -> Array:
+    """Numbers, or arrays () and (blocks,), one a layer, as (all blocks,), with the blocks of each layer's array in
+    `likes`: nothing is copied from the host."""
+    like = likes[0]
     xp = namespace(like)
     where = {"dtype": like.dtype, "device": device_of(like)}
     pieces = []
-    for number, run in groupby(leaves, lambda x: x if isinstance(x, int | float) else None):
+    paired = zip(leaves, likes, strict=True)
+    for number, run in groupby(paired, lambda pair: pair[0] if isinstance(pair[0], int | float) else None):
         same = list(run)
         if number is None:
-            pieces += [x + xp.zeros((like.shape[0],), **where) for x in same]
+            pieces += [x + xp.zeros((own.shape[0],), **where) for x, own in same]
         else:
-            pieces.append(xp.full((len(same) * like.shape[0],), number, **where))
+            pieces.append(xp.full((sum(own.shape[0] for _, own in same),), number, **where))
     return together(pieces)
 
 
 def mergeable(trees: Sequence[object]) -> bool:
     """Whether all leaves of several trees have one shape and dtype, or are numbers."""
-    outlines = {tuple(_outline(x) for x in tree.leaves(one) if not isinstance(x, int | float)) for one in trees}
+    outlines = {tuple(_outline(x) for x in tree.leaves(one) if not _numeric(x)) for one in trees}
     return len(outlines) == 1
 
 
@@ -179,7 +186,7 @@ def put(state: Tree, whole: Names, names: Sequence[str], new: Tree) -> Tree:
 
 def cut_out(stats: Tree, place: int, count: int) -> Tree:
     """The Stats of one of `count` layers from those of all; numbers are of each."""
-    return tree.map(lambda x: x if isinstance(x, int | float) else _cut(x, place, count), stats)
+    return tree.map(lambda x: x if _numeric(x) else _cut(x, place, count), stats)
 
 
 def _cut(x: Array, place: int, count: int, many: int = 1) -> Array:
