@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import Shot
+from kfaccore_torch.shots import Shot
 from kfaccore_torch.masks import Told
 
 
@@ -28,6 +29,7 @@ class Opened:
 
     all: list[Open] = field(default_factory=list)
     lost: bool = False
+    _shots: list[ref[Shot]] = field(default_factory=list)  # those a loss was formed on; who forms it holds it
 
     def __bool__(self) -> bool:
         return bool(self.all)
@@ -43,6 +45,13 @@ class Opened:
         kept = [one for one in self.all if one.seen.spent or _held(one.seen)]
         self.lost = self.lost or len(kept) < len(self.all)
         self.all = kept
+
+    def before(self, shot: Shot) -> list[Shot]:
+        """Others that losses were formed on, which may still count; a loss is formed on this one."""
+        others = [x for one in self._shots if (x := one()) is not None and x is not shot]
+        if not any(one() is shot for one in self._shots):
+            self._shots.append(ref(shot))
+        return others
 
     def of(self, heads: Sequence[torch.Tensor]) -> Open:
         """The forward that made a prediction, as autograd's record has it; the newest where the graph says nothing.

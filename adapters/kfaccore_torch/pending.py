@@ -20,7 +20,7 @@ from kfaccore_torch.gone import Left, doubt, gone, gradients, same
 from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, sampled, used
 
 if TYPE_CHECKING:
-    from kfaccore_torch.collect import Shot
+    from kfaccore_torch.shots import Shot
     from kfaccore_torch.formed import Formed
 
 

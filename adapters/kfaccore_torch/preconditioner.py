@@ -10,7 +10,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
-from kfaccore_torch.collect import complain, counted, gathered
+from kfaccore_torch.collect import complain, counted
 from kfaccore_torch.compiled import uncompiled, uncompiled_context
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
@@ -25,6 +25,7 @@ from kfaccore_torch.pending import Pending
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale, watch
 from kfaccore_torch.settings import Settings
+from kfaccore_torch.shots import gathered, unit
 from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms, numbered
 
@@ -118,7 +119,7 @@ class Preconditioner:
     @uncompiled
     def loss(self, f: Any, target: Any, weight: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The training loss at the captured prediction times `weight`; more than one on a forward add up, and so do
-        their curvatures, each with its weight.
+        their curvatures, each with its weight: on several forwards too, where not each has all parts of the loss.
 
         Raises ValueError if the forward was not captured.
         """
@@ -146,18 +147,19 @@ class Preconditioner:
         seen.check_unspent()
         seen.plan = self.engine.plan  # other forwards of the step may have shown more since
         batch = Batch(f, target, opened.told)
-        n = self.engine.share(batch, wait=shot.formed)
+        common = unit(self._opened.before(shot), number)
+        n = self.engine.share(batch, wait=shot.formed or common is not None) if number else 0.0
         if not isinstance(n, torch.Tensor) and n <= 0:
-            shot.void = self.engine.void(batch)
+            shot.void = self.engine.void(batch) if number else "its losses have weight 0"
             return counted(weighted, self._pending, shot, seen.let_go)
-        times = shot.joined(n, number)
+        times = shot.joined(n, number, common)
         shot.total = self.engine.objective.total
         more = own_draw(self.engine, value, batch)  # waits as a last draw
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
         expected = [g if g is None else g * number for g in observed.expected]
-        formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()))
+        formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()), number)
         weighted = counted(weighted, self._pending, shot, seen.let_go, formed)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
         return weighted
@@ -200,11 +202,11 @@ class Preconditioner:
     def _step(self, grads: dict[str, Any], lengths: Mapping[str, float] | None) -> None:
         """Gradients into directions, with the statistics that are due."""
         engine = self.engine
-        records, grads = self._gathered(grads) if engine.due and grads else (None, grads)
+        records, grads, n = self._gathered(grads) if engine.due and grads else (None, grads, 0.0)
         self._opened.all = []  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:
-            before = mean_loss(engine, [value for shot in self._pending.shots for value in shot.values])
+            before = mean_loss(engine, [value for shot in self._pending.shots for value in shot.values], n)
             engine.write(engine.step(records, grads, loss=before, own=own, lengths=lengths))
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:
@@ -219,13 +221,13 @@ class Preconditioner:
         self.step(grafted.lengths)
         grafted.take(layers)
 
-    def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the step is given; ValueError where gradients have no statistics to go with."""
-        found = gathered(self._pending.shots, self.engine.core.comm.world)
+    def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        """What the step is given, and n of it; ValueError where gradients have no statistics to go with."""
+        found, n = gathered(self._pending.shots, self.engine.core.comm.world, self._scale.factor)
         records = {name: pieces for name, pieces in found.items() if name in grads}
         if not records:
             complain(self._pending.shots, self._formed, bool(self._opened), self.engine.core.comm.world)
-        return self.engine.completed(records, grads, sum(shot.n for shot in self._pending.shots))
+        return *self.engine.completed(records, grads, n), n
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state in one file that every adapter of kfaccore reads."""
