@@ -14,8 +14,8 @@ from kfaccore.layers import Bias
 from kfaccore_torch.settle import Layer
 
 if TYPE_CHECKING:
-    from kfaccore_torch.shots import Shot
     from kfaccore_torch.plan import Plan
+    from kfaccore_torch.shots import Shot
     from kfaccore_torch.step import Engine
 
 

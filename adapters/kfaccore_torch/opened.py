@@ -10,8 +10,8 @@ from weakref import ref
 import torch
 
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.shots import Shot
 from kfaccore_torch.masks import Told
+from kfaccore_torch.shots import Shot
 
 
 @dataclass(eq=False)

@@ -20,8 +20,8 @@ from kfaccore_torch.gone import Left, doubt, gone, gradients, same
 from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, sampled, used
 
 if TYPE_CHECKING:
-    from kfaccore_torch.shots import Shot
     from kfaccore_torch.formed import Formed
+    from kfaccore_torch.shots import Shot
 
 
 @dataclass(eq=False)

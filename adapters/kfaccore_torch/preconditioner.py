@@ -10,7 +10,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
-from kfaccore_torch.collect import complain, counted
+from kfaccore_torch.collect import counted
 from kfaccore_torch.compiled import uncompiled, uncompiled_context
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
@@ -25,9 +25,10 @@ from kfaccore_torch.pending import Pending
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale, watch
 from kfaccore_torch.settings import Settings
-from kfaccore_torch.shots import gathered, unit
+from kfaccore_torch.shots import completed, unit
 from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms, numbered
+from kfaccore_torch.written import Written
 
 
 class Preconditioner:
@@ -73,6 +74,7 @@ class Preconditioner:
         self._formed = 0  # losses since the last step, differentiated or not
         self._terms = Terms()
         self._scale = Scale()
+        self._written = Written()
         watch()
 
     @property
@@ -137,6 +139,7 @@ class Preconditioner:
         weighted = value * weight if learned or number != 1.0 else value
         if weighted.requires_grad:
             weighted.register_hook(self._scale.note)
+            self._written.follow(weighted, self.engine.plan.layers)
         if not self.engine.due or not torch.is_grad_enabled():
             return weighted
         if not self._opened:
@@ -193,20 +196,25 @@ class Preconditioner:
         with torch.no_grad(), engine.working():
             given = gradients(engine)
             self._pending.check(given)
+            self._written.check(engine.plan.layers, given)
             covered = [g for found in given.values() for g in found.values()]
             with self._scale.undone(engine.plan.layers), self._scale.shown(covered):
                 if lengths is not None or not engine.launch.step(engine, given):
                     self._step(engine.matrices(given), lengths)
+        self._written.note(engine.plan.layers[name] for name in given)
         self.discard()
 
     def _step(self, grads: dict[str, Any], lengths: Mapping[str, float] | None) -> None:
         """Gradients into directions, with the statistics that are due."""
         engine = self.engine
-        records, grads, n = self._gathered(grads) if engine.due and grads else (None, grads, 0.0)
+        shots = self._pending.shots
+        records, n = None, 0.0
+        if engine.due and grads:
+            records, grads, n = completed(engine, shots, grads, self._scale.factor, self._formed, bool(self._opened))
         self._opened.all = []  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:
-            before = mean_loss(engine, [value for shot in self._pending.shots for value in shot.values], n)
+            before = mean_loss(engine, [value for shot in shots for value in shot.values], n)
             engine.write(engine.step(records, grads, loss=before, own=own, lengths=lengths))
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:
@@ -220,14 +228,6 @@ class Preconditioner:
         grafted = stepped(optimizer, layers)
         self.step(grafted.lengths)
         grafted.take(layers)
-
-    def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """What the step is given, and n of it; ValueError where gradients have no statistics to go with."""
-        found, n = gathered(self._pending.shots, self.engine.core.comm.world, self._scale.factor)
-        records = {name: pieces for name, pieces in found.items() if name in grads}
-        if not records:
-            complain(self._pending.shots, self._formed, bool(self._opened), self.engine.core.comm.world)
-        return *self.engine.completed(records, grads, n), n
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state in one file that every adapter of kfaccore reads."""

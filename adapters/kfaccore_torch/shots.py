@@ -6,14 +6,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kfaccore_torch.collect import weighted
+from kfaccore_torch.collect import complain, weighted
 from kfaccore_torch.formed import Formed
 from kfaccore_torch.slopes import check_even, check_shares, past
 from kfaccore_torch.unread import read
+
+if TYPE_CHECKING:
+    from kfaccore_torch.step import Engine
 
 
 @dataclass
@@ -79,8 +82,8 @@ class Shot:
 
 
 def unit(before: Sequence[Shot], weight: float) -> float | None:
-    """The n that a forward's first loss is to have, where the loss is a sum over forwards by weights, so that means over
-    few and many examples add; None for a micro-batch, which counts by its own."""
+    """The n that a forward's first loss is to have, where the loss is a sum over forwards by weights, so that means
+    over few and many examples add; None for a micro-batch, which counts by its own."""
     formed = [shot for shot in before if shot.formed]
     if weight == 1.0 and all(shot.whole for shot in formed):
         return None
@@ -121,6 +124,26 @@ def gathered(shots: list[Shot], world: int, scale: torch.Tensor | None = None) -
         for _, given in here:
             records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
     return Gathered(records, whole)
+
+
+def completed(
+    engine: Engine,
+    shots: list[Shot],
+    grads: dict[str, Any],
+    scale: torch.Tensor | None,
+    formed: int,
+    captured: bool,
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Records and gradients of a step, and n of it; ValueError where gradients have no statistics to go with.
+
+    formed, captured   how many losses were, and whether a forward
+    """
+    world = engine.core.comm.world
+    found, n = gathered(shots, world, scale)
+    records = {name: pieces for name, pieces in found.items() if name in grads}
+    if not records:
+        complain(shots, formed, captured, world)
+    return *engine.completed(records, grads, n), n
 
 
 def _whole(shots: Sequence[Shot], counted: Sequence[Shot], world: int, apart: bool) -> Any:
