@@ -114,7 +114,7 @@ class Preconditioner:
         if not self.engine.due:
             yield
             return
-        with self.engine.captured() as seen:
+        with self.engine.captured() as seen, self._opened.inside(seen):
             yield
         self._opened.all.append(Open(seen, Told(mask, masks or {}, examples)))
 
@@ -123,7 +123,7 @@ class Preconditioner:
         """The training loss at the captured prediction times `weight`; more than one on a forward add up, and so do
         their curvatures, each with its weight: on several forwards too, where not each has all parts of the loss.
 
-        Raises ValueError if the forward was not captured.
+        Raises ValueError if the forward was not captured, or its capture is not over.
         """
         f = picked(f, self.output)
         self.engine.objective.heads(f)
@@ -142,8 +142,6 @@ class Preconditioner:
             self._written.follow(weighted, self.engine.plan.layers)
         if not self.engine.due or not torch.is_grad_enabled():
             return weighted
-        if not self._opened:
-            raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         opened = self._opened.of(self.engine.objective.heads(f))
         seen = opened.seen
         shot = opened.shot
