@@ -110,7 +110,7 @@ def _makes(seen: Capture, heads: Sequence[torch.Tensor], whole: bool) -> bool:
     """Whether a prediction is of a forward that is not over: a call of it is behind it, or, where it is not the `whole`
     of another's, any operation."""
     own = {use.call.node for use in seen.uses}
-    return any(node in own or not whole and node._sequence_nr() >= seen.span.first for node in _behind(heads))
+    return any(node in own or (not whole and node._sequence_nr() >= seen.span.first) for node in _behind(heads))
 
 
 def _behind(heads: Iterable[torch.Tensor]) -> Iterator[Any]:

@@ -213,7 +213,7 @@ class Preconditioner:
         records, own = own_apart(engine, records)
         if grads:
             before = mean_loss(engine, [value for shot in shots for value in shot.values], n)
-            engine.write(engine.step(records, grads, loss=before, own=own, lengths=lengths))
+            engine.write(engine.step(records, grads, tuple(shots), loss=before, own=own, lengths=lengths))
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:
         """The whole step of `optimizer`, with K-FAC's direction in the place of its own in every covered layer, which
