@@ -178,3 +178,14 @@ def test_weights_that_are_none(weight, words):
     loop, (x, y) = Loop(), data()
     with pytest.raises(ValueError, match=words):
         loop.pre.loss(loop.forward(x), y, weight=weight)
+
+
+def test_a_compiled_loss_is_the_loss():
+    compiled = torch.compile(nn.CrossEntropyLoss(), backend="eager")
+    found = []
+    for loss in (compiled, CE):
+        loop, (x, y) = Loop(loss=loss), data()
+        assert type(loop.pre.engine.objective.loss) is nn.CrossEntropyLoss
+        loop.pre.loss(loop.forward(x), y).backward()
+        found.append(loop.directions())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)

@@ -160,11 +160,12 @@ class Pending:
         """At the end of a pass."""
         self._trained = trained
         firing = self._firing
-        self._firing = []
         if self._sampler is None:
-            self._left = gradients(trained)
+            self._left = gradients(trained)  # before the pass counts as one that did not fail
+            self._firing = []
             self._last = sampled(self._left) if self._thrown else {}
             return
+        self._firing = []
         if self._left and not self._last:
             self._last = sampled(self._left)
         taken = [Taken(loss, {self._task: loss.passes[self._task]}).out() for loss in firing]
