@@ -148,6 +148,7 @@ def test_output_gradients_are_let_go_of():
     pre = kt.Preconditioner(model, nn.MSELoss(), kf.KFAC(), namespace="torch")
     x = torch.randn(256, 8)
     for _ in range(3):  # whose rows are whose is asked in the first two
+        model.zero_grad()
         with Alive() as memory:
             with pre.capture():
                 f = model(x)

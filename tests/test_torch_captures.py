@@ -198,3 +198,56 @@ def test_a_step_without_any_gradient_is_named_once(way):
                 loop.pre.step()
         else:
             loop.pre.step()
+
+
+class Raw(nn.Module):
+    """Products that no function of torch.nn makes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.w)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["alone", "after another"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), Raw], ids=["module", "raw"])
+def test_a_loss_inside_its_capture_is_named(make, before):
+    model = make()
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 3), torch.arange(4) % 3
+    if before:
+        with pre.capture():
+            held = model(x)
+        loss = pre.loss(held, y)
+    with pytest.raises(ValueError, match="inside the `with"), pre.capture():
+        pre.loss(model(x)[:2] * 2, y[:2])
+    with pre.capture():
+        f = model(x)
+    total = pre.loss(f, y) + loss if before else pre.loss(f, y)
+    total.backward()
+    pre.step()
+
+
+def test_a_loss_of_another_forward_is_formed_inside_a_capture():
+    """Its prediction is cut there too."""
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(1e-2))
+        pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), core, fisher=kf.type2)
+        x, y = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+        with pre.capture():
+            f = model(x[:4])
+        first = None if inside else pre.loss(f[:3] * 1.0, y[:3])
+        with pre.capture():
+            g = model(3 * x[4:])
+            if inside:
+                first = pre.loss(f[:3] * 1.0, y[:3])
+        (first + pre.loss(g, y[4:])).backward()
+        pre.step()
+        found.append(model.weight.grad.clone())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)

@@ -450,3 +450,21 @@ def test_methods_that_keep_rows_are_refused():
 
     with pytest.raises(ValueError, match="keeps rows of one process"):
         kf.Preconditioner(Rows(), comm=Two(world=2)).init({"fc": kf.Block(2, 3)}, np.zeros(1))
+
+
+def test_a_call_that_some_ranks_made_is_named():
+    from kfaccore_torch.rollcall import RollCall
+
+    store = torch.distributed.HashStore()
+    rolls = []
+    for rank in range(3):
+        roll = object.__new__(RollCall)
+        for name, value in {"store": store, "rank": rank, "ranks": (0, 1, 2), "number": 0}.items():
+            object.__setattr__(roll, name, value)
+        rolls.append(roll)
+    for roll in rolls:
+        roll.enters(7)
+    assert rolls[0]._alone() == []
+    rolls[0].enters(8, "state_dict()")
+    assert rolls[1]._alone() == ["ranks [0] alone called state_dict(), which every rank must call"]
+    assert rolls[0]._turn(0) == 8

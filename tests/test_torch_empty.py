@@ -98,6 +98,7 @@ def test_an_expert_by_hand_without_a_token():
     model.r.bias.data = torch.tensor([9.0, 0.0, -9.0])
     pre = kt.Preconditioner(model, CE, CORE)
     for x in (torch.randn(12, 3), torch.ones(2, 3)):
+        model.zero_grad()
         with pre.capture():
             f = model(x)
         pre.loss(f, torch.arange(len(x)) % 3).backward()

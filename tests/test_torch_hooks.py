@@ -81,6 +81,7 @@ def test_retained_gradients_are_those_of_the_loss(rule, fisher, inside):
     core = None if rule is None else kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), step=rule)
     pre = kt.Preconditioner(model, CE, core, fisher=fisher, uncovered=kf.Diagonal())
     for _ in range(2):
+        model.zero_grad()
         with pre.capture():
             f = model(x)
         if not inside:

@@ -138,6 +138,7 @@ def test_a_loss_that_is_never_differentiated_leaves_nothing():
         f = model(50 * x)
     pre.loss(f, y)
     same(run(pre, model, (x, y)), wanted)
+    model.zero_grad()
     with pre.capture():
         f = model(50 * x)
     pre.loss(f, y).backward()
@@ -234,6 +235,7 @@ def test_parameters_replaced_keep_their_state_where_sizes_agree():
     model[2] = nn.Linear(5, 3)
     model.load_state_dict({n: p.clone() for n, p in model.state_dict().items()}, assign=True)
     plain = torch.autograd.grad(CE(model(x), y), list(model.parameters()))
+    model.zero_grad()
     with pre.capture():
         f = model(x)
     assert pre.engine.state.layers["0"] is kept
@@ -243,6 +245,7 @@ def test_parameters_replaced_keep_their_state_where_sizes_agree():
     model[2] = nn.Linear(5, 4)
     run(pre, model, (x, y))
     assert pre.engine.state.layers["2"].G.shape[-1] == 4
+    model.zero_grad()
     with pre.capture():
         f = model(x)
     pre.loss(f, y).backward()
@@ -451,6 +454,7 @@ def test_shells_travel(way):
     run(pre, model, (x, y))
     other_model, other = way((model, pre))
     same(run(other, other_model, (x, y)), run(pre, model, (x, y)))
+    model.zero_grad()
     with pre.capture():
         f = model(x)
     pre.loss(f, y).backward()

@@ -106,6 +106,7 @@ def test_confirmation_costs_two_passes_at_the_first_batch_the_second_the_fourth(
     for batch in (6, 6, 5, 6, 6, 6, 6, 6, 6, 5):
         x = torch.randn(batch, 5, 3) if isinstance(model, Tokens) else torch.randn(batch, 3)
         before = len(counted)
+        model.zero_grad()
         with pre.capture():
             f = model(x)
         pre.loss(f, labels(batch) if f.ndim == 2 else labels(batch, 5)).backward()
@@ -221,6 +222,7 @@ def test_rows_without_a_gradient_wait_for_one(monkeypatch):
     for gate in (closed, closed, [0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]):
         model.gate = torch.tensor(gate)
         before = len(counted)
+        model.zero_grad()
         with pre.capture():
             f = model(x)
         pre.loss(f, y).backward()

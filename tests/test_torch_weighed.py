@@ -161,6 +161,7 @@ def test_what_shapes_say_is_not_confirmed_in_every_batch(name):
     model, y = make(), torch.tensor([0, 2, 1, 1])
     pre = kt.Preconditioner(model, CE, kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1)))
     for _ in range(3):
+        model.zero_grad()
         with pre.capture():
             f = model(inputs())
         pre.loss(f, y).backward()

@@ -1,15 +1,18 @@
-"""A step that is judged is taken whole or not at all."""
+"""A step that is judged is taken whole or not at all; of others that fail the averages are whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import kfaccore as kf
-from kfaccore_torch.step import Engine
+
+if TYPE_CHECKING:
+    from kfaccore_torch.step import Engine
 
 
 def kept(core: kf.Preconditioner) -> kf.Preconditioner:
@@ -35,3 +38,20 @@ def whole_or_none(engine: Engine) -> Iterator[list[tuple[torch.Tensor, torch.Ten
                     p.copy_(values)
             torch.clear_autocast_cache()
         raise
+
+
+def left(
+    core: kf.Preconditioner, state: Any, begun: list[Any], measured: Collection[str], error: BaseException
+) -> tuple[Any, set[str]]:
+    """The state after a step that failed, whose averages were moved in place, and the layers that begin anew; the error
+    is told what became of the batch."""
+    found, anew = core.left(state, begun, measured)
+    told = "the step failed after its batch was taken into the averages: it counts there, once, also if taken again"
+    error.add_note(f"the averages of layers {sorted(anew)} were being moved, and begin anew" if anew else told)
+    return found, anew
+
+
+def again(due: kf.Due, kept: tuple[Any, ...], batch: tuple[Any, ...]) -> kf.Due:
+    """What is due, without the statistics of a batch that was `kept`."""
+    same = bool(batch) and len(kept) == len(batch) and all(x is y for x, y in zip(kept, batch, strict=True))
+    return replace(due, update=False) if same else due

@@ -1,13 +1,12 @@
 """What waits between a loss and the step: statistics, or copies of rows where the step needs rows.
 
-A loss leaves nothing until it is differentiated. Stats are sums; their shares n of the normaliser are settled at the
-step, when it is known how many losses and micro-batches there were.
+A loss leaves nothing until it is differentiated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,105 +14,13 @@ import numpy as np
 import torch
 
 import kfaccore as kf
-from kfaccore_torch.formed import Formed
-from kfaccore_torch.slopes import check_even, check_shares
-from kfaccore_torch.unread import read
 
 if TYPE_CHECKING:
+    from kfaccore_torch.formed import Formed
     from kfaccore_torch.pending import Pending
+    from kfaccore_torch.shots import Shot
 
 Array = Any
-
-
-@dataclass
-class Shot:
-    """One captured forward.
-
-    n         its share of the normaliser, 0 where nothing in it counts; one that was not read is NaN there
-    total     whether its loss is a sum, whose n all micro-batches share
-    void      why nothing in it counts
-    formed    whether a loss was formed on it that counts
-    losses    those formed on it that count, once they are differentiated
-    """
-
-    n: float | torch.Tensor = 0.0
-    total: bool = False
-    void: str = ""
-    formed: bool = False
-    losses: list[Formed] = field(default_factory=list)
-
-    @property
-    def found(self) -> dict[str, list[Any]]:
-        """Layer -> Records or Stats, one a loss that counts there."""
-        found: dict[str, list[Any]] = {}
-        for loss in self.losses:
-            for name, one in loss.found.items() if loss.counts else ():
-                if name not in loss.without:
-                    found.setdefault(name, []).append(one)
-        return found
-
-    def reaches(self, name: str) -> bool:
-        """Whether it is a forward of what a layer's gradient is made of, with J = 0 where it does not use the layer."""
-        losses = [loss for loss in self.losses if loss.counts]
-        return not losses or any(name not in loss.without for loss in losses)
-
-    @property
-    def values(self) -> list[tuple[float, float]]:
-        """n of the forward, and n value of its losses together, where a rule asks for it."""
-        values = [loss.value for loss in self.losses if loss.counts and loss.value is not None]
-        return [(read(self.n), sum(values))] if values else []
-
-    @property
-    def slopes(self) -> list[torch.Tensor]:
-        """What each of its losses was multiplied by, of those that were differentiated."""
-        return [loss.slope for loss in self.losses if loss.slope is not None]
-
-    def joined(self, n: Any, weight: float) -> float:
-        """A loss of this n and weight joins those formed on the forward: the factor on its draws, by the root of the
-        ratio, so that the n of the first serves all."""
-        if not self.formed:
-            self.formed = True
-            self.n = n
-            return weight**0.5
-        if not read(self.n):  # nothing counted in the losses before
-            self.n = n
-            self.losses.clear()
-        return (weight * self.n / n) ** 0.5
-
-
-def gathered(shots: list[Shot], world: int) -> dict[str, list[Any]]:
-    """{layer: Records or Stats} of one update, whose shares add up to the normaliser of all that was seen.
-
-    A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
-    on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks.
-    """
-    for shot in shots:
-        check_even(shot.slopes)
-    counted = _counting(shots)
-    check_shares([shot.slopes for shot in counted], [shot.n for shot in counted])
-    records: dict[str, list[Any]] = {}
-    pieces = [(shot, shot.found) for shot in counted]
-    for name in dict.fromkeys(name for _, found in pieces for name in found):
-        here = [(shot, found[name]) for shot, found in pieces if name in found]
-        together = [shot for shot in counted if shot.reaches(name)]
-        missed = 1.0 if len(here) == len(together) else _sum(together) / _sum([shot for shot, _ in here])
-        times = missed / (len(together) * world if counted[0].total else 1)
-        for _, given in here:
-            records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
-    return records
-
-
-def _counting(shots: list[Shot]) -> list[Shot]:
-    """Those in which something counts; the only one is taken as it is, where its n was not read."""
-    if len(shots) == 1 and isinstance(shots[0].n, torch.Tensor):
-        return shots
-    for shot in shots:
-        shot.n = read(shot.n)
-    return [shot for shot in shots if shot.n > 0]
-
-
-def _sum(shots: Sequence[Shot]) -> float:
-    return sum(read(shot.n) for shot in shots)
 
 
 def complain(shots: list[Shot], formed: int, captured: bool, world: int) -> None:

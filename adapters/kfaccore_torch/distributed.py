@@ -6,7 +6,8 @@ import importlib
 import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -44,6 +45,7 @@ class Distributed:
     _parts: dict[frozenset[int], Any] = field(init=False, repr=False)
     _turn: list[int] = field(init=False, repr=False)
     _roll: RollCall = field(init=False, repr=False)
+    _calls: list[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not dist.is_initialized():
@@ -59,6 +61,7 @@ class Distributed:
                 parts[frozenset(ranks)] = dist.new_group([self._global(r) for r in ranks])
         put(self, "_parts", parts)
         put(self, "_turn", [0])
+        put(self, "_calls", [])
         ranks = tuple(map(self._global, range(self.world)))
         put(self, "_roll", RollCall(_store(), self._global(self.rank), ranks))
 
@@ -88,6 +91,15 @@ class Distributed:
         self._enter(lambda: dist.all_gather_object(found, thing, group=self.group))
         return found
 
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Around a call that every rank must make, which is named where some did not."""
+        self._calls.append(what)
+        try:
+            yield
+        finally:
+            self._calls.pop()
+
     def failed(self, error: Exception) -> None:
         """Leave word for the other ranks that this one stops."""
         self._roll.failed(error)
@@ -114,7 +126,7 @@ class Distributed:
         """Take part in a collective; RuntimeError naming the ranks that keep it from its end."""
         self._turn[0] += 1
         try:
-            self._roll.enters(self._turn[0])
+            self._roll.enters(self._turn[0], "".join(self._calls[-1:]))
             collective()
         except RuntimeError as error:
             why = self._roll.blame(self._turn[0])

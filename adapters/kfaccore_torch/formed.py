@@ -14,8 +14,8 @@ from kfaccore.layers import Bias
 from kfaccore_torch.settle import Layer
 
 if TYPE_CHECKING:
-    from kfaccore_torch.collect import Shot
     from kfaccore_torch.plan import Plan
+    from kfaccore_torch.shots import Shot
     from kfaccore_torch.step import Engine
 
 
@@ -27,6 +27,7 @@ class Formed:
     layers   those that they are of, as they were then
     trained  parameters whose `.grad` tells a backward of the training loss from another derivative
     value    its value times n of the forward, for rules that ask for it
+    weight   that it was given
     passes   backward passes that differentiated it -> what arrived at it there; without those that failed, and those
              whose gradients were set aside
     without  layers whose gradients alone were set aside since
@@ -36,6 +37,7 @@ class Formed:
     layers: Mapping[str, Layer]
     trained: Sequence[torch.Tensor]
     value: float | None = None
+    weight: float = 1.0
     passes: dict[int, Arrived] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
 
@@ -53,9 +55,9 @@ class Formed:
         return sum(into[1:], into[0]) if into else asked[0] if asked else None
 
     @classmethod
-    def on(cls, plan: Plan, found: Mapping[str, Any], value: float | None) -> Formed:
+    def on(cls, plan: Plan, found: Mapping[str, Any], value: float | None, weight: float) -> Formed:
         """A loss whose statistics were taken under a plan."""
-        return cls(found, {name: plan.layers[name] for name in found}, plan.trained, value)
+        return cls(found, {name: plan.layers[name] for name in found}, plan.trained, value, weight)
 
     def note(self, grad: torch.Tensor, follow: Callable[[Formed, bool], int]) -> bool:
         """It is differentiated, which a hook of it tells; whether by parameters. Another derivative, as an attack's by

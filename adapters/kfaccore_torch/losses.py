@@ -13,6 +13,7 @@ import kfaccore as kf
 from kfaccore_torch.known_losses import CORE, TABLE, Objective
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.own_losses import Loss, Own
+from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.split import Split
 
 FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
@@ -103,14 +104,15 @@ def _counted(part: Objective | Own, f: Any, target: Any, unread: torch.Tensor | 
 
 
 def objective(loss: Any) -> Objective | Own | Joined:
-    """From a loss of torch with reduction mean or sum, one of kfaccore, or one's own that has what `Loss` says;
-    ValueError for any other."""
+    """From a loss of torch with reduction mean or sum, compiled or not, one of kfaccore, or one's own that has what
+    `Loss` says; ValueError for any other."""
     if isinstance(loss, kf.Joint):
         return Joined(loss, {head: _single(part) for head, part in loss.losses})
     return _single(loss)
 
 
 def _single(loss: Any) -> Objective | Own:
+    loss = unwrapped(loss)
     if isinstance(loss, CORE):
         return Objective(lambda loss: loss, loss, lambda loss, core, f, y: float(core.normaliser(f.detach(), y)))
     for kind, build in TABLE.items():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 
 from kfaccore_torch.capture import Capture
-from kfaccore_torch.collect import Shot
 from kfaccore_torch.masks import Told
+from kfaccore_torch.shots import Shot
 
 
 @dataclass(eq=False)
@@ -28,6 +30,8 @@ class Opened:
 
     all: list[Open] = field(default_factory=list)
     lost: bool = False
+    _inside: list[Capture] = field(default_factory=list)  # those that are not over
+    _shots: list[ref[Shot]] = field(default_factory=list)  # those a loss was formed on; who forms it holds it
 
     def __bool__(self) -> bool:
         return bool(self.all)
@@ -44,13 +48,38 @@ class Opened:
         self.lost = self.lost or len(kept) < len(self.all)
         self.all = kept
 
+    @contextmanager
+    def inside(self, seen: Capture) -> Iterator[None]:
+        """Around a forward."""
+        self._inside.append(seen)
+        try:
+            yield
+        finally:
+            self._inside.remove(seen)
+
+    def before(self, shot: Shot) -> list[Shot]:
+        """Others that losses were formed on, which may still count; a loss is formed on this one."""
+        others = [x for one in self._shots if (x := one()) is not None and x is not shot]
+        if not any(one() is shot for one in self._shots):
+            self._shots.append(ref(shot))
+        return others
+
     def of(self, heads: Sequence[torch.Tensor]) -> Open:
         """The forward that made a prediction, as autograd's record has it; the newest where the graph says nothing.
 
-        Raises ValueError where none of them made it, or several that were told of different rows.
+        Raises ValueError where none of them made it, or several that were told of different rows, or one that is not
+        over: what a loss is made of would be taken for the model's.
         """
+        whole = any(_made(one, heads) for one in self.all) if self._inside else True
+        if any(_makes(seen, heads, whole) for seen in self._inside):
+            raise ValueError(
+                "this loss is formed inside the `with pre.capture():` of its own forward: leave the block first, "
+                "`with pre.capture(): f = model(x)`, and then pre.loss(f, target); autocast may go on around both"
+            )
+        if not self.all:
+            raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         newest = self.all[-1]
-        if len(self.all) == 1 and not self.lost:
+        if len(self.all) == 1 and not self.lost and not self._inside:
             return newest
         found = next((one for one in reversed(self.all) if _made(one, heads)), None)
         if found is None:
@@ -75,6 +104,13 @@ def _made(one: Open, heads: Sequence[torch.Tensor]) -> bool:
     """Whether a node behind a prediction was made inside the forward; most often the first that is looked at."""
     span = one.seen.span
     return any(span.first <= node._sequence_nr() < (span.last or 0) for node in _behind(heads))
+
+
+def _makes(seen: Capture, heads: Sequence[torch.Tensor], whole: bool) -> bool:
+    """Whether a prediction is of a forward that is not over: a call of it is behind it, or, where it is not the `whole`
+    of another's, any operation."""
+    own = {use.call.node for use in seen.uses}
+    return any(node in own or (not whole and node._sequence_nr() >= seen.span.first) for node in _behind(heads))
 
 
 def _behind(heads: Iterable[torch.Tensor]) -> Iterator[Any]:

@@ -143,7 +143,7 @@ class Optimizer:
                 value = float(once_more(engine.objective, self._predicted(inputs), target).detach())
             return mean(engine, value, n) + penalty(engine, l2)
 
-        self._applied(records, grads, rest, before, again, own)
+        self._applied(records, grads, rest, before, again, own, (inputs, target))
         return before
 
     def _predicted(self, inputs: Any) -> Any:
@@ -185,13 +185,14 @@ class Optimizer:
         before: float,
         again: Callable[[], float],
         own: dict[str, kf.Record],
+        batch: tuple[Any, Any],
     ) -> None:
         """Take the core's step, and back what its rule judges too long by the loss `again`, and that of the rest."""
         engine = self.engine
         with whole_or_none(engine) as old:
             with torch.no_grad(), engine.working():
                 batches = {name: [r] for name, r in records.items()} if records else None
-                found = moves(engine, engine.step(batches, grads, loss=before, own=own))
+                found = moves(engine, engine.step(batches, grads, batch, loss=before, own=own))
                 old += [(p, p.detach().clone()) for p, _ in found] if engine.core.rule.judges else []
                 for p, move in found:
                     p.sub_(move)

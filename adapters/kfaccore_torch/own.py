@@ -99,12 +99,11 @@ def own_apart(
     return drawn, {name: [replace(r, g=r.g[-1:, ...]) for r in given] for name, given in each.items()}
 
 
-def mean_loss(engine: Engine, values: Sequence[tuple[float, float]]) -> float | None:
-    """The loss of a batch on all ranks, from n of each forward, counted once, and n value of its losses, which add up
-    as they are where the loss is a sum; None where no rule asks for it."""
+def mean_loss(engine: Engine, values: Sequence[float], total: float) -> float | None:
+    """The loss of a batch on all ranks, from n value of its losses, which add up as they are where the loss is a sum,
+    and n of the batch; None where no rule asks for it."""
     if not engine.core.rule.wants_own or not engine.due:
         return None
-    total = sum(n for n, _ in values)
-    value = sum(value for _, value in values)
+    value = sum(values)
     value = value if engine.objective.total else value / total if total else 0.0
     return mean(engine, value, total)

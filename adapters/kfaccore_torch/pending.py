@@ -20,8 +20,8 @@ from kfaccore_torch.gone import Left, doubt, gone, gradients, same
 from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, sampled, used
 
 if TYPE_CHECKING:
-    from kfaccore_torch.collect import Shot
     from kfaccore_torch.formed import Formed
+    from kfaccore_torch.shots import Shot
 
 
 @dataclass(eq=False)
@@ -160,11 +160,12 @@ class Pending:
         """At the end of a pass."""
         self._trained = trained
         firing = self._firing
-        self._firing = []
         if self._sampler is None:
-            self._left = gradients(trained)
+            self._left = gradients(trained)  # before the pass counts as one that did not fail
+            self._firing = []
             self._last = sampled(self._left) if self._thrown else {}
             return
+        self._firing = []
         if self._left and not self._last:
             self._last = sampled(self._left)
         taken = [Taken(loss, {self._task: loss.passes[self._task]}).out() for loss in firing]

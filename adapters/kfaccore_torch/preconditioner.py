@@ -10,7 +10,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.agreement import check_same
-from kfaccore_torch.collect import complain, counted, gathered
+from kfaccore_torch.collect import counted
 from kfaccore_torch.compiled import uncompiled, uncompiled_context
 from kfaccore_torch.distributed import over_ranks
 from kfaccore_torch.draw import Batch
@@ -25,8 +25,10 @@ from kfaccore_torch.pending import Pending
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale, watch
 from kfaccore_torch.settings import Settings
+from kfaccore_torch.shots import completed, unit
 from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms, numbered
+from kfaccore_torch.written import Written
 
 
 class Preconditioner:
@@ -72,6 +74,7 @@ class Preconditioner:
         self._formed = 0  # losses since the last step, differentiated or not
         self._terms = Terms()
         self._scale = Scale()
+        self._written = Written()
         watch()
 
     @property
@@ -111,16 +114,16 @@ class Preconditioner:
         if not self.engine.due:
             yield
             return
-        with self.engine.captured() as seen:
+        with self.engine.captured() as seen, self._opened.inside(seen):
             yield
         self._opened.all.append(Open(seen, Told(mask, masks or {}, examples)))
 
     @uncompiled
     def loss(self, f: Any, target: Any, weight: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The training loss at the captured prediction times `weight`; more than one on a forward add up, and so do
-        their curvatures, each with its weight.
+        their curvatures, each with its weight: on several forwards too, where not each has all parts of the loss.
 
-        Raises ValueError if the forward was not captured.
+        Raises ValueError if the forward was not captured, or its capture is not over.
         """
         f = picked(f, self.output)
         self.engine.objective.heads(f)
@@ -136,28 +139,28 @@ class Preconditioner:
         weighted = value * weight if learned or number != 1.0 else value
         if weighted.requires_grad:
             weighted.register_hook(self._scale.note)
+            self._written.follow(weighted, self.engine.plan.layers)
         if not self.engine.due or not torch.is_grad_enabled():
             return weighted
-        if not self._opened:
-            raise ValueError("this step updates statistics: run the model inside `with pre.capture():` before loss()")
         opened = self._opened.of(self.engine.objective.heads(f))
         seen = opened.seen
         shot = opened.shot
         seen.check_unspent()
         seen.plan = self.engine.plan  # other forwards of the step may have shown more since
         batch = Batch(f, target, opened.told)
-        n = self.engine.share(batch, wait=shot.formed)
+        common = unit(self._opened.before(shot), number)
+        n = self.engine.share(batch, wait=shot.formed or common is not None) if number else 0.0
         if not isinstance(n, torch.Tensor) and n <= 0:
-            shot.void = self.engine.void(batch)
+            shot.void = self.engine.void(batch) if number else "its losses have weight 0"
             return counted(weighted, self._pending, shot, seen.let_go)
-        times = shot.joined(n, number)
+        times = shot.joined(n, number, common)
         shot.total = self.engine.objective.total
         more = own_draw(self.engine, value, batch)  # waits as a last draw
         with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
             found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
         self._formed += 1
         expected = [g if g is None else g * number for g in observed.expected]
-        formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()))
+        formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()), number)
         weighted = counted(weighted, self._pending, shot, seen.let_go, formed)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
         return self.engine.met(weighted, f)
@@ -191,21 +194,26 @@ class Preconditioner:
         with torch.no_grad(), engine.working():
             given = gradients(engine)
             self._pending.check(given)
+            self._written.check(engine.plan.layers, given)
             covered = [g for found in given.values() for g in found.values()]
             with self._scale.undone(engine.plan.layers), self._scale.shown(covered):
                 if lengths is not None or not engine.launch.step(engine, given):
                     self._step(engine.matrices(given), lengths)
+        self._written.note(engine.plan.layers[name] for name in given)
         self.discard()
 
     def _step(self, grads: dict[str, Any], lengths: Mapping[str, float] | None) -> None:
         """Gradients into directions, with the statistics that are due."""
         engine = self.engine
-        records, grads = self._gathered(grads) if engine.due and grads else (None, grads)
+        shots = self._pending.shots
+        records, n = None, 0.0
+        if engine.due and grads:
+            records, grads, n = completed(engine, shots, grads, self._scale.factor, self._formed, bool(self._opened))
         self._opened.all = []  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:
-            before = mean_loss(engine, [value for shot in self._pending.shots for value in shot.values])
-            engine.write(engine.step(records, grads, loss=before, own=own, lengths=lengths))
+            before = mean_loss(engine, [value for shot in shots for value in shot.values], n)
+            engine.write(engine.step(records, grads, tuple(shots), loss=before, own=own, lengths=lengths))
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:
         """The whole step of `optimizer`, with K-FAC's direction in the place of its own in every covered layer, which
@@ -218,14 +226,6 @@ class Preconditioner:
         grafted = stepped(optimizer, layers)
         self.step(grafted.lengths)
         grafted.take(layers)
-
-    def _gathered(self, grads: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the step is given; ValueError where gradients have no statistics to go with."""
-        found = gathered(self._pending.shots, self.engine.core.comm.world)
-        records = {name: pieces for name, pieces in found.items() if name in grads}
-        if not records:
-            complain(self._pending.shots, self._formed, bool(self._opened), self.engine.core.comm.world)
-        return self.engine.completed(records, grads, sum(shot.n for shot in self._pending.shots), plainly=True)
 
     def save(self, path: Any, **meta: Any) -> None:
         """Covered parameters and state in one file that every adapter of kfaccore reads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.bridge import ordered
+from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.follow import carried, left_out
 from kfaccore_torch.plan import Layer, Plan, unwrapped
 from kfaccore_torch.table import Table, as_saved, read, with_held
@@ -46,9 +47,14 @@ class Resumes:
     core_of: Any
     first_state: Any
 
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        """Around what every rank must call."""
+        comm = self.core.comm
+        return comm.during(what) if isinstance(comm, Distributed) else nullcontext()
+
     def state_dict(self) -> dict[str, Any]:
         """The state as CPU tensors by path, the same on any device, namespace and rank; every rank must call it."""
-        with ordered(self.namespace, self.device):
+        with ordered(self.namespace, self.device), self._together("state_dict()"):
             arrays = kf.flatten(self.core.gather(self.state))
         return {
             "kfaccore": 1,
@@ -70,7 +76,7 @@ class Resumes:
     def save(self, path: Any, **meta: Any) -> None:
         """Parameters as matrices and the state in one file that every adapter reads; every rank must call it."""
         layers = {**self.away, **self.plan.layers}
-        with ordered(self.namespace, self.device):
+        with ordered(self.namespace, self.device), self._together("save()"):
             params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
             tree = {"params": params, "state": self.core.gather(self.state)}
             kf.save(path, tree, **{"torch_layers": self._table(), **self.described(), **meta})

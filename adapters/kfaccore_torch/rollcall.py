@@ -48,9 +48,9 @@ class RollCall:
         """The ranks but this one."""
         return [rank for rank in self.ranks if rank != self.rank]
 
-    def enters(self, turn: int) -> None:
-        """This rank begins its collective `turn`."""
-        self.store.set(self._key("turn", self.rank), str(turn))
+    def enters(self, turn: int, what: str = "") -> None:
+        """This rank begins its collective `turn`, in a call of `what`, if it is one that every rank must make."""
+        self.store.set(self._key("turn", self.rank), f"{turn} {what}")
 
     def failed(self, error: Exception) -> None:
         """This rank stops for an error of its own, unless it stops for others' already."""
@@ -67,7 +67,7 @@ class RollCall:
             found = self._unnamed(turn)
         if self.rank == 0:  # the store may live here, and the others have to read it
             self._wait(lambda: not self._silent())
-        return "; ".join(found)
+        return "; ".join([*self._alone(), *found])
 
     def _named(self, turn: int) -> list[str]:
         """What is known for sure, or from a rank that knows it."""
@@ -93,7 +93,7 @@ class RollCall:
         try:
             behind = [rank for rank in self._silent() if self._turn(rank) < turn]
             if behind:
-                return [f"ranks {behind} died or hang before collective {turn}"]
+                return [f"ranks {behind} died or hang before collective {turn}, or have fewer batches (uneven inputs)"]
             return [f"ranks {self._silent()} give no sign of life inside collective {turn}"]
         except RuntimeError:
             return [f"the host of the store, mostly rank {self.ranks[0]}, is gone"]
@@ -110,7 +110,21 @@ class RollCall:
 
     def _turn(self, rank: int) -> int:
         key = self._key("turn", rank)
-        return int(self.store.get(key)) if self.store.check([key]) else 0
+        return int(self.store.get(key).decode().split(" ")[0]) if self.store.check([key]) else 0
+
+    def _alone(self) -> list[str]:
+        """Calls that every rank must make and not all have made, with who has."""
+        made: dict[str, list[int]] = {}
+        with suppress(RuntimeError):
+            for rank in self.ranks:
+                key = self._key("turn", rank)
+                word = self.store.get(key).decode() if self.store.check([key]) else ""
+                made.setdefault(word.partition(" ")[2], []).append(rank)
+        if len(made) < 2:
+            return []
+        return [
+            f"ranks {ranks} alone called {what}, which every rank must call" for what, ranks in made.items() if what
+        ]
 
     def _leave(self, what: str, word: str) -> None:
         with suppress(RuntimeError):  # the store's host may be gone: then nobody is left to read it

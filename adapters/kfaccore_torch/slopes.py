@@ -27,21 +27,32 @@ def check_even(slopes: Sequence[torch.Tensor]) -> None:
         )
 
 
-def check_shares(losses: Sequence[Sequence[torch.Tensor]], shares: Sequence[Any]) -> None:
+def check_shares(losses: Sequence[Sequence[torch.Tensor]], shares: Sequence[Any], apart: bool) -> None:
     """A warning for forwards whose losses were multiplied by numbers that are neither equal nor as their shares n, so
-    that gradients and curvatures weigh them differently."""
+    that gradients and curvatures weigh them differently; where weights add them up, `apart`, both are to be equal."""
     told = [(slopes[0], n) for slopes, n in zip(losses, shares, strict=True) if slopes]
     if len(told) < 2:
         return
     slopes = _read([slope for slope, _ in told])
     ns = [read(n) for _, n in told]
-    if _alike(slopes) or _alike([slope / n for slope, n in zip(slopes, ns, strict=True)]):
+    if _alike(slopes) and (not apart or _alike(ns)):
+        return
+    if not apart and _alike([slope / n for slope, n in zip(slopes, ns, strict=True)]):
         return
     warnings.warn(
         f"the losses of {len(told)} forwards were multiplied by {_shown(slopes)} on their way to backward, but their "
         f"curvatures count by {_shown(ns)}: give each its own, pre.loss(f, target, weight=...)",
         stacklevel=2,
     )
+
+
+def past(slopes: Sequence[torch.Tensor], scale: torch.Tensor | None) -> float:
+    """What the losses were all multiplied by, without the `scale` of a scaler; 1 where that is not known, or no
+    number to divide by."""
+    if not slopes:
+        return 1.0
+    found = abs(_read(slopes)[0]) / (1.0 if scale is None else float(scale))
+    return found if math.isfinite(found) and found else 1.0
 
 
 def _read(slopes: Sequence[torch.Tensor]) -> list[float]:

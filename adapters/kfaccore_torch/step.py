@@ -13,6 +13,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.assembled import matrices, tensors
+from kfaccore_torch.atomic import again, left
 from kfaccore_torch.beside import Beside
 from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
@@ -52,6 +53,7 @@ class Engine(Planning):
         self.beyond: set[str] = set()  # layers seen since the last step in a loss behind no prediction, or in a term
         self.plainly: set[str] = set()  # of these, layers that keep their plain gradients
         self.products: dict[str, str] = {}  # parameter -> how its product was made when it was last seen
+        self._kept: tuple[Any, ...] = ()  # the batch of a step that failed after its statistics were taken
         self.new = False  # whether layers joined since the last step, which must not wait for the clocks
         if settings.draws_on < 1:
             check_whole(core)
@@ -163,14 +165,26 @@ class Engine(Planning):
             return tensors(self.plan.layers, given)
         return {name: self.tensors(self.plan.layers[name], matrix) for name, matrix in given.items()}
 
-    def step(self, records: dict[str, list[Any]] | None, grads: dict[str, Any], **beside: Any) -> dict[str, Any]:
-        """The core's step, with its loss, own and lengths; state and info move on."""
-        due = self.core.due(self.state, grads)
+    def step(
+        self, records: dict[str, list[Any]] | None, grads: dict[str, Any], batch: tuple[Any, ...] = (), **beside: Any
+    ) -> dict[str, Any]:
+        """The core's step, with its loss, own and lengths; state and info move on.
+
+        batch   what the records are of: taken again after a step that failed, its statistics are not counted again
+        """
+        due = again(self.core.due(self.state, grads), self._kept, batch)
+        begun: list[Any] = []
+        given = {"fisher": self.settings.fisher, "begun": begun, **beside}
         try:
-            updates, self.state, info = self.core.do(due, self.state, records, grads, self.settings.fisher, **beside)
-        except Exception as error:
-            self.leave_word(error)
+            updates, self.state, info = self.core.do(due, self.state, records, grads, **given)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.leave_word(error)
+            if begun and self.core.donate and due.measures:
+                self.state, anew = left(self.core, self.state, begun, records or {}, error)
+                self._kept = () if anew else batch
             raise
+        self._kept = ()
         self.new = False
         self.forget()
         self._observed = set()
@@ -189,7 +203,7 @@ class Engine(Planning):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was recorded on a device."""
-        return {**self.__dict__, "launch": Launch(), "_info": self.info}
+        return {**self.__dict__, "launch": Launch(), "_info": self.info, "_kept": ()}
 
     def marked(self, info: kf.Info, names: Iterable[str]) -> kf.Info:
         """With what is known of the layers here."""

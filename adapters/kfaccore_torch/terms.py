@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 
 from kfaccore_torch.unusual import dense, unusual
@@ -62,11 +64,17 @@ class Terms:
 
 def numbered(weight: Any) -> tuple[float, bool]:
     """A loss's weight as a number, and whether it is learned: then it has a gradient, also where it is 1. ValueError
-    where it is not positive."""
+    where it is negative, or not one number."""
     tensor = isinstance(weight, torch.Tensor)
+    many = weight.shape if tensor else np.shape(weight)
+    if prod(many) != 1:
+        raise ValueError(
+            f"weight has shape {tuple(many)}; need one number a loss. For a weight an example form the loss by "
+            f"kfaccore_torch.ExampleLoss, of the examples' losses times their weights"
+        )
     number = float(weight.detach() if tensor else weight)
-    if not number > 0:
-        raise ValueError(f"weight is {number}; need a positive number: leave out a loss that does not count")
+    if not number >= 0:
+        raise ValueError(f"weight is {number}; need a number that is not negative")
     return number, tensor and weight.requires_grad
 
 

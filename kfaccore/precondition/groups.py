@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from kfaccore.method import Block, Hyper, State, T
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, refused, working
+from kfaccore.precondition.moving import moves
 from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import reduced
 from kfaccore.record import Factored, Record
@@ -135,6 +136,7 @@ class Together:
         total = reduced(comm, reduce(self.method.combine, stats))
         bad = {name: refused(found) for name, found in total.items()}
         with precision.exact():
+            moves(donate)
             moved = self.method.update(state, total, of(self.names, hypers), donate)
         return moved, bad | self._fine(state, bad)
 

@@ -97,6 +97,12 @@ class Missed(Mapping[str, Any]):
         """Which layers are in a collection, on the host."""
         return np.array([name in names for name in self.names], bool)
 
+    def halfway(self, measured: Collection[str], anew: Collection[str]) -> Missed:
+        """After a step that failed, which has measured some layers and not refreshed them; some begin anew."""
+        table = np.asarray(self.table) & ~np.where(self.within(measured), MEASURE | AWAITED, 0).astype(np.int32)
+        start = MEASURE | REFRESH | NEVER
+        return replace(self, table=table | np.where(self.within(anew), start, 0).astype(np.int32))
+
     def after(
         self,
         update: Flags | bool,

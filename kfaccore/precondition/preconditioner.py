@@ -24,7 +24,7 @@ from kfaccore.precondition.knowing import knowing
 from kfaccore.precondition.lineup import Lineup
 from kfaccore.precondition.missed import Missed
 from kfaccore.precondition.placement import check, common
-from kfaccore.precondition.road import Road
+from kfaccore.precondition.road import Begun, Road
 from kfaccore.precondition.schedule import Clocks, Schedules
 from kfaccore.precondition.stacks import Layers, Stacks, restacked, stacks_of, started
 from kfaccore.precondition.state import State
@@ -176,13 +176,14 @@ class Preconditioner(Asked):
         loss: float | Array | None = None,
         own: Mapping[str, Record | Sequence[Record]] | None = None,
         lengths: Mapping[str, float | Array] | None = None,
+        begun: list[Begun] | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
         """`step` with what is `due` decided by the caller, for steps that are traced once and run many times; updates
         may be what the rule keeps in the state: read them, and write to copies.
 
         due       flags: a bool is decided now, a traced array on the device. Records must be given where `due.update`
                   may hold, and every layer's state is then computed both ways
-        damping   in place of the scheduled one
+        damping   in place of the scheduled one; begun: an empty list, for `left` where the step fails
         """
         stacked = self._stacked(state)
         batches = self._agreed(due, state, stacked, records or {}, grads)
@@ -200,7 +201,7 @@ class Preconditioner(Asked):
         given = self.assigned.narrowed(blocks) if self.comm.world > 1 else blocks  # one rank has nothing to place
         lineup = Lineup.of(self.assigned, wide, self.assigned.together(blocks) if wide else {}, stacked, state.network)
         road = Road(due.met(batches), self.comm, self._work(given), self.donate, given, dict(state.places))
-        groups, states = road.run(lineup.groups, lineup.states, batches, {**wide, **averaged}, hypers)
+        groups, states = road.run(lineup.groups, lineup.states, batches, {**wide, **averaged}, hypers, begun)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
         known = knowing(self.assigned, ours, layers, hypers, loss, lengths)

@@ -13,6 +13,8 @@ from kfaccore.method import Block, Hyper
 from kfaccore.precondition.comm import Communicator, Receivers, receives
 from kfaccore.precondition.due import Due, Each, Flag, Piece, gated
 from kfaccore.precondition.groups import Batches, Grads, Group, of
+from kfaccore.precondition.moving import moved as has_moved
+from kfaccore.precondition.moving import still
 from kfaccore.precondition.parts import Parts
 from kfaccore.precondition.placement import exchanged, sent
 from kfaccore.precondition.renewal import renewed
@@ -22,6 +24,7 @@ from kfaccore.xp import precision
 from kfaccore.xp.arrays import Array, is_tracer, namespace, select
 
 Hypers = Mapping[str, Hyper]
+Begun = tuple[Group, Any]  # a group, and its state with the statistics of the step; None while they move
 Tree = TypeVar("Tree")
 
 
@@ -38,14 +41,23 @@ class Road:
     holders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def run(
-        self, groups: Sequence[Group], states: Sequence[object], batches: Batches, grads: Grads, hypers: Hypers
+        self,
+        groups: Sequence[Group],
+        states: Sequence[object],
+        batches: Batches,
+        grads: Grads,
+        hypers: Hypers,
+        begun: list[Begun] | None = None,
     ) -> tuple[list[Parts], list[object]]:
         """What came out of each group, and the states that follow.
 
         batches   {layer: Records of its micro-batches, or Stats made of them}
+        begun     is told of each group when it is begun, and again once its statistics have moved
         """
+        begun = [] if begun is None else begun
         with np.errstate(all="ignore"):  # what is not finite comes back as a code
-            moved = [self._updated(g, s, batches, hypers) for g, s in zip(groups, states, strict=True)]
+            pairs = zip(groups, states, strict=True)
+            moved = [self._begun(begun, group, state, batches, hypers) for group, state in pairs]
             refreshed = self._refreshed(groups, [state for state, _ in moved], hypers)
             for piece in self.due.pieces:
                 refreshed = self._in_part(piece, groups, refreshed, hypers)
@@ -60,6 +72,18 @@ class Road:
                 found.append(group.parts(sent(self.comm, solved, ranks), grads))
                 after.append(solved.state)
             return found, after
+
+    def _begun(self, begun: list[Begun], group: Group, state: Any, batches: Batches, hypers: Hypers) -> tuple[Any, Any]:
+        """As `_updated`, which is told."""
+        still()
+        begun.append((group, None))
+        try:
+            found = self._updated(group, state, batches, hypers)
+            begun[-1] = group, found[0]
+        finally:
+            if begun[-1][1] is None and not has_moved():
+                begun[-1] = group, state
+        return found
 
     def _updated(self, group: Group, state: Any, batches: Batches, hypers: Hypers) -> tuple[Any, Any]:
         """The state with the group's batches in it, and where each layer's were refused; None for nowhere."""

@@ -12,6 +12,7 @@ from kfaccore.method import Hyper, Method, RowsAtSolve, State, Stats, declares
 from kfaccore.precondition.comm import Communicator, receives
 from kfaccore.precondition.given import Given, in_dtype, joined, like_gradient, named, refused, working
 from kfaccore.precondition.groups import Batches, Grads, Hypers, of
+from kfaccore.precondition.moving import moves
 from kfaccore.precondition.parts import Parts, Rows
 from kfaccore.precondition.placement import reduced
 from kfaccore.precondition.side_by_side import gradients, kind_of, records_of_turn, shared
@@ -59,6 +60,7 @@ class Stack:
         if not receives(comm):
             return state, self.accepted(state)
         with self._named(), precision.exact():
+            moves(donate)
             return self.method.update(state, total, self._hyper(hypers, state), donate), refused(total)
 
     def _apart(

@@ -131,11 +131,11 @@ def _ends_at(number: int, inside: bool) -> None:
     enters = kt.distributed.RollCall.enters
     count = [0]
 
-    def entering(roll: object, turn: int) -> None:
+    def entering(roll: object, turn: int, *what: str) -> None:
         count[0] += 1
         if count[0] == number and not inside:
             os.kill(os.getpid(), signal.SIGKILL)
-        enters(roll, turn)  # type: ignore[arg-type]
+        enters(roll, turn, *what)  # type: ignore[arg-type]
 
     def reducing(*arguments: object, **options: object) -> object:
         if count[0] >= number:

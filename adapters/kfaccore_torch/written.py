@@ -1,0 +1,125 @@
+"""What a step has written into `.grad` is a direction: where a backward pass adds to it, or a step takes it, it is
+taken for a gradient, which is named. A loop that zeroes its gradients pays nothing, and a device is not waited for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from kfaccore_torch.gone import Left, gradients
+from kfaccore_torch.thrown import Sample, sampled
+from kfaccore_torch.unread import known_at_once
+from kfaccore_torch.unusual import dense
+
+if TYPE_CHECKING:
+    from kfaccore_torch.settle import Layer
+
+
+@dataclass
+class Written:
+    """Directions of the last step that are still there, with their versions.
+
+    said  whether a warning was given
+    """
+
+    said: bool = False
+    _left: Left = field(default_factory=list)
+    _sample: Sample = field(default_factory=dict)  # of the first: what goes past autograd leaves no version
+    _doubted: bool = False  # whether a device has shown a reason to take one
+    _looks: int = 0
+
+    def note(self, layers: Iterable[Layer]) -> None:
+        """A step has written the gradients of these."""
+        self._left = gradients(list({id(p): p for layer in layers for p in layer.parameters.values()}.values()))
+        first = self._left[:1]
+        here = bool(first) and (self._doubted or known_at_once(first[0][1]))
+        self._sample = sampled(first) if here else {}
+
+    def follow(self, value: torch.Tensor, layers: Mapping[str, Layer]) -> None:
+        """Look, when a loss is differentiated, whether the pass adds to what the last step wrote."""
+        self._still()
+        if self._left and not self.said and value.requires_grad:
+            value.register_hook(lambda grad: self._adds(layers))
+
+    def check(self, layers: Mapping[str, Layer], given: Iterable[str]) -> None:
+        """Before a step on the gradients of the layers `given`. ValueError where all of them are what the last one
+        wrote, as where it is called twice; a warning, once, where some are."""
+        left = self._still()
+        own = {id(p) for p, _, _ in left}
+        now = {id(p): p for name in given for p in layers[name].parameters.values()}
+        if not own & now.keys() or (self.said and not now.keys() <= own) or not _nonzero(left):
+            return
+        known = [torch.equal(sampled([one])[one[0]], self._sample[one[0]]) for one in left if one[0] in self._sample]
+        if not known and not known_at_once(left[0][1]):
+            self._doubted = True  # a replayed graph writes to the same tensors, and leaves no version
+        elif now.keys() <= own and all(known):
+            raise ValueError(
+                f"step() was called on the directions that it wrote itself, in {_names(layers, own)}: no backward pass "
+                f"has added to them, and nothing else was given. Call it once for each step of the optimizer"
+            )
+        elif all(known):
+            self._warn(layers, own, "step() takes them for gradients again")
+
+    def _adds(self, layers: Mapping[str, Layer]) -> None:
+        """By the pass that is running."""
+        left = self._still() if self.said or not self._clipped() else self._left
+        try:
+            into = [one for one in left if one[0].requires_grad and _reached(one[0])]
+        except RuntimeError:  # `torch.autograd.grad`, which adds to nothing
+            return
+        if not into or self.said:
+            return
+        self._looks += 1
+        if self._looks & (self._looks - 1):  # `p.grad.data.zero_()` leaves no version: looked at ever more rarely
+            return
+        if _nonzero(into):
+            self._warn(layers, {id(p) for p, _, _ in into}, "a backward pass adds gradients to them")
+
+    def _still(self) -> Left:
+        """Those that nothing is known to have written to since."""
+        self._left = [(p, grad, version) for p, grad, version in self._left if p.grad is grad]
+        return [one for one in self._left if one[1]._version == one[2]]
+
+    def _clipped(self) -> bool:
+        """Whether the one that was sampled was multiplied since: its version tells that it was written to, not how."""
+        for one in self._left:
+            old = self._sample.get(one[0])
+            if old is not None and one[1]._version != one[2]:
+                now = sampled([one])[one[0]].double()
+                product = torch.dot(now, old.double())
+                length = now.norm() * old.double().norm()
+                return len(now) > 3 and bool(product) and torch.allclose(length, product.abs(), rtol=1e-6)
+        return False
+
+    def _warn(self, layers: Mapping[str, Layer], own: set[int], what: str) -> None:
+        self.said = True
+        warnings.warn(
+            f".grad of {_names(layers, own)} holds directions that step() wrote, and {what}: sums with directions are "
+            f"no gradients, and are preconditioned as if they were. Zero the gradients after each step(), and call it "
+            f"only where the optimizer steps (under accelerate: `if accelerator.sync_gradients: pre.step()`); give "
+            f"parts of a model whose optimizers step at different times a Preconditioner each",
+            stacklevel=3,
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without tensors, which no copy shares."""
+        return {**self.__dict__, "_left": [], "_sample": {}}
+
+
+def _reached(p: torch.Tensor) -> bool:
+    """Whether the pass that is running adds to the gradient of a parameter."""
+    return torch._C._will_engine_execute_node(get_gradient_edge(p).node)  # type: ignore[arg-type]
+
+
+def _nonzero(left: Sequence[tuple[torch.Tensor, torch.Tensor, int]]) -> bool:
+    return any(bool(dense(grad).any()) for _, grad, _ in left)
+
+
+def _names(layers: Mapping[str, Layer], own: set[int]) -> list[str]:
+    paths = ((path, layer.parameters[role]) for layer in layers.values() for role, path in layer.paths.items())
+    return sorted({path for path, p in paths if id(p) in own})

@@ -1,0 +1,191 @@
+"""One loss of several weighted parts is one F, whichever parts share a forward; a weight of 0 adds nothing."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+import kfaccore as kf
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+import kfaccore_torch as kt  # noqa: E402
+
+CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.usefixtures("torch_double")
+
+
+class Loop:
+    """A small net with a second head, and its directions."""
+
+    def __init__(self, method=None, loss=CE, fisher=kf.type2, refresh=1):
+        torch.manual_seed(1)
+        self.trunk = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.model = nn.ModuleList([self.trunk, self.one, self.two])
+        core = kf.Preconditioner(method or kf.KFAC(), kf.Clocks(1, refresh), kf.Schedules(1e-2, 0.0))
+        self.pre = kt.Preconditioner(self.model, loss, core, fisher=fisher)
+
+    def forward(self, x):
+        with self.pre.capture():
+            return self.one(self.trunk(x))
+
+    def directions(self):
+        self.pre.step()
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+def data(n=12):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3
+
+
+def cut(sizes, weights, together, each=False, **how):
+    """Directions of the sum of weights times means over parts of a batch."""
+    loop = Loop(**how)
+    x, y = data(sum(sizes))
+    parts = list(zip(x.split(sizes), y.split(sizes), weights, strict=True))
+    if together:
+        whole = loop.forward(x).split(sizes)
+    losses = []
+    for i, (part, labels, weight) in enumerate(parts):
+        losses.append(loop.pre.loss(whole[i] if together else loop.forward(part), labels, weight=weight))
+        if each:
+            losses.pop().backward()
+    if losses:
+        sum(losses).backward()
+    return loop.directions()
+
+
+CUTS = {
+    "halves": ([6, 6], [0.5, 0.5]),
+    "uneven weights": ([6, 6], [0.7, 0.3]),
+    "uneven sizes": ([3, 9], [0.25, 0.75]),
+    "with one that has none": ([4, 8], [1.0, 0.5]),
+    "none at the end": ([4, 8], [0.5, 1.0]),
+    "more than one": ([4, 8], [1.0, 7.0]),
+    "three": ([6, 2, 4], [0.2, 1.0, 1.5]),
+    "quarters": ([3, 3, 3, 3], [0.25] * 4),
+    "an empty one": ([4, 8], [0.6, 0.0]),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.Exact(), kf.EKFAC()], ids=["KFAC", "Exact", "EKFAC"])
+@pytest.mark.parametrize("each", [False, True], ids=["one pass", "passes"])
+@pytest.mark.parametrize("name", CUTS)
+def test_forwards_add_as_the_parts_of_one(name, each, method):
+    sizes, weights = CUTS[name]
+    if 0.0 in weights:  # its rows are in A on one forward
+        method = kf.Exact()
+    wanted = cut(sizes, weights, True, method=method)
+    torch.testing.assert_close(cut(sizes, weights, False, each=each, method=method), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_sums_add_as_the_parts_of_one():
+    how = {"method": kf.Exact(), "loss": nn.CrossEntropyLoss(reduction="sum")}
+    wanted = cut([4, 8], [0.5, 2.0], True, **how)
+    torch.testing.assert_close(cut([4, 8], [0.5, 2.0], False, **how), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_factor_of_micro_batches_divides_their_curvature(scaled):
+    """Two forwards, weighted, of each of two micro-batches that are divided by their number; under a scaler too."""
+    wanted = cut([6, 6], [0.7, 0.3], True, method=kf.Exact())
+    loop, (x, y) = Loop(kf.Exact()), data()
+    scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+    for k in range(2):
+        one, two = x[3 * k :][:3], x[6 + 3 * k :][:3]
+        f = loop.forward(one)
+        g = loop.forward(two)
+        loss = loop.pre.loss(f, y[3 * k :][:3], weight=0.7) + loop.pre.loss(g, y[6 + 3 * k :][:3], weight=0.3)
+        scaler.scale(loss / 2).backward()
+    if scaled:
+        optimizer = torch.optim.SGD(loop.model.parameters(), 0.1)
+        scaler.unscale_(optimizer)
+    torch.testing.assert_close(loop.directions(), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.4)], ids=["mixed labels", "a second loss"])
+def test_micro_batches_of_whole_losses_are_the_batch(weights):
+    """F is the mean over micro-batches, as that of the batch is, where each has all parts of the loss."""
+    found = []
+    for sizes in ([12], [6, 6], [4, 4, 4]):
+        loop, (x, y) = Loop(kf.Exact()), data()
+        for part, labels in zip(x.split(sizes), y.split(sizes), strict=True):
+            f = loop.forward(part)
+            losses = (loop.pre.loss(f, z, weight=w) for z, w in zip((labels, 2 - labels), weights, strict=True))
+            (sum(losses) / len(sizes)).backward()
+        found.append(loop.directions())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_forwards_that_came_before_a_weight_are_named():
+    """Two of different n without a weight: they had been taken for micro-batches."""
+    loop, (x, y) = Loop(), data()
+    losses = [loop.pre.loss(loop.forward(x[s]), y[s]) for s in (slice(0, 3), slice(3, 8))]
+    losses.append(loop.pre.loss(loop.forward(x[8:]), y[8:], weight=0.5))
+    sum(losses).backward()
+    with pytest.warns(UserWarning, match=r"curvatures count by \[3.0, 5.0, 3.0\]"):
+        loop.pre.step()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, torch.tensor(0.0), torch.tensor(0.0, requires_grad=True)])
+def test_a_loss_of_weight_0_adds_nothing(share):
+    found = []
+    for mixed in (True, False):
+        loop, (x, y) = Loop(), data()
+        f = loop.forward(x)
+        if mixed:
+            loss = loop.pre.loss(f, y, weight=share) + loop.pre.loss(f, 2 - y, weight=1 - share)
+        else:
+            loss = loop.pre.loss(f, y if share == 1 else 2 - y)
+        loss.backward()
+        found.append(loop.directions())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_a_ramp_that_begins_at_0():
+    """The second head has a gradient of zero then, and no statistics."""
+    loop, (x, y) = Loop(refresh=2), data()
+    for step in range(4):
+        loop.model.zero_grad()
+        with loop.pre.capture():
+            h = loop.trunk(x)
+            f, g = loop.one(h), loop.two(h)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (loop.pre.loss(f, y) + loop.pre.loss(g, 2 - y, weight=max(0, step - 1) / 10)).backward()
+            loop.pre.step()
+        assert bool(loop.two.weight.grad.any()) == (step > 1)
+        assert bool(loop.one.weight.grad.isfinite().all())
+
+
+def test_a_step_of_weight_0_alone_says_so():
+    loop, (x, y) = Loop(), data()
+    loop.pre.loss(loop.forward(x), y, weight=0).backward()
+    with pytest.raises(ValueError, match="weight 0"):
+        loop.pre.step()
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [(-0.5, "not negative"), (float("nan"), "not negative"), (torch.ones(12), r"shape \(12,\).*ExampleLoss")],
+)
+def test_weights_that_are_none(weight, words):
+    loop, (x, y) = Loop(), data()
+    with pytest.raises(ValueError, match=words):
+        loop.pre.loss(loop.forward(x), y, weight=weight)
+
+
+def test_a_compiled_loss_is_the_loss():
+    compiled = torch.compile(nn.CrossEntropyLoss(), backend="eager")
+    found = []
+    for loss in (compiled, CE):
+        loop, (x, y) = Loop(loss=loss), data()
+        assert type(loop.pre.engine.objective.loss) is nn.CrossEntropyLoss
+        loop.pre.loss(loop.forward(x), y).backward()
+        found.append(loop.directions())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
