@@ -88,8 +88,8 @@ def flatten(tree: object) -> dict[str, np.ndarray]:
 
 
 def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the state") -> Tree:
-    """The inverse of `flatten`: copies, shaped, typed and placed like `like`. A matrix of one block is the same with its
-    blocks axis and without it, as frameworks have either.
+    """The inverse of `flatten`: copies, shaped, typed and placed like `like`. A matrix of one block is the same with
+    its blocks axis and without it, as frameworks have either.
 
     Raises ValueError, naming `source` and leaf, when the leaves are not those of `like`.
     """

@@ -1,4 +1,4 @@
-"""One file, every framework, for a convolution: NumPy and torch go on from each other's, old files of either kind too."""
+"""One file, every framework, for a convolution: NumPy and torch go on from each other's files."""
 
 from __future__ import annotations
 

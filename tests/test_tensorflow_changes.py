@@ -187,7 +187,9 @@ def test_a_file_of_a_convolution_goes_on_elsewhere(tmp_path):
     steps(whole, pre.init(net.blocks(), np.zeros(1)), range(6))
     state = steps(params, pre.init(net.blocks(), np.zeros(1)), range(3))
     for blocks in (False, True):
-        kf.save(path, {"params": {**params, **({"conv2d0": params["conv2d0"][None]} if blocks else {})}, "state": state})
+        kf.save(
+            path, {"params": {**params, **({"conv2d0": params["conv2d0"][None]} if blocks else {})}, "state": state}
+        )
         layers = [L.Conv2D(3, (3, 2), activation="tanh", name="conv2d0"), L.Flatten(), L.Dense(3, name="dense3")]
         model = keras.Sequential([keras.Input((5, 4, 2)), *layers])
         ours = kt.Optimizer(model, crossentropy(), SGD(1.0), core=pre, fisher=kf.empirical)
