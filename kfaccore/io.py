@@ -88,7 +88,8 @@ def flatten(tree: object) -> dict[str, np.ndarray]:
 
 
 def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the state") -> Tree:
-    """The inverse of `flatten`: copies, shaped, typed and placed like `like`.
+    """The inverse of `flatten`: copies, shaped, typed and placed like `like`. A matrix of one block is the same with
+    its blocks axis and without it, as frameworks have either.
 
     Raises ValueError, naming `source` and leaf, when the leaves are not those of `like`.
     """
@@ -104,9 +105,9 @@ def unflatten(arrays: dict[str, np.ndarray], like: Tree, source: str = "the stat
         extra = sorted(set(arrays) - set(wanted))
         raise ValueError(f"{source} holds other leaves than asked for: missing {missing[:5]}, unexpected {extra[:5]}")
     for name, leaf in wanted.items():
-        if arrays[name].shape != tuple(np.shape(leaf)):
+        if _blockless(arrays[name].shape) != _blockless(tuple(np.shape(leaf))):
             raise ValueError(f"{source}: leaf {name!r} has shape {arrays[name].shape}; need {tuple(np.shape(leaf))}")
-    leaves = iter([_placed(arrays[name], leaf) for name, leaf in wanted.items()])
+    leaves = iter([_placed(arrays[name].reshape(np.shape(leaf)), leaf) for name, leaf in wanted.items()])
     return trees.map(lambda _: next(leaves), like)
 
 
@@ -207,6 +208,11 @@ def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
                 raise ValueError(f"leaf {name!r} lies under another leaf")
         node[last] = array
     return root
+
+
+def _blockless(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a matrix without its axis of one block."""
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
 
 
 def _placed(array: np.ndarray, like: Any) -> Any:

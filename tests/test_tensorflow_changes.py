@@ -163,3 +163,53 @@ def test_a_checkpoint_of_tensorflow_holds_the_curvature_too(rng, tmp_path):
         second.fit(x, y, verbose=0)
         for one, other in zip(first.get_weights(), second.get_weights(), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_a_file_of_a_convolution_goes_on_elsewhere(tmp_path):
+    """NumPy's matrices, and with the blocks axis of torch's; 3 steps there and 3 here are 6 there."""
+    import kfaccore_numpy as kn
+
+    window = kf.Window((3, 2), (1, 1), ((0, 0), (0, 0)), (1, 1))
+    net = kn.Sequential((5, 4, 2), (kn.Conv2d(3, window), kn.Tanh(), kn.Flatten(), kn.Dense(3)))
+    loss, method = kf.SoftmaxCrossEntropy(), (kf.KFAC(), kf.Clocks(1, 2), kf.Schedules(0.1, 0.9))
+    pre = kf.Preconditioner(*method, step=kf.Fixed(0.05, 0.9))
+    rng = np.random.default_rng(4)
+    batches = [(rng.normal(size=(8, 5, 4, 2)), rng.integers(0, 3, 8)) for _ in range(6)]
+
+    def steps(params, state, which):
+        for i in which:
+            given = batches[i], loss, pre, state, i, rng, kn.true_labels
+            _, state, _ = kn.step(net, params, *given)
+        return state
+
+    start, path = net.init(np.random.default_rng(2), np.asarray), tmp_path / "x"
+    whole, params = dict(start), dict(start)
+    steps(whole, pre.init(net.blocks(), np.zeros(1)), range(6))
+    state = steps(params, pre.init(net.blocks(), np.zeros(1)), range(3))
+    for blocks in (False, True):
+        kf.save(
+            path, {"params": {**params, **({"conv2d0": params["conv2d0"][None]} if blocks else {})}, "state": state}
+        )
+        layers = [L.Conv2D(3, (3, 2), activation="tanh", name="conv2d0"), L.Flatten(), L.Dense(3, name="dense3")]
+        model = keras.Sequential([keras.Input((5, 4, 2)), *layers])
+        ours = kt.Optimizer(model, crossentropy(), SGD(1.0), core=pre, fisher=kf.empirical)
+        ours.load(path)
+        for x, y in batches[3:]:
+            ours.step(x, y)
+        ours.save(path)
+        found = kf.load(path, like={"params": dict(start), "state": state})["params"]
+        for name, W in whole.items():
+            np.testing.assert_allclose(found[name], W, rtol=1e-10, atol=1e-12)
+
+
+def test_a_transposed_convolution_of_torch_is_refused_by_name(tmp_path):
+    path = tmp_path / "x"
+    model = keras.Sequential([keras.Input((3, 2)), L.Conv1DTranspose(2, 3, 2, name="c"), L.Flatten(), L.Dense(3)])
+    ours = kt.Optimizer(model, crossentropy(), SGD(1.0))
+    ours.step(np.ones((4, 3, 2)), np.arange(4) % 3)
+    ours.save(path)
+    ours.load(path)
+    tree = kf.load(path)
+    kf.save(path, {**tree, "params": {**tree["params"], "c": tree["params"]["c"][None]}})
+    with pytest.raises(ValueError, match=r"written by torch.*transposed convolutions.*\['c'\]"):
+        ours.load(path)

@@ -171,8 +171,9 @@ class Transformation:
         return {name: record for name, record in given.items() if name in blocks}
 
     def _told(self, records: Any, grads: Any, value: Any, axes: Any, share: Any) -> dict[str, Any]:
-        """What a rule that judges is told of the loss: its value, and records of its own gradients, each device's."""
-        if not self.step.judges:
+        """What a rule that looks at the loss is told of it: its value, and records of its own gradients, each
+        device's."""
+        if not self.step.needs_records and not self.step.judges:
             return {}
         own = records.own if isinstance(records, Drawn) else {}
         here = held(self.plan, named(grads))
@@ -189,6 +190,8 @@ class Transformation:
             raise ValueError("update got no records, and clocks.update is 1; pass fresh=False for a step without them")
         if self.step.judges and (damping is not None or value is None or value_fn is None or params is None):
             raise ValueError(f"{self.step} needs params, value=loss and value_fn=function of params, and no damping")
+        if self.step.needs_records and value is None:
+            raise ValueError(f"{self.step} needs value=, the loss of the batch before the step, at every step")
         if self.step.judges:
             check_seen(self.plan, params, whole)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
+import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.trace import coverage
@@ -58,6 +60,19 @@ def put(given: Sequence[tuple[Part, np.ndarray]]) -> None:
             new[id(v)] = (v, np.where(mask[role] > 0, placed[role], value))
     for v, value in new.values():
         v.assign(to_tensor(value, v.dtype))
+
+
+def check_columns(path: str | PathLike, plan: Plan) -> None:
+    """ValueError where a file's matrix of a transposed convolution was written by torch, whose columns run the other
+    way: it alone keeps the axis of one block."""
+    turned = [part.name for part in plan.parts if any(stride < 0 for _, stride in part.matrices["weight"].ins)]
+    saved = kf.flatten(kf.load(path)) if turned else {}
+    theirs = [name for name in turned if saved[f"params/{name}"].ndim == 3]
+    if theirs:
+        raise ValueError(
+            f"{path} was written by torch, which keeps the kernels of transposed convolutions the other way round than "
+            f"is done here, of layers {theirs}: begin their curvature anew, and set their weights from the model's own"
+        )
 
 
 def _values(part: Part) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
 from kfaccore_tensorflow.heads import output_names
 from kfaccore_tensorflow.judge import alone, fitting, judge, told_loose, unscaled
+from kfaccore_tensorflow.matrices import check_columns
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.pinned import Watch
 from kfaccore_tensorflow.step import Engine, Settings
@@ -100,7 +101,9 @@ class Optimizer:
             return
         path, self._file = self._file, None
         with tf.init_scope():  # a graph that is being traced runs later
-            self.engine.replant(kf.load(path, like=self.engine.tree()))
+            found = kf.load(path, like=self.engine.tree())
+            check_columns(path, self.engine.plan)
+            self.engine.replant(found)
 
     def _follow(self) -> None:
         """A graph of what is trained now; ValueError where that is nothing, or what the plan does not know."""

@@ -12,6 +12,7 @@ import torch
 
 import kfaccore as kf
 from kfaccore_torch.bridge import ordered
+from kfaccore_torch.columns import check_columns
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.follow import carried, left_out
 from kfaccore_torch.plan import Layer, Plan, unwrapped
@@ -92,6 +93,7 @@ class Resumes:
             layers = whole.layers
             params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
             found = kf.load(path, like={"params": params, "state": self._like(layers)})
+            check_columns(path, layers, self.model)
             self._take(found["state"], whole)
         absent = sorted(self.plan.layers.keys() - layers.keys())
         if absent:
