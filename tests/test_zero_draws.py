@@ -51,7 +51,7 @@ def test_a_bias_is_set_apart_without_draws(rng):
         assert record.draws == 0
 
 
-@pytest.mark.parametrize("rule", [kf.SelfTuning(), kf.Quadratic(), kf.Fixed(1.0, 0.9, Noise())], ids=str)
+@pytest.mark.parametrize("rule", [kf.SelfTuning(), kf.Quadratic(), kf.Fixed(1.0, 0.9, Noise())], ids=lambda x: type(x).__name__)
 def test_a_rule_that_models_the_loss_refuses_records_without_draws(rng, rule):
     """Whether or not the loop says what it drew: F of none is zero, and the step was |grad| over the damping."""
     bare, drawn = pair(rng, "dense")
@@ -63,7 +63,7 @@ def test_a_rule_that_models_the_loss_refuses_records_without_draws(rng, rule):
         pre.step(state, {"c": bare}, {"c": V}, loss=1.0, **own)
 
 
-@pytest.mark.parametrize("space", [kf.network.Nicolaides(), kf.network.Residual()], ids=str)
+@pytest.mark.parametrize("space", [kf.network.Nicolaides(), kf.network.Residual()], ids=lambda x: type(x).__name__)
 def test_two_levels_refuse_records_without_draws(rng, space):
     bare, _ = pair(rng, "dense")
     pre = kf.Preconditioner(network=kf.TwoLevel(space=space))
