@@ -54,7 +54,7 @@ def test_torch(masked):
     np.testing.assert_allclose(net.weight.grad, wanted(W, x.numpy(), y, masked), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, "layers", "whole"])
 def test_jax(masked):
     W, x, y = problem()
     params, there = {"w": jnp.asarray(W)}, jnp.asarray(y >= 0)[:, None]
@@ -63,8 +63,19 @@ def test_jax(masked):
     captured = kj.capture(plan, params, jnp.asarray(x))
     f, target = captured.prediction, jnp.asarray(y)
     n = loss.normaliser(f, target)
-    mask = {layer.name: there for layer in plan.layers} if masked else None
+    mask = {False: None, "layers": {layer.name: there for layer in plan.layers}, "whole": there}[masked]
     records = captured.records(kf.type2(loss, f, target), n, fisher=kf.type2, mask=mask)
     tx = kj.kfac(plan, schedules=kf.Schedules(0.01))
     moves, _ = tx.update(captured.gradients(loss.gradient(f, target) / n), tx.init(params), params, records=records)
     np.testing.assert_allclose(moves["w"], wanted(W, x, y, masked), rtol=1e-10, atol=1e-12)
+
+
+def test_jax_refuses_positions_that_no_layer_has():
+    W, x, y = problem()
+    params = {"w": jnp.asarray(W)}
+    plan = kj.plan(lambda p, x: x @ p["w"].T, params, jnp.asarray(x))
+    captured = kj.capture(plan, params, jnp.asarray(x))
+    loss = kf.SoftmaxCrossEntropy(ignore=-100)
+    draws = kf.type2(loss, captured.prediction, jnp.asarray(y))
+    with pytest.raises(ValueError, match=r"mask has shape \(10, 7\), and no layer has rows of such positions"):
+        captured.records(draws, 6.0, fisher=kf.type2, mask=jnp.ones((len(x), 7), bool))

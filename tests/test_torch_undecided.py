@@ -115,6 +115,7 @@ def test_what_mixed_once_has_own_shares_when_it_does_not(shell, monkeypatch):
                     f = model(x, index)
                 pre.loss(f, y).backward()
             pre.step()
+            model.zero_grad()
         seen.append(sorted(engine.mixing))
     assert seen == [["a"], [], ["a"], []]
     assert engine.info.layers["a"].get("mixes", False) is False

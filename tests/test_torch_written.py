@@ -12,6 +12,8 @@ import kfaccore as kf
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
+from torch.utils.weak import TensorWeakRef  # noqa: E402
+
 import kfaccore_torch as kt  # noqa: E402
 
 CE = nn.CrossEntropyLoss()
@@ -182,3 +184,13 @@ def test_a_copy_knows_of_no_tensors():
     loop.pre.step()
     other = copy.deepcopy(loop.pre)
     assert other._written._left == []
+
+
+def test_directions_that_a_loop_lets_go_of_are_gone():
+    """Else they would lie beside the activations of the next forward."""
+    loop = Loop()
+    loop.backward()
+    loop.pre.step()
+    left = [TensorWeakRef(p.grad) for p in loop.model.parameters()]
+    loop.both("zero_grad")
+    assert [ref() for ref in left] == [None] * 4

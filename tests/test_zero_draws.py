@@ -51,7 +51,9 @@ def test_a_bias_is_set_apart_without_draws(rng):
         assert record.draws == 0
 
 
-@pytest.mark.parametrize("rule", [kf.SelfTuning(), kf.Quadratic(), kf.Fixed(1.0, 0.9, Noise())], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "rule", [kf.SelfTuning(), kf.Quadratic(), kf.Fixed(1.0, 0.9, Noise())], ids=lambda x: type(x).__name__
+)
 def test_a_rule_that_models_the_loss_refuses_records_without_draws(rng, rule):
     """Whether or not the loop says what it drew: F of none is zero, and the step was |grad| over the damping."""
     bare, drawn = pair(rng, "dense")

@@ -84,6 +84,20 @@ def masks_of(plan: Plan, mask: Any, longer: Longer, draws: int) -> dict[str, Any
             f"not run, or not have them so, at another length: give mask={{layer: (batch, rows)}}, None for layers "
             f"without one"
         )
+    return found if any(x is not None for x in found.values()) else _of_examples(plan, mask, draws)
+
+
+def _of_examples(plan: Plan, mask: Any, draws: int) -> dict[str, Any]:
+    """Where no layer's rows have positions: a mask of one position tells which examples exist, another one nothing."""
+    if prod(mask.shape[1:]) != 1:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, and no layer has rows of such positions; give (batch, 1) where it "
+            f"tells which examples exist, or mask={{layer: (batch, rows)}}"
+        )
+    found: dict[str, Any] = {}
+    for layer in plan.layers:
+        times = (draws if layer.turned else 1, len(layer.calls) + len(layer.turned))
+        found[layer.name] = None if layer.common else jnp.tile(mask.reshape(-1, 1), times)
     return found
 
 

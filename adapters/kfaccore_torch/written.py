@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.weak import TensorWeakRef
 
 from kfaccore_torch.gone import Left, gradients
 from kfaccore_torch.thrown import Sample, sampled
@@ -22,21 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Written:
-    """Directions of the last step that are still there, with their versions.
+    """Directions of the last step that are still there, with their versions; nobody is kept from letting go of them.
 
     said  whether a warning was given
     """
 
     said: bool = False
-    _left: Left = field(default_factory=list)
+    _left: list[tuple[torch.Tensor, TensorWeakRef, int]] = field(default_factory=list)
     _sample: Sample = field(default_factory=dict)  # of the first: what goes past autograd leaves no version
     _doubted: bool = False  # whether a device has shown a reason to take one
     _looks: int = 0
 
     def note(self, layers: Iterable[Layer]) -> None:
         """A step has written the gradients of these."""
-        self._left = gradients(list({id(p): p for layer in layers for p in layer.parameters.values()}.values()))
-        first = self._left[:1]
+        now = gradients(list({id(p): p for layer in layers for p in layer.parameters.values()}.values()))
+        self._left = [(p, TensorWeakRef(grad), version) for p, grad, version in now]
+        first = now[:1]
         here = bool(first) and (self._doubted or known_at_once(first[0][1]))
         self._sample = sampled(first) if here else {}
 
@@ -67,7 +69,7 @@ class Written:
 
     def _adds(self, layers: Mapping[str, Layer]) -> None:
         """By the pass that is running."""
-        left = self._still() if self.said or not self._clipped() else self._left
+        left = self._still() if self.said or not self._clipped() else self._there()
         try:
             into = [one for one in left if one[0].requires_grad and _reached(one[0])]
         except RuntimeError:  # `torch.autograd.grad`, which adds to nothing
@@ -80,14 +82,18 @@ class Written:
         if _nonzero(into):
             self._warn(layers, {id(p) for p, _, _ in into}, "a backward pass adds gradients to them")
 
+    def _there(self) -> Left:
+        """Those that are still where the step has put them."""
+        self._left = [(p, old, version) for p, old, version in self._left if p.grad is not None and p.grad is old()]
+        return [(p, p.grad, version) for p, _, version in self._left if p.grad is not None]
+
     def _still(self) -> Left:
         """Those that nothing is known to have written to since."""
-        self._left = [(p, grad, version) for p, grad, version in self._left if p.grad is grad]
-        return [one for one in self._left if one[1]._version == one[2]]
+        return [one for one in self._there() if one[1]._version == one[2]]
 
     def _clipped(self) -> bool:
         """Whether the one that was sampled was multiplied since: its version tells that it was written to, not how."""
-        for one in self._left:
+        for one in self._there():
             old = self._sample.get(one[0])
             if old is not None and one[1]._version != one[2]:
                 now = sampled([one])[one[0]].double()
