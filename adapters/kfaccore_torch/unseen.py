@@ -70,21 +70,21 @@ def check_seen(engine: Engine, records: Mapping[str, Any], grads: Mapping[str, A
 
 def within(engine: Engine, term: torch.Tensor, heads: Sequence[torch.Tensor]) -> set[str]:
     """Layers of which a loss uses parameters by itself: on its way back to the `heads`, and not behind them."""
-    owners: dict[int, list[str]] = {}
-    for name, layer in engine.plan.layers.items():
-        for p in layer.parameters.values():
-            owners.setdefault(id(p), []).append(name)
     met: set[Any] = {get_gradient_edge(f).node for f in heads if f.requires_grad}
     waiting = [get_gradient_edge(term).node] if term.requires_grad else []
-    found: set[str] = set()
+    leaves: set[int] = set()
     while waiting:
         node = waiting.pop()
         if node in met:
             continue
         met.add(node)
-        found.update(owners.get(id(getattr(node, "variable", None)), ()))  # of a leaf
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
         waiting.extend(before for before, _ in node.next_functions if before is not None)
-    return found
+    if not leaves:  # as of most losses
+        return set()
+    layers = engine.plan.layers.items()
+    return {name for name, layer in layers if any(id(p) in leaves for p in layer.parameters.values())}
 
 
 def alone(engine: Engine, records: Mapping[str, Any], grads: Mapping[str, Any], plainly: bool) -> set[str]:
