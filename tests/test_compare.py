@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import kfaccore as kf
 from kfaccore.analysis import Figures, advise, compare, violations
 from kfaccore.analysis.advise import BY
+from kfaccore.analysis.price import price
 from kfaccore.cli import app
 from kfaccore.linalg import kron
 from kfaccore.methods import CATALOGUE
@@ -322,3 +323,12 @@ def test_a_damping_that_is_none_is_refused_and_one_lost_in_rounding_named(rng):
     assert not found.note
     still = kf.analysis.compare({"w": record}, {"kfac": kf.KFAC()}, {"w": np.zeros((3, 6))})[0]
     assert still.note.startswith("its gradient is zero")
+
+
+def test_a_refresh_is_priced_once_and_an_update_a_sweep(rng):
+    """Else methods that sweep are put off: decompositions are most of what they take."""
+    a = rng.normal(size=(1, 2, 1, 40))
+    record = kf.Record(a, a[None, ...], 2.0)
+    found = price(kf.Deflation(), record)
+    assert found.swept < 40**3 < found.once
+    assert found.work(30) == 30 * found.swept + found.once

@@ -12,22 +12,10 @@ import kfaccore_numpy as kn
 from jax_models import FAST
 from jax_needed import jax, jnp, kj, optax
 from jax_twins import twin
+from test_jax_self_tuning import LOSS, NET, START, batch, type2
 
-NET = kn.Sequential((4,), (kn.Dense(6), kn.Tanh(), kn.Dense(3)))
-LOSS = kf.SoftmaxCrossEntropy()
-START = NET.init(np.random.default_rng(2), np.asarray)
 RULE = kf.Fixed(rescale=kf.Noise())
 SETTINGS = (kf.KFAC(), kf.Clocks(1, 2), kf.Schedules(0.01, 0.9))
-
-
-def batch(i):
-    rng = np.random.default_rng([3, i])
-    x = rng.normal(size=(16, 4))
-    return x, np.abs(x[:, :3]).argmax(1)
-
-
-def type2(network, params, tape, given, g, rng):
-    return network.backward(params, tape, kf.type2(given.loss, given.f))
 
 
 def transformation():

@@ -115,7 +115,8 @@ def _spanned(use: Use, product: Use, features: dict[int, int]) -> dict[int, tupl
 
     Elements keep their order in views: along those that it does not run along, a bias has stride 0.
     """
-    kind, out = use.kind, product.out
+    kind = use.kind
+    out = product.out
     assert isinstance(kind, Elementwise)
     here = next(x for x in use.out.op.inputs if x is not use.hot.tensor)
     lone = [axis for axis in use.hot.layout.axes if axis[0] > 1]
@@ -126,7 +127,8 @@ def _spanned(use: Use, product: Use, features: dict[int, int]) -> dict[int, tupl
     wide = [place for place, size in features.items() if size > 1]
     runs = dict(zip(kind.features, lone, strict=True))
     # what stands before the first of them is rows, of whatever sizes
-    first, start = min(runs, default=here.shape.rank), min(wide, default=out.shape.rank)
+    first = min(runs, default=here.shape.rank)
+    start = min(wide, default=out.shape.rank)
     if None in [*here.shape[first:], *out.shape[start:]] and _back(here, (*SAME, "Squeeze", "ExpandDims")) is not out:
         return None
     # where axes of size 1 alone come and go, those of unknown size are the same, in the same order

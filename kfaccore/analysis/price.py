@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,7 @@ class Price:
 
 def price(method: Method, record: Record) -> Price:
     """Of measuring `method` on this record; raises what its `init` does for a block it cannot take."""
-    return _price(method, Block.of(record), record.draws, record.batch, record.shared)
-
-
-@lru_cache(maxsize=256)  # it is asked for when methods are put in order, and again when each is measured
-def _price(method: Method, block: Block, draws: int, batch: int, shared: int) -> Price:
+    block = Block.of(record)
     like: Any = Shape((1,), np.dtype(np.float64))
     leaves: list[Array] = tree.leaves(method.init(block, like))
     state = sum(_bytes(leaf) for leaf in leaves)
@@ -53,15 +49,16 @@ def _price(method: Method, block: Block, draws: int, batch: int, shared: int) ->
     largest = max((leaf.nbytes // leaf.shape[0] for leaf in square), default=0)
     decomposed = sum(leaf.shape[0] * leaf.shape[-1] ** 3 for leaf in square)
     size = block.d_out * block.d_in * block.blocks
-    rows = draws * batch
+    rows = record.draws * record.batch
     J = 8 * rows * size if declares(method, HoldsBlock) else 0  # per-example gradients, all at once
-    products = batch * shared * (block.d_in**2 + draws * block.d_out**2) * block.blocks
+    positions = record.batch * record.shared
+    products = positions * (block.d_in**2 + record.draws * block.d_out**2) * block.blocks
     products = 0 if not square else rows * size * size if J else products
     # coefficients of examples are solved for: J J^T with two copies to factorise
     examples = rows if declares(method, Resting) else 0
     return Price(
         fit=3 * state + _WORK * largest + J + 4 * 8 * size + 3 * 8 * examples**2,
-        swept=products + 4.0 * rows * shared * size,
+        swept=products + 4.0 * rows * record.shared * size,
         once=_DECOMPOSED * decomposed / 2 + examples**2 * (examples + block.d_in + block.d_out),
     )
 
