@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.fft import next_fast_len
 
 import kfaccore as kf
 from kfaccore import xp as kernels
@@ -146,6 +147,12 @@ def test_repairs_under_jit_are_those_of_numpy(rng):
 def test_all_finite_survives_overflowing_squares(xp):
     x = np.array([[1e200, -1e200], [1.0, np.inf]])
     assert xp.get(kernels.all_finite(xp.put(x))).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_fast_lengths_are_scipys(real):
+    lengths = range(1, 3000)
+    assert [kernels.fast_length(n, real) for n in lengths] == [next_fast_len(n, real=real) for n in lengths]
 
 
 def test_a_whole_step_under_jit(rng):

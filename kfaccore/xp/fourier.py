@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 
 from kfaccore.xp.arrays import Array, is_numpy, namespace
@@ -17,7 +19,17 @@ def rfftn(x: Array, size: tuple[int, ...], axes: tuple[int, ...]) -> Array:
 
 
 def fast_length(n: int, real: bool) -> int:
-    """Smallest length of at least n whose transform is fast."""
-    import scipy.fft
+    """Smallest length of at least n whose transform is fast: of prime factors that pocketfft has a pass for.
 
-    return int(scipy.fft.next_fast_len(n, real=real))  # pyright: ignore[reportArgumentType]
+    What scipy.fft.next_fast_len says, which costs are counted with where nothing is transformed: no import.
+    """
+    primes = (2, 3, 5) if real else (2, 3, 5, 7, 11)
+    return next(length for length in count(n) if _smooth(length, primes))
+
+
+def _smooth(n: int, primes: tuple[int, ...]) -> bool:
+    """Whether n is a product of these primes alone."""
+    for prime in primes:
+        while n % prime == 0:
+            n //= prime
+    return n == 1
