@@ -102,14 +102,31 @@ def test_inputs_untouched_and_not_kept(row, rng):
 @rows
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_same_tree_dtype_namespace(row, xp, rng, dtype):
-    a, g = (x.astype(dtype) for x in arrays(rng))
-    record, v = kf.Record(xp.put(a), xp.put(g), N), xp.put(rng.normal(size=(2, 3, 4)).astype(dtype))
-    start = row.method.init(kf.Block.of(record), record.g)
-    solution = solve(row, record, v)
-    for (name, x), (other, y) in zip(tree.items(start), tree.items(solution.state), strict=True):
-        assert (name, x.shape, x.dtype, type(x)) == (other, y.shape, y.dtype, type(y))
-    assert solution.direction.dtype == v.dtype
-    assert type(solution.direction) is type(v)
+    a, g = arrays(rng)
+    v = rng.normal(size=(2, 3, 4))
+    names: list[list[str]] = []
+
+    def ended(a, g, v):
+        record = kf.Record(a, g, N)
+        start = row.method.init(kf.Block.of(record), record.g)
+        solution = solve(row, record, v)
+        names.extend([name for name, _ in tree.items(state)] for state in (start, solution.state))
+        return tree.leaves(start), tree.leaves(solution.state), solution.direction
+
+    given = [xp.put(x.astype(dtype)) for x in (a, g, v)]
+    # a trace tells all of it but the type; compiling everything once more for another dtype tells nothing else
+    traced = xp.name == "jax" and dtype == np.float32
+    if traced:
+        import jax
+
+        start, end, direction = jax.eval_shape(ended, *given)
+    else:
+        start, end, direction = ended(*given)
+    assert names[0] == names[1]
+    for x, y in zip(start, end, strict=True):
+        assert (x.shape, x.dtype, type(x)) == (y.shape, y.dtype, type(y))
+    assert direction.dtype == given[2].dtype
+    assert traced or type(direction) is type(given[2])
 
 
 @rows
@@ -123,9 +140,9 @@ def test_agrees_with_numpy(row, xp, rng):
 
 
 @rows
-@pytest.mark.parametrize("batch", [1, 2, 6])
+@pytest.mark.parametrize("batch", [1, 2, 5])
 def test_factored_and_dense_agree(row, xp, rng, batch):
-    a, g = arrays(rng, batch=batch, shared=2)
+    a, g = arrays(rng, batch=batch)
     record = kf.Record(xp.put(a), xp.put(g), N)
     factored = kf.Factored(xp.put(a), xp.put(g[0]), 3.0)
     dense = np.einsum("bnso,bnsi->boi", g[0], a) / 3.0
