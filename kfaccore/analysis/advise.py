@@ -2,7 +2,8 @@
 
 Minimises a loss summed over layers subject to a sum of costs; the loss is what a direction leaves of the model's best
 decrease, (1 - gain_l) best_l, or the squared error of the damped direction, ||x~_l - x_l||^2, or of the block,
-||F~_l - F_l||^2. Under gain a method must beat what costs next to nothing, `FLOOR`, by `MARGIN` to be taken.
+||F~_l - F_l||^2. Under gain a method must beat what costs next to nothing, `FLOOR`, by `MARGIN` to be taken. Methods
+that solve with the very batch they are judged by are left out: their gain says nothing about the next one.
 Layer by layer only plans that no other beats in both cost and loss are kept, which is exact; above `WIDTH` of them the
 front is thinned evenly in cost.
 """
@@ -69,10 +70,14 @@ def advise(
     front: list[Choice] = [(0.0, 0.0, ())]
     scale = 0.0
     for layer in layers:
-        choices = [f for f in figures if f.layer == layer and not isnan(by(f)[0]) and not isnan(cost(f))]
+        fair = [f for f in figures if f.layer == layer and not f.own]
+        choices = [f for f in fair if not isnan(by(f)[0]) and not isnan(cost(f))]
         choices = _beating_the_floor(choices, cost) if by is lost else choices
         if not choices:
-            raise ValueError(f"no method could be measured on layer {layer!r}")
+            raise ValueError(
+                f"no method could be measured on layer {layer!r}; what solves with the batch that it is judged by, as "
+                f"FNGD, does not count"
+            )
         scale += max(by(f)[1] for f in choices) ** 2
         moves = [(cost(f), (by(f)[0] * by(f)[1]) ** 2, f.method) for f in choices]
         front = _front([(c + dc, e + de, (*names, name)) for c, e, names in front for dc, de, name in moves])
