@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from kfaccore.step.height import Mean
 
 LOSS = kf.Gaussian()
 
@@ -96,6 +97,31 @@ def test_an_end_that_is_known_stays_however_much_a_model_promises():
     """As long as no value is below it: draws of a net that is sure of itself promise anything."""
     far = trained(kf.SelfTuning(), 1e-9 - trained(kf.SelfTuning(), steps=0)[0][0], steps=1, ends=True)[0]
     assert far[0] - far[1] < 1.1e-9
+
+
+@pytest.mark.parametrize("rule", [kf.SelfTuning(), kf.Fixed(rescale=kf.Noise())], ids=["SelfTuning", "Noise"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_unit_of_a_run_does_not_hang_on_its_first_batch(rule, ends):
+    want = trained(rule, steps=60, fresh=True, ends=ends)[0]
+    for easy in (1e-1, 1e-4):
+        found = trained(rule, steps=60, fresh=True, ends=ends, easy=easy)[0]
+        assert found[30:60].mean() < 2 * want[30:60].mean()
+
+
+def unit(heights):
+    mean, found = Mean(), 0.0
+    for x in heights:
+        mean = mean.moved(x)
+        found = mean.unit(found)
+    return found
+
+
+def test_the_unit_is_the_first_height_unless_a_mean_exceeds_it():
+    assert unit([3.0, 2.5, 2.0, 1.0, 0.5]) == 3.0  # to the bit
+    assert unit([3.0, 2.5, 1e6, 2.0, 1.0]) == 3.0  # an outburst
+    assert unit([0.0, 0.0, 3.0]) == 3.0  # nothing yet
+    assert unit([1e-8, 1.0, 1.0]) == pytest.approx(0.95 * (1e-8 + 1) / 1.95 + 0.05 / 1.95, rel=0.03)
+    assert 0.9 < unit([1e-8, *[1.0] * 60]) < 1.0
 
 
 def test_losses_say_whether_they_have_an_end():

@@ -67,7 +67,7 @@ class Heights:
         most = number(step @ down - 0.5 * (step @ F @ step))
         most = pick(finite(most) & (most > 0), most, 0.0)
         losses = self.losses if known.loss is None else self.losses.moved(known.loss)
-        top = pick(first == 0, losses.held, first)
+        top = losses.unit(first)
         promises = self.promises.moved(most)
         unit = promises.unit(self.promise)
         room = pick(most < unit, most, unit)
