@@ -66,3 +66,39 @@ def test_a_step_without_its_loss_is_refused():
     records = captured.records(kf.type2(LOSS, captured.prediction), 16.0, fisher=kf.type2, cotangent=slope)
     with pytest.raises(ValueError, match=r"Noise.*needs value=, the loss of the batch"):
         tx.update(captured.gradients(slope), tx.init(params), params, records=records)
+
+
+def shifted(rule, shift, nonnegative, steps=8):
+    """Losses, without the shift, of steps in one jitted program."""
+    plan = kj.plan(twin(NET), START, batch(0)[0])
+    schedules = SETTINGS[2:] if rule is RULE else ()  # the other sets its damping
+    tx = optax.chain(kj.kfac(plan, *SETTINGS[:2], *schedules, step=rule), optax.scale(-1.0))
+
+    @partial(jax.jit, compiler_options=FAST)
+    def step(params, state, x, y):
+        captured = kj.capture(plan, params, x)
+        n = float(len(x))
+        slope = LOSS.gradient(captured.prediction, y) / n
+        records = captured.records(kf.type2(LOSS, captured.prediction), n, fisher=kf.type2, cotangent=slope)
+
+        def value_fn(params):
+            return LOSS.value(plan.apply(params, x), y) / n + shift
+
+        told = {"value": value_fn(params), "value_fn": value_fn, "nonnegative": nonnegative}
+        moves, state = tx.update(captured.gradients(slope), state, params, records=records, **told)
+        return optax.apply_updates(params, moves), state, told["value"]
+
+    params, state, losses = jax.tree.map(jnp.array, START), tx.init(START), []
+    for k in range(steps):
+        params, state, value = step(params, state, *batch(k))
+        losses.append(float(value) - shift)
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("rule", [RULE, kf.SelfTuning()], ids=["Noise", "SelfTuning"])
+def test_a_constant_changes_no_step_of_a_loss_without_an_end(rule):
+    plain = shifted(rule, 0.0, False)
+    assert len(set(plain)) == 8
+    for shift in (-100.0, 3.0):
+        np.testing.assert_allclose(shifted(rule, shift, False), plain, rtol=1e-8)
+    np.testing.assert_allclose(shifted(rule, -100.0, None), plain, rtol=1e-8)  # a value below 0 shows it

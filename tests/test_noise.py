@@ -235,7 +235,7 @@ def test_of_the_loss_as_much_is_believed_as_is_real_but_a_quarter(rng):
     rule = SelfTuning(memory=0.0, noise=Noise(reach=math.inf))
     for own, real in ((20.0, False), (0.2, True)):
         before = replace(motion, seen=Seen(1.0, own), steps=3, damping=1e-9)
-        _, _, found = rule(before, x, batch.grads, batch.drawn, 0.0, replace(known, loss=1e-6))
+        _, _, found = rule(before, x, batch.grads, batch.drawn, 0.0, replace(known, loss=1e-6, nonnegative=True))
         assert (found["rho"] > 0.25) == real
         assert found["predicted"] == pytest.approx(-max(0.25, found["rho"]) * 1e-6, rel=1e-5)
 
@@ -342,10 +342,10 @@ def test_averages_leave_out_what_is_not_finite():
     np.testing.assert_array_equal(after.sums["a"], average.sums["a"])
 
 
-ERAS = ("/average", "/first", "/last", "/seen"), ("/bent",), ("missed/",), ("motion/unit",)
+ERAS = ("/average", "/first", "/last", "/seen"), ("/bent",), ("missed/",), ("motion/unit",), ("motion/heights",)
 
 
-@pytest.mark.parametrize("eras", [ERAS, ERAS[1:], ERAS[2:], ERAS[3:]], ids=["first", "second", "third", "fourth"])
+@pytest.mark.parametrize("eras", [ERAS[k:] for k in range(5)], ids=["first", "second", "third", "fourth", "fifth"])
 def test_files_of_before_load(eras):
     """What they do not know starts at zero, whichever version wrote them. A file that has some of it and not the rest
     is damaged."""

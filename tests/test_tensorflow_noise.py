@@ -224,3 +224,29 @@ def test_a_rule_has_an_example_s_rows_even_where_each_moves_all(rng):
     pair = tuple({name: rng.normal(size=grad.shape) for name, grad in grads.items()} for _ in range(2))
     F = expansion(inner, grads, pair).F
     assert np.linalg.det(F) > 1e-2 * F[0, 0] * F[1, 1]
+
+
+def test_sample_weights_of_both_signs_go_below_0(double):
+    """A policy gradient: its loss with a constant takes the same steps."""
+
+    def trained(shift):
+        keras.utils.set_random_seed(0)
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(128, 4))
+        action = rng.integers(3, size=128)
+        advantage = np.where(action == (x[:, 0] > 0).astype(int) + (x[:, 1] > 0), 1.0, -0.3)
+
+        class Shifted(L.Layer):
+            def call(self, f):
+                self.add_loss(tf.constant(shift, f.dtype))
+                return f
+
+        model = keras.Sequential([keras.Input((4,)), L.Dense(8, "tanh"), L.Dense(3), Shifted()])
+        optimizer = kt.Optimizer(model, CROSS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.array([float(optimizer.step(x, action, sample_weight=advantage)) - shift for _ in range(20)])
+
+    plain = trained(0.0)
+    assert plain[-1] < -0.5
+    np.testing.assert_allclose(trained(5.0), plain, atol=2e-5)

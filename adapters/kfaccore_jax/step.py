@@ -1,7 +1,7 @@
 """The two faces of a step: an optax transformation, and one jitted function for a whole loop.
 
 `update(grads, state, params, *, records, fresh=None, damping=None, factored=None, value=None, value_fn=None,
-whole=None)`:
+whole=None, nonnegative=None)`:
 
 records    {layer: Record} of this batch, or None to leave the statistics alone
 fresh      True or False: whether inverses are refreshed, decided outside jit. As a static argument two programs are
@@ -12,6 +12,8 @@ factored   {layer: Factored} in place of those layers' gradients
 value, value_fn   for a step that judges: the batch's loss, and the function of `params` it is of
 whole      for a step that judges where optax.masked or optax.partition hides leaves of `params`: all of them, as
            value_fn takes them
+nonnegative   whether the loss cannot be below 0: False where only its differences count, as of a policy gradient; None
+           believes it until a value shows otherwise
 
 SelfTuning() sets its own rate, momentum and damping: only optax.scale(-1.0) comes after it. It needs records at
 every step, though statistics move on the clock, and value_fn is called once, at params minus the update. A step
@@ -189,6 +191,7 @@ class Step:
             return self.loss.value(out[0] if self.plan.has_aux else out, target) / n
 
         given = {"records": records, "value": value, "value_fn": value_fn, "whole": params}
+        given["nonnegative"] = self.loss.nonnegative
         moves, opt_state = self.tx.update(captured.gradients(slope), opt_state, params, **given)
         counts = {f"code/{code.name}": x for code, x in zip(Code, counts_of(opt_state), strict=True)}
         aux = {"aux": captured.aux} if self.plan.has_aux else {}

@@ -118,6 +118,7 @@ class Transformation:
         value: Any = None,
         value_fn: Callable[[Any], Any] | None = None,
         whole: Any = None,
+        nonnegative: bool | None = None,
         **extra: Any,
     ) -> tuple[Any, KFACState]:
         check_axes(self.axes)
@@ -129,14 +130,12 @@ class Transformation:
         share = share_of(records)
         grads = grads if axes is None else _averaged(axes, grads, share, factored)
         core = self.core(blocks)
-        fisher = records.fisher if isinstance(records, Drawn) else None
+        how = {"fisher": records.fisher if isinstance(records, Drawn) else None, "nonnegative": nonnegative}
 
-        def stepped(
-            grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any
-        ) -> tuple[Any, Any, Codes]:
+        def stepped(grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any) -> tuple:
             found = matrices(self.plan, grads, blocks) | factored
             due = self.due(core, before, given, fresh, found)
-            directions, after, info = core.do(due, before, given, found, fisher, damping, **told)
+            directions, after, info = core.do(due, before, given, found, damping=damping, **how, **told)
             return tree_of(self.plan, grads, directions), register(after), state.codes.after(info)
 
         products = {name: x for name, x in (factored or {}).items() if name in blocks}

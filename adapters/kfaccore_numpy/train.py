@@ -98,7 +98,8 @@ def step(
         records = network.records(tape, fisher(network, params, tape, Batch(f, data[1], loss), g, rng), n, ids)
     if optimiser.rule.wants_own:
         own = network.records(tape, g, n, ids)
-    updates, state, info = optimiser.step(state, records, grads, DRAWN.get(fisher), loss=value, own=own)
+    told = {"loss": value, "nonnegative": getattr(loss, "nonnegative", False)}
+    updates, state, info = optimiser.step(state, records, grads, DRAWN.get(fisher), own=own, **told)
     place = _placing(params, updates, float(info.step["alpha"]) * optimiser.schedules.weight_decay)
 
     def batch_loss() -> float:

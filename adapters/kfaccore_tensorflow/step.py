@@ -237,7 +237,9 @@ class Engine:
 
     def _directions(self, taken: draw.Taken | None, grads: dict[str, np.ndarray], loss: float) -> dict[str, Any]:
         records, own = (None, {}) if taken is None else (taken.drawn, taken.own)
+        # of weights of both signs only differences count; what else the model adds to its loss is not known
+        nonnegative = None if self.objective.core.nonnegative and not self.negative else False
         directions, self.state, self.info = self.preconditioner.step(
-            self.state, records, grads, self.fisher, loss=loss, own=own
+            self.state, records, grads, self.fisher, loss=loss, own=own, nonnegative=nonnegative
         )
         return directions

@@ -56,6 +56,10 @@ class Keeping:
         """Whether the loss is a sum, whose n does not grow with the batch."""
         return self.of.total
 
+    def nonnegative(self, target: Any) -> bool | None:
+        """Whether the loss cannot be below 0, None where that is not known."""
+        return self.of.nonnegative(target)
+
     def heads(self, f: Any) -> list[torch.Tensor]:
         """The tensors of a prediction."""
         return self.of.heads(f)

@@ -13,6 +13,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.bridge import detached
+from kfaccore_torch.ends import check_alike, nonnegative
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.split import Split
 from kfaccore_torch.unread import known_at_once, unread
@@ -53,6 +54,10 @@ class Objective:
         """Whether the loss is a sum, whose n does not grow with the batch."""
         return getattr(self.loss, "reduction", "mean") == "sum"
 
+    def nonnegative(self, target: Any) -> bool | None:
+        """Whether the loss cannot be below 0; None where that is not known."""
+        return nonnegative(self.loss, self.core, target)
+
     def heads(self, f: Any) -> list[torch.Tensor]:
         """The tensors of a prediction; TypeError for what is not one."""
         return [tensor_of(f)]
@@ -64,7 +69,7 @@ class Objective:
         if self.classes_second and f.ndim > 2 and f.stride(1) == 1:
             return self.loss(*_flat(f, target))
         if not self.classes_second:
-            _check_alike(self.loss, f, target)
+            check_alike(self.loss, f, target)
         return self.loss(f, target)
 
     def share(self, f: Any, target: Any) -> float:
@@ -196,16 +201,6 @@ def _cross_entropy_mass(loss: nn.CrossEntropyLoss, f: torch.Tensor, y: Any) -> t
     if loss.weight is not None:
         soft = soft * loss.weight.to(f).reshape(-1, *(1,) * (f.ndim - 2))
     return soft.sum(1, keepdim=True)
-
-
-def _check_alike(loss: Any, f: torch.Tensor, y: Any) -> None:
-    """ValueError for a target that broadcasting would hold against the prediction crosswise."""
-    shape = y.shape if isinstance(y, torch.Tensor) else ()
-    if len(shape) > f.ndim or torch.broadcast_shapes(f.shape, shape) != f.shape:
-        raise ValueError(
-            f"{type(loss).__name__} got a prediction of shape {tuple(f.shape)} and a target of shape {tuple(shape)}, "
-            f"which would be held against each other crosswise; need equal shapes"
-        )
 
 
 def _numbers(loss: nn.MSELoss | nn.BCEWithLogitsLoss, core: Any, f: torch.Tensor, y: Any) -> float:

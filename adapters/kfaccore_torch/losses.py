@@ -31,6 +31,12 @@ class Joined:
         """Whether the loss is a sum, whose n does not grow with the batch."""
         return all(part.total for part in self.parts.values())
 
+    def nonnegative(self, target: Any) -> bool | None:
+        """Whether no head's loss can be below 0; None where that is not known of one and True of the others."""
+        targets = target or {}
+        found = [part.nonnegative(targets.get(head)) for head, part in self.parts.items()]
+        return False if False in found else None if None in found else True
+
     def __post_init__(self) -> None:
         sums = [head for head, part in self.parts.items() if part.total]
         if sums and len(sums) < len(self.parts):

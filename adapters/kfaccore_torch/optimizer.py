@@ -192,7 +192,8 @@ class Optimizer:
         with whole_or_none(engine) as old:
             with torch.no_grad(), engine.working():
                 batches = {name: [r] for name, r in records.items()} if records else None
-                found = moves(engine, engine.step(batches, grads, batch, loss=before, own=own))
+                told = {"loss": before, "nonnegative": engine.objective.nonnegative(batch[1])}
+                found = moves(engine, engine.step(batches, grads, batch, own=own, **told))
                 old += [(p, p.detach().clone()) for p, _ in found] if engine.core.rule.judges else []
                 for p, move in found:
                     p.sub_(move)

@@ -131,6 +131,10 @@ class Own:
         """Whether the loss is a sum, whose n does not grow with the batch."""
         return getattr(self.loss, "reduction", "mean") == "sum"
 
+    def nonnegative(self, target: Any) -> bool:
+        """Whether the loss says that it cannot be below 0; of one that does not say so only differences count."""
+        return getattr(self.loss, "nonnegative", False)
+
     def heads(self, f: Any) -> list[torch.Tensor]:
         """The tensor of a prediction; TypeError for what is not one."""
         return [tensor_of(f)]

@@ -213,7 +213,9 @@ class Preconditioner:
         records, own = own_apart(engine, records)
         if grads:
             before = mean_loss(engine, [value for shot in shots for value in shot.values], n)
-            engine.write(engine.step(records, grads, tuple(shots), loss=before, own=own, lengths=lengths))
+            endless = False if engine.objective.nonnegative(None) is False else None  # the loop weighs what it adds up
+            told = {"loss": before, "own": own, "lengths": lengths, "nonnegative": endless}
+            engine.write(engine.step(records, grads, tuple(shots), **told))
 
     def graft(self, optimizer: torch.optim.Optimizer) -> None:
         """The whole step of `optimizer`, with K-FAC's direction in the place of its own in every covered layer, which

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kfaccore.fisher import draws as single
-from kfaccore.fisher.losses import Loss
+from kfaccore.fisher.losses import Bernoulli, Gaussian, Loss, SoftmaxCrossEntropy
 from kfaccore.xp.arrays import Array, device_of, namespace
 
 if TYPE_CHECKING:
     import numpy as np
 
 Heads = Mapping[str, Array]
+ENDED = (SoftmaxCrossEntropy, Bernoulli, Gaussian)
 
 
 @dataclass(frozen=True, init=False)
@@ -46,6 +47,11 @@ class Joint:
             raise ValueError(f"weights are {given}; need positive numbers, leave a head out to drop it")
         object.__setattr__(self, "losses", tuple(losses.items()))
         object.__setattr__(self, "weights", tuple((head, float(given.get(head, 1.0))) for head in losses))
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether it cannot be below 0: of heads with losses of kfaccore, where none can."""
+        return all(isinstance(loss, ENDED) and loss.nonnegative for _, loss in self.losses)
 
     def value(self, f: Mapping[str, Array], target: Heads, mask: Heads | None = None) -> Array:
         """B times the training loss, 0-d; divide by `normaliser` for the loss itself."""

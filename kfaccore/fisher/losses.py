@@ -8,7 +8,7 @@ dtype, is one of the classes: `positions`. Logits may be -inf. Value and normali
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from kfaccore.fisher.positions import Positions, beside, labelled, masked
 from kfaccore.xp.arrays import Array, device_of, namespace, widen
@@ -53,6 +53,11 @@ class SoftmaxCrossEntropy:
     smoothing: float = 0.0
     weights: tuple[float, ...] | None = None
     ignore: int | None = None
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether it cannot be below 0: not with weights or shares of a label that are."""
+        return 0 <= self.smoothing <= 1 and all(weight >= 0 for weight in self.weights or ())
 
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum of the loss over examples and positions, 0-d; divide by `normaliser` for the mean."""
@@ -125,6 +130,8 @@ class SoftmaxCrossEntropy:
 class Bernoulli:
     """log(1 + exp f) - y f summed over outputs: f are logits, y in [0, 1]."""
 
+    nonnegative: ClassVar[bool] = True  # whether it cannot be below 0
+
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum over examples, positions and outputs, 0-d."""
         xp = namespace(f)
@@ -161,6 +168,8 @@ class Bernoulli:
 @dataclass(frozen=True)
 class Gaussian:
     """1/2 |f - y|^2 summed over outputs: unit variance."""
+
+    nonnegative: ClassVar[bool] = True  # whether it cannot be below 0
 
     def value(self, f: Array, target: Array, mask: Array | None = None) -> Array:
         """Sum over examples, positions and outputs, 0-d."""

@@ -20,8 +20,10 @@ def knowing(
     hypers: Mapping[str, Hyper],
     loss: float | Array | None,
     lengths: Mapping[str, float | Array] | None,
+    nonnegative: bool | None = None,
 ) -> Known:
     """`layers` are the states that solved; those of a network-level method are not among them."""
     solving = {name: (whose.of(name), layers[name], hypers[name]) for name in own if name in layers}
     dampings = {name: hyper.damping for name, hyper in hypers.items()}
-    return Known(None if loss is None else number(loss), Own(own, solving), lengths, dampings)
+    ends = None if nonnegative is None else bool(nonnegative)  # no tracer: it decides what is computed
+    return Known(None if loss is None else number(loss), Own(own, solving), lengths, dampings, ends)

@@ -140,6 +140,7 @@ class Preconditioner(Asked):
         loss: float | Array | None = None,
         own: Mapping[str, Record | Sequence[Record]] | None = None,
         lengths: Mapping[str, float | Array] | None = None,
+        nonnegative: bool | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
         """Updates to subtract, shaped like `grads`, the new state, and what happened.
 
@@ -154,6 +155,8 @@ class Preconditioner(Asked):
                   where `rule.wants_own`; n may be another, g / n counts. A layer that is not in it, as its rows mix
                   examples, is judged as it is
         lengths   {layer: norm}, for rescale=Graft()
+        nonnegative   whether the loss cannot be below 0. False: only its differences count. None: believed until a
+                  value below 0 shows otherwise, or one that its gradient would take far below
 
         Raises before anything is computed, so that `state` stays usable: ValueError for unknown layers, shapes that
         do not fit, missing records, or draws that a rule or method cannot use.
@@ -161,7 +164,9 @@ class Preconditioner(Asked):
         Updates are the caller's, to scale or to keep: none lies in the memory of the state or of `grads`.
         """
         due = self.due(state, grads)
-        updates, state, info = self.do(due, state, records, grads, fisher, loss=loss, own=own, lengths=lengths)
+        updates, state, info = self.do(
+            due, state, records, grads, fisher, loss=loss, own=own, lengths=lengths, nonnegative=nonnegative
+        )
         return apart(updates, tree.leaves(state.motion)), state, info
 
     def do(
@@ -176,6 +181,7 @@ class Preconditioner(Asked):
         loss: float | Array | None = None,
         own: Mapping[str, Record | Sequence[Record]] | None = None,
         lengths: Mapping[str, float | Array] | None = None,
+        nonnegative: bool | None = None,
         begun: list[Begun] | None = None,
     ) -> tuple[dict[str, Array], State, Info]:
         """`step` with what is `due` decided by the caller, for steps that are traced once and run many times; updates
@@ -204,12 +210,11 @@ class Preconditioner(Asked):
         groups, states = road.run(lineup.groups, lineup.states, batches, {**wide, **averaged}, hypers, begun)
         layers, network = lineup.after(states, state.network)
         found = {name: x for group in groups for name, x in group.directions.items()}
-        known = knowing(self.assigned, ours, layers, hypers, loss, lengths)
+        known = knowing(self.assigned, ours, layers, hypers, loss, lengths, nonnegative)
         with np.errstate(all="ignore"):
-            directions = {name: found[name] for name in wide}
             penalty = self.schedules.joint(wide, state.step)
-            updates, motion, told = self.rule(motion, directions, dict(wide), seen, penalty, known)
-        updates = {name: like_gradient(x, grads[name]) for name, x in updates.items()}
+            moves, motion, told = self.rule(motion, {n: found[n] for n in wide}, dict(wide), seen, penalty, known)
+        updates = {name: like_gradient(x, grads[name]) for name, x in moves.items()}
         info = Info.of(road.due.update, road.due.refreshes, groups, told, dict(known.damping), updates)
         refused = partial(info.refused, state.missed.names)
         missed = due.leaves(state.missed, grads, batches.keys() & grads.keys(), lambda: self.idle(state), refused)

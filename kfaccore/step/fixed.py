@@ -6,18 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from kfaccore import tree
 from kfaccore.method import Hyper, declares
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored
+from kfaccore.step.height import Heights
 from kfaccore.step.known import Known
 from kfaccore.step.model import Penalty, Records
-from kfaccore.step.noise import first_loss
 from kfaccore.step.rescale import ByLayer, Modelled, Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace, scalar
 from kfaccore.xp.numbers import Number, number
 from kfaccore.xp.ranges import AT_LEAST_0, SHARE, ranged
 
-_FIRST = "first loss"  # beside the buffers
+_FIRST = "first loss"  # the unit of losses, beside the buffers
+_HEIGHTS = "heights"
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ class Fixed:
         if declares(self.rescale, ByLayer):
             self.rescale.check(names, lengths)
 
-    def init(self, zeros: dict[str, Array]) -> dict[str, Array]:
-        """State: one buffer a layer, none without momentum; the loss before the first step where a model has a use for
-        it."""
-        motion = dict(zeros) if self.momentum else {}
+    def init(self, zeros: dict[str, Array]) -> dict[str, Any]:
+        """State: one buffer a layer, none without momentum; what is known of the heights of the loss where a model has
+        a use for it."""
+        motion: dict[str, Any] = dict(zeros) if self.momentum else {}
         if self.needs_records and zeros:
             x = next(iter(zeros.values()))
             motion[_FIRST] = namespace(x).sum(x)  # 0, where the arrays are
+            motion[_HEIGHTS] = tree.map(lambda _: namespace(x).sum(x), Heights())
         return motion
 
     def restart(self, motion: dict[str, Array]) -> bool:
@@ -129,12 +132,13 @@ class Fixed:
             scale = self.rescale(directions, grads, self.lr)
             return dict.fromkeys(directions, scale), motion, {"scale": scale}
         seen: Any = records  # no terms: a rule that needs records of them says so
-        first = first_loss(number(motion[_FIRST]), known.loss)
-        told = self.rescale.modelled(directions, grads, seen, known, first, self.comm)
-        like = motion[_FIRST]
-        kept = namespace(like).zeros_like(like) + scalar(first, like)
+        before = motion[_FIRST], motion[_HEIGHTS]
+        told, *after = self.rescale.modelled(directions, grads, seen, known, *tree.map(number, before), self.comm)
+        first, heights = tree.map(
+            lambda x, like: namespace(like).zeros_like(like) + scalar(x, like), tuple(after), before
+        )
         scales = {name: scalar(told["scale"], d) for name, d in directions.items()}
-        return scales, {**motion, _FIRST: kept}, told
+        return scales, {**motion, _FIRST: first, _HEIGHTS: heights}, told
 
 
 def _scaled(x: Array, factor: Number) -> Array:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from kfaccore.record import Record
 from kfaccore.step.known import Known
 from kfaccore.step.model import Expansion
-from kfaccore.step.motion import Motion
-from kfaccore.step.noise import Noise, Seen, again
+from kfaccore.step.motion import Motion, rounding
+from kfaccore.step.noise import Noise, Seen
 from kfaccore.step.own import Left, most_examples, remaining
 from kfaccore.xp.arrays import Array, is_tracer, namespace
 from kfaccore.xp.numbers import Number, number, numbers, pick, when
@@ -51,7 +51,7 @@ def leaving(noise: Noise, motion: Motion, records: Mapping[str, Record], known: 
     gathered where rho stays above .9."""
     names = known.own.layers(records) if noise.own else []
     whole = len(records) - len(names)
-    same = again(known.loss, motion.last)
+    same = motion.heights.again(known.loss, motion.last, rounding(motion))
     if not names:
         return Leaving(None, False, 1.0, whole, same)
     weights = {name: motion.average.part(name, noise.average) for name in names}

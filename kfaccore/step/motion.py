@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kfaccore.record import Factored
+from kfaccore.step.height import Heights
 from kfaccore.step.noise import Seen
 from kfaccore.step.taken import Taken
 from kfaccore.tree import added, static
-from kfaccore.xp.arrays import Array, all_finite, is_tracer, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, eps, is_tracer, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, number, pick
 
@@ -74,10 +75,11 @@ class Motion:
     restart     whether inverses are refreshed off the clock
     code        of the last step
     average     of the gradients
-    first, last the loss before the first step and after the last one, 0 where not known
+    first, last the unit of losses and the loss after the last step, 0 where not known
     seen        slope and noise, averaged over steps
     bent        u^T F u of the previous update u as its own batch saw it; 0 where there is none
     unit        the first damping, which its bounds are relative to; 0 where not known
+    heights     of the loss, seen so far
     layers      of the last step, until it is judged
     """
 
@@ -98,7 +100,14 @@ class Motion:
     seen: Seen = added(default_factory=Seen)  # noqa: RUF009 a field
     bent: Number = added(era=2, default=0.0)  # noqa: RUF009 a field
     unit: Number = added(era=4, default=0.0)  # noqa: RUF009 a field
+    heights: Heights = added(era=5, default_factory=Heights)  # noqa: RUF009 a field
     layers: Taken = static(default=None)  # noqa: RUF009 a field
+
+
+def rounding(motion: Motion) -> float:
+    """Relative error of a loss of arrays like these."""
+    x = next(iter(motion.previous.values()))
+    return eps(x.dtype, namespace(x))
 
 
 def bounded(damping: Number, unit: Number) -> Number:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kfaccore.linalg.shares import critical_batch
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
+from kfaccore.step.height import Heights, promised
 from kfaccore.step.known import Known
 from kfaccore.step.model import counts, expansion, inner
 from kfaccore.step.own import remaining
@@ -15,9 +16,7 @@ from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
 from kfaccore.xp.ranges import COUNT, NO_BOUND, PART, SHARE, ranged
 
-_SAME = 1e-5  # relative: a loss this close to the one after the last step is of the same batch
 _CLEAR = 0.9  # rho from which own shares are next to nothing
-_CUT = 1 - 1e-6  # of the loss, so that rounding promises no more than there is
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,11 @@ class Noise:
     """Numbers of a length that knows the noise of its batch; the same for all tasks.
 
     average   share of the mean of directions that stays in a step; 0 takes each batch's own
-    reach     most that a step may change the model's predictions, x^T F x, over the loss of the first step
+    reach     most that a step may change the model's predictions, x^T F x, over the unit of heights of the loss: that
+              of the first step, or the largest that their running mean comes to later
     every     where rho stays above .9, own shares are gathered at every so manieth step only
     own       whether examples are left out of the model that judges their own direction
-    promise   most of the loss that a step may promise to take off, as a share of it, where slopes are all noise; rho
+    promise   most of the height that a step may promise to take off, as a share of it, where slopes are all noise; rho
               where that is more. The draws of a net that is sure of itself hold next to no curvature, and its model
               then promises whatever the few examples ask that contradict it
     """
@@ -52,10 +52,11 @@ class Noise:
         records: Mapping[str, Record],
         known: Known,
         first: Number,
+        heights: Heights,
         comm: Communicator = Serial(),  # noqa: B008 frozen
-    ) -> dict[str, Number]:
+    ) -> tuple[dict[str, Number], Number, Heights]:
         """The length of a step along this batch's own direction x: `scale` = slope / (x^T F x + damping |x|^2) with
-        own shares left out, no longer than the reach and the loss allow, at most 1.
+        own shares left out, no longer than the reach and the loss allow, at most 1; and what follows of the heights.
 
         For an optimizer that comes after, whose momentum is the average.
         """
@@ -77,56 +78,27 @@ class Noise:
         good = finite(below) & finite(number(down[0])) & (below > 0)
         alpha = pick(good, number(down[0]) / pick(good, below, 1.0), 0.0)
         step = stack([pick(alpha < 1.0, alpha, 1.0)])
-        step = self.shortened(step, F if found.batch is None else found.batch[:1, :1], first)
+        first, heights = heights.moved(first, known, step, F, down)
+        step = self.shortened(step, F if found.batch is None else found.batch[:1, :1], heights.unit(first))
         whole = len(records) - len(names)
         slope = number(down[0]) if found.slope is None else found.slope
         seen = Seen(slope - found.own, found.own)
-        step = promised(step, F, down, self.believed(known.loss, seen.rho(examples)))
-        return {"scale": number(step[0]), **seen.told(examples), "with_own": whole, "given": found.given}
+        step = promised(step, F, down, self.believed(heights.end(known.loss, first), seen.rho(examples)))
+        told = {"scale": number(step[0]), **seen.told(examples), "with_own": whole, "given": found.given}
+        return told, first, heights
 
-    def shortened(self, step: Array, F: Array, first: Number) -> Array:
-        """`step` times min(1, sqrt(reach first / step^T F step)); as it is where the first loss is not known, 0."""
+    def shortened(self, step: Array, F: Array, unit: Number) -> Array:
+        """`step` times min(1, sqrt(reach unit / step^T F step)); as it is where the unit is not known, 0."""
         change = number(step @ F @ step)
-        most = self.reach * first
+        most = self.reach * unit
         long = (most > 0) & (change > most)
         return step * pick(long, root(pick(long, most, 1.0) / pick(long, change, 1.0)), 1.0)
 
-    def believed(self, loss: Number | None, rho: Number) -> Number | None:
-        """Most that a step may promise to take off the loss: a share of it, max(promise, rho)."""
-        if loss is None:
+    def believed(self, height: Number | None, rho: Number) -> Number | None:
+        """Most that a step may promise to take off the loss: a share of its height, max(promise, rho)."""
+        if height is None:
             return None
-        return pick(rho > self.promise, rho, self.promise) * loss
-
-
-def promised(step: Array, F: Array, down: Array, loss: Number | None) -> Array:
-    """`step`, or the part of it that promises no more than `loss`, which cannot be negative.
-
-    Along t step the model falls by t p - t^2 c / 2, p = down . step, c = step^T F step: the smallest t at which that is
-    the loss. A loss that is negative already has no such end.
-    """
-    if loss is None:
-        return step
-    p = number(step @ down)
-    c = number(step @ F @ step)
-    end = _CUT * loss
-    beyond = (loss > 0) & (p - 0.5 * c > end)
-    inside = pick(beyond, p * p - 2 * c * end, 1.0)
-    inside = pick(inside > 0, inside, 0.0)
-    return step * pick(beyond, 2 * end / pick(beyond, p + root(inside), 1.0), 1.0)
-
-
-def first_loss(first: Number, loss: Number | None) -> Number:
-    """The loss before the first step, 0 where none is known."""
-    if loss is None:
-        return first
-    return pick(first > 0, first, pick(finite(loss), loss, 0.0))
-
-
-def again(loss: Number | None, last: Number) -> bool | Array:
-    """Whether a batch is that of the last step: its loss is what that step left, `last`, 0 before any."""
-    if loss is None:
-        return False
-    return (last > 0) & (abs(loss - last) <= _SAME * abs(last))
+        return pick(rho > self.promise, rho, self.promise) * height
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ and of tracers, which therefore takes both sides of every choice.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from kfaccore.step.model import inner, weighed
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
-from kfaccore.xp.numbers import Number, finite, number, pick, root
+from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
 
 
 def minimum(Q: Array, down: Array, most: Number = math.inf) -> tuple[Number, Number, Number]:
@@ -71,3 +73,12 @@ def combined(alpha: Number, x: Array, mu: Number, y: Array) -> Array:
     if isinstance(mu, float) and not mu:
         return alpha * x
     return scalar(alpha, x) * x + scalar(mu, y) * y
+
+
+def gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, float] | None = None) -> Array:
+    """Inner products of the two directions over all layers, (2, 2), times each layer's l2 where it is given."""
+    heavy = x if l2 is None else weighed(l2, x)
+    heavy_previous = previous if l2 is None else weighed(l2, previous)
+    cross = inner(heavy, previous)
+    flat = stack([inner(heavy, x), cross, cross, inner(heavy_previous, previous)])
+    return namespace(flat).reshape(flat, (2, 2))

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from kfaccore.precondition.comm import Communicator
 from kfaccore.record import Factored, Record
+from kfaccore.step.height import Heights
 from kfaccore.step.known import Known
 from kfaccore.xp.arrays import Array, largest, namespace, scalar
 from kfaccore.xp.numbers import Number
@@ -49,9 +50,10 @@ class Modelled(Protocol):
         records: Mapping[str, Record],
         known: Known,
         first: Number,
+        heights: Heights,
         comm: Communicator,
-    ) -> dict[str, Number]:
-        """`scale` for all directions, and more to tell; `first` is the loss before the first step, 0 if not known.
+    ) -> tuple[dict[str, Number], Number, Heights]:
+        """`scale` for all directions, and more to tell; and the unit of losses and the heights, given those before.
         Records and own gradients are those of this rank of `comm`, all else is of the whole batch."""
         ...
 

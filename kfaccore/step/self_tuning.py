@@ -20,16 +20,17 @@ from kfaccore import tree
 from kfaccore.method import Hyper
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
+from kfaccore.step.height import promised
 from kfaccore.step.known import Known
 from kfaccore.step.leaving import leaving
-from kfaccore.step.model import Expansion, Penalty, counts, expansion, inner, trace, weighed
-from kfaccore.step.motion import Average, Motion, bounded, lifted
-from kfaccore.step.noise import Noise, first_loss, promised
-from kfaccore.step.plane import capped, combined, minimum
+from kfaccore.step.model import Expansion, Penalty, counts, expansion, trace
+from kfaccore.step.motion import Average, Motion, bounded, lifted, rounding
+from kfaccore.step.noise import Noise
+from kfaccore.step.plane import capped, combined, gram, minimum
 from kfaccore.step.rule import ByModel
 from kfaccore.step.sharpness import sharpness, unforgotten
 from kfaccore.step.taken import Taken, of_step, taken
-from kfaccore.xp.arrays import Array, eps, namespace, scalar
+from kfaccore.xp.arrays import Array, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, stack, when
 from kfaccore.xp.ranges import AT_LEAST_0, COUNT, NO_BOUND, PART, POSITIVE, REAL, SHARE, ranged
@@ -44,8 +45,8 @@ class SelfTuning(ByModel):
     every       steps between looks at the reduction ratio
     grow        factor on damping after a step was taken back
     cap         largest alpha; both alpha and mu are scaled down to it
-    tolerance   a step is taken back when it raises the loss of its own batch by more than this share: at low damping
-                a small rise often pays later, an outburst never does
+    tolerance   a step is taken back when it raises the loss of its own batch by more than this share of its height, its
+                value if it cannot be negative: at low damping a small rise often pays later, an outburst never does
     floor       where |alpha| falls below it, damping grows by 1/0.8: for damping so low that the direction is noise,
                 which the reduction ratio cannot see; 0 is off, 0.02 costs a tenth of the steps from a good start
     memory      share of the running mean of x^T F x / x^T gradient that stays in a step. F is raised to that mean, by
@@ -144,15 +145,15 @@ class SelfTuning(ByModel):
         own = leaving(self.noise, motion, {name: records[name] for name in directions}, known, examples)
         left = {} if own.left is None else {"left": own.left}
         found = self.model(records, grads, pair, **left)
-        norms = _gram(*pair)
-        F = unforgotten(found.F + (_gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms), motion.bent)
+        norms = gram(*pair)
+        F = unforgotten(found.F + (gram(*pair, l2) if isinstance(l2, Mapping) else l2 * norms), motion.bent)
         sharp, times = sharpness(motion.sharp, F, found.down, rows, self.memory)
         alpha, mu, code = minimum(times * F + motion.damping * norms, found.down, own.repeats(motion.seen, examples))
         step = stack([*capped(alpha, mu, self.cap)])
-        first = first_loss(motion.first, known.loss)
-        step = self.noise.shortened(step, F if found.batch is None else found.batch, first)
+        first, heights = motion.heights.moved(motion.first, known, step, F, found.down)
+        step = self.noise.shortened(step, F if found.batch is None else found.batch, heights.unit(first))
         seen = own.seen(motion.seen, found, examples)
-        step = promised(step, F, found.down, self.noise.believed(known.loss, seen.rho(examples)))
+        step = promised(step, F, found.down, self.noise.believed(heights.end(known.loss, first), seen.rho(examples)))
         alpha = number(step[0])
         mu = number(step[1])
         updates = {name: combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
@@ -166,6 +167,7 @@ class SelfTuning(ByModel):
             predicted=_predicted(step, F, found.down),
             code=int(code) if isinstance(code, Code) else code,
             first=first,
+            heights=heights,
             seen=seen,
             bent=pick(sound, number(step @ F @ step), motion.bent),
         )
@@ -181,12 +183,14 @@ class SelfTuning(ByModel):
         before = number(before)
         after = number(after)
         told = finite(before)
-        good = told & finite(after) & (after <= (1.0 + self.tolerance) * before)
+        heights = motion.heights.shown(before, motion.first).shown(after, motion.first)
+        small = rounding(motion)
+        good = told & finite(after) & (after <= heights.rise(before, self.tolerance, small))
         falls = motion.predicted < 0
         ratio = pick(falls, (after - before) / pick(falls, motion.predicted, -1.0), 0.0)
         factor = pick(ratio > 0.75, self.drop, pick(ratio < 0.25, 1 / self.drop, 1.0))
         moved = motion.steps > 0
-        seen = abs(motion.predicted) > _rounding(motion.previous) * abs(before)
+        seen = abs(motion.predicted) > small * abs(before)
         look = good & moved & seen & (motion.steps % self.every == 0)
         kept = pick(moved, bounded(motion.damping * pick(look, factor, 1.0), motion.unit), motion.damping)
         grown = pick(told, bounded(motion.damping * self.grow, motion.unit), motion.damping)
@@ -202,6 +206,7 @@ class SelfTuning(ByModel):
             restart=pick(good, motion.steps < 3, pick(told, True, motion.restart)),
             code=pick(finite(after), motion.code, int(Code.NONFINITE)),
             last=pick(good, after, pick(told, before, motion.last)),
+            heights=heights,
         )
 
 
@@ -209,12 +214,6 @@ def _moved(motion: Motion, updates: dict[str, Array], sound: bool | Array) -> Mo
     """After a step with these updates, which stand for nothing where they are not sound."""
     previous = tree.map(partial(pick, sound), {**motion.previous, **updates}, motion.previous)
     return replace(motion, previous=previous, layers=taken(updates, motion.previous), steps=motion.steps + 1)
-
-
-def _rounding(previous: Mapping[str, Array]) -> float:
-    """Relative error of a loss of arrays like these."""
-    x = next(iter(previous.values()))
-    return eps(x.dtype, namespace(x))
 
 
 def _predicted(step: Array, F: Array, down: Array) -> Number:
@@ -227,15 +226,6 @@ def _told(before: Motion, after: Motion, code: Number) -> dict[str, float | Arra
     """The info of a step: its factors, the damping they were found with, and what the last look found."""
     found = {"alpha": after.alpha, "mu": after.mu, "damping": before.damping, "predicted": after.predicted}
     return {**found, "ratio": before.ratio, "rejected": before.rejected, "code": code}
-
-
-def _gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, float] | None = None) -> Array:
-    """Inner products of the two directions over all layers, (2, 2), times each layer's l2 where it is given."""
-    heavy = x if l2 is None else weighed(l2, x)
-    heavy_previous = previous if l2 is None else weighed(l2, previous)
-    cross = inner(heavy, previous)
-    flat = stack([inner(heavy, x), cross, cross, inner(heavy_previous, previous)])
-    return namespace(flat).reshape(flat, (2, 2))
 
 
 def _kept(good: bool | Array, previous: dict[str, Array], layers: Taken) -> dict[str, Array]:

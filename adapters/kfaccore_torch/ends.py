@@ -1,0 +1,28 @@
+"""What a loss of torch and its target say of each other before any number is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def nonnegative(loss: Any, core: Any, target: Any) -> bool | None:
+    """Whether a loss cannot be below 0: never where `core`, its per-example loss, cannot; None where that hangs on the
+    numbers of soft labels, or of weights by example, which may lie on a device."""
+    if isinstance(loss, nn.CrossEntropyLoss) and isinstance(target, torch.Tensor) and target.is_floating_point():
+        return None
+    if isinstance(loss, nn.BCEWithLogitsLoss) and (loss.weight is not None or loss.pos_weight is not None):
+        return None
+    return core.nonnegative
+
+
+def check_alike(loss: Any, f: torch.Tensor, y: Any) -> None:
+    """ValueError for a target that broadcasting would hold against the prediction crosswise."""
+    shape = y.shape if isinstance(y, torch.Tensor) else ()
+    if len(shape) > f.ndim or torch.broadcast_shapes(f.shape, shape) != f.shape:
+        raise ValueError(
+            f"{type(loss).__name__} got a prediction of shape {tuple(f.shape)} and a target of shape {tuple(shape)}, "
+            f"which would be held against each other crosswise; need equal shapes"
+        )
