@@ -29,7 +29,7 @@ REFUSED = {  # model of one leaf w (4, 4): the reason
     "custom_vjp": (lambda w, x: by_hand(x, w), "goes into: custom_vjp_call"),
     "squared": (lambda w, x: x @ (w * w), "goes into: mul of two leaves"),
     "normalised": (lambda w, x: x @ (w / jnp.linalg.norm(w)), "goes into: mul of two leaves"),
-    "softmax": (lambda w, x: x @ jax.nn.softmax(w), "goes into: reduce_max"),
+    "largest": (lambda w, x: x @ w + w.max(), "goes into: reduce_max"),
     "joined and squared": (lambda w, x: x @ jnp.concatenate([w, w], 1) ** 2, "goes into: integer_pow"),
     "exponential": (lambda w, x: x @ jnp.exp(w), "goes into: exp"),
     "penalty": (lambda w, x: x @ w + (w**2).sum(), "goes into: integer_pow"),

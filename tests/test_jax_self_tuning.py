@@ -62,13 +62,12 @@ def numpy_steps(name, params, state, steps):
         yield state
 
 
-def stepping(tx, plan, traces, l2=0.0):
+def stepping(tx, plan, traces):
     """A step through optax; `factor` on the loss before it makes the rule take it back."""
     apply = twin(NET)
 
     def loss(p, x, y):
-        penalty = 0.5 * l2 * sum((w * w).sum() for w in p.values())
-        return LOSS.value(apply(p, x), y) / len(x) + penalty
+        return LOSS.value(apply(p, x), y) / len(x)
 
     def step(params, state, x, y, factor=1.0, fresh=None, draws="type2"):
         traces.append(draws)
@@ -76,7 +75,7 @@ def stepping(tx, plan, traces, l2=0.0):
         f, n = captured.prediction, len(x)
         slope = LOSS.gradient(f, y) / n
         found = n * slope[None] if draws in ("true", "told") else kf.type2(LOSS, f)
-        grads = jax.tree.map(lambda g, p: g + l2 * p, captured.gradients(slope), params)
+        grads = captured.gradients(slope)
         extra = {"factored": captured.factored(slope)} if draws == "factored" else {}
         extra |= {"value": factor * loss(params, x, y), "value_fn": lambda p: loss(p, x, y)}
         fisher = {"told": kf.empirical, "true": None}.get(draws, kf.type2)
@@ -94,7 +93,7 @@ def compiled(name):
     plan = kj.plan(twin(NET), START, batch(0)[0])
     kfac = kj.kfac(plan, method, CLOCKS, kf.Schedules(decay=0.9, l2=l2), rule)
     tx, traces = optax.chain(kfac, optax.scale(-1.0)), []
-    step = stepping(tx, plan, traces, l2)
+    step = stepping(tx, plan, traces)
     static = {"static_argnames": ("fresh", "draws"), "donate_argnums": (0, 1)}
     return tx, jax.jit(step, compiler_options=FAST, **static), traces, step
 

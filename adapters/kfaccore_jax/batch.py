@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from kfaccore_jax.alive import alive, reached, within
 from kfaccore_jax.calls import Call, View
 
 
@@ -108,23 +109,31 @@ def check_equations(one: Any, two: Any, n: int) -> None:
             check_equations(a, b, n)
 
 
-def joins_behind(one: Any, two: Any) -> bool:
-    """Whether a jaxpr (here at two batch sizes) reshapes or concatenates the batch axis behind another axis."""
-    return next(_turned(one, two), 0) != 0
+def joins_behind(one: Any, two: Any, count: int) -> bool:
+    """Whether a jaxpr (here at two batch sizes) reshapes or concatenates the batch axis behind another axis, on the way
+    to one of its first `count` outputs."""
+    return _first_turn(one, two, count) != 0
 
 
-def deals_out(one: Any, two: Any) -> bool:
+def deals_out(one: Any, two: Any, count: int) -> bool:
     """Whether the first such reshape takes examples out to an axis before them, and so undoes none."""
-    return next(_turned(one, two), 0) < 0
+    return _first_turn(one, two, count) < 0
 
 
-def _turned(one: Any, two: Any) -> Iterator[int]:
-    """`turns` of the equations that do, in their order, inner ones included."""
+def _first_turn(one: Any, two: Any, count: int) -> int:
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
+    return next(_turned(one, two, [i < count for i in range(len(one.outvars))]), 0)
+
+
+def _turned(one: Any, two: Any, asked: list[bool]) -> Iterator[int]:
+    """`turns` of the equations that do, in their order, inner ones included, where a gradient of the outputs asked for
+    goes through them."""
+    live = alive(one, asked)
     for p, q in zip(one.eqns, two.eqns, strict=True):
         name = p.primitive.name
-        if not p.invars or not p.outvars:
+        flags = reached(p, live)
+        if not p.invars or not any(flags):
             continue
         before = _grown(p.invars[0], q.invars[0])
         after = _grown(p.outvars[0], q.outvars[0])
@@ -133,7 +142,10 @@ def _turned(one: Any, two: Any) -> Iterator[int]:
         if name == "reshape" and before and after and (way := turns(p, before[0], after[0])):
             yield way
         for a, b in zip(jaxprs(p), jaxprs(q), strict=True):
-            yield from _turned(a, b)
+            one_body, two_body = (getattr(x, "jaxpr", x) for x in (a, b))
+            its = within(p, flags)
+            every = [True] * len(one_body.outvars)  # a loop's condition has other results
+            yield from _turned(one_body, two_body, its if len(its) == len(every) else every)
 
 
 def turns(eqn: Any, before: int, after: int) -> int:

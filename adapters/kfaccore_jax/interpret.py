@@ -7,34 +7,40 @@ jaxprs are entered only where a leaf goes in. Needs jax.core.eval_jaxpr and jax.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from kfaccore_jax.alive import alive, reached, within
 from kfaccore_jax.indices import folded
 from kfaccore_jax.joined import alike, concatenated
-from kfaccore_jax.rules import RULES, lone, paired, valued
+from kfaccore_jax.meeting import as_calls, met
 from kfaccore_jax.tags import JITS, PLACED, REMATS, Joined, Out, Param, Tag, arrays_in, moved, scaled, with_arrays
 from kfaccore_jax.walk import Walk
 
 
-def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[list[Any], list[Tag]]:
-    """Outputs of a closed jaxpr at `values`, and their tags."""
+def run(
+    walk: Walk, closed: Any, values: list[Any], tags: list[Tag], asked: Sequence[bool]
+) -> tuple[list[Any], list[Tag]]:
+    """Outputs of a closed jaxpr at `values`, and their tags. `asked` says which outputs are derived: leaves are not
+    followed to where no gradient comes from."""
     jaxpr = folded(getattr(closed, "jaxpr", closed))
+    live = alive(jaxpr, asked)
     env = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
     known = dict(zip(jaxpr.invars, tags, strict=True))
-    atoms = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+    eqns = [eqn for eqn in jaxpr.eqns if any(reached(eqn, live))]
+    atoms = [v for eqn in eqns for v in eqn.invars] + [v for v, flag in zip(jaxpr.outvars, asked, strict=True) if flag]
     uses = Counter(v for v in atoms if not isinstance(v, Literal))
 
     def value(v: Any) -> Any:
         return v.val if isinstance(v, Literal) else env[v]
 
     def tag_of(v: Any) -> Tag:
-        tag = None if isinstance(v, Literal) else known.get(v)
+        tag = None if isinstance(v, Literal) or v not in live else known.get(v)
         return None if isinstance(tag, Out) and uses[v] > 1 else tag
 
     place = -1
@@ -42,24 +48,30 @@ def run(walk: Walk, closed: Any, values: list[Any], tags: list[Tag]) -> tuple[li
         # what only places an array is not counted: under shard_map and on meshes the same model has more of it
         place += eqn.primitive.name not in PLACED
         inputs = [value(v) for v in eqn.invars]
-        hot = [tag_of(v) for v in eqn.invars]
-        outs, found = _equation(walk, jaxpr, place, eqn, inputs, hot)
+        flags = reached(eqn, live)
+        if any(flags):
+            outs, found = _equation(walk, jaxpr, place, eqn, inputs, [tag_of(v) for v in eqn.invars], flags)
+        else:
+            outs, found = _evaluate(jaxpr, eqn, inputs), [None] * len(flags)
         env.update(zip(eqn.outvars, outs, strict=True))
         known.update(zip(eqn.outvars, found, strict=True))
-    return [value(v) for v in jaxpr.outvars], [tag_of(v) for v in jaxpr.outvars]
+    found = [tag_of(v) if flag else None for v, flag in zip(jaxpr.outvars, asked, strict=True)]
+    return [value(v) for v in jaxpr.outvars], found
 
 
-def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]]:
+def _equation(
+    walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[Tag], asked: list[bool]
+) -> tuple[list, list[Tag]]:
     """Outputs and their tags."""
     name = eqn.primitive.name
     hot = [isinstance(tag, Param | Joined) for tag in tags]
     cold: list[Tag] = [None] * len(eqn.outvars)
     if name in JITS and any(tag is not None for tag in tags):
-        return run(walk.inside(place, False), _inner(eqn), inputs, tags)
+        return run(walk.inside(place, False), _inner(eqn), inputs, tags, asked)
     if any(hot) and name in REMATS:
-        return _remat(walk, place, eqn, inputs, tags)
+        return _remat(walk, place, eqn, inputs, tags, asked)
     if any(hot) and name == "scan":
-        return _scan(walk, place, eqn, inputs, tags), cold
+        return _scan(walk, place, eqn, inputs, tags, within(eqn, asked)), cold
     if any(hot) and any(jnp.iscomplexobj(v.aval) for v in (*eqn.invars, *eqn.outvars)):
         walk.leak(tags, f"complex {name}")  # rows of a record are real
         return _evaluate(jaxpr, eqn, inputs), cold
@@ -67,8 +79,6 @@ def _equation(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: 
         done = _parts(walk, place, eqn, inputs, tags)
         if done is not None:
             return done
-    if name == "stop_gradient":
-        return _evaluate(jaxpr, eqn, inputs), cold
     first = tags[0] if tags else None
     if isinstance(first, Param | Out) and not any(hot[1:]) and (found := moved(eqn, first)) is not None:
         return _evaluate(jaxpr, eqn, inputs), found
@@ -91,30 +101,8 @@ def _met(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[
     if len(eqn.invars) == 2 and (new := scaled(eqn, tag, at[0], inputs[1 - at[0]])) is not None:
         return _evaluate(jaxpr, eqn, inputs), [new]
     outs = _evaluate(jaxpr, eqn, inputs)
-    done = _call(walk, place, eqn, inputs, tags, at[0], outs[0])
+    done = met(walk, place, eqn, inputs, tags, at[0], outs[0])
     return None if done is None else ([done[0]], [done[1]])
-
-
-def as_calls(walk: Walk, place: int, inputs: list, tags: list[Tag], name: str) -> list:
-    """The operands of an equation that no rule knows. A leaf is still seen where its value was repeated, one row an
-    example, or multiplied by an array: its value is then a call of its own. Any other leaf is a leak."""
-    found = list(inputs)
-    left: list[Tag] = []
-    for i, tag in enumerate(tags):
-        key = f"{walk.prefix}{place}@{i}" if not (isinstance(tag, Param) and tag.by is not None) else tag.place
-        if isinstance(tag, Param) and (tag.by is not None or _repeated(walk, tag, key)):
-            walk.late |= {key} if tag.by is not None else set()
-            found[i] = walk.capture(key, *valued(tag, inputs[i]), inputs[i])
-        else:
-            left.append(tag)
-    walk.leak(left, name)
-    return found
-
-
-def _repeated(walk: Walk, tag: Param, key: str) -> bool:
-    """Whether a leaf's value is repeated, over the batch as the plan will tell."""
-    plain = tag.scale is None
-    return plain and (tag.layout.repeated if walk.known is None else key in walk.known)
 
 
 def _parts(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]] | None:
@@ -127,59 +115,11 @@ def _parts(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> t
         return None
     function, args, axis = found
     closed = jax.make_jaxpr(function)(*args)
-    outs, after = run(walk.inside(place, False), closed, args, [*tag.tags, *[None] * (len(args) - len(tag.tags))])
+    given = [*tag.tags, *[None] * (len(args) - len(tag.tags))]
+    outs, after = run(walk.inside(place, False), closed, args, given, [True] * len(closed.jaxpr.outvars))
     whole = outs[0] if axis < 0 else jnp.concatenate(outs, axis)
     hot = [t for t in after if isinstance(t, Param)]
     return [whole], [Joined(axis, tuple(outs), tuple(hot)) if len(hot) == len(outs) else None]
-
-
-def _call(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], at: int, y: Any) -> tuple[Any, Tag] | None:
-    """Output and tag of an equation in which one leaf meets data, or None if no rule knows it."""
-    name = eqn.primitive.name
-    tag = tags[at]
-    other: Any = inputs[1 - at] if len(inputs) == 2 else None
-    assert isinstance(tag, Param)
-    key = f"{walk.prefix}{place}"
-    shape = tuple(y.shape)
-    if tag.by is not None:
-        if name != "mul":
-            return None
-        other = other * tag.by
-        tag = replace(tag, by=None)
-    plain = tag.factor == 1.0 and tag.scale is None
-    factor = tag.factor if tag.scale is None else tag.factor * tag.scale
-    if name in RULES:
-        if (call := RULES[name](eqn, tag, at)) is None:
-            return None
-        x = inputs[1][..., 0] if call.kind == "embedding" else other if plain else other * factor
-        return walk.capture(key, call, x, y), Out(key, tag.layout.of(shape))
-    if name in ("add", "add_any", "sub"):
-        sign = -1.0 if name == "sub" and at == 1 else 1.0
-        out = tags[1 - at]
-        if isinstance(out, Out) and not (name == "sub" and at == 0):
-            bias = paired(walk.calls[out.key], tuple(walk.outputs[out.key].shape), out, tag, tag.factor * sign)
-            if bias is not None and shape == tuple(out.layout.shape):
-                walk.calls[out.key] = replace(walk.calls[out.key], bias=bias)
-                return y, None
-        if plain and sign == 1.0:
-            return walk.capture(key, lone("bias", eqn, tag), None, y), None
-        return walk.capture(key, lone("scale", eqn, tag), jnp.full(shape, factor * sign, y.dtype), y), None
-    if name == "mul":
-        if tags[at] is tag and _of_own_shape(walk, tag, key, shape):
-            by = jnp.broadcast_to(other, shape)
-            return y, replace(tag, layout=tag.layout.stretch(shape), place=key, by=by)
-        x = jnp.broadcast_to(other if plain else other * factor, shape)
-        return walk.capture(key, lone("scale", eqn, tag), x, y), None
-    return None
-
-
-def _of_own_shape(walk: Walk, tag: Param, key: str, shape: tuple[int, ...]) -> bool:
-    """Whether a product left a leaf's elements where they were, and nobody has asked for a call yet."""
-    if tag.stack:
-        return False
-    if walk.known is not None:
-        return key not in walk.known
-    return key not in walk.asked and not tag.layout.stretch(shape).repeated
 
 
 def _evaluate(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
@@ -193,7 +133,9 @@ def _inner(eqn: Any) -> Any:
     return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
 
 
-def _remat(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]]:
+def _remat(
+    walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], asked: list[bool]
+) -> tuple[list, list[Tag]]:
     """The inner jaxpr under jax.checkpoint again; inputs of its calls are kept, all else is recomputed."""
     seen: list[Any] = []
 
@@ -201,7 +143,7 @@ def _remat(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> t
         inner = walk.inside(place, True)
         inner.calls, inner.outputs = dict(walk.calls), dict(walk.outputs)  # a bias within may be of a call before it
         inner.probes = None if walk.probes is None else probes
-        outs, found = run(inner, _inner(eqn), values, tags)
+        outs, found = run(inner, _inner(eqn), values, tags, asked)
         seen[:] = inner, found
         return outs, inner.data, [arrays_in(tag) for tag in found]
 
@@ -211,7 +153,7 @@ def _remat(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> t
     return outs, list(map(with_arrays, seen[1], arrays))
 
 
-def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> list[Any]:
+def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], asked: list[bool]) -> list[Any]:
     """A leaf that is a constant of the scan is shared over its steps, one that is scanned over is stacked blocks."""
     closed = eqn.params["jaxpr"]
     p = eqn.params
@@ -235,7 +177,7 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> li
         inner = walk.inside(place, True)
         inner.depth = walk.depth + 1
         inner.probes = None if walk.probes is None else x[1]
-        outs, found = run(inner, closed, [*inputs[:consts], *carry, *x[0]], inner_tags)
+        outs, found = run(inner, closed, [*inputs[:consts], *carry, *x[0]], inner_tags, asked)
         inner.leak(found, "scan as its result")
         seen[:] = [inner]
         return outs[:carries], (outs[carries:], inner.data)

@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from kfaccore_jax.alive import fed_back
 from kfaccore_jax.batch import deals_out
 from kfaccore_jax.order import carries, inner, places
 from kfaccore_jax.sums import mixes
@@ -26,7 +27,7 @@ def mixed(one: Any, two: Any, count: int, n: int) -> set[str]:
     two = getattr(two, "jaxpr", two)
     found: set[str] = set()
     alone = [i < count for i in range(len(one.outvars))]
-    sums = partial(mixes, n=n, dealt=deals_out(one, two))
+    sums = partial(mixes, n=n, dealt=deals_out(one, two, count))
     _backwards(found, one, two, "", alone, [False] * len(alone), sums)
     return found
 
@@ -71,16 +72,10 @@ def _within(
         if eqn.primitive.name != "scan":
             return reaches, through
         carried = eqn.params["num_consts"], eqn.params["num_carry"]
-        after = _fed_back(live, reaches, *carried), _fed_back(hit, through, *carried)
+        after = fed_back(live, reaches, *carried), fed_back(hit, through, *carried)
         if after == (live, hit):
             return reaches, through
         live, hit = after
-
-
-def _fed_back(outs: list[bool], ins: list[bool], consts: int, carries: int) -> list[bool]:
-    """Flags of a scan's results with those of its carry as it goes in."""
-    first = [a or b for a, b in zip(outs[:carries], ins[consts : consts + carries], strict=True)]
-    return first + outs[carries:]
 
 
 def _of(atoms: Any, flags: list[bool]) -> set[Any]:

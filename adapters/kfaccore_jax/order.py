@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from kfaccore_jax.alive import alive, reached, within
 from kfaccore_jax.batch import jaxprs
 from kfaccore_jax.tags import PLACED
 
@@ -21,14 +22,15 @@ def grown(p: Any, q: Any) -> list[int]:
     return [i for i, (a, b) in enumerate(pair) if a != b]
 
 
-def moved(one: Any, two: Any) -> dict[str, str]:
+def moved(one: Any, two: Any, count: int) -> dict[str, str]:
     """{place of an equation: primitive} of the equations, inner ones included, whose operands or results such a
-    primitive moves, before or after them."""
+    primitive moves, before or after them, on the way to one of the first `count` outputs."""
     found: dict[str, str] = {}
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
-    _forwards(found, one, two, "", [""] * len(one.invars))
-    _backwards(found, one, two, "", [""] * len(one.outvars))
+    asked = [i < count for i in range(len(one.outvars))]
+    _forwards(found, one, two, "", [""] * len(one.invars), asked)
+    _backwards(found, one, two, "", [""] * len(one.outvars), asked)
     return found
 
 
@@ -42,20 +44,27 @@ def places(one: Any, two: Any, prefix: str) -> list[tuple[Any, Any, str]]:
     return found
 
 
-def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Names) -> Names:
+def _followed(one: Any, two: Any, prefix: str, asked: list[bool]) -> list[tuple[Any, Any, str, list[bool]]]:
+    """`places` of equations that a gradient goes through, with what is asked of the jaxpr within them."""
+    live = alive(one, asked)
+    pairs = [(*place, reached(place[0], live)) for place in places(one, two, prefix)]
+    return [(p, q, key, within(p, flags)) for p, q, key, flags in pairs if any(flags)]
+
+
+def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Names, asked: list[bool]) -> Names:
     """Marks what stands behind a move; names for the outputs."""
     why: dict[Any, str] = dict(zip(one.invars, given, strict=True))
-    for p, q, key in places(one, two, prefix):
+    for p, q, key, flags in _followed(one, two, prefix, asked):
         before = _known(why, p.invars)
         name = next((w for w in before if w), "")
         if name:
             found.setdefault(key, name)
-        within = inner(p, q)
-        if within is not None:
-            after = _forwards(found, *within, f"{key}.", before)
+        bodies = inner(p, q)
+        if bodies is not None:
+            after = _forwards(found, *bodies, f"{key}.", before, flags)
             while (again := _turned(p, before, after)) != before:  # the next turn starts with what this one left
                 before = again
-                after = _forwards(found, *within, f"{key}.", before)
+                after = _forwards(found, *bodies, f"{key}.", before, flags)
         else:
             name = _moves(p, q) or name
             after = [name if grown(v, w) else "" for v, w in zip(p.outvars, q.outvars, strict=True)]
@@ -63,21 +72,21 @@ def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Nam
     return _known(why, one.outvars)
 
 
-def _backwards(found: dict[str, str], one: Any, two: Any, prefix: str, wanted: Names) -> Names:
+def _backwards(found: dict[str, str], one: Any, two: Any, prefix: str, wanted: Names, asked: list[bool]) -> Names:
     """Marks what a move comes after; names for the inputs."""
     why: dict[Any, str] = {}
     _mark(why, one.outvars, wanted)
-    for p, q, key in reversed(places(one, two, prefix)):
+    for p, q, key, flags in reversed(_followed(one, two, prefix, asked)):
         after = _known(why, p.outvars)
         name = next((w for w in after if w), "")
         if name:
             found.setdefault(key, name)
-        within = inner(p, q)
-        if within is not None:
-            ahead = _backwards(found, *within, f"{key}.", after)
+        bodies = inner(p, q)
+        if bodies is not None:
+            ahead = _backwards(found, *bodies, f"{key}.", after, flags)
             while (again := _turned(p, after, ahead, back=True)) != after:
                 after = again
-                ahead = _backwards(found, *within, f"{key}.", after)
+                ahead = _backwards(found, *bodies, f"{key}.", after, flags)
             _mark(why, p.invars, ahead)
             continue
         name = _moves(p, q) or name

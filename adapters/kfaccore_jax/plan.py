@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from kfaccore import Block
 from kfaccore_jax.batch import check_equations, check_rows, doubled, examples, joins_behind, settled, strong
 from kfaccore_jax.calls import Call
-from kfaccore_jax.interpret import as_calls, run
+from kfaccore_jax.interpret import run
 from kfaccore_jax.layers import Layer, gathered
 from kfaccore_jax.layout import Layout
+from kfaccore_jax.meeting import as_calls
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.mixing import mixed
 from kfaccore_jax.names import check_arrays, named, without_number
@@ -149,9 +150,9 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
     if jaxpr is not None:
         check_equations(jaxpr, second, n)
         jaxpr, second = ranged(jaxpr, second)
-    minor = jaxpr is not None and joins_behind(jaxpr, second)
+    minor = jaxpr is not None and joins_behind(jaxpr, second, len(shapes))
     check_rows(shapes, shapes2, n, minor)
-    places = moved(jaxpr, second) if jaxpr is not None else {}
+    places = moved(jaxpr, second, len(shapes)) if jaxpr is not None else {}
     summed = mixed(jaxpr, second, len(shapes), n) if jaxpr is not None else set()
     calls = {}
     refused = dict(walk.leaks)
@@ -213,8 +214,9 @@ def evaluated(
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     tags: list[Tag] = [Param(i, Layout.of(x.shape)) if followed(x) else None for i, x in enumerate(leaves[:count])]
     tags += [None] * (len(leaves) - count)
-    outs, found = run(walk, closed, leaves, tags)
     count = jax.tree.structure(shape[0] if has_aux else shape).num_leaves
+    derived = [i < count for i in range(len(closed.jaxpr.outvars))]
+    outs, found = run(walk, closed, leaves, tags, derived)
     outs[:count] = as_calls(walk, -1, outs[:count], found[:count], "the output itself")
     out = jax.tree.unflatten(jax.tree.structure(shape), outs)
     pred, aux = out if has_aux else (out, None)

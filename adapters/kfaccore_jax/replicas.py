@@ -83,3 +83,15 @@ def check_axes(given: tuple[str, ...] | None) -> None:
     missing = [name for name in given or () if name not in force]
     if missing:
         raise ValueError(f"kfac() was given axis_name {missing}, and update runs under the axes {list(force)}")
+
+
+def averaged(axes: Axes, grads: Any, share: Any, factored: object) -> Any:
+    """The mean gradient of all devices; ValueError where products were given beside it."""
+    if factored:
+        raise ValueError("factored gradients are each device's own, and axis_name averages gradients: pass grads")
+    return axes.mean(grads, share)
+
+
+def in_force(names: tuple[str, ...]) -> bool:
+    """Whether all of these axes are in force here."""
+    return set(names) <= set(named_axes())

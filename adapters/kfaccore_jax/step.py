@@ -88,7 +88,8 @@ def kfac(
     the loss and a function of the parameters that computes it, and whether to refresh where the clocks do not decide.
 
     methods, clocks, schedules, step, network and widest as in kfaccore.Preconditioner, or all of them at once as
-    `core`; a schedule sees a traced step, as optax's do. The default method is KFAC().
+    `core`; a schedule sees a traced step, as optax's do. The default method is KFAC(). Schedules(l2=, weight_decay=)
+    are added here to what is preconditioned: gradients, value and value_fn are those of the loss without a penalty.
 
     axis_name  names of the axes (shard_map, pmap) over which each device has its own part of the batch: statistics,
                sums of the model, gradients and losses are averaged over them, weighted by the records' n, so that the
@@ -115,6 +116,8 @@ def kfac(
         methods = KFAC() if methods is None and network is None else methods
         core = Preconditioner(methods, clocks, schedules, network, rule_of(step, graft, rest), widest=widest)
     rule_of(core.rule, graft, rest)
+    if graft is not None and (core.schedules.penalised or core.schedules.weight_decay):
+        raise ValueError("weight decay and l2 are those of graft's optimizer: set them there, not in Schedules")
     rule = Transformation(plan, core, _names(axis_name), _uncovered(core, uncovered, rest), rest, graft)
     return optax.GradientTransformationExtraArgs(promoting(rule.init), promoting(rule.update))
 

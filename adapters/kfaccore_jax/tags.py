@@ -16,7 +16,8 @@ class Param:
     (depth, size, stride); scale is a traced number.
 
     place, by   where the value was multiplied by an array `by` of its own shape, as a mask or the inverse deviation of
-                BatchNorm is: a product to come may take it along, what else comes sees a call of that place
+                BatchNorm is: a product to come may take it along, what else comes sees a call of that place; or where
+                an array of its own shape was added, and `by` is None
     """
 
     leaf: int

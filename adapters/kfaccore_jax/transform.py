@@ -22,12 +22,13 @@ from kfaccore import (
 )
 from kfaccore_jax.grafting import beside, grafted
 from kfaccore_jax.judge import arrays, finitely, judged, losses_of, started
-from kfaccore_jax.mesh import automatic, named_axes, placed_like, specs_of
+from kfaccore_jax.mesh import automatic, placed_like, specs_of
 from kfaccore_jax.names import named
+from kfaccore_jax.penalties import penalty, shrunk, sloped, weights, with_penalty
 from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_halves, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn, side_by_side
-from kfaccore_jax.replicas import Axes, check_axes, share_of
+from kfaccore_jax.replicas import Axes, averaged, check_axes, in_force, share_of
 from kfaccore_jax.state import Codes, Fresh, KFACState
 from kfaccore_jax.trees import register
 from kfaccore_jax.wrappers import check_given, check_seen, not_within_multisteps
@@ -100,7 +101,7 @@ class Transformation:
         rule = given.rule
         if comm is None and self.axes:
             comm = Axes(self.axes)
-            whole = Axes(self.axes, world=comm.devices) if _in_force(self.axes) else comm
+            whole = Axes(self.axes, world=comm.devices) if in_force(self.axes) else comm
             rule = Preconditioner(methods, step=rule, comm=whole).rule  # the rule's sums go over the same axes
         numbers = {"widest": given.widest, "stacked": given.stacked}
         return Preconditioner(methods, given.clocks, given.schedules, given.network, rule, comm or Serial(), **numbers)
@@ -128,28 +129,40 @@ class Transformation:
         self._wanting(given, fresh, damping, value, value_fn, params, whole)
         axes = Axes(self.axes) if self.axes else None
         share = share_of(records)
-        grads = grads if axes is None else _averaged(axes, grads, share, factored)
+        grads = grads if axes is None else averaged(axes, grads, share, factored)
         core = self.core(blocks)
         how = {"fisher": records.fisher if isinstance(records, Drawn) else None, "nonnegative": nonnegative}
+        schedules = self.given.schedules
+        theta = weights(schedules, self.plan, params, blocks)
 
-        def stepped(grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any) -> tuple:
+        def stepped(
+            grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any, theta: Any
+        ) -> tuple[Any, Any, Codes]:
             found = matrices(self.plan, grads, blocks) | factored
+            found = sloped(schedules, found, theta, before.step) if theta else found
             due = self.due(core, before, given, fresh, found)
             directions, after, info = core.do(due, before, given, found, damping=damping, **how, **told)
+            directions = shrunk(schedules, directions, theta, info.step["alpha"]) if theta else directions
             return tree_of(self.plan, grads, directions), register(after), state.codes.after(info)
 
-        products = {name: x for name, x in (factored or {}).items() if name in blocks}
+        # what is added to a gradient is added to all of it: products stay products without a penalty alone
+        products = {name: x for name, x in (factored or {}).items() if name in blocks and not schedules.penalised}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
         told = self._told(records, grads, value, axes, share)
+        if told and theta:
+            told["loss"] = told["loss"] + penalty(schedules, theta, state.core.step)
         rest = state.rest
         taken = None
         if self.graft is not None:
             taken, told["lengths"], rest = grafted(self.graft, self.plan, blocks, grads, rest, params)
-        moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told)
+        moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told, theta)
         moves = moves if self.graft is None else beside(self.plan, moves, taken)
         moves, rest = self._rest_moved(moves, grads, rest, params)
         counts = state.counts + jnp.sum(codes.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
         if value_fn is not None and self.step.judges:
+            if theta:
+                value = value + penalty(schedules, theta, state.core.step)
+                value_fn = with_penalty(schedules, self.plan, value_fn, whole, blocks, state.core.step)
             losses = losses_of(moves, value, value_fn, params, whole)
             losses = losses if axes is None else axes.mean(losses, share)
             moves, motion = judged(self.step, state.core.motion, after.motion, moves, losses)
@@ -231,14 +244,3 @@ def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block], uncovered: M
         elif methods is not None:
             found[name] = methods[owners[name]] if several else methods
     return found
-
-
-def _averaged(axes: Axes, grads: Any, share: Any, factored: object) -> Any:
-    """The mean gradient of all devices; ValueError where products were given beside it."""
-    if factored:
-        raise ValueError("factored gradients are each device's own, and axis_name averages gradients: pass grads")
-    return axes.mean(grads, share)
-
-
-def _in_force(names: tuple[str, ...]) -> bool:
-    return set(names) <= set(named_axes())

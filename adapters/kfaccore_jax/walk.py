@@ -17,8 +17,8 @@ class Walk:
     """What one evaluation found, keyed by the place of the equation: calls, inputs kept, output shapes, and where
     leaves went that no rule knows. `probes` are added to the outputs of calls. `known` are the calls of the plan, None
     while it is made: an array of one example cannot tell by its shape that a leaf was repeated over the batch. `late`
-    are calls at products that a leaf had gone through before they were asked for: planned again with them as `asked`,
-    the model is as it will be captured."""
+    are calls at products and sums that a leaf had gone through before they were asked for: planned again with them as
+    `asked`, the model is as it will be captured."""
 
     probes: dict[str, Any] | None = None
     known: frozenset[str] | None = None
@@ -57,6 +57,7 @@ class Walk:
         leaves = [tag.leaf for tag in tags if isinstance(tag, Param)]
         leaves += [one.leaf for tag in tags if isinstance(tag, Joined) for one in tag.tags]
         several = len(leaves) > 1 and place in ("mul", "add", "sub", "div", "concatenate", "dot_general", "max", "min")
+        self.late |= {tag.place for tag in tags if isinstance(tag, Param) and tag.place and tag.by is None}
         for leaf in dict.fromkeys(leaves):
             named = place.removesuffix("_jaxpr")  # jax 0.6: custom_vjp_call_jaxpr
             self.leaks.setdefault(leaf, []).append(f"{named} of two leaves" if several else named)
