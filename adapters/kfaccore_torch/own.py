@@ -89,14 +89,16 @@ def _last(drawn: kf.Record, own: kf.Record) -> kf.Record:
 def own_apart(
     engine: Engine, records: dict[str, Any] | None
 ) -> tuple[dict[str, Any] | None, dict[str, list[kf.Record]]]:
-    """What waited `together` for a step, as (draws, own); layers whose rows mix examples have none of their own."""
+    """What waited `together` for a step, as (draws, own); layers whose rows mix examples have none of their own. What
+    no example here reached is no list but one Record of J = 0, and has no share either."""
     if records is None or not engine.core.rule.wants_own:
         return records, {}
-    whole = {name: given for name, given in records.items() if _tied(engine, name)}
+    whole = {name: given for name, given in records.items() if isinstance(given, kf.Record) or _tied(engine, name)}
     both = {name: given for name, given in records.items() if name not in whole}
     drawn = whole | {name: [replace(r, g=r.g[:-1, ...]) for r in given] for name, given in both.items()}
     each = {name: given for name, given in both.items() if name not in engine.mixing}
-    return drawn, {name: [replace(r, g=r.g[-1:, ...]) for r in given] for name, given in each.items()}
+    none = {n: [r] for n, r in whole.items() if isinstance(r, kf.Record) and n in apart(engine)}
+    return drawn, none | {name: [replace(r, g=r.g[-1:, ...]) for r in given] for name, given in each.items()}
 
 
 def mean_loss(engine: Engine, values: Sequence[float], total: float) -> float | None:
