@@ -29,6 +29,7 @@ from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
+from kfaccore_torch.uncounted import share_of_none, zero
 
 
 class Optimizer:
@@ -173,7 +174,7 @@ class Optimizer:
         if n <= 0 and world == 1:
             raise ValueError(f"no step was taken: {engine.void(batch)}; skip such a batch")
         if n <= 0:
-            return torch.stack([head.sum() for head in heads]).sum() * 0.0, 0.0
+            return zero(heads), share_of_none(engine)
         # a sum is one sum over all ranks
         return engine.objective.value(batch.f, batch.target), n / world if engine.objective.total else n
 
