@@ -16,7 +16,7 @@ from kfaccore_torch.beside import Quiet
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.passes import passing
 from kfaccore_torch.pulled import pulled
-from kfaccore_torch.uncounted import standing, taking
+from kfaccore_torch.uncounted import share_of_none, standing, taking
 
 if TYPE_CHECKING:
     from kfaccore_torch.capture import Capture
@@ -48,7 +48,7 @@ def recorded(
     what was observed of the calls. Layers whose rows mix examples have no gradients by example."""
     if not engine.due or not standing(engine.objective.heads(batch.f)):
         return {} if engine.due else None, {}, None
-    n = taking(n)
+    n = taking(n or share_of_none(engine))
     if not engine.core.rule.wants_own and not engine.core.rule.needs_records:
         found, observed = engine.measured(seen, batch, 0, n, copies=False)
         return found, {}, observed

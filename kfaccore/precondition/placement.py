@@ -144,10 +144,13 @@ def reduced(comm: Communicator, stats: Tree) -> Tree:
 
 
 def _counted(stats: Tree) -> Tree:
-    """Stats whose numbers are arrays (1,), as ranks may add."""
-    like = next(x for x in tree.leaves(stats) if not isinstance(x, int | float))
-    one = namespace(like).ones((1,), dtype=like.dtype, device=device_of(like))
-    return tree.map(lambda x: x * one if isinstance(x, int | float) else x, stats)
+    """Stats whose numbers are arrays (blocks,), as ranks may add: what is a number on one rank, as where all rows
+    exist, is an array on another."""
+    if isinstance(stats, Mapping):
+        return {name: _counted(one) for name, one in stats.items()}
+    like = next(x for x in tree.leaves(stats) if not isinstance(x, int | float) and x.ndim)
+    ones = namespace(like).ones((like.shape[0],), dtype=like.dtype, device=device_of(like))
+    return tree.map(lambda x: x * ones if isinstance(x, int | float) or not x.ndim else x, stats)
 
 
 def exchanged(
