@@ -143,7 +143,7 @@ def reduced(comm: Communicator, stats: Tree) -> Tree:
     return _unpacked(comm.all_reduce(_packed(stats)), stats)
 
 
-def _counted(stats: Tree) -> Tree:
+def _counted(stats: Any) -> Any:
     """Stats whose numbers are arrays (blocks,), as ranks may add: what is a number on one rank, as where all rows
     exist, is an array on another."""
     if isinstance(stats, Mapping):
