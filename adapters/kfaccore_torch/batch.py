@@ -17,8 +17,10 @@ def met(engine: Engine, value: float, grads: dict[str, Any], n: float) -> tuple[
         return value, 1.0, grads
     layers = engine.plan.layers
     own, value = _weighed(engine, n, value)
-    present = [float(name in grads) for name in layers]
-    n, value, *present = comm.all_reduce([torch.tensor([own, value, *present], dtype=torch.float64)])[0].tolist()
+    told = [own, value, n, *(float(name in grads) for name in layers)]
+    n, value, counts, *present = comm.all_reduce([torch.tensor(told, dtype=torch.float64)])[0].tolist()
+    if counts <= 0:
+        raise ValueError("no step was taken: no label of the batch counts on any rank; skip such a batch")
     whole = 1.0 if engine.objective.total else n
     met = {name: grads.get(name) for name, count in zip(layers, present, strict=True) if count}
     with engine.working():

@@ -163,7 +163,8 @@ def over_ranks(core: kf.Preconditioner, model: torch.nn.Module) -> kf.Preconditi
         warnings.warn(f"{text}, which is right for a model of its own alone", stacklevel=4)
         return core
     numbers = core.methods, core.clocks, core.schedules, core.network, core.rule
-    return kf.Preconditioner(*numbers, comm=Distributed(), donate=core.donate, widest=core.widest)
+    more = {"donate": core.donate, "widest": core.widest, "stacked": core.stacked}
+    return kf.Preconditioner(*numbers, comm=Distributed(), **more)
 
 
 def check_whole(model: torch.nn.Module) -> None:

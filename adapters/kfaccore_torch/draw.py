@@ -77,7 +77,8 @@ def drawn(
     batch.told.check(set(found.records), set(seen.calls))
     if more is None:
         return found
-    unit = engine.share(batch) * times * times  # of the draws, whose n the own gradients have too
+    # of the draws, whose n the own gradients have too; where nothing counts they are zeros of any n
+    unit = (engine.share(batch) or 1.0) * times * times
     return found._replace(own={name: replace(own, n=n / unit) for name, own in found.own.items()})
 
 

@@ -31,6 +31,7 @@ class Formed:
     passes   backward passes that differentiated it -> what arrived at it there; without those that failed, and those
              whose gradients were set aside
     without  layers whose gradients alone were set aside since
+    void     whether no label counts in it, so that its gradients are zeros as its pass left them
     """
 
     found: Mapping[str, Any]
@@ -40,6 +41,7 @@ class Formed:
     weight: float = 1.0
     passes: dict[int, Arrived] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
+    void: bool = False
 
     @property
     def counts(self) -> bool:
@@ -55,9 +57,9 @@ class Formed:
         return sum(into[1:], into[0]) if into else asked[0] if asked else None
 
     @classmethod
-    def on(cls, plan: Plan, found: Mapping[str, Any], value: float | None, weight: float) -> Formed:
+    def on(cls, plan: Plan, found: Mapping[str, Any], value: float | None, weight: float, void: bool = False) -> Formed:
         """A loss whose statistics were taken under a plan."""
-        return cls(found, {name: plan.layers[name] for name in found}, plan.trained, value, weight)
+        return cls(found, {name: plan.layers[name] for name in found}, plan.trained, value, weight, void=void)
 
     def note(self, grad: torch.Tensor, follow: Callable[[Formed, bool], int]) -> bool:
         """It is differentiated, which a hook of it tells; whether by parameters. Another derivative, as an attack's by

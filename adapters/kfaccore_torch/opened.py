@@ -36,6 +36,11 @@ class Opened:
     def __bool__(self) -> bool:
         return bool(self.all)
 
+    @property
+    def shots(self) -> list[Shot]:
+        """What their losses leave."""
+        return [one.shot for one in self.all]
+
     def clear(self) -> None:
         """Their parameters are no more."""
         self.lost = self.lost or any(not one.seen.spent for one in self.all)

@@ -29,6 +29,7 @@ from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scaler
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.step import Engine
+from kfaccore_torch.uncounted import share_of_none, zero
 
 
 class Optimizer:
@@ -133,7 +134,7 @@ class Optimizer:
         before, share, grads = met(engine, float(value.detach()), grads, n)
         if records is not None:
             missing = {*grads} - {*records}
-            records, grads = engine.completed(records, grads, n)
+            records, grads = engine.completed(records, grads, n or share_of_none(engine))
             own |= {name: records[name] for name in missing & {*records} - engine.mixing}  # J = 0: no share either
         grads, rest = summed(engine, grads, rest, share)
         before += penalty(engine, l2)
@@ -173,7 +174,7 @@ class Optimizer:
         if n <= 0 and world == 1:
             raise ValueError(f"no step was taken: {engine.void(batch)}; skip such a batch")
         if n <= 0:
-            return torch.stack([head.sum() for head in heads]).sum() * 0.0, 0.0
+            return zero(heads), 0.0
         # a sum is one sum over all ranks
         return engine.objective.value(batch.f, batch.target), n / world if engine.objective.total else n
 

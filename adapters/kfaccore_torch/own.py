@@ -16,6 +16,7 @@ from kfaccore_torch.beside import Quiet
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.passes import passing
 from kfaccore_torch.pulled import pulled
+from kfaccore_torch.uncounted import share_of_none, standing, taking
 
 if TYPE_CHECKING:
     from kfaccore_torch.capture import Capture
@@ -45,8 +46,9 @@ def recorded(
 ) -> tuple[dict[str, kf.Record] | None, dict[str, kf.Record], Observed | None]:
     """Records where the step needs them, the same rows with the loss's own gradients where its rule wants them, and
     what was observed of the calls. Layers whose rows mix examples have no gradients by example."""
-    if not engine.due or n <= 0:
+    if not engine.due or not standing(engine.objective.heads(batch.f)):
         return {} if engine.due else None, {}, None
+    n = taking(n or share_of_none(engine))
     if not engine.core.rule.wants_own and not engine.core.rule.needs_records:
         found, observed = engine.measured(seen, batch, 0, n, copies=False)
         return found, {}, observed
@@ -66,12 +68,15 @@ def _tied(engine: Engine, name: str) -> bool:
 
 
 def taken(
-    engine: Engine, seen: Capture, batch: Batch, turn: int, n: float, times: float, more: Pull | None
+    engine: Engine, seen: Capture, batch: Batch, turn: int, n: float, times: float, value: torch.Tensor
 ) -> tuple[dict[str, Any], Observed]:
-    """What waits for the step of one loss, with the loss's own gradients where there are `more`."""
-    if more is None:
-        return engine.measured(seen, batch, turn, n, times=times)
-    drawn = engine.records(seen, batch, turn, n, times=times, more=more)
+    """What waits for the step of one loss, with the loss's own gradients, as a last draw, where the rule wants them."""
+    more = own_draw(engine, value, batch)
+    n = taking(n)
+    with torch.autocast(engine.device.type, enabled=False):  # draws go backward, which is not for it
+        if more is None:
+            return engine.measured(seen, batch, turn, n, times=times)
+        drawn = engine.records(seen, batch, turn, n, times=times, more=more)
     return waiting(engine, together(engine, drawn)), drawn.observed
 
 
@@ -89,14 +94,23 @@ def _last(drawn: kf.Record, own: kf.Record) -> kf.Record:
 def own_apart(
     engine: Engine, records: dict[str, Any] | None
 ) -> tuple[dict[str, Any] | None, dict[str, list[kf.Record]]]:
-    """What waited `together` for a step, as (draws, own); layers whose rows mix examples have none of their own."""
+    """What waited `together` for a step, as (draws, own); layers whose rows mix examples have none of their own. What
+    no example here reached is no list but one Record of J = 0, and has no share either."""
     if records is None or not engine.core.rule.wants_own:
         return records, {}
-    whole = {name: given for name, given in records.items() if _tied(engine, name)}
+    whole = {name: given for name, given in records.items() if isinstance(given, kf.Record) or _tied(engine, name)}
     both = {name: given for name, given in records.items() if name not in whole}
     drawn = whole | {name: [replace(r, g=r.g[:-1, ...]) for r in given] for name, given in both.items()}
     each = {name: given for name, given in both.items() if name not in engine.mixing}
-    return drawn, {name: [replace(r, g=r.g[-1:, ...]) for r in given] for name, given in each.items()}
+    none = {n: [r] for n, r in whole.items() if isinstance(r, kf.Record) and n in apart(engine)}
+    return drawn, none | {name: [replace(r, g=r.g[-1:, ...]) for r in given] for name, given in each.items()}
+
+
+def weighed(engine: Engine, n: float, value: torch.Tensor) -> float | None:
+    """n value of a loss, 0 where nothing counts, whose mean is no number; None where no rule asks for it."""
+    if not engine.core.rule.wants_own:
+        return None
+    return n * float(value.detach()) if n else 0.0
 
 
 def mean_loss(engine: Engine, values: Sequence[float], total: float) -> float | None:

@@ -109,7 +109,9 @@ class Pending:
     def _compare(self) -> None:
         """At the start of a pass: what waits, with what has become of its gradients."""
         losses = [loss for shot in self.shots for loss in shot.losses if any(a.into for a in loss.passes.values())]
-        found = gone(self._left) if losses else set()
+        # zeros that a batch without labels left are no sign that they were thrown away
+        void = all(loss.void for loss in losses) and same(gradients(self._trained), self._left)
+        found = set() if void else gone(self._left)
         if found is None:  # a device knows
             self._doubts.append((doubt(self._left), [Taken.whole(loss) for loss in losses]))
         if found and len(found) == len(self._left):

@@ -20,7 +20,7 @@ from kfaccore_torch.grafting import stepped
 from kfaccore_torch.masks import Told
 from kfaccore_torch.opened import Open, Opened
 from kfaccore_torch.outputs import Output, picked
-from kfaccore_torch.own import mean_loss, own_apart, own_draw, taken
+from kfaccore_torch.own import mean_loss, own_apart, taken, weighed
 from kfaccore_torch.pending import Pending
 from kfaccore_torch.report import Coverage
 from kfaccore_torch.scaling import Scale, watch
@@ -28,6 +28,7 @@ from kfaccore_torch.settings import Settings
 from kfaccore_torch.shots import completed, unit
 from kfaccore_torch.step import Engine
 from kfaccore_torch.terms import Terms, numbered
+from kfaccore_torch.uncounted import standing, zero
 from kfaccore_torch.written import Written
 
 
@@ -142,7 +143,8 @@ class Preconditioner:
             self._written.follow(weighted, self.engine.plan.layers)
         if not self.engine.due or not torch.is_grad_enabled():
             return weighted
-        opened = self._opened.of(self.engine.objective.heads(f))
+        heads = self.engine.objective.heads(f)
+        opened = self._opened.of(heads)
         seen = opened.seen
         shot = opened.shot
         seen.check_unspent()
@@ -150,17 +152,17 @@ class Preconditioner:
         batch = Batch(f, target, opened.told)
         common = unit(self._opened.before(shot), number)
         n = self.engine.share(batch, wait=shot.formed or common is not None) if number else 0.0
-        if not isinstance(n, torch.Tensor) and n <= 0:
-            shot.void = self.engine.void(batch) if number else "its losses have weight 0"
-            return counted(weighted, self._pending, shot, seen.let_go)
-        times = shot.joined(n, number, common)
         shot.total = self.engine.objective.total
-        more = own_draw(self.engine, value, batch)  # waits as a last draw
-        with torch.autocast(self.engine.device.type, enabled=False):  # draws go backward, which is not for it
-            found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, more)
+        void = not isinstance(n, torch.Tensor) and n <= 0
+        if void:
+            shot.void = self.engine.void(batch) if number else "its losses have weight 0"
+        if void and (shot.formed or not number or not standing(heads)):
+            return counted(weighted, self._pending, shot, seen.let_go)
+        times = shot.uncounted(shot.total) if void else shot.joined(n, number, common)
+        found, observed = taken(self.engine, seen, batch, self._formed, shot.n, times, zero(heads) if void else value)
         self._formed += 1
-        expected = [g if g is None else g * number for g in observed.expected]
-        formed = Formed.on(self.engine.plan, found, None if more is None else shot.n * float(weighted.detach()), number)
+        expected = [] if void else [g if g is None else g * number for g in observed.expected]
+        formed = Formed.on(self.engine.plan, found, weighed(self.engine, shot.n, weighted), number, void)
         weighted = counted(weighted, self._pending, shot, seen.let_go, formed)
         self._terms.expect(weighted, expected, self.engine.plan.trained)
         return self.engine.met(weighted, f)
@@ -208,7 +210,7 @@ class Preconditioner:
         shots = self._pending.shots
         records, n = None, 0.0
         if engine.due and grads:
-            records, grads, n = completed(engine, shots, grads, self._scale.factor, self._formed, bool(self._opened))
+            records, grads, n = completed(engine, shots, grads, self._scale.factor, self._formed, self._opened.shots)
         self._opened.all = []  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:

@@ -13,6 +13,7 @@ import torch
 from kfaccore_torch.collect import complain, weighted
 from kfaccore_torch.formed import Formed
 from kfaccore_torch.slopes import check_even, check_shares, past
+from kfaccore_torch.uncounted import share_of_none, uncounted
 from kfaccore_torch.unread import read
 
 if TYPE_CHECKING:
@@ -80,6 +81,12 @@ class Shot:
             self.losses.clear()
         return (weight * self.n / n) ** 0.5
 
+    def uncounted(self, total: bool) -> float:
+        """A loss of which no label counts is the first on the forward: a sum has its n all the same."""
+        self.formed = True
+        self.n = 1.0 if total else 0.0
+        return 1.0
+
 
 def unit(before: Sequence[Shot], weight: float) -> float | None:
     """The n that a forward's first loss is to have, where the loss is a sum over forwards by weights, so that means
@@ -123,6 +130,10 @@ def gathered(shots: list[Shot], world: int, scale: torch.Tensor | None = None) -
             times = _whole(together, counted, world, apart) / slope / _sum([shot for shot, _ in here])
         for _, given in here:
             records.setdefault(name, []).extend(weighted(x, times / len(given)) for x in given)
+    if counted or world > 1:
+        for shot in shots:  # of which no label counts: their inputs count in A
+            for name, given in shot.found.items() if not any(shot is other for other in counted) else ():
+                records.setdefault(name, []).extend(uncounted(x) for x in given[:1])
     return Gathered(records, whole)
 
 
@@ -132,17 +143,19 @@ def completed(
     grads: dict[str, Any],
     scale: torch.Tensor | None,
     formed: int,
-    captured: bool,
+    captured: list[Shot],
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Records and gradients of a step, and n of it; ValueError where gradients have no statistics to go with.
 
-    formed, captured   how many losses were, and whether a forward
+    formed, captured   how many losses were, and the forwards
     """
     world = engine.core.comm.world
     found, n = gathered(shots, world, scale)
     records = {name: pieces for name, pieces in found.items() if name in grads}
     if not records:
-        complain(shots, formed, captured, world)
+        complain([*shots, *captured], formed, bool(captured), world)
+    if isinstance(n, float) and n <= 0:
+        n = share_of_none(engine)
     return *engine.completed(records, grads, n, plainly=True), n
 
 

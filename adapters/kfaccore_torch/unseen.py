@@ -12,12 +12,10 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from kfaccore_torch.rows import absent
+from kfaccore_torch.uncounted import taking
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
-
-
-_NEXT_TO_NOTHING = 1e-30  # a share that adds nothing to those of other ranks
 
 
 def completed(
@@ -36,7 +34,7 @@ def completed(
     with engine.working():
         for name in missing:
             if engine.core.comm.world > 1 or name in together:
-                share = n * engine.settings.draws_on or _NEXT_TO_NOTHING
+                share = taking(n * engine.settings.draws_on)
                 found[name] = absent(engine.plan.layers[name], share, engine.like, engine.namespace)
     return found, {name: g for name, g in grads.items() if name in found}
 
@@ -47,7 +45,8 @@ def check_seen(engine: Engine, records: Mapping[str, Any], grads: Mapping[str, A
     missing = [name for name in grads if name not in records and _nonzero(grads[name])]
     if engine.partly:  # then all ranks are here
         there = _called_on_ranks(engine, records)
-        missing = [name for name in missing if name in engine.called or name not in there]
+        # where nothing was differentiated here at all, what was called was in a batch that does not count
+        missing = [name for name in missing if (records and name in engine.called) or name not in there]
     aside = [name for name in missing if name in engine.called]
     if not missing:
         return

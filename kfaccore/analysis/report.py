@@ -136,7 +136,7 @@ def report(records: Given, grads: Mapping[str, Array] | None = None) -> Report:
         given = layers[name]
         record = _of_pair(*given) if isinstance(given, tuple) else given
         grad = (grads or {}).get(name)
-        row, found = _of_layer(name, record, stored.grad(name) if grad is None and stored is not None else grad)
+        row, found = _of_layer(name, record, stored.finite_grad(name) if grad is None and stored is not None else grad)
         rows.append(row)
         spectra[name] = found
     return Report(tuple(rows), spectra)

@@ -54,6 +54,7 @@ def main() -> None:
         try:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # terminals that lack a character
+                setattr(sys, name, _whole(stream))
         except OSError:  # closed since Python began
             stream = None
         if stream is None:  # closed: what is opened next would take its number, and be printed into
@@ -75,6 +76,16 @@ def main() -> None:
         _say(f"kfaccore: unexpected {kind}: {' '.join(str(error).split())[:300]}; kfaccore --debug ... shows where")
     gc.freeze()  # or Python looks through every module for garbage before it ends, which takes a tenth of a second
     sys.exit(code)
+
+
+def _whole(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The stream, with a buffer where Python was told to have none (PYTHONUNBUFFERED): it drops what one write of the
+    system leaves, as on a disk that fills, and says nothing."""
+    if not isinstance(stream.buffer, io.RawIOBase):
+        return stream
+    encoding = stream.encoding
+    writer = io.BufferedWriter(stream.detach())  # pyright: ignore[reportArgumentType]
+    return io.TextIOWrapper(writer, encoding, "replace", line_buffering=True)
 
 
 def _run() -> int:

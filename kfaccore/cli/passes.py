@@ -120,7 +120,7 @@ class Pass:
             if beside > 1 and not narrow(record, methods.values(), survey.limits, beside):
                 return send(Wide())
             send(Shape(_shape(record)))
-            for row in figures_of(name, self.moved(record), methods, stored.grad(name), survey):
+            for row in figures_of(name, self.moved(record), methods, stored.finite_grad(name), survey):
                 kept = {key: survey.kept.rows[key] for key in survey.kept.rows.keys() - known}
                 known |= kept.keys()
                 send(Row(row, kept))

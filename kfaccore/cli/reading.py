@@ -37,7 +37,7 @@ class Step:
         from kfaccore.posterior import reading
 
         host = hosted(record)
-        grad = stored.grad(name)
+        grad = stored.finite_grad(name)
         trouble = not_own(host, grad)
         if trouble or grad is None:
             return trouble

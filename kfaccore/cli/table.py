@@ -62,7 +62,7 @@ def height() -> int:
 def lines(head: tuple[str, ...], rows: Iterable[tuple[str, ...] | str], least: int = 2, told: bool = True) -> list[str]:
     """Aligned text; a row that is a string is a title. Columns from the right are left out where a line would be longer
     than the terminal, but never the first `least`; a last line names them unless not `told`."""
-    given = list(rows)
+    given = [_in_one_line(row) if isinstance(row, str) else tuple(map(_in_one_line, row)) for row in rows]
     cells = [head, *(row for row in given if not isinstance(row, str))]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     shown = list(range(len(head)))
@@ -78,6 +78,11 @@ def lines(head: tuple[str, ...], rows: Iterable[tuple[str, ...] | str], least: i
     if hidden and told:
         found.append(f"not shown, for want of width: {', '.join(hidden)}")
     return found
+
+
+def _in_one_line(text: str) -> str:
+    """With what is no character of a line, as in the name of a layer, spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _aligned(row: tuple[str, ...], shown: list[int], widths: list[int]) -> str:

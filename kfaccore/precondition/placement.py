@@ -20,6 +20,7 @@ from kfaccore.precondition.comm import Communicator, Serial, Tree
 from kfaccore.precondition.trial import floating, refreshed_leaves
 from kfaccore.record import Record
 from kfaccore.solution import Solution
+from kfaccore.step.own import most_examples
 from kfaccore.xp.arrays import Array, device_of, from_host, namespace
 
 
@@ -105,11 +106,25 @@ def _same(has: Mapping[str, list[bool]], what: str) -> None:
 def common(
     comm: Communicator, own: dict[str, Record], every: tuple[str, ...], seen: Mapping[str, Record]
 ) -> dict[str, Record]:
-    """The layers of `own` that all ranks have."""
+    """The layers of `own` that are judged by example: those whose rows are the examples of the batch, on all ranks.
+
+    What a rank saw may differ: where none of its examples reached a layer, it has no share of it, and agrees. A layer
+    that another rank cannot judge is left to none, so that all model the same.
+    """
+    if not own or not seen:
+        mine = {}
+    else:
+        most = most_examples(seen).batch
+        mine = {n: r for n, r in own.items() if seen[n].batch == most or (comm.world > 1 and _unreached(seen[n]))}
     if comm.world == 1 or not seen:
-        return own
-    counts = _having(comm, set(own), every, next(iter(seen.values())).g)
-    return {name: record for name, record in own.items() if counts[name] == comm.world}
+        return mine
+    counts = _having(comm, set(mine), every, next(iter(seen.values())).g)
+    return {name: record for name, record in mine.items() if counts[name] == comm.world}
+
+
+def _unreached(record: Record) -> bool:
+    """Whether it stands for a layer that no example of a rank reached."""
+    return record.mask is not None and not bool(namespace(record.mask).any(record.mask))
 
 
 def _having(comm: Communicator, names: set[str], every: tuple[str, ...], like: Array) -> dict[str, float]:
@@ -128,11 +143,14 @@ def reduced(comm: Communicator, stats: Tree) -> Tree:
     return _unpacked(comm.all_reduce(_packed(stats)), stats)
 
 
-def _counted(stats: Tree) -> Tree:
-    """Stats whose numbers are arrays (1,), as ranks may add."""
-    like = next(x for x in tree.leaves(stats) if not isinstance(x, int | float))
-    one = namespace(like).ones((1,), dtype=like.dtype, device=device_of(like))
-    return tree.map(lambda x: x * one if isinstance(x, int | float) else x, stats)
+def _counted(stats: Any) -> Any:
+    """Stats whose numbers are arrays (blocks,), as ranks may add: what is a number on one rank, as where all rows
+    exist, is an array on another."""
+    if isinstance(stats, Mapping):
+        return {name: _counted(one) for name, one in stats.items()}
+    like = next(x for x in tree.leaves(stats) if not isinstance(x, int | float) and x.ndim)
+    ones = namespace(like).ones((like.shape[0],), dtype=like.dtype, device=device_of(like))
+    return tree.map(lambda x: x * ones if isinstance(x, int | float) or not x.ndim else x, stats)
 
 
 def exchanged(

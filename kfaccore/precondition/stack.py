@@ -43,7 +43,7 @@ class Stack:
         ours = Stack(tuple(given), self.method)
         mine = part(state, self.names, ours.names)
         stats = ours._stats(mine, given, hypers)
-        if mergeable(stats):
+        if comm.world > 1 or mergeable(stats):  # over ranks Stats are sums, and all ranks must do the same
             mine, refused = ours._moved(mine, merged(stats), hypers, comm, donate)
         else:  # rows of batches of different sizes: one by one
             mine, refused = ours._apart(mine, stats, hypers, comm, donate)

@@ -65,6 +65,16 @@ class Stored(Mapping[str, Record]):
         parts = [n * file.leaf(name, "grad") for n, file in zip(shares, self.files, strict=True)]
         return sum(parts[1:], parts[0]) / sum(shares)
 
+    def finite_grad(self, name: str) -> np.ndarray | None:
+        """The same for what computes with it: ValueError where it overflowed."""
+        grad = self.grad(name)
+        if grad is not None and not np.isfinite(grad).all():
+            raise ValueError(
+                f"layer {name!r}: the gradient stored with it, of shape {grad.shape}, is not finite; store that of a "
+                f"step that did not overflow, or leave it out"
+            )
+        return grad
+
 
 class _File:
     """The layers of one file: `layers` {layer: {leaf: name in the file}}."""

@@ -109,8 +109,9 @@ def counts(records: Mapping[str, Record], comm: Communicator = Serial()) -> tupl
     draws = max(record.draws for record in records.values())
     if comm.world == 1:
         return draws * most, most
-    total = comm.all_reduce([stack([number(most)])])[0]
-    return draws * number(total[0]), number(total[0])
+    # each rank's product, as ranks may have other numbers of draws: one that nothing reached has stand-ins of one
+    rows, examples = comm.all_reduce([stack([number(draws * most), number(most)])])[0]
+    return number(rows), number(examples)
 
 
 def _examples(record: Record) -> Number:

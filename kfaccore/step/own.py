@@ -42,8 +42,8 @@ class Left(NamedTuple):
 class Own:
     """What a step was given beside records and gradients, and how the layers solve.
 
-    records  {layer: Record} whose g are the loss's own gradients, one draw, for the rows of the layer's record; g / n
-             counts: n may be another than the record's
+    records  {layer: Record} whose g are the loss's own gradients, one draw, for the rows of the layer's record, which
+             are the examples of the batch, or none at all; g / n counts: n may be another than the record's
     solving  {layer: method, state and numbers of its P}; a layer that is missing in either is not left out
     """
 
@@ -51,10 +51,8 @@ class Own:
     solving: Mapping[str, tuple[Method, State, Hyper]] = field(default_factory=dict)
 
     def layers(self, drawn: Mapping[str, Record]) -> list[str]:
-        """The layers whose own shares are known: one row an example of the batch, and a P in closed form."""
-        known = [name for name in drawn if name in self.records and solvable(self.solving.get(name))]
-        most = most_examples(drawn).batch if known else 0
-        return [name for name in known if drawn[name].batch == most]
+        """The layers whose own shares are known: gradients by example, and a P in closed form."""
+        return [name for name in drawn if name in self.records and solvable(self.solving.get(name))]
 
     def shares(self, drawn: Mapping[str, Record], weights: Mapping[str, Number]) -> Left:
         """The shares of the layers of `weights`, each times its weight: the part of this batch in its direction."""
