@@ -49,9 +49,9 @@ def trained(schedules, l2=0.0, decay=0.0, steps=3, factored=False, wrap=lambda t
     return params
 
 
-def same(got, want):
+def same(got, want, tolerance=1e-11):
     for name in P:
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(got[name], want[name], rtol=tolerance, atol=1e-13)
 
 
 @pytest.mark.parametrize("factored", [False, True])
@@ -104,3 +104,63 @@ def test_parameters_are_asked_for():
 def test_beside_graft_they_are_the_optimizers():
     with pytest.raises(ValueError, match="graft's optimizer: set them there"):
         kj.kfac(PLAN, kf.KFAC(), schedules=kf.Schedules(l2=0.1), graft=optax.adamw(1e-3))
+
+
+def grafted(graft, decay=lambda step: 0.0, matrices_alone=False, steps=3):
+    """Parameters after some steps; decay(step) is taken off by hand."""
+    tx = optax.chain(kj.kfac(PLAN, kf.KFAC(), graft=graft), optax.scale(-1.0))
+
+    @partial(jax.jit, compiler_options=FAST)
+    def call(params, state, decay):
+        captured = kj.capture(PLAN, params, X)
+        slope = LOSS.gradient(captured.prediction, Y) / len(X)
+        records = captured.records(kf.type2(LOSS, captured.prediction), len(X), fisher=kf.type2)
+        moves, state = tx.update(captured.gradients(slope), state, params, records=records)
+
+        def moved(p, m):
+            return p + m - (0.0 if matrices_alone and p.ndim == 1 else decay) * p
+
+        return jax.tree.map(moved, params, moves), state
+
+    params = P
+    state = tx.init(params)
+    for step in range(steps):
+        params, state = call(params, state, decay(step))
+    return params
+
+
+def of_matrices(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_decay_beside_a_grafted_step_stays_beside_it(masked):
+    mask = of_matrices if masked else None
+    got = grafted(optax.adamw(0.01, weight_decay=0.5, mask=mask))
+    same(got, grafted(optax.adam(0.01), lambda _: 0.005, masked))
+
+
+def test_and_where_its_rate_begins_with_zero():
+    rate = optax.linear_schedule(0.0, 0.02, 4)
+    got = grafted(optax.adamw(rate, weight_decay=0.5))
+    same(got, grafted(optax.adam(rate), lambda step: 0.5 * float(rate(step))), 1e-8)  # optax has rates of float32
+
+
+def test_a_length_that_goes_by_the_parameters_is_left_whole():
+    """LAMB's step is in proportion to its parameters, and to its gradient's direction: nothing of it shrinks them."""
+    graft = optax.lamb(0.01)
+    state = graft.init(P)
+    captured = kj.capture(PLAN, P, X)
+    grads = captured.gradients(LOSS.gradient(captured.prediction, Y) / len(X))
+    want, _ = graft.update(grads, state, P)
+    moved = grafted(graft, steps=1)
+    for layer, leaves in {"w": ("w", "b"), "v": ("v",)}.items():
+        length = sum(float((want[name] ** 2).sum()) for name in leaves) ** 0.5
+        way = sum(float(((moved[name] - P[name]) ** 2).sum()) for name in leaves) ** 0.5
+        assert way == pytest.approx(length, rel=1e-10), layer
+
+
+def test_an_optimizer_is_known_though_its_rate_begins_with_zero():
+    warm = optax.adam(optax.linear_schedule(0.0, 0.02, 4))
+    with pytest.raises(ValueError, match="rest turns gradients round"):
+        kj.kfac(PLAN, kf.KFAC(), rest=warm).init(P)

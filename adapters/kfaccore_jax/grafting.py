@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +33,76 @@ def rule_of(step: Any, graft: optax.GradientTransformation | None, rest: object)
     return step
 
 
+class Taken(NamedTuple):
+    """A step of the other rule, with the sign of a gradient: all of it, and what of it shrinks parameters beside the
+    rest, as AdamW's weight decay does (None without)."""
+
+    updates: Any
+    shrinking: Any
+
+
 def grafted(
     graft: optax.GradientTransformation, plan: Plan, blocks: Mapping[str, Block], grads: Any, state: Any, params: Any
-) -> tuple[Any, dict[str, Any], Any]:
-    """The updates of `graft` with the sign of a gradient, {layer or leaf: their norm}, and its state."""
+) -> tuple[Taken, dict[str, Any], Any]:
+    """The step of `graft`, {layer or leaf: its norm without what shrinks}, and its state."""
     check_given("graft", blocks, matrices(plan, grads, blocks))
-    updates, state = finitely(graft, grads, state, params)
-    updates = jax.tree.map(jnp.negative, updates) if turns(graft) else updates
-    found = matrices(plan, updates, blocks)
-    return updates, {name: jnp.linalg.norm(jnp.ravel(found[name])) for name in blocks}, state
+    updates, after = finitely(graft, grads, state, params)
+    bare = updates
+    if params is not None and _shrinks(graft, *_outline(params)):
+        bare, _ = finitely(graft, grads, state, jax.tree.map(jnp.zeros_like, params))
+    if turns(graft):
+        updates, bare = (jax.tree.map(jnp.negative, x) for x in (updates, bare))
+    shrinking = None if bare is updates else jax.tree.map(jnp.subtract, updates, bare)
+    found = matrices(plan, bare, blocks)
+    lengths = {name: jnp.linalg.norm(jnp.ravel(found[name])) for name in blocks}
+    return Taken(updates, shrinking), lengths, after
 
 
-def beside(plan: Plan, moves: Any, updates: Any) -> Any:
-    """`moves` with the leaves of no layer as `graft` would move them."""
+def beside(plan: Plan, moves: Any, taken: Taken) -> Any:
+    """`moves` with what shrinks beside them, and with the leaves of no layer as `graft` would move them."""
+    if taken.shrinking is not None:
+        moves = jax.tree.map(jnp.add, moves, taken.shrinking)
     leaves = named(moves)
     owned = {part.leaf for item in held(plan, leaves) for part in item.layer.parts}
-    own = {name: x for name, x in named(updates).items() if name not in owned}
+    own = {name: x for name, x in named(taken.updates).items() if name not in owned}
     return jax.tree.unflatten(jax.tree.structure(moves), list((leaves | own).values()))
+
+
+def _outline(tree: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Structure, and small shapes of as many axes with their dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((tuple(min(2, n) for n in x.shape), x.dtype) for x in leaves)
+
+
+@lru_cache(maxsize=64)
+def _shrinks(graft: optax.GradientTransformation, structure: Any, outlines: tuple[Any, ...]) -> bool:
+    """Whether a step has a part that is linear in the parameters and asks for nothing of the gradient. Seen in three
+    steps, as a rate may begin with 0, on small arrays."""
+    with jax.ensure_compile_time_eval():
+        ones = jax.tree.unflatten(structure, [jnp.ones(shape, dtype) for shape, dtype in outlines])
+        state = graft.init(ones)
+        for _ in range(3):
+            steps = {
+                (sign, size): graft.update(_times(sign, ones), state, _times(size, ones))
+                for sign in (1.0, -0.5)
+                for size in (0.0, 1.0, 2.0)
+            }
+            parts = [
+                jax.tree.map(jnp.subtract, steps[sign, size + 1][0], steps[sign, size][0])
+                for sign in (1.0, -0.5)
+                for size in (0.0, 1.0)
+            ]
+            if any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(parts[0])):
+                return all(_alike(parts[0], part) for part in parts[1:])
+            state = steps[1.0, 1.0][1]
+    return False
+
+
+def _times(number: float, tree: Any) -> Any:
+    return jax.tree.map(lambda x: (number * x).astype(x.dtype), tree)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two trees differ by rounding alone."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(bool(jnp.allclose(x, y, rtol=1e-2, atol=0.0)) for x, y in pairs)

@@ -43,11 +43,17 @@ def arrays(motion: Any) -> Any:
 
 
 def turns(tx: Any) -> bool:
-    """Whether an optax transformation turns a gradient round, as a whole optimizer does."""
+    """Whether an optax transformation turns a gradient round, as a whole optimizer does; seen in its first steps that
+    move anything, as a rate may begin with 0."""
     with jax.ensure_compile_time_eval():
         zero = {"x": jnp.zeros((1,))}
         one = {"x": jnp.ones((1,))}
-        return float(tx.update(one, tx.init(zero), zero)[0]["x"][0]) < 0
+        state = tx.init(zero)
+        for _ in range(10):
+            moves, state = tx.update(one, state, zero)
+            if moves["x"][0] != 0:
+                break
+        return float(moves["x"][0]) < 0
 
 
 def started(rest: Any, leaves: Mapping[str, Any]) -> Any:

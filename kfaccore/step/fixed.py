@@ -119,12 +119,12 @@ class Fixed:
 
     def _factors(
         self,
-        motion: dict[str, Array],
+        motion: dict[str, Any],
         directions: dict[str, Array],
         grads: Mapping[str, Array | Factored],
         records: Records | None,
         known: Known,
-    ) -> tuple[Mapping[str, Number], dict[str, Array], dict[str, Number]]:
+    ) -> tuple[Mapping[str, Number], dict[str, Any], dict[str, Number]]:
         """A factor a layer, the motion, and what is told; `scale` is 1 where layers differ."""
         if declares(self.rescale, ByLayer):
             return self.rescale.by_layer(directions, known), motion, {"scale": 1.0}
@@ -132,7 +132,7 @@ class Fixed:
             scale = self.rescale(directions, grads, self.lr)
             return dict.fromkeys(directions, scale), motion, {"scale": scale}
         seen: Any = records  # no terms: a rule that needs records of them says so
-        before = motion[_FIRST], motion[_HEIGHTS]
+        before: Any = motion[_FIRST], motion[_HEIGHTS]
         told, *after = self.rescale.modelled(directions, grads, seen, known, *tree.map(number, before), self.comm)
         first, heights = tree.map(
             lambda x, like: namespace(like).zeros_like(like) + scalar(x, like), tuple(after), before
