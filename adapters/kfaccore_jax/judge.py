@@ -49,11 +49,13 @@ def turns(tx: Any) -> bool:
         zero = {"x": jnp.zeros((1,))}
         one = {"x": jnp.ones((1,))}
         state = tx.init(zero)
-        for _ in range(10):
+        move = 0.0
+        steps = 0
+        while move == 0.0 and steps < 10:
             moves, state = tx.update(one, state, zero)
-            if moves["x"][0] != 0:
-                break
-        return float(moves["x"][0]) < 0
+            move = float(moves["x"][0])
+            steps += 1
+        return move < 0
 
 
 def started(rest: Any, leaves: Mapping[str, Any]) -> Any:

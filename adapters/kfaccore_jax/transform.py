@@ -152,7 +152,7 @@ class Transformation:
         if told and theta:
             told["loss"] = told["loss"] + penalty(schedules, theta, state.core.step)
         rest = state.rest
-        taken = None
+        taken: Any = None
         if self.graft is not None:
             taken, told["lengths"], rest = grafted(self.graft, self.plan, blocks, grads, rest, params)
         moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told, theta)

@@ -133,7 +133,8 @@ class Fixed:
             return dict.fromkeys(directions, scale), motion, {"scale": scale}
         seen: Any = records  # no terms: a rule that needs records of them says so
         before: Any = motion[_FIRST], motion[_HEIGHTS]
-        told, *after = self.rescale.modelled(directions, grads, seen, known, *tree.map(number, before), self.comm)
+        first, heights = tree.map(number, before)
+        told, *after = self.rescale.modelled(directions, grads, seen, known, first, heights, self.comm)
         first, heights = tree.map(
             lambda x, like: namespace(like).zeros_like(like) + scalar(x, like), tuple(after), before
         )
