@@ -194,3 +194,90 @@ def test_directions_that_a_loop_lets_go_of_are_gone():
     left = [TensorWeakRef(p.grad) for p in loop.model.parameters()]
     loop.both("zero_grad")
     assert [ref() for ref in left] == [None] * 4
+
+
+class Shared:
+    """Two heads on one trunk, a Preconditioner each."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        self.trunk = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+        self.heads = [nn.Sequential(self.trunk, nn.Linear(5, 3)) for _ in range(2)]
+        self.pres = [kt.Preconditioner(head, CE, kf.Preconditioner(kf.KFAC(), donate=True)) for head in self.heads]
+
+    def zero(self):
+        for head in self.heads:
+            head.zero_grad()
+
+    def backward(self, i):
+        with self.pres[i].capture():
+            f = self.heads[i](X)
+        self.pres[i].loss(f, Y).backward()
+
+
+def at_once(shared):
+    shared.backward(0)
+    shared.backward(1)
+    shared.pres[0].step()
+    shared.pres[1].step()
+
+
+def added(shared):
+    shared.backward(0)
+    shared.pres[0].step()
+    shared.backward(1)
+    shared.pres[1].step()
+
+
+@pytest.mark.parametrize("loop", [at_once, added])
+def test_directions_of_another_preconditioner_are_named(loop):
+    shared = Shared()
+    (told,) = said(lambda: loop(shared))
+    assert "0.0.weight" in told
+    assert "make one over all that share it" in told
+
+
+def test_a_step_on_nothing_but_the_directions_of_another_is_refused():
+    shared = Shared()
+    other = kt.Preconditioner(shared.heads[0], CE, kf.Preconditioner(kf.KFAC()))
+    shared.backward(0)
+    with other.capture():
+        f = shared.heads[0](X)
+    other.loss(f, Y)
+    shared.pres[0].step()
+    with pytest.raises(ValueError, match="another Preconditioner wrote"):
+        other.step()
+
+
+def test_preconditioners_in_turn_are_told_nothing():
+    shared = Shared()
+
+    def run():
+        for i in (0, 1, 0, 1):
+            shared.backward(i)
+            shared.pres[i].step()
+            shared.zero()
+
+    assert not said(run)
+
+
+def test_a_pass_through_what_another_has_moved_is_none_of_its_own():
+    """A generator's loss adds to the gradients of its discriminator, which the discriminator's next step zeroes."""
+    torch.manual_seed(1)
+    make, judge = nn.Linear(3, 3), nn.Linear(3, 3)
+    pres = [kt.Preconditioner(part, CE, kf.Preconditioner(kf.KFAC())) for part in (make, judge)]
+
+    def run():
+        for _ in range(3):
+            judge.zero_grad()
+            with pres[1].capture():
+                f = judge(make(X).detach())
+            pres[1].loss(f, Y).backward()
+            pres[1].step()
+            make.zero_grad()
+            with pres[0].capture():
+                f = judge(make(X))
+            pres[0].loss(f, Y).backward()
+            pres[0].step()
+
+    assert not said(run)

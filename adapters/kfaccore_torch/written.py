@@ -1,12 +1,15 @@
 """What a step has written into `.grad` is a direction: where a backward pass adds to it, or a step takes it, it is
-taken for a gradient, which is named. A loop that zeroes its gradients pays nothing, and a device is not waited for."""
+taken for a gradient, which is named, whichever Preconditioner of the parameter has written it. A loop that zeroes its
+gradients pays nothing, and a device is not waited for."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ReferenceType, ref
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -20,8 +23,18 @@ from kfaccore_torch.unusual import dense
 if TYPE_CHECKING:
     from kfaccore_torch.settle import Layer
 
+_ZERO = (
+    "Zero the gradients after each step(), and call it only where the optimizer steps (under accelerate: `if "
+    "accelerator.sync_gradients: pre.step()`); give parts of a model whose optimizers step at different times a "
+    "Preconditioner each"
+)
+_SHARED = (
+    "A parameter has one Preconditioner: make one over all that share it, with a kfaccore.Joint for the losses of "
+    "several heads, or leave the shared layers to one of them by `skip` in the others"
+)
 
-@dataclass
+
+@dataclass(eq=False)
 class Written:
     """Directions of the last step that are still there, with their versions; nobody is kept from letting go of them.
 
@@ -33,9 +46,13 @@ class Written:
     _sample: Sample = field(default_factory=dict)  # of the first: what goes past autograd leaves no version
     _doubted: bool = False  # whether a device has shown a reason to take one
     _looks: int = 0
+    _listed: bool = False
 
     def note(self, layers: Iterable[Layer]) -> None:
         """A step has written the gradients of these."""
+        if not self._listed:
+            self._listed = True
+            _WRITERS[:] = [*(one for one in list(_WRITERS) if one() is not None), ref(self)]
         now = gradients(list({id(p): p for layer in layers for p in layer.parameters.values()}.values()))
         self._left = [(p, TensorWeakRef(grad), version) for p, grad, version in now]
         first = now[:1]
@@ -44,34 +61,59 @@ class Written:
 
     def follow(self, value: torch.Tensor, layers: Mapping[str, Layer]) -> None:
         """Look, when a loss is differentiated, whether the pass adds to what the last step wrote."""
-        self._still()
-        if self._left and not self.said and value.requires_grad:
-            value.register_hook(lambda grad: self._adds(layers))
+        for one in (self, *self._others()) if value.requires_grad else ():
+            if one._left and not one.said:
+                value.register_hook(partial(self._added, one, layers))
 
     def check(self, layers: Mapping[str, Layer], given: Iterable[str]) -> None:
         """Before a step on the gradients of the layers `given`. ValueError where all of them are what the last one
-        wrote, as where it is called twice; a warning, once, where some are."""
-        left = self._still()
-        own = {id(p) for p, _, _ in left}
-        now = {id(p): p for name in given for p in layers[name].parameters.values()}
-        if not own & now.keys() or (self.said and not now.keys() <= own) or not _nonzero(left):
-            return
+        wrote, as where it is called twice, or what others did; a warning, once, where some are."""
+        now = {id(p) for name in given for p in layers[name].parameters.values()}
+        own = self._taken(now, self.said)
+        found = [(one, taken) for one in self._others() if (taken := one._taken(now, self.said))]
+        foreign = {x for _, taken in found for x in taken}
+        names = _names(layers, own | foreign)
+        if now and now <= own | foreign and not any(one._clipped() for one, _ in found):
+            whose = "it wrote itself" if now <= own else "another Preconditioner wrote"
+            raise ValueError(
+                f"step() was called on the directions that {whose}, in {names}: no backward pass has added to them, "
+                f"and nothing else was given. {_SHARED if foreign else 'Call it once for each step of the optimizer'}"
+            )
+        if foreign:
+            self._warn(names, "another Preconditioner takes them for gradients", _SHARED)
+        elif own:
+            self._warn(names, "step() takes them for gradients again")
+
+    def _taken(self, now: set[int], said: bool) -> set[int]:
+        """Of parameters, by id, those whose gradients are what the last step wrote, clipped or not; where it was said
+        of some already, all or none."""
+        if not self._left:
+            return set()
+        clipped = self._clipped()
+        left = self._there() if clipped else self._still()
+        own = {id(p) for p, _, _ in left} & now
+        if not own or (said and not now <= own) or not _nonzero(left):
+            return set()
         known = [torch.equal(sampled([one])[one[0]], self._sample[one[0]]) for one in left if one[0] in self._sample]
         if not known and not known_at_once(left[0][1]):
             self._doubted = True  # a replayed graph writes to the same tensors, and leaves no version
-        elif now.keys() <= own and all(known):
-            raise ValueError(
-                f"step() was called on the directions that it wrote itself, in {_names(layers, own)}: no backward pass "
-                f"has added to them, and nothing else was given. Call it once for each step of the optimizer"
-            )
-        elif all(known):
-            self._warn(layers, own, "step() takes them for gradients again")
+            return set()
+        return own if clipped or all(known) else set()
 
-    def _adds(self, layers: Mapping[str, Layer]) -> None:
-        """By the pass that is running."""
+    def _others(self) -> list[Written]:
+        """Others whose directions may be there."""
+        alive = [one() for one in list(_WRITERS)]  # a copy: other threads may train other models
+        return [one for one in alive if one is not None and one is not self and one._left]
+
+    def _added(self, one: Written, layers: Mapping[str, Layer], _: torch.Tensor) -> None:
+        """By the pass that is running, to what `one` has written."""
+        one._adds(layers, {id(p) for layer in layers.values() for p in layer.parameters.values()}, one is not self)
+
+    def _adds(self, layers: Mapping[str, Layer], known: set[int], foreign: bool) -> None:
+        """By the pass that is running, which is of a loss of a `foreign` Preconditioner or of this one's."""
         left = self._still() if self.said or not self._clipped() else self._there()
         try:
-            into = [one for one in left if one[0].requires_grad and _reached(one[0])]
+            into = [one for one in left if id(one[0]) in known and one[0].requires_grad and _reached(one[0])]
         except RuntimeError:  # `torch.autograd.grad`, which adds to nothing
             return
         if not into or self.said:
@@ -80,7 +122,8 @@ class Written:
         if self._looks & (self._looks - 1):  # `p.grad.data.zero_()` leaves no version: looked at ever more rarely
             return
         if _nonzero(into):
-            self._warn(layers, {id(p) for p, _, _ in into}, "a backward pass adds gradients to them")
+            names = _names(layers, {id(p) for p, _, _ in into})
+            self._warn(names, "a backward pass adds gradients to them", _SHARED if foreign else _ZERO)
 
     def _there(self) -> Left:
         """Those that are still where the step has put them."""
@@ -102,19 +145,22 @@ class Written:
                 return len(now) > 3 and bool(product) and torch.allclose(length, product.abs(), rtol=1e-6)
         return False
 
-    def _warn(self, layers: Mapping[str, Layer], own: set[int], what: str) -> None:
+    def _warn(self, names: list[str], what: str, do: str = _ZERO) -> None:
+        if self.said:
+            return
         self.said = True
         warnings.warn(
-            f".grad of {_names(layers, own)} holds directions that step() wrote, and {what}: sums with directions are "
-            f"no gradients, and are preconditioned as if they were. Zero the gradients after each step(), and call it "
-            f"only where the optimizer steps (under accelerate: `if accelerator.sync_gradients: pre.step()`); give "
-            f"parts of a model whose optimizers step at different times a Preconditioner each",
-            stacklevel=3,
+            f".grad of {names} holds directions that step() wrote, and {what}: sums with directions are no gradients, "
+            f"and are preconditioned as if they were. {do}",
+            stacklevel=4,
         )
 
     def __getstate__(self) -> dict[str, object]:
         """Without tensors, which no copy shares."""
-        return {**self.__dict__, "_left": [], "_sample": {}}
+        return {**self.__dict__, "_left": [], "_sample": {}, "_listed": False}
+
+
+_WRITERS: list[ReferenceType[Written]] = []  # those that have written; each lives as long as its Preconditioner
 
 
 def _reached(p: torch.Tensor) -> bool:
