@@ -151,3 +151,29 @@ def test_a_core_over_ranks_keeps_what_it_was_given(tmp_path):
         torch.save([], f"{folder}/found.pt")
     """
     two_ranks_are_one_process(dedent(body), tmp_path)
+
+
+def test_curvature_goes_over_the_ranks_that_gradients_do(tmp_path):
+    """Each rank trains a model of its own under DistributedDataParallel over a group of one."""
+    body = """
+    rank_alone = torch.distributed.new_group([0]) if world > 1 else None
+    other_alone = torch.distributed.new_group([1]) if world > 1 else None
+    net = model()
+    own = rank_alone if rank == 0 else other_alone
+    wrapped = nn.parallel.DistributedDataParallel(net, process_group=own) if world > 1 else net
+    given = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1))
+    pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), given, fisher=kf.type2)
+    assert pre.engine.core.comm.world == 1
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(3):
+        x, y = batch(step, 12)
+        optimizer.zero_grad()
+        with pre.capture():
+            f = wrapped(x * (1 + rank))
+        pre.loss(f, y).backward()
+        pre.step()
+        optimizer.step()
+    if rank == 0:
+        torch.save([*net.parameters()], f"{folder}/found.pt")
+    """
+    two_ranks_are_one_process(dedent(body), tmp_path)

@@ -189,3 +189,12 @@ def test_a_compiled_loss_is_the_loss():
         loop.pre.loss(loop.forward(x), y).backward()
         found.append(loop.directions())
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_a_weight_scales_draws_and_forward_only_takes_none():
+    model = nn.Linear(3, 3)
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), kf.Preconditioner(kf.KFAC()), fisher=kf.forward_only)
+    with pre.capture():
+        f = model(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="forward_only takes none: multiply the loss instead"):
+        pre.loss(f, torch.arange(4) % 3, weight=0.5)

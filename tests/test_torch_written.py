@@ -281,3 +281,22 @@ def test_a_pass_through_what_another_has_moved_is_none_of_its_own():
             pres[0].step()
 
     assert not said(run)
+
+
+def test_gradients_along_the_last_direction_are_gradients():
+    """One example again and again, zeroed in place: every gradient of the layer has the direction of the last step."""
+    torch.manual_seed(1)
+    model = nn.Linear(3, 1)
+    pre = kt.Preconditioner(model, nn.MSELoss(), kf.Preconditioner(kf.KFAC()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+    def run():
+        for _ in range(4):
+            optimizer.zero_grad(set_to_none=False)
+            with pre.capture():
+                f = model(X[:1])
+            pre.loss(f, torch.ones(1, 1)).backward()
+            pre.step()
+            optimizer.step()
+
+    run()

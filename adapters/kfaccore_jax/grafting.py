@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfaccore import Block, Fixed, Graft
+from kfaccore import Block, Fixed, Graft, Schedules
 from kfaccore_jax.judge import finitely, turns
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
@@ -31,6 +31,12 @@ def rule_of(step: Any, graft: optax.GradientTransformation | None, rest: object)
     if not (isinstance(step, Fixed) and isinstance(step.rescale, Graft)):
         raise ValueError(f"step is {step}, and graft gives each layer its length: take Fixed(rescale=Graft())")
     return step
+
+
+def check_decay(schedules: Schedules, graft: optax.GradientTransformation | None) -> None:
+    """ValueError where the optimizer that grafts is not the one that has weight decay."""
+    if graft is not None and (schedules.penalised or schedules.weight_decay):
+        raise ValueError("weight decay and l2 are those of graft's optimizer: set them there, not in Schedules")
 
 
 class Taken(NamedTuple):
@@ -58,8 +64,11 @@ def grafted(
     return Taken(updates, shrinking), lengths, after
 
 
-def beside(plan: Plan, moves: Any, taken: Taken) -> Any:
-    """`moves` with what shrinks beside them, and with the leaves of no layer as `graft` would move them."""
+def beside(plan: Plan, moves: Any, taken: Taken | None) -> Any:
+    """`moves` with what shrinks beside them, and with the leaves of no layer as `graft` would move them; as they are
+    without one."""
+    if taken is None:
+        return moves
     if taken.shrinking is not None:
         moves = jax.tree.map(jnp.add, moves, taken.shrinking)
     leaves = named(moves)

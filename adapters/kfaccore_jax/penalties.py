@@ -40,13 +40,23 @@ def penalty(schedules: Schedules, theta: Mapping[str, Any], step: Any) -> Any:
     return sum(0.5 * l2[name] * jnp.sum(x * x) for name, x in theta.items()) if l2 else 0
 
 
-def with_penalty(
-    schedules: Schedules, plan: Plan, value_fn: Callable, whole: Any, blocks: Mapping[str, Block], step: Any
-) -> Callable[[Any], Any]:
-    """The loss with the penalty of what is preconditioned; leaves that a mask hides are those of `whole`."""
+def penalised(
+    schedules: Schedules,
+    plan: Plan,
+    blocks: Mapping[str, Block],
+    theta: Mapping[str, Any],
+    step: Any,
+    value: Any,
+    value_fn: Callable | None,
+    whole: Any,
+) -> tuple[Any, Callable | None]:
+    """A loss and a function of it with the penalty of what is preconditioned, where they are given; leaves that a mask
+    hides are those of `whole`."""
 
-    def value(params: Any) -> Any:
-        theta = weights(schedules, plan, completed(params, whole), blocks)
-        return value_fn(params) + penalty(schedules, theta, step)
+    def with_penalty(params: Any) -> Any:
+        assert value_fn is not None
+        now = weights(schedules, plan, completed(params, whole), blocks)
+        return value_fn(params) + penalty(schedules, now, step)
 
-    return value
+    value = None if value is None else value + penalty(schedules, theta, step)
+    return value, None if value_fn is None else with_penalty

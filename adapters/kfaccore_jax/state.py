@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfaccore import Block, Info
+from kfaccore import Block, Code, Info
 
 Fresh = bool | jax.Array | None  # whether a step refreshes: said outside jit, or inside; None: the clocks say
 
@@ -43,6 +43,11 @@ class Codes(Mapping[str, Any]):
             runs = [((name,), info.codes[name] if name in info.codes else self[name]) for name in self.names]
         table = jnp.concatenate([jnp.reshape(codes, (-1,)) for _, codes in runs])
         return Codes(table.astype(jnp.int32), self.names, self.sizes)
+
+    @property
+    def counted(self) -> Any:
+        """How many blocks have each code, (codes,)."""
+        return jnp.sum(self.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
 
     @cached_property
     def spans(self) -> dict[str, slice]:

@@ -51,7 +51,7 @@ from kfaccore import (
     monte_carlo,
 )
 from kfaccore_jax.capture import capture
-from kfaccore_jax.grafting import rule_of
+from kfaccore_jax.grafting import check_decay, rule_of
 from kfaccore_jax.judge import added
 from kfaccore_jax.mesh import promoting
 from kfaccore_jax.names import named
@@ -84,28 +84,26 @@ def kfac(
     """Turns gradients into directions of their sign; rate and momentum come after it in an optax chain.
 
     `update(grads, state, params, records=, value=, value_fn=, fresh=)` takes the batch's records, or [first, second] of
-    micro-batches (gradient, loss and value_fn are then means over all their examples), for rules that judge their step
-    the loss and a function of the parameters that computes it, and whether to refresh where the clocks do not decide.
+    micro-batches (gradient, loss and value_fn are then means over all of them), for rules that judge their step the
+    loss and a function of params that computes it, and whether to refresh where the clocks do not decide.
 
     methods, clocks, schedules, step, network and widest as in kfaccore.Preconditioner, or all of them at once as
-    `core`; a schedule sees a traced step, as optax's do. The default method is KFAC(). Schedules(l2=, weight_decay=)
-    are added here to what is preconditioned: gradients, value and value_fn are those of the loss without a penalty.
+    `core`; a schedule sees a traced step, as optax's do. The default method is KFAC(). Penalties of `schedules` are
+    added here: gradients, value and value_fn are those of the loss without them.
 
     axis_name  names of the axes (shard_map, pmap) over which each device has its own part of the batch: statistics,
-               sums of the model, gradients and losses are averaged over them, weighted by the records' n, so that the
-               step is that of the whole batch. What was averaged already stays what it is. (): each device trains a
-               model of its own. Left out, an axis in force is refused
-    uncovered  the method of leaves without a layer: Diagonal() measures them by the same draws, one row for the whole
-               batch (records of `Captured.records` hold them); Identity() keeps their gradient. The default is
-               Identity(), and Diagonal() under a step that needs every parameter, as SelfTuning does
+               sums, gradients and losses are averaged over them by the records' n, so that the step is that of the
+               whole batch; what was averaged already stays. (): each device trains a model of its own. Left out, an
+               axis in force is refused
+    uncovered  the method of leaves without a layer: Diagonal() measures them by the same draws, one row a batch;
+               Identity(), the default but under a step that needs every parameter, keeps their gradient
     rest       an optax transformation for those leaves instead, which must keep the sign: optax.scale_by_adam()
     graft      an optax optimizer, of either sign, that gives each layer the length of its step: the direction stays the
-               method's (Fixed(rescale=Graft()), the step it sets), and leaves without a layer move as `graft` moves
-               them. update needs params if graft does; optax.scale(-1.0) comes after it
+               method's (step is Fixed(rescale=Graft())), and leaves without a layer move as `graft` moves them
 
     Parameters that optax.masked or optax.partition hide are left out: of a layer with one of weight and bias hidden
-    the other one is preconditioned by itself. optax.MultiSteps is refused: it hands on the records of the last
-    micro-batch alone; `kfaccore_jax.accumulate` adds them up.
+    the other one is preconditioned by itself. optax.MultiSteps, which hands on the last micro-batch's records alone, is
+    refused; `kfaccore_jax.accumulate` adds them up.
     """
     import optax
 
@@ -116,8 +114,7 @@ def kfac(
         methods = KFAC() if methods is None and network is None else methods
         core = Preconditioner(methods, clocks, schedules, network, rule_of(step, graft, rest), widest=widest)
     rule_of(core.rule, graft, rest)
-    if graft is not None and (core.schedules.penalised or core.schedules.weight_decay):
-        raise ValueError("weight decay and l2 are those of graft's optimizer: set them there, not in Schedules")
+    check_decay(core.schedules, graft)
     rule = Transformation(plan, core, _names(axis_name), _uncovered(core, uncovered, rest), rest, graft)
     return optax.GradientTransformationExtraArgs(promoting(rule.init), promoting(rule.update))
 

@@ -24,7 +24,7 @@ from kfaccore_jax.grafting import beside, grafted
 from kfaccore_jax.judge import arrays, finitely, judged, losses_of, started
 from kfaccore_jax.mesh import automatic, placed_like, specs_of
 from kfaccore_jax.names import named
-from kfaccore_jax.penalties import penalty, shrunk, sloped, weights, with_penalty
+from kfaccore_jax.penalties import penalised, shrunk, sloped, weights
 from kfaccore_jax.plan import Plan, followed
 from kfaccore_jax.present import blocks_of, check_halves, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn, side_by_side
@@ -131,13 +131,13 @@ class Transformation:
         share = share_of(records)
         grads = grads if axes is None else averaged(axes, grads, share, factored)
         core = self.core(blocks)
-        how = {"fisher": records.fisher if isinstance(records, Drawn) else None, "nonnegative": nonnegative}
-        schedules = self.given.schedules
+        schedules = core.schedules
+        how = {"fisher": _fisher(records), "nonnegative": nonnegative}
         theta = weights(schedules, self.plan, params, blocks)
+        if theta:
+            value, value_fn = penalised(schedules, self.plan, blocks, theta, state.core.step, value, value_fn, whole)
 
-        def stepped(
-            grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any, theta: Any
-        ) -> tuple[Any, Any, Codes]:
+        def stepped(grads: Any, before: Any, given: Any, factored: Any, damping: Any, told: Any, theta: Any) -> tuple:
             found = matrices(self.plan, grads, blocks) | factored
             found = sloped(schedules, found, theta, before.step) if theta else found
             due = self.due(core, before, given, fresh, found)
@@ -145,29 +145,27 @@ class Transformation:
             directions = shrunk(schedules, directions, theta, info.step["alpha"]) if theta else directions
             return tree_of(self.plan, grads, directions), register(after), state.codes.after(info)
 
-        # what is added to a gradient is added to all of it: products stay products without a penalty alone
-        products = {name: x for name, x in (factored or {}).items() if name in blocks and not schedules.penalised}
+        products = {} if schedules.penalised else {k: x for k, x in (factored or {}).items() if k in blocks}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
         told = self._told(records, grads, value, axes, share)
-        if told and theta:
-            told["loss"] = told["loss"] + penalty(schedules, theta, state.core.step)
-        rest = state.rest
-        taken: Any = None
-        if self.graft is not None:
-            taken, told["lengths"], rest = grafted(self.graft, self.plan, blocks, grads, rest, params)
+        taken, rest = self._grafted(blocks, grads, state.rest, params, told)
         moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told, theta)
-        moves = moves if self.graft is None else beside(self.plan, moves, taken)
-        moves, rest = self._rest_moved(moves, grads, rest, params)
-        counts = state.counts + jnp.sum(codes.table[:, None] == jnp.arange(len(Code)), 0, dtype=jnp.int32)
+        moves, rest = self._rest_moved(beside(self.plan, moves, taken), grads, rest, params)
         if value_fn is not None and self.step.judges:
-            if theta:
-                value = value + penalty(schedules, theta, state.core.step)
-                value_fn = with_penalty(schedules, self.plan, value_fn, whole, blocks, state.core.step)
             losses = losses_of(moves, value, value_fn, params, whole)
             losses = losses if axes is None else axes.mean(losses, share)
             moves, motion = judged(self.step, state.core.motion, after.motion, moves, losses)
             after = replace(after, motion=motion)
-        return moves, KFACState(after, codes, counts, rest)
+        return moves, KFACState(after, codes, state.counts + codes.counted, rest)
+
+    def _grafted(
+        self, blocks: Mapping[str, Block], grads: Any, state: Any, params: Any, told: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """What `graft` would take, whose lengths the rule is told, and the state of it or of `rest`."""
+        if self.graft is None:
+            return None, state
+        taken, told["lengths"], state = grafted(self.graft, self.plan, blocks, grads, state, params)
+        return taken, state
 
     def given_records(self, records: Mapping[str, Any] | None, grads: Any, blocks: Mapping[str, Block]) -> dict:
         """{block: what was measured} of the layers and leaves at hand."""
@@ -225,6 +223,11 @@ class Transformation:
         decided = fresh is not None and not self.step.needs_records
         update = bool(records) if decided else clocks.update if records else False
         return replace(clocks, update=update) if fresh is None else Due(update, fresh)
+
+
+def _fisher(records: Any) -> Callable | None:
+    """What made the draws, as far as they say."""
+    return records.fisher if isinstance(records, Drawn) else None
 
 
 def _methods(methods: Any, plan: Plan, blocks: Mapping[str, Block], uncovered: Method) -> Mapping[str, Method] | None:

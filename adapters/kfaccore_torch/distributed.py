@@ -148,7 +148,8 @@ class Distributed:
 
 
 def over_ranks(core: kf.Preconditioner, model: torch.nn.Module) -> kf.Preconditioner:
-    """A core over all ranks, where torch.distributed runs with more than one and the core was given no `comm`.
+    """A core over all ranks, or those that DistributedDataParallel was given, where torch.distributed runs with more
+    than one and the core was given no `comm`.
 
     `comm=kfaccore.Serial()` says that each process trains a model of its own; ValueError where the model is under
     DistributedDataParallel, so is one model.
@@ -164,7 +165,26 @@ def over_ranks(core: kf.Preconditioner, model: torch.nn.Module) -> kf.Preconditi
         return core
     numbers = core.methods, core.clocks, core.schedules, core.network, core.rule
     more = {"donate": core.donate, "widest": core.widest, "stacked": core.stacked}
-    return kf.Preconditioner(*numbers, comm=Distributed(), **more)
+    return kf.Preconditioner(*numbers, comm=_comm(_group(model)), **more)
+
+
+def _comm(group: Any) -> kf.Serial | Distributed:
+    """Of the ranks of a group; of one rank there is nothing to send."""
+    alone = group is not None and dist.get_world_size(group) == 1
+    return kf.Serial() if alone else Distributed(group=group)
+
+
+def _group(model: torch.nn.Module) -> Any:
+    """The process group that gradients are averaged over, None for all ranks. ValueError where that are several."""
+    wrapped = [m for m in model.modules() if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
+    groups = list({id(m.process_group): m.process_group for m in wrapped}.values())
+    if len(groups) > 1:
+        ranks = [dist.get_process_group_ranks(group) for group in groups]
+        raise ValueError(
+            f"parts of the model are under DistributedDataParallel over other ranks, {ranks}: need one group, or a "
+            f"Preconditioner a part"
+        )
+    return groups[0] if groups and groups[0] is not dist.group.WORLD else None
 
 
 def check_whole(model: torch.nn.Module) -> None:

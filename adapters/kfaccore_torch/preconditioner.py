@@ -132,10 +132,9 @@ class Preconditioner:
 
     @uncompiled
     def attach(self, value: torch.Tensor, f: Any, target: Any, weight: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """As `loss`, for a loss that was formed elsewhere, by a model that is given its labels: `value`, which is the
-        loss named above at f and target up to a factor, is handed back times `weight`, and counts once it is
-        differentiated."""
-        number, learned = numbered(weight)
+        """As `loss`, for one formed elsewhere, by a model that is given its labels: `value`, the loss named above at f
+        and target up to a factor, is handed back times `weight`, and counts once it is differentiated."""
+        number, learned = numbered(weight, self.engine.settings.fisher)
         f = picked(f, self.output)
         weighted = value * weight if learned or number != 1.0 else value
         if weighted.requires_grad:
@@ -143,8 +142,7 @@ class Preconditioner:
             self._written.follow(weighted, self.engine.plan.layers)
         if not self.engine.due or not torch.is_grad_enabled():
             return weighted
-        heads = self.engine.objective.heads(f)
-        opened = self._opened.of(heads)
+        opened = self._opened.of(heads := self.engine.objective.heads(f))
         seen = opened.seen
         shot = opened.shot
         seen.check_unspent()

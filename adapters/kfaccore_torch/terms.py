@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import kfaccore as kf
 from kfaccore_torch.unusual import dense, unusual
 
 Expected = Sequence[torch.Tensor | None]
@@ -62,9 +63,9 @@ class Terms:
         return {**self.__dict__, "_fired": [], "_task": -1}
 
 
-def numbered(weight: Any) -> tuple[float, bool]:
+def numbered(weight: Any, fisher: object) -> tuple[float, bool]:
     """A loss's weight as a number, and whether it is learned: then it has a gradient, also where it is 1. ValueError
-    where it is negative, or not one number."""
+    where it is negative, not one number, or the `fisher` takes no draws that it could scale."""
     tensor = isinstance(weight, torch.Tensor)
     many = weight.shape if tensor else np.shape(weight)
     if prod(many) != 1:
@@ -75,7 +76,13 @@ def numbered(weight: Any) -> tuple[float, bool]:
     number = float(weight.detach() if tensor else weight)
     if not number >= 0:
         raise ValueError(f"weight is {number}; need a number that is not negative")
-    return number, tensor and weight.requires_grad
+    learned = tensor and weight.requires_grad
+    if (learned or number != 1.0) and fisher is kf.forward_only:
+        raise ValueError(
+            f"weight is {number}; a weight scales draws, and fisher=forward_only takes none: multiply the loss "
+            f"instead, as in weight * pre.loss(f, y), and G stays I"
+        )
+    return number, learned
 
 
 def _sum(fired: Sequence[tuple[float, Expected]], i: int) -> torch.Tensor | None:

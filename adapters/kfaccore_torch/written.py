@@ -69,8 +69,8 @@ class Written:
         """Before a step on the gradients of the layers `given`. ValueError where all of them are what the last one
         wrote, as where it is called twice, or what others did; a warning, once, where some are."""
         now = {id(p) for name in given for p in layers[name].parameters.values()}
-        own = self._taken(now, self.said)
-        found = [(one, taken) for one in self._others() if (taken := one._taken(now, self.said))]
+        own = self._taken(now, self.said, False)
+        found = [(one, taken) for one in self._others() if (taken := one._taken(now, self.said, one._clipped()))]
         foreign = {x for _, taken in found for x in taken}
         names = _names(layers, own | foreign)
         if now and now <= own | foreign and not any(one._clipped() for one, _ in found):
@@ -84,12 +84,11 @@ class Written:
         elif own:
             self._warn(names, "step() takes them for gradients again")
 
-    def _taken(self, now: set[int], said: bool) -> set[int]:
-        """Of parameters, by id, those whose gradients are what the last step wrote, clipped or not; where it was said
-        of some already, all or none."""
+    def _taken(self, now: set[int], said: bool, clipped: bool) -> set[int]:
+        """Of parameters, by id, those whose gradients are what the last step wrote, or have that `clipped`; where it
+        was said of some already, all or none."""
         if not self._left:
             return set()
-        clipped = self._clipped()
         left = self._there() if clipped else self._still()
         own = {id(p) for p, _, _ in left} & now
         if not own or (said and not now <= own) or not _nonzero(left):
