@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +14,9 @@ from kfaccore_torch.bridge import detached
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.split import Split
 from kfaccore_torch.unread import known_at_once, unread
+
+_APART: set[type] = set()  # classes of losses whose examples were seen to be independent
+_FLAT: set[type] = set()  # and those that were said to have no curvature
 
 
 @runtime_checkable
@@ -67,7 +71,8 @@ class ExampleLoss:
     def labels(self, f: torch.Tensor, noise: torch.Tensor, target: Any) -> Any:
         """Labels drawn from the model by uniform noise like f, as `each` takes them."""
         raise NotImplementedError(
-            f"{type(self).__name__} needs labels(f, noise, target) for Monte-Carlo draws; or pass fisher=kfaccore.type2"
+            f"{type(self).__name__} needs labels(f, noise, target) for Monte-Carlo draws; or pass "
+            f"fisher=kfaccore.type2, if the loss has second derivatives, or fisher=kfaccore.empirical"
         )
 
     def value(self, f: torch.Tensor, target: Any) -> torch.Tensor:
@@ -89,23 +94,61 @@ class ExampleLoss:
         """By autograd."""
         with torch.enable_grad():
             x = f.detach().requires_grad_()
-            return torch.autograd.grad(self.value(x, target), x)[0]
+            return self._slope(x, target, False)
+
+    def _slope(self, x: torch.Tensor, target: Any, graph: bool) -> torch.Tensor:
+        """The gradient; of the first batch that can tell, ValueError where an example's loss reads others."""
+        if type(self) in _APART or len(x) < 2 or type(self).value is not ExampleLoss.value:
+            return torch.autograd.grad(self.value(x, target), x, create_graph=graph)[0]
+        each = self.each(x, target)
+        if each.shape != x.shape[:1]:
+            self.value(x, target)  # says what is wrong
+        (slope,) = torch.autograd.grad(each.sum(), x, create_graph=graph, retain_graph=True)
+        weight = torch.linspace(0.5, 1.5, len(x), dtype=each.dtype, device=each.device)
+        (weighted,) = torch.autograd.grad((weight * each).sum(), x, retain_graph=True)
+        alone = weight.reshape(-1, *(1,) * (x.ndim - 1)) * slope.detach()
+        top = float(alone.abs().amax())
+        if float((weighted - alone).abs().amax()) > 1e-3 * top:
+            raise ValueError(
+                f"{type(self).__name__}.each: the loss of an example depends on the predictions of others, so that "
+                f"neither draws nor Hessians are its own. Give what is compared as one example, f (groups, members, "
+                f"...), or take a loss of pairs formed from both sides' outputs"
+            )
+        if top > 0:
+            _APART.add(type(self))
+        return slope
 
     def roots(self, f: torch.Tensor, target: Any) -> torch.Tensor:
         """From the eigenvectors of each example's Hessian, one pass of autograd for each number of an example."""
         with torch.enable_grad():
             x = f.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.value(x, target), x, create_graph=True)
+            slope = self._slope(x, target, True)
             columns = [_column(part, x) for part in slope.reshape(len(f), -1).sum(0)]
         hessian = torch.stack(columns, -1).reshape(len(f), len(columns), len(columns))
+        steep = float(slope.detach().abs().amax())
+        if steep > 0 and not bool(hessian.any()):
+            self._flat()
         values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
         least, most = values.amin(), values.amax()
-        if float(least) < -1e-5 * max(float(most), 1e-30):
+        rounding = 1e3 * torch.finfo(values.dtype).eps * steep
+        if float(least) < -max(1e-5 * float(most), rounding):
             raise ValueError(
                 f"{type(self).__name__} is not convex in f: the Hessian of an example has the eigenvalue "
                 f"{float(least):.3g}; write roots(f, target) from its Fisher instead, or take Monte-Carlo draws"
             )
         return (vectors * values.clamp(min=0).sqrt()[:, None]).movedim(-1, 0).reshape(-1, *f.shape)
+
+    def _flat(self) -> None:
+        """Say once that there is no curvature to be had."""
+        if type(self) not in _FLAT:
+            _FLAT.add(type(self))
+            warnings.warn(
+                f"{type(self).__name__} has a slope and no curvature in f: its Hessian is zero in this batch, as that "
+                f"of L1, hinge and quantile losses is, or a Function with a backward of its own in it has no second "
+                f"derivative. type2 measures nothing of such a loss, so that its steps stay short or stop: take "
+                f"fisher=kfaccore.empirical, or write `labels` for Monte-Carlo draws, or `roots`",
+                stacklevel=2,
+            )
 
     def sampled(self, f: torch.Tensor, noise: torch.Tensor, target: Any) -> torch.Tensor:
         """The gradient at `labels`, draw by draw."""
