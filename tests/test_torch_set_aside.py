@@ -216,3 +216,21 @@ def test_projected_gradients_of_two_losses_on_one_forward():
         loop.set_to(projected(one, other))
         found.append(loop.directions())
     np.testing.assert_allclose(*found, rtol=1e-9)
+
+
+def test_batches_that_the_loop_steps_on_itself_are_let_go_of():
+    """A warm-up without `pre.step()`: what was measured of its batches is of no step to come."""
+    loop = Loop()
+    optimizer = torch.optim.SGD(loop.parameters, 0.01)
+    for _ in range(12):
+        optimizer.zero_grad()
+        loop.backward(slice(0, 8))
+        optimizer.step()
+    kept = [loss for shot in loop.pre._pending.shots for loss in shot.losses]
+    assert len(kept) < 8
+    optimizer.zero_grad()
+    loop.backward(slice(0, 8))
+    wanted = Loop()
+    wanted.model.load_state_dict(loop.model.state_dict())
+    wanted.backward(slice(0, 8))
+    np.testing.assert_allclose(loop.directions(), wanted.directions(), rtol=1e-12)

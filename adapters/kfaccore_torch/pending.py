@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from kfaccore_torch.gone import Left, doubt, gone, gradients, same
-from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, sampled, used
+from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, moves, sampled, used
 
 if TYPE_CHECKING:
     from kfaccore_torch.formed import Formed
     from kfaccore_torch.shots import Shot
+
+_FEW = 4  # passes of one step between which a loop moves its parameters
 
 
 @dataclass(eq=False)
@@ -73,7 +75,7 @@ class Pending:
             if not bool(zeros):
                 continue
             if same(gradients(self._trained), self._left):
-                self._thrown.append(Thrown([one.out() for one in taken], None))
+                self._thrown.append(Thrown([one.out() for one in taken], None, moves(self._trained)))
             else:
                 self._tell()
         self._doubts = []
@@ -121,6 +123,7 @@ class Pending:
                 self._set_aside(found)
                 self._last = self._last or sampled(one for one in self._left if id(one[0]) not in found)
             self._look_back()
+        self._let_go()
         # gradients that were let go of are not held on to
         self._left = [one for one in self._left if one[0].grad is one[1]]
 
@@ -171,7 +174,7 @@ class Pending:
         if self._left and not self._last:
             self._last = sampled(self._left)
         taken = [Taken(loss, {self._task: loss.passes[self._task]}).out() for loss in firing]
-        self._thrown.append(Thrown(taken, self._sampler.close(), asked=True))
+        self._thrown.append(Thrown(taken, self._sampler.close(), moves(trained), asked=True))
         self._sampler = None
 
     def _set_aside(self, only: set[int] | None = None) -> None:
@@ -183,4 +186,25 @@ class Pending:
         # gradients that were let go of are still there, others were written over
         kept = all(p.grad is not grad for p, grad, _ in left)
         if any(one.passes or one.layers for one in taken):
-            self._thrown.append(Thrown([one.out() for one in taken], sampled(left) if kept else None))
+            sample = sampled(left) if kept else None
+            self._thrown.append(Thrown([one.out() for one in taken], sample, moves(self._trained)))
+
+    def _let_go(self) -> None:
+        """Of batches that parameters were moved after, but for a few: no step to come is of them, save where a loop
+        moves parameters within one, as sharpness-aware minimisation does."""
+        now = moves(self._trained)
+        stale = [id(one) for one in self._thrown if one.moves != now]
+        if len(stale) <= _FEW:
+            return
+        lost = set(stale[:-_FEW])
+        before = self._thrown
+        self._thrown = [one for one in before if id(one) not in lost]
+        gone = {id(one.loss) for thrown in before if id(thrown) in lost for one in thrown.taken if one.passes}
+        gone -= {id(one.loss) for thrown in self._thrown for one in thrown.taken if one.passes}
+        emptied = []
+        for shot in self.shots:
+            kept = [loss for loss in shot.losses if loss.counts or id(loss) not in gone]
+            if shot.losses and not kept:
+                emptied.append(id(shot))  # one without a loss from the first counts as a forward
+            shot.losses[:] = kept
+        self.shots[:] = [shot for shot in self.shots if id(shot) not in emptied]

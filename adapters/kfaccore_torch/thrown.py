@@ -59,16 +59,23 @@ class Taken:
         self.loss.without -= self.layers
 
 
+def moves(trained: Iterable[torch.Tensor]) -> int:
+    """How often parameters have been written to, as far as autograd knows."""
+    return sum(p._version for p in trained)
+
+
 @dataclass
 class Thrown:
     """What was taken from losses whose gradients were set aside together.
 
     sample  of the gradients; None where they were written over
+    moves   how often parameters had been written to
     asked   whether the loop asked for them: they never were in `.grad`
     """
 
     taken: list[Taken]
     sample: Sample | None
+    moves: int
     asked: bool = False
 
     def bring_back(self) -> None:
