@@ -192,10 +192,10 @@ class Pending:
     def _let_go(self) -> None:
         """Of batches that parameters were moved after, but for a few: no step to come is of them, save where a loop
         moves parameters within one, as sharpness-aware minimisation does."""
+        if len(self._thrown) <= _FEW:
+            return
         now = moves(self._trained)
         stale = [id(one) for one in self._thrown if one.moves != now]
-        if len(stale) <= _FEW:
-            return
         lost = set(stale[:-_FEW])
         before = self._thrown
         self._thrown = [one for one in before if id(one) not in lost]
