@@ -1,8 +1,7 @@
 """Second moments of per-example gradients in the eigenbasis of two factors: what EKFAC and TEKFAC share.
 
 S = (1/n) sum of (Q_g^T J Q_a)^2 in the basis of the last refresh; where its weight is 0, S is what that refresh put.
-Of a factor without full rank any basis of the null space will do, and rounding picks one. Its eigenvectors have one
-moment, the mean, so that S is the same operator for all of them.
+Eigenvectors of one eigenvalue have one moment, the mean: any basis of their space will do, and S is the same operator.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from kfaccore import xp as kernels
 from kfaccore.linalg import kron, side
 from kfaccore.linalg.inverse import Eigenpairs, accepted, eigh, floored
 from kfaccore.method import Additive, Block, Hyper
+from kfaccore.methods.kronecker.clusters import levelled
 from kfaccore.methods.kronecker.traces import Traces
 from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
 from kfaccore.refreshing import InSteps
 from kfaccore.solution import Solution, finish, gradient
-from kfaccore.xp.arrays import Array, all_finite, eps, is_numpy, namespace, scalar
-
-_ROUNDING = 16  # times eps times the largest eigenvalue; eigh of a singular gram leaves up to 1.5
-_SINGLE = 2.0**-23  # eps of the narrowest dtype that eigenvectors are sought in
+from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def moments(state: State) -> Array:
 def _measured(state: State, record: Record, sums: factors.Stats | Traces) -> Stats:
     """The factors' sums with the squares of the record in the state's basis."""
     factors.needs_draws(record)
-    S = _levelled(squares(record, _turn(state.basis.Qa), _turn(state.basis.Qg)), state.basis)
+    S = levelled(squares(record, _turn(state.basis.Qa), _turn(state.basis.Qg)), state.basis)
     bad = sums.bad + namespace(S).astype(~all_finite(S / factors.positive(sums.n)[:, None, None]), S.dtype)
     return Stats(replace(sums, bad=bad), S)
 
@@ -135,29 +132,6 @@ def _measured(state: State, record: Record, sums: factors.Stats | Traces) -> Sta
 def _turn(Q: Array) -> Array | None:
     """Eigenvectors as `squares` takes them: a diagonal side's, which are the standard basis, as None."""
     return None if side.is_diagonal(Q) else Q
-
-
-def _levelled(S: Array, basis: Eigenpairs) -> Array:
-    """S with the mean along the null space of either factor; a diagonal side's basis is the standard one."""
-    if not side.is_diagonal(basis.Qg):
-        S = _mean_where(_null(basis.g)[:, :, None], S, -2)
-    return S if side.is_diagonal(basis.Qa) else _mean_where(_null(basis.a)[:, None, :], S, -1)
-
-
-def _null(values: Array) -> Array:
-    """Which eigenvalues are 0 up to rounding, (blocks, d)."""
-    xp = namespace(values)
-    return values <= _ROUNDING * min(eps(values.dtype, xp), _SINGLE) * xp.max(values, axis=-1, keepdims=True)
-
-
-def _mean_where(these: Array, S: Array, axis: int) -> Array:
-    xp = namespace(S)
-    if is_numpy(S) and not xp.any(these):  # nothing to change: no copy
-        return S
-    none = xp.zeros_like(S)
-    many = xp.sum(xp.where(these, none + 1, none), axis=axis, keepdims=True)
-    mean = xp.sum(xp.where(these, S, none), axis=axis, keepdims=True) / factors.positive(many)
-    return xp.where(these, mean, S)
 
 
 def rebased(state: State, basis: Eigenpairs, S: Array, code: Array) -> State:
