@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any
 from weakref import ref
 
@@ -13,6 +14,8 @@ import torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.masks import Told
 from kfaccore_torch.shots import Shot
+
+_FEW = 8  # forwards that are all looked at before each other
 
 
 @dataclass(eq=False)
@@ -48,10 +51,14 @@ class Opened:
 
     def prune(self) -> None:
         """Before another forward: those of which nobody holds a prediction any more, as of a validation, are let go of
-        with all that they keep."""
-        kept = [one for one in self.all if one.seen.spent or _held(one.seen)]
-        self.lost = self.lost or len(kept) < len(self.all)
-        self.all = kept
+        with all that they keep. Of many the newest is looked at, and all whenever their number has doubled: a forward
+        for each step of a long episode costs the same."""
+        many = len(self.all)
+        doubled = many.bit_count() == 1
+        start = 0 if many < _FEW or doubled else many - 1
+        kept = [one for one in self.all[start:] if one.seen.spent or _held(one.seen)]
+        self.lost = self.lost or start + len(kept) < many
+        self.all[start:] = kept
 
     @contextmanager
     def inside(self, seen: Capture) -> Iterator[None]:
@@ -75,7 +82,7 @@ class Opened:
         Raises ValueError where none of them made it, or several that were told of different rows, or one that is not
         over: what a loss is made of would be taken for the model's.
         """
-        whole = any(_made(one, heads) for one in self.all) if self._inside else True
+        whole = self._newest(heads) is not None if self._inside else True
         if any(_makes(seen, heads, whole) for seen in self._inside):
             raise ValueError(
                 "this loss is formed inside the `with pre.capture():` of its own forward: leave the block first, "
@@ -86,7 +93,7 @@ class Opened:
         newest = self.all[-1]
         if len(self.all) == 1 and not self.lost and not self._inside:
             return newest
-        found = next((one for one in reversed(self.all) if _made(one, heads)), None)
+        found = self._newest(heads)
         if found is None:
             before = (node for node in _behind(heads) if node._sequence_nr() < newest.seen.span.first)
             if next(before, None) is not None:
@@ -97,18 +104,36 @@ class Opened:
                 )
             return newest
         others = [one for one in self.all if one is not found and not one.seen.spent and one.told.any]
-        if any(_made(one, heads) for one in others):
+        if others and any(_made(one, node) for node in _behind(heads) for one in others):
             raise ValueError(
                 "this prediction is made of several captured forwards, one of which has a mask or examples of its own: "
                 "run them inside one `with pre.capture(masks=...):`"
             )
         return found
 
+    def _newest(self, heads: Sequence[torch.Tensor]) -> Open | None:
+        """The last forward that a node behind a prediction was made in. The newest nodes come first: most often the
+        first that is looked at is one of it, however much of other forwards lies behind."""
+        seen: set[Any] = set()
+        waiting = [(-node._sequence_nr(), id(node), node) for node in _inner(f.grad_fn for f in heads)]
+        heapify(waiting)
+        while waiting:
+            node = heappop(waiting)[2]
+            if node in seen:
+                continue
+            seen.add(node)
+            found = next((one for one in reversed(self.all) if _made(one, node)), None)
+            if found is not None:
+                return found
+            for child in _inner(child for child, _ in node.next_functions):
+                heappush(waiting, (-child._sequence_nr(), id(child), child))
+        return None
 
-def _made(one: Open, heads: Sequence[torch.Tensor]) -> bool:
-    """Whether a node behind a prediction was made inside the forward; most often the first that is looked at."""
+
+def _made(one: Open, node: Any) -> bool:
+    """Whether a node was made inside the forward."""
     span = one.seen.span
-    return any(span.first <= node._sequence_nr() < (span.last or 0) for node in _behind(heads))
+    return span.first <= node._sequence_nr() < (span.last or 0)
 
 
 def _makes(seen: Capture, heads: Sequence[torch.Tensor], whole: bool) -> bool:
@@ -120,23 +145,29 @@ def _makes(seen: Capture, heads: Sequence[torch.Tensor], whole: bool) -> bool:
 
 def _behind(heads: Iterable[torch.Tensor]) -> Iterator[Any]:
     """The nodes of a graph, from its end; those of leaves, which have no time, aside."""
-    return _nodes([f.grad_fn for f in heads])
+    return _nodes(list(_inner(f.grad_fn for f in heads)))
 
 
 def _nodes(waiting: list[Any]) -> Iterator[Any]:
     seen: set[Any] = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or node.name().endswith("AccumulateGrad"):
+        if node in seen:
             continue
         seen.add(node)
         yield node
-        waiting.extend(child for child, _ in node.next_functions)
+        waiting.extend(_inner(child for child, _ in node.next_functions))
+
+
+def _inner(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Those that are operations: a leaf's has no time of its own."""
+    return (node for node in nodes if node is not None and not node.name().endswith("AccumulateGrad"))
 
 
 def _held(seen: Capture) -> bool:
     """Whether somebody holds what a forward came to: a tensor that the graph we keep has no use for."""
     tensors = seen.made.held()
-    nodes = _nodes([*(use.call.node for use in seen.uses), *(x.grad_fn for x in tensors)])
+    ends = (*(use.call.node for use in seen.uses), *(x.grad_fn for x in tensors))
+    nodes = _nodes(list(_inner(ends)))
     inner = {child for node in nodes for child, _ in node.next_functions}
     return any(x.grad_fn is not None and x.grad_fn not in inner for x in tensors)
