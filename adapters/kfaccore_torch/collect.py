@@ -126,7 +126,7 @@ def counted(
         return value
     if formed is not None:
         shot.losses.append(formed)
-    value.register_hook(partial(_count, pending, shot, let_go, formed))
+    pending.hear(value, partial(_count, pending, shot, let_go, formed))
     return value
 
 

@@ -9,18 +9,21 @@ what was set aside comes back where the step's gradients have it in them. A pass
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from kfaccore_torch.early import Early
 from kfaccore_torch.gone import Left, doubt, gone, gradients, same
 from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, moves, sampled, used
 
 if TYPE_CHECKING:
     from kfaccore_torch.formed import Formed
+    from kfaccore_torch.settle import Layer
     from kfaccore_torch.shots import Shot
 
 _FEW = 4  # passes of one step between which a loop moves its parameters
@@ -37,6 +40,8 @@ class Pending:
     shots: list[Shot] = field(default_factory=list)
     said: bool = False
     missed: bool = False
+    early: Early = field(default_factory=Early)
+    _heard: list[RemovableHandle] = field(default_factory=list)
     _task: int = -1  # of the backward pass in progress, or the last one
     _firing: list[Formed] = field(default_factory=list)  # by a pass that has not reached its end
     _sampler: Sampler | None = None  # of what that pass hands to who asked
@@ -47,9 +52,16 @@ class Pending:
     _doubts: list[tuple[torch.Tensor, list[Taken]]] = field(default_factory=list)
 
     def fresh(self) -> Pending:
-        """Where nothing waits."""
+        """Where nothing waits; of losses that the loop keeps nothing is heard any more, and nothing kept for them."""
         self._drop_failed()
-        return Pending(said=self.said, missed=self.missed)
+        for handle in self._heard:
+            handle.remove()
+        self.early.over()
+        return Pending(said=self.said, missed=self.missed, early=self.early)
+
+    def hear(self, loss: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
+        """Of the differentiation of a loss of this step."""
+        self._heard.append(loss.register_hook(hook))
 
     def follow(self, loss: Formed, into: bool) -> int:
         """A backward pass differentiates a loss, and adds to `.grad` or hands on what it was asked for: what waited for
@@ -84,8 +96,11 @@ class Pending:
         self._look_back()
         self.shots[:] = [shot for shot in self.shots if not shot.losses or any(loss.counts for loss in shot.losses)]
 
-    def check(self, given: Collection[str]) -> None:
-        """A warning, once, where no layer has a gradient for a step that layers were measured for."""
+    def check(self, given: Collection[str], layers: Mapping[str, Layer] | None) -> None:
+        """A warning, once, where no layer has a gradient for a step that layers were measured for, or an optimizer has
+        used those of `layers`."""
+        if layers is not None:
+            self.early.check(layers, given)
         without = sorted({name for shot in self.shots for name in shot.found})
         if given or not without or self.missed:
             return
@@ -164,6 +179,7 @@ class Pending:
     def _mark(self, trained: Sequence[torch.Tensor]) -> None:
         """At the end of a pass."""
         self._trained = trained
+        self.early.begin()
         firing = self._firing
         if self._sampler is None:
             self._left = gradients(trained)  # before the pass counts as one that did not fail

@@ -162,7 +162,7 @@ class Preconditioner:
         expected = [] if void else [g if g is None else g * number for g in observed.expected]
         formed = Formed.on(self.engine.plan, found, weighed(self.engine, shot.n, weighted), number, void)
         weighted = counted(weighted, self._pending, shot, seen.let_go, formed)
-        self._terms.expect(weighted, expected, self.engine.plan.trained)
+        self._terms.expect(weighted, expected, self.engine.plan.trained, self._pending.hear)
         return self.engine.met(weighted, f)
 
     def extra(self, term: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ class Preconditioner:
             raise error
         with torch.no_grad(), engine.working():
             given = gradients(engine)
-            self._pending.check(given)
+            self._pending.check(given, engine.plan.layers if lengths is None else None)
             self._written.check(engine.plan.layers, given)
             covered = [g for found in given.values() for g in found.values()]
             with self._scale.undone(engine.plan.layers), self._scale.shown(covered):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -15,6 +15,7 @@ import torch
 import kfaccore as kf
 from kfaccore_torch.unusual import dense, unusual
 
+Hear = Callable[[torch.Tensor, Callable[[torch.Tensor], None]], None]
 Expected = Sequence[torch.Tensor | None]
 
 
@@ -27,15 +28,18 @@ class Terms:
     _fired: list[tuple[torch.Tensor, Expected]] = field(default_factory=list)  # losses of one backward pass
     _task: int = -1  # that pass
 
-    def expect(self, value: torch.Tensor, expected: Expected, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def expect(
+        self, value: torch.Tensor, expected: Expected, parameters: Sequence[torch.nn.Parameter], hear: Hear
+    ) -> None:
         """Look, at the end of the backward pass of `value`, whether the gradient is that of such losses alone.
 
         expected   the loss's own gradient of each of `parameters`; empty where it is not known
+        hear       what puts a hook on it until the step is over
         """
         if self.declared or self.looked or not value.requires_grad:
             return
         fresh = bool(expected) and all(p.grad is None or not bool(dense(p.grad).any()) for p in parameters)
-        value.register_hook(partial(self._fire, expected if fresh else (), parameters))
+        hear(value, partial(self._fire, expected if fresh else (), parameters))
 
     def _fire(self, expected: Expected, parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> None:
         task = torch._C._current_graph_task_id()
