@@ -181,3 +181,37 @@ def test_a_label_without_a_class_is_refused():
     assert torch.equal(model.weight, before)
     assert np.isfinite(float(optimizer.step(x, torch.tensor([1, 2, 0, 1]))))
     assert not torch.equal(model.weight, before)
+
+
+def temperature(loss):
+    loss.register_forward_pre_hook(lambda module, given: (given[0] / 0.5, given[1]))
+
+
+def doubled(loss):
+    loss.register_forward_hook(lambda module, given, value: 2 * value)
+
+
+def bound_anew(loss):
+    loss.forward = lambda f, y: nn.functional.cross_entropy(f / 0.5, y)
+
+
+def logged(loss):
+    loss.register_forward_hook(lambda module, given, value: None)
+
+
+@pytest.mark.parametrize("change", [temperature, doubled, bound_anew, logged])
+def test_a_loss_that_is_not_what_its_class_does_is_refused(change):
+    """By hooks or by a `forward` of the instance; hooks that only look are none of our business."""
+    torch.manual_seed(0)
+    model, loss = nn.Linear(3, 4), nn.CrossEntropyLoss()
+    change(loss)
+    pre = kt.Preconditioner(model, loss, kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1)))
+    with pre.capture():
+        f = model(torch.randn(6, 3))
+    y = torch.randint(4, (6,))
+    if change is logged:
+        pre.loss(f, y).backward()
+        pre.step()
+    else:
+        with pytest.raises(ValueError, match="CrossEntropyLoss has hooks or a `forward` of its own"):
+            pre.loss(f, y)

@@ -26,3 +26,19 @@ def check_alike(loss: Any, f: torch.Tensor, y: Any) -> None:
             f"{type(loss).__name__} got a prediction of shape {tuple(f.shape)} and a target of shape {tuple(shape)}, "
             f"which would be held against each other crosswise; need equal shapes"
         )
+
+
+def check_its_own(loss: nn.Module, value: torch.Tensor, *given: Any) -> None:
+    """ValueError for a loss that does not come to what its class does, whose curvature is taken: one with hooks that
+    change what it is given or gives, or with a `forward` of its own."""
+    if not (loss._forward_hooks or loss._forward_pre_hooks or "forward" in vars(loss)):
+        return
+    with torch.no_grad():
+        plain = type(loss).forward(loss, *given)
+    if not torch.allclose(plain, value.detach(), rtol=1e-5, atol=0.0, equal_nan=True):
+        name = type(loss).__name__
+        raise ValueError(
+            f"this {name} has hooks or a `forward` of its own, and comes to {float(value):g} where {name} is "
+            f"{float(plain):g}: its curvature is not that of its class. Write it as a kfaccore_torch.ExampleLoss, or "
+            f"put what it does to the prediction into the model"
+        )

@@ -13,7 +13,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.bridge import detached
-from kfaccore_torch.ends import check_alike, nonnegative
+from kfaccore_torch.ends import check_alike, check_its_own, nonnegative
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.split import Split
 from kfaccore_torch.unread import known_at_once, unread
@@ -67,10 +67,12 @@ class Objective:
         if isinstance(self.loss, CORE):
             return self.loss.value(f, target) / self.loss.normaliser(f, target)
         if self.classes_second and f.ndim > 2 and f.stride(1) == 1:
-            return self.loss(*_flat(f, target))
-        if not self.classes_second:
+            f, target = _flat(f, target)
+        elif not self.classes_second:
             check_alike(self.loss, f, target)
-        return self.loss(f, target)
+        value = self.loss(f, target)
+        check_its_own(self.loss, value, f, target)
+        return value
 
     def share(self, f: Any, target: Any) -> float:
         """n of a record of this batch; 0 where no example or label counts."""
