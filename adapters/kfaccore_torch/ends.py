@@ -35,7 +35,8 @@ def check_its_own(loss: nn.Module, value: torch.Tensor, *given: Any) -> None:
         return
     with torch.no_grad():
         plain = type(loss).forward(loss, *given)
-    if not torch.allclose(plain, value.detach(), rtol=1e-5, atol=0.0, equal_nan=True):
+    value = value.detach()
+    if not torch.allclose(plain, value, rtol=1e-5, atol=0.0, equal_nan=True):
         name = type(loss).__name__
         raise ValueError(
             f"this {name} has hooks or a `forward` of its own, and comes to {float(value):g} where {name} is "
