@@ -11,7 +11,7 @@ What a method may offer is a capability: a Protocol below, a line of `CAPABILITI
 from __future__ import annotations
 
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from kfaccore import tree
 from kfaccore.block import Block, Hyper
@@ -20,6 +20,9 @@ from kfaccore.record import Factored, Record
 from kfaccore.solution import Solution
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.asking import Asks
+
+if TYPE_CHECKING:
+    from kfaccore.linalg.side import Side
 
 __all__ = ["CAPABILITIES", "Block", "Hyper", "Method", "State", "Stats", "declares", "names"]
 
@@ -143,6 +146,14 @@ class Inverses(Protocol[R]):
         ...
 
 
+class InverseSides(Protocol[R]):
+    """A solve is G^-1 V A^-1, and its inverses are never matrices."""
+
+    def inverse_sides(self, state: R, hyper: Hyper) -> tuple[Side, Side]:
+        """As `inverses`, by their products with rows (`linalg.side.Unformed`); (blocks, d) of a diagonal side."""
+        ...
+
+
 class Eigensystem(Protocol[R]):
     """F~ + damping I is diagonal in a Kronecker basis."""
 
@@ -168,8 +179,7 @@ class MovesWithBasis(Protocol):
 
 
 class Halves(Protocol[R, M]):
-    """What a refresh reads of the data, and what is taken in its basis, can be measured apart, each at its own cost:
-    for passes over all data, of which one is for the basis and the next for what lives in it."""
+    """What a refresh reads and what is taken in its basis can be measured apart: for one pass over all data each."""
 
     def basis_stats(self, state: R, record: Record, hyper: Hyper) -> M:
         """As `measure` for all that a refresh reads; an update with it tells nothing else."""
@@ -212,7 +222,8 @@ CAPABILITIES: dict[type, str] = {  # capability: who asks for it
     LinearSides: "precondition",
     Terms: "precondition; the command line",
     KroneckerTerms: "posterior, analysis, TwoLevel",
-    Inverses: "TwoLevel",
+    Inverses: "TwoLevel, own shares",
+    InverseSides: "TwoLevel, own shares; before Inverses",
     Eigensystem: "posterior, TwoLevel",
     Matrix: "posterior, analysis",
     MovesWithBasis: "posterior, analysis",
@@ -232,11 +243,8 @@ class Additive:
         return tree.add(first, second)
 
 
-def one_term(method: object, given: object) -> None:
-    """ValueError for a tuple of loss terms and a method that takes one; micro-batches of one term are a list."""
-    if isinstance(given, tuple) and not declares(method, Terms):
-        raise ValueError(
-            f"a tuple of {len(given)} records came, which is one record a term of the loss, each with its own n; "
-            f"{type(method).__name__} takes one term: use PINNKFAC({len(given)}), or give micro-batches of one term as "
-            f"a list"
-        )
+def inverse_sides(method: object, state: State, hyper: Hyper) -> tuple[Side, Side] | None:
+    """(A^-1, G^-1) of a solve G^-1 V A^-1, unformed where the method can; None where it solves otherwise."""
+    if declares(method, InverseSides):
+        return method.inverse_sides(state, hyper)
+    return method.inverses(state, hyper) if declares(method, Inverses) else None

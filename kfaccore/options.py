@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfaccore.method import names
+from kfaccore.method import Terms, declares, names
 
 
 def instance(owner: object, field: str, kind: type, choices: str) -> None:
@@ -24,6 +24,16 @@ def need(owner: str, field: str, value: object, kind: type, choices: str) -> Non
     missing = [name for name in names(kind) if not hasattr(value, name)]
     if missing:
         raise TypeError(f"{owner}({field}={value!r}): need {choices}; {missing} is missing there")
+
+
+def one_term(method: object, given: object) -> None:
+    """ValueError for a tuple of loss terms and a method that takes one; micro-batches of one term are a list."""
+    if isinstance(given, tuple) and not declares(method, Terms):
+        raise ValueError(
+            f"a tuple of {len(given)} records came, which is one record a term of the loss, each with its own n; "
+            f"{type(method).__name__} takes one term: use PINNKFAC({len(given)}), or give micro-batches of one term as "
+            f"a list"
+        )
 
 
 def _not_a_class(owner: str, field: str, value: object) -> None:

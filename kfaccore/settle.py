@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kfaccore.method import Block, Hyper, Method, S, T, one_term
+from kfaccore.method import Block, Hyper, Method, S, T
+from kfaccore.options import one_term
 from kfaccore.record import Record
 
 

@@ -235,3 +235,51 @@ def test_micro_batches_with_and_without_draws_are_no_average(rng):
         with pytest.raises(ValueError, match=r"micro-batches of layer 'fc' have \[.*0.*\] draws"):
             pre.step(state, {"fc": batches}, {"fc": grad})
     assert pre.step(state, {"fc": [without, without]}, {"fc": grad})[2].counts() == {kf.Code.OK: 1}
+
+
+BIG = np.dtype(">f8")
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda: kf.Record(A.astype(BIG), G, 6.0), r"a has dtype >f8, shape \(6, 4\)"),
+        (lambda: kf.Record(A, G.astype(">f4"), 6.0), r"g has dtype >f4, shape \(6, 3\)"),
+        (lambda: kf.Record(A.astype(">f2"), G, 6.0), r"a has dtype >f2"),
+        (lambda: kf.Patches(np.ones((2, 4, 4, 1), BIG), kf.Window((2, 2))), "image has dtype >f8"),
+        (lambda: kf.Factored(A.astype(BIG), G, 6.0), "a has dtype >f8"),
+        (lambda: kf.type2(kf.Gaussian(), G.astype(BIG)), "f has dtype >f8"),
+        (lambda: kf.Preconditioner(kf.KFAC()).init({"fc": kf.Block(3, 4)}, A.astype(BIG)), "like has dtype >f8"),
+        (lambda: stepped(np.ones((3, 4), BIG)), "grad has dtype >f8"),
+        (lambda: solved(np.ones((3, 4), BIG)), "grad has dtype >f8"),
+    ],
+)
+def test_numbers_of_another_byte_order_are_named(call, what):
+    order = r".*; need this machine's byte order, .* big-endian numbers: x\.astype\(x\.dtype\.newbyteorder\('='\)\)"
+    with pytest.raises(TypeError, match=what + order):
+        call()
+
+
+def solved(grad):
+    method = kf.KFAC()
+    return method.solve(kf.settle(method, kf.Record(A, G, 6.0)), grad, kf.Hyper(0, 0.0, 0.1))
+
+
+def stepped(grad):
+    pre = kf.Preconditioner(kf.KFAC())
+    return pre.step(pre.init({"fc": kf.Block(3, 4)}, A), {"fc": kf.Record(A, G, 6.0)}, {"fc": grad})
+
+
+@pytest.mark.parametrize("kind", [">i8", ">u8", ">i4", ">u4", ">i2"])
+def test_integers_of_another_byte_order_name_the_same_rows(kind):
+    """Ids and labels are made this machine's, none of them another's row for want of bits."""
+    given = np.array([0, 3, 1], kind)
+    record = kf.Record(kf.Ids(given, 4), np.ones((3, 2)), 3.0)
+    assert record.a.index.dtype.isnative
+    assert record.a.index[:, 0].tolist() == [0, 3, 1]
+    f = np.arange(12.0).reshape(3, 4)
+    loss = kf.SoftmaxCrossEntropy()
+    assert np.array_equal(kf.empirical(loss, f, given), kf.empirical(loss, f, given.astype(int)))
+    if kind[2] == "8":
+        far = kf.Record(kf.Ids(np.array([0, 2**32 + 3, 1], kind), 4), np.ones((3, 2)), 3.0)
+        assert np.isnan(far.g[0, 0, :, 0]).any(axis=-1).tolist() == [False, True, False]

@@ -330,6 +330,46 @@ def epochs(method, a, g, batches, count, damping=0.1):
     return found, state
 
 
+@pytest.mark.parametrize("stranger", [-1, 10, 100])
+@pytest.mark.parametrize("net", [False, True])
+def test_ids_that_do_not_exist_are_nobodys(stranger, net, xp, rng):
+    """Refused where ids can be read for nothing; elsewhere no entry is touched, and the weight is NaN, a code."""
+    a, g = rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 4, 2))
+    ids = [xp.put(np.asarray(x)) for x in ([0, 1, 2, 3], [stranger, 1, 2, 3])]
+    rule = {"share": sample, "steps": 2}
+    pre = kf.Preconditioner(**({"network": kf.GlobalFNGD(**rule)} if net else {"methods": kf.FNGD(**rule)}))
+    state = pre.init({"fc": kf.Block(2, 3, samples=10)}, xp.put(a))
+
+    def stepped(state, t, ids):
+        record = kf.Record(xp.put(a[t]), xp.put(g[t]), 4.0, ids=ids)
+        return pre.step(state, {"fc": record}, {"fc": xp.put(g[t].T @ a[t] / 4)}, fisher=kf.empirical)[1]
+
+    state = stepped(state, 0, ids[0])
+    if xp.name in ("numpy", "readonly", "torch"):
+        with pytest.raises(
+            ValueError, match=f"got ids from {min(stranger, 1)} to {max(stranger, 3)}; need dataset pos"
+        ):
+            stepped(state, 1, ids[1])
+        state = stepped(state, 1, ids[0])
+        with pytest.raises(ValueError, match=r"positions from 0 to 9: Block\.samples, the size of the dataset, is 10"):
+            kf.weighted(pre, state, {"fc": xp.put(g[0])}, ids[1])
+        return
+    state = stepped(state, 1, ids[1])
+    table_of = (state.network if net else state).layers["fc"].betas
+    assert xp.get(table_of.count).tolist() == [[1, 2, 2, 2, 0, 0, 0, 0, 0, 0]]
+    weights = xp.get(kf.weighted(pre, state, {"fc": xp.put(np.ones((4, 2)))}, ids[1])["fc"])
+    assert np.isnan(weights).tolist() == [[True, True]] + 3 * [[False, False]]
+    updates, _, info = pre.step(state, None, {"fc": xp.put(weights.T @ a[1])})
+    assert info.counts() == {kf.Code.NONFINITE: 1}
+    assert not xp.get(updates["fc"]).any()
+
+
+def test_ids_are_integers(rng):
+    method = kf.FNGD(share=sample)
+    with pytest.raises(TypeError, match="got ids of dtype float64; need integers"):
+        solved(method, *pair(rng, (4, 3, 2)), rng.normal(size=(2, 3)), ids=np.arange(4.0))
+
+
 def test_replayed_order_repeats_the_first_epoch(rng):
     """FNGD-14: the same batches in the same order have the first epoch's X again."""
     a, g = pair(rng, (23, 3, 4))

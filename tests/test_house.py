@@ -39,7 +39,7 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "block": FLOOR,
     "method": FLOOR | {"block", "solution", "declared"},
     "refreshing": FLOOR | {"method"},
-    "settle": FLOOR | {"method"},
+    "settle": FLOOR | {"method", "options"},
     "options": {"method"},
     "layers": FLOOR | {"method"},
     "factors": FLOOR | {"method", "linalg"},

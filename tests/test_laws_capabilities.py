@@ -15,6 +15,7 @@ import kfaccore as kf
 from conftest import FEW
 from kfaccore import method as contract
 from kfaccore import tree
+from kfaccore.linalg import side
 from kfaccore.method import CAPABILITIES, declares
 from kfaccore.xp.asking import alone, lockstep
 from rows import METHODS, arrays
@@ -81,6 +82,13 @@ def inverses_around_v_are_the_solve(case, rng):
         return
     A, G = (full(x, case.xp) for x in pair)
     assert close(G @ case.v @ A, case.direction())
+
+
+def inverse_sides_are_the_inverses(case, rng):
+    sides = case.method.inverse_sides(case.state, HYPER)
+    for found, wanted in zip(sides, case.method.inverses(case.state, HYPER), strict=True):
+        rows = rng.normal(size=(2, 5, wanted.shape[-1]))
+        assert close(case.xp.get(side.through(case.xp.put(rows), found)), rows @ full(wanted, case.xp))
 
 
 def eigensystem_solves_and_multiplies(case, rng):
@@ -237,6 +245,7 @@ LAWS = {
     contract.Terms: terms_are_records_in_a_tuple,
     contract.KroneckerTerms: kronecker_terms_add_to_matvec,
     contract.Inverses: inverses_around_v_are_the_solve,
+    contract.InverseSides: inverse_sides_are_the_inverses,
     contract.Eigensystem: eigensystem_solves_and_multiplies,
     contract.Matrix: matrix_times_vec_is_matvec,
     contract.Unit: unit_times_damping_is_what_a_solve_adds,

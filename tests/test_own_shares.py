@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 import kfaccore as kf
 from kfaccore.linalg.shares import shares
+from kfaccore.network.two_level.local import inverse_product
+from kfaccore.network.two_level.vectors import Outer
 from kfaccore.step.own import Own, solve_of
 from rows import METHODS
 
@@ -38,6 +42,8 @@ EXTRA = {
     "kfac, eigh, relative": kf.KFAC(inverse=kf.eigh, split=kf.Relative(kf.exact)),
     "tkfac, eigh, its own units": kf.TKFAC(inverse=kf.eigh, damping=kf.Adaptive()),
     "ekfac, reduce": kf.EKFAC(kf.reduce),
+    "brand, cut": kf.BrandKFAC(rank=kf.Rank(2, 2)),
+    "randomized, cut": kf.RandomizedKFAC(rank=kf.Rank(2, 2), sketch=kf.Symmetric(oversample=1)),
 }
 ALL = {row.name: row.method for row in METHODS if not row.no_matrix} | EXTRA
 OFFERED = {
@@ -103,3 +109,45 @@ def test_rows_or_examples_whichever_is_smaller(rng, solve, monkeypatch):
     by_rows = shares(drawn, own, given)
     np.testing.assert_allclose(by_examples[0], by_rows[0], rtol=1e-12)
     assert by_examples[1] == pytest.approx(by_rows[1], rel=1e-12)
+
+
+LOW_RANK = {
+    "brand": kf.BrandKFAC(rank=kf.Rank(4, 4)),
+    "randomized": kf.RandomizedKFAC(rank=kf.Rank(4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize(("d_out", "d_in"), [(3, 1500), (1500, 3)])
+def test_shares_by_modes_make_no_matrix_of_a_wide_side(name, d_out, d_in, rng):
+    """Linear in the width, for a step's own shares and for the M^-1 of a coarse space."""
+    method = LOW_RANK[name]
+    a = rng.normal(size=(B, d_in))
+    drawn, own = (kf.Record(a, rng.normal(size=(v, 1, B, 1, d_out)), 7.0) for v in (2, 1))
+    state = kf.settle(method, drawn, damping=HYPER.damping)
+    v = Outer(rng.normal(size=(1, d_out)), rng.normal(size=(1, d_in)))
+    tracemalloc.start()
+    s, q = shares(drawn, own, solve_of(method, state, HYPER))
+    product = inverse_product(method, state, HYPER, v)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1500 * 1500  # bytes: an eighth of one such matrix
+    want, total = brute(method, state, drawn, own)
+    np.testing.assert_allclose(s, want, rtol=1e-12, atol=1e-12 * np.abs(want).max())
+    assert q == pytest.approx(total, rel=1e-12)
+    solved = method.solve(state, v.dense(), HYPER).direction
+    np.testing.assert_allclose(product.dense(), solved, rtol=1e-12, atol=1e-12 * np.abs(solved).max())
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("rule", [kf.SelfTuning(), kf.Fixed(rescale=kf.Noise())], ids=lambda rule: type(rule).__name__)
+def test_a_step_of_a_wide_layer_is_linear_in_its_width(rule, own, rng):
+    a, g, h = rng.normal(size=(B, 1500)), rng.normal(size=(1, B, 3)), rng.normal(size=(1, B, 3))
+    pre = kf.Preconditioner({"fc": LOW_RANK["brand"]}, clocks=kf.Clocks(1, 1), step=rule)
+    state = pre.init({"fc": kf.Block(3, 1500)}, a)
+    given = {"own": {"fc": kf.Record(a, h, 5.0)}} if own else {}
+    tracemalloc.start()
+    pre.step(state, {"fc": kf.Record(a, g, 5.0)}, {"fc": h[0].T @ a / 5}, loss=1.0, **given)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1500 * 1500

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
+from kfaccore.linalg.side import Side, Unformed
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.chunks import at_once, spans
@@ -39,18 +40,20 @@ class Solve(Protocol):
 
 @dataclass(frozen=True)
 class Inverted:
-    """P V = G V A with the damped inverses A, G (blocks, d, d), or (blocks, d) of a diagonal side.
+    """P V = G V A with the damped inverses A, G (blocks, d, d), (blocks, d) of a diagonal side, or unformed.
 
-    z_t = sum_s (a_t A a_s) G g_s. Cost: rows (d_in^2 + d_out^2), and S (d_in + d_out) a row of S > 1 positions, or
-    2 d_in d_out where that is less.
+    z_t = sum_s (a_t A a_s) G g_s. Cost: rows (d_in^2 + d_out^2), or what an unformed side takes, and S (d_in + d_out) a
+    row of S > 1 positions, or 2 d_in d_out where that is less.
     """
 
-    A: Array
-    G: Array
+    A: Side
+    G: Side
 
     def outputs(self, own: Record) -> Array:
         g = _times(own.g[0, ...], self.G)
         if isinstance(own.a, Ids):
+            if isinstance(self.A, Unformed):
+                raise TypeError("an embedding (Ids) has a diagonal side for its inputs, and an unformed one came")
             return _among_equal(own.a.index, g * _taken(self.A[:, None, :], own.a.index))
         xp = namespace(g)
         a = own.rows()
@@ -67,8 +70,10 @@ class Inverted:
 
     def by_rows(self, shared: int, d_in: int, d_out: int) -> bool:
         """Rows through both inverses and pairs of positions, against examples through both inverses."""
-        rows = shared * (d_in * d_in + d_out * d_out) + shared * min(shared * (d_in + d_out), 2 * d_in * d_out)
-        return rows <= d_in * d_out * (d_in + d_out + _FORMED * shared)
+        A = side.products(self.A)
+        G = side.products(self.G)
+        rows = shared * (A + G) + shared * min(shared * (d_in + d_out), 2 * d_in * d_out)
+        return rows <= d_out * A + d_in * G + d_in * d_out * _FORMED * shared
 
 
 @dataclass(frozen=True)
@@ -170,13 +175,13 @@ def _taken(table: Array, index: Array) -> Array:
     return xp.reshape(found, (1, *index.shape, table.shape[1]))
 
 
-def _times(rows: Array, x: Array) -> Array:
-    """Rows (blocks, batch, shared, d) times a side (blocks, d, d) or (blocks, d), in the order they lie in memory."""
+def _times(rows: Array, x: Side) -> Array:
+    """Rows (blocks, batch, shared, d) times a side, in the order they lie in memory."""
     xp = namespace(rows)
     if shared_first(rows):
         return xp.moveaxis(_times(xp.moveaxis(rows, -2, -3), x), -2, -3)
     flat = xp.reshape(rows, (rows.shape[0], -1, rows.shape[-1]))
-    return xp.reshape(side.times(flat, x), rows.shape)
+    return xp.reshape(side.through(flat, x), rows.shape)
 
 
 def critical_batch(slope: Number, own: Number, examples: Number) -> Number:

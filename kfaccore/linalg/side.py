@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 WIDEST = 4096  # of a side that is kept as modes and may be multiplied out all the same
 
 
+class Unformed:
+    """A symmetric factor that is known by its products, in memory linear in its width."""
+
+    @property
+    def products(self) -> int:
+        """Products that one row takes."""
+        raise NotImplementedError
+
+    def times(self, rows: Array) -> Array:
+        """rows (blocks, many, d) times the factor."""
+        raise NotImplementedError
+
+
+Side = Array | Unformed
+
+
 @dataclass(frozen=True)
 class Scale:
     """Size of a factor: its mean eigenvalue (blocks,) and, computed only when asked, its largest."""
@@ -132,6 +148,18 @@ def decompositions(A: Array, G: Array) -> Asks[tuple[Answer, Answer]]:
 def times(v: Array, x: Array) -> Array:
     """v x: (blocks, m, d) times the factor."""
     return v * x[:, None, :] if is_diagonal(x) else kernels.product(v, x)
+
+
+def through(v: Array, x: Side) -> Array:
+    """v x for a factor that may be unformed."""
+    return x.times(v) if isinstance(x, Unformed) else times(v, x)
+
+
+def products(x: Side) -> int:
+    """Products that one row takes through the factor."""
+    if isinstance(x, Unformed):
+        return x.products
+    return x.shape[-1] if is_diagonal(x) else x.shape[-2] * x.shape[-1]
 
 
 def transposed(x: Array) -> Array:

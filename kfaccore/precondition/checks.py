@@ -7,8 +7,8 @@ from types import FunctionType
 from typing import TYPE_CHECKING
 
 from kfaccore.fisher import empirical, forward_only
-from kfaccore.method import Block, OwnGradients, Terms, declares, one_term
-from kfaccore.options import need
+from kfaccore.method import Block, OwnGradients, Terms, declares
+from kfaccore.options import need, one_term
 from kfaccore.precondition.comm import Communicator
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.given import Given, named, records_of

@@ -37,7 +37,14 @@ def _squares_of_ids(record: Record, g: Array) -> Array:
     """Column i of J is the sum of g over positions with id i, so its square sums g_s * g_t over equal ids s, t."""
     xp = namespace(g)
     index = record.a.index
-    same = xp.astype(index[:, :, None] == index[:, None, :], g.dtype)
-    paired = xp.sum(g * xp.matmul(same, g), axis=0)[0, ...]
+
+    def pairs(span: slice) -> Array:
+        own = index[span, :]
+        same = xp.astype(own[:, :, None] == own[:, None, :], g.dtype)
+        some = g[:, :, span, ...]
+        return xp.sum(some * xp.matmul(same, some), axis=0)[0, ...]
+
+    found = [pairs(span) for span in kernels.spans(record.batch, kernels.at_once(record.shared**2))]
+    paired = found[0] if len(found) == 1 else xp.concat(found, axis=0)
     rows = xp.reshape(paired, (-1, record.d_out))
     return kernels.segment_sum(rows, xp.reshape(index, (-1,)), record.a.size).mT[None, ...]

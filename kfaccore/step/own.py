@@ -1,9 +1,9 @@
 """Every example's own share of a direction, over the layers: what a batch flatters itself by.
 
 A direction x = P grad holds P h_b / n of every example b that judges it, so that <grad, x> and x^T F x along it are
-both too large. `Own` gathers those shares from the records, for the methods that say how they solve (`Inverses`,
-`Eigensystem`). Where a layer's method does not, where its rows are not one example's each, and where the shell gave no
-gradients of the loss itself, nothing is left out for that layer; `layers` tells how many.
+both too large. `Own` gathers those shares from the records, for the methods that say how they solve (`InverseSides`,
+`Inverses`, `Eigensystem`). Where a layer's method does not, where its rows are not one example's each, and where the
+shell gave no gradients of the loss itself, nothing is left out for that layer; `layers` tells how many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kfaccore.linalg.inverse import floored
 from kfaccore.linalg.shares import Inverted, Rotated, Solve, shares
-from kfaccore.method import Eigensystem, Hyper, Inverses, Method, State, declares
+from kfaccore.method import Eigensystem, Hyper, Inverses, InverseSides, Method, State, declares, inverse_sides
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number, number, numbers, pick
@@ -80,12 +80,13 @@ def most_examples(records: Mapping[str, Record]) -> Record:
 
 def solvable(solving: tuple[Method, State, Hyper] | None) -> bool:
     """Whether a method says how it solves."""
-    return solving is not None and (declares(solving[0], Inverses) or declares(solving[0], Eigensystem))
+    ways = (InverseSides, Inverses, Eigensystem)
+    return solving is not None and any(declares(solving[0], way) for way in ways)
 
 
 def solve_of(method: Method, state: State, hyper: Hyper) -> Solve:
     """How a method that says so solves with this state, in closed form."""
-    pair = method.inverses(state, hyper) if declares(method, Inverses) else None
+    pair = inverse_sides(method, state, hyper)
     if pair is not None:
         return Inverted(*pair)
     system = method.eigensystem(state, hyper) if declares(method, Eigensystem) else None

@@ -76,7 +76,10 @@ def is_half(x: Array, what: str) -> bool:
         return False
     if str(x.dtype).rsplit(".", 1)[-1] in ("float16", "bfloat16"):
         return True
-    raise TypeError(f"{what} has dtype {x.dtype}, shape {tuple(x.shape)}; need a real floating dtype: cast it first")
+    need = "a real floating dtype: cast it first"
+    if isinstance(x.dtype, np.dtype) and x.dtype.kind == "f" and not x.dtype.isnative:
+        need = "this machine's byte order, and those are big-endian numbers: x.astype(x.dtype.newbyteorder('='))"
+    raise TypeError(f"{what} has dtype {x.dtype}, shape {tuple(x.shape)}; need {need}")
 
 
 def place(like: Array) -> dict[str, Any]:

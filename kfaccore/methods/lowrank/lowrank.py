@@ -17,7 +17,7 @@ from kfaccore.xp.ranges import AT_LEAST_0, SOME, ranged
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(side.Unformed):
     """Modes U (blocks, d, k), ascending D (blocks, k), the eigenvalue `outside` of all other directions (blocks,), the
     trace of the factor itself (blocks,), and how many modes count, `rank` (blocks,); for the others D is `outside`."""
 
@@ -26,6 +26,18 @@ class LowRank:
     outside: Array
     trace: Array
     rank: Array
+
+    @property
+    def products(self) -> int:
+        return 2 * self.U.shape[1] * self.U.shape[2]
+
+    def times(self, rows: Array) -> Array:
+        xp = namespace(rows)
+        inner = xp.matmul(rows, self.U)
+        if full(self):
+            return xp.matmul(inner * self.D[:, None, :], self.U.mT)
+        inner = inner * (self.D - self.outside[:, None])[:, None, :]
+        return rows * self.outside[:, None, None] + xp.matmul(inner, self.U.mT)
 
 
 Factor = LowRank | Array  # an array is the diagonal (blocks, d) of the factor
@@ -152,14 +164,7 @@ def full(x: LowRank) -> bool:
 
 def times(rows: Array, x: Factor) -> Array:
     """rows (blocks, m, d) times the factor."""
-    if not isinstance(x, LowRank):
-        return rows * x[:, None, :]
-    xp = namespace(rows)
-    inner = xp.matmul(rows, x.U)
-    if full(x):
-        return xp.matmul(inner * x.D[:, None, :], x.U.mT)
-    inner = inner * (x.D - x.outside[:, None])[:, None, :]
-    return rows * x.outside[:, None, None] + xp.matmul(inner, x.U.mT)
+    return x.times(rows) if isinstance(x, LowRank) else rows * x[:, None, :]
 
 
 def inverse(x: Factor, shift: Array, unit: Array) -> tuple[Factor, Array]:

@@ -72,9 +72,14 @@ class Modes(Generic[S]):
         code = choose(lifted & (state.code == int(Code.OK)), Code.JITTERED, state.code)
         return finish(lowrank.between(G, grad, A), code, state, squeeze)
 
+    def inverse_sides(self, state: S, hyper: Hyper) -> tuple[Factor, Factor]:
+        """(A~ + d_a I)^-1 and (G~ + d_g I)^-1 by their modes."""
+        A, G, _ = self._damped(state, self.sides(state), hyper)
+        return A, G
+
     def inverses(self, state: S, hyper: Hyper) -> tuple[Array, Array]:
         """Dense ((A~ + d_a I)^-1, (G~ + d_g I)^-1), for analysis."""
-        A, G, _ = self._damped(state, self.sides(state), hyper)
+        A, G = self.inverse_sides(state, hyper)
         return lowrank.dense(A), lowrank.dense(G)
 
     def matvec(self, state: S, v: Array, hyper: Hyper) -> Array:

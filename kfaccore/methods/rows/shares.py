@@ -26,7 +26,8 @@ class Share(Protocol):
         ...
 
     def index(self, slot: Array, ids: Array | None, turn: int | Array, steps: int, size: int) -> Array:
-        """Entries (units,) of a batch at step `turn` of its `steps`, in a table of `size`; slot is 0, 1, ..."""
+        """Entries (units,) of a batch at step `turn` of its `steps`, in a table of `size`, -1 where there is none; slot
+        is 0, 1, ..."""
         ...
 
 
@@ -44,7 +45,8 @@ class Position:
 
 @dataclass(frozen=True)
 class Sample:
-    """The dataset position (`Record.ids`): the literal reading, for any order."""
+    """The dataset position (`Record.ids`): the literal reading, for any order. A position that does not exist is an
+    error where ids can be read for nothing; on a device and under a trace it has no entry, and its weight is NaN."""
 
     def size(self, samples: int, slots: int, steps: int) -> int:
         if samples < 1:
@@ -54,7 +56,18 @@ class Sample:
     def index(self, slot: Array, ids: Array | None, turn: int | Array, steps: int, size: int) -> Array:
         if ids is None:
             raise ValueError("FNGD(share=sample) got no ids: give the dataset positions of the batch")
-        return namespace(slot).astype(ids, slot.dtype)
+        xp = namespace(slot)
+        if not xp.isdtype(ids.dtype, "integral"):
+            raise TypeError(f"FNGD(share=sample) got ids of dtype {ids.dtype}; need integers, the dataset positions")
+        given = xp.astype(ids, slot.dtype)
+        exists = (given >= 0) & (given < size)
+        free = str(device_of(given)) == "cpu"  # NumPy and torch; JAX calls no device so, and is not read
+        if free and not bool(xp.all(exists)):
+            raise ValueError(
+                f"FNGD(share=sample) got ids from {int(xp.min(given))} to {int(xp.max(given))}; need dataset positions "
+                f"from 0 to {size - 1}: Block.samples, the size of the dataset, is {size}"
+            )
+        return xp.where(exists, given, xp.zeros_like(given) - 1)
 
 
 @dataclass(frozen=True)

@@ -29,19 +29,24 @@ def empty(blocks: int, size: int, like: Array) -> Table:
 
 def added(table: Table, index: Array, values: Array, ok: Array, clear: bool | Array) -> Table:
     """values (blocks, units) joined to the entries at index (units,) in blocks that are `ok`; after emptying the
-    table where `clear`."""
+    table where `clear`. A negative index is nobody's: nothing is added."""
     xp = namespace(values)
+    one = xp.where(index >= 0, xp.ones_like(values), xp.zeros_like(values))
+    values = xp.where(index >= 0, values, xp.zeros_like(values))
+    index = xp.maximum(index, xp.zeros_like(index))
     size = table.count.shape[1]
     kept = table.count * xp.astype(
         ~xp.asarray(clear, device=device_of(values)), values.dtype
     )  # clear may be traced: no `if`
     total = table.value * kept + kernels.segment_sum(values.mT, index, size).mT
-    count = kept + kernels.segment_sum(xp.ones_like(values).mT, index, size).mT
+    count = kept + kernels.segment_sum(one.mT, index, size).mT
     mean = xp.sum(total, axis=-1, keepdims=True) / xp.sum(count, axis=-1, keepdims=True)
     value = xp.where(count > 0, total / xp.where(count > 0, count, xp.ones_like(count)), mean)
     return Table(xp.where(ok[:, None], value, table.value), xp.where(ok[:, None], count, table.count))
 
 
 def read(table: Table, index: Array) -> Array:
-    """Values (blocks, units) at index (units,)."""
-    return namespace(table.value).take(table.value, index, axis=1)
+    """Values (blocks, units) at index (units,); NaN at a negative one, which is nobody's."""
+    xp = namespace(table.value)
+    found = xp.take(table.value, xp.maximum(index, xp.zeros_like(index)), axis=1)
+    return xp.where(index >= 0, found, xp.zeros_like(found) + float("nan"))

@@ -2,9 +2,11 @@
 
 A unit is one draw of one example, its J summed over shared positions; units are numbered draw by draw. With one
 position K = (a a^T) o (g g^T). With more, inner products of all pairs of positions, or J a slice of outputs at a time,
-whichever is cheaper; an embedding's a a^T is the equality of its ids.
+whichever is cheaper; an embedding's a a^T is the equality of its ids, and where its positions are many their gradients
+are summed by id, in memory linear in them.
 Source: Ou et al. 2024 (2403.03473) for layers as inner products of rows; the choice of order is ours.
-Cost: K units^2 shared^2 (d_in + d_out), or units^2 d_in d_out; the others one weight gradient each.
+Cost: K units^2 shared^2 (d_in + d_out), or units^2 d_in d_out, or units^2 shared d_out by ids; the others one weight
+gradient each.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from kfaccore.convolution.patches import Patches
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
 from kfaccore.record.sharing import expand
-from kfaccore.xp.arrays import Array, device_of, namespace
+from kfaccore.xp import traced
+from kfaccore.xp.arrays import Array, device_of, is_tracer, namespace
 from kfaccore.xp.codes import Code, choose
 
 
@@ -29,9 +32,10 @@ def gram(record: Record, pairs: bool | None = None) -> Array:
     if pairs is None:
         cheaper = record.shared**2 * (record.d_in + record.d_out) < record.d_in * record.d_out
         pairs = record.shared == 1 or cheaper
-    if pairs or isinstance(record.a, Ids):
-        return _by_pairs(record)
-    return _by_slices(record)
+    if isinstance(record.a, Ids):
+        few = record.shared == 1 or kernels.read_again(_pairs(record), record.g) >= record.batch
+        return _by_pairs(record) if few else _by_ids(record)
+    return _by_pairs(record) if pairs else _by_slices(record)
 
 
 def shared(record: Record, sharing: Callable[[Record], Record]) -> Record:
@@ -103,25 +107,80 @@ def damped_inverse(
 
 
 def _by_pairs(record: Record) -> Array:
-    """K from the inner products of all pairs of positions."""
+    """K from the inner products of pairs of positions: of some examples with all at a time."""
     xp = namespace(record.g)
-    blocks = record.blocks
-    draws = record.draws
-    shared = record.shared
-    units = draws * record.batch
-    g = xp.reshape(xp.permute_dims(record.g, (1, 0, 2, 3, 4)), (blocks, units * shared, record.d_out))
-    if isinstance(record.a, Ids):
-        index = xp.reshape(record.a.index, (-1,))
-        a_a = xp.astype(index[:, None] == index[None, :], record.g.dtype)[None, ...]
-    else:
-        a = _flat(record.rows())
-        a_a = xp.matmul(a, a.mT)
-    if draws > 1:
-        a_a = xp.tile(a_a, (1, draws, draws))  # every pair of draws has the same a
-    K = xp.matmul(g, g.mT) * a_a
-    if shared == 1:
-        return K
-    return xp.sum(xp.reshape(K, (blocks, units, shared, units, shared)), axis=(2, 4))
+    draws, blocks, batch, shared, d_out = record.g.shape
+    g = xp.permute_dims(record.g, (1, 0, 2, 3, 4))
+    every = xp.reshape(g, (blocks, -1, d_out)).mT
+    a = record.a.index if isinstance(record.a, Ids) else record.rows()
+
+    def part(span: slice) -> Array:
+        some = xp.reshape(g[:, :, span, ...], (blocks, -1, d_out))
+        if isinstance(record.a, Ids):
+            a_a = xp.reshape(a[span, :], (-1,))[:, None] == xp.reshape(a, (-1,))[None, :]
+            a_a = xp.astype(a_a, g.dtype)[None, ...]
+        else:
+            a_a = xp.matmul(_flat(a[:, span, ...]), _flat(a).mT)
+        if draws > 1:
+            a_a = xp.tile(a_a, (1, draws, draws))  # every pair of draws has the same a
+        K = xp.matmul(some, every) * a_a
+        if shared > 1:
+            K = xp.sum(xp.reshape(K, (blocks, draws * (span.stop - span.start), shared, -1, shared)), axis=(2, 4))
+        return xp.reshape(K, (blocks, draws, -1, draws * batch))
+
+    parts = [part(span) for span in kernels.spans(batch, kernels.at_once(_pairs(record)))]
+    return xp.reshape(parts[0] if len(parts) == 1 else xp.concat(parts, axis=2), (blocks, draws * batch, -1))
+
+
+def _pairs(record: Record) -> int:
+    """Pairs of one example's positions with all, of all draws."""
+    return record.blocks * record.batch * (record.draws * record.shared) ** 2
+
+
+def _by_ids(record: Record) -> Array:
+    """K of an embedding some units at a time: their rows summed by id, which all others read where they have it."""
+    xp = namespace(record.g)
+    draws, _, batch, shared, d_out = record.g.shape
+    units = draws * batch
+    index, size = _numbered(record.a)
+    g = xp.reshape(record.g, (1, units, shared, d_out))
+    mine = xp.reshape(xp.tile(index, (draws,)), (1, units, shared))
+
+    def of(g_some: Array, some: Array) -> Array:
+        many = some.shape[1]
+        tables = xp.arange(many, dtype=some.dtype, device=device_of(some))[:, None] * size
+        rows = xp.reshape(g_some, (-1, d_out))
+        J = kernels.segment_sum(rows, xp.reshape(some[0, ...] + tables, (-1,)), many * size)
+        read = xp.take(xp.reshape(J, (many, size, d_out)), index, axis=1)
+        read = xp.reshape(read, (many, 1, batch, shared * d_out))
+        K = xp.vecdot(read, xp.reshape(record.g, (1, draws, batch, shared * d_out)))
+        return xp.reshape(K, (1, many, units))
+
+    many = kernels.at_once(d_out * (size + batch * shared * (1 + draws)))
+    K = _some_at_a_time((g, mine), many, of)
+    return (K + K.mT) / 2.0  # the two halves are rounded apart
+
+
+def _some_at_a_time(arrays: tuple[Array, Array], many: int, of: Callable[[Array, Array], Array]) -> Array:
+    """`of` the arrays, so many units (second axis) at a time, joined; under a trace by a loop of one body."""
+    xp = namespace(*arrays)
+    units = arrays[0].shape[1]
+    if many >= units:
+        return of(*arrays)
+    whole = units // many if is_tracer(arrays[0]) else 0
+    found = [traced.joined_turns(arrays, many, whole, of)] if whole else []
+    rest = [x[:, whole * many :, ...] for x in arrays]
+    found += [of(*(x[:, span, ...] for x in rest)) for span in kernels.spans(units - whole * many, many)]
+    return xp.concat(found, axis=1)
+
+
+def _numbered(ids: Ids) -> tuple[Array, int]:
+    """Ids (positions,) and how many there may be: new ones, no more than positions, where the table is longer."""
+    xp = namespace(ids.index)
+    index = xp.reshape(ids.index, (-1,))
+    if ids.size <= index.shape[0]:
+        return index, ids.size
+    return xp.astype(xp.searchsorted(xp.sort(index), index), index.dtype), index.shape[0]  # its first place among all
 
 
 def _by_slices(record: Record) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kfaccore.linalg import side
-from kfaccore.method import Block, Eigensystem, Hyper, Inverses, KroneckerTerms, Method, State, declares
+from kfaccore.method import Block, Eigensystem, Hyper, KroneckerTerms, Method, State, declares, inverse_sides
 from kfaccore.network.two_level.vectors import Outer, Vector
 from kfaccore.xp.arrays import Array
 
@@ -39,16 +39,16 @@ def now(x: X | None) -> X:
 
 def inverse_product(method: Method, state: State, hyper: Hyper, v: Outer) -> Outer | None:
     """M^-1 v where it is a product again; None where the method, or its options, solve otherwise."""
-    parts = method.inverses(state, hyper) if declares(method, Inverses) else None
+    parts = inverse_sides(method, state, hyper)
     if parts is None:
         return None
     Ai, Gi = parts
     return Outer(_row_times(v.left, Gi), _row_times(v.right, Ai))
 
 
-def _row_times(x: Array, factor: Array) -> Array:
-    """x (blocks, d) times a factor (blocks, d, d), or (blocks, d) if diagonal."""
-    return side.times(x[:, None, :], factor)[:, 0, :]
+def _row_times(x: Array, factor: side.Side) -> Array:
+    """x (blocks, d) times a factor."""
+    return side.through(x[:, None, :], factor)[:, 0, :]
 
 
 def eigenpairs(method: Method, state: State, name: str, block: Block) -> tuple[Array, Array, Array]:
