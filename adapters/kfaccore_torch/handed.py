@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.held import CONTAINERS, Undo, kept_as_is, walked, written
+from kfaccore_torch.contents import CONTAINERS, kept_as_is, written
+from kfaccore_torch.held import Undo, walked
 from kfaccore_torch.replay import found
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.held import CONTAINERS, changed, kept_as_is, walked, written
+from kfaccore_torch.contents import CONTAINERS, changed, kept_as_is, written
+from kfaccore_torch.held import walked
 from kfaccore_torch.losses import Joined
 from kfaccore_torch.own_losses import Own
 from kfaccore_torch.replay import random_state
