@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 import kfaccore_torch as kt  # noqa: E402
-from kfaccore_torch import known_losses, own_losses  # noqa: E402
+from kfaccore_torch import known_losses, own_objective  # noqa: E402
 from kfaccore_torch.losses import objective  # noqa: E402
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_a_head_without_labels_adds_nothing(silent, far, monkeypatch):
     """Value and slope are those of the other head; of no head at all the batch is refused, where the host knows, or
     its loss is NaN."""
     if far:
-        for module in (known_losses, own_losses):
+        for module in (known_losses, own_objective):
             monkeypatch.setattr(module, "known_at_once", lambda x: not x.numel())
     model, x = Heads(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     f, y = model(x), {"a": torch.tensor([0, 2, 1, 1]), "b": torch.full((4,), -100)}

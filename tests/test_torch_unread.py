@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfaccore as kf
 import kfaccore_torch as kt
-from kfaccore_torch import known_losses, own_losses
+from kfaccore_torch import known_losses, own_objective
 
 FAR = lambda x: not x.numel()  # noqa: E731
 
@@ -32,7 +32,7 @@ class Reads(TorchDispatchMode):
 def far(monkeypatch):
     """Tensors are as if on a device."""
     monkeypatch.setattr(known_losses, "known_at_once", FAR)
-    monkeypatch.setattr(own_losses, "known_at_once", FAR)
+    monkeypatch.setattr(own_objective, "known_at_once", FAR)
 
 
 def trained(loss, forwards, dtype=torch.float64, fisher=kf.empirical, reads=None, autocast=False, refresh=1):

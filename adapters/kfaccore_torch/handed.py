@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.held import CONTAINERS, Undo, kept_as_is, walked, written
+from kfaccore_torch.contents import CONTAINERS, kept_as_is, written
+from kfaccore_torch.held import Undo, walked
 from kfaccore_torch.replay import found
 
 
@@ -39,7 +40,7 @@ class Handed:
                     f"{path} is a {type(x).__name__}, which can be read once: the step looks at the loss again after "
                     f"it. Hand over a list, or take a step that does not look back, such as kfaccore.Fixed"
                 )
-        watched = [(path, x, _version(x)) for path, x in walked(given) if isinstance(x, torch.Tensor)]
+        watched = [(path, x, version(x)) for path, x in walked(given) if isinstance(x, torch.Tensor)]
         return [*found(model, device, self.held), partial(self._looked, watched), *self.after(given)]
 
     def after(self, given: dict[str, Any]) -> list[Undo]:
@@ -48,7 +49,7 @@ class Handed:
 
     def _looked(self, watched: list[tuple[str, torch.Tensor, int]]) -> None:
         """Before a second look: whether the first has written to tensors."""
-        written = [path for path, x, version in watched if _version(x) != version]
+        written = [path for path, x, before in watched if version(x) != before]
         if written and self.writes is False:
             warnings.warn(
                 f"this forward has written to {written}, as no other before: the loss after this step was of what it "
@@ -64,16 +65,17 @@ def kept(given: dict[str, Any], tensors: bool = True) -> list[Undo]:
     for _, x in walked(given):
         if isinstance(x, torch.Tensor):
             if tensors and not isinstance(x, nn.Parameter):
-                undo.append(partial(_rewritten, x, x.detach().clone(), _version(x)))
+                undo.append(partial(_rewritten, x, x.detach().clone(), version(x)))
         elif isinstance(x, np.ndarray | CONTAINERS):
             undo.append(kept_as_is(x))
     return undo
 
 
-def _version(x: torch.Tensor) -> int:
+def version(x: torch.Tensor) -> int:
+    """How often it was written to; 0 of one that does not count that."""
     return 0 if x.is_inference() else x._version
 
 
-def _rewritten(x: torch.Tensor, old: torch.Tensor, version: int) -> None:
-    if _version(x) != version:
+def _rewritten(x: torch.Tensor, old: torch.Tensor, before: int) -> None:
+    if version(x) != before:
         written(x, old)

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kfaccore_torch.contents import CONTAINERS, NAMED, Slots, changed, copied_as_is, filled, kept_as_is, slots, written
 from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.streams import copied, place
 
@@ -37,10 +37,8 @@ _OPAQUE = (
     types.FunctionType,
     types.MethodType,
     types.BuiltinFunctionType,
-    partial,
 )
 _FIXED = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, torch.Size, types.FunctionType})
-CONTAINERS = dict | list | set | deque | bytearray
 LOST = (
     "a second look at a batch, or a draw, wrote to {}, large tensors that are no buffers, and what was in them is "
     "gone: register them as buffers, which are put back"
@@ -60,13 +58,16 @@ _named: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def walked(root: Any) -> Iterator[tuple[str, Any]]:
     """With the path to each; the dicts of attributes of modules and objects are among them."""
     met: set[int] = set()
+    alive: list[Slots] = []
     waiting: deque[tuple[str, Any, int]] = deque([("", root, 0)])
     while waiting:
         path, x, depth = waiting.popleft()
         if id(x) in met:
             continue
         met.add(id(x))
-        if isinstance(x, nn.Module):
+        if isinstance(x, Slots):
+            alive.append(x)  # made here: its place is another's once it is gone
+        elif isinstance(x, nn.Module):
             waiting.extend((_joined(path, name), child, 0) for name, child in x._modules.items() if child is not None)
             waiting.append((path, vars(x), 1))
             continue
@@ -80,7 +81,7 @@ def walked(root: Any) -> Iterator[tuple[str, Any]]:
 
 def _inside(path: str, x: Any) -> list[tuple[str, Any]]:
     """What may move of what a container or an object has."""
-    if isinstance(x, dict):
+    if isinstance(x, NAMED):
         own = _OWN if "_buffers" in x and "_parameters" in x else ()
         pairs = [(k, v) for k, v in x.items() if type(v) not in _FIXED and k not in own] if len(x) <= _MOST else ()
         return [(path if k == "_buffers" else _joined(path, str(k)), v) for k, v in pairs]
@@ -89,8 +90,10 @@ def _inside(path: str, x: Any) -> list[tuple[str, Any]]:
         return [(f"{path}[{i}]", v) for i, v in enumerate(values) if type(v) not in _FIXED]
     if isinstance(x, _OPAQUE) or type(x).__module__.startswith("kfaccore"):
         return []
+    given = [(path, x.func), (path, x.args), (path, x.keywords)] if isinstance(x, partial) else []
     own_dict = getattr(x, "__dict__", None)
-    return [(path, own_dict)] if isinstance(own_dict, dict) else []
+    held = [(path, own_dict)] if isinstance(own_dict, dict) else []
+    return [*given, *held, *([(path, Slots(x))] if slots(type(x)) else [])]
 
 
 def _joined(path: str, name: str) -> str:
@@ -124,11 +127,11 @@ def as_found(model: nn.Module, things: Sequence[tuple[str, Any]], known: dict[st
         elif isinstance(x, np.ndarray):
             undo.append(kept_as_is(x))
         elif isinstance(x, CONTAINERS):
-            copies.append((x, x.copy()))
+            copies.append((x, copied_as_is(x)))
         elif isinstance(x, Iterator) and (stream := copied(x)) is not None:
             streams[id(x)] = stream
     for x, kept in copies:
-        if streams and isinstance(x, dict | list | deque):
+        if streams and isinstance(x, NAMED | list | deque):
             pairs = kept.items() if isinstance(kept, dict) else enumerate(kept)
             for key, value in list(pairs):
                 kept[key] = streams.get(id(value), value)
@@ -189,52 +192,6 @@ def as_it_was(
                 put()
         _told(model, [path for path, x, version in watched if x._version != version], LOST)
         _told(model, [path for path, x, before in streams if place(x) != before], READ)
-
-
-def kept_as_is(x: Any) -> partial:
-    """What puts the numbers of an array, or the things in a container, back as they are now."""
-    return partial(np.copyto if isinstance(x, np.ndarray) else filled, x, x.copy())
-
-
-def written(x: torch.Tensor, kept: torch.Tensor) -> None:
-    """Its numbers as they were; graphs that know the tensor do not count that as a change."""
-    with torch.inference_mode(x.is_inference()):
-        if x.shape != kept.shape:
-            x.data = kept
-        else:
-            x.data.copy_(kept)
-
-
-def filled(x: Any, kept: Any) -> None:
-    """A container with what it had; the dict of a module's attributes, of which torch keeps some, too."""
-    if len(x) == len(kept) and _same(x, kept):
-        return
-    if isinstance(x, list | bytearray):
-        x[:] = kept
-    elif isinstance(x, dict):
-        for key in x.keys() - kept.keys():
-            del x[key]
-        for key, value in kept.items():
-            x[key] = value  # `update` of a Counter adds
-    else:
-        x.clear()
-        x.update(kept) if isinstance(x, set) else x.extend(kept)
-
-
-def _same(x: Any, kept: Any) -> bool:
-    """Whether two containers of one kind and size hold the same things."""
-    if isinstance(x, dict):
-        return all(map(is_, x.values(), kept.values())) and all(map(is_, x, kept))
-    return isinstance(x, list | deque) and all(map(is_, x, kept))
-
-
-def changed(x: Any, kept: Any) -> bool:
-    """Whether a tensor, an array or a container is not as it was kept."""
-    if isinstance(x, torch.Tensor):
-        return x.shape != kept.shape or not bool(((x == kept) | ((x != x) & (kept != kept))).all())
-    if isinstance(x, np.ndarray):
-        return x.tobytes() != kept.tobytes()
-    return len(x) != len(kept) or not (x == kept if isinstance(x, set | bytearray) else _same(x, kept))
 
 
 def _told(model: nn.Module, paths: list[str], words: str) -> None:

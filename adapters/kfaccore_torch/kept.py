@@ -1,7 +1,8 @@
 """A user's loss that keeps something: a centre of what it has seen, a count, random numbers that it draws.
 
 The training value moves it, once a step. The loss is asked more often than that: for n, for draws, for the loss after
-the step. What is asked at a prediction finds all as the training value at it did, and leaves all as it was.
+the step. What is asked at a prediction finds all as the training value at it did, and leaves all as it was. So it is
+with the target, which a loss may write to; but that n is of the target that the value left, as the value's own is.
 
 What a loss moves is found at its first, second, fourth, eighth and so on value; only that is copied at the others.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from kfaccore_torch.held import CONTAINERS, changed, kept_as_is, walked, written
+from kfaccore_torch.contents import CONTAINERS, changed, kept_as_is, written
+from kfaccore_torch.handed import version
+from kfaccore_torch.held import walked
 from kfaccore_torch.losses import Joined
-from kfaccore_torch.own_losses import Own
+from kfaccore_torch.own_objective import Own
 from kfaccore_torch.replay import random_state
 from kfaccore_torch.split import Split
 
 _RANDOM = "random numbers"
+_TARGET = "target"
 
 
 def keeping(objective: Any) -> Any:
@@ -48,7 +52,9 @@ class Keeping:
         self.losses = list(losses)
         self.turn = 0
         self.moved: set[str] = set()
-        self._first: list[Callable] = []  # what puts all that moves back to where the last training value found it
+        self._first: list[
+            tuple[str, Callable]
+        ] = []  # what puts all that moves back to where the last training value found it
         self._at: Any = None  # the prediction of that
 
     @property
@@ -68,68 +74,75 @@ class Keeping:
         """The training loss: what it moves stays moved."""
         self.turn += 1
         head = self.of.heads(f)[0]
-        before = self._copies(head.device)
+        before = self._copies(head.device, target)
         value = self.of.value(f, target)
         self._note(before)
-        self._first = [put for path, put, _ in before if path in self.moved]
+        self._first = [(path, put) for path, put, _ in before if path in self.moved]
         self._at = weakref.ref(head)
         return value
 
     def again(self, f: Any, target: Any) -> torch.Tensor:
-        """The training loss, of a second look at the batch of the last `value`."""
-        with self._aside(self.of.heads(f)[0].device, True):
+        """The training loss, of a second look at the batch of the last `value`, by who puts back the batch."""
+        with self._aside(self.of.heads(f)[0].device, None, True, False):
             return self.of.value(f, target)
 
     def share(self, f: Any, target: Any) -> float:
         """n of a record of this batch."""
-        with self._beside(f):
+        with self._beside(f, target, False):
             return self.of.share(f, target)
 
     def unread_share(self, f: Any, target: Any) -> torch.Tensor | None:
         """`share` as a number on the device; None where the host knows it."""
-        with self._beside(f):
+        with self._beside(f, target, False):
             return self.of.unread_share(f, target)
 
     def draws(
         self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
         """Of the loss that the training value at this prediction was of."""
-        with self._beside(f):
+        with self._beside(f, target, True):
             return self.of.draws(fisher, count, f, target, rng, split)
 
-    def _beside(self, f: Any) -> Any:
-        """Around a question at a prediction."""
+    def _beside(self, f: Any, target: Any, back: bool) -> Any:
+        """Around a question at a prediction; `back` to the target as it was before the value."""
         head = self.of.heads(f)[0]
-        return self._aside(head.device, self._at is not None and self._at() is head)
+        return self._aside(head.device, target, self._at is not None and self._at() is head, back)
 
     @contextmanager
-    def _aside(self, device: torch.device, first: bool) -> Iterator[None]:
-        """All is as it was afterwards; it begins as the `first` look found it where that is wanted."""
-        before = self._copies(device)
-        if first:
-            with torch.no_grad():
-                for put in self._first:
-                    put()
-        try:
-            yield
-        finally:
-            self._note(before)
-            with torch.no_grad():
-                for path, put, _ in before:
-                    if path in self.moved:
-                        put()
+    def _aside(self, device: torch.device, target: Any, first: bool, back: bool) -> Iterator[None]:
+        """All is as it was afterwards; it begins as the `first` look found it where that is wanted, the target too if
+        that has to go `back`."""
+        before = self._copies(device, target)
+        with ExitStack() as versions:
+            for _, put, _ in before:  # the value's graph may hold what is written to here, and put back
+                written_to = [x for x in put.args[:1] if isinstance(x, torch.Tensor) and not x.is_inference()]
+                for x in written_to:
+                    versions.enter_context(torch.autograd._unsafe_preserve_version_counter(x))
+            if first:
+                with torch.no_grad():
+                    for path, put in self._first:
+                        if back or not path.startswith(_TARGET):
+                            put()
+            try:
+                yield
+            finally:
+                self._note(before)
+                with torch.no_grad():
+                    for path, put, _ in before:
+                        if path in self.moved:
+                            put()
 
     @property
     def _watch(self) -> bool:
         return self.turn & (self.turn - 1) == 0
 
-    def _copies(self, device: torch.device) -> list[tuple[str, Callable, Callable[[], bool]]]:
+    def _copies(self, device: torch.device, target: Any) -> list[tuple[str, partial, Callable[[], bool]]]:
         """(path, what puts it back, whether it has changed), of all that may move, or of what is known to."""
         if not (self._watch or self.moved):
             return []
         things = list(walked(self.losses))
-        copies: list[tuple[str, Callable, Callable[[], bool]]] = []
-        for path, x in things:
+        copies: list[tuple[str, partial, Callable[[], bool]]] = []
+        for path, x in (*things, *walked({_TARGET: target})):
             if not (self._watch or path in self.moved):
                 continue
             if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter):
@@ -138,20 +151,25 @@ class Keeping:
                 put = kept_as_is(x)
             else:
                 continue
-            copies.append((path, put, partial(changed, *put.args)))
+            told = path.startswith(_TARGET) and isinstance(x, torch.Tensor)  # y[y == 255] = -100 may find none today
+            copies.append((path, put, partial(_written, x, version(x)) if told else partial(changed, *put.args)))
         if self._watch or _RANDOM in self.moved:
             puts = random_state(things, device)
             state = _pickled(puts) if self._watch else None
             copies.append((_RANDOM, partial(_all, puts), lambda: _pickled(random_state(things, device)) != state))
         return copies
 
-    def _note(self, before: Sequence[tuple[str, Callable, Callable[[], bool]]]) -> None:
+    def _note(self, before: Sequence[tuple[str, partial, Callable[[], bool]]]) -> None:
         if self._watch:
             self.moved |= {path for path, _, moves in before if path not in self.moved and moves()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last look."""
         return {**self.__dict__, "_first": [], "_at": None}
+
+
+def _written(x: torch.Tensor, before: int) -> bool:
+    return version(x) != before
 
 
 def _pickled(puts: Sequence[Any]) -> list[bytes]:

@@ -12,7 +12,8 @@ from torch import nn
 import kfaccore as kf
 from kfaccore_torch.known_losses import CORE, TABLE, Objective
 from kfaccore_torch.outputs import tensor_of
-from kfaccore_torch.own_losses import Loss, Own
+from kfaccore_torch.own_losses import Loss
+from kfaccore_torch.own_objective import Own
 from kfaccore_torch.plan import unwrapped
 from kfaccore_torch.split import Split
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-import kfaccore as kf
-from kfaccore_torch.bridge import detached
-from kfaccore_torch.outputs import tensor_of
-from kfaccore_torch.split import Split
-from kfaccore_torch.unread import known_at_once, unread
+from kfaccore_torch.handed import kept
 
 _APART: set[type] = set()  # classes of losses whose examples were seen to be independent
 _FLAT: set[type] = set()  # and those that were said to have no curvature
@@ -77,6 +71,10 @@ class ExampleLoss:
 
     def value(self, f: torch.Tensor, target: Any) -> torch.Tensor:
         """The sum of `each`; ValueError where that is not a number an example."""
+        return self._apart(f, target).sum()
+
+    def _apart(self, f: torch.Tensor, target: Any) -> torch.Tensor:
+        """`each`, of the shape that it needs."""
         each = self.each(f, target)
         if each.shape != f.shape[:1]:
             raise ValueError(
@@ -84,7 +82,7 @@ class ExampleLoss:
                 f"{tuple(f.shape)}; need ({len(f)},), the loss of each example: take no mean over them (reduction "
                 f"'none'), sum over an example's own numbers, and hold it against its own target alone"
             )
-        return each.sum()
+        return each
 
     def normaliser(self, f: torch.Tensor, target: Any) -> float | torch.Tensor:
         """The number of examples."""
@@ -99,10 +97,8 @@ class ExampleLoss:
     def _slope(self, x: torch.Tensor, target: Any, graph: bool) -> torch.Tensor:
         """The gradient; of the first batch that can tell, ValueError where an example's loss reads others."""
         if type(self) in _APART or len(x) < 2 or type(self).value is not ExampleLoss.value:
-            return torch.autograd.grad(self.value(x, target), x, create_graph=graph)[0]
-        each = self.each(x, target)
-        if each.shape != x.shape[:1]:
-            self.value(x, target)  # says what is wrong
+            return torch.autograd.grad(self.value(x.clone(), target), x, create_graph=graph)[0]
+        each = self._apart(x.clone(), target)  # no leaf, which the loss could not write to
         (slope,) = torch.autograd.grad(each.sum(), x, create_graph=graph, retain_graph=True)
         weight = torch.linspace(0.5, 1.5, len(x), dtype=each.dtype, device=each.device)
         (weighted,) = torch.autograd.grad((weight * each).sum(), x, retain_graph=True)
@@ -152,7 +148,13 @@ class ExampleLoss:
 
     def sampled(self, f: torch.Tensor, noise: torch.Tensor, target: Any) -> torch.Tensor:
         """The gradient at `labels`, draw by draw."""
-        return torch.stack([self.gradient(f, self.labels(f, one, target)) for one in noise])
+        undo = kept({"target": target}) if len(noise) > 1 else []  # what a draw writes is not there at the next
+        found = []
+        for one in noise:
+            found.append(self.gradient(f, self.labels(f.clone(), one, target)))
+            for put in undo:
+                put()
+        return torch.stack(found)
 
 
 def _column(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -161,65 +163,3 @@ def _column(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x).reshape(len(x), -1)
     (found,) = torch.autograd.grad(part, x, retain_graph=True, allow_unused=True)
     return (torch.zeros_like(x) if found is None else found).reshape(len(x), -1)
-
-
-@dataclass(frozen=True)
-class Own:
-    """The objective of a user's `Loss`."""
-
-    loss: Any
-
-    @property
-    def total(self) -> bool:
-        """Whether the loss is a sum, whose n does not grow with the batch."""
-        return getattr(self.loss, "reduction", "mean") == "sum"
-
-    def nonnegative(self, target: Any) -> bool:
-        """Whether the loss says that it cannot be below 0; of one that does not say so only differences count."""
-        return getattr(self.loss, "nonnegative", False)
-
-    def heads(self, f: Any) -> list[torch.Tensor]:
-        """The tensor of a prediction; TypeError for what is not one."""
-        return [tensor_of(f)]
-
-    def value(self, f: Any, target: Any) -> torch.Tensor:
-        """The training loss, 0-d, differentiable."""
-        return self.loss.value(f, target) / self.loss.normaliser(f, target)
-
-    def share(self, f: Any, target: Any) -> float:
-        """n of a record of this batch; 0 where nothing counts."""
-        return float(self.loss.normaliser(f.detach(), target)) if f.numel() else 0.0
-
-    def unread_share(self, f: Any, target: Any) -> torch.Tensor | None:
-        """`share` as a number on the device, NaN for 0; None where the host knows it."""
-        return None if known_at_once(f) else unread(self.loss.normaliser(f.detach(), target))
-
-    def draws(
-        self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
-    ) -> torch.Tensor:
-        """(draws, *f.shape), in single precision or better. Rows of one example of `split` have losses of their own:
-        their roots stand in draws of their own."""
-        f = detached(f)
-        if fisher is kf.forward_only:
-            return f.new_zeros((0, *f.shape))
-        if fisher is kf.empirical:
-            return self._checked("gradient", self.loss.gradient(f, target)[None], f)
-        if fisher is kf.monte_carlo:
-            tiny = torch.finfo(f.dtype).eps
-            noise = torch.from_numpy(rng.random((count, *f.shape))).to(f).clamp(tiny, 1 - tiny)
-            return self._checked("sampled", self.loss.sampled(f, noise, target), f) * count**-0.5
-        found = self._checked("roots", self.loss.roots(f, target), f)
-        if split is None or split.examples == len(f):
-            return found
-        apart = len(f) // split.examples
-        position = torch.arange(len(f), device=f.device)
-        position = position // split.examples if split.inner else position % apart
-        each = (position == torch.arange(apart, device=f.device)[:, None]).to(f)
-        return (found * each.reshape(apart, 1, len(f), *(1,) * (f.ndim - 1))).reshape(-1, *f.shape)
-
-    def _checked(self, name: str, found: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-        if found.shape[1:] != f.shape:
-            what = tuple(found.shape[1:]) if name == "gradient" else tuple(found.shape)
-            need = tuple(f.shape) if name == "gradient" else f"(draws, {', '.join(map(str, f.shape))})"
-            raise ValueError(f"{type(self.loss).__name__}.{name} gave the shape {what}; need {need}")
-        return found.detach()
