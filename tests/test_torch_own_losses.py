@@ -111,3 +111,25 @@ def test_rounding_is_no_eigenvalue_below_zero():
 
     roots = Linear().roots(X, Y)
     assert roots.abs().max() < 1e-6
+
+
+class Each(kt.ExampleLoss):
+    """A function as a loss: what holds of one instance says nothing of another."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def each(self, f, y):
+        return self.function(f, y)
+
+
+def test_losses_of_one_class_are_asked_one_by_one():
+    f, y = torch.randn(6, 2), torch.arange(6)
+    first = Each(lambda f, y: (f**2).sum(1))
+    first.gradient(f, y)
+    with pytest.raises(ValueError, match="each: the loss of an example depends on the predictions of others"):
+        Each(Ranked().each).gradient(f, y)
+    with pytest.warns(UserWarning, match="Each has a slope and no curvature"):
+        Each(lambda f, y: f.abs().sum(1)).roots(f, y)
+    with pytest.warns(UserWarning, match="Each has a slope and no curvature"):
+        Each(lambda f, y: f.sum(1)).roots(f, y)

@@ -6,11 +6,12 @@ import warnings
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kfaccore_torch.handed import kept
 
-_APART: set[type] = set()  # classes of losses whose examples were seen to be independent
-_FLAT: set[type] = set()  # and those that were said to have no curvature
+_APART = WeakIdKeyDictionary()  # losses whose examples were seen to be independent; others of a class may not be
+_FLAT = WeakIdKeyDictionary()  # and those that were said to have no curvature
 
 
 @runtime_checkable
@@ -96,7 +97,7 @@ class ExampleLoss:
 
     def _slope(self, x: torch.Tensor, target: Any, graph: bool) -> torch.Tensor:
         """The gradient; of the first batch that can tell, ValueError where an example's loss reads others."""
-        if type(self) in _APART or len(x) < 2 or type(self).value is not ExampleLoss.value:
+        if self in _APART or len(x) < 2 or type(self).value is not ExampleLoss.value:
             return torch.autograd.grad(self.value(x.clone(), target), x, create_graph=graph)[0]
         each = self._apart(x.clone(), target)  # no leaf, which the loss could not write to
         (slope,) = torch.autograd.grad(each.sum(), x, create_graph=graph, retain_graph=True)
@@ -111,7 +112,7 @@ class ExampleLoss:
                 f"...), or take a loss of pairs formed from both sides' outputs"
             )
         if top > 0:
-            _APART.add(type(self))
+            _APART[self] = True
         return slope
 
     def roots(self, f: torch.Tensor, target: Any) -> torch.Tensor:
@@ -136,8 +137,8 @@ class ExampleLoss:
 
     def _flat(self) -> None:
         """Say once that there is no curvature to be had."""
-        if type(self) not in _FLAT:
-            _FLAT.add(type(self))
+        if self not in _FLAT:
+            _FLAT[self] = True
             warnings.warn(
                 f"{type(self).__name__} has a slope and no curvature in f: its Hessian is zero in this batch, as that "
                 f"of L1, hinge and quantile losses is, or a Function with a backward of its own in it has no second "
