@@ -10,8 +10,9 @@ pytest.importorskip("torch")
 import torch
 import torch.nn.functional as F
 
+from kfaccore_torch import fixed, fixed_parts
 from kfaccore_torch.fixed import SEVERAL, UNKNOWN, numbers, reshaped
-from kfaccore_torch.fixed_rules import passed
+from kfaccore_torch.fixed_rules import Passed
 
 W = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 OPERATIONS = {
@@ -110,7 +111,7 @@ def numbered(shape, axis):
 
 def down(y, owner, start):
     """Numbers of examples at `start`, from those of the output of y."""
-    return numbers({(y.grad_fn, y.output_nr): owner}, passed)[start.grad_fn, start.output_nr]
+    return numbers({(y.grad_fn, y.output_nr): owner}, Passed())[start.grad_fn, start.output_nr]
 
 
 def axes(y):
@@ -144,3 +145,23 @@ def test_what_a_reshape_does_not_part_stays_of_size_one():
     assert reshaped(owner, (2, 3, 4, 4), (2, 12, 4)).shape == (2, 1, 1)
     assert reshaped(owner, (2, 3, 4, 4), (6, 16)).ravel().tolist() == [0, 0, 0, 1, 1, 1]
     assert reshaped(reshaped(owner, (2, 3, 4, 4), (6, 16)), (6, 16), (2, 3, 4, 4)).shape == (2, 1, 1, 1)
+
+
+def test_time_steps_cost_their_number(monkeypatch):
+    """Of T steps cut out of one tensor and joined again, as a recurrence has them, nothing is asked T times T times."""
+    asked = []
+    both, shape = fixed._both, fixed_parts._shape
+    monkeypatch.setattr(fixed, "_both", lambda old, x: asked.append(max(old.size, x.size)) or both(old, x))
+    monkeypatch.setattr(fixed_parts, "_shape", lambda node, k: asked.append(1) or shape(node, k))
+    counts = []
+    for steps in (50, 100):
+        x = torch.randn(4, steps, 2, requires_grad=True)
+        start = x * 1
+        cut = [start[:, t] + part.squeeze(1) for t, part in enumerate(start.split(1, 1))]
+        y = torch.cat([one[:, None] + two[:, None] for one, two in zip(cut, start.unbind(1), strict=True)], 1).sum(2)
+        owner = np.arange(4)[:, None].repeat(steps, 1) + 4 * np.arange(steps)
+        asked.clear()
+        found = numbers({(y.grad_fn, y.output_nr): owner}, Passed())[start.grad_fn, 0]
+        np.testing.assert_array_equal(np.broadcast_to(found[..., :1], (4, steps, 1))[..., 0], owner)
+        counts.append(sum(asked))
+    assert 0 < counts[1] <= 2.1 * counts[0]

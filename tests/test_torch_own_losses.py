@@ -133,3 +133,39 @@ def test_losses_of_one_class_are_asked_one_by_one():
         Each(lambda f, y: f.abs().sum(1)).roots(f, y)
     with pytest.warns(UserWarning, match="Each has a slope and no curvature"):
         Each(lambda f, y: f.sum(1)).roots(f, y)
+
+
+class Speech(kt.ExampleLoss):
+    def each(self, f, y):
+        long = torch.full((len(f),), f.shape[1])
+        return nn.functional.ctc_loss(f.log_softmax(-1).transpose(0, 1), y, long, long // 3, reduction="none")
+
+
+class Joints(kt.ExampleLoss):
+    def each(self, f, y):
+        return f.norm(dim=1)
+
+
+def test_a_loss_without_a_second_derivative_is_named_with_what_works():
+    f, y = torch.randn(3, 8, 4), torch.randint(1, 4, (3, 2))
+    with pytest.raises(NotImplementedError, match=r"Speech.each has no second derivative.*kfaccore.empirical"):
+        Speech().roots(f, y)
+    with pytest.raises(NotImplementedError, match=r"Speech needs labels.*kfaccore.empirical"):
+        Speech().sampled(f, torch.rand(1, *f.shape), y)
+    assert bool(Speech().gradient(f, y).isfinite().all())
+
+
+def test_a_second_derivative_that_is_not_finite_is_named():
+    f = torch.randn(4, 3)
+    f[2] = 0.0
+    with pytest.raises(FloatingPointError, match=r"Joints.each has no second derivative.*example 2 \(1 of 4\)"):
+        Joints().roots(f, None)
+
+
+def test_an_example_that_is_not_finite_itself_has_no_finite_roots():
+    f = torch.randn(4, 3)
+    right = Joints().roots(f, None)
+    f[2] = torch.nan
+    found = Joints().roots(f, None)
+    assert bool(found[:, 2].isnan().any())
+    torch.testing.assert_close(found[:, [0, 1, 3]], right[:, [0, 1, 3]], rtol=1e-12, atol=1e-14)

@@ -11,6 +11,7 @@ needed. Above a row with an operation of which nothing is known here, anything m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from typing import Any
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 
 from kfaccore_torch.calls import Call
-from kfaccore_torch.provenance import output_shape
 from kfaccore_torch.split import Split
 
 NONE = -1  # of a number that goes nowhere
@@ -27,7 +27,17 @@ SEVERAL = 1 << 40  # of one that several examples may see
 UNKNOWN = 1 << 41  # of one below an operation without a rule
 _LARGE = 1 << 22  # numbers in an array, of larger ones nothing is said
 
-Rule = Any  # (node, numbers of an output, its shape, which argument, the argument's shape) -> its numbers or None
+Rule = Any  # (node, numbers of an output, its shape, which argument, its shape, which output) -> numbers, Part or None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The numbers at some places of an axis; those at the others go nowhere from there."""
+
+    numbers: np.ndarray
+    axis: int
+    at: slice
+    size: int
 
 
 def loose(calls: Sequence[Call], heads: Sequence[torch.Tensor], split: Split, rule: Rule) -> dict[int, bool]:
@@ -42,32 +52,53 @@ def loose(calls: Sequence[Call], heads: Sequence[torch.Tensor], split: Split, ru
 
 def numbers(known: Mapping[tuple[Any, int], np.ndarray], rule: Rule) -> dict[tuple[Any, int], np.ndarray]:
     """The example of each number of each output of a node, (node, which output), from those of some outputs."""
-    found = dict(known)
+    found: dict[tuple[Any, int], np.ndarray] = {}
+    given: dict[tuple[Any, int], list[np.ndarray | Part]] = {key: [x] for key, x in known.items()}
+    shapes = _Shapes()
     for node in _downward([node for node, _ in known]):
-        for number in range(len(node._input_metadata)):
-            here = found.get((node, number))
-            if here is None:
+        for number, shape in enumerate(shapes[node]):
+            into = given.pop((node, number), None)
+            if into is None:
                 continue
-            shape = _sizes(node, number)
+            here = found[node, number] = _merged(into)
             for i, (child, output) in enumerate(node.next_functions):
                 if child is None or child.name().endswith("AccumulateGrad"):
                     continue
-                below = _sizes(child, output)
+                below = shapes[child][output]
                 x = None if shape is None or below is None else rule(node, here, shape, i, below, number)
-                _add(found, (child, output), np.full((1,) * len(below or ()), UNKNOWN) if x is None else x)
+                x = np.full((1,) * len(below or ()), UNKNOWN) if x is None else x
+                given.setdefault((child, output), []).append(x)
     return found
 
 
-def _sizes(node: Any, number: int) -> tuple[int, ...] | None:
-    """The shape of an output; nested tensors have none."""
-    return None if node._input_metadata[number].is_nested_tensor else output_shape(node, number)
+class _Shapes(dict[Any, list[tuple[int, ...] | None]]):
+    """Those of a node's outputs, asked for once a node: it is met once an output. Nested tensors have none."""
+
+    def __missing__(self, node: Any) -> list[tuple[int, ...] | None]:
+        self[node] = [None if one.is_nested_tensor else tuple(one.shape) for one in node._input_metadata]
+        return self[node]
 
 
-def _add(found: dict[tuple[Any, int], np.ndarray], key: tuple[Any, int], x: np.ndarray) -> None:
-    old = found.get(key)
-    if old is not None:
-        x = np.where(old == x, x, np.where(old == NONE, x, np.where(x == NONE, old, np.maximum(old, x).clip(SEVERAL))))
-    found[key] = x
+def _merged(given: Sequence[np.ndarray | Part]) -> np.ndarray:
+    """What all that reads an output says of it together; parts are written into one array, however many there are."""
+    whole = [x for x in given if not isinstance(x, Part)]
+    parts: dict[tuple[int, int], list[Part]] = {}
+    for x in given:
+        if isinstance(x, Part):
+            parts.setdefault((x.axis, x.size), []).append(x)
+    for (axis, size), some in parts.items():
+        before = (slice(None),) * axis
+        across = np.broadcast_shapes(*((*x.numbers.shape[:axis], 1, *x.numbers.shape[axis + 1 :]) for x in some))
+        full = np.full((*across[:axis], size, *across[axis + 1 :]), NONE)
+        for x in some:
+            here = full[(*before, x.at)]
+            here[...] = _both(here, x.numbers)
+        whole.append(full)
+    return reduce(_both, whole)
+
+
+def _both(old: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.where(old == x, x, np.where(old == NONE, x, np.where(x == NONE, old, np.maximum(old, x).clip(SEVERAL))))
 
 
 def _downward(roots: Iterable[Any]) -> Iterator[Any]:

@@ -8,15 +8,15 @@ the data are is asked nowhere: a mask, a frozen weight and a gate are all taken 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from kfaccore_torch.fixed import NONE, meet, reshaped
-from kfaccore_torch.provenance import axis_of, output_shape
+from kfaccore_torch.fixed import meet, reshaped
+from kfaccore_torch.fixed_parts import Found, Shape, ends, joined, selected, signed, sliced, split, stacked, unbound
+from kfaccore_torch.provenance import axis_of
 
-Shape = tuple[int, ...]
 _ELEMENTWISE = (
     "Add Sub Rsub Mul Div Addcmul Addcdiv Lerp Where MaskedFill Maximum Minimum Pow Remainder Fmod Atan2 Logaddexp Neg "
     "Abs Sgn Sign Exp Exp2 Expm1 Log Log2 Log10 Log1P Sqrt Rsqrt Reciprocal Sin Cos Tan Asin Acos Atan Sinh Cosh Tanh "
@@ -30,19 +30,31 @@ _ALONG = "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Cummax Cummin Logcumsume
 _SPATIAL = re.compile(r"(?:Max|Avg|AdaptiveAvg|AdaptiveMax)Pool|Upsample|ReflectionPad|ReplicationPad")
 
 
-def passed(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray | None:
-    """The rule of a node's name."""
-    name = node.name().split("Backward")[0]
-    rule = _RULES.get(name)
-    if rule is not None:
-        return rule(node, x, out, i, shape, number)
-    if _SPATIAL.match(name):
-        axes = re.search(r"([123])D", name)
-        return None if axes is None or len(out) != len(shape) else meet(x, range(-int(axes[1]), 0))
-    if name.startswith("ScaledDotProduct") and len(out) == 4 and i < 3 and number == 0:
-        heads = (1,) if shape[1] != out[1] else ()
-        return meet(x, (*heads, *((-1,) if i == 0 else (-2, -1))))
-    return None
+class Passed:
+    """The rule of a node's name, for one walk through a graph."""
+
+    def __init__(self) -> None:
+        self._ends: dict[Any, list[int | None]] = {}  # of a node in parts, asked for once: it is met once a part
+
+    def __call__(self, node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> Found:
+        """The examples of an argument's numbers."""
+        name = node.name().split("Backward")[0]
+        if name in ("Split", "UnsafeSplit", "SplitWithSizes", "Cat"):
+            joins = name == "Cat"
+            found = self._ends.get(node)
+            if found is None:
+                found = self._ends[node] = ends(node, joins, axis_of(node, len(out)))
+            return (joined if joins else split)(node, x, out, i, shape, number, found)
+        rule = _RULES.get(name)
+        if rule is not None:
+            return rule(node, x, out, i, shape, number)
+        if _SPATIAL.match(name):
+            axes = re.search(r"([123])D", name)
+            return None if axes is None or len(out) != len(shape) else meet(x, range(-int(axes[1]), 0))
+        if name.startswith("ScaledDotProduct") and len(out) == 4 and i < 3 and number == 0:
+            heads = (1,) if shape[1] != out[1] else ()
+            return meet(x, (*heads, *((-1,) if i == 0 else (-2, -1))))
+        return None
 
 
 def _elementwise(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray | None:
@@ -58,11 +70,11 @@ def _view(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: in
 
 
 def _transposed(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    return x.swapaxes(_signed(node._saved_dim0), _signed(node._saved_dim1))
+    return x.swapaxes(signed(node._saved_dim0), signed(node._saved_dim1))
 
 
 def _permuted(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    return x.transpose(np.argsort([_signed(d) % len(out) for d in node._saved_dims]))
+    return x.transpose(np.argsort([signed(d) % len(out) for d in node._saved_dims]))
 
 
 def _repeat(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray | None:
@@ -80,7 +92,7 @@ def _reduced(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number:
         return x
     dims = getattr(node, "_saved_dim", None)
     dims = (dims,) if isinstance(dims, int) else dims or range(len(shape))
-    axes = [_signed(d) % len(shape) for d in dims]
+    axes = [signed(d) % len(shape) for d in dims]
     return np.expand_dims(x, tuple(axes)) if len(axes) + len(out) == len(shape) else None
 
 
@@ -89,75 +101,22 @@ def _along(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: i
 
 
 def _flip(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    return np.flip(x, tuple(_signed(d) for d in node._saved_dims))
+    return np.flip(x, tuple(signed(d) for d in node._saved_dims))
 
 
 def _roll(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray | None:
-    dims = [_signed(d) for d in node._saved_dims]
-    return np.roll(x, [-_signed(n) for n in node._saved_shifts], dims) if dims else None
+    dims = [signed(d) for d in node._saved_dims]
+    return np.roll(x, [-signed(n) for n in node._saved_shifts], dims) if dims else None
 
 
 def _padded(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray | None:
-    before = [_signed(n) for n in node._saved_pad][::2]  # of the last axis first
+    before = [signed(n) for n in node._saved_pad][::2]  # of the last axis first
     for axis, start in zip(range(len(out) - 1, -1, -1), before, strict=False):
         if x.shape[axis] > 1:
             if start < 0 or start + shape[axis] > out[axis]:
                 return None
             x = x.take(range(start, start + shape[axis]), axis)
     return x
-
-
-def _sliced(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    axis = axis_of(node, len(shape))
-    start = _signed(node._saved_start)
-    start = max(0, start + shape[axis]) if start < 0 else start
-    return _placed(x, axis, range(start, start + out[axis] * node._saved_step, node._saved_step), shape[axis])
-
-
-def _selected(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    axis = axis_of(node, len(shape))
-    return _placed(np.expand_dims(x, axis), axis, [_signed(node._saved_index) % shape[axis]], shape[axis])
-
-
-def _split(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    axis = axis_of(node, len(shape))
-    start = sum(output_shape(node, k)[axis] for k in range(number))
-    return _placed(x, axis, range(start, start + out[axis]), shape[axis])
-
-
-def _unbound(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    axis = axis_of(node, len(shape))
-    return _placed(np.expand_dims(x, axis), axis, [number], shape[axis])
-
-
-def _placed(x: np.ndarray, axis: int, at: Sequence[int], size: int) -> np.ndarray:
-    """Numbers of a part along an axis; the rest goes nowhere from there."""
-    if len(at) == size:
-        return x
-    found = np.full((*x.shape[:axis], size, *x.shape[axis + 1 :]), NONE)
-    found[(slice(None),) * axis + (list(at),)] = x
-    return found
-
-
-def _stacked(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
-    axis = axis_of(node, len(out))
-    return x.take(i if x.shape[axis] > 1 else 0, axis)
-
-
-def _joined(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray | None:
-    axis = axis_of(node, len(out))
-    if x.shape[axis] == 1:
-        return x
-    sizes = [None if child is None else _shape(child, k)[axis] for child, k in node.next_functions]
-    if None in sizes[:i] and None in sizes[i:]:
-        return None  # constants, whose sizes autograd does not keep, on both sides
-    known = [size or 0 for size in sizes]
-    start = out[axis] - sum(known[i:]) if None in sizes[:i] else sum(known[:i])
-    return x.take(range(start, start + shape[axis]), axis)
-
-
-def _shape(node: Any, number: int) -> Shape:
-    return tuple(node.variable.shape) if node.name().endswith("AccumulateGrad") else output_shape(node, number)
 
 
 def _product(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
@@ -210,18 +169,12 @@ def _single(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: 
     return meet(x, (-1,))[..., 0]
 
 
-def _signed(n: int) -> int:
-    """A saved number, which may be negative in 64 bits."""
-    return n - 2**64 if n >= 2**63 else n
-
-
-_RULES: dict[str, Callable[..., np.ndarray | None]] = {
+_RULES: dict[str, Callable[..., Found]] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(_RESHAPED.split(), _view),
     **dict.fromkeys(_REDUCED.split(), _reduced),
     **dict.fromkeys(_ALONG.split(), _along),
     **dict.fromkeys(("T", "Transpose"), _transposed),
-    **dict.fromkeys(("Split", "UnsafeSplit", "SplitWithSizes"), _split),
     **dict.fromkeys(("Mm", "Bmm"), _product),
     **dict.fromkeys(("Addmm", "Baddbmm"), _added_product),
     **dict.fromkeys(("Convolution", "NativeGroupNorm", "GridSampler2D", "GridSampler3D"), _images),
@@ -234,11 +187,10 @@ _RULES: dict[str, Callable[..., np.ndarray | None]] = {
     "Flip": _flip,
     "Roll": _roll,
     "ConstantPadNd": _padded,
-    "Slice": _sliced,
-    "Select": _selected,
-    "Unbind": _unbound,
-    "Stack": _stacked,
-    "Cat": _joined,
+    "Slice": sliced,
+    "Select": selected,
+    "Unbind": unbound,
+    "Stack": stacked,
     "Mv": _vector,
     "Dot": _dot,
     "AsStrided": _strided,

@@ -19,7 +19,7 @@ from kfaccore_torch.beside import Quiet
 from kfaccore_torch.calls import Call
 from kfaccore_torch.empty import tell
 from kfaccore_torch.fixed import loose
-from kfaccore_torch.fixed_rules import passed
+from kfaccore_torch.fixed_rules import Passed
 from kfaccore_torch.graph import Behind
 from kfaccore_torch.kinds import Rest
 from kfaccore_torch.masks import Told
@@ -153,7 +153,7 @@ class Observer:
         """What is kept of each call, or None where data may have changed it."""
         split, kept = self.kept[key]
         if key not in self.loose:
-            self.loose[key] = loose(calls, heads, split, passed)
+            self.loose[key] = loose(calls, heads, split, Passed())
         free = self.loose[key]
         held: list[Owned | None] = []
         for i, (call, owned) in enumerate(zip(calls, kept, strict=True)):

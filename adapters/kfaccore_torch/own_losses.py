@@ -12,6 +12,10 @@ from kfaccore_torch.handed import kept
 
 _APART = WeakIdKeyDictionary()  # losses whose examples were seen to be independent; others of a class may not be
 _FLAT = WeakIdKeyDictionary()  # and those that were said to have no curvature
+_INSTEAD = (
+    "Write `roots`, or `labels` for Monte-Carlo draws, or take fisher=kfaccore.empirical, with a step that does not "
+    "judge the loss, such as kfaccore.Fixed"
+)
 
 
 @runtime_checkable
@@ -67,7 +71,8 @@ class ExampleLoss:
         """Labels drawn from the model by uniform noise like f, as `each` takes them."""
         raise NotImplementedError(
             f"{type(self).__name__} needs labels(f, noise, target) for Monte-Carlo draws; or pass "
-            f"fisher=kfaccore.type2, if the loss has second derivatives, or fisher=kfaccore.empirical"
+            f"fisher=kfaccore.type2, if the loss has second derivatives, or fisher=kfaccore.empirical with a step that "
+            f"does not judge the loss, such as kfaccore.Fixed"
         )
 
     def value(self, f: torch.Tensor, target: Any) -> torch.Tensor:
@@ -120,12 +125,17 @@ class ExampleLoss:
         with torch.enable_grad():
             x = f.detach().requires_grad_()
             slope = self._slope(x, target, True)
-            columns = [_column(part, x) for part in slope.reshape(len(f), -1).sum(0)]
+            try:
+                columns = [_column(part, x) for part in slope.reshape(len(f), -1).sum(0)]
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # no formula for it, or a backward that is not differentiable
+                raise NotImplementedError(f"{self._second()}: {error}. {_INSTEAD}") from error
         hessian = torch.stack(columns, -1).reshape(len(f), len(columns), len(columns))
         steep = float(slope.detach().abs().amax())
         if steep > 0 and not bool(hessian.any()):
             self._flat()
-        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+        values, vectors = self._modes((hessian + hessian.mT) / 2, slope.detach())
         least, most = values.amin(), values.amax()
         rounding = 1e3 * torch.finfo(values.dtype).eps * steep
         if float(least) < -max(1e-5 * float(most), rounding):
@@ -134,6 +144,24 @@ class ExampleLoss:
                 f"{float(least):.3g}; write roots(f, target) from its Fisher instead, or take Monte-Carlo draws"
             )
         return (vectors * values.clamp(min=0).sqrt()[:, None]).movedim(-1, 0).reshape(-1, *f.shape)
+
+    def _second(self) -> str:
+        return f"{type(self).__name__}.each has no second derivative, which type2 is made of"
+
+    def _modes(self, hessian: torch.Tensor, slope: torch.Tensor) -> Any:
+        """Eigenvalues and vectors of each example; FloatingPointError where only the second derivative is not finite:
+        examples whose slope is not either have no modes that are, and are for the step to refuse."""
+        sound = hessian.isfinite().flatten(1).all(1)
+        if not bool(sound.all()):
+            rows = [int(i) for i in (~sound & slope.isfinite().flatten(1).all(1)).nonzero()[:, 0]]
+            if rows:
+                raise FloatingPointError(
+                    f"{self._second()}, at example {rows[0]} ({len(rows)} of {len(sound)}): it is not finite there, as "
+                    f"that of a norm or a root at 0 is; add a little under the root, leave such numbers out, or see: "
+                    f"{_INSTEAD}"
+                )
+        values, vectors = torch.linalg.eigh(hessian.where(sound[:, None, None], torch.zeros_like(hessian)))
+        return values.where(sound[:, None], torch.full_like(values, torch.nan)), vectors
 
     def _flat(self) -> None:
         """Say once that there is no curvature to be had."""
