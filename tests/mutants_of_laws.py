@@ -54,8 +54,8 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "equal ids not paired",
         "record/squares.py",
-        "paired = xp.sum(g * xp.matmul(same, g), axis=0)",
-        "paired = xp.sum(g * g, axis=0)",
+        "xp.sum(some * xp.matmul(same, some), axis=0)",
+        "xp.sum(some * some, axis=0)",
         _IDS,
     ),
     (
@@ -134,8 +134,8 @@ OF_LAWS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "inverses of another damping",
         "methods/lowrank/modes.py",
-        "A, G, _ = self._damped(state, self.sides(state), hyper)\n        return lowrank",
-        "A, G, _ = self._damped(state, self.sides(state), Hyper(0, 0.0, 2 * hyper.damping))\n        return lowrank",
+        "A, G, _ = self._damped(state, self.sides(state), hyper)\n        return A, G",
+        "A, G, _ = self._damped(state, self.sides(state), Hyper(0, 0.0, 2 * hyper.damping))\n        return A, G",
         _DECLARED,
     ),
     (
