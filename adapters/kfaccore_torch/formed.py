@@ -107,7 +107,7 @@ def stale(engine: Engine, shots: Sequence[Shot]) -> ValueError | None:
     if engine.replan() and shots:
         return ValueError("the model's parameters changed between capture() and step(): capture the batch again")
     if engine.due:
-        engine.agree(name for shot in shots for name in shot.found)
+        engine.agree((name for shot in shots for name in shot.found), any(shot.part for shot in shots))
     error = _two_ways([loss for shot in shots for loss in shot.losses], engine.plan.layers)
     if error is not None:
         engine.leave_word(error)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kfaccore_torch.collect import complain, weighted
+from kfaccore_torch.evened import evened
 from kfaccore_torch.formed import Formed
 from kfaccore_torch.slopes import check_even, check_shares, past
 from kfaccore_torch.uncounted import share_of_none, uncounted
@@ -69,6 +70,11 @@ class Shot:
         weights = [loss.weight for loss in self.losses if loss.counts] or [loss.weight for loss in self.losses]
         return not weights or 1.0 in weights or math.isclose(sum(weights), 1.0)
 
+    @property
+    def part(self) -> bool:
+        """Whether something counts in it, as a part, by its weight, of a mean that other forwards share."""
+        return not (self.whole or self.total) and read(self.n) > 0
+
     def joined(self, n: Any, weight: float, unit: float | None) -> float:
         """A loss of this n and weight joins those formed on the forward: the factor on its draws, by the root of the
         ratio, so that the n of the first serves all; and so does the `unit` of forwards before, if there is one."""
@@ -104,15 +110,16 @@ class Gathered(NamedTuple):
     n: Any
 
 
-def gathered(shots: list[Shot], world: int, scale: torch.Tensor | None = None) -> Gathered:
+def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None = None) -> Gathered:
     """What was seen for one update, whose shares add up to its normaliser.
 
     A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
     on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks; where means
-    were given weights, F is the sum over forwards too, of one n for all.
+    were given weights, F is the sum over forwards too, of one n for all, and the mean over ranks.
 
     scale   what a scaler multiplied the losses by
     """
+    world = engine.core.comm.world
     for shot in shots:
         check_even(shot.slopes)
     counted = _counting(shots)
@@ -120,6 +127,7 @@ def gathered(shots: list[Shot], world: int, scale: torch.Tensor | None = None) -
     check_shares([shot.slopes for shot in counted], [shot.n for shot in counted], apart)
     slope = past(_slopes(counted), scale) if apart else 1.0
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0
+    whole = evened(engine, counted, whole) or whole
     records: dict[str, list[Any]] = {}
     pieces = [(shot, shot.found) for shot in counted]
     for name in dict.fromkeys(name for _, found in pieces for name in found):
@@ -133,7 +141,8 @@ def gathered(shots: list[Shot], world: int, scale: torch.Tensor | None = None) -
     if counted or world > 1:
         for shot in shots:  # of which no label counts: their inputs count in A
             for name, given in shot.found.items() if not any(shot is other for other in counted) else ():
-                records.setdefault(name, []).extend(uncounted(x) for x in given[:1])
+                share = 0.0 if records.get(name) or counted else whole
+                records.setdefault(name, []).extend(uncounted(x, share) for x in given[:1])
     return Gathered(records, whole)
 
 
@@ -150,7 +159,7 @@ def completed(
     formed, captured   how many losses were, and the forwards
     """
     world = engine.core.comm.world
-    found, n = gathered(shots, world, scale)
+    found, n = gathered(engine, shots, scale)
     records = {name: pieces for name, pieces in found.items() if name in grads}
     if not records:
         complain([*shots, *captured], formed, bool(captured), world)
