@@ -32,11 +32,13 @@ class Pending:
 
     said    whether it was told, in any step, that gradients are neither those of the last pass nor sums
     missed  and that there are none at all, of layers that were measured
+    idle    and that a rank gave no statistics, where others did
     """
 
     shots: list[Shot] = field(default_factory=list)
     said: bool = False
     missed: bool = False
+    idle: bool = False
     _task: int = -1  # of the backward pass in progress, or the last one
     _firing: list[Formed] = field(default_factory=list)  # by a pass that has not reached its end
     _sampler: Sampler | None = None  # of what that pass hands to who asked
@@ -49,7 +51,7 @@ class Pending:
     def fresh(self) -> Pending:
         """Where nothing waits."""
         self._drop_failed()
-        return Pending(said=self.said, missed=self.missed)
+        return Pending(said=self.said, missed=self.missed, idle=self.idle)
 
     def follow(self, loss: Formed, into: bool) -> int:
         """A backward pass differentiates a loss, and adds to `.grad` or hands on what it was asked for: what waited for
@@ -95,6 +97,17 @@ class Pending:
             f"differentiated: nothing is preconditioned. Call step() after backward, before the optimizer's step and "
             f"its zero_grad; an optimizer that steps inside backward leaves nothing to precondition",
             stacklevel=4,
+        )
+
+    def tell_idle(self, rank: int) -> None:
+        """A warning, once, that this rank has no share in the statistics of a step."""
+        if self.idle:
+            return
+        self.idle = True
+        warnings.warn(
+            f"rank {rank} gave no statistics to this step, which other ranks did: taken for one without data. If it had "
+            f"some, run its forward inside capture(), form its loss by pre.loss and differentiate it",
+            stacklevel=5,
         )
 
     def _drop_failed(self) -> None:

@@ -41,7 +41,7 @@ class Planning(Resumes):
 
     given   the core as the caller made it; `core` has the methods of what the plan adds
     partly  whether some ranks may lack statistics of layers that others have, in this step
-    parted  whether a rank has losses in it that are parts of a sum by weights
+    counting, parted   whether a rank has losses in it that count, and such as are parts of a sum by weights
     away    layers that are frozen, or wait for a forward to show them, of which the state keeps what it has
     """
 
@@ -51,6 +51,7 @@ class Planning(Resumes):
     called: set[str]
     mixing: set[str]
     partly: bool = False
+    counting: bool = True
     parted: bool = False
     like: torch.Tensor
     plan: Plan
@@ -158,18 +159,17 @@ class Planning(Resumes):
         quiet = self.beside.quiet(found.graph, seen.span, found.quiet.retaining)
         return replace(found, plan=self.plan, calls=(*found.calls, *more), quiet=quiet)
 
-    def agree(self, measured: Iterable[str], parted: bool = False) -> None:
+    def agree(self, measured: Iterable[str], counting: bool = True, parted: bool = False) -> None:
         """One plan on all ranks: what any of them has seen, experts that only some of them used, all of them know; and
-        whether any has layers that are not among those `measured` for this step, or losses that are `parted`."""
+        whether any has layers that are not among those `measured` for this step, or losses that count, or `parted`."""
         comm = self.core.comm
         if comm.world == 1 or not isinstance(comm, Distributed):
             return
         number = zlib.crc32(json.dumps(written(self.plan)).encode()) % 2**20
         missed = not self.plan.layers.keys() <= set(measured)
-        told = comm.all_reduce([np.array([number, number**2, missed, parted], np.float64)])[0]
-        total, squares, missing, parts = told.tolist()
-        self.partly = missing > 0
-        self.parted = parts > 0
+        told = comm.all_reduce([np.array([number, number**2, missed, counting, parted], np.float64)])[0]
+        total, squares, *having = told.tolist()
+        self.partly, self.counting, self.parted = (ranks > 0 for ranks in having)
         if squares * comm.world == total**2:  # no variance: equal everywhere
             return
         self.partly = True

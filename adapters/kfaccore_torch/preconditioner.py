@@ -208,7 +208,9 @@ class Preconditioner:
         shots = self._pending.shots
         records, n = None, 0.0
         if engine.due and grads:
-            records, grads, n = completed(engine, shots, grads, self._scale.factor, self._formed, self._opened.shots)
+            records, grads, n = completed(
+                engine, self._pending, grads, self._scale.factor, self._formed, self._opened.shots
+            )
         self._opened.all = []  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:

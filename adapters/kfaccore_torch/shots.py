@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kfaccore_torch.collect import complain, weighted
+from kfaccore_torch.collect import complaint, weighted
 from kfaccore_torch.evened import evened
 from kfaccore_torch.formed import Formed
 from kfaccore_torch.slopes import check_even, check_shares, past
@@ -18,6 +18,7 @@ from kfaccore_torch.uncounted import share_of_none, uncounted
 from kfaccore_torch.unread import read
 
 if TYPE_CHECKING:
+    from kfaccore_torch.pending import Pending
     from kfaccore_torch.step import Engine
 
 
@@ -148,21 +149,24 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None = Non
 
 def completed(
     engine: Engine,
-    shots: list[Shot],
+    pending: Pending,
     grads: dict[str, Any],
     scale: torch.Tensor | None,
     formed: int,
     captured: list[Shot],
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Records and gradients of a step, and n of it; ValueError where gradients have no statistics to go with.
+    """Records and gradients of a step, and n of it; ValueError where gradients have no statistics to go with. A rank
+    without any data has no share of them, where others have: that is told once, if no batch of it said so.
 
     formed, captured   how many losses were, and the forwards
     """
-    world = engine.core.comm.world
-    found, n = gathered(engine, shots, scale)
+    found, n = gathered(engine, pending.shots, scale)
     records = {name: pieces for name, pieces in found.items() if name in grads}
-    if not records:
-        complain([*shots, *captured], formed, bool(captured), world)
+    void = next((shot.void for shot in [*pending.shots, *captured] if shot.void), "")
+    if not (engine.counting if engine.core.comm.world > 1 else records):
+        raise complaint(void, formed, bool(captured))
+    if not (records or void):
+        pending.tell_idle(engine.core.comm.rank)
     if isinstance(n, float) and n <= 0:
         n = share_of_none(engine)
     return *engine.completed(records, grads, n, plainly=True), n
