@@ -105,8 +105,8 @@ class Pending:
             return
         self.idle = True
         warnings.warn(
-            f"rank {rank} gave no statistics to this step, which other ranks did: taken for one without data. If it had "
-            f"some, run its forward inside capture(), form its loss by pre.loss and differentiate it",
+            f"rank {rank} gave no statistics to this step, which other ranks did: taken for one without data. If it "
+            f"had some, run its forward inside capture(), form its loss by pre.loss and differentiate it",
             stacklevel=5,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -102,8 +103,8 @@ class Remaining:
                 p.grad = g
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, and whose each entry is."""
-        found = {} if self.optimizer is None else {"rest": self.optimizer.state_dict()}
+        """The optimizer's, and whose each entry is; copies, as K-FAC's part is, that stay as training goes on."""
+        found = {} if self.optimizer is None else {"rest": copy.deepcopy(self.optimizer.state_dict())}
         return found if self.make is None else {**found, "rest_names": self._labels()}
 
     def load_state_dict(self, state: Mapping[str, Any], plan: Plan) -> None:
