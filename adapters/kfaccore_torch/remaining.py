@@ -115,12 +115,12 @@ class Remaining:
         if listed != ("rest" in state):
             raise ValueError("one of state and optimizer has parameters outside K-FAC and the other has not")
         if names is None and self.optimizer is not None:  # of before: in order
-            self.optimizer.load_state_dict(state["rest"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["rest"]))  # which it would write to
         if names is None or "rest" not in state:
             return
         self._wait(names, plan)
         assert self.optimizer is not None
-        saved = state["rest"]
+        saved = copy.deepcopy(state["rest"])  # whose tensors the optimizer would take, and write to
         have = [len(group["params"]) for group in saved["param_groups"]]
         need = list(map(len, names))
         if have != need or len(self._labels()) != len(need):
