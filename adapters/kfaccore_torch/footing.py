@@ -46,6 +46,7 @@ class Footing(Resumes):
         if not trained or any(p.device == self.device and _single(p.dtype) == self.like.dtype for p in trained):
             return False
         old = self._state
+        arrays: dict[str, np.ndarray] = {}
         if old is not None:
             self._check_values(trained[0].device)
             with ordered(self.namespace, self.device), self._together("another device or dtype"):

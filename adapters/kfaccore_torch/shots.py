@@ -13,7 +13,7 @@ import torch
 from kfaccore_torch.collect import complaint, weighted
 from kfaccore_torch.evened import evened
 from kfaccore_torch.formed import Formed
-from kfaccore_torch.slopes import check_even, check_shares, past
+from kfaccore_torch.slopes import check_even, check_shares, check_sum, past
 from kfaccore_torch.uncounted import share_of_none, uncounted
 from kfaccore_torch.unread import read
 
@@ -126,7 +126,10 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None = Non
     counted = _counting(shots)
     apart = len(counted) > 1 and not counted[0].total and not all(shot.whole for shot in counted)
     check_shares([shot.slopes for shot in counted], [shot.n for shot in counted], apart)
-    slope = past(_slopes(counted), scale) if apart else 1.0
+    slopes = _slopes(counted) if apart else []
+    if apart and not slopes:
+        check_sum([shot.slopes for shot in counted], scale)
+    slope = past(slopes, scale)
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0
     whole = evened(engine, counted, whole) or whole
     records: dict[str, list[Any]] = {}
