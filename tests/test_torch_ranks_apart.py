@@ -140,6 +140,63 @@ def test_a_rank_whose_loss_was_not_differentiated_waits_with_the_others(tmp_path
     two_ranks_are_one_process(dedent(body), tmp_path)
 
 
+def test_a_rank_without_any_data_contributes_nothing(tmp_path):
+    """It takes zeros of a forward for its loss, captured or not; it is told so once, and the others are not."""
+    body = """
+    import warnings
+    net = model()
+    wrapped = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    rules = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 2), kf.Schedules(0.1), step=kf.Fixed(rescale=kf.Noise()),
+                              comm=comm())
+    pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), rules, fisher=kf.type2)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    found = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(4):
+            x, y = batch(step, 12)
+            idle = world > 1 and step != 1
+            sgd.zero_grad()
+            if idle and rank == 1:
+                (wrapped(x).sum() * 0.0).backward()
+            else:
+                x, y = (x, y) if idle or world == 1 else (mine(x), mine(y))
+                with pre.capture():
+                    f = wrapped(x)
+                (pre.loss(f, y) * (world if idle else 1)).backward()
+            pre.step()
+            sgd.step()
+            found += [torch.tensor(float(v)) for v in pre.info.step.values()]
+    texts = [str(w.message) for w in told if "gave no statistics" in str(w.message)]
+    assert len(texts) == rank, texts
+    if rank == 0:
+        torch.save([*found, *net.parameters()], f"{folder}/found.pt")
+    """
+    two_ranks_are_one_process(dedent(body), tmp_path)
+
+
+def test_where_nothing_counts_on_any_rank_all_say_so(tmp_path):
+    body = """
+    net = model()
+    wrapped = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    for way, words in (("no loss", "got no records"), ("ignored", "all labels of the batch are ignored")):
+        pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), core(comm=comm()), fisher=kf.type2)
+        x, y = batch(0, 6)
+        with pre.capture():
+            f = wrapped(x)
+        (f.sum() * 0.0 if way == "no loss" else pre.loss(f, torch.full_like(y, -100)).nan_to_num()).backward()
+        try:
+            pre.step()
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(way)
+    if rank == 0:
+        torch.save([], f"{folder}/found.pt")
+    """
+    two_ranks_are_one_process(dedent(body), tmp_path)
+
+
 def test_a_core_over_ranks_keeps_what_it_was_given(tmp_path):
     body = """
     for stacked in (True, False):

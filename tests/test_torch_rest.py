@@ -45,6 +45,22 @@ def batch(n=3):
     return torch.randn(n, 4), torch.randint(0, 3, (n,))
 
 
+def test_a_state_that_is_held_stays_as_it_was():
+    """While training goes on, and after it was loaded: whether it was copied makes no difference."""
+    x, y = batch(6)
+    model = Changed()
+    optimizer = kt.Optimizer(model, CE, rest=torch.optim.Adam)
+    for _ in range(2):
+        optimizer.step(x, y)
+    held, weights = optimizer.state_dict(), {n: p.clone() for n, p in model.state_dict().items()}
+    found = []
+    for _ in range(3):
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(held)
+        found.append([optimizer.step(x, y) for _ in range(3)])
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_diagonal_is_unbiased():
     """Over all signs of the examples the squares average to the diagonal of the block, with nothing else in it."""
     model, (x, y) = Changed(), batch()

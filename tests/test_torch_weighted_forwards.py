@@ -122,6 +122,31 @@ def test_micro_batches_of_whole_losses_are_the_batch(weights):
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_mean_of_weighted_forwards_in_one_pass_is_named(scaled):
+    """Whose curvatures are their sum; weights that say so, and passes apart, are the mean."""
+    found = []
+    for way in ("mean", "weights", "passes"):
+        loop, (x, y) = Loop(kf.Exact()), data()
+        scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+        share = 0.25 if way == "weights" else 1.0
+        losses = []
+        for part, labels in zip(x.split(3), y.split(3), strict=True):
+            f = loop.forward(part)
+            losses.append(sum(loop.pre.loss(f, z, weight=w * share) for z, w in ((labels, 0.5), (2 - labels, 0.3))))
+            if way == "passes":
+                scaler.scale(losses.pop() / 4).backward()
+        if losses:
+            scaler.scale(sum(losses) / (4 if way == "mean" else 1)).backward()
+        if scaled:
+            scaler.unscale_(torch.optim.SGD(loop.model.parameters(), 0.1))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found.append(loop.directions())
+        assert ["multiplied by 0.25" in str(w.message) for w in told] == [True] * (way == "mean")
+    torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=1e-12)
+
+
 def test_forwards_that_came_before_a_weight_are_named():
     """Two of different n without a weight: they had been taken for micro-batches."""
     loop, (x, y) = Loop(), data()

@@ -23,24 +23,22 @@ if TYPE_CHECKING:
 Array = Any
 
 
-def complain(shots: list[Shot], formed: int, captured: bool, world: int) -> None:
-    """ValueError that says why a step has no statistics: `formed` losses, whether a forward was `captured`."""
-    void = [shot.void for shot in shots if shot.void]
-    if void and world > 1:
-        return
+def complaint(void: str, formed: int, captured: bool) -> ValueError:
+    """Says why a step has no statistics: a batch is `void`, how many losses were `formed`, whether a forward was
+    `captured`."""
     if void:
-        raise ValueError(f"this step has no statistics to update from: {void[0]}; skip such a batch")
+        return ValueError(f"this step has no statistics to update from: {void}; skip such a batch")
     if formed:
-        raise ValueError(
+        return ValueError(
             "this step updates statistics but got no records: pre.loss was formed and never differentiated; call "
             "backward on what it returned, or on a sum it is part of"
         )
     if captured:
-        raise ValueError(
+        return ValueError(
             "this step updates statistics but got no records: the forward was captured, but pre.loss was not "
             "called; form the loss by pre.loss(prediction, target)"
         )
-    raise ValueError(
+    return ValueError(
         "this step updates statistics but got no records: run the forward inside `with pre.capture():` and form "
         "the loss by pre.loss"
     )

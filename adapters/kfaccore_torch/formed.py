@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from kfaccore.layers import Bias
 from kfaccore_torch.settle import Layer
+from kfaccore_torch.unread import read
 
 if TYPE_CHECKING:
     from kfaccore_torch.plan import Plan
@@ -107,7 +108,8 @@ def stale(engine: Engine, shots: Sequence[Shot]) -> ValueError | None:
     if engine.replan() and shots:
         return ValueError("the model's parameters changed between capture() and step(): capture the batch again")
     if engine.due:
-        engine.agree(name for shot in shots for name in shot.found)
+        measured = {name for shot in shots for name in shot.found}
+        engine.agree(measured, any(read(shot.n) > 0 for shot in shots), any(shot.part for shot in shots))
     error = _two_ways([loss for shot in shots for loss in shot.losses], engine.plan.layers)
     if error is not None:
         engine.leave_word(error)

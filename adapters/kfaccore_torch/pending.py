@@ -35,11 +35,13 @@ class Pending:
 
     said    whether it was told, in any step, that gradients are neither those of the last pass nor sums
     missed  and that there are none at all, of layers that were measured
+    idle    and that a rank gave no statistics, where others did
     """
 
     shots: list[Shot] = field(default_factory=list)
     said: bool = False
     missed: bool = False
+    idle: bool = False
     early: Early = field(default_factory=Early)
     _heard: list[RemovableHandle] = field(default_factory=list)
     _task: int = -1  # of the backward pass in progress, or the last one
@@ -57,7 +59,7 @@ class Pending:
         for handle in self._heard:
             handle.remove()
         self.early.over()
-        return Pending(said=self.said, missed=self.missed, early=self.early)
+        return Pending(said=self.said, missed=self.missed, idle=self.idle, early=self.early)
 
     def hear(self, loss: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
         """Of the differentiation of a loss of this step."""
@@ -110,6 +112,17 @@ class Pending:
             f"differentiated: nothing is preconditioned. Call step() after backward, before the optimizer's step and "
             f"its zero_grad; an optimizer that steps inside backward leaves nothing to precondition",
             stacklevel=4,
+        )
+
+    def tell_idle(self, rank: int) -> None:
+        """A warning, once, that this rank has no share in the statistics of a step."""
+        if self.idle:
+            return
+        self.idle = True
+        warnings.warn(
+            f"rank {rank} gave no statistics to this step, which other ranks did: taken for one without data. If it "
+            f"had some, run its forward inside capture(), form its loss by pre.loss and differentiate it",
+            stacklevel=5,
         )
 
     def _drop_failed(self) -> None:

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 import kfaccore as kf
-from kfaccore_torch.beside import Beside
-from kfaccore_torch.bridge import ordered, to_core
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.distributed import Distributed
 from kfaccore_torch.follow import carried, left_out, moved
+from kfaccore_torch.footing import Footing
 from kfaccore_torch.inside import check_plain
 from kfaccore_torch.kinds import Tied
 from kfaccore_torch.layout import pools
@@ -27,35 +26,33 @@ from kfaccore_torch.observe import Observer
 from kfaccore_torch.plan import Plan, again, remade, unwrapped
 from kfaccore_torch.report import Coverage, coverage
 from kfaccore_torch.rest import called, filled, with_method
-from kfaccore_torch.resume import Resumes
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight, sighted
 from kfaccore_torch.table import read, written
 
 if TYPE_CHECKING:
-    from kfaccore_torch.settings import Settings
+    pass
 
 
-class Planning(Resumes):
+class Planning(Footing):
     """Plan, core and state of a model, of which each goes with the others.
 
     given   the core as the caller made it; `core` has the methods of what the plan adds
     partly  whether some ranks may lack statistics of layers that others have, in this step
+    counting, parted   whether a rank has losses in it that count, and such as are parts of a sum by weights
     away    layers that are frozen, or wait for a forward to show them, of which the state keeps what it has
     """
 
     model: nn.Module
     given: kf.Preconditioner
-    settings: Settings
     called: set[str]
     mixing: set[str]
     partly: bool = False
-    like: torch.Tensor
+    counting: bool = True
+    parted: bool = False
     plan: Plan
-    beside: Beside
     away: dict[str, Layer]
     lost: Lost
-    _state: Any
     _blocks: tuple[Plan, dict[str, kf.Block]] | None
 
     def _planned(self, found: Plan, known: Mapping[str, Layer] = MappingProxyType({})) -> Plan:
@@ -91,30 +88,15 @@ class Planning(Resumes):
         """The core that goes with these layers."""
         return with_method(self.given, layers, self.settings.uncovered)
 
-    @property
-    def state(self) -> Any:
-        """The core's state, made when it is first asked for."""
-        if self._state is None:
-            self._state = self.first_state(self.core, self.held())
-        return self._state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._state = state
-
     def memory(self) -> dict[str, kf.Footprint]:
         """{layer: bytes of averages and inverses, and the peak of an update}, as the plan is now; nothing is made."""
         return self.core.footprint(self.held(), np.zeros(1, str(self.like.dtype).removeprefix("torch.")))
 
-    def first_state(self, core: kf.Preconditioner, blocks: dict[str, kf.Block]) -> Any:
-        """A state of layers that have seen nothing."""
-        with ordered(self.namespace, self.device):
-            return core.init(blocks, like=_owned(to_core(self.like, self.namespace)))
-
     def replan(self) -> bool:
-        """Follow the model: parameters frozen, thawed, replaced or of another shape since the plan was made, and those
-        that newer forwards have used as a layer again. True if anything changed; layers of the same name and sizes keep
-        their state, and new ones are measured and refreshed at once. ValueError inside a transform of torch.func."""
+        """Follow the model: parameters frozen, thawed, replaced, moved or of another shape since the plan was made, and
+        those that newer forwards have used as a layer again. True if anything changed; layers of the same name and
+        sizes keep their state, and new ones are measured and refreshed at once. ValueError inside a transform of
+        torch.func."""
         check_plain()
         if not self.plan.holds(self.model):
             before = self.plan
@@ -123,6 +105,9 @@ class Planning(Resumes):
             covered = {path for layer in known.values() for path in layer.paths.values()}
             unshown = covered & (self.plan.uncovered.keys() - before.uncovered.keys())
             self.new = self.new or bool(unshown)  # a forward must show them anew
+            self.settle()
+            return True
+        if self.settle():
             return True
         if not self.lost.quiet or self.core.comm.world > 1:  # ranks need not have seen the same
             return False
@@ -156,17 +141,17 @@ class Planning(Resumes):
         quiet = self.beside.quiet(found.graph, seen.span, found.quiet.retaining)
         return replace(found, plan=self.plan, calls=(*found.calls, *more), quiet=quiet)
 
-    def agree(self, measured: Iterable[str]) -> None:
+    def agree(self, measured: Iterable[str], counting: bool = True, parted: bool = False) -> None:
         """One plan on all ranks: what any of them has seen, experts that only some of them used, all of them know; and
-        whether any has layers that are not among those `measured` for this step."""
+        whether any has layers that are not among those `measured` for this step, or losses that count, or `parted`."""
         comm = self.core.comm
         if comm.world == 1 or not isinstance(comm, Distributed):
             return
         number = zlib.crc32(json.dumps(written(self.plan)).encode()) % 2**20
         missed = not self.plan.layers.keys() <= set(measured)
-        told = comm.all_reduce([np.array([number, number**2, missed], np.float64)])[0]
-        total, squares, missing = told.tolist()
-        self.partly = missing > 0
+        told = comm.all_reduce([np.array([number, number**2, missed, counting, parted], np.float64)])[0]
+        total, squares, *having = told.tolist()
+        self.partly, self.counting, self.parted = (ranks > 0 for ranks in having)
         if squares * comm.world == total**2:  # no variance: equal everywhere
             return
         self.partly = True
@@ -240,8 +225,3 @@ def _unpooled(core: kf.Preconditioner, plan: Plan) -> None:
                 f"{parameters} is table and output layer: its record holds rows of both, and sharing=kfaccore.reduce "
                 f"would mix them; pass methods {{'{name}': kfaccore.KFAC(), ...}} with another sharing for this layer"
             )
-
-
-def _owned(x: Any) -> Any:
-    """`like` of a state, whose NumPy view must be writable."""
-    return np.array(x) if isinstance(x, np.ndarray) else x

@@ -204,14 +204,14 @@ class Preconditioner:
 
     def _step(self, grads: dict[str, Any], lengths: Mapping[str, float] | None) -> None:
         """Gradients into directions, with the statistics that are due."""
-        engine = self.engine
-        shots = self._pending.shots
-        records, n = None, 0.0
+        engine, records, n = self.engine, None, 0.0
         if engine.due and grads:
-            records, grads, n = completed(engine, shots, grads, self._scale.factor, self._formed, self._opened.shots)
+            seen = self._scale.factor, self._formed, self._opened.shots
+            records, grads, n = completed(engine, self._pending, grads, *seen)
         self._opened.all = []  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:
+            shots = self._pending.shots
             before = mean_loss(engine, [value for shot in shots for value in shot.values], n)
             endless = False if engine.objective.nonnegative(None) is False else None  # the loop weighs what it adds up
             told = {"loss": before, "own": own, "lengths": lengths, "nonnegative": endless}

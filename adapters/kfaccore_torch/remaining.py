@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -102,8 +103,8 @@ class Remaining:
                 p.grad = g
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, and whose each entry is."""
-        found = {} if self.optimizer is None else {"rest": self.optimizer.state_dict()}
+        """The optimizer's, and whose each entry is; copies, as K-FAC's part is, that stay as training goes on."""
+        found = {} if self.optimizer is None else {"rest": copy.deepcopy(self.optimizer.state_dict())}
         return found if self.make is None else {**found, "rest_names": self._labels()}
 
     def load_state_dict(self, state: Mapping[str, Any], plan: Plan) -> None:
@@ -114,12 +115,12 @@ class Remaining:
         if listed != ("rest" in state):
             raise ValueError("one of state and optimizer has parameters outside K-FAC and the other has not")
         if names is None and self.optimizer is not None:  # of before: in order
-            self.optimizer.load_state_dict(state["rest"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["rest"]))  # which it would write to
         if names is None or "rest" not in state:
             return
         self._wait(names, plan)
         assert self.optimizer is not None
-        saved = state["rest"]
+        saved = copy.deepcopy(state["rest"])  # whose tensors the optimizer would take, and write to
         have = [len(group["params"]) for group in saved["param_groups"]]
         need = list(map(len, names))
         if have != need or len(self._labels()) != len(need):

@@ -47,6 +47,7 @@ class Resumes:
     filled: Any
     core_of: Any
     first_state: Any
+    settle: Any
 
     def _together(self, what: str) -> AbstractContextManager[None]:
         """Around what every rank must call."""
@@ -55,8 +56,9 @@ class Resumes:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as CPU tensors by path, the same on any device, namespace and rank; every rank must call it."""
+        state = self.state  # which may settle where it is
         with ordered(self.namespace, self.device), self._together("state_dict()"):
-            arrays = kf.flatten(self.core.gather(self.state))
+            arrays = kf.flatten(self.core.gather(state))
         return {
             "kfaccore": 1,
             "layers": self._table(),
@@ -77,9 +79,10 @@ class Resumes:
     def save(self, path: Any, **meta: Any) -> None:
         """Parameters as matrices and the state in one file that every adapter reads; every rank must call it."""
         layers = {**self.away, **self.plan.layers}
+        state = self.state
         with ordered(self.namespace, self.device), self._together("save()"):
             params = {name: self.matrix(layer, layer.parameters) for name, layer in layers.items()}
-            tree = {"params": params, "state": self.core.gather(self.state)}
+            tree = {"params": params, "state": self.core.gather(state)}
             kf.save(path, tree, **{"torch_layers": self._table(), **self.described(), **meta})
 
     def described(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ class Resumes:
         """The plan of the model as a state was saved, once the plan has seen what that had seen; what was before if
         loading fails inside."""
         new = self.new
+        self.settle()
         with self.unless_damaged():
             whole = self.plan
             if table is not None:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kfaccore_torch.collect import complain, weighted
+from kfaccore_torch.collect import complaint, weighted
+from kfaccore_torch.evened import evened
 from kfaccore_torch.formed import Formed
-from kfaccore_torch.slopes import check_even, check_shares, past
+from kfaccore_torch.slopes import check_even, check_shares, check_sum, past
 from kfaccore_torch.uncounted import share_of_none, uncounted
 from kfaccore_torch.unread import read
 
 if TYPE_CHECKING:
+    from kfaccore_torch.pending import Pending
     from kfaccore_torch.step import Engine
 
 
@@ -69,6 +71,11 @@ class Shot:
         weights = [loss.weight for loss in self.losses if loss.counts] or [loss.weight for loss in self.losses]
         return not weights or 1.0 in weights or math.isclose(sum(weights), 1.0)
 
+    @property
+    def part(self) -> bool:
+        """Whether something counts in it, as a part, by its weight, of a mean that other forwards share."""
+        return not (self.whole or self.total) and read(self.n) > 0
+
     def joined(self, n: Any, weight: float, unit: float | None) -> float:
         """A loss of this n and weight joins those formed on the forward: the factor on its draws, by the root of the
         ratio, so that the n of the first serves all; and so does the `unit` of forwards before, if there is one."""
@@ -104,22 +111,27 @@ class Gathered(NamedTuple):
     n: Any
 
 
-def gathered(shots: list[Shot], world: int, scale: torch.Tensor | None = None) -> Gathered:
+def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None = None) -> Gathered:
     """What was seen for one update, whose shares add up to its normaliser.
 
     A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
     on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks; where means
-    were given weights, F is the sum over forwards too, of one n for all.
+    were given weights, F is the sum over forwards too, of one n for all, and the mean over ranks.
 
     scale   what a scaler multiplied the losses by
     """
+    world = engine.core.comm.world
     for shot in shots:
         check_even(shot.slopes)
     counted = _counting(shots)
     apart = len(counted) > 1 and not counted[0].total and not all(shot.whole for shot in counted)
     check_shares([shot.slopes for shot in counted], [shot.n for shot in counted], apart)
-    slope = past(_slopes(counted), scale) if apart else 1.0
+    slopes = _slopes(counted) if apart else []
+    if apart and not slopes:
+        check_sum([shot.slopes for shot in counted], scale)
+    slope = past(slopes, scale)
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0
+    whole = evened(engine, counted, whole) or whole
     records: dict[str, list[Any]] = {}
     pieces = [(shot, shot.found) for shot in counted]
     for name in dict.fromkeys(name for _, found in pieces for name in found):
@@ -133,27 +145,31 @@ def gathered(shots: list[Shot], world: int, scale: torch.Tensor | None = None) -
     if counted or world > 1:
         for shot in shots:  # of which no label counts: their inputs count in A
             for name, given in shot.found.items() if not any(shot is other for other in counted) else ():
-                records.setdefault(name, []).extend(uncounted(x) for x in given[:1])
+                share = 0.0 if records.get(name) or counted else whole
+                records.setdefault(name, []).extend(uncounted(x, share) for x in given[:1])
     return Gathered(records, whole)
 
 
 def completed(
     engine: Engine,
-    shots: list[Shot],
+    pending: Pending,
     grads: dict[str, Any],
     scale: torch.Tensor | None,
     formed: int,
     captured: list[Shot],
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Records and gradients of a step, and n of it; ValueError where gradients have no statistics to go with.
+    """Records and gradients of a step, and n of it; ValueError where gradients have no statistics to go with. A rank
+    without any data has no share of them, where others have: that is told once, if no batch of it said so.
 
     formed, captured   how many losses were, and the forwards
     """
-    world = engine.core.comm.world
-    found, n = gathered(shots, world, scale)
+    found, n = gathered(engine, pending.shots, scale)
     records = {name: pieces for name, pieces in found.items() if name in grads}
-    if not records:
-        complain([*shots, *captured], formed, bool(captured), world)
+    void = next((shot.void for shot in [*pending.shots, *captured] if shot.void), "")
+    if not (engine.counting if engine.core.comm.world > 1 else records):
+        raise complaint(void, formed, bool(captured))
+    if not (records or void):
+        pending.tell_idle(engine.core.comm.rank)
     if isinstance(n, float) and n <= 0:
         n = share_of_none(engine)
     return *engine.completed(records, grads, n, plainly=True), n

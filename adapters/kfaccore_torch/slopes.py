@@ -46,6 +46,22 @@ def check_shares(losses: Sequence[Sequence[torch.Tensor]], shares: Sequence[Any]
     )
 
 
+def check_sum(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None) -> None:
+    """A warning for forwards of several losses each, added up by weights in one backward pass, that were all multiplied
+    by a number: where that makes them a mean of micro-batches, their curvatures are the sum all the same."""
+    if len(losses) < 2 or any(len(slopes) < 2 for slopes in losses):
+        return
+    factor = past(losses[0], scale)
+    if abs(factor - 1.0) <= _EVEN:
+        return
+    warnings.warn(
+        f"the losses of {len(losses)} forwards were multiplied by {factor:.4g} on their way to one backward pass, but "
+        f"their curvatures are added up by their weights alone: give each its share, pre.loss(f, target, weight="
+        f"{factor:.4g} * weight), or a backward pass to each forward",
+        stacklevel=2,
+    )
+
+
 def past(slopes: Sequence[torch.Tensor], scale: torch.Tensor | None) -> float:
     """What the losses were all multiplied by, without the `scale` of a scaler; 1 where that is not known, or no
     number to divide by."""

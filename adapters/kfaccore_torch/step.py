@@ -15,7 +15,7 @@ import kfaccore as kf
 from kfaccore_torch.assembled import matrices, tensors
 from kfaccore_torch.atomic import again, left
 from kfaccore_torch.beside import Beside
-from kfaccore_torch.bridge import HALF, chosen, ordered, to_core, to_torch
+from kfaccore_torch.bridge import ordered, to_core, to_torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.compiled import eagerly, uncompiled
 from kfaccore_torch.distributed import Distributed
@@ -63,10 +63,7 @@ class Engine(Planning):
         self.plan = self._planned(modules(model, settings.skip))
         if not self.plan.trained:
             raise ValueError(f"no parameter of {type(unwrapped(model)).__name__} is covered: none is trained")
-        first = self.plan.trained[0]
-        self.device = first.device
-        self.namespace = chosen(settings.namespace, self.device)
-        self.like = torch.zeros(1, dtype=torch.float32 if first.dtype in HALF else first.dtype, device=self.device)
+        self.stand()
         self._state: Any = None
         self._blocks = None
         self.beside = Beside(model, self.device)

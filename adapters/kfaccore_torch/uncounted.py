@@ -39,10 +39,11 @@ def taking(n: Any) -> Any:
     return n if isinstance(n, torch.Tensor) or n > 0 else NEXT_TO_NOTHING
 
 
-def uncounted(x: Any) -> Any:
-    """A Record or Stats with an n of next to nothing, whatever it was: NaN where a device knew that nothing counts."""
-    return mapped(lambda name, leaf: _small(leaf) if name == "n" else leaf, x)
+def uncounted(x: Any, share: float = 0.0) -> Any:
+    """A Record or Stats of another n, whatever it was: NaN where a device knew that nothing counts. Without a share it
+    is next to nothing."""
+    return mapped(lambda name, leaf: _filled(leaf, taking(share)) if name == "n" else leaf, x)
 
 
-def _small(n: Any) -> Any:
-    return aac.array_namespace(n).full_like(n, NEXT_TO_NOTHING) if hasattr(n, "dtype") else NEXT_TO_NOTHING
+def _filled(n: Any, value: float) -> Any:
+    return aac.array_namespace(n).full_like(n, value) if hasattr(n, "dtype") else value
