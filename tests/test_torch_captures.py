@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 import kfaccore_torch as kt  # noqa: E402
+from kfaccore_torch import opened  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("torch_double"), pytest.mark.filterwarnings("error")]
 LENGTH = torch.tensor([2, 3, 2, 3, 6, 6, 6, 5])
@@ -251,3 +252,29 @@ def test_a_loss_of_another_forward_is_formed_inside_a_capture():
         pre.step()
         found.append(model.weight.grad.clone())
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_a_capture_a_time_step_looks_through_forwards_as_often_as_there_are(monkeypatch):
+    """A forward a step of an episode, losses at its end; those of which nobody holds the prediction are still let go
+    of, and a loss finds its own forward among many."""
+    looked = []
+    held, walked = opened._held, opened.Opened._place
+    monkeypatch.setattr(opened, "_held", lambda seen: looked.append(0) or held(seen))
+    monkeypatch.setattr(opened.Opened, "_place", lambda self, node: looked.append(0) or walked(self, node))
+    counts = []
+    for steps in (40, 80, 160):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        pre = kt.Preconditioner(model, nn.CrossEntropyLoss())
+        looked.clear()
+        outputs = []
+        for _ in range(steps):
+            with pre.capture():
+                outputs.append(model(torch.randn(1, 3)))
+            with pre.capture():
+                model(torch.randn(1, 3))
+        assert len(pre._opened.all) <= 2 * steps
+        found = [pre._opened.of([f]) for f in outputs]
+        assert [one.seen.span.made(f.grad_fn) for one, f in zip(found, outputs, strict=True)] == [True] * steps
+        assert len({id(one) for one in found}) == steps
+        counts.append(len(looked))
+    assert counts[2] <= 2.5 * counts[1] <= 2.5 * 2.5 * counts[0]

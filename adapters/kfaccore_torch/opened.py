@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import torch
 from kfaccore_torch.capture import Capture
 from kfaccore_torch.masks import Told
 from kfaccore_torch.shots import Shot
+
+_FEW = 16  # open forwards, which are looked through each time
 
 
 @dataclass(eq=False)
@@ -30,8 +33,14 @@ class Opened:
 
     all: list[Open] = field(default_factory=list)
     lost: bool = False
+    _firsts: list[int] = field(default_factory=list)  # where each begins in autograd's count; empty where spans overlap
+    _ends: int = 0  # where the last does
+    _looks: int = 0  # how many there are at the next look at who is held
     _inside: list[Capture] = field(default_factory=list)  # those that are not over
-    _shots: list[ref[Shot]] = field(default_factory=list)  # those a loss was formed on; who forms it holds it
+    _told: list[Open] = field(default_factory=list)  # those that were told of rows
+    _shots: dict[int, ref[Shot]] = field(
+        default_factory=dict
+    )  # by place, those a loss was formed on; who forms it holds it
 
     def __bool__(self) -> bool:
         return bool(self.all)
@@ -41,17 +50,38 @@ class Opened:
         """What their losses leave."""
         return [one.shot for one in self.all]
 
+    def add(self, one: Open) -> None:
+        """A forward that is over."""
+        span = one.seen.span
+        apart = len(self._firsts) == len(self.all) and (not self.all or span.first >= self._ends)
+        if apart:
+            self._firsts.append(span.first)
+        else:
+            self._firsts = []
+        self._ends = span.last or 0
+        self.all.append(one)
+        if one.told.any:
+            self._told.append(one)
+
     def clear(self) -> None:
         """Their parameters are no more."""
         self.lost = self.lost or any(not one.seen.spent for one in self.all)
         self.all = []
+        self._firsts = []
+        self._told = []
 
     def prune(self) -> None:
         """Before another forward: those of which nobody holds a prediction any more, as of a validation, are let go of
-        with all that they keep."""
+        with all that they keep. Of many, each time that there are twice as many: looking costs their number."""
+        if _FEW < len(self.all) < self._looks:
+            return
         kept = [one for one in self.all if one.seen.spent or _held(one.seen)]
         self.lost = self.lost or len(kept) < len(self.all)
+        if len(self._firsts) == len(self.all):
+            self._firsts = [one.seen.span.first for one in kept]
         self.all = kept
+        self._told = [one for one in kept if one.told.any]
+        self._looks = 2 * len(kept)
 
     @contextmanager
     def inside(self, seen: Capture) -> Iterator[None]:
@@ -64,9 +94,11 @@ class Opened:
 
     def before(self, shot: Shot) -> list[Shot]:
         """Others that losses were formed on, which may still count; a loss is formed on this one."""
-        others = [x for one in self._shots if (x := one()) is not None and x is not shot]
-        if not any(one() is shot for one in self._shots):
-            self._shots.append(ref(shot))
+        others = [x for one in self._shots.values() if (x := one()) is not None and x is not shot]
+        known = self._shots.get(id(shot))
+        if known is None or known() is not shot:
+            self._shots.pop(id(shot), None)  # of one that is gone
+            self._shots[id(shot)] = ref(shot)
         return others
 
     def of(self, heads: Sequence[torch.Tensor]) -> Open:
@@ -86,7 +118,7 @@ class Opened:
         newest = self.all[-1]
         if len(self.all) == 1 and not self.lost and not self._inside:
             return newest
-        found = next((one for one in reversed(self.all) if _made(one, heads)), None)
+        found = self._newest(heads)
         if found is None:
             before = (node for node in _behind(heads) if node._sequence_nr() < newest.seen.span.first)
             if next(before, None) is not None:
@@ -96,13 +128,46 @@ class Opened:
                     "the next one, or keep what the model returned"
                 )
             return newest
-        others = [one for one in self.all if one is not found and not one.seen.spent and one.told.any]
-        if any(_made(one, heads) for one in others):
+        others = [one for one in self._told if one is not found and not one.seen.spent]
+        if others and self._any_made(others, heads):
             raise ValueError(
                 "this prediction is made of several captured forwards, one of which has a mask or examples of its own: "
                 "run them inside one `with pre.capture(masks=...):`"
             )
         return found
+
+    def _newest(self, heads: Sequence[torch.Tensor]) -> Open | None:
+        """The newest forward that made a node behind a prediction."""
+        if len(self._firsts) < len(self.all):
+            return next((one for one in reversed(self.all) if _made(one, heads)), None)
+        best = -1
+        waiting = [f.grad_fn for f in heads]
+        met: set[Any] = set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in met or node.name().endswith("AccumulateGrad"):
+                continue
+            met.add(node)
+            place, inside = self._place(node)
+            if place < best or place < 0:
+                continue  # what is behind it was made before it
+            best = place if inside else best
+            waiting.extend(child for child, _ in node.next_functions)
+        return self.all[best] if best >= 0 else None
+
+    def _any_made(self, some: Sequence[Open], heads: Sequence[torch.Tensor]) -> bool:
+        """Whether one of some forwards made a node behind a prediction."""
+        if len(self._firsts) < len(self.all):
+            return any(_made(one, heads) for one in some)
+        wanted = {id(one) for one in some}
+        places = {place for place, inside in map(self._place, _behind(heads)) if inside}
+        return any(id(self.all[place]) in wanted for place in places)
+
+    def _place(self, node: Any) -> tuple[int, bool]:
+        """Which forward began last before a node was made, -1 for none, and whether it made the node."""
+        number = node._sequence_nr()
+        place = bisect_right(self._firsts, number) - 1
+        return place, place >= 0 and number < (self.all[place].seen.span.last or 0)
 
 
 def _made(one: Open, heads: Sequence[torch.Tensor]) -> bool:

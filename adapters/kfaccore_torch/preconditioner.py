@@ -117,7 +117,7 @@ class Preconditioner:
             return
         with self.engine.captured() as seen, self._opened.inside(seen):
             yield
-        self._opened.all.append(Open(seen, Told(mask, masks or {}, examples)))
+        self._opened.add(Open(seen, Told(mask, masks or {}, examples)))
 
     @uncompiled
     def loss(self, f: Any, target: Any, weight: float | torch.Tensor = 1.0) -> torch.Tensor:
@@ -209,7 +209,7 @@ class Preconditioner:
         records, n = None, 0.0
         if engine.due and grads:
             records, grads, n = completed(engine, shots, grads, self._scale.factor, self._formed, self._opened.shots)
-        self._opened.all = []  # the calls' inputs have done their part
+        self._opened.clear()  # the calls' inputs have done their part
         records, own = own_apart(engine, records)
         if grads:
             before = mean_loss(engine, [value for shot in shots for value in shot.values], n)
