@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from kfaccore_torch.rest import called, filled, with_method
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight, sighted
 from kfaccore_torch.table import read, written
-
-if TYPE_CHECKING:
-    pass
 
 
 class Planning(Footing):
