@@ -158,9 +158,3 @@ def test_a_length_that_goes_by_the_parameters_is_left_whole():
         length = sum(float((want[name] ** 2).sum()) for name in leaves) ** 0.5
         way = sum(float(((moved[name] - P[name]) ** 2).sum()) for name in leaves) ** 0.5
         assert way == pytest.approx(length, rel=1e-10), layer
-
-
-def test_an_optimizer_is_known_though_its_rate_begins_with_zero():
-    warm = optax.adam(optax.linear_schedule(0.0, 0.02, 4))
-    with pytest.raises(ValueError, match="rest turns gradients round"):
-        kj.kfac(PLAN, kf.KFAC(), rest=warm).init(P)

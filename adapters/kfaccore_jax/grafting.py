@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kfaccore import Block, Fixed, Graft, Schedules
-from kfaccore_jax.judge import finitely, turns
+from kfaccore_jax.judge import finitely
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
 from kfaccore_jax.present import held, matrices
+from kfaccore_jax.probing import outline, shrinks, turns
 from kfaccore_jax.wrappers import check_given
 
 if TYPE_CHECKING:
@@ -54,9 +54,16 @@ def grafted(
     check_given("graft", blocks, matrices(plan, grads, blocks))
     updates, after = finitely(graft, grads, state, params)
     bare = updates
-    if params is not None and _shrinks(graft, *_outline(params)):
+    of = outline(grads if params is None else params)
+    turned = turns(graft, of)
+    if turned is None:
+        raise ValueError(
+            "graft's optimizer has moved nothing in 100 steps of a gradient, so that its sign cannot be seen: begin "
+            "with a small rate in place of 0"
+        )
+    if params is not None and shrinks(graft, of):
         bare, _ = finitely(graft, grads, state, jax.tree.map(jnp.zeros_like, params))
-    if turns(graft):
+    if turned:
         updates, bare = (jax.tree.map(jnp.negative, x) for x in (updates, bare))
     shrinking = None if bare is updates else jax.tree.map(jnp.subtract, updates, bare)
     found = matrices(plan, bare, blocks)
@@ -75,43 +82,3 @@ def beside(plan: Plan, moves: Any, taken: Taken | None) -> Any:
     owned = {part.leaf for item in held(plan, leaves) for part in item.layer.parts}
     own = {name: x for name, x in named(taken.updates).items() if name not in owned}
     return jax.tree.unflatten(jax.tree.structure(moves), list((leaves | own).values()))
-
-
-def _outline(tree: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Structure, and small shapes of as many axes with their dtypes."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((tuple(min(2, n) for n in x.shape), x.dtype) for x in leaves)
-
-
-@lru_cache(maxsize=64)
-def _shrinks(graft: optax.GradientTransformation, structure: Any, outlines: tuple[Any, ...]) -> bool:
-    """Whether a step has a part that is linear in the parameters and asks for nothing of the gradient. Seen in three
-    steps, as a rate may begin with 0, on small arrays."""
-    with jax.ensure_compile_time_eval():
-        ones = jax.tree.unflatten(structure, [jnp.ones(shape, dtype) for shape, dtype in outlines])
-        state = graft.init(ones)
-        for _ in range(3):
-            steps = {
-                (sign, size): graft.update(_times(sign, ones), state, _times(size, ones))
-                for sign in (1.0, -0.5)
-                for size in (0.0, 1.0, 2.0)
-            }
-            parts = [
-                jax.tree.map(jnp.subtract, steps[sign, size + 1][0], steps[sign, size][0])
-                for sign in (1.0, -0.5)
-                for size in (0.0, 1.0)
-            ]
-            if any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(parts[0])):
-                return all(_alike(parts[0], part) for part in parts[1:])
-            state = steps[1.0, 1.0][1]
-    return False
-
-
-def _times(number: float, tree: Any) -> Any:
-    return jax.tree.map(lambda x: (number * x).astype(x.dtype), tree)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two trees differ by rounding alone."""
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(bool(jnp.allclose(x, y, rtol=1e-2, atol=0.0)) for x, y in pairs)

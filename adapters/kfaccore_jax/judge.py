@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfaccore_jax.plan import followed
+from kfaccore_jax.probing import outline, turns
 from kfaccore_jax.trees import register
 from kfaccore_jax.wrappers import completed
 
@@ -42,25 +43,9 @@ def arrays(motion: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(type(x))) if isinstance(x, int | float) else x, motion)
 
 
-def turns(tx: Any) -> bool:
-    """Whether an optax transformation turns a gradient round, as a whole optimizer does; seen in its first steps that
-    move anything, as a rate may begin with 0."""
-    with jax.ensure_compile_time_eval():
-        zero = {"x": jnp.zeros((1,))}
-        one = {"x": jnp.ones((1,))}
-        state = tx.init(zero)
-        move = 0.0
-        steps = 0
-        while move == 0.0 and steps < 10:
-            moves, state = tx.update(one, state, zero)
-            move = float(moves["x"][0])
-            steps += 1
-        return move < 0
-
-
 def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
     """The state of `rest`; ValueError where it turns the gradient round."""
-    if turns(rest):
+    if turns(rest, outline(leaves)):
         raise ValueError(
             "rest turns gradients round, as a whole optimizer does; kfac() gives directions of the gradient's sign, so "
             "take the part before the rate, such as optax.scale_by_adam() of optax.adam"

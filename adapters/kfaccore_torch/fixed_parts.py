@@ -31,6 +31,7 @@ def ends(node: Any, joins: bool, axis: int) -> list[int | None]:
 
 
 def sliced(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> Found:
+    """A slice: at its places of the axis it was cut from."""
     axis = axis_of(node, len(shape))
     start = signed(node._saved_start)
     start = max(0, start + shape[axis]) if start < 0 else start
@@ -38,18 +39,21 @@ def sliced(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: i
 
 
 def selected(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> Found:
+    """One place of an axis, which is no more."""
     axis = axis_of(node, len(shape))
     start = signed(node._saved_index) % shape[axis]
     return _placed(np.expand_dims(x, axis), axis, slice(start, start + 1), shape[axis])
 
 
 def split(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int, ends: Sequence[int | None]) -> Found:
+    """A part of several: at its own places, `ends` as found once for all of them."""
     axis = axis_of(node, len(shape))
     end = ends[number]
     return None if end is None else _placed(x, axis, slice(end - out[axis], end), shape[axis])
 
 
 def unbound(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> Found:
+    """One of all places of an axis."""
     axis = axis_of(node, len(shape))
     return _placed(np.expand_dims(x, axis), axis, slice(number, number + 1), shape[axis])
 
@@ -60,6 +64,7 @@ def _placed(x: np.ndarray, axis: int, at: slice, size: int) -> np.ndarray | Part
 
 
 def stacked(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int) -> np.ndarray:
+    """The argument that became this place of a new axis."""
     axis = axis_of(node, len(out))
     return x.take(i if x.shape[axis] > 1 else 0, axis)
 
@@ -67,6 +72,7 @@ def stacked(node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: 
 def joined(
     node: Any, x: np.ndarray, out: Shape, i: int, shape: Shape, number: int, ends: Sequence[int | None]
 ) -> Found:
+    """The argument at its own places of the axis that all were joined along; None where they are not known."""
     axis = axis_of(node, len(out))
     if x.shape[axis] == 1:
         return x

@@ -1,0 +1,104 @@
+"""What an optax transformation does, seen on leaves of the user's own tree: whether it turns gradients round, and
+whether a part of its step shrinks parameters.
+
+Masks, labels and rates by leaf may be functions of names, axes and sizes, or trees. So the tree is theirs, and so are
+the shapes, but for networks that are too large to be tried on.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    import optax
+
+_LARGE = 1 << 22  # numbers in all; of larger trees no axis is longer than the longest of these that fits
+_AXES = (256, 64, 16, 2)
+_STEPS = 100  # a rate may begin with 0, and gradients may be gathered over some steps
+
+Outline = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]
+
+
+def outline(tree: Any) -> Outline:
+    """Structure, and shape and dtype of each leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    longest = max((n for x in leaves for n in x.shape), default=1)
+    for most in (longest, *_AXES):
+        shapes = [tuple(min(most, n) for n in x.shape) for x in leaves]
+        if sum(prod(shape) for shape in shapes) <= _LARGE:
+            break
+    return structure, tuple(zip(shapes, [x.dtype for x in leaves], strict=True))
+
+
+@lru_cache(maxsize=64)
+def turns(tx: optax.GradientTransformation, of: Outline) -> bool | None:
+    """Whether a gradient is turned round, as a whole optimizer does; None where nothing moves in 100 steps."""
+    with jax.ensure_compile_time_eval():
+        zeros = _filled(of, 0.0)
+        ones = _filled(of, 1.0)
+        state = tx.init(zeros)
+        update = _update(tx, ones, state, zeros)
+        for _ in range(_STEPS):
+            moves, state = update(ones, state, zeros)
+            move = sum(float(jnp.sum(x)) for x in jax.tree.leaves(moves) if jnp.issubdtype(x.dtype, jnp.inexact))
+            if move != 0.0:
+                return move < 0.0
+    return None
+
+
+@lru_cache(maxsize=64)
+def shrinks(tx: optax.GradientTransformation, of: Outline) -> bool:
+    """Whether a step has a part that is linear in the parameters and asks for nothing of the gradient."""
+    with jax.ensure_compile_time_eval():
+        ones = _filled(of, 1.0)
+        state = tx.init(ones)
+        update = _update(tx, ones, state, ones)
+        for _ in range(_STEPS):
+
+            def step(sign: float, size: float, state: Any = state) -> Any:
+                return update(_times(sign, ones), state, _times(size, ones))
+
+            def part(sign: float, size: float) -> Any:
+                return jax.tree.map(jnp.subtract, step(sign, size + 1.0)[0], step(sign, size)[0])
+
+            one = part(1.0, 0.0)
+            if _any(one):
+                return all(_alike(one, part(*other)) for other in ((1.0, 1.0), (-0.5, 0.0), (-0.5, 1.0)))
+            moves, state = step(1.0, 1.0)
+            if _any(moves):
+                return False
+    return False
+
+
+def _update(tx: Any, grads: Any, state: Any, params: Any) -> Any:
+    """`tx.update` as one program; as it is where it needs numbers to decide by."""
+    compiled = jax.jit(tx.update)
+    try:
+        compiled(grads, state, params)
+    except jax.errors.ConcretizationTypeError:
+        return tx.update
+    return compiled
+
+
+def _filled(of: Outline, value: float) -> Any:
+    structure, leaves = of
+    return jax.tree.unflatten(structure, [jnp.full(shape, value, dtype) for shape, dtype in leaves])
+
+
+def _times(number: float, tree: Any) -> Any:
+    return jax.tree.map(lambda x: (number * x).astype(x.dtype), tree)
+
+
+def _any(tree: Any) -> bool:
+    return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(tree))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two trees differ by rounding alone."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(bool(jnp.allclose(x, y, rtol=1e-2, atol=0.0)) for x, y in pairs)
