@@ -107,3 +107,17 @@ def test_large_trees_are_tried_on_shorter_axes():
     tree = {"one": jax.ShapeDtypeStruct((50_000, 768), jnp.float32), "bias": jax.ShapeDtypeStruct((300,), jnp.float32)}
     shapes = [shape for shape, _ in outline(tree)[1]]
     assert shapes == [(256,), (256, 256)]
+
+
+@pytest.mark.parametrize("graft", [None, optax.adam(0.1)], ids=["kfac", "graft"])
+def test_a_state_of_numpy_arrays_goes_on(graft):
+    """As jax.device_get and files give it, also where no jit makes arrays of it: closed over, it is what it is."""
+    tx = kj.kfac(PLAN, graft=graft)
+    captured = kj.capture(PLAN, P, X)
+    records = captured.records(kf.type2(kf.Gaussian(), captured.prediction), 16, fisher=kf.type2)
+    grads = captured.gradients((captured.prediction - Y) / 16)
+    state = tx.init(P)
+    read = jax.device_get(state)
+    want = jax.eval_shape(lambda grads: tx.update(grads, state, P, records=records), grads)
+    found = jax.eval_shape(lambda grads: tx.update(grads, read, P, records=records), grads)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), want)

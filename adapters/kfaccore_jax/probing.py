@@ -27,11 +27,11 @@ Outline = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]
 def outline(tree: Any) -> Outline:
     """Structure, and shape and dtype of each leaf."""
     leaves, structure = jax.tree.flatten(tree)
-    longest = max((n for x in leaves for n in x.shape), default=1)
-    for most in (longest, *_AXES):
-        shapes = [tuple(min(most, n) for n in x.shape) for x in leaves]
+    shapes = [tuple(x.shape) for x in leaves]
+    for most in _AXES:
         if sum(prod(shape) for shape in shapes) <= _LARGE:
             break
+        shapes = [tuple(min(most, n) for n in shape) for shape in shapes]
     return structure, tuple(zip(shapes, [x.dtype for x in leaves], strict=True))
 
 

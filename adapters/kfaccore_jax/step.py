@@ -99,7 +99,8 @@ def kfac(
                Identity(), the default but under a step that needs every parameter, keeps their gradient
     rest       an optax transformation for those leaves instead, which must keep the sign: optax.scale_by_adam()
     graft      an optax optimizer, of either sign, that gives each layer the length of its step: the direction stays the
-               method's (step is Fixed(rescale=Graft())), and leaves without a layer move as `graft` moves them
+               method's (step is Fixed(rescale=Graft())), and leaves without a layer move as `graft` moves them. The
+               sign is a gradient's still: optax.scale(-1.0) comes after it
 
     Parameters that optax.masked or optax.partition hide are left out: of a layer with one of weight and bias hidden
     the other one is preconditioned by itself. optax.MultiSteps, which hands on the last micro-batch's records alone, is

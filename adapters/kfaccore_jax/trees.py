@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.state import Codes
@@ -29,6 +30,11 @@ def register(tree: Any) -> Any:
         for child in tree:
             register(child)
     return tree
+
+
+def lent(tree: Any) -> Any:
+    """A tree whose arrays are JAX's: those of a state that was read, or brought to the host, are NumPy's."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, tree)
 
 
 def _names(kind: type) -> tuple[list[str], list[str]]:
