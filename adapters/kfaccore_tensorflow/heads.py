@@ -37,8 +37,9 @@ class Several:
 
     @property
     def core(self) -> kf.Joint:
-        """The loss as kfaccore's."""
-        return kf.Joint({name: one.core for name, one in self.objectives.items()}, self.weights)
+        """The loss as kfaccore's, of the outputs whose weight is not 0."""
+        weights = {name: weight for name, weight in self.weights.items() if weight}
+        return kf.Joint({name: self.objectives[name].core for name in weights}, weights)
 
     def heads(self, f: Any) -> dict[str, Any]:
         """Predictions by output; ValueError where they are not the outputs that have losses."""
@@ -118,16 +119,16 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     if not isinstance(loss, Mapping | list | tuple):
         return replace(single(loss, fisher), scale=_scale(weights))
     given = dict(loss) if isinstance(loss, Mapping) else dict(zip(_named(names, loss), loss, strict=True))
-    losses = {name: one for name, one in given.items() if one is not None}
-    if not losses:
-        raise ValueError(f"none of the outputs {list(given)} has a loss; compile the model with one")
-    ordered = [name for name in names if name in losses] if set(losses) <= set(names) else list(losses)
     scales = (
         dict(weights) if isinstance(weights, Mapping) else dict(zip(given, weights or [1.0] * len(given), strict=True))
     )
     negative = {name: scale for name, scale in scales.items() if not float(scale) >= 0}
     if negative:
         raise ValueError(f"loss_weights are {negative}; need numbers that are not negative")
+    losses = {name: one for name, one in given.items() if one is not None}
+    if not any(float(scales.get(name, 1.0)) for name in losses):
+        raise ValueError(f"none of the outputs {list(given)} has a loss; compile the model with one")
+    ordered = [name for name in names if name in losses] if set(losses) <= set(names) else list(losses)
     return Several(
         {name: single(losses[name], fisher) for name in ordered},
         {name: float(scales.get(name, 1.0)) for name in ordered},
@@ -148,5 +149,15 @@ def _named(names: Sequence[str], loss: Sequence[Any]) -> Sequence[str]:
 
 
 def output_names(model: keras.Model) -> tuple[str, ...]:
-    """The names of a model's outputs, where it has them before a batch."""
-    return tuple(getattr(model, "output_names", None) or ())
+    """The names of a model's outputs, where it has them before a batch: the keys of those in a dict, in the order in
+    which Keras reads lists of losses; else their layers', where one that makes several outputs has a name for each."""
+    names = list(getattr(model, "output_names", None) or ())
+    outputs = model.output if names else None
+    if isinstance(outputs, Mapping):
+        return tuple(sorted(outputs))
+    found: list[str] = []
+    for name in names:
+        others = (f"{name}_{i}" for i in range(1, len(names)))
+        free = (one for one in (name, *others) if one not in found and (one == name or one not in names))
+        found.append(next(free))
+    return tuple(found)
