@@ -59,6 +59,7 @@ from kfaccore_jax.plan import Plan
 from kfaccore_jax.records import widened
 from kfaccore_jax.state import counts_of
 from kfaccore_jax.transform import Transformation
+from kfaccore_jax.trees import lending
 
 if TYPE_CHECKING:
     import optax
@@ -98,9 +99,8 @@ def kfac(
     uncovered  the method of leaves without a layer: Diagonal() measures them by the same draws, one row a batch;
                Identity(), the default but under a step that needs every parameter, keeps their gradient
     rest       an optax transformation for those leaves instead, which must keep the sign: optax.scale_by_adam()
-    graft      an optax optimizer, of either sign, that gives each layer the length of its step: the direction stays the
-               method's (step is Fixed(rescale=Graft())), and leaves without a layer move as `graft` moves them. The
-               sign is a gradient's still: optax.scale(-1.0) comes after it
+    graft      an optax optimizer, of either sign, that gives layers its step's length (step is Fixed(rescale=Graft()))
+               and moves leaves without a layer; what comes out has a gradient's sign: optax.scale(-1.0) follows
 
     Parameters that optax.masked or optax.partition hide are left out: of a layer with one of weight and bias hidden
     the other one is preconditioned by itself. optax.MultiSteps, which hands on the last micro-batch's records alone, is
@@ -117,7 +117,7 @@ def kfac(
     rule_of(core.rule, graft, rest)
     check_decay(core.schedules, graft)
     rule = Transformation(plan, core, _names(axis_name), _uncovered(core, uncovered, rest), rest, graft)
-    return optax.GradientTransformationExtraArgs(promoting(rule.init), promoting(rule.update))
+    return optax.GradientTransformationExtraArgs(promoting(rule.init), promoting(lending(rule.update)))
 
 
 def _names(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -30,7 +30,7 @@ from kfaccore_jax.present import blocks_of, check_halves, check_leaves, held, ma
 from kfaccore_jax.records import Drawn, side_by_side
 from kfaccore_jax.replicas import Axes, averaged, check_axes, in_force, share_of
 from kfaccore_jax.state import Codes, Fresh, KFACState
-from kfaccore_jax.trees import lent, register
+from kfaccore_jax.trees import register
 from kfaccore_jax.wrappers import check_given, check_seen, not_within_multisteps
 
 
@@ -123,7 +123,6 @@ class Transformation:
         **extra: Any,
     ) -> tuple[Any, KFACState]:
         check_axes(self.axes)
-        state = lent(state)
         records = side_by_side(records)
         blocks = dict(state.core.blocks)
         given = self.given_records(records, grads, blocks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import wraps
 from typing import Any
 
 import jax
@@ -35,6 +37,16 @@ def register(tree: Any) -> Any:
 def lent(tree: Any) -> Any:
     """A tree whose arrays are JAX's: those of a state that was read, or brought to the host, are NumPy's."""
     return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, tree)
+
+
+def lending(update: Callable) -> Callable:
+    """An `update` whose state may have NumPy's arrays."""
+
+    @wraps(update)
+    def run(grads: Any, state: Any, params: Any = None, **given: Any) -> Any:
+        return update(grads, lent(state), params, **given)
+
+    return run
 
 
 def _names(kind: type) -> tuple[list[str], list[str]]:
