@@ -111,10 +111,13 @@ def test_large_trees_are_tried_on_shorter_axes():
     assert shapes == [(256,), (256, 256)]
 
 
-@pytest.mark.parametrize("graft", [None, optax.adam(0.1)], ids=["kfac", "graft"])
-def test_a_state_of_numpy_arrays_goes_on(graft):
+@pytest.mark.parametrize(
+    "tx",
+    [kj.kfac(PLAN), kj.kfac(PLAN, graft=optax.adam(0.1)), kj.accumulate(kj.kfac(PLAN), 2)],
+    ids=["kfac", "graft", "accumulate"],
+)
+def test_a_state_of_numpy_arrays_goes_on(tx):
     """As jax.device_get and files give it, also where no jit makes arrays of it: closed over, it is what it is."""
-    tx = kj.kfac(PLAN, graft=graft)
     captured = kj.capture(PLAN, P, X)
     records = captured.records(kf.type2(kf.Gaussian(), captured.prediction), 16, fisher=kf.type2)
     grads = captured.gradients((captured.prediction - Y) / 16)

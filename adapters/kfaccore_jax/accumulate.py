@@ -16,7 +16,7 @@ from kfaccore_jax.records import Drawn, widened
 from kfaccore_jax.replicas import share_of
 from kfaccore_jax.state import Fresh, KFACState, restored, state_of
 from kfaccore_jax.transform import Transformation
-from kfaccore_jax.trees import lent, register
+from kfaccore_jax.trees import register
 
 if TYPE_CHECKING:
     import optax
@@ -97,7 +97,6 @@ class _Accumulation:
         fresh: Fresh = None,
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
-        state = lent(state)
         n = jnp.asarray(share_of(records), state.share.dtype)
         sums = _mapped(
             lambda g, total: total if g is None else total + jnp.asarray(n, total.dtype) * g, grads, state.grads

@@ -34,17 +34,13 @@ def register(tree: Any) -> Any:
     return tree
 
 
-def lent(tree: Any) -> Any:
-    """A tree whose arrays are JAX's: those of a state that was read, or brought to the host, are NumPy's."""
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, tree)
-
-
 def lending(update: Callable) -> Callable:
-    """An `update` whose state may have NumPy's arrays."""
+    """An `update` whose state may have NumPy's arrays, as one that was read or brought to the host has."""
 
     @wraps(update)
     def run(grads: Any, state: Any, params: Any = None, **given: Any) -> Any:
-        return update(grads, lent(state), params, **given)
+        state = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, state)
+        return update(grads, state, params, **given)
 
     return run
 
