@@ -41,11 +41,13 @@ RAN: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class Namespace:
-    """Where a test's arrays live: `put` takes them there, `get` brings them back as NumPy."""
+    """Where a test's arrays live: `put` takes them there, `get` brings them back as NumPy; `whole` makes one program of
+    a function where it can, for eager JAX compiles each operation of each shape by itself, which is most of its time."""
 
     name: str
     put: Callable[[Any], Any]
     get: Callable[[Any], np.ndarray]
+    whole: Callable[[Callable], Callable] = lambda function: function
 
 
 def _readonly(x: Any) -> np.ndarray:
@@ -74,7 +76,7 @@ def _jax() -> Namespace:
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    return Namespace("jax", lambda x: jax.numpy.asarray(np.asarray(x)), np.asarray)
+    return Namespace("jax", lambda x: jax.numpy.asarray(np.asarray(x)), np.asarray, jax.jit)
 
 
 def _cupy() -> Namespace:

@@ -39,7 +39,12 @@ def close(x, y, tolerance=1e-12):
 def test_exact_in_its_exact_regime(row, xp, rng):
     a, g = row.regime(rng)
     v = rng.normal(size=(len(a), g.shape[-1], a.shape[-1]))
-    got = xp.get(solve(row, kf.Record(xp.put(a), xp.put(g), N), xp.put(v)).direction)
+
+    def direction(a, g, v):
+        return solve(row, kf.Record(a, g, N), v).direction
+
+    run = xp.whole(direction) if row.method.cycles == 1 else direction
+    got = xp.get(run(*(xp.put(x) for x in (a, g, v))))
     matrix = row.matrix(a, g, N, DAMPING)
     want = np.stack([np.linalg.solve(m, x.ravel()) for m, x in zip(matrix, v, strict=True)])
     assert close(got, want.reshape(v.shape))
@@ -140,16 +145,15 @@ def test_agrees_with_numpy(row, xp, rng):
 
 
 @rows
-@pytest.mark.parametrize("batch", [1, 2, 5])
-def test_factored_and_dense_agree(row, xp, rng, batch):
-    a, g = arrays(rng, batch=batch)
-    record = kf.Record(xp.put(a), xp.put(g), N)
-    factored = kf.Factored(xp.put(a), xp.put(g[0]), 3.0)
-    dense = np.einsum("bnso,bnsi->boi", g[0], a) / 3.0
-    assert close(xp.get(factored.dense()), dense)
-    assert close(
-        xp.get(solve(row, record, factored).direction), xp.get(solve(row, record, xp.put(dense)).direction), 1e-11
-    )
+def test_factored_and_dense_agree(row, xp, rng):
+    for batch in (5,) if xp.name == "jax" else (1, 2, 5):  # the shapes that JAX has compiled for other laws
+        a, g = arrays(rng, batch=batch)
+        record = kf.Record(xp.put(a), xp.put(g), N)
+        factored = kf.Factored(xp.put(a), xp.put(g[0]), 3.0)
+        dense = np.einsum("bnso,bnsi->boi", g[0], a) / 3.0
+        assert close(xp.get(factored.dense()), dense)
+        directions = [xp.get(solve(row, record, v).direction) for v in (factored, xp.put(dense))]
+        assert close(*directions, 1e-11)
 
 
 @rows

@@ -18,17 +18,22 @@ def test_every_layer_kind(layer, xp, rng):
     kind, named = layer.layer, {k: rng.normal(size=shape) for k, shape in layer.parameters.items()}
     x = rng.integers(0, layer.ids, layer.inputs) if layer.ids else rng.normal(size=layer.inputs)
     gy = rng.normal(size=(2, *layer.outputs))
-    matrix = kind.matrix({k: xp.put(v) for k, v in named.items()})
-    back = kind.parameters(matrix)
+
+    @xp.whole
+    def seen(named, x, gy):
+        matrix = kind.matrix(named)
+        record = kf.Record(kind.activations(x), kind.gradients(gy, draws=True), 6.0)
+        single = kf.Record(kind.activations(x), kind.gradients(gy[1, ...]), 6.0)
+        assert kf.Block.of(record) == kind.block()
+        assert record.draws == 2
+        direction = kf.direction(record, matrix, damping=0.1)
+        return kind.parameters(matrix), record.g[1, ...], single.g[0, ...], matrix, direction
+
+    back, second, alone, matrix, direction = seen({k: xp.put(v) for k, v in named.items()}, xp.put(x), xp.put(gy))
     assert set(back) == set(named)
     assert all(np.array_equal(xp.get(back[k]), v) for k, v in named.items())
-    record = kf.Record(kind.activations(xp.put(x)), kind.gradients(xp.put(gy), draws=True), 6.0)
-    single = kf.Record(kind.activations(xp.put(x)), kind.gradients(xp.put(gy[1])), 6.0)
-    assert kf.Block.of(record) == kind.block()
-    assert record.draws == 2
-    assert np.array_equal(xp.get(record.g)[1], xp.get(single.g)[0])
+    assert np.array_equal(xp.get(second), xp.get(alone))
     assert tuple(matrix.shape)[-2:] == (kind.block().d_out, kind.block().d_in)
-    direction = kf.direction(record, matrix, damping=0.1)
     assert np.isfinite(xp.get(direction)).all()
     assert direction.shape == matrix.shape
 

@@ -65,8 +65,15 @@ def test_inspect_shows_both_terms_of_every_layer(tmp_path):
     assert "holds no Kronecker factors (method adam)" in refused.stderr
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the picture, which is most of a short run's time."""
+    monkeypatch.setattr("kfaccore.cli.plot.solution", lambda *_: None)
+
+
 @pytest.mark.parametrize("method", ["pinn-kfac", "pinn-kfac-star", "gauss-newton", "adam"])
 @pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.usefixtures("undrawn")
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method, every, monkeypatch, tmp_path):
     monkeypatch.setitem(PINN_TASKS, "poisson-2d", replace(TINY, every=every, clocks=(2, 4)))
     whole, half, rest = (tmp_path / name for name in ("whole", "half", "rest"))
@@ -95,6 +102,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method, every, monke
         (("poisson-2d", "--method", "lbfgs"), "--resume continues a run that keeps a state, which lbfgs does not"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_resumed_exits_2_and_writes_nothing(arguments, message, tmp_path):
     assert run("train", "poisson-2d", "--steps", 2, "--out", tmp_path / "first").exit_code == 0
     file = tmp_path / "first" / "run.safetensors"
@@ -104,6 +112,7 @@ def test_what_cannot_be_resumed_exits_2_and_writes_nothing(arguments, message, t
     assert not list((tmp_path / "next").iterdir())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     assert run("train", "poisson-2d", "--steps", 2, "--out", tmp_path).exit_code == 0
     file = tmp_path / "run.safetensors"
