@@ -42,7 +42,7 @@ RAN: set[tuple[str, str]] = set()
 @dataclass(frozen=True)
 class Namespace:
     """Where a test's arrays live: `put` takes them there, `get` brings them back as NumPy; `whole` makes one program of
-    a function where it can, for eager JAX compiles each operation of each shape by itself, which is most of its time."""
+    a function where it can: eager JAX compiles each operation of each shape by itself."""
 
     name: str
     put: Callable[[Any], Any]

@@ -43,11 +43,17 @@ def test_rows_of_a_padded_graph_are_its_own():
     apply = jax.vmap(packed_graphs.net, (None, 0))
     plan = kj.plan(apply, GRAPH_PARAMS, graph, strict=True)
     draw = numbers(4, 1, 3, 2)
-    records = kj.capture(plan, GRAPH_PARAMS, graph).records(draw, 3.0, mask=masks(graph))
+
+    @jax.jit
+    def examples(params):
+        records = kj.capture(plan, params, graph).records(draw, 3.0, mask=masks(graph))
+        return {name: record.examples() for name, record in records.items()}
+
+    found = examples(GRAPH_PARAMS)
+    gradient = jax.jit(jax.grad(lambda params, one, draw: jnp.vdot(packed_graphs.net(params, one), draw)))
     for i in range(3):
-        one = jax.tree.map(lambda x, i=i: x[i], graph)
-        want = jax.grad(lambda p, one=one, i=i: jnp.vdot(packed_graphs.net(p, one), draw[0, i]))(GRAPH_PARAMS)
-        J = {name: record.examples()[0, :, i] for name, record in records.items()}
+        want = gradient(GRAPH_PARAMS, jax.tree.map(lambda x, i=i: x[i], graph), draw[0, i])
+        J = {name: each[0, :, i] for name, each in found.items()}
         close(plan.tree(jax.tree.map(jnp.zeros_like, GRAPH_PARAMS), J), want)
 
 
@@ -56,10 +62,15 @@ def test_padding_of_graphs_changes_no_direction():
     for nodes, edges in ((4, 8), (7, 13)):
         graph = graphs(nodes, edges)
         plan = kj.plan(jax.vmap(packed_graphs.net, (None, 0)), GRAPH_PARAMS, graph, strict=True)
-        captured = kj.capture(plan, GRAPH_PARAMS, graph)
-        records = captured.records(numbers(4, 1, 3, 2), 3.0, mask=masks(graph))
         tx = kj.kfac(plan)
-        found.append(tx.update(captured.gradients(numbers(6, 3, 2)), tx.init(GRAPH_PARAMS), records=records)[0])
+
+        @jax.jit
+        def direction(params, graph, plan=plan, tx=tx):
+            captured = kj.capture(plan, params, graph)
+            records = captured.records(numbers(4, 1, 3, 2), 3.0, mask=masks(graph))
+            return tx.update(captured.gradients(numbers(6, 3, 2)), tx.init(params), records=records)[0]
+
+        found.append(direction(GRAPH_PARAMS, graph))
     close(*found)
 
 

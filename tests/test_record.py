@@ -37,10 +37,14 @@ def test_masked_positions_equal_dropped_rows(method, xp, rng):
     a, g, v = make(rng, 1, 5)
     mask = np.array([[True, False, True, True, False]])
     poisoned = np.where(mask[..., None], a, np.nan)
-    masked = kf.Record(xp.put(poisoned), xp.put(g), 2.0, xp.put(mask))
-    kept = kf.Record(xp.put(a[:, mask[0]]), xp.put(g[:, :, mask[0]]), 2.0)
-    got, want = (xp.get(kf.direction(r, xp.put(v), method, 0.1)) for r in (masked, kept))
-    np.testing.assert_allclose(got, want, rtol=1e-11)
+
+    @xp.whole
+    def direction(v, a, g, mask=None):
+        return kf.direction(kf.Record(a, g, 2.0, mask), v, method, 0.1)
+
+    got = direction(xp.put(v), xp.put(poisoned), xp.put(g), xp.put(mask))
+    want = direction(xp.put(v), xp.put(a[:, mask[0]]), xp.put(g[:, :, mask[0]]))
+    np.testing.assert_allclose(xp.get(got), xp.get(want), rtol=1e-11)
 
 
 def test_expand_folds_and_reduce_averages(rng):
@@ -80,9 +84,15 @@ def test_embedding_equals_one_hot_rows(xp, rng):
     hot = np.eye(7)[ids]
     for method in (kf.KFAC(), kf.KFAC(inverse=kf.eigh, split=kf.exact), kf.Diagonal(), kf.Exact()):
         for m in (None, mask):
-            sparse = kf.Record(kf.Ids(xp.put(ids), 7), xp.put(g), 6.0, None if m is None else xp.put(m))
-            dense = kf.Record(xp.put(hot), xp.put(g), 6.0, None if m is None else xp.put(m))
-            got, want = (xp.get(kf.direction(r, xp.put(v), method, 0.1)) for r in (sparse, dense))
+
+            @xp.whole
+            def directions(ids, hot, g, v, mask=None, method=method):
+                sparse = kf.Record(kf.Ids(ids, 7), g, 6.0, mask)
+                dense = kf.Record(hot, g, 6.0, mask)
+                return kf.direction(sparse, v, method, 0.1), kf.direction(dense, v, method, 0.1)
+
+            found = directions(*(xp.put(x) for x in (ids, hot, g, v)), *(() if m is None else (xp.put(m),)))
+            got, want = (xp.get(x) for x in found)
             np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
@@ -100,11 +110,16 @@ def test_ekfac_of_an_embedding_has_exact_moments(rng):
 
 def test_patches_equal_their_rows(xp, rng):
     image, g, v = rng.normal(size=(3, 6, 5, 2)), rng.normal(size=(2, 3, 30, 3)), rng.normal(size=(3, 19))
-    patches = kf.Patches(xp.put(image), kf.Window((3, 3), padding=1), bias=True)
-    folded = kf.Record(patches, xp.put(g), 3.0)
-    rows = kf.Record(xp.put(xp.get(patches.unfold()[0, ...])), xp.put(g), 3.0)
+    window = kf.Window((3, 3), padding=1)
+    unfolded = kf.Patches(image, window, bias=True).unfold()[0]
     for method in METHODS:
-        got, want = (xp.get(kf.direction(r, xp.put(v), method, 0.1)) for r in (folded, rows))
+
+        @xp.whole
+        def directions(image, rows, g, v, method=method):
+            folded = kf.Record(kf.Patches(image, window, bias=True), g, 3.0)
+            return kf.direction(folded, v, method, 0.1), kf.direction(kf.Record(rows, g, 3.0), v, method, 0.1)
+
+        got, want = (xp.get(x) for x in directions(*(xp.put(x) for x in (image, unfolded, g, v))))
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
