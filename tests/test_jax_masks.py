@@ -33,15 +33,20 @@ def step(length, given=None, run=apply):
     ids = batch(length)
     mask = ids > 0
     plan = kj.plan(run, P, ids)
-    captured = kj.capture(plan, P, ids)
-    f = captured.prediction
-    noise = np.zeros(f.shape)
+    noise = np.zeros((*ids.shape, 3))
     noise[np.asarray(mask)] = np.random.default_rng(5).normal(size=(14, 3))
-    draws = kf.monte_carlo(kf.Gaussian(), f, jnp.asarray(noise)[None], mask=mask)
-    records = captured.records(draws, mask.sum(), mask=mask if given is None else given(mask))
-    grads = captured.gradients(f * mask[..., None] / mask.sum())
-    tx = kj.kfac(plan, kf.KFAC(), schedules=kf.Schedules(0.1, 0.9))
-    return tx.update(grads, tx.init(P), records=records)[0], records
+
+    @jax.jit
+    def stepped(params):
+        captured = kj.capture(plan, params, ids)
+        f = captured.prediction
+        draws = kf.monte_carlo(kf.Gaussian(), f, jnp.asarray(noise)[None], mask=mask)
+        records = captured.records(draws, mask.sum(), mask=mask if given is None else given(mask))
+        grads = captured.gradients(f * mask[..., None] / mask.sum())
+        tx = kj.kfac(plan, kf.KFAC(), schedules=kf.Schedules(0.1, 0.9))
+        return tx.update(grads, tx.init(params), records=records)[0], records
+
+    return stepped(P)
 
 
 def test_padding_changes_nothing():

@@ -103,16 +103,16 @@ KNOWN = [name for name in MODELS if "batch_norm" in name]
 
 def mixing(plan, params, x):
     """{layer: whether a draw of one example alone reaches the row of another}."""
-    captured = kj.capture(plan, params, x)
-    alone = jnp.zeros((len(x), *captured.prediction.shape))
-    alone = alone.at[jnp.arange(len(x)), jnp.arange(len(x))].set(normal(captured.prediction.shape[1:], seed=8))
-    records = captured.records(alone, len(x), fisher=kf.monte_carlo)
-    found = {}
-    for layer in plan.layers:
-        rows = np.abs(records[layer.name].g).sum((1, 3, 4))
-        if not layer.common:
-            found[layer.name] = bool(np.any(rows * (1 - np.eye(len(x)))))
-    return found
+
+    @jax.jit
+    def reached(params, x):
+        captured = kj.capture(plan, params, x)
+        alone = jnp.zeros((len(x), *captured.prediction.shape))
+        alone = alone.at[jnp.arange(len(x)), jnp.arange(len(x))].set(normal(captured.prediction.shape[1:], seed=8))
+        records = captured.records(alone, len(x), fisher=kf.monte_carlo)
+        return {layer.name: jnp.abs(records[layer.name].g).sum((1, 3, 4)) for layer in plan.layers if not layer.common}
+
+    return {name: bool(np.any(rows * (1 - np.eye(len(x))))) for name, rows in reached(params, x).items()}
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *KNOWN])
