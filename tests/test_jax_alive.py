@@ -4,6 +4,7 @@ the same function with stop_gradient on the parameters there, where nothing of t
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -102,8 +103,11 @@ def direction(apply, start, method):
     return step(start)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["expand", "reduce", "ekfac"])
-@pytest.mark.parametrize("model", BEHIND, ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [(model, METHODS[0]) for model in BEHIND] + list(product((bootstrapped, checkpointed, burnt_in), METHODS[1:])),
+    ids=lambda given: getattr(given, "__name__", type(given).__name__),
+)
 def test_rows_that_no_gradient_reaches_do_not_count(model, method):
     start = P if model in RECURRENT else LEAVES
     got = direction(lambda p, x, z: model(p, p, x, z), start, method)

@@ -69,23 +69,30 @@ def blocks_of_the_loss(apply, params, x, plan, hessian_root):
 def test_a_tied_layer_has_the_exact_block_of_both_uses(name):
     apply, params, x = made(name)
     plan = kj.plan(apply, params, x, strict=True)
-    captured = kj.capture(plan, params, x)
-    f = captured.prediction
-    flat = f.reshape(len(x), -1)
-    draws = jnp.asarray(np.random.default_rng(1).normal(size=(3, *f.shape)))
-    records = captured.records(draws, len(x))
-    root = jnp.moveaxis(draws.reshape(3, len(x), -1), 0, -1)
-    want = blocks_of_the_loss(lambda p, x: apply(p, x).reshape(len(x), -1), params, x, plan, root)
-    assert flat.shape[1] == root.shape[1]
+
+    @jax.jit
+    def blocks(params, x):
+        captured = kj.capture(plan, params, x)
+        draws = jnp.asarray(np.random.default_rng(1).normal(size=(3, *captured.prediction.shape)))
+        records = captured.records(draws, len(x))
+        root = jnp.moveaxis(draws.reshape(3, len(x), -1), 0, -1)
+        want = blocks_of_the_loss(lambda p, x: apply(p, x).reshape(len(x), -1), params, x, plan, root)
+        return records, {name: kf.dense(record) for name, record in records.items()}, want
+
+    records, got, want = blocks(params, x)
     for layer in plan.layers:
-        np.testing.assert_allclose(kf.dense(records[layer.name]), want[layer.name], rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(got[layer.name], want[layer.name], rtol=1e-10, atol=1e-13)
     (tied,) = [layer for layer in plan.layers if layer.turned]
     record = records[tied.name]
-    state = kf.settle(kf.KFAC(), record, 1, 0.0)
     block = plan.blocks[tied.name]
     basis = jnp.eye(block.d_out * block.d_in).reshape(-1, 1, block.d_out, block.d_in)
-    hyper = kf.Hyper(0, 0.0, 0.0)
-    trace = sum(float(jnp.vdot(v, kf.KFAC().matvec(state, v, hyper))) for v in basis)
+
+    @jax.jit
+    def diagonal(record):
+        state = kf.settle(kf.KFAC(), record, 1, 0.0)
+        return jax.vmap(lambda v: jnp.vdot(v, kf.KFAC().matvec(state, v, kf.Hyper(0, 0.0, 0.0))))(basis)
+
+    trace = diagonal(record).sum()
     rows = np.sum(np.asarray(record.g) ** 2) / len(x)  # rows a have length one: the trace of expand's F
     np.testing.assert_allclose(trace, rows, rtol=1e-10)
 
@@ -102,7 +109,7 @@ def test_what_is_shared_is_unbiased_for_draws_of_independent_signs():
     records = captured.records(draws, 3, fisher=kf.monte_carlo)
     assert records["q"].batch == 1
     root = jnp.moveaxis(columns, 0, -1)
-    want = blocks_of_the_loss(apply, params, x, plan, root)
+    want = jax.jit(lambda params, x: blocks_of_the_loss(apply, params, x, plan, root))(params, x)
     for name in plan.blocks:
         np.testing.assert_allclose(kf.dense(records[name]), want[name], rtol=1e-10, atol=1e-13)
     with_signs = captured.records(columns, 3, fisher=kf.type2)
@@ -171,16 +178,21 @@ def test_a_step_of_its_own_rate_moves_every_leaf_out_of_the_box():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(6, 4)))
     plan = kj.plan(odd, ODD, x)
     tx = kj.kfac(plan, kf.Diagonal(), step=kf.SelfTuning())
-    captured = kj.capture(plan, ODD, x)
-    f = captured.prediction
-    records = captured.records(kf.type2(kf.Gaussian(), f), 6, fisher=kf.type2)
 
     def value(p):
         return 0.5 * jnp.sum((odd(p, x) - 1) ** 2) / 6
 
-    moves, _ = tx.update(
-        captured.gradients((f - 1) / 6), tx.init(ODD), ODD, records=records, value=value(ODD), value_fn=value
-    )
+    @jax.jit
+    def step(params):
+        captured = kj.capture(plan, params, x)
+        f = captured.prediction
+        records = captured.records(kf.type2(kf.Gaussian(), f), 6, fisher=kf.type2)
+        judged = {"value": value(params), "value_fn": value}
+        return tx.update(captured.gradients((f - 1) / 6), tx.init(params), params, records=records, **judged)[
+            0
+        ], records
+
+    moves, records = step(ODD)
     assert all(np.any(m) for m in jax.tree.leaves(moves))
     assert value(jax.tree.map(jnp.subtract, ODD, moves)) < value(ODD)
     with pytest.raises(ValueError, match=r"layers \['e', 'm'\] have gradients but no records, which SelfTuning"):
