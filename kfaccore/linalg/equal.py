@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kfaccore import xp as kernels
 from kfaccore.linalg import side
-from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, namespace
+from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, loop, namespace, select
 
 _SINGLE = 2.0**-23  # eps of the narrowest dtype that eigenvectors are sought in
 _NULL = 16.0  # times eps of the largest eigenvalue is 0; eigh of a singular gram leaves up to 1.5
@@ -52,6 +52,7 @@ def settled(values: Array, Q: Array) -> Array:
     """Q with the basis of each space of one eigenvalue that fixed vectors make: it does not depend on rounding.
 
     The space's projections of as many fixed vectors, orthonormalised in their order; what is alone stays as it is.
+    Q (blocks, d, k) may hold some of the eigenvectors, or the diagonal of a side that has the standard ones.
     """
     if side.is_diagonal(Q):
         return Q
@@ -67,17 +68,34 @@ def settled(values: Array, Q: Array) -> Array:
     return xp.matmul(Q, turn)
 
 
+def leading(values: Array, Q: Array, k: int) -> tuple[Array, Array]:
+    """The last k of ascending eigenvalues (blocks, m) and of their eigenvectors Q (blocks, d, m).
+
+    Where the cut goes through a space of one eigenvalue, its basis is settled first: rounding does not choose who
+    stays. Of eigenvalue 0 anybody may.
+    """
+    cut = values.shape[-1] - k
+    if 0 < cut < values.shape[-1]:
+        xp = namespace(values)
+        top = values[:, -1]
+        positive = values[:, cut] > _NULL * _rounding(values) * top
+        tied = near(values[:, cut], values[:, cut - 1], top) & positive
+        # a loop of at most one turn: made only where it is needed, also under a trace
+        (Q,) = loop(lambda _: xp.any(tied), lambda x: (select(tied, settled(values, x[0]), x[0]),), (Q,), 1)
+    return values[:, cut:], Q[:, :, cut:]
+
+
 def _rounding(x: Array) -> float:
     """eps of the dtype in which eigenvectors are sought."""
     return min(eps(x.dtype, namespace(x)), _SINGLE)
 
 
 def _fixed(Q: Array) -> Array:
-    """d fixed vectors (d, d) in general position, entries uniform in (-1/2, 1/2): integers, so the same everywhere."""
+    """Fixed vectors (d, k) in general position, entries uniform in (-1/2, 1/2): integers, so the same everywhere."""
     xp = namespace(Q)
-    row = xp.arange(1, Q.shape[-1] + 1, dtype=xp.int32, device=device_of(Q)) * 12345 % _PRIME
-    mixed = row[:, None] * row[:, None] + 17 * row[None, :] + 5
+    row, column = (xp.arange(1, d + 1, dtype=xp.int32, device=device_of(Q)) * 12345 % _PRIME for d in Q.shape[-2:])
+    mixed = row[:, None] * row[:, None] + 17 * column[None, :] + 5
     for _ in range(3):
         mixed = mixed % _PRIME
-        mixed = mixed * mixed + row[None, :]
+        mixed = mixed * mixed + column[None, :]
     return xp.astype(mixed % _PRIME, Q.dtype) / _PRIME - 0.5
