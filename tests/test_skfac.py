@@ -196,7 +196,7 @@ def test_a_gradient_of_repeated_examples_that_is_multiplied_out(rng, damping):
     want = Qg[:k].T @ (inside / (sg[:k, None] ** 2 + d_g) / (sa[:k] ** 2 + d_a)) @ Qa[:k]
     found = direction(kf.SKFAC(branch=always, rows=8, explicit=never), a, g, V, damping)
     dense = direction(kf.KFAC(), a, g, V, damping)
-    assert np.linalg.norm(found - want) < 3 * np.linalg.norm(dense - want)
+    assert np.linalg.norm(found - want) < 5 * np.linalg.norm(dense - want)
 
 
 def test_one_example_is_a_multiple_of_its_gradient(rng):

@@ -21,7 +21,6 @@ from kfaccore.xp.asking import Ask, Asks, alone
 from kfaccore.xp.codes import Code, choose
 
 _WELL = 1e3  # trace over c from which rows that depend on each other cost v of their span eps of its square
-_LOST = 1e7  # where a refinement no longer makes it better
 
 
 @dataclass(frozen=True)
@@ -74,23 +73,22 @@ def times(v: Array, inverse: LowRank) -> Array:
     if _tall(inverse.rows):
         return xp.matmul(v, inverse.small)
     wide = _wide(inverse)
-    scale = wide.scale[:, None, :]
-    shift = wide.shift[:, None, None]
+    rows = wide.rows * wide.scale[:, :, None]
+    z = xp.matmul(v, rows.mT)
+    y = xp.matmul(z, wide.small)
+    if exact:  # otherwise the rounding of v is more than what is lost
+        lost = xp.sum(xp.sum(rows * rows, axis=-1), axis=-1) > _WELL * wide.shift
+        (y,) = loop(lambda _: xp.any(lost), lambda y: (_refined(y[0], z, rows, wide),), (y,), 1)
+    return (v - xp.matmul(y, rows)) / wide.shift[:, None, None]
 
-    def once(v: Array) -> Array:
-        inner = xp.matmul(xp.matmul(v, wide.rows.mT) * scale, wide.small) * scale
-        return (v - xp.matmul(inner, wide.rows)) / shift
 
-    def refined(x: tuple[Array, ...]) -> tuple[Array, ...]:
-        image = xp.matmul(xp.matmul(x[0], wide.rows.mT) * scale**2, wide.rows)
-        return (select(lost, x[0] + once(v - shift * x[0] - image), x[0]),)
-
-    x = once(v)
-    if not exact:  # the rounding of v is more than what is lost here
-        return x
-    top = xp.sum(xp.sum(wide.rows**2, axis=-1) * wide.scale**2, axis=-1)
-    lost = (top > _WELL * wide.shift) & (top < _LOST * wide.shift)
-    return loop(lambda _: xp.any(lost), refined, (x,), 1)[0]
+def _refined(y: Array, z: Array, rows: Array, inverse: LowRank) -> Array:
+    """y = z S, twice refined by S^-1 = rows rows^T + c I."""
+    xp = namespace(y)
+    system = kernels.shifted(kernels.gram(rows.mT), inverse.shift)
+    for _ in range(2):
+        y = y + xp.matmul(z - xp.matmul(y, system), inverse.small)
+    return y
 
 
 def times_rows(v: Array, inverse: LowRank) -> Array:
