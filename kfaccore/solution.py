@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from kfaccore.record import Factored
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, all_finite, is_half, kept, widen
+from kfaccore.xp.memory import in_rows
 
 D = TypeVar("D")  # an array, or a dict of one a layer
 
@@ -49,6 +50,6 @@ def check_gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> None
 def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: Array) -> Solution:
     """A Solution whose non-finite blocks are zero with code NONFINITE."""
     fine = all_finite(direction)
-    direction = kept(direction, fine, 0.0)
+    direction = in_rows(kept(direction, fine, 0.0))
     code = kept(code, fine, int(Code.NONFINITE))
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)

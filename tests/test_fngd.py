@@ -899,3 +899,25 @@ def test_refusals(rng):
         pre.step(pre.init({name: kf.Block.of(r) for name, r in records.items()}, a), records, grads)
     with pytest.raises(ValueError, match="2 blocks"):
         kf.FNGD(steps=1).weighted(kf.FNGD(steps=1).init(kf.Block(4, 3, 2), a), g, kf.Hyper(1, 0.0, 0.1))
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("network", [False, True], ids=["layer", "network"])
+def test_a_gradient_of_repeated_examples_that_is_multiplied_out(rng, network, damping):
+    """K of examples that depend on each other has nothing but the damping along them, and V nothing there."""
+    index = rng.integers(0, 5, size=12)
+    a, g = (x[index] for x in pair(rng, (5, 9, 8)))
+    V = g.T @ a / 12
+    left, s, right = np.linalg.svd(U(a, g) / 12**0.5, full_matrices=False)
+    k = len(np.unique(index))  # V = J^T 1 / B through singular vectors: nothing cancels
+    want = right[:k].T @ (s[:k] / (s[:k] ** 2 + damping) * left[:, :k].sum(0) / 12**0.5)
+    if network:
+        record, hypers = kf.Record(a, g, 12.0), {"x": kf.Hyper(0, 0.0, damping)}
+        state = kf.GlobalFNGD().init({"x": kf.Block.of(record)}, V)
+        state = kf.GlobalFNGD().update(state, kf.GlobalFNGD().measure(state, {"x": record}, hypers), hypers)
+        state = kf.GlobalFNGD().refresh(state, hypers)
+        found = kf.GlobalFNGD().solve(state, {"x": V}, hypers, {"x": record}).direction["x"]
+    else:
+        found = solved(kf.FNGD(), a, g, V, damping).direction
+    # rounding V costs eps of the largest curvature over the damping
+    assert close(np.ravel(found), want, 30 * np.finfo(float).eps * s[0] ** 2 / damping)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
+from jax_needed import jax, jnp
 from kfaccore import tree
 from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.lowrank import LowRank, Rank
@@ -276,3 +277,28 @@ def test_a_failed_refresh_keeps_the_previous_modes(rng):
 def test_messages(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("oversample", [10, 4], ids=["whole", "sketched"])
+@pytest.mark.parametrize("sketch", [kf.Symmetric, kf.Singular])
+def test_a_cut_through_equal_eigenvalues_is_not_left_to_rounding(sketch, oversample):
+    """G of a head that begins at zero has C - 1 of them: batches in two parts, and under jit, keep the same modes."""
+    rng = np.random.default_rng(0)
+    classes, batch = 12, 60
+    a = rng.normal(size=(batch, 4))
+    g = kf.type2(kf.SoftmaxCrossEntropy(), np.zeros((batch, classes)), rng.integers(classes, size=batch))
+    method = kf.RandomizedKFAC(rank=kf.Rank(5, 5), sketch=sketch(oversample=oversample))
+    V = rng.normal(size=(classes, 4))
+    hyper = kf.Hyper(0, 0.5, 0.01)
+
+    def direction(cut, put=np.asarray):
+        state = method.init(kf.Block(classes, 4), put(np.zeros(1)))
+        records = [kf.Record(put(a[s]), put(g[:, s]), float(len(a[s]))) for s in (slice(0, cut), slice(cut, batch))]
+        for _ in range(2):
+            stats = method.combine(*(method.measure(state, record, hyper) for record in records))
+            state = method.refresh(method.update(state, stats, hyper), hyper)
+        return method.solve(state, put(V), hyper).direction
+
+    want = direction(30)
+    for got in (direction(7), direction(46), jax.jit(lambda: direction(17, jnp.asarray))()):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-10 * np.abs(want).max())

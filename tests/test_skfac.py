@@ -14,10 +14,13 @@ from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows import woodbury
 from kfaccore.methods.rows.factors import always, cheaper_dense, never
 from kfaccore.methods.rows.skfac import release
+from kfaccore.record.sharing import mean_mean
 from kfaccore.settle import cycle
 
 ROWS = pytest.mark.parametrize("B", [1, 3, 7, 28])  # of d = 7
-LOW = kf.SKFAC(branch=always, rows=32, explicit=never)
+LOW = kf.SKFAC(branch=always, rows=6, explicit=never)
+TALL = kf.SKFAC(branch=always, rows=32, explicit=never)
+DENSE = kf.KFAC(sharing=mean_mean, split=kf.equal)
 
 
 def close(x, y, tolerance=1e-10):
@@ -28,8 +31,8 @@ def pair(rng, B=5, d_in=7, d_out=6):
     return rng.normal(size=(B, d_in)), rng.normal(size=(B, d_out))
 
 
-def stack(y, capacity=32, d=None):
-    empty = stacks.empty(1, capacity, d or y.shape[-1], y)
+def stack(y, capacity=None, d=None):
+    empty = stacks.empty(1, capacity or len(y), d or y.shape[-1], y)
     return stacks.push(empty, y[None], np.full(1, 1 / len(y)), 0.0, np.array([True]))
 
 
@@ -73,6 +76,7 @@ def test_woodbury_is_the_dense_inverse(B, shift, rng):
 @ROWS
 def test_all_ways_to_apply_the_inverse_agree(B, rng):
     """SKFAC-2: low rank, dense, explicit, push-through and span forms are dense K-FAC."""
+    stacked = LOW if B <= 6 else TALL
     a, g = pair(rng, B)
     DW = g.T @ a / B
     want = oracle(a, g, DW, *shifts(a, g, 0.01))
@@ -82,11 +86,11 @@ def test_all_ways_to_apply_the_inverse_agree(B, rng):
         np.linalg.inv(a @ a.T / B + shifts(a, g, 0.01)[0] * np.eye(B)),
     )
     modes = {
-        "lowrank": direction(LOW, a, g, DW),
+        "lowrank": direction(stacked, a, g, DW),
         "dense": direction(kf.SKFAC(branch=never), a, g, DW),
         "explicit": direction(kf.SKFAC(branch=always, rows=32, explicit=always), a, g, DW),
         "kfac": direction(kf.KFAC(), a, g, DW),
-        "push-through": direction(LOW, a, g, factored)[0],
+        "push-through": direction(stacked, a, g, factored)[0],
         "span": g.T @ small[0] @ small[1] @ a / B,
         "branch": direction(kf.SKFAC(rows=7), a, g, DW),
     }
@@ -135,7 +139,7 @@ def test_log_determinant_from_the_rows(B, rng):
 def test_zero_rows_and_gradients(method, rng):
     """SKFAC-5: Y = 0 gives I / c, g = 0 gives X = 0 of its own gradient, and pi = 1."""
     inverse, _ = woodbury.inverse(stack(np.zeros((3, 7))), np.full(1, 0.5))
-    assert np.array_equal(woodbury.dense(inverse)[0], np.eye(7) / 0.5)
+    assert close(woodbury.dense(inverse)[0], np.eye(7) / 0.5, 1e-15)
     a, _ = pair(rng)
     zero = np.zeros((5, 6))
     assert not direction(method, a, zero, zero.T @ a).any()
@@ -163,6 +167,36 @@ def test_small_damping_needs_push_through(rng):
     assert close(own, want, 1e-8)
     assert np.isfinite(generic).all()
     assert not close(generic, want, 1e-6)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-12, 1e-18, 1e-24])
+def test_more_rows_than_their_width_lose_nothing_at_small_damping(rng, damping):
+    """Their small system is singular but for the damping, so it is not what they are inverted by."""
+    a, g = pair(rng, 28)
+    V = rng.normal(size=(6, 7))
+    record = kf.Record(a, g, 28.0)
+    for grad in (V, kf.Factored(a, g, 28.0)):
+        want = kf.direction(record, grad, kf.KFAC(), damping)
+        assert close(kf.direction(record, grad, TALL, damping), want, 1e-13)
+        assert close(kf.direction(record, grad, release, damping), kf.direction(record, grad, DENSE, damping), 1e-13)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-6, 1e-8])
+def test_a_gradient_of_repeated_examples_that_is_multiplied_out(rng, damping):
+    """V lies in the span of rows that depend on each other: the small system has 1 / c in it, and V nothing there.
+
+    Multiplying V out rounds it, which alone costs K-FAC's digits."""
+    a, g = (x[rng.integers(0, 3, size=8)] for x in pair(rng, 3, 18, 17))
+    V = g.T @ a / 8
+    d_a, d_g = shifts(a, g, damping)
+    # singular vectors of the rows: nothing cancels
+    (Ua, sa, Qa), (Ug, sg, Qg) = (np.linalg.svd(y / 8**0.5, full_matrices=False) for y in (a, g))
+    k = len(np.unique(a[:, 0]))
+    inside = (Ug[:, :k].T * sg[:k, None]) @ (Ua[:, :k] * sa[:k])
+    want = Qg[:k].T @ (inside / (sg[:k, None] ** 2 + d_g) / (sa[:k] ** 2 + d_a)) @ Qa[:k]
+    found = direction(kf.SKFAC(branch=always, rows=8, explicit=never), a, g, V, damping)
+    dense = direction(kf.KFAC(), a, g, V, damping)
+    assert np.linalg.norm(found - want) < 5 * np.linalg.norm(dense - want)
 
 
 def test_one_example_is_a_multiple_of_its_gradient(rng):

@@ -208,3 +208,15 @@ def test_a_second_pair_is_not_made_of_rounding(rng, d_in, d_out):
         np.testing.assert_allclose(run(method, turned), run(method, slice(None)), rtol=1e-6, atol=1e-9)
     if 1 in (d_in, d_out):
         np.testing.assert_allclose(run(kf.Deflation(), turned), run(kf.KPSVD(), slice(None)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+@pytest.mark.parametrize("method", [kf.KPSVD(), *TWO], ids=lambda m: type(m).__name__)
+def test_a_small_or_large_loss_in_float32_keeps_its_second_term(rng, method, size):
+    """F and damping times s^2 give the direction over s^2, where squares of F leave the range of float32."""
+    a, g, V = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 5), (2, 8, 4), (4, 5)))
+    want = kf.direction(kf.Record(a, g, 8.0), V, method, 0.01)
+    one = kf.direction(kf.Record(a, g, 8.0), V, kf.KPSVD(), 0.01)
+    assert isinstance(method, kf.KPSVD) or np.abs(one - want).max() > 0.05 * np.abs(want).max()
+    got = kf.direction(kf.Record(a, np.float32(size) * g, 8.0), V, method, 0.01 * size**2)
+    np.testing.assert_allclose(got * size**2, want, rtol=0, atol=2e-3 * np.abs(want).max())

@@ -122,8 +122,8 @@ class GlobalFNGD(Each, Coefficients):
             own.append(same)
             g = seen[name].g
             scales.append(scalar(seen[name].n, g) / scalar(grad.n, g))
-        inverse, _, r, code = self._system(seen, hypers)
-        c = _coefficients(inverse, r)
+        K, r = self._system(seen, hypers)
+        c = _coefficients(K.inverse, r)
         xs = tuple(_combined(record, c[name]) * scales[0] for name, record in seen.items())
         agree = [namespace(same).all(same & (scale == scales[0])) for same, scale in zip(own, scales, strict=True)]
         all_own = reduce(and_, agree)
@@ -132,26 +132,26 @@ class GlobalFNGD(Each, Coefficients):
             return tuple(self._general(seen, grads, hypers)[0].values())
 
         xs = loop(lambda _: ~all_own, general, xs, 1)
-        return dict(zip(seen, xs, strict=True)), c, code
+        return dict(zip(seen, xs, strict=True)), c, K.code
 
     def _general(self, seen: Mapping[str, Record], grads: Gradients, hypers: Hypers) -> Found:
         """(V_l - U_l (K + n damping I)^-1 sum_m U_m^T V_m / r_m) / damping_l for any V, a difference taken in the
         widest dtype; c_l; a code."""
         wide = {name: units.widened(record) for name, record in seen.items()}
         vs = {name: fngd.dense(grads[name], record.g) for name, record in wide.items()}
-        inverse, shift, r, code = self._system(wide, hypers)
-        xp = namespace(inverse)
+        K, r = self._system(wide, hypers)
+        xp = namespace(K.inverse)
         inner = reduce(add, (xp.sum(units.inner(x, vs[name]), axis=0) / r[name] for name, x in wide.items()))
-        y = xp.matmul(inverse, inner[None, :, None])[:, :, 0]
+        y = K.solve(inner[None, :])
         found = {}
         for name, record in wide.items():
-            x = (vs[name] - _combined(record, y)) / (shift * r[name])
+            x = (vs[name] - _combined(record, y)) / (K.damping * r[name])
             grad = grads[name]
             found[name] = xp.astype(x, grad.g.dtype if isinstance(grad, Factored) else grad.dtype)
-        return found, _coefficients(inverse, r), code
+        return found, _coefficients(K.inverse, r), K.code
 
-    def _system(self, seen: Mapping[str, Record], hypers: Hypers) -> tuple[Array, Array, dict[str, Array], Array]:
-        """(K + n damping I)^-1 with the largest damping, that damping, every r_l, and a code; NaN where it failed."""
+    def _system(self, seen: Mapping[str, Record], hypers: Hypers) -> tuple[units.Damped, dict[str, Array]]:
+        """K + n damping I with the largest damping, its inverse NaN where it failed, and every r_l."""
         first = next(iter(seen.values()))
         xp = namespace(first.g)
         zero = xp.zeros_like(first.g[0, 0, 0, 0, 0])
@@ -161,8 +161,9 @@ class GlobalFNGD(Each, Coefficients):
         least = zero + kernels.eps(zero.dtype, xp)  # a layer without damping: its share can still be divided by
         r = {name: xp.maximum(damping / unit, least) for name, damping in dampings.items()}
         K = reduce(add, (xp.sum(units.gram(x), axis=0, keepdims=True) / r[name] for name, x in seen.items()))
-        inverse, shift, code = units.damped_inverse(K, first.n, largest, self.relative)
-        return select(code < int(Code.NONFINITE), inverse, inverse * float("nan")), shift, r, code
+        system = units.damped(K, first.n, largest, self.relative)
+        inverse = select(system.code < int(Code.NONFINITE), system.inverse, system.inverse * float("nan"))
+        return replace(system, inverse=inverse), r
 
 
 def _coefficients(inverse: Array, r: Mapping[str, Array]) -> dict[str, Array]:

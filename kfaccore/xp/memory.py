@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from scipy.linalg import blas
 
 from kfaccore.xp.arrays import Array, is_numpy, to_host
@@ -20,6 +21,11 @@ def same(x: Array, y: Array) -> bool:
         return x is y
     alike = (x.shape, x.strides, x.dtype) == (y.shape, y.strides, y.dtype)
     return alike and x.__array_interface__["data"][0] == y.__array_interface__["data"][0]
+
+
+def in_rows(x: Array) -> Array:
+    """A NumPy array in C order, as a file gives it back: sums are rounded in the order of memory."""
+    return np.ascontiguousarray(x) if is_numpy(x) else x
 
 
 def plus(own: Array, c: float | Array, x: Array) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kfaccore import xp as kernels
+from kfaccore.linalg import equal
 from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.lowrank import LowRank, Outside, Rank
 from kfaccore.xp.arrays import Array, all_finite, namespace
@@ -41,9 +42,9 @@ def moved(low: LowRank, rows: Array, keep: Array, add: Array, rank: Rank, outsid
         middle = xp.concat([D, add[:, None] + xp.zeros_like(rows[:, :, 0])], axis=-1)
         values, small, _ = kernels.eigh(xp.matmul(R * middle[:, None, :], R.mT))
         vectors = xp.matmul(Q, small)
-    lo = values.shape[-1] - held
+    values, vectors = equal.leading(values, vectors, held)
     trace = keep * low.trace + add * xp.sum(rows * rows, axis=(-2, -1))
-    return held_modes(low, vectors[:, :, lo:], values[:, lo:], trace, rank, outside)
+    return held_modes(low, vectors, values, trace, rank, outside)
 
 
 def held_modes(low: LowRank, U: Array, D: Array, trace: Array, rank: Rank, outside: Outside) -> LowRank:

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from kfaccore import xp as kernels
+from kfaccore.linalg import equal
 from kfaccore.xp.arrays import Array, all_finite, namespace, place, select
 from kfaccore.xp.codes import Code, choose
 from kfaccore.xp.ranges import COUNT, SOME, ranged
@@ -76,8 +77,8 @@ class Symmetric:
             for _ in range(self.passes - 1):
                 Y = xp.matmul(M, kernels.qr(Y)[0])
             values, vectors = self._found(kernels.qr(Y)[0], M)
-        lo = values.shape[-1] - k
-        return vectors[:, :, lo:], values[:, lo:], code
+        values, vectors = equal.leading(values, vectors, k)
+        return vectors, values, code
 
     def _found(self, Q: Array, M: Array) -> tuple[Array, Array]:
         xp = namespace(M)

@@ -171,15 +171,15 @@ class FNGD(Additive, Coefficients):
         """sum c J where V is the record's own gradient, without a difference; as `_general` in other blocks; c; a
         code."""
         xp = namespace(own)
-        inverse, _, code = units.damped_inverse(units.gram(record), record.n, damping, self.relative)
-        c = xp.sum(inverse, axis=-1)
+        K = units.damped(units.gram(record), record.n, damping, self.relative)
+        c = xp.sum(K.inverse, axis=-1)
         x = units.combined(record, c) * (scalar(record.n, c) / scalar(grad.n, c))
 
         def general(carry: tuple[Array]) -> tuple[Array]:
             return (select(own, carry[0], self._general(record, grad, damping)[0]),)
 
         (x,) = loop(lambda _: ~xp.all(own), general, (x,), 1)  # at most one turn: computed where a block needs it
-        return x, c, code
+        return x, c, K.code
 
     def _general(self, record: Record, grad: Array | Factored, damping: float | Array) -> tuple[Array, Array, Array]:
         """(V - U (K + n damping I)^-1 U^T V) / damping for any V, a difference taken in the widest dtype; c; a code."""
@@ -188,13 +188,14 @@ class FNGD(Additive, Coefficients):
         wide = units.widened(record)
         xp = namespace(v)
         v = xp.astype(v, wide.g.dtype)
-        inverse, shift, code = units.damped_inverse(units.gram(wide), wide.n, damping, self.relative)
-        c = xp.astype(xp.sum(inverse, axis=-1), dtype)
-        if v.shape[1] * v.shape[2] <= inverse.shape[-1]:  # no direction without curvature: the difference is rounding
-            x, code = fisher.inverted(dense_block(wide), v, shift)
+        K = units.damped(units.gram(wide), wide.n, damping, self.relative)
+        code = K.code
+        c = xp.astype(xp.sum(K.inverse, axis=-1), dtype)
+        if v.shape[1] * v.shape[2] <= c.shape[-1]:  # no direction without curvature: the difference is rounding
+            x, code = fisher.inverted(dense_block(wide), v, K.damping)
         else:
-            y = xp.matmul(inverse, units.inner(wide, v)[:, :, None])[:, :, 0]
-            x = (v - units.combined(wide, y)) / shift[:, None, None]
+            y = K.solve(units.inner(wide, v))
+            x = (v - units.combined(wide, y)) / K.damping[:, None, None]
         return xp.astype(x, dtype), c, code
 
 

@@ -12,7 +12,7 @@ gradient each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -83,10 +83,28 @@ def widened(record: Record) -> Record:
     return replace(record, a=a, g=xp.astype(record.g, dtype))
 
 
-def damped_inverse(
-    K: Array, n: float | Array, damping: float | Array, relative: bool = False
-) -> tuple[Array, Array, Array]:
-    """(K + n damping I)^-1, damping (blocks,), and a code; a damping of 0 is lifted to eps of the mean eigenvalue.
+@dataclass(frozen=True)
+class Damped:
+    """system = K + n damping I and its inverse (blocks, units, units); the damping in use (blocks,), and a code."""
+
+    system: Array
+    inverse: Array
+    damping: Array
+    code: Array
+
+    def solve(self, b: Array) -> Array:
+        """system^-1 b (blocks, units), refined twice: of units that depend on each other the inverse has entries of
+        1 / damping, and their rounding."""
+        xp = namespace(b)
+        b = b[:, :, None]
+        y = xp.matmul(self.inverse, b)
+        for _ in range(2):
+            y = y + xp.matmul(self.inverse, b - xp.matmul(self.system, y))
+        return y[:, :, 0]
+
+
+def damped(K: Array, n: float | Array, damping: float | Array, relative: bool = False) -> Damped:
+    """The system of K; a damping of 0 is lifted to eps of the mean eigenvalue.
 
     relative: damping in units of tr(K) / n^2; the unit of zeros is 1.
     """
@@ -102,8 +120,9 @@ def damped_inverse(
     lifted = shift <= floor
     shift = xp.where(lifted, floor, shift)
     eye = xp.eye(size, dtype=K.dtype, device=device_of(K))
-    inverse, code = kernels.spd_inverse(K + (shift * n)[:, None, None] * eye)
-    return inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
+    system = K + (shift * n)[:, None, None] * eye
+    inverse, code = kernels.spd_inverse(system)
+    return Damped(system, inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code))
 
 
 def _by_pairs(record: Record) -> Array:

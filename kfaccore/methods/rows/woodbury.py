@@ -2,8 +2,10 @@
 
 S is capacity x capacity and lives in float64 where the namespace has it, as does the product with I - Y^T D S D Y,
 which cancels. Rows of Y itself need no difference: y_i (Y^T D^2 Y + c I)^-1 is row i of D^-1 S D Y (push-through).
+Of more rows than their width S would be singular but for c, and all digits lost by c / eps: the inverse itself is kept.
 Source: Woodbury 1950; Tang et al. 2021 (CVPR, SKFAC), theorem 1.
-Cost: capacity^2 d + capacity^3 to make; 2 m capacity d + m capacity^2 on m rows, m capacity d by push-through.
+Cost: capacity^2 d + capacity^3 to make; 2 m capacity d + m capacity^2 on m rows, m capacity d by push-through; with
+capacity > d capacity d^2 + d^3 and m d^2.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ from kfaccore.xp.arrays import Array, device_of, loop, namespace, select
 from kfaccore.xp.asking import Ask, Asks, alone
 from kfaccore.xp.codes import Code, choose
 
+_WELL = 1e3  # trace over c from which rows that depend on each other cost v of their span eps of its square
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """rows Y (blocks, capacity, d); scale, the diagonal of D, (blocks, capacity); small S; shift c (blocks,)."""
+    """rows Y (blocks, capacity, d); scale, the diagonal of D, (blocks, capacity); small S; shift c (blocks,).
+
+    With capacity > d `small` is the inverse itself, (blocks, d, d).
+    """
 
     rows: Array
     scale: Array
@@ -32,10 +39,11 @@ class LowRank:
 def identity(stack: Stack) -> LowRank:
     """The inverse before the first refresh: I."""
     xp = namespace(stack.rows)
-    blocks, capacity, _ = stack.rows.shape
+    blocks, capacity, d = stack.rows.shape
+    size = min(capacity, d)
     wide = kernels.widest(stack.rows)
-    eye = xp.eye(capacity, dtype=wide, device=device_of(stack.rows))
-    small = xp.zeros((blocks, capacity, capacity), dtype=wide, device=device_of(stack.rows)) + eye
+    eye = xp.eye(size, dtype=wide, device=device_of(stack.rows))
+    small = xp.zeros((blocks, size, size), dtype=wide, device=device_of(stack.rows)) + eye
     return LowRank(stack.rows, xp.zeros_like(stack.share), small, xp.ones_like(stack.share[:, 0]))
 
 
@@ -51,12 +59,8 @@ def inverting(stack: Stack, shift: Array) -> Asks[tuple[LowRank, Array]]:
     scale = stacks.scales(stack)
     wide = kernels.widest(stack.rows)
     rows = xp.astype(stack.rows, wide) * xp.astype(scale, wide)[:, :, None]
-    small = xp.matmul(rows, rows.mT)
-    eye = xp.eye(small.shape[-1], dtype=wide, device=device_of(small))
-    system = small + xp.astype(shift, wide)[:, None, None] * eye
-    ((small, code),) = yield (Ask(kernels.spd_inverse, (system,)),)
-    if stack.rows.shape[1] > stack.rows.shape[2]:  # singular but for the shift: a Newton step, or Y^T S Y loses digits
-        small = 2.0 * small - xp.matmul(xp.matmul(small, system), small)
+    gram = kernels.gram(rows if _tall(stack.rows) else rows.mT)
+    ((small, code),) = yield (Ask(kernels.spd_inverse, (kernels.shifted(gram, xp.astype(shift, wide)),)),)
     code = choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
     return LowRank(stack.rows, scale, small, shift), code
 
@@ -64,21 +68,27 @@ def inverting(stack: Stack, shift: Array) -> Asks[tuple[LowRank, Array]]:
 def times(v: Array, inverse: LowRank) -> Array:
     """v (A + c I)^-1 for any v (blocks, m, d), by a difference taken in the widest dtype; returned in it."""
     xp = namespace(v)
+    exact = v.dtype == inverse.small.dtype
+    v = xp.astype(v, inverse.small.dtype)
+    if _tall(inverse.rows):
+        return xp.matmul(v, inverse.small)
     wide = _wide(inverse)
-    rows = wide.rows
-    scale = wide.scale[:, None, :]
-    small = wide.small
-    shift = wide.shift[:, None, None]
+    rows = wide.rows * wide.scale[:, :, None]
+    z = xp.matmul(v, rows.mT)
+    y = xp.matmul(z, wide.small)
+    if exact:  # otherwise the rounding of v is more than what is lost
+        lost = xp.sum(xp.sum(rows * rows, axis=-1), axis=-1) > _WELL * wide.shift
+        (y,) = loop(lambda _: xp.any(lost), lambda y: (_refined(y[0], z, rows, wide),), (y,), 1)
+    return (v - xp.matmul(y, rows)) / wide.shift[:, None, None]
 
-    def once(v: Array) -> Array:
-        inner = xp.matmul(xp.matmul(v, rows.mT) * scale, small) * scale
-        return (v - xp.matmul(inner, rows)) / shift
 
-    v = xp.astype(v, small.dtype)
-    x = once(v)
-    if rows.shape[1] <= rows.shape[2]:
-        return x
-    return x + once(v - shift * x - xp.matmul(xp.matmul(x, rows.mT) * scale**2, rows))  # one refinement
+def _refined(y: Array, z: Array, rows: Array, inverse: LowRank) -> Array:
+    """y = z S, twice refined by S^-1 = rows rows^T + c I."""
+    xp = namespace(y)
+    system = kernels.shifted(kernels.gram(rows.mT), inverse.shift)
+    for _ in range(2):
+        y = y + xp.matmul(z - xp.matmul(y, system), inverse.small)
+    return y
 
 
 def times_rows(v: Array, inverse: LowRank) -> Array:
@@ -88,7 +98,7 @@ def times_rows(v: Array, inverse: LowRank) -> Array:
     """
     xp = namespace(v)
     count = v.shape[1]
-    if count > inverse.rows.shape[1]:
+    if count > inverse.rows.shape[1] or _tall(inverse.rows):
         return times(v, inverse)
     own = xp.all(v == inverse.rows[:, :count, :], axis=(-2, -1)) & xp.all(inverse.scale[:, :count] > 0, axis=-1)
     zero = xp.zeros(v.shape, dtype=inverse.small.dtype, device=device_of(v))
@@ -104,6 +114,11 @@ def dense(inverse: LowRank) -> Array:
     eye = xp.eye(inverse.rows.shape[-1], dtype=inverse.small.dtype, device=device_of(inverse.rows))
     stacked = xp.zeros((inverse.rows.shape[0], 1, 1), dtype=eye.dtype, device=device_of(eye)) + eye
     return times(stacked, inverse)
+
+
+def _tall(rows: Array) -> bool:
+    """Whether there are more rows than their width."""
+    return rows.shape[1] > rows.shape[2]
 
 
 def _pushed(inverse: LowRank, count: int) -> Array:

@@ -86,17 +86,19 @@ def inner(x: Array, y: Array) -> Array:
 
 
 def norm(x: Array) -> Array:
-    """Frobenius norm, (blocks,)."""
-    return namespace(x).sqrt(inner(x, x))
+    """Frobenius norm, (blocks,); of entries over their largest, as squares leave the range of float32."""
+    xp = namespace(x)
+    top = xp.max(xp.abs(x), axis=(-2, -1))
+    scale = xp.where((top > 0) & (top < float("inf")), top, xp.ones_like(top))
+    x = x / scale[:, None, None]
+    return scale * xp.sqrt(inner(x, x))
 
 
 def unit(x: Array, otherwise: Array) -> Array:
     """x over its Frobenius norm, `otherwise` where it is zero."""
     xp = namespace(x)
-    top = xp.max(xp.abs(x), axis=(-2, -1))
-    usable = top > 0
-    x = x / xp.where(usable, top, xp.ones_like(top))[:, None, None]
     size = norm(x)
+    usable = size > 0
     return select(usable, x / xp.where(usable, size, xp.ones_like(size))[:, None, None], otherwise)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from kfaccore import tree
 from kfaccore.linalg import kron, side
 from kfaccore.method import Block
+from kfaccore.network.two_level import modes
 from kfaccore.network.two_level.local import Local, now
-from kfaccore.network.two_level.vectors import Outer, Vector, pair, unit
+from kfaccore.network.two_level.vectors import Outer, Vector, unit
 from kfaccore.xp.arrays import Array, from_host, namespace, place
 from kfaccore.xp.ranges import COUNT, ranged
 
@@ -75,17 +76,17 @@ class Nicolaides:
 
 @dataclass(frozen=True)
 class Spectral(Nicolaides):
-    """The lowest mode of the layer's own matrix, q_g q_a^T; for methods with eigenvectors."""
+    """The lowest mode of the layer's own matrix, q_g q_a^T; for methods with eigenvectors.
+
+    Of modes as low as each other the one on the first coordinates, in the basis that fixed vectors make of their space.
+    """
 
     def init(self, name: str, block: Block, like: Array, local: Local) -> Outer:
         ones = super().init(name, block, like, local)
         return Outer(0.0 * ones.left, ones.right)
 
     def refresh(self, kept: Outer, local: Local) -> Outer:
-        S, Qg, Qa = local.eigensystem()
-        xp = namespace(S)
-        lowest = xp.argmin(xp.reshape(S, (S.shape[0], -1)), axis=-1)
-        return pair(lowest, Qg, Qa)
+        return modes.lowest(*local.eigensystem())
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,11 @@ Eigenvectors = tuple[Outer, Array, Array]  # ones, Qg, Qa
 @dataclass(frozen=True)
 class Enriched:
     """Ones and the count - 1 eigenvectors q_g q_a^T of M on which the gradient projects most; for methods with
-    eigenvectors."""
+    eigenvectors.
+
+    Those on which it projects no more than on one that is left out are left out too: rounding would pick among them.
+    Of equal eigenvalues the eigenvectors are those that fixed vectors make.
+    """
 
     count: int = 5
 
@@ -228,7 +233,5 @@ class Enriched:
         ones, Qg, Qa = kept
         if self.count == 1:
             return [ones]
-        xp = namespace(Qg)
         rotated = kron.apply(side.transposed(Qg), now(local.grad)(), Qa)
-        order = xp.argsort(xp.abs(xp.reshape(rotated, (rotated.shape[0], -1))), axis=-1, descending=True)
-        return [ones, *(pair(order[:, i], Qg, Qa) for i in range(self.count - 1))]
+        return [ones, *modes.leading(rotated, self.count - 1, Qg, Qa)]

@@ -20,7 +20,7 @@ from kfaccore import xp as kernels
 from kfaccore.network.two_level.gradients import Tree
 from kfaccore.network.two_level.level import Level
 from kfaccore.network.two_level.vectors import dense
-from kfaccore.xp.arrays import Array, all_finite, device_of, eps, namespace, scalar, select
+from kfaccore.xp.arrays import Array, all_finite, device_of, eps, loop, namespace, scalar, select
 from kfaccore.xp.codes import Code, choose
 
 Solver = Callable[[Tree], Tree]
@@ -141,7 +141,11 @@ def _inner(W: Array, ok: Array) -> tuple[Array, Array]:
 
 
 def inverted(matrix: Array) -> tuple[Array, Array]:
-    """Inverse of a coarse matrix and its code (1,); scaled to a unit diagonal first, dropped vectors left out."""
+    """Inverse of a coarse matrix and its code (1,); scaled to a unit diagonal first, dropped vectors left out.
+
+    Where vectors depend on each other it is the inverse in their span: with the jitter of the code, entries of 1 / eps
+    would cost every digit.
+    """
     xp = namespace(matrix)
     diagonal = xp.linalg.diagonal(matrix)
     empty = diagonal == 0
@@ -150,9 +154,22 @@ def inverted(matrix: Array) -> tuple[Array, Array]:
     root = xp.where(diagonal > 0, xp.sqrt(positive), 1.0 + 0 * diagonal)
     eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device_of(matrix))
     scaled = matrix / root[:, None] / root[None, :] + xp.astype(empty, matrix.dtype) * eye
-    inverse, code = kernels.spd_inverse(((scaled + scaled.mT) / 2)[None, ...])
+    scaled = ((scaled + scaled.mT) / 2)[None, ...]
+    inverse, code = kernels.spd_inverse(scaled)
     inverse = select(code < int(Code.INDEFINITE), inverse, xp.zeros_like(inverse))
+    low = (code > int(Code.OK)) & (code < int(Code.INDEFINITE))
+    # a loop of at most one turn: made only where it is needed, also under a trace
+    (inverse,) = loop(lambda _: xp.any(low), lambda x: (select(low, _in_span(scaled), x[0]),), (inverse,), 1)
     return inverse[0, ...] / root[:, None] / root[None, :], code
+
+
+def _in_span(matrix: Array) -> Array:
+    """The inverse of symmetric (1, m, m) on the eigenvectors whose eigenvalues are not rounding of the largest."""
+    xp = namespace(matrix)
+    values, vectors, _ = kernels.eigh(matrix)
+    seen = values > 10 * matrix.shape[-1] * eps(matrix.dtype, xp) * xp.max(values, axis=-1, keepdims=True)
+    reciprocal = xp.where(seen, 1.0 / xp.where(seen, values, xp.ones_like(values)), xp.zeros_like(values))
+    return xp.matmul(vectors * reciprocal[:, None, :], vectors.mT)
 
 
 def applied(level: Level, change: Change, c: float) -> tuple[Tree, Array, Array]:

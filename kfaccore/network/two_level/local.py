@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kfaccore.linalg import side
+from kfaccore.linalg import equal, side
 from kfaccore.method import Block, Eigensystem, Hyper, KroneckerTerms, Method, State, declares, inverse_sides
 from kfaccore.network.two_level.vectors import Outer, Vector
-from kfaccore.xp.arrays import Array
+from kfaccore.xp.arrays import Array, namespace
 
 X = TypeVar("X")
 
@@ -52,18 +52,27 @@ def _row_times(x: Array, factor: side.Side) -> Array:
 
 
 def eigenpairs(method: Method, state: State, name: str, block: Block) -> tuple[Array, Array, Array]:
-    """(S (blocks, d_out, d_in), Qg, Qa) of a method that is one Kronecker product or knows its eigenvectors."""
+    """(S (blocks, d_out, d_in), Qg, Qa) of a method that is one Kronecker product or knows its eigenvectors.
+
+    Where eigenvalues are equal the eigenvectors are those that fixed vectors make (`equal.settled`).
+    """
     terms = method.kronecker_terms(state, block) if declares(method, KroneckerTerms) else ()
     system = method.eigensystem(state, _UNDAMPED) if not terms and declares(method, Eigensystem) else None
     if system is not None:
         Qa, Qg, S = system
-        return S, Qg if block.diagonal_out else _full_side(Qg), Qa if block.diagonal_in else _full_side(Qa)
-    if len(terms) != 1:
+        xp = namespace(S)
+        a = xp.sum(S, axis=-2)
+        g = xp.sum(S, axis=-1)
+    elif len(terms) == 1:
+        A, G = terms[0]
+        a, Qa, _ = side.eigh(A)
+        g, Qg, _ = side.eigh(G)
+        S = g[:, :, None] * a[:, None, :]
+    else:
         raise ValueError(f"layer {name!r}: {type(method).__name__} knows no eigenvectors; choose another coarse space")
-    A, G = terms[0]
-    a, Qa, _ = side.eigh(A)
-    g, Qg, _ = side.eigh(G)
-    return g[:, :, None] * a[:, None, :], Qg, Qa
+    Qa = equal.settled(a, Qa)
+    Qg = equal.settled(g, Qg)
+    return S, Qg if block.diagonal_out else _full_side(Qg), Qa if block.diagonal_in else _full_side(Qa)
 
 
 def _full_side(Q: Array) -> Array:

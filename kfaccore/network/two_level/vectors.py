@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kfaccore.linalg import side
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import joined
-from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace
+from kfaccore.xp.arrays import Array, is_numpy, namespace
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,3 @@ def _reciprocal(top: Array) -> Array:
     xp = namespace(top)
     safe = xp.where(top > 1e-30, top, xp.ones_like(top))
     return xp.where(top > 1e-30, 1.0 / safe, xp.zeros_like(top))
-
-
-def pair(index: Array, Qg: Array, Qa: Array) -> Outer:
-    """Eigenvector number `index` (blocks,) of the d_out d_in Kronecker ones, row-major."""
-    d_in = Qa.shape[-1]
-    row = index // d_in
-    return Outer(_column(Qg, row), _column(Qa, index - row * d_in))
-
-
-def _column(Q: Array, index: Array) -> Array:
-    """Column index[b] of block b, (blocks, d); a diagonal side has unit vectors."""
-    xp = namespace(Q)
-    hit = xp.astype(xp.arange(Q.shape[-1], device=device_of(Q))[None, :] == index[:, None], Q.dtype)
-    return hit if side.is_diagonal(Q) else xp.sum(Q * hit[:, None, :], axis=-1)

@@ -1,0 +1,101 @@
+"""Eigenvalues that are equal up to rounding: rounding picks one of the bases of their space, and with it an order."""
+
+from __future__ import annotations
+
+from kfaccore import xp as kernels
+from kfaccore.linalg import side
+from kfaccore.xp.arrays import Array, device_of, eps, is_numpy, loop, namespace, select
+
+_SINGLE = 2.0**-23  # eps of the narrowest dtype that eigenvectors are sought in
+_NULL = 16.0  # times eps of the largest eigenvalue is 0; eigh of a singular gram leaves up to 1.5
+_GAP = 0.75  # neighbours nearer than eps^.75 of the largest are equal; rounding put equal ones up to 19 eps apart
+_WIDTH = 0.01  # of an eigenvalue, the distance to the furthest that is equal; rounding made 120 eps of 1,000 equal ones
+_PRIME = 32749  # the largest whose square, and itself once more, fits 31 bits
+
+
+def tolerance(x: Array) -> float:
+    """Of the largest, how near numbers that come of eigenvectors may be to be equal."""
+    return _rounding(x) ** _GAP
+
+
+def near(x: Array, y: Array, largest: Array) -> Array:
+    """Where an eigenvalue x >= y is equal to y, of a spectrum up to `largest`."""
+    distance = x - y
+    null = x <= _NULL * _rounding(x) * largest
+    return (distance == 0) | null | ((distance <= tolerance(x) * largest) & (distance <= _WIDTH * y))
+
+
+def same(values: Array, Q: Array) -> Array:
+    """Which pairs of eigenvectors Q have one eigenvalue, (blocks, d, d); equal ones must be neighbours in `values`.
+
+    Neighbours without a gap do, where no two of them are further apart than rounding puts equal ones: a dense tail of
+    a spectrum has no gaps either. An eigenvector on a single coordinate was not picked by rounding and stays.
+    """
+    xp = namespace(values)
+    rounding = _rounding(values)
+    largest = xp.max(values, axis=-1, keepdims=True)
+    null = values <= _NULL * rounding * largest
+    gap = xp.abs(values[:, 1:] - values[:, :-1]) > tolerance(values) * largest
+    gap = gap | (null[:, :-1] & ~null[:, 1:]) | (~null[:, :-1] & null[:, 1:])
+    run = xp.cumulative_sum(xp.astype(gap, values.dtype), axis=-1, include_initial=True)
+    joined = run[:, :, None] == run[:, None, :]
+    distance = xp.abs(values[:, :, None] - values[:, None, :])
+    far = xp.any(joined & (distance > _WIDTH * values[:, None, :]), axis=-1)
+    wide = xp.any(joined & far[:, None, :], axis=-1)
+    single = xp.max(xp.abs(Q), axis=-2) >= 1.0 - _NULL * rounding
+    stays = (wide | single) & ~null
+    itself = xp.astype(xp.eye(values.shape[-1], device=device_of(values)), xp.bool)
+    return itself | (joined & ~stays[:, :, None] & ~stays[:, None, :])
+
+
+def settled(values: Array, Q: Array) -> Array:
+    """Q with the basis of each space of one eigenvalue that fixed vectors make: it does not depend on rounding.
+
+    The space's projections of as many fixed vectors, orthonormalised in their order; what is alone stays as it is.
+    Q (blocks, d, k) may hold some of the eigenvectors, or the diagonal of a side that has the standard ones.
+    """
+    if side.is_diagonal(Q):
+        return Q
+    xp = namespace(Q)
+    equal = same(values, Q)
+    if is_numpy(values) and xp.sum(equal) == values.size:
+        return Q
+    counts = xp.sum(xp.astype(equal, Q.dtype), axis=-1)
+    seen = xp.matmul(Q.mT, _fixed(Q)[None, ...])  # of each fixed vector, its part along each eigenvector
+    eye = xp.eye(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
+    seen = xp.where(equal, seen, xp.zeros_like(seen))
+    turn, _ = kernels.qr(xp.where((counts == 1)[:, :, None], eye, seen))  # zeros between two spaces stay zeros
+    return xp.matmul(Q, turn)
+
+
+def leading(values: Array, Q: Array, k: int) -> tuple[Array, Array]:
+    """The last k of ascending eigenvalues (blocks, m) and of their eigenvectors Q (blocks, d, m).
+
+    Where the cut goes through a space of one eigenvalue, its basis is settled first: rounding does not choose who
+    stays. Of eigenvalue 0 anybody may.
+    """
+    cut = values.shape[-1] - k
+    if 0 < cut < values.shape[-1]:
+        xp = namespace(values)
+        top = values[:, -1]
+        positive = values[:, cut] > _NULL * _rounding(values) * top
+        tied = near(values[:, cut], values[:, cut - 1], top) & positive
+        # a loop of at most one turn: made only where it is needed, also under a trace
+        (Q,) = loop(lambda _: xp.any(tied), lambda x: (select(tied, settled(values, x[0]), x[0]),), (Q,), 1)
+    return values[:, cut:], Q[:, :, cut:]
+
+
+def _rounding(x: Array) -> float:
+    """eps of the dtype in which eigenvectors are sought."""
+    return min(eps(x.dtype, namespace(x)), _SINGLE)
+
+
+def _fixed(Q: Array) -> Array:
+    """Fixed vectors (d, k) in general position, entries uniform in (-1/2, 1/2): integers, so the same everywhere."""
+    xp = namespace(Q)
+    row, column = (xp.arange(1, d + 1, dtype=xp.int32, device=device_of(Q)) * 12345 % _PRIME for d in Q.shape[-2:])
+    mixed = row[:, None] * row[:, None] + 17 * column[None, :] + 5
+    for _ in range(3):
+        mixed = mixed % _PRIME
+        mixed = mixed * mixed + column[None, :]
+    return xp.astype(mixed % _PRIME, Q.dtype) / _PRIME - 0.5
