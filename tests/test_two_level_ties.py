@@ -136,3 +136,20 @@ def test_vectors_that_depend_on_each_other_change_nothing(dtype, order):
     assert int(got.info["coarse"][0]) in (kf.Code.JITTERED, kf.Code.FLOAT64)
     for name, x in want.direction.items():
         np.testing.assert_allclose(got.direction[name], x, rtol=0, atol=1e5 * np.finfo(dtype).eps * np.abs(x).max())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ones_beside_all_eigenvectors_are_exact(seed):
+    """One vector more than parameters: whether the factorisation sees that they depend on each other is rounding's."""
+    rng = np.random.default_rng(seed)
+    d_out, d_in = rng.integers(2, 6, size=2)
+    seen = {"x": kf.Record(rng.normal(size=(4, 3, d_in)), rng.normal(size=(4, 3, d_out)), 4.0)}
+    hypers = {"x": kf.Hyper(0, 0.0, 10.0 ** rng.uniform(-4, 0))}
+    two = kf.TwoLevel(space=net.Enriched(int(1 + d_out * d_in)))
+    V = rng.normal(size=(d_out, d_in))
+    state = two.init({"x": kf.Block.of(seen["x"])}, V)
+    state = two.refresh(two.update(state, two.measure(state, seen, hypers), hypers), hypers)
+    F = kf.dense(seen["x"])[0] + hypers["x"].damping * np.eye(V.size)
+    want = np.linalg.solve(F, V.ravel())
+    got = two.solve(state, {"x": V}, hypers, seen).direction["x"].ravel()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * np.abs(want).max())

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kfaccore import xp as kernels
+from kfaccore.linalg import equal
 from kfaccore.network.two_level.gradients import Tree
 from kfaccore.network.two_level.level import Level
 from kfaccore.network.two_level.vectors import dense
@@ -37,38 +38,48 @@ class Change:
 
 def deflate_last(level: Level, matrix: Array, fine: Solver) -> Change:
     """A-DEF2."""
-    inverse, code = inverted(matrix + level.ridge)
-    return Change(code, beta=inverse @ level.rhs)
+    coarse = matrix + level.ridge
+    inverse, code = inverted(coarse)
+    return Change(code, beta=_solved(coarse, inverse, level.rhs))
 
 
 def add(level: Level, matrix: Array, fine: Solver) -> Change:
     """Additive."""
-    inverse, code = inverted(matrix + level.ridge)
-    return Change(code, beta=inverse @ level.rg)
+    coarse = matrix + level.ridge
+    inverse, code = inverted(coarse)
+    return Change(code, beta=_solved(coarse, inverse, level.rg))
 
 
 def deflate_first(level: Level, matrix: Array, fine: Solver) -> Change:
     """A-DEF1."""
-    inverse, code = inverted(matrix + level.ridge)
-    y, coarse = _projected(level, inverse, fine)
+    y, coarse, _, code = _projected(level, matrix + level.ridge, fine)
     return Change(code, d={name: y[name] + coarse[name] - level.z0[name] for name in y})
 
 
 def balance(level: Level, matrix: Array, fine: Solver) -> Change:
     """Balanced: A-DEF1 and A-DEF2 together, symmetric."""
-    inverse, code = inverted(matrix + level.ridge)
-    y, coarse = _projected(level, inverse, fine)
-    again = level.prolong(inverse @ level.curved_coarse(y, level.image(y)))
+    system = matrix + level.ridge
+    y, coarse, inverse, code = _projected(level, system, fine)
+    again = level.prolong(_solved(system, inverse, level.curved_coarse(y, level.image(y))))
     return Change(code, d={name: y[name] - again[name] + coarse[name] - level.z0[name] for name in y})
 
 
-def _projected(level: Level, inverse: Array, fine: Solver) -> tuple[Tree, Tree]:
-    """M^-1 (g - F_d Q g) and Q g."""
-    beta = inverse @ level.rg
+def _projected(level: Level, system: Array, fine: Solver) -> tuple[Tree, Tree, Array, Array]:
+    """M^-1 (g - F_d Q g) and Q g; the inverse of the coarse matrix and its code."""
+    inverse, code = inverted(system)
+    beta = _solved(system, inverse, level.rg)
     g = level.g()
     coarse = level.prolong(beta)
     curved = level.curved(coarse, level.Y @ beta)
-    return fine({name: g[name] - curved[name] for name in g}), coarse
+    return fine({name: g[name] - curved[name] for name in g}), coarse, inverse, code
+
+
+def _solved(system: Array, inverse: Array, b: Array) -> Array:
+    """system^-1 b (m,), refined twice: of vectors that nearly depend on each other the inverse has large entries."""
+    beta = inverse @ b
+    for _ in range(2):
+        beta = beta + inverse @ (b - system @ beta)
+    return beta
 
 
 def woodbury(level: Level, matrix: Array, fine: Solver) -> Change:
@@ -143,8 +154,7 @@ def _inner(W: Array, ok: Array) -> tuple[Array, Array]:
 def inverted(matrix: Array) -> tuple[Array, Array]:
     """Inverse of a coarse matrix and its code (1,); scaled to a unit diagonal first, dropped vectors left out.
 
-    Where vectors depend on each other it is the inverse in their span: with the jitter of the code, entries of 1 / eps
-    would cost every digit.
+    Where vectors depend on each other it is the inverse in their span: entries of 1 / eps would cost every digit.
     """
     xp = namespace(matrix)
     diagonal = xp.linalg.diagonal(matrix)
@@ -157,7 +167,8 @@ def inverted(matrix: Array) -> tuple[Array, Array]:
     scaled = ((scaled + scaled.mT) / 2)[None, ...]
     inverse, code = kernels.spd_inverse(scaled)
     inverse = select(code < int(Code.INDEFINITE), inverse, xp.zeros_like(inverse))
-    low = (code > int(Code.OK)) & (code < int(Code.INDEFINITE))
+    large = xp.max(xp.linalg.diagonal(inverse), axis=-1) * equal.tolerance(matrix) > 1
+    low = (large | (code > int(Code.OK))) & (code < int(Code.INDEFINITE))
     # a loop of at most one turn: made only where it is needed, also under a trace
     (inverse,) = loop(lambda _: xp.any(low), lambda x: (select(low, _in_span(scaled), x[0]),), (inverse,), 1)
     return inverse[0, ...] / root[:, None] / root[None, :], code
@@ -167,7 +178,7 @@ def _in_span(matrix: Array) -> Array:
     """The inverse of symmetric (1, m, m) on the eigenvectors whose eigenvalues are not rounding of the largest."""
     xp = namespace(matrix)
     values, vectors, _ = kernels.eigh(matrix)
-    seen = values > 10 * matrix.shape[-1] * eps(matrix.dtype, xp) * xp.max(values, axis=-1, keepdims=True)
+    seen = values > equal.tolerance(matrix) * xp.max(values, axis=-1, keepdims=True)
     reciprocal = xp.where(seen, 1.0 / xp.where(seen, values, xp.ones_like(values)), xp.zeros_like(values))
     return xp.matmul(vectors * reciprocal[:, None, :], vectors.mT)
 
