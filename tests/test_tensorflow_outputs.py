@@ -151,3 +151,16 @@ def test_one_loss_of_outputs_that_only_a_batch_shows_is_that_of_keras(weights, d
     model.compile(SGD(0.1), crossentropy(), loss_weights=weights)
     found = model.fit(x, y, batch_size=6, epochs=2, verbose=0).history["loss"]
     np.testing.assert_allclose(found, want, rtol=1e-12)
+
+
+def test_records_go_by_the_names_of_outputs(rng):
+    """Losses in a dict of another order than that of the outputs, which are a list."""
+    x, y = rng.normal(size=(6, 4)), {"a": rng.normal(size=(6, 2)), "b": 5 * rng.normal(size=(6, 2))}
+    i = keras.Input((4,))
+    net = keras.Model(i, [L.Dense(2, name=name)(i) for name in "ab"])
+    found = [kt.records(net, x, y, {name: MSE() for name in names}, fisher=kf.empirical) for names in ("ab", "ba")]
+    for name in "ab":
+        want = net(x)[name == "b"].numpy() - y[name]  # the loss is the mean over two outputs
+        for one in found:
+            g = np.asarray(one[name].g).reshape(6, 2)
+            np.testing.assert_allclose(g, want, rtol=1e-10)
