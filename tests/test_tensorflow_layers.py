@@ -257,6 +257,30 @@ def test_low_rank_adapters_of_keras(rng):
     assert kt.unread(model, rng.normal(size=(3, *IMAGE)), tolerance=1e-6) == {}
 
 
+def test_low_rank_adapters_of_heads(rng):
+    """Of kernels (inputs, heads, outputs), of which the first axis alone is inputs, and (heads, inputs, outputs)."""
+    x = keras.Input((4, 6))
+    mha = L.MultiHeadAttention(2, 3, value_dim=4, name="mha")
+    model = keras.Model(x, L.Dense(2)(mha(x, x[:, 1:])))
+    inner = {
+        "query": mha.query_dense,
+        "key": mha.key_dense,
+        "value": mha.value_dense,
+        "attention_output": mha.output_dense,
+    }
+    for layer in inner.values():
+        layer.enable_lora(5)
+        layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape))
+    plan = kt.coverage(model, strict=True)
+    sizes = {part.name: part.block() for part in plan.parts}
+    assert sizes["mha.query.lora_kernel_a"] == kf.Block(10, 6)
+    assert sizes["mha.query.lora_kernel_b"] == kf.Block(3, 5)
+    assert sizes["mha.attention_output.lora_kernel_a"] == kf.Block(5, 8)
+    assert kt.unread(model, rng.normal(size=(3, 4, 6)), tolerance=1e-5) == {}
+    records = kt.records(model, rng.normal(size=(3, 4, 6)), rng.integers(0, 2, (3, 4)), crossentropy())
+    assert records["mha.query.lora_kernel_b"].g.shape[2:] == (3, 8, 3)  # a row a position and head
+
+
 @pytest.mark.parametrize("name", sorted({*slopes_of.FUNCTIONS, *slopes_of.BINARY}))
 def test_slopes_are_those_of_tensorflow(name):
     """Of every function that may change a weight, and of products and sums of it with itself."""

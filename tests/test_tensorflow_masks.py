@@ -142,9 +142,9 @@ def test_a_mask_is_laid_along_the_axis_that_moves_the_prediction_least(rng):
     """As many heads as positions: only the gradients tell which is which."""
     mask = np.array([[1, 0, 0], [1, 1, 0]], bool)
     g = rng.normal(size=(1, 1, 2, 3, 3, 2)) * mask[:, None, :, None]
-    found = masks.existing(g.reshape(1, 1, 2, 9, 2), [(0, None)], [mask], 2, (2, 3, 3), places.Place(0), False)
+    found = masks.existing(g.reshape(1, 1, 2, 9, 2), [((0,), None)], [mask], 2, (2, 3, 3), places.Place(0), False)
     np.testing.assert_array_equal(found.reshape(2, 3, 3), np.broadcast_to(mask[:, None], (2, 3, 3)))
-    found = masks.existing(np.zeros((1, 1, 2, 9, 2)), [(0, None)], [mask], 2, (2, 3, 3), places.Place(0), False)
+    found = masks.existing(np.zeros((1, 1, 2, 9, 2)), [((0,), None)], [mask], 2, (2, 3, 3), places.Place(0), False)
     assert found is None  # not to be seen: all rows count
 
 

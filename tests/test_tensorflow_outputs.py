@@ -98,3 +98,69 @@ def test_a_head_with_weight_zero_is_one_without_a_loss(double, rng):
     same(trained(lambda: returned("ba"), both, "fit", x, y, loss_weights={"b": 1.0, "a": 0.0}), want)
     with pytest.raises(ValueError, match=r"none of the outputs .* has a loss"):
         trained(lambda: returned("ba"), both, "fit", x, y, loss_weights={"b": 0.0, "a": 0.0})
+
+
+class Returned(keras.Model):
+    """What it returns only a batch shows."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.inner = L.Dense(5, "tanh")
+        self.second = L.Dense(3)  # weights in the order of the keys, as of a functional model
+        self.first = L.Dense(3)
+
+    def call(self, x):
+        h = self.inner(x)
+        p, q = self.first(h), self.second(h)
+        return {"tuple": (p, q), "list": [p, q], "dict": {"z": p, "b": q}}[self.kind]
+
+
+@pytest.mark.parametrize("shell", ["fit", "step"])
+@pytest.mark.parametrize("many", [False, True], ids=["one loss", "a list"])
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict"])
+def test_outputs_that_only_a_batch_shows(kind, many, shell, double, rng):
+    """One loss is each output's, a list goes by the sorted keys of a dict, as by Keras."""
+    x, p, q = rng.normal(size=(6, 4)), rng.integers(3, size=6), rng.normal(size=(6, 3))
+    q = q if many else rng.integers(3, size=6)
+    y = {"z": p, "b": q} if kind == "dict" else (p, q)
+    losses = {"z": crossentropy(), "b": MSE() if many else crossentropy()}
+    given = [losses[key] for key in ("bz" if kind == "dict" else "zb")] if many else crossentropy()
+
+    def make(functional):
+        i = keras.Input((4,))
+        h = L.Dense(5, "tanh")(i)
+        net = keras.Model(i, {"z": L.Dense(3)(h), "b": L.Dense(3)(h)}) if functional else Returned(kind)
+        net(x)
+        net.set_weights([np.cos(np.arange(v.size)).reshape(v.shape) for v in net.get_weights()])
+        return net
+
+    want = trained(lambda: make(True), losses, shell, x, {"z": p, "b": q})
+    same(trained(lambda: make(False), given, shell, x, y), want)
+
+
+@pytest.mark.parametrize("weights", [None, 0.5])
+def test_one_loss_of_outputs_that_only_a_batch_shows_is_that_of_keras(weights, double, rng):
+    x, y = rng.normal(size=(6, 4)), (rng.integers(3, size=6), rng.integers(3, size=6))
+    keras.utils.set_random_seed(1)
+    net = Returned("tuple")
+    net.compile(SGD(0.1), crossentropy(), loss_weights=weights)
+    want = net.fit(x, y, batch_size=6, epochs=2, verbose=0).history["loss"]
+    keras.utils.set_random_seed(1)
+    model = kt.KFACModel(Returned("tuple"), method=kf.Identity())
+    model.compile(SGD(0.1), crossentropy(), loss_weights=weights)
+    found = model.fit(x, y, batch_size=6, epochs=2, verbose=0).history["loss"]
+    np.testing.assert_allclose(found, want, rtol=1e-12)
+
+
+def test_records_go_by_the_names_of_outputs(rng):
+    """Losses in a dict of another order than that of the outputs, which are a list."""
+    x, y = rng.normal(size=(6, 4)), {"a": rng.normal(size=(6, 2)), "b": 5 * rng.normal(size=(6, 2))}
+    i = keras.Input((4,))
+    net = keras.Model(i, [L.Dense(2, name=name)(i) for name in "ab"])
+    found = [kt.records(net, x, y, {name: MSE() for name in names}, fisher=kf.empirical) for names in ("ab", "ba")]
+    for name in "ab":
+        want = net(x)[name == "b"].numpy() - y[name]  # the loss is the mean over two outputs
+        for one in found:
+            g = np.asarray(one[name].g).reshape(6, 2)
+            np.testing.assert_allclose(g, want, rtol=1e-10)

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from kfaccore_tensorflow.attention import Attended, Told
 
 Layer = Any
 Tensor = Any
@@ -19,22 +22,29 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class Scope:
-    """One call of a layer: operations number start to end, the mask (batch, *positions) of its input, or None, and that
-    input."""
+    """One call of a layer: operations number start to end, the mask (batch, *positions) of its input, or None, that
+    input, and what it attends where it is an attention layer."""
 
     layer: Layer
     start: int
     end: int
     mask: Tensor | None
     input: Any = None
+    attended: Attended | None = None
 
 
 @dataclass
 class Scopes:
-    """All calls of one forward pass, inner ones before those around them."""
+    """All calls of one forward pass, inner ones before those around them, and the masks that attention was told."""
 
     calls: list[Scope] = field(default_factory=list)
+    told: Told = field(default_factory=Told)
     places: dict[str, int] = field(default_factory=dict)  # name of an operation -> its number
+
+    @cached_property
+    def crossings(self) -> list[Scope]:
+        """The calls of attention layers that look at others than their query; to be asked once all are noted."""
+        return [scope for scope in self.calls if scope.attended is not None and scope.attended.keys]
 
     def around(self, op: Any) -> list[Scope]:
         """The calls that an operation belongs to, the innermost first."""
@@ -89,6 +99,7 @@ def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
         here = tf.compat.v1.get_default_graph() is graph
         first: Any = args[0] if args else next(iter(kwargs.values()), None)
         start = graph.version
+        attended = scopes.told.look(layer, call, args, kwargs) if here else None
         if isinstance(layer, keras.layers.RNN) and tf.is_tensor(first) and first.shape[1] is not None:
             mask = _mask(layer, first, kwargs, graph)
             found = _unrolled(layer, mask, lambda: call(*args, **kwargs))
@@ -96,7 +107,9 @@ def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:
             found = call(*args, **kwargs)
         if here:
             end = graph.version
-            scopes.calls.append(Scope(layer, start, end, _mask(layer, first, kwargs, graph), first))
+            mask = _mask(layer, first, kwargs, graph)
+            first = first if attended is None else attended.query
+            scopes.calls.append(Scope(layer, start, end, mask, first, attended))
         return found
 
     return wrapper

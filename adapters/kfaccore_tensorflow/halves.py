@@ -2,7 +2,8 @@
 
 W goes into an operation that is linear in it, with rows a and output gradients g. With W (inputs, outputs) that is
 linear in `first` for rows a and g second^T, and in `second` for a first and g; either factor is read with the other as
-it is.
+it is. Where the first axes of W alone are inputs, as of heads (inputs, heads, outputs), `first` has as many outputs a
+head, and `second` a row a head.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from kfaccore_tensorflow.uses import BY_ONE_NUMBER, Hot, Operation, Tensor, Use
 
 @dataclass(frozen=True)
 class Half:
-    """A factor's use: `kind` is that of the product. inputs: whether the factor is on the side of the inputs."""
+    """A factor's use.
+
+    kind      of the product
+    inputs    whether the factor is on the side of the inputs
+    heads     elements of those axes of the first factor that are outputs of the product
+    """
 
     kind: Kind
     inputs: bool
+    heads: int = 1
 
     def rows(self, x: np.ndarray | None, gy: np.ndarray, ones: bool) -> Seen:
         """Of the product; `through` takes them to the factor."""
@@ -32,13 +39,18 @@ class Half:
 
     def through(self, seen: Seen, other: np.ndarray) -> Seen:
         """Rows of the factor: `other` is (outputs, rank) for one on the side of the inputs, else (inputs, rank)."""
+        apart = (self.heads, seen.g.shape[-1] // self.heads)
         if self.inputs:
-            return Seen(seen.a, seen.g @ other)
+            g = seen.g.reshape(*seen.g.shape[:-1], *apart) @ other
+            return Seen(seen.a, g.reshape(*seen.g.shape[:-1], -1))
         a = seen.a
         if isinstance(a, Patches):
             unfolded = np.asarray(a.unfold())
             a = unfolded.reshape(unfolded.shape[0], *seen.rows, unfolded.shape[-1])
-        return Seen(a @ other, seen.g)
+        if self.heads == 1:
+            return Seen(a @ other, seen.g)
+        made = a @ other.reshape(a.shape[-1], -1)
+        return Seen(made.reshape(*a.shape[:-1], self.heads, -1), seen.g.reshape(*seen.g.shape[:-1], *apart))
 
 
 def halves(use: Use, uses_of: Callable[[Hot], Sequence[Use] | None]) -> list[Use] | None:
@@ -59,12 +71,14 @@ def halves(use: Use, uses_of: Callable[[Hot], Sequence[Use] | None]) -> list[Use
     found = []
     for one in goes:
         known = isinstance(one.kind, Product | Convolution) and one.hot.changed <= BY_ONE_NUMBER
-        if not known or one.matrix.key not in (straight.key, straight.turned().key):
+        turned = one.matrix.key == straight.turned().key != straight.key
+        ins = straight.sizes[2] if turned or not known else one.matrix.sizes[2]
+        whole = _apart(layout, ins)
+        own = _apart(use.hot.layout, ins) if first else _straight(use.hot.layout)
+        if not known or own is None or whole is None or not (turned or one.matrix.key == whole.key):
             return None
-        turned = one.matrix.key != straight.key
-        own = _straight(use.hot.layout)
         other = tf.transpose(op.inputs[1]) if first else tf.reshape(op.inputs[0], [-1, op.inputs[0].shape[-1]])
-        half = Half(one.kind, inputs=first != turned)
+        half = Half(one.kind, inputs=first != turned, heads=straight.sizes[2] // ins)
         scaled = other * _number(one.hot, other)
         found.append(replace(use, matrix=own.turned() if turned else own, kind=half, x=one.x, out=one.out, by=scaled))
     return found
@@ -82,6 +96,18 @@ def _straight(layout: Layout) -> Matrix:
     """The last axis are outputs, all others inputs."""
     last = len(layout.axes) - 1
     return Matrix.split(layout, (), (last,), range(last))
+
+
+def _apart(layout: Layout, ins: int) -> Matrix | None:
+    """So many elements of the first axes are inputs, those behind them outputs; None where they do not split so."""
+    straight = _straight(layout)
+    if straight.sizes[2] == ins:
+        return straight
+    try:
+        split = layout.reshaped((ins, straight.sizes[2] // ins, layout.shape[-1]))
+    except ValueError:
+        return None
+    return Matrix.split(split, (), (1, 2), (0,))
 
 
 def _number(hot: Hot, like: Tensor) -> Tensor:

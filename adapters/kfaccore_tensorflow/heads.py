@@ -136,6 +136,21 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     )
 
 
+def over(given: Any, f: Any) -> Any:
+    """What is trained, of a prediction whose outputs only a batch shows, as of a subclass: one of Keras's losses
+    is each output's, and a list of losses goes by the sorted keys of a dict, as Keras has it."""
+    keys = sorted(f) if isinstance(f, Mapping) else list(map(str, range(len(f)))) if isinstance(f, list | tuple) else []
+    if isinstance(given, Objective) and given.keras and len(keys) > 1:
+        each = dict.fromkeys(keys, replace(given, scale=1.0))
+        return Several(each, dict.fromkeys(keys, given.scale), tuple(keys))
+    counted = tuple(map(str, range(len(keys))))
+    if not isinstance(given, Several) or not isinstance(f, Mapping) or given.outputs != counted or counted[0] in f:
+        return given
+    named = dict(zip(counted, keys, strict=True))
+    objectives = {named[name]: one for name, one in given.objectives.items()}
+    return Several(objectives, {named[name]: weight for name, weight in given.weights.items()}, tuple(keys))
+
+
 def _scale(weights: Any) -> float:
     """The one weight of one loss, as `compile` takes it: a number, or it alone in a list or dict."""
     given = list(weights.values()) if isinstance(weights, Mapping) else np.ravel(1.0 if weights is None else weights)

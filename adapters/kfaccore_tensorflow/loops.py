@@ -78,6 +78,7 @@ def _unmoved(mask: np.ndarray, moved: np.ndarray, drawn: bool) -> tuple[bool, np
     dead = np.sum(~moved, axis=1)[alive]
     steps = sorted(set(zip(padding[alive].tolist(), dead.tolist(), strict=True)))
     grows = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(steps))
+    grows = grows and (len(steps) == 1 or steps[0][1] < steps[-1][1])  # one that is as many in all is no padding
     told = grows and dead.any() and all(more == 0 for less, more in steps if less == 0)
     if not told:
         return True, None

@@ -11,14 +11,15 @@ import numpy as np
 from kfaccore_tensorflow.places import Place
 from kfaccore_tensorflow.spread import fewest, spread
 
-Within = Sequence[tuple[int, int | None]]
+Within = Sequence[tuple[tuple[int, ...], int | None]]
 
 
 @dataclass
 class Rows:
     """Rows of one call, an entry an example and position.
 
-    within    (place among the batch's masks, step or None) of each layer call around, the innermost first
+    within    (places among the batch's masks, step or None) of each layer call around, the innermost first; of several
+              places, as of all that rows come from, the masks are one or tell nothing
     sizes     of an example's row axes
     shape     (batch, positions), the batch being one where rows stand together
     live      those that move the prediction; None without draws
@@ -57,15 +58,17 @@ class Rows:
             return np.zeros((self.examples, prod(self.shape) // self.examples), bool)
         return self.live.reshape(self.examples, -1)
 
-    def masks(self, masks: Sequence[np.ndarray]) -> list[tuple[int, int | None, np.ndarray]]:
-        """Place, step and (examples, *positions) of those of as many examples, or of several rows of each."""
+    def masks(self, masks: Sequence[np.ndarray]) -> list[tuple[tuple[int, ...], int | None, np.ndarray]]:
+        """Places, step and (examples, *positions) of those of as many examples, or of several rows of each."""
         found = []
-        for place, step in self.within:
-            mask = masks[place].astype(bool)
+        for places, step in self.within:
+            mask, *others = (masks[place].astype(bool) for place in places)
+            if not all(np.array_equal(mask, other) for other in others):
+                continue
             if len(mask) == self.examples:
-                found.append((place, step, mask))
+                found.append((places, step, mask))
             elif len(mask) % self.examples == 0 < len(mask):
-                found.append((place, None, mask.reshape(self.examples, -1, *mask.shape[1:])))
+                found.append((places, None, mask.reshape(self.examples, -1, *mask.shape[1:])))
         return found
 
     def lay(self, masks: Sequence[np.ndarray]) -> None:

@@ -15,7 +15,7 @@ from kfaccore_tensorflow.applied import apply, moves_nothing
 from kfaccore_tensorflow.bridge import widened
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch
-from kfaccore_tensorflow.heads import output_names
+from kfaccore_tensorflow.heads import output_names, over
 from kfaccore_tensorflow.judge import alone, fitting, judge, told_loose, unscaled
 from kfaccore_tensorflow.matrices import check_columns
 from kfaccore_tensorflow.observe import observe
@@ -155,6 +155,7 @@ def take_step(
         with tap(model) as scopes:
             watch = Watch(model)
             f = model(x, training=True)
+        engine.objective = over(engine.objective, f)
         heads = engine.objective.heads(f)
         seen = observe(model, list(heads.values()), scopes, x)
         engine.adopt(seen.plan)

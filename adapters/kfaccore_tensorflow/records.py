@@ -13,6 +13,7 @@ from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import of_any_batch, tensor
+from kfaccore_tensorflow.heads import output_names, over
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.step import Engine, Settings
 from kfaccore_tensorflow.tensors import Pass, Tensors, gathered
@@ -28,7 +29,7 @@ def records(
     Rows that mix examples, or that they share, are positions of one example: for draws that are independent of zero
     mean an example (the others get random signs) the mean of `dense` is right.
     """
-    engine = Engine(loss, Settings(**settings))
+    engine = Engine(loss, Settings(**settings), names=output_names(model))
     engine.signs = False
     found = _taken(engine, model, x, (y, sample_weight), training)
     if engine.mixing and engine.fisher in (kf.type2, kf.empirical):
@@ -44,6 +45,7 @@ def _taken(engine: Engine, model: Any, x: Any, data: tuple[Any, Any], training: 
         x = tf.nest.map_structure(of_any_batch, x)
         with tf.GradientTape(persistent=True) as tape, tap(model) as scopes:
             f = model(x, training=training)
+        engine.objective = over(engine.objective, f)
         heads = engine.objective.heads(f)
         seen = observe(model, list(heads.values()), scopes, x)
         engine.adopt(seen.plan)

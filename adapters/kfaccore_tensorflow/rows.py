@@ -25,7 +25,7 @@ class Shape:
 
     turned    whether its matrix is the part's transposed
     paths     layouts of the factors that changed it, of each way it came; none where it came as it is
-    masks     (place among the batch's masks, step or None) of each layer call around it, the innermost first
+    masks     (places among the batch's masks, step or None) of each layer call around it, the innermost first
     together  calls of this number are one layer call: their rows are summed
     of_inputs whether the batch goes into the call's output
     """
@@ -33,7 +33,7 @@ class Shape:
     kind: Kind
     turned: bool = False
     paths: tuple[tuple[Layout, ...], ...] = ()
-    masks: tuple[tuple[int, int | None], ...] = ()
+    masks: tuple[tuple[tuple[int, ...], int | None], ...] = ()
     together: int = -1
     of_inputs: bool = True
 

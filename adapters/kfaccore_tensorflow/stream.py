@@ -16,7 +16,7 @@ from kfaccore_tensorflow import draw
 from kfaccore_tensorflow.bridge import to_numpy
 from kfaccore_tensorflow.capture import tap
 from kfaccore_tensorflow.given import spec, tensor
-from kfaccore_tensorflow.heads import output_names
+from kfaccore_tensorflow.heads import output_names, over
 from kfaccore_tensorflow.observe import observe
 from kfaccore_tensorflow.plan import Plan
 from kfaccore_tensorflow.step import Engine, Settings
@@ -100,6 +100,7 @@ class Stream:
 
     def _heads(self, f: Any, target: Any) -> dict[str, Tensor]:
         """What is differentiated, by output."""
+        self.engine.objective = over(self.engine.objective, f)
         return self.engine.objective.heads(f)
 
 

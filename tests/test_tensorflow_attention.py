@@ -1,0 +1,128 @@
+"""Masks that attention layers are called under: what nobody may look at and moves nothing is not there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kfaccore as kf
+from tf_shared import SGD, L, crossentropy, keras, kt, tf
+from tf_shared import double as double
+
+
+def block(x, exists, layer=None):
+    """A block of an encoder, the mask of positions expanded anew."""
+    layer = L.MultiHeadAttention(2, 3) if layer is None else layer
+    y = L.LayerNormalization()(x)
+    x = x + layer(y, y, attention_mask=exists[:, None, :])
+    return x + L.Dense(6)(L.Dense(8, "tanh")(L.LayerNormalization()(x)))
+
+
+class Block(L.Layer):
+    """The same as a layer of one's own, for which rows are masked too."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = L.MultiHeadAttention(2, 3)
+        self.inner = L.Dense(6, "tanh")
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x, exists):
+        exists = tf.cast(exists, "int32")
+        x = x + self.attention(x, x, attention_mask=exists[:, None, :] * exists[:, :, None])
+        return x + self.inner(x)
+
+
+def mean(x, exists):
+    there = keras.ops.cast(exists, "float64")[..., None]
+    return keras.ops.sum(x * there, 1) / keras.ops.sum(there, 1)
+
+
+def decoded(x, exists):
+    """Of other positions, which look at x."""
+    x = block(x, exists)
+    q = L.Dense(6)(x[:, :1] * keras.ops.reshape(keras.ops.arange(1.0, 6.0, dtype="float64"), (1, 5, 1)))
+    for _ in range(2):
+        q = q + L.MultiHeadAttention(2, 3)(q, q, use_causal_mask=True)
+        q = q + L.MultiHeadAttention(2, 3)(q, x, attention_mask=exists[:, None, :])
+        q = q + L.Dense(6, "tanh")(q)
+    return keras.ops.mean(q, 1)
+
+
+def plain(x, exists):
+    q, k, v = L.Dense(6)(x[:, :1]), L.Dense(6)(x), L.Dense(6)(x)
+    return L.Attention()([q, v, k], mask=[None, exists])[:, 0]
+
+
+TOLD = {
+    "blocks": lambda x, exists: mean(block(block(x, exists), exists), exists),
+    "the first position alone": lambda x, exists: block(block(x, exists), exists)[:, 0],
+    "layers of one's own": lambda x, exists: mean(Block()(Block()(x, exists), exists), exists),
+    "grouped queries": lambda x, exists: mean(block(x, exists, L.GroupQueryAttention(3, 4, 2)), exists),
+    "value_mask": lambda x, exists: L.MultiHeadAttention(2, 3)(x, x, value_mask=exists)[:, 0],
+    "encoder and decoder": decoded,
+    "no heads": plain,
+    "sums": lambda x, exists: L.AdditiveAttention()([x, x], mask=[None, exists])[:, 0],
+}
+
+
+@pytest.mark.parametrize("make", TOLD.values(), ids=TOLD)
+def test_padding_that_nobody_looks_at_leaves_no_trace(make, rng):
+    ids, y = rng.integers(1, 9, (4, 5)), rng.integers(0, 3, 4)
+    there = np.arange(5) < np.array([3, 5, 2, 4])[:, None]
+    found = []
+    for length in (5, 8):
+        keras.utils.set_random_seed(1)
+        i, exists = keras.Input((length,), dtype="int32"), keras.Input((length,), dtype="bool")
+        net = keras.Model([i, exists], L.Dense(3)(make(L.Dense(6)(L.Embedding(9, 6)(i)), exists)))
+        step = kt.Optimizer(net, crossentropy(), SGD(1.0), fisher=kf.type2)
+        pad = ((0, 0), (0, length - 5))
+        step.step([np.pad(ids * there, pad), np.pad(there, pad)], y)
+        assert not step.engine.plan.refused
+        found.append(np.concatenate([np.ravel(v) for v in net.trainable_variables]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("masked", ["keys", "queries"])
+@pytest.mark.parametrize("how", ["Keras", "attention_mask"])
+def test_a_mask_of_the_other_sequence_leaves_all_positions(masked, how, rng):
+    """As many queries as keys, some of them without a label: they have no gradient and count."""
+    keras.utils.set_random_seed(1)
+    i, exists, d = keras.Input((5,), dtype="int32"), keras.Input((5,), dtype="bool"), keras.Input((5,), dtype="int32")
+    hides = how == "Keras"
+    keys = L.Dense(6, name="keys")(L.Embedding(9, 6, mask_zero=hides and masked == "keys")(i))
+    queries = L.Dense(6, name="queries")(L.Embedding(9, 6, mask_zero=hides and masked == "queries")(d))
+    mask = None if hides else exists[:, None, :]
+    if masked == "keys":
+        looked = L.MultiHeadAttention(2, 3, name="looks")(queries, keys, attention_mask=mask)
+    else:
+        queries = queries + L.MultiHeadAttention(2, 3)(queries, queries, attention_mask=mask)
+        looked = L.MultiHeadAttention(2, 3, name="looks")(queries, keys)
+    net = keras.Model([i, exists, d], L.Dense(3, name="head")(L.Dense(6, name="inner")(queries + looked)))
+    there = np.arange(5) < np.array([3, 5, 2, 4])[:, None]
+    labelled = np.arange(5) < np.array([5, 3, 3, 2])[:, None]
+    ids, other = rng.integers(1, 9, (4, 5)), rng.integers(1, 9, (4, 5))
+    x = [ids * there, there, other] if masked == "keys" else [other, there, ids * there]
+    labels = rng.integers(0, 3, (4, 5))
+    records = kt.records(net, x, labels, crossentropy(), (labelled & (there | (masked == "keys"))) * 1.0)
+    rows = {name: 20 if one.mask is None else int(np.asarray(one.mask).sum()) for name, one in records.items()}
+    assert {rows[name] for name in ("keys", "looks.key", "looks.value")} == {14 if masked == "keys" else 20}
+    assert {rows[name] for name in ("looks.query", "looks.attention_output", "inner", "head")} == {
+        20 if masked == "keys" else 14
+    }
+
+
+def test_a_mask_without_examples_leaves_all_positions(rng):
+    """Of steps alone, as one that is strictly causal: the last key is looked at by nobody, in no example."""
+    x = keras.Input((5, 4))
+    before = np.tril(np.ones((5, 5), bool), -1)
+    looked = L.MultiHeadAttention(2, 3, name="looks")(x, x, attention_mask=before)
+    record = kt.records(
+        keras.Model(x, L.Dense(3)(looked)), rng.normal(size=(4, 5, 4)), np.zeros((4, 5), int), crossentropy()
+    )["looks.key"]
+    assert record.mask is None
+    assert not np.any(np.asarray(record.g)[..., -1, :])
