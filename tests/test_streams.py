@@ -229,3 +229,24 @@ def test_streams_of_a_sequential():
     assert kf.scores(P, next(iter(stream)), stream).shape == (1, 4)
     with pytest.raises(ValueError, match="need one of kfaccore's"):
         kn.Stream(NETWORK, params, loss, batches, len)
+
+
+class Spread(torch.nn.Module):
+    """One layer, whose rows every prediction is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.a(x).softmax(0).cumsum(0)
+
+
+def test_outputs_of_layers_that_all_mix_examples_are_refused():
+    model = Spread().double()
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for stream in (kt.outputs(model, [x]), kt.measured(model, lambda f, y: f[:, 0], [(x, None)])):
+        with pytest.raises(ValueError, match=r"batch 0: rows of layers \['a'\] are shared by examples, or mix them"):
+            next(iter(stream))
+    (records,) = kt.outputs(model, [x[:1]])
+    assert records["a"].batch == 1

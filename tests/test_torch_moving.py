@@ -12,6 +12,8 @@ from torch import nn
 
 import kfaccore as kf
 import kfaccore_torch as kt
+from kfaccore_torch import observe
+from kfaccore_torch.places import Groups
 
 CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.usefixtures("torch_double")
@@ -103,6 +105,23 @@ def test_one_node_more_in_one_graph_and_one_less_in_another(examples):
         x, y = torch.randn(3 * examples, 3), torch.randint(0, 3, (examples,))
         record = kt.records(model, CE, (x, sizes), y, fisher=kf.type2)[0]["a"]
         torch.testing.assert_close(dense(record), fisher(model, model.a, x, sizes), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("room", [1 << 23, 60])
+def test_maps_that_are_remembered_have_a_size(room, monkeypatch):
+    """Ragged batches have shapes that never come again, each with a number a row."""
+    monkeypatch.setattr(observe, "_MOST_ROWS", room)
+    model = Pool(POOLS["scatter"])
+    sizes = [[3, 2 + i % 12, 1] for i in range(24)]  # 6 to 17 rows each
+    data = [((torch.randn(sum(these), 3), these), torch.tensor([0, 2, 1])) for these in sizes]
+    stream = kt.Stream(model, CE, data, kf.type2)
+    held = []
+    for (inputs, _), records in zip(data, stream, strict=True):
+        torch.testing.assert_close(dense(records["a"]), fisher(model, model.a, *inputs), rtol=1e-9, atol=1e-12)
+        kept = stream.engine.observer.kept.values()
+        held.append(sum(len(one.place.of) for _, owned in kept for one in owned if isinstance(one.place, Groups)))
+    assert held[0] == 6
+    assert max(held) == sum(range(6, 18)) if room > 60 else 40 < max(held) <= 60
 
 
 def test_more_examples_than_numbers_take_one_pass_more():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 pytest.importorskip("torch")
@@ -12,6 +14,7 @@ from torch import nn
 
 import kfaccore as kf
 import kfaccore_torch as kt
+from kfaccore_torch import kept
 
 
 class Pure(kt.ExampleLoss):
@@ -106,3 +109,68 @@ def test_a_prediction_that_is_written_to_late_is_named(torch_double):
         else:
             pre.loss(f, torch.full((6, 3), sign)).backward()
             pre.step()
+
+
+class Seldom(Pure):
+    """Writes to its target where that has a mark, and not the same again where it was written to."""
+
+    def each(self, f, target):
+        if bool((target > 9).any()):
+            target[target > 9] *= 0.5
+        return ((target + 2) * F.softplus(f) - target * f).sum(1)
+
+    def labels(self, f, noise, target):
+        return target + noise
+
+
+class Never(Seldom):
+    def each(self, f, target):
+        return super().each(f, target.clone())
+
+
+@pytest.mark.parametrize("fisher", [kf.type2, kf.empirical, kf.monte_carlo])
+@pytest.mark.parametrize("first", range(7))
+def test_the_first_write_to_a_target_is_seen_at_any_batch(torch_double, first, fisher):
+    found = []
+    for loss in (Seldom(), Never()):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(0.1, 0.5))
+        pre = kt.Preconditioner(model, loss, core, fisher=fisher)
+        for i in range(8):
+            x, target = torch.randn(6, 4), torch.rand(6, 3)
+            target[0, 0] = 50.0 if i == first else 1.0  # halved once, it is above 9 still
+            model.zero_grad()
+            with pre.capture():
+                f = model(x)
+            pre.loss(f, target).backward()
+            pre.step()
+            left = {True: 50.0 if type(loss) is Never else 25.0, False: 1.0}
+            assert float(target[0, 0]) == left[i == first]
+        found.append(model.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_a_first_write_to_a_large_target_is_named_and_seen_from_then_on(torch_double, monkeypatch):
+    monkeypatch.setattr(kept, "_LARGE", 2)
+    found = []
+    for loss in (Seldom(), Never()):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 1), kf.Schedules(0.1, 0.0))
+        pre = kt.Preconditioner(model, loss, core, fisher=kf.type2)
+        for i in range(7):
+            x, target = torch.randn(6, 4), torch.rand(6, 3)
+            target[0, 0] = 50.0 if i in (2, 5, 6) else 1.0
+            with pre.capture():
+                f = model(x)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                value = pre.loss(f, target)
+            assert len(told) == (i == 2 and type(loss) is Seldom)
+            assert all("this loss has written to target, a large tensor" in str(one.message) for one in told)
+            model.zero_grad()
+            value.backward()
+            pre.step()
+        found.append(model.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)

@@ -110,6 +110,7 @@ def stale(engine: Engine, shots: Sequence[Shot]) -> ValueError | None:
     if engine.due and engine.core.comm.world > 1:  # one process has nobody to wait for, nor its device
         measured = {name for shot in shots for name in shot.found}
         engine.agree(measured, any(read(shot.n) > 0 for shot in shots), any(shot.part for shot in shots))
+        engine.separate.check(engine)
     error = _two_ways([loss for shot in shots for loss in shot.losses], engine.plan.layers)
     if error is not None:
         engine.leave_word(error)

@@ -4,12 +4,14 @@ The training value moves it, once a step. The loss is asked more often than that
 the step. What is asked at a prediction finds all as the training value at it did, and leaves all as it was. So it is
 with the target, which a loss may write to; but that n is of the target that the value left, as the value's own is.
 
-What a loss moves is found at its first, second, fourth, eighth and so on value; only that is copied at the others.
+What a loss moves is found at its first, second, fourth, eighth and so on value; only that is copied at the others, and
+the target, which it may first write to in any batch.
 """
 
 from __future__ import annotations
 
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +32,7 @@ from kfaccore_torch.split import Split
 
 _RANDOM = "random numbers"
 _TARGET = "target"
+_LARGE = 1 << 20  # numbers of a target that is copied only where it was written to before
 
 
 def keeping(objective: Any) -> Any:
@@ -74,7 +77,7 @@ class Keeping:
         """The training loss: what it moves stays moved."""
         self.turn += 1
         head = self.of.heads(f)[0]
-        before = self._copies(head.device, target)
+        before = self._copies(head.device, target, first=True)
         value = self.of.value(f, target)
         self._note(before)
         self._first = [(path, put) for path, put, _ in before if path in self.moved]
@@ -136,22 +139,28 @@ class Keeping:
     def _watch(self) -> bool:
         return self.turn & (self.turn - 1) == 0
 
-    def _copies(self, device: torch.device, target: Any) -> list[tuple[str, partial, Callable[[], bool]]]:
-        """(path, what puts it back, whether it has changed), of all that may move, or of what is known to."""
-        if not (self._watch or self.moved):
+    def _copies(
+        self, device: torch.device, target: Any, first: bool = False
+    ) -> list[tuple[str, partial, Callable[[], bool]]]:
+        """(path, what puts it back, whether it has changed), of all that may move, or of what is known to; of all of
+        the target if it is looked at `first`."""
+        if not (self._watch or self.moved or first):
             return []
-        things = list(walked(self.losses))
+        things = list(walked(self.losses)) if self._watch or self.moved else []
         copies: list[tuple[str, partial, Callable[[], bool]]] = []
         for path, x in (*things, *walked({_TARGET: target})):
-            if not (self._watch or path in self.moved):
+            known = self._watch or path in self.moved
+            told = path.startswith(_TARGET)
+            if not (known or (told and first)):
                 continue
             if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter):
-                put = partial(written, x, x.detach().clone())
+                kept = known or x.numel() <= _LARGE
+                put = partial(written, x, x.detach().clone()) if kept else partial(_late, path)
             elif isinstance(x, np.ndarray | CONTAINERS):
                 put = kept_as_is(x)
             else:
                 continue
-            told = path.startswith(_TARGET) and isinstance(x, torch.Tensor)  # y[y == 255] = -100 may find none today
+            told = told and isinstance(x, torch.Tensor)  # y[y == 255] = -100 may find none today
             copies.append((path, put, partial(_written, x, version(x)) if told else partial(changed, *put.args)))
         if self._watch or _RANDOM in self.moved:
             puts = random_state(things, device)
@@ -160,12 +169,20 @@ class Keeping:
         return copies
 
     def _note(self, before: Sequence[tuple[str, partial, Callable[[], bool]]]) -> None:
-        if self._watch:
-            self.moved |= {path for path, _, moves in before if path not in self.moved and moves()}
+        fresh = [one for one in before if one[0] not in self.moved]
+        self.moved |= {path for path, _, moves in fresh if (self._watch or path.startswith(_TARGET)) and moves()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last look."""
         return {**self.__dict__, "_first": [], "_at": None}
+
+
+def _late(path: str) -> None:
+    warnings.warn(
+        f"this loss has written to {path}, a large tensor, as in no batch before: draws of this batch are of what it "
+        f"left there. From now on a copy is made. Write to a tensor of the loss's own, target = target.clone()",
+        stacklevel=2,
+    )
 
 
 def _written(x: torch.Tensor, before: int) -> bool:

@@ -33,6 +33,7 @@ from kfaccore_torch.sight import Sight
 from kfaccore_torch.split import Split, candidates
 
 _MOST = 256  # combinations of shapes that are remembered
+_MOST_ROWS = 1 << 23  # numbers in the maps of all of them
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Observer:
     """Maps found so far, how often each was used, and the calls that it is confirmed for every time."""
 
     kept: dict[Any, tuple[Split, tuple[Owned, ...]]] = field(default_factory=dict)
+    sizes: dict[Any, int] = field(default_factory=dict)  # of their maps, in numbers
     turns: dict[Any, int] = field(default_factory=dict)
     times: dict[Any, float] = field(default_factory=dict)  # of draws, where it is not 1
     bent: set[str] = field(default_factory=set)  # layers behind a backward pass that is not linear
@@ -128,13 +130,13 @@ class Observer:
     def _keep(self, key: Any, split: Split, owned: Sequence[Owned | None], times: float) -> None:
         """What was found; the oldest goes where that is too much."""
         self.kept[key] = split, tuple(one for one in owned if one is not None)
+        self.sizes[key] = sum(one.numbers for one in self.kept[key][1])
         if times != 1:
             self.times[key] = times
-        if len(self.kept) > _MOST:
+        while len(self.kept) > _MOST or (len(self.kept) > 1 and sum(self.sizes.values()) > _MOST_ROWS):
             oldest = next(iter(self.kept))
-            del self.kept[oldest], self.turns[oldest]
-            self.times.pop(oldest, None)
-            self.loose.pop(oldest, None)
+            for known in (self.kept, self.turns, self.times, self.loose, self.sizes):
+                known.pop(oldest, None)
 
     def _name(self, layers: Sequence[str]) -> None:
         """A warning for layers behind a backward pass that is not linear, once each."""

@@ -45,6 +45,12 @@ class Owned:
         return not self.mixes and (self.undecided is None or len(self.undecided) < prod(self.place.rows))
 
     @property
+    def numbers(self) -> int:
+        """How many are kept of it, a number a row where its rows are in a map: what shapes say takes none."""
+        undecided = 0 if self.undecided is None else len(self.undecided)
+        return undecided + (prod(self.place.rows) if isinstance(self.place, Groups) else 0)
+
+    @property
     def unmoved(self) -> bool:
         """Whether no row has a gradient and shapes say nothing of their examples."""
         return not (self.mixes or self.shaped or self.decided)

@@ -30,6 +30,7 @@ from kfaccore_torch.outputs import nothing
 from kfaccore_torch.plan import modules, unwrapped
 from kfaccore_torch.planning import Planning
 from kfaccore_torch.precision import by_layer
+from kfaccore_torch.separate import Separate
 from kfaccore_torch.settings import Settings
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.share import check_whole
@@ -70,6 +71,7 @@ class Engine(Planning):
         self._due: tuple[Any, kf.Preconditioner, bool] | None = None
         self._precision: tuple[Any, dict[str, str], dict[str, kf.Precision] | None] | None = None
         self.launch = Launch()
+        self.separate = Separate()
         self._info: kf.Info | Callable[[], kf.Info] | None = None
 
     @contextmanager

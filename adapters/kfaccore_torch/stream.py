@@ -113,6 +113,17 @@ class _Pulled(Stream):
         super().__init__(model, kf.Gaussian(), batches, **options)
         self.units = units
 
+    def _records(self, inputs: Any, target: Any, number: int) -> dict[str, kf.Record]:
+        """ValueError where no layer has a gradient of one example: others tell layers apart by their batch."""
+        found = super()._records(inputs, target, number)
+        if found and found.keys() <= self.engine.mixing:
+            raise ValueError(
+                f"batch {number}: rows of layers {sorted(found)} are shared by examples, or mix them (batch "
+                f"statistics, message passing), so that no layer has a gradient of one example: hand over one at a "
+                f"time, or take a layer behind what mixes them"
+            )
+        return found
+
     def _asked(self, f: Any, target: Any) -> tuple[Any, Any, torch.Tensor | None]:
         chosen = self.units(f, target)
         count = chosen[0].numel()
