@@ -298,3 +298,20 @@ def own_activation_rule():
 
     act.defjvp(lambda primals, tangents: (jnp.tanh(primals[0]), 2.0 * tangents[0]))
     return lambda p, x: act(x @ p["w"]) @ p["v"], dict(zip("wv", normal((5, 4), (4, 3)), strict=True)), normal((6, 5))
+
+
+@exact
+def rule_that_walks_over_a_constant():
+    """As that of jax.experimental.ode does over its times."""
+
+    @jax.custom_vjp
+    def summed(x, times):
+        return x * times.sum()
+
+    def back(times, g):
+        return lax.fori_loop(0, 2, lambda i, total: total + g * times[i], jnp.zeros_like(g)), jnp.zeros_like(times)
+
+    summed.defvjp(lambda x, times: (x * times.sum(), times), back)
+    times = np.array([0.5, 1.0])
+    params = dict(zip("wv", normal((5, 4), (4, 3)), strict=True))
+    return lambda p, x: summed(jnp.tanh(x @ p["w"]), jnp.asarray(times)) @ p["v"], params, normal((6, 5))

@@ -285,6 +285,8 @@ def test_misuse_is_named():
         kj.kfac(plan, {"0.0": kf.KFAC()}).init(mlp_params())
     with pytest.raises(ValueError, match="step is LineSearch"):
         kj.kfac(plan, step=kf.LineSearch())
+    with pytest.raises(ValueError, match="init got params without an array of real numbers"):
+        optax.partition({"one": tx, "other": optax.sgd(0.1)}, lambda params: "other").init(mlp_params())
     unchanged = tx.update(grads, state, records=None, fresh=False)[0]
     same(unchanged, grads)
 

@@ -10,7 +10,7 @@ import pytest
 import kfaccore as kf
 from jax_models import FAST, normal
 from jax_needed import jax, jnp, kj, optax
-from kfaccore_jax.probing import outline, shrinks, turns
+from kfaccore_jax.probing import check_downhill, outline, shrinks, tried, turns
 
 P = dict(zip("bsvw", normal((6,), (4,), (6, 3), (4, 6)), strict=True))
 X, Y = normal((16, 4), (16, 3), seed=2)
@@ -103,6 +103,45 @@ def test_a_rate_that_begins_with_zero_and_steps_that_are_gathered():
     with pytest.raises(ValueError, match="graft's optimizer has moved nothing"):
         moved(graft=optax.set_to_zero())
     moved(rest=optax.set_to_zero())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_that_an_optimizer_adds_does_not_turn_it(seed):
+    noise = optax.add_noise(1e6, 0.55, seed)
+    assert turns(optax.chain(noise, optax.sgd(0.1)), outline(P))
+    assert turns(noise, outline(P)) is False
+
+
+UPHILL = {
+    "kfac": kj.kfac(PLAN),
+    "graft": kj.kfac(PLAN, graft=optax.adamw(0.01)),
+    "its own rate": kj.kfac(PLAN, step=kf.SelfTuning()),
+    "micro-batches": kj.accumulate(kj.kfac(PLAN, graft=optax.adamw(0.01)), 2),
+    "twice": optax.chain(kj.kfac(PLAN), optax.sgd(0.1), optax.scale(-1.0)),
+    "a part": optax.masked(kj.kfac(PLAN), {"w": True, "b": True, "s": True, "v": False}),
+}
+
+
+@pytest.mark.parametrize("name", UPHILL)
+def test_a_chain_that_goes_uphill_is_refused_before_its_first_step(name):
+    tx = UPHILL[name]
+    step = kj.step(PLAN, kf.Gaussian(), tx)
+    with pytest.raises(ValueError, match="tx moves parameters up the gradient"):
+        jax.eval_shape(step, P, tx.init(P), (X, Y), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", UPHILL)
+def test_and_the_same_turned_round_is_not(name):
+    check_downhill(tried(optax.chain(UPHILL[name], optax.scale(-1.0))), P)
+    check_downhill(tried(optax.chain(UPHILL[name], optax.scale(0.0))), P)
+
+
+def test_a_chain_that_cannot_be_tried_is_not_judged():
+    def update(grads, state, params=None, *, weather, **given):
+        return grads, state
+
+    strange = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    check_downhill(tried(optax.chain(kj.kfac(PLAN), strange)), P)
 
 
 def test_large_trees_are_tried_on_shorter_axes():

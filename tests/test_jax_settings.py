@@ -17,9 +17,13 @@ def apply(p, x):
     return jnp.tanh(x @ p["w"]) @ p["v"] * jnp.exp(p["s"])
 
 
+SETTINGS = [(jax.numpy_rank_promotion, "allow", "raise"), (jax.numpy_dtype_promotion, "standard", "strict")]
+
+
+@pytest.mark.parametrize(("promoted", "by_default", "strictly"), SETTINGS, ids=["ranks", "dtypes"])
 @pytest.mark.parametrize(("loss", "target"), CASES, ids=lambda x: type(x).__name__)
-def test_steps_where_ranks_are_not_promoted(loss, target):
-    """jax_numpy_rank_promotion="raise" raises while a program is traced: micro-batches and other draws too."""
+def test_steps_where_nothing_is_promoted(loss, target, promoted, by_default, strictly):
+    """These settings raise while a program is traced: micro-batches and other draws too."""
     params = {"w": normal((4, 5)), "v": normal((5, 3), seed=1), "s": jnp.zeros(())}
     plan = kj.plan(apply, params, X)
     step = kj.step(plan, loss, kj.accumulate(optax.chain(kj.kfac(plan), optax.sgd(0.1)), 1))
@@ -31,7 +35,7 @@ def test_steps_where_ranks_are_not_promoted(loss, target):
         return step(params, step.init(params), (x, target), key), rows
 
     found = []
-    for setting in ("allow", "raise"):
-        with jax.numpy_rank_promotion(setting):
+    for setting in (by_default, strictly):
+        with promoted(setting):
             found.append(jax.eval_shape(run, params, X, target, jax.random.key(0)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found[0]) == jax.tree.map(lambda x: (x.shape, x.dtype), found[1])

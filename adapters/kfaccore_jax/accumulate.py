@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from kfaccore import Block, Ids, Record, measured
 from kfaccore_jax.mesh import promoting
 from kfaccore_jax.present import matrices, seen
+from kfaccore_jax.probing import unless_tried
 from kfaccore_jax.records import Drawn, widened
 from kfaccore_jax.replicas import share_of
 from kfaccore_jax.state import Fresh, KFACState, restored, state_of
@@ -65,7 +66,8 @@ def accumulate(tx: optax.GradientTransformationExtraArgs, k: int) -> optax.Gradi
     within = optax.with_extra_args_support(tx)
 
     whole = _Accumulation(rule, within, k)
-    return optax.GradientTransformationExtraArgs(whole.init, whole.update)  # pyright: ignore[reportArgumentType]
+    init = unless_tried(whole.init, within.init)
+    return optax.GradientTransformationExtraArgs(init, unless_tried(whole.update, within.update))
 
 
 @dataclass(frozen=True, eq=False)

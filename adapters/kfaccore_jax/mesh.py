@@ -119,12 +119,13 @@ def automatic(function: Callable, specs: Any, *args: Any) -> Any:
 
 
 def promoting(function: Callable) -> Callable:
-    """`function` with arrays of fewer axes broadcast as NumPy does, where jax_numpy_rank_promotion="raise" forbids it:
-    the core is written for NumPy too."""
+    """`function` with arrays of fewer axes and of other dtypes joined as NumPy does, where
+    jax_numpy_rank_promotion="raise" or jax_numpy_dtype_promotion="strict" forbids it: the core is written for NumPy
+    too."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with jax.numpy_rank_promotion("allow"):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return function(*args, **kwargs)
 
     return run

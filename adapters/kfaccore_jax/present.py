@@ -68,9 +68,14 @@ def blocks_of(plan: Plan, params: Any) -> dict[str, Block]:
 
 
 def check_leaves(plan: Plan, params: Any) -> None:
-    """ValueError naming leaves that the plan does not know, or knows in another shape; TypeError for those that are no
-    numbers."""
+    """ValueError naming leaves that the plan does not know, or knows in another shape, or where there are none;
+    TypeError for those that are no numbers."""
     check_arrays(params)
+    if not any(followed(x) for x in jax.tree.leaves(params)):
+        raise ValueError(
+            "init got params without an array of real numbers: optax.masked or optax.partition may leave none of them "
+            "to kfac(plan), and optax.tree_utils.tree_map_params asks with none, where jax.tree.map over its state does"
+        )
     keys = [name for name, x in named(params).items() if jnp.issubdtype(x.dtype, jax.dtypes.extended)]
     if keys:
         raise TypeError(

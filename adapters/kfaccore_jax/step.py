@@ -56,6 +56,7 @@ from kfaccore_jax.judge import added
 from kfaccore_jax.mesh import promoting
 from kfaccore_jax.names import named
 from kfaccore_jax.plan import Plan
+from kfaccore_jax.probing import check_downhill, signed_alone, tried
 from kfaccore_jax.records import widened
 from kfaccore_jax.state import counts_of
 from kfaccore_jax.transform import Transformation
@@ -117,7 +118,7 @@ def kfac(
     rule_of(core.rule, graft, rest)
     check_decay(core.schedules, graft)
     rule = Transformation(plan, core, _names(axis_name), _uncovered(core, uncovered, rest), rest, graft)
-    return optax.GradientTransformationExtraArgs(promoting(rule.init), promoting(lending(rule.update)))
+    return optax.GradientTransformationExtraArgs(*signed_alone(promoting(rule.init), promoting(lending(rule.update))))
 
 
 def _names(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -158,6 +159,7 @@ class Step:
         self.loss = loss
         self.tx = tx
         self.draws = draws
+        self._tried = tried(tx)
         self._run = jax.jit(self._step, donate_argnums=(0, 1))
 
     def init(self, params: Any) -> Any:
@@ -179,6 +181,7 @@ class Step:
 
     def _step(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
         *args, target = batch
+        check_downhill(self._tried, params)
         captured = capture(self.plan, params, *args)
         f = jax.tree.map(widened, captured.prediction)  # bfloat16 has 128 uniform numbers to draw labels by
         n = self.loss.normaliser(f, target)
@@ -218,8 +221,8 @@ def step(
     at the parameters before the step: the state of BatchNorm, which the next batch's args then hold.
 
     loss    SoftmaxCrossEntropy(), Bernoulli(), Gaussian() or a Joint of them, averaged as its `normaliser` says
-    tx      a chain with kfac(plan); the default sets its own rate, momentum and damping:
-            optax.chain(kfac(plan, step=SelfTuning()), optax.scale(-1.0))
+    tx      a chain with kfac(plan), refused where it goes up a gradient; the default sets its own rate, momentum and
+            damping: optax.chain(kfac(plan, step=SelfTuning()), optax.scale(-1.0))
     draws   labels sampled an example
     """
     import optax
