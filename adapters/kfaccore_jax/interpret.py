@@ -52,7 +52,8 @@ def run(
         if any(flags):
             outs, found = _equation(walk, jaxpr, place, eqn, inputs, [tag_of(v) for v in eqn.invars], flags)
         else:
-            outs, found = _evaluate(jaxpr, eqn, inputs), [None] * len(flags)
+            outs = _evaluate(jaxpr, eqn, inputs)
+            found = [None] * len(flags)
         env.update(zip(eqn.outvars, outs, strict=True))
         known.update(zip(eqn.outvars, found, strict=True))
     found = [tag_of(v) if flag else None for v, flag in zip(jaxpr.outvars, asked, strict=True)]
@@ -143,7 +144,8 @@ def _remat(
 
     def body(values: list, probes: dict) -> tuple[list, dict, list]:
         inner = walk.inside(place, True)
-        inner.calls, inner.outputs = dict(walk.calls), dict(walk.outputs)  # a bias within may be of a call before it
+        inner.calls = dict(walk.calls)  # a bias within may be of a call before it
+        inner.outputs = dict(walk.outputs)
         inner.probes = None if walk.probes is None else probes
         outs, found = run(inner, _inner(eqn), values, tags, asked)
         seen[:] = inner, found

@@ -139,7 +139,9 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
 def over(given: Any, f: Any) -> Any:
     """What is trained, of a prediction whose outputs only a batch shows, as of a subclass: one of Keras's losses
     is each output's, and a list of losses goes by the sorted keys of a dict, as Keras has it."""
-    keys = sorted(f) if isinstance(f, Mapping) else list(map(str, range(len(f)))) if isinstance(f, list | tuple) else []
+    if not isinstance(f, Mapping | list | tuple):
+        return given
+    keys = sorted(f) if isinstance(f, Mapping) else [str(i) for i in range(len(f))]
     if isinstance(given, Objective) and given.keras and len(keys) > 1:
         each = dict.fromkeys(keys, replace(given, scale=1.0))
         return Several(each, dict.fromkeys(keys, given.scale), tuple(keys))

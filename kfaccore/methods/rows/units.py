@@ -19,6 +19,7 @@ from operator import add
 from kfaccore import factors
 from kfaccore import xp as kernels
 from kfaccore.convolution.patches import Patches
+from kfaccore.linalg import refined
 from kfaccore.record import Ids, Record
 from kfaccore.record.chunks import input_chunks
 from kfaccore.record.sharing import expand
@@ -93,14 +94,9 @@ class Damped:
     code: Array
 
     def solve(self, b: Array) -> Array:
-        """system^-1 b (blocks, units), refined twice: of units that depend on each other the inverse has entries of
-        1 / damping, and their rounding."""
-        xp = namespace(b)
-        b = b[:, :, None]
-        y = xp.matmul(self.inverse, b)
-        for _ in range(2):
-            y = y + xp.matmul(self.inverse, b - xp.matmul(self.system, y))
-        return y[:, :, 0]
+        """system^-1 b (blocks, units), also of units that depend on each other, where the inverse has entries of
+        1 / damping."""
+        return refined.solved(self.system, self.inverse, b[:, :, None])[:, :, 0]
 
 
 def damped(K: Array, n: float | Array, damping: float | Array, relative: bool = False) -> Damped:

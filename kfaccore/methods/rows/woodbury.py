@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from kfaccore import tree
 from kfaccore import xp as kernels
+from kfaccore.linalg import refined
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
 from kfaccore.xp.arrays import Array, device_of, loop, namespace, select
@@ -78,17 +79,14 @@ def times(v: Array, inverse: LowRank) -> Array:
     y = xp.matmul(z, wide.small)
     if exact:  # otherwise the rounding of v is more than what is lost
         lost = xp.sum(xp.sum(rows * rows, axis=-1), axis=-1) > _WELL * wide.shift
-        (y,) = loop(lambda _: xp.any(lost), lambda y: (_refined(y[0], z, rows, wide),), (y,), 1)
+        (y,) = loop(lambda _: xp.any(lost), lambda _: (_refined(z, rows, wide),), (y,), 1)
     return (v - xp.matmul(y, rows)) / wide.shift[:, None, None]
 
 
-def _refined(y: Array, z: Array, rows: Array, inverse: LowRank) -> Array:
-    """y = z S, twice refined by S^-1 = rows rows^T + c I."""
-    xp = namespace(y)
+def _refined(z: Array, rows: Array, inverse: LowRank) -> Array:
+    """z S, refined by S^-1 = rows rows^T + c I; both are symmetric."""
     system = kernels.shifted(kernels.gram(rows.mT), inverse.shift)
-    for _ in range(2):
-        y = y + xp.matmul(z - xp.matmul(y, system), inverse.small)
-    return y
+    return refined.solved(system, inverse.small, z.mT).mT
 
 
 def times_rows(v: Array, inverse: LowRank) -> Array:

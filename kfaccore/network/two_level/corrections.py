@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kfaccore import xp as kernels
-from kfaccore.linalg import equal
+from kfaccore.linalg import equal, refined
 from kfaccore.network.two_level.gradients import Tree
 from kfaccore.network.two_level.level import Level
 from kfaccore.network.two_level.vectors import dense
@@ -75,11 +75,8 @@ def _projected(level: Level, system: Array, fine: Solver) -> tuple[Tree, Tree, A
 
 
 def _solved(system: Array, inverse: Array, b: Array) -> Array:
-    """system^-1 b (m,), refined twice: of vectors that nearly depend on each other the inverse has large entries."""
-    beta = inverse @ b
-    for _ in range(2):
-        beta = beta + inverse @ (b - system @ beta)
-    return beta
+    """system^-1 b (m,), also of vectors that nearly depend on each other."""
+    return refined.solved(system, inverse, b[:, None])[:, 0]
 
 
 def woodbury(level: Level, matrix: Array, fine: Solver) -> Change:
