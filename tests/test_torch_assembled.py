@@ -63,6 +63,33 @@ def test_together_as_one_by_one(last):
         assert all(torch.equal(x, back[name][role]) for role, x in parts.items())
 
 
+def test_directions_with_a_blocks_axis():
+    """Those of gradients that were never multiplied out come as (1, d_out, d_in), of equal layers as one stack."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)]).double()
+    layers = kt.Preconditioner(model, nn.MSELoss(), namespace="torch").engine.plan.layers
+    whole = torch.randn(3, 1, 16, 17, dtype=torch.float64)
+    for name, parts in tensors(layers, dict(zip(layers, whole.unbind(0), strict=True))).items():
+        for role, want in layers[name].arrays(whole[int(name), 0]).items():
+            assert torch.equal(parts[role], want), (name, role)
+
+
+@pytest.mark.parametrize("step", [kf.Fixed(), kf.SelfTuning()], ids=lambda rule: type(rule).__name__)
+def test_an_optimizer_of_equal_layers(step):
+    """On torch's own arrays, as on a GPU, it moves parameters as on NumPy's."""
+    ends = []
+    for namespace in ("torch", "numpy"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)], nn.Linear(16, 3)).double()
+        core = kf.Preconditioner(kf.KFAC(), kf.Clocks(1, 2), step=step)
+        optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), core, namespace=namespace, fisher=kf.type2)
+        for x in torch.randn(3, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)):
+            optimizer.step(x, torch.arange(5) % 3)
+        ends.append([p.detach() for p in model.parameters()])
+    for found, want in zip(*ends, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-8, atol=1e-10)
+
+
 def test_half_parameters_are_widened_and_narrowed():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
     pre = kt.Preconditioner(model, nn.MSELoss(), namespace="torch")

@@ -81,7 +81,9 @@ def _arrays(layer: Layer, whole: torch.Tensor) -> Tensors:
     if not isinstance(kind, Conv | Linear) or (isinstance(kind, Linear) and kind.transposed):
         return torch.vmap(layer.arrays)(whole)
     many = len(whole)
-    named: Any = _wide(kind, many).parameters(whole.flatten(0, 1))
+    # a blocks axis of 1 may stand before the rows of a linear layer, or be left out
+    rows = whole.flatten(0, -2) if isinstance(kind, Linear) else whole.flatten(0, -3)
+    named: Any = _wide(kind, many).parameters(rows)
     return {role: named[role].unflatten(0, (many, -1)).reshape(many, *p.shape) for role, p in layer.parameters.items()}
 
 
