@@ -60,14 +60,16 @@ def stepped(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> Gr
         shrink = {}
     parts = {p for layer in layers.values() for role, p in layer.parameters.items() if p in old and layer.partial(role)}
     new = {p: p.detach().clone() for p in parts if not bool(_covered(p, layers).all())}
-    lengths = {}
+    squares = {}
     with torch.no_grad():
         for name, layer in layers.items():
             moved = [layer.own(role, old[p] - p) for role, p in layer.parameters.items() if p in old]
             if moved:
-                lengths[name] = float(torch.stack([x.double().square().sum() for x in moved]).sum().sqrt())
+                squares[name] = torch.stack([x.double().square().sum() for x in moved]).sum()
         for p, kept in old.items():
             p.copy_(kept)
+    # one word from the device for all layers
+    lengths = dict(zip(squares, torch.stack(list(squares.values())).sqrt().tolist(), strict=True)) if squares else {}
     return Grafted(lengths, old, new, shrink, rising)
 
 

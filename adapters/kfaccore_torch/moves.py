@@ -32,7 +32,10 @@ def stepped(engine: Engine, grads: Mapping[str, Any], rest: Sequence[Any]) -> It
 
 
 def penalty(engine: Engine, l2: Mapping[str, float]) -> float:
-    """Sum of l2 / 2 |theta|^2 over covered parameters."""
+    """Sum of l2 / 2 |theta|^2 over covered parameters, in one word from their device."""
     layers = engine.plan.layers
-    covered = {id(p): (weight, p) for name, weight in l2.items() for p in layers[name].parameters.values()}
-    return 0.5 * sum(weight * float((p.detach() ** 2).sum()) for weight, p in covered.values())
+    covered = {p: weight for name, weight in l2.items() for p in layers[name].parameters.values()}
+    if not covered:
+        return 0.0
+    squares = torch.stack([(p.detach() ** 2).sum().double() for p in covered]).tolist()
+    return 0.5 * sum(weight * square for weight, square in zip(covered.values(), squares, strict=True))

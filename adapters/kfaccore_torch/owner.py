@@ -31,7 +31,7 @@ class Owned:
     place       where its rows stand
     mixes       whether rows of it move several examples
     shaped      whether `place` is what shapes suggest
-    undecided   rows without a gradient so far, (k,)
+    undecided   rows without a gradient so far, (k,), on the device of the prediction: each draw is asked for them
     """
 
     place: Place
@@ -49,6 +49,10 @@ class Owned:
         """How many are kept of it, a number a row where its rows are in a map: what shapes say takes none."""
         undecided = 0 if self.undecided is None else len(self.undecided)
         return undecided + (prod(self.place.rows) if isinstance(self.place, Groups) else 0)
+
+    def on(self, device: torch.device) -> Owned:
+        """With the undecided rows there."""
+        return self if self.undecided is None else replace(self, undecided=self.undecided.to(device))
 
     @property
     def unmoved(self) -> bool:
@@ -208,7 +212,7 @@ def mixed(rows: tuple[int, ...], first: torch.Tensor, second: torch.Tensor, spli
 
 def settled(owned: Owned, alive: torch.Tensor) -> Owned:
     """With the rows that had no gradient noted."""
-    return replace(owned, undecided=torch.nonzero(~alive)[:, 0].cpu())
+    return replace(owned, undecided=torch.nonzero(~alive)[:, 0])
 
 
 def still(old: Owned, new: Owned) -> Owned:

@@ -170,7 +170,7 @@ class Question:
         for i, owned in enumerate(found):
             if not (owned.mixes or not owned.shaped):
                 found[i] = replace(owned, undecided=None) if whole[i] else settled(owned, self.asked.alive(i))
-        return split, found
+        return split, [owned.on(self.heads[0].device) for owned in found]
 
     def _numbers(self, examples: int) -> list[torch.Tensor]:
         """A power of two an example for each pass, up to beyond a draw; near each other where draws must stay small."""

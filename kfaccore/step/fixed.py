@@ -13,9 +13,10 @@ from kfaccore.record import Factored
 from kfaccore.step.height import Heights
 from kfaccore.step.known import Known
 from kfaccore.step.model import Penalty, Records
+from kfaccore.step.read import read_all
 from kfaccore.step.rescale import ByLayer, Modelled, Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace, scalar
-from kfaccore.xp.numbers import Number, number
+from kfaccore.xp.numbers import Number
 from kfaccore.xp.ranges import AT_LEAST_0, SHARE, ranged
 
 _FIRST = "first loss"  # the unit of losses, beside the buffers
@@ -133,7 +134,7 @@ class Fixed:
             return dict.fromkeys(directions, scale), motion, {"scale": scale}
         seen: Any = records  # no terms: a rule that needs records of them says so
         before: Any = motion[_FIRST], motion[_HEIGHTS]
-        first, heights = tree.map(number, before)
+        first, heights = read_all(before)
         told, *after = self.rescale.modelled(directions, grads, seen, known, first, heights, self.comm)
         first, heights = tree.map(
             lambda x, like: namespace(like).zeros_like(like) + scalar(x, like), tuple(after), before

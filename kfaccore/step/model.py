@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import NamedTuple
 
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg.grams import gram_of_inputs
@@ -17,6 +18,7 @@ from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import contracted, outputs
 from kfaccore.step.common import Compared, compared, factor
 from kfaccore.step.own import Left
+from kfaccore.step.read import read_all
 from kfaccore.xp.arrays import Array, is_tracer, namespace, scalar
 from kfaccore.xp.numbers import Number, number, numbers, pick, stack
 
@@ -61,17 +63,12 @@ def expansion(
     down = stack([0.0] * len(directions))
     known = down
     rows: dict[tuple[int, ...], Array] = {}  # J v of the layers by its shape: only equal batches may be added
-    seen: list[Compared] = []
-    for name in directions[0]:
-        record = records[name]
-        vs = [v[name] for v in directions]
-        z = outputs(record, *vs)
-        rows_z = _of_gradient(grads[name], record, z, vs)
-        if left is not None and name in left.own:
-            seen.append(compared(left.own[name], record.n, grads[name], vs[0], z[0], rows_z[0]))
-        Jv, slopes = _along(name, record, grads[name], vs, z, rows_z)
+    layers, seen = read_all(_layers(records, grads, directions, {} if left is None else left.own))
+    for name, along in layers.items():
+        Jv = namespace(*along.images).stack(along.images)
         u = namespace(Jv).reshape(Jv, (len(directions), -1))
         rows[u.shape] = rows[u.shape] + u if u.shape in rows else u
+        slopes = stack(along.slopes) / along.unit
         down = down + slopes
         known = known + slopes if left is not None and left.of(name) else known
     n = stack([number(next(iter(records.values())).n)])
@@ -122,25 +119,45 @@ def _examples(record: Record) -> Number:
     return number(xp.sum(xp.astype(xp.any(record.mask, axis=1), record.g.dtype)))
 
 
-def _along(
-    name: str, record: Record, grad: Array | Factored, vs: list[Array], z: list[Array], of_gradient: list[Array]
-) -> tuple[Array, Array]:
-    """J v of one layer, (directions, draws, batch), and <gradient, v>, (directions,), given V a of both rows."""
-    images = [numbers(contracted(record, x)) for x in z]
-    Jv = namespace(*images).stack(images)
+class _Along(NamedTuple):
+    """Of one layer: J v of each direction, (draws, batch), and <gradient, v> of each times `unit`."""
+
+    images: list[Array]
+    slopes: list[Array]
+    unit: Number
+
+
+def _layers(
+    records: Mapping[str, Record],
+    grads: Mapping[str, Array | Factored],
+    directions: tuple[dict[str, Array], ...],
+    own: Mapping[str, Record],
+) -> tuple[dict[str, _Along], list[Compared]]:
+    """What each layer adds to the model, and its gradient beside its own record's; nothing of it is read yet."""
+    names = list(directions[0])
+    same = read_all({name: _same_rows(grads[name], records[name]) for name in names})
+    layers = {}
+    seen = []
+    for name in names:
+        record = records[name]
+        grad = grads[name]
+        vs = [v[name] for v in directions]
+        z = outputs(record, *vs)
+        # V a of the rows of a gradient not multiplied out, where they are others than the record's
+        rows = outputs(Record(grad.a, grad.g, grad.n), *vs) if isinstance(grad, Factored) and not same[name] else z
+        if name in own:
+            seen.append(compared(own[name], record.n, grad, vs[0], z[0], rows[0]))
+        layers[name] = _along(record, grad, vs, z, rows)
+    return layers, seen
+
+
+def _along(record: Record, grad: Array | Factored, vs: list[Array], z: list[Array], of_gradient: list[Array]) -> _Along:
+    """Of one layer, given V a of both rows."""
+    images = [contracted(record, x) for x in z]
     if isinstance(grad, Factored):
         xp = namespace(record.g)
-        slopes = stack([number(xp.sum(grad.g * x)) for x in of_gradient]) / number(grad.n)
-    else:
-        slopes = stack([inner({name: grad}, {name: v}) for v in vs])
-    return Jv, slopes
-
-
-def _of_gradient(grad: Array | Factored, record: Record, z: list[Array], vs: list[Array]) -> list[Array]:
-    """V a of the rows of a gradient not multiplied out: z, V a of the record, where they are its rows."""
-    if not isinstance(grad, Factored) or _same_rows(grad, record):
-        return z
-    return outputs(Record(grad.a, grad.g, grad.n), *vs)
+        return _Along(images, [xp.sum(grad.g * x) for x in of_gradient], grad.n)
+    return _Along(images, [_dot(grad, v) for v in vs], 1.0)
 
 
 def weighed(l2: Mapping[str, float], v: Mapping[str, Array]) -> dict[str, Array]:
@@ -150,11 +167,18 @@ def weighed(l2: Mapping[str, float], v: Mapping[str, Array]) -> dict[str, Array]
 
 def inner(first: Mapping[str, Array], second: Mapping[str, Array]) -> Number:
     """<first, second> over the layers of `second`, accumulated over layers in float64."""
-    total: Number = 0.0
-    for name, v in second.items():
-        xp = namespace(v)
-        total = total + number(xp.vecdot(xp.reshape(first[name], (-1,)), xp.reshape(v, (-1,))))
-    return total
+    return inners((first, second))[0]
+
+
+def inners(*pairs: tuple[Mapping[str, Array], Mapping[str, Array]]) -> list[Number]:
+    """`inner` of each pair."""
+    found = read_all([[_dot(first[name], v) for name, v in second.items()] for first, second in pairs])
+    return [sum(products, 0.0) for products in found]
+
+
+def _dot(x: Array, y: Array) -> Array:
+    xp = namespace(y)
+    return xp.vecdot(xp.reshape(x, (-1,)), xp.reshape(y, (-1,)))
 
 
 def trace(records: Mapping[str, Record], comm: Communicator = Serial()) -> Number:  # noqa: B008 frozen
@@ -179,11 +203,14 @@ def _traces(record: Record) -> list[Array]:
     return [tr_a, tr_g, stack([rows, number(record.n)])]
 
 
-def _same_rows(grad: Factored, record: Record) -> bool:
-    """Under tracing only where they are one array; XLA merges the products of equal ones."""
+def _same_rows(grad: Array | Factored, record: Record) -> bool | Array:
+    """Whether a gradient not multiplied out is of the record's rows: under tracing only where they are one array; XLA
+    merges the products of equal ones."""
     a = record.a
-    if isinstance(a, Ids | Patches) or tuple(grad.a.shape) != (record.blocks, record.batch, record.shared, record.d_in):
+    if not isinstance(grad, Factored) or isinstance(a, Ids | Patches):
         return False
-    if is_tracer(grad.a) or is_tracer(record.g):
+    if tuple(grad.a.shape) != (record.blocks, record.batch, record.shared, record.d_in):
+        return False
+    if grad.a is a or is_tracer(grad.a) or is_tracer(record.g):
         return grad.a is a
-    return bool(namespace(grad.a).all(grad.a == a))
+    return namespace(grad.a).all(grad.a == a)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kfaccore.record import Factored
@@ -12,7 +12,7 @@ from kfaccore.step.taken import Taken
 from kfaccore.tree import added, static
 from kfaccore.xp.arrays import Array, all_finite, eps, is_tracer, namespace, scalar
 from kfaccore.xp.codes import Code
-from kfaccore.xp.numbers import Number, number, pick
+from kfaccore.xp.numbers import Number, number, pick, read
 
 _LEAST = 1e-8  # of damping, over the first one: the loss may be in any unit
 _MOST = 1e10
@@ -38,10 +38,9 @@ class Average:
         sums = dict(self.sums)
         weight = dict(self.weight)
         means = {}
-        for name, grad in grads.items():
-            v = grad.dense() if isinstance(grad, Factored) else grad
+        dense = {name: grad.dense() if isinstance(grad, Factored) else grad for name, grad in grads.items()}
+        for (name, v), good in zip(dense.items(), _finite(list(dense.values())), strict=True):
             old = _typed(namespace(v).reshape(sums[name], v.shape), v)
-            good = _finite(v)
             total = pick(good, keep * old + (1 - keep) * v, old)
             weight[name] = pick(good, keep * self.weight[name] + (1 - keep), self.weight[name])
             sums[name] = namespace(v).reshape(total, sums[name].shape)
@@ -54,10 +53,10 @@ class Average:
         return pick(weight > 0, (1 - keep) / pick(weight > 0, weight, 1.0), 1.0)
 
 
-def _finite(v: Array) -> bool | Array:
-    """Whether all of an array is finite; a bool where it can be read."""
-    good = all_finite(v[None, ...])[0]
-    return good if is_tracer(v) else bool(good)
+def _finite(arrays: Sequence[Array]) -> list[bool | Array]:
+    """Whether all of each is finite; bools where they can be read."""
+    good = [all_finite(v[None, ...])[0] for v in arrays]
+    return [x if is_tracer(x) else bool(known) for x, known in zip(good, read(good), strict=True)]
 
 
 def _typed(x: Array, like: Array) -> Array:

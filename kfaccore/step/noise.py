@@ -10,7 +10,7 @@ from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.record import Factored, Record
 from kfaccore.step.height import Heights, promised
 from kfaccore.step.known import Known
-from kfaccore.step.model import counts, expansion, inner
+from kfaccore.step.model import counts, expansion, inners
 from kfaccore.step.own import remaining
 from kfaccore.xp.arrays import Array
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
@@ -71,7 +71,8 @@ class Noise:
             )
         x = {name: d if d.ndim == 3 else d[None, ...] for name, d in directions.items()}
         found = expansion(records, grads, (x, x), comm, left)
-        norms = sum(known.damping[name] * inner({name: d}, {name: d}) for name, d in x.items())
+        squares = inners(*(({name: d}, {name: d}) for name, d in x.items()))
+        norms = sum(known.damping[name] * square for name, square in zip(x, squares, strict=True))
         F = found.F[:1, :1]
         down = found.down[:1]
         below = number(F[0, 0]) + norms

@@ -16,8 +16,9 @@ from kfaccore.linalg.inverse import floored
 from kfaccore.linalg.shares import Inverted, Rotated, Solve, shares
 from kfaccore.method import Eigensystem, Hyper, Inverses, InverseSides, Method, State, declares, inverse_sides
 from kfaccore.record import Record
+from kfaccore.step.read import read_all
 from kfaccore.xp.arrays import Array
-from kfaccore.xp.numbers import Number, number, numbers, pick
+from kfaccore.xp.numbers import Number, pick
 
 
 class Left(NamedTuple):
@@ -56,15 +57,19 @@ class Own:
 
     def shares(self, drawn: Mapping[str, Record], weights: Mapping[str, Number]) -> Left:
         """The shares of the layers of `weights`, each times its weight: the part of this batch in its direction."""
+        found = read_all({name: self._share(drawn[name], name) for name in weights})
         total: list[Array] = []
         q: Number = 0.0
-        for name, weight in weights.items():
-            mine = self.records[name]
-            s, own = shares(drawn[name], mine, solve_of(*self.solving[name]))
-            unit = number(drawn[name].n) / number(mine.n)
-            total = [weight * unit * numbers(s) + sum(total)]
-            q = q + weight * unit * unit * number(own)
+        for name, (s, own, n, mine) in found.items():
+            unit = n / mine
+            total = [weights[name] * unit * s + sum(total)]
+            q = q + weights[name] * unit * unit * own
         return Left(total[0], q)
+
+    def _share(self, drawn: Record, name: str) -> tuple[Array, Array, Number, Number]:
+        """Shares of one layer and their own part, and the n of both records; nothing is read."""
+        mine = self.records[name]
+        return (*shares(drawn, mine, solve_of(*self.solving[name])), drawn.n, mine.n)
 
 
 def remaining(whole: bool | Array, examples: Number) -> Number:

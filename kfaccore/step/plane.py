@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from kfaccore.step.model import inner, weighed
+from kfaccore.step.model import inners, weighed
 from kfaccore.xp.arrays import Array, eps, namespace, scalar
 from kfaccore.xp.codes import Code
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
@@ -79,6 +79,6 @@ def gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, float
     """Inner products of the two directions over all layers, (2, 2), times each layer's l2 where it is given."""
     heavy = x if l2 is None else weighed(l2, x)
     heavy_previous = previous if l2 is None else weighed(l2, previous)
-    cross = inner(heavy, previous)
-    flat = stack([inner(heavy, x), cross, cross, inner(heavy_previous, previous)])
+    own, cross, old = inners((heavy, x), (heavy, previous), (heavy_previous, previous))
+    flat = stack([own, cross, cross, old])
     return namespace(flat).reshape(flat, (2, 2))

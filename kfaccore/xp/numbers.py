@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
+from kfaccore.xp.arrays import Array, is_tracer, namespace, on_gpu, to_host
 from kfaccore.xp.factorise import widest
 
 Number = float | Array  # a Python number, or a 0-d array of any namespace
@@ -24,6 +24,24 @@ def numbers(x: Array) -> Array:
 def number(x: Number) -> Number:
     """A 0-d array as a Python float; on tracers as `numbers` has it."""
     return numbers(x) if is_tracer(x) else float(x)
+
+
+def read(values: Sequence[Number]) -> list[Any]:
+    """`numbers` of each, 0-d arrays as `number` has them: those on a GPU come to the host in one copy a dtype, as the
+    host waits for the device at every copy."""
+    found: list[Any] = list(values)
+    waiting: dict[Any, list[int]] = {}
+    for i, x in enumerate(found):
+        if on_gpu(x):
+            waiting.setdefault(x.dtype, []).append(i)
+    for places in waiting.values():
+        arrays = [found[i] for i in places]
+        xp = namespace(arrays[0])
+        whole = to_host(xp.concat([xp.reshape(x, (-1,)) for x in arrays]))
+        ends = np.cumsum([math.prod(x.shape) for x in arrays])
+        for i, x, part in zip(places, arrays, np.split(whole, ends[:-1]), strict=True):
+            found[i] = part.reshape(x.shape)
+    return [number(x) if isinstance(x, bool | int | float) or not x.shape else numbers(x) for x in found]
 
 
 def stack(values: Sequence[Number]) -> Array:
