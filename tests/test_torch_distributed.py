@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 import kfaccore as kf
 from kfaccore.precondition import placement
+from ranks import ranks
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -59,17 +58,10 @@ os._exit(0)
 
 def launch(body: str, folder: Path, world: int, check: bool = True) -> list[subprocess.CompletedProcess]:
     """`body` after SETUP on `world` ranks; their results in order."""
-    code = SETUP + textwrap.dedent(body) + LEAVE
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    running = [
-        subprocess.Popen([*command, str(r), str(world), str(folder)], env=env, text=True, stderr=subprocess.PIPE)
-        for r in range(world)
+    found = [
+        subprocess.CompletedProcess((), code, "", errors)
+        for code, errors in ranks(SETUP + textwrap.dedent(body) + LEAVE, folder, world)
     ]
-    found = []
-    for process in running:
-        _, err = process.communicate(timeout=120)
-        found.append(subprocess.CompletedProcess(process.args, process.returncode, "", err))
     for result in found if check else ():
         assert result.returncode == 0, result.stderr
     return found
@@ -399,8 +391,8 @@ def test_greedy_placement():
     assert {frozenset(ranks) for ranks in half.values()} == {frozenset({0, 1}), frozenset({2, 3})}
     assert placement.assign(dict(reversed(work.items())), 4, 0.5) == half
     loads = [0.0] * 4
-    for name, ranks in half.items():
-        loads[ranks[0]] += work[name]
+    for name, places in half.items():
+        loads[places[0]] += work[name]
     assert max(loads) <= 4 / 3 * 8.0
     with pytest.raises(ValueError, match="groups divide the ranks"):
         placement.group_size(4, 0.75)
