@@ -52,12 +52,12 @@ zoo-tensorflow: $(TEST)/ready
 mutants: $(TEST)/ready
 	$(TEST)/bin/python tests/mutants.py
 
-# The long forms of tests/campaigns, two at a time; the short ones run in `make test`.
+# The long forms of tests/campaigns, two at a time; the short ones, but for that of CUDA, run in `make test`.
 campaigns: $(TEST)/ready
 	$(MAKE) --keep-going --output-sync=target --jobs=2 $(CAMPAIGNS)
 
 FUZZ = $(TEST)/bin/python tests/campaigns/fuzz.py --count
-CAMPAIGNS = fuzz-strict fuzz-jax fuzz-numpy-0 fuzz-numpy-1 fuzz-torch hostile kill ranks numerics terminals
+CAMPAIGNS = fuzz-strict fuzz-jax fuzz-numpy-0 fuzz-numpy-1 fuzz-torch hostile kill ranks numerics terminals cuda-on-cpu
 .PHONY: $(CAMPAIGNS)
 fuzz-numpy-0 fuzz-numpy-1:
 	$(FUZZ) 10000 --part $(@:fuzz-numpy-%=%)/2
@@ -75,6 +75,8 @@ numerics:
 	$(TEST)/bin/python tests/campaigns/numerics.py --count 20
 terminals:
 	$(TEST)/bin/python tests/campaigns/terminals.py --count 400
+cuda-on-cpu:
+	$(TEST)/bin/python tests/campaigns/cuda_on_cpu.py
 
 $(DEMO)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
