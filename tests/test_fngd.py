@@ -802,6 +802,29 @@ def test_global_clocks_and_rules(rng):
     assert kf.weighted(pre, state, grads) is grads
 
 
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "looped"])
+def test_solved_with_the_rows_of_every_batch_whatever_the_clocks(stacked, rng):
+    """Between two updates of the clock, too: the gradient itself is another direction. Rests need none."""
+    method = kf.FNGD(steps=5, every=0)
+    pre = kf.Preconditioner(method, kf.Clocks(3, 4), kf.Schedules(0.1, 0.9), stacked=stacked)
+    state = pre.init({name: kf.Block(4, 3) for name in ("one", "two")}, np.zeros(1))
+    for step in range(7):
+        pairs = {name: pair(rng, (6, 3, 4)) for name in ("one", "two")}
+        records = {name: kf.Record(a, g, 6.0) for name, (a, g) in pairs.items()}
+        grads = {name: g.T @ a / 6 for name, (a, g) in pairs.items()}
+        assert pre.wants_records(state) == (step < 5)
+        if step < 5:
+            with pytest.raises(
+                ValueError, match=r"\['one', 'two'\] have gradients but no records, and FNGD solves with"
+            ):
+                pre.step(state, None, grads)
+        found, state, info = pre.step(state, records, grads)
+        for name, (a, g) in pairs.items():
+            assert close(found[name], ngd(a, g, grads[name], 0.1) if step < 5 else grads[name])
+        assert info.counts() == {kf.Code.OK: 2}
+    assert state.layers["one"].betas.count[0, :6].tolist() == [5] * 6
+
+
 class Part(kf.GlobalFNGD):
     def covers(self, blocks):
         return ["first"]

@@ -77,9 +77,15 @@ def checked(
     if together - set(grads):
         raise ValueError(f"layers {sorted(together - set(grads))} have no gradients; {pre.network} needs them all")
     idle = pre.idle(state)
-    every_step = pre.rule.needs_records or (pre.network is not None and pre.network.needs_records and together - idle)
-    if not every_step and (not due.measures or not blocks.keys() - idle):
+    rows = pre.assigned.solved_with_rows(grads, state.layers) - idle
+    if not (pre.rule.needs_records or rows) and (not due.measures or not blocks.keys() - idle):
         return {}
+    if rows - together and not records:
+        method = type(pre.assigned.of(min(rows - together))).__name__
+        raise ValueError(
+            f"layers {sorted(rows - together)} have gradients but no records, and {method} solves with the rows of "
+            f"every batch, whatever the clocks: ask wants_records(state) before each step"
+        )
     _present(pre, due, state, records, set(grads), together - idle, set(grads) - idle)
     taken = {name: given for name, given in records.items() if name not in idle or pre.rule.needs_records}
     batches = {}
