@@ -86,10 +86,11 @@ class TwoLevel(Each[State]):
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
         for name in blocks:
-            if declares(self._of(name), RowsAtSolve):
+            method = self._of(name)
+            if declares(method, RowsAtSolve):
                 raise ValueError(
-                    f"layer {name!r}: {type(self._of(name)).__name__} solves with the rows of its batch, which TwoLevel "
-                    f"hands to no method: take another, such as KFAC() or CGFAC(Empirical())"
+                    f"layer {name!r}: {type(method).__name__} solves with the rows of its batch, which TwoLevel hands "
+                    f"to no method: take another, such as KFAC() or CGFAC(Empirical())"
                 )
         layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
         state = State(layers, {}, tuple(blocks.items()))
