@@ -2,8 +2,8 @@
 
 S is capacity x capacity and lives in float64 where the namespace has it, as does the product with I - Y^T D S D Y,
 which cancels. Rows of Y itself need no difference: y_i (Y^T D^2 Y + c I)^-1 is row i of D^-1 S D Y (push-through).
-Where damping is next to nothing S is made from the eigenvectors of D Y Y^T D, without those that are 0 to rounding: rows
-that depend on each other, as repeated examples do, leave the inverse no digits there, and D Y has nothing there.
+Where damping is next to nothing S is made from the eigenvectors of D Y Y^T D without those of eigenvalue 0: of rows that
+depend on each other, as those of repeated examples do, an inverse has no digits there, and D Y has nothing there.
 Of more rows than their width S would be singular but for c, and all digits lost by c / eps: the inverse itself is kept.
 Source: Woodbury 1950; Tang et al. 2021 (CVPR, SKFAC), theorem 1.
 Cost: capacity^2 d + capacity^3 to make; 2 m capacity d + m capacity^2 on m rows, m capacity d by push-through; with
@@ -23,9 +23,7 @@ from kfaccore.xp.arrays import Array, device_of, eps, loop, namespace, select
 from kfaccore.xp.asking import Ask, Asks, alone
 from kfaccore.xp.codes import Code, choose
 
-_SINGULAR = (
-    1e9  # trace over c from which an inverse of rows that depend on each other has no digits in their null space
-)
+_SINGULAR = 1e9  # trace over c from which S is made from eigenvectors
 _WELL = 1e3  # trace over c from which rows that depend on each other cost v of their span eps of its square
 
 
