@@ -924,7 +924,7 @@ def test_refusals(rng):
         kf.FNGD(steps=1).weighted(kf.FNGD(steps=1).init(kf.Block(4, 3, 2), a), g, kf.Hyper(1, 0.0, 0.1))
 
 
-@pytest.mark.parametrize("damping", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("damping", [1e-4, 1e-6, 1e-8, 1e-11, 1e-12])
 @pytest.mark.parametrize("network", [False, True], ids=["layer", "network"])
 def test_a_gradient_of_repeated_examples_that_is_multiplied_out(rng, network, damping):
     """K of examples that depend on each other has nothing but the damping along them, and V nothing there."""

@@ -2,8 +2,8 @@
 
 S is capacity x capacity and lives in float64 where the namespace has it, as does the product with I - Y^T D S D Y,
 which cancels. Rows of Y itself need no difference: y_i (Y^T D^2 Y + c I)^-1 is row i of D^-1 S D Y (push-through).
-Where damping is next to nothing S is made from the eigenvectors of D Y Y^T D without those of eigenvalue 0: of rows that
-depend on each other, as those of repeated examples do, an inverse has no digits there, and D Y has nothing there.
+Where c is next to nothing S is made on the span of D Y alone: of rows that depend on each other, as those of repeated
+examples do, an inverse has no digits in their null space, and D Y has nothing there.
 Of more rows than their width S would be singular but for c, and all digits lost by c / eps: the inverse itself is kept.
 Source: Woodbury 1950; Tang et al. 2021 (CVPR, SKFAC), theorem 1.
 Cost: capacity^2 d + capacity^3 to make; 2 m capacity d + m capacity^2 on m rows, m capacity d by push-through; with
@@ -19,11 +19,10 @@ from kfaccore import xp as kernels
 from kfaccore.linalg import refined
 from kfaccore.methods.rows import stack as stacks
 from kfaccore.methods.rows.stack import Stack
-from kfaccore.xp.arrays import Array, device_of, eps, loop, namespace, select
+from kfaccore.xp.arrays import Array, device_of, loop, namespace, select
 from kfaccore.xp.asking import Ask, Asks, alone
 from kfaccore.xp.codes import Code, choose
 
-_SINGULAR = 1e9  # trace over c from which S is made from eigenvectors
 _WELL = 1e3  # trace over c from which rows that depend on each other cost v of their span eps of its square
 
 
@@ -66,19 +65,9 @@ def inverting(stack: Stack, shift: Array) -> Asks[tuple[LowRank, Array]]:
     gram = kernels.gram(rows if _tall(stack.rows) else rows.mT)
     ((small, code),) = yield (Ask(kernels.spd_inverse, (kernels.shifted(gram, xp.astype(shift, wide)),)),)
     if not _tall(stack.rows):
-        near = xp.linalg.trace(gram) > _SINGULAR * xp.astype(shift, wide)
-        (small,) = loop(lambda _: xp.any(near), lambda x: (select(near, _on_span(gram, shift), x[0]),), (small,), 1)
+        small = refined.on_span(small, gram, xp.astype(shift, wide))
     code = choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
     return LowRank(stack.rows, scale, small, shift), code
-
-
-def _on_span(gram: Array, shift: Array) -> Array:
-    """(rows rows^T + shift I)^-1 where `gram` is not 0 to rounding, and 0 where it is: D Y has nothing there."""
-    xp = namespace(gram)
-    values, Q, _ = kernels.eigh(gram)
-    span = values > 16 * eps(values.dtype, xp) * values[:, -1:]
-    shifted = xp.where(span, values + xp.astype(shift, values.dtype)[:, None], xp.ones_like(values))
-    return xp.matmul(Q * xp.where(span, 1 / shifted, xp.zeros_like(values))[:, None, :], Q.mT)
 
 
 def times(v: Array, inverse: LowRank) -> Array:
