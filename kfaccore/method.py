@@ -88,7 +88,7 @@ class Method(Protocol[S, T]):
 
 
 class RowsAtSolve(Protocol):
-    """`solve` is given the newest record of its layer."""
+    """`solve` is given the newest record of its layer, at every step whatever the clocks say."""
 
     rows_at_solve: ClassVar[bool]
 

@@ -283,3 +283,32 @@ def test_integers_of_another_byte_order_name_the_same_rows(kind):
     if kind[2] == "8":
         far = kf.Record(kf.Ids(np.array([0, 2**32 + 3, 1], kind), 4), np.ones((3, 2)), 3.0)
         assert np.isnan(far.g[0, 0, :, 0]).any(axis=-1).tolist() == [False, True, False]
+
+
+_RECORD = kf.Record(np.ones((2, 3)), np.ones((2, 2)), 2.0)
+_STATS = kf.KFAC().measure(kf.KFAC().init(kf.Block(2, 3), np.zeros(1)), _RECORD, kf.Hyper(0, 0.0, 0.1))
+_ROWS = "'fc' was given a Sums as a record; .*: {} needs the rows themselves"
+
+
+@pytest.mark.parametrize(
+    ("how", "given", "message"),
+    [
+        ({"methods": kf.KFAC()}, None, "'fc' was given a NoneType as a record; need a Record, or .* Stats made of one"),
+        ({"methods": kf.KFAC()}, [_RECORD, None], "'fc' was given a NoneType as a record"),
+        ({"methods": kf.KFAC()}, np.ones((2, 3)), "'fc' was given a ndarray as a record"),
+        ({"methods": kf.KFAC(), "step": kf.SelfTuning()}, _STATS, _ROWS.format("SelfTuning")),
+        ({"methods": kf.FNGD()}, [_RECORD, _STATS], _ROWS.format("FNGD")),
+        ({"network": kf.TwoLevel()}, _STATS, _ROWS.format("TwoLevel")),
+        ({"network": kf.Tridiagonal()}, _STATS, _ROWS.format("Tridiagonal")),
+    ],
+    ids=["nothing", "nothing among", "array", "rule", "rows", "network", "tridiagonal"],
+)
+def test_what_is_no_record_is_named_before_anything_moves(how, given, message):
+    """The first layer's statistics have not moved either, though its buffers may be reused."""
+    pre = kf.Preconditioner(**how, donate=True)
+    grads = {"first": np.ones((2, 3)), "fc": np.ones((2, 3))}
+    state = pre.init({name: kf.Block(2, 3) for name in grads}, np.zeros(1))
+    before = [np.array(x) for x in tree.leaves(state)]
+    with pytest.raises(TypeError, match=message):
+        pre.step(state, {"first": _RECORD, "fc": given}, grads, loss=1.0)
+    assert all(np.array_equal(x, y) for x, y in zip(before, tree.leaves(state), strict=True))

@@ -126,6 +126,7 @@ def test_bad_input_ends_with_exit_2(trained, tmp_path):
         ((*asked(good), "--damping", "-1"), "need a finite number"),
         (("laplace", tmp_path / "nowhere"), "is not a file"),
         (("laplace", folder, "--precision", "0"), "need a positive number"),
+        (("laplace", folder, "--precision", "1e308"), r"has precision 1e\+308, inf in the float32 of its curvature"),
         (("prune", folder, "--share", "1"), "between 0 and 1"),
         (("prune", folder, "--precision", "-1"), "need a finite number"),
     ]

@@ -802,6 +802,29 @@ def test_global_clocks_and_rules(rng):
     assert kf.weighted(pre, state, grads) is grads
 
 
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "looped"])
+def test_solved_with_the_rows_of_every_batch_whatever_the_clocks(stacked, rng):
+    """Between two updates of the clock, too: the gradient itself is another direction. Rests need none."""
+    method = kf.FNGD(steps=5, every=0)
+    pre = kf.Preconditioner(method, kf.Clocks(3, 4), kf.Schedules(0.1, 0.9), stacked=stacked)
+    state = pre.init({name: kf.Block(4, 3) for name in ("one", "two")}, np.zeros(1))
+    for step in range(7):
+        pairs = {name: pair(rng, (6, 3, 4)) for name in ("one", "two")}
+        records = {name: kf.Record(a, g, 6.0) for name, (a, g) in pairs.items()}
+        grads = {name: g.T @ a / 6 for name, (a, g) in pairs.items()}
+        assert pre.wants_records(state) == (step < 5)
+        if step < 5:
+            with pytest.raises(
+                ValueError, match=r"\['one', 'two'\] have gradients but no records, and FNGD solves with"
+            ):
+                pre.step(state, None, grads)
+        found, state, info = pre.step(state, records, grads)
+        for name, (a, g) in pairs.items():
+            assert close(found[name], ngd(a, g, grads[name], 0.1) if step < 5 else grads[name])
+        assert info.counts() == {kf.Code.OK: 2}
+    assert state.layers["one"].betas.count[0, :6].tolist() == [5] * 6
+
+
 class Part(kf.GlobalFNGD):
     def covers(self, blocks):
         return ["first"]
@@ -901,7 +924,7 @@ def test_refusals(rng):
         kf.FNGD(steps=1).weighted(kf.FNGD(steps=1).init(kf.Block(4, 3, 2), a), g, kf.Hyper(1, 0.0, 0.1))
 
 
-@pytest.mark.parametrize("damping", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("damping", [1e-4, 1e-6, 1e-8, 1e-11, 1e-12])
 @pytest.mark.parametrize("network", [False, True], ids=["layer", "network"])
 def test_a_gradient_of_repeated_examples_that_is_multiplied_out(rng, network, damping):
     """K of examples that depend on each other has nothing but the damping along them, and V nothing there."""

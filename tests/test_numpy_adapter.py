@@ -27,6 +27,9 @@ NETS = {
             kn.Dense(3),
         ),
     ),
+    "flattened twice": kn.Sequential(
+        (5,), (kn.Flatten(), kn.Dense(4), kn.Tanh(), kn.Flatten(), kn.Tanh(), kn.Flatten(), kn.Dense(3))
+    ),
     "pooled": kn.Sequential((4, 4, 2), (kn.Conv2d(3, W3), kn.Sigmoid(), kn.AvgPool(4), kn.Flatten(), kn.Dense(3))),
 }
 nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
@@ -199,6 +202,11 @@ def test_misfits_are_named():
         kn.Sequential((4, 4, 1), (kn.Dense(3),))
     with pytest.raises(ValueError, match="must keep the shape"):
         kn.Sequential((4,), (kn.Residual((kn.Dense(3),)),))
+    for layer in (kn.Conv2d(3, W3), kn.MaxPool(2)):
+        with pytest.raises(
+            ValueError, match=r"got examples of shape \(4,\); need 2 axes of positions and the channels"
+        ):
+            kn.Sequential((4,), (layer,))
     with pytest.raises(ValueError, match="does not divide"):
         kn.Sequential((5, 5, 1), (kn.MaxPool(2),))
     with pytest.raises(ValueError, match=r"x has shape \(2, 3\); need \(batch, \*\(4,\)\)"):

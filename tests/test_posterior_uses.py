@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kfaccore as kf
-from conftest import NAMESPACES
+from conftest import FEW, NAMESPACES
 from kfaccore.analysis import operator
 from kfaccore.linalg import forms, side
 from kfaccore.linalg.basis import Basis
@@ -172,6 +172,17 @@ def test_scores_over_batches_and_memory(rng):
     self_influence = P.covariance(records, diagonal=True)
     crossed = P.cross(records, records)
     np.testing.assert_allclose(self_influence.T.ravel(), np.diag(crossed), rtol=1e-11)
+
+
+@pytest.mark.parametrize("xp", FEW, ids=lambda n: n.name)
+def test_a_rank_above_a_layers_own_is_all_of_it(xp, rng):
+    """Layers of 3 x 4 and 2 x 3 have fewer singular terms than some wider layer beside them."""
+    put = lambda r: kf.Record(xp.put(r.a), xp.put(r.g), r.n)  # noqa: E731
+    given = {name: put(r) for name, r in batch(rng).items()}
+    mean = {"a": xp.put(np.zeros((1, 3, 4))), "b": xp.put(np.zeros((2, 2, 3)))}
+    P = kf.Posterior(mean, kf.fit(kf.EKFAC(), [given]), 0.3)
+    want = xp.get(P.cross(given, given))
+    np.testing.assert_allclose(xp.get(kf.scores(P, given, [given], rank=5)), want, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", [kf.EKFAC(), kf.Diagonal(), kf.Exact()])

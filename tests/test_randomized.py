@@ -279,15 +279,20 @@ def test_messages(call, message):
         call()
 
 
+RANKS = {"cut": Rank(5, 5), "few": Rank(8, 3), "fewer": Rank(8, 8, 2, down=3, below=1.1), "full": Rank(12, 5)}
+
+
+@pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS)
 @pytest.mark.parametrize("oversample", [10, 4], ids=["whole", "sketched"])
 @pytest.mark.parametrize("sketch", [kf.Symmetric, kf.Singular])
-def test_a_cut_through_equal_eigenvalues_is_not_left_to_rounding(sketch, oversample):
-    """G of a head that begins at zero has C - 1 of them: batches in two parts, and under jit, keep the same modes."""
+def test_a_cut_through_equal_eigenvalues_is_not_left_to_rounding(sketch, oversample, rank):
+    """G of a head that begins at zero has C - 1 of them: batches in two parts, and under jit, keep the same modes, and
+    count the same of those that are held."""
     rng = np.random.default_rng(0)
     classes, batch = 12, 60
     a = rng.normal(size=(batch, 4))
     g = kf.type2(kf.SoftmaxCrossEntropy(), np.zeros((batch, classes)), rng.integers(classes, size=batch))
-    method = kf.RandomizedKFAC(rank=kf.Rank(5, 5), sketch=sketch(oversample=oversample))
+    method = kf.RandomizedKFAC(rank=rank, sketch=sketch(oversample=oversample))
     V = rng.normal(size=(classes, 4))
     hyper = kf.Hyper(0, 0.5, 0.01)
 

@@ -534,6 +534,8 @@ def test_layers_it_is_told_about(rng):
         pre.step(state, {**records, "head": other}, grads)
     with pytest.raises(ValueError, match=r"has shape \(3,\); need \(1, 3, 4\)"):
         kf.TwoLevel(space=net.Given(lambda name, block: [np.ones(3)])).init(blocks(records), grads["first"])
+    with pytest.raises(ValueError, match="layer 'conv': FNGD solves with the rows of its batch, which TwoLevel"):
+        solved(kf.TwoLevel({**dict.fromkeys(SHAPES, kf.KFAC()), "conv": kf.FNGD()}), records, grads)
     with pytest.raises(ValueError, match="needs methods, such as KFAC"):
         kf.Preconditioner()
 

@@ -25,6 +25,7 @@ class Conv2d:
     window: Window
 
     def shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        _check(self, inputs, len(self.window.kernel))
         return (*self.window.outputs(inputs[:-1]), self.channels)
 
     def block(self, inputs: tuple[int, ...]) -> Block:
@@ -86,6 +87,7 @@ class AvgPool:
     size: int = 2
 
     def shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        _check(self, inputs, 2)
         if any(h % self.size for h in inputs[:-1]):
             raise ValueError(f"a pool of {self.size} does not divide images of {inputs[:-1]}")
         return (*(h // self.size for h in inputs[:-1]), inputs[-1])
@@ -123,3 +125,11 @@ class MaxPool(AvgPool):
 def _squares(x: Array, size: int) -> Array:
     b, h, w, c = x.shape
     return aac.array_namespace(x).reshape(x, (b, h // size, size, w // size, size, c))
+
+
+def _check(layer: object, inputs: tuple[int, ...], axes: int) -> None:
+    """ValueError for examples that are no images of so many axes."""
+    if len(inputs) != axes + 1:
+        raise ValueError(
+            f"{type(layer).__name__} got examples of shape {inputs}; need {axes} axes of positions and the channels"
+        )

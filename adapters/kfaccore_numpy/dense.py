@@ -67,13 +67,15 @@ class Dense:
 
 @dataclass(frozen=True)
 class Flatten:
-    """Images (batch, *spatial, C) to rows."""
+    """Images (batch, *spatial, C) to rows; what is rows already stays."""
 
     def shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
         return (prod(inputs),)
 
     def forward(self, W: None, x: Array) -> tuple[Array, tuple[int, ...]]:
         """(a row an example with a last column of ones, the shape that came)."""
+        if x.ndim == 2:  # with its ones; a copy, as the next layer may overwrite what it is given
+            return aac.array_namespace(x).asarray(x, copy=True), (x.shape[1] - 1,)
         d = prod(x.shape[1:])
         y = with_ones(x.shape[0], d, x)
         y[:, :d] = aac.array_namespace(x).reshape(x, (x.shape[0], d))

@@ -53,7 +53,10 @@ def _found(chosen: Trained, train: tuple, held: tuple, precision: float, method:
     count = float(len(train[0]))
     curvature = chosen.curvature(train, method)
     loss = float(chosen.task.loss.value(chosen.logits(train[0]), train[1]))
-    before = Posterior(chosen.params, curvature, precision, count)
+    try:
+        before = Posterior(chosen.params, curvature, precision, count)
+    except ValueError as error:
+        fail(str(error))
     after, codes = tuned(before)
     f = chosen.logits(held[0])
     kinds = {

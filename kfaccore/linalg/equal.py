@@ -48,11 +48,12 @@ def same(values: Array, Q: Array) -> Array:
     return itself | (joined & ~stays[:, :, None] & ~stays[:, None, :])
 
 
-def settled(values: Array, Q: Array) -> Array:
+def settled(values: Array, Q: Array, again: bool = False) -> Array:
     """Q with the basis of each space of one eigenvalue that fixed vectors make: it does not depend on rounding.
 
     The space's projections of as many fixed vectors, orthonormalised in their order; what is alone stays as it is.
-    Q (blocks, d, k) may hold some of the eigenvectors, or the diagonal of a side that has the standard ones.
+    Q (blocks, d, k) may hold some of the eigenvectors, or the diagonal of a side that has the standard ones. What
+    stayed of a settled Q is settled `again` by other vectors: it is orthogonal to those that made what went.
     """
     if side.is_diagonal(Q):
         return Q
@@ -61,7 +62,7 @@ def settled(values: Array, Q: Array) -> Array:
     if is_numpy(values) and xp.sum(equal) == values.size:
         return Q
     counts = xp.sum(xp.astype(equal, Q.dtype), axis=-1)
-    seen = xp.matmul(Q.mT, _fixed(Q)[None, ...])  # of each fixed vector, its part along each eigenvector
+    seen = xp.matmul(Q.mT, _fixed(Q, again)[None, ...])  # of each fixed vector, its part along each eigenvector
     eye = xp.eye(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
     seen = xp.where(equal, seen, xp.zeros_like(seen))
     turn, _ = kernels.qr(xp.where((counts == 1)[:, :, None], eye, seen))  # zeros between two spaces stay zeros
@@ -76,13 +77,30 @@ def leading(values: Array, Q: Array, k: int) -> tuple[Array, Array]:
     """
     cut = values.shape[-1] - k
     if 0 < cut < values.shape[-1]:
-        xp = namespace(values)
-        top = values[:, -1]
-        positive = values[:, cut] > _NULL * _rounding(values) * top
-        tied = near(values[:, cut], values[:, cut - 1], top) & positive
-        # a loop of at most one turn: made only where it is needed, also under a trace
-        (Q,) = loop(lambda _: xp.any(tied), lambda x: (select(tied, settled(values, x[0]), x[0]),), (Q,), 1)
+        Q = _settled_at(values, Q, values[:, cut], values[:, cut - 1], again=False)
     return values[:, cut:], Q[:, :, cut:]
+
+
+def counted(values: Array, Q: Array, count: Array) -> Array:
+    """What `leading` gave for whoever uses its last `count` (blocks,) alone, integers: settled in the same cases."""
+    xp = namespace(values)
+    place = xp.arange(values.shape[-1], dtype=count.dtype, device=device_of(count))[None, :]
+    cut = values.shape[-1] - count[:, None]
+
+    def at(where: Array) -> Array:
+        return xp.sum(xp.where(where, values, xp.zeros_like(values)), axis=-1)
+
+    return _settled_at(values, Q, at(place == cut), at(place == cut - 1), again=True)
+
+
+def _settled_at(values: Array, Q: Array, first: Array, last: Array, again: bool) -> Array:
+    """Q, settled in blocks whose `first` eigenvalue that stays is equal to the `last` that goes, unless both are 0."""
+    xp = namespace(values)
+    top = values[:, -1]
+    tied = near(first, last, top) & (first > _NULL * _rounding(values) * top) & (last > 0)
+    # a loop of at most one turn: made only where it is needed, also under a trace
+    (Q,) = loop(lambda _: xp.any(tied), lambda x: (select(tied, settled(values, x[0], again), x[0]),), (Q,), 1)
+    return Q
 
 
 def _rounding(x: Array) -> float:
@@ -90,10 +108,13 @@ def _rounding(x: Array) -> float:
     return min(eps(x.dtype, namespace(x)), _SINGLE)
 
 
-def _fixed(Q: Array) -> Array:
+def _fixed(Q: Array, others: bool = False) -> Array:
     """Fixed vectors (d, k) in general position, entries uniform in (-1/2, 1/2): integers, so the same everywhere."""
     xp = namespace(Q)
-    row, column = (xp.arange(1, d + 1, dtype=xp.int32, device=device_of(Q)) * 12345 % _PRIME for d in Q.shape[-2:])
+    d, k = Q.shape[-2:]
+    start = d + 1 if others else 1
+    row = xp.arange(1, d + 1, dtype=xp.int32, device=device_of(Q)) * 12345 % _PRIME
+    column = xp.arange(start, start + k, dtype=xp.int32, device=device_of(Q)) * 12345 % _PRIME
     mixed = row[:, None] * row[:, None] + 17 * column[None, :] + 5
     for _ in range(3):
         mixed = mixed % _PRIME

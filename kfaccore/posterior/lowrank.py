@@ -46,6 +46,7 @@ def thin(P: Posterior, queries: Records, rank: int) -> dict[str, Thin]:
 
 def _cut(U: Array, rank: int) -> Thin:
     u, s, vt = namespace(U).linalg.svd(U, full_matrices=False)
+    rank = min(rank, s.shape[-1])
     return Thin(u[..., :rank] * s[..., None, :rank], vt.mT[..., :rank])
 
 

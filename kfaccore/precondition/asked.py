@@ -62,8 +62,8 @@ class Asked(OnRanks):
         """Whether the next call of `step` will use records."""
         names = [name for name, _ in state.blocks]
         awake = set(names) - self.resting(state) - self.assigned.unmeasured(names, state.layers)
-        whole = self.network is not None and self.network.needs_records and awake - state.layers.keys()
-        return bool(self.rule.needs_records or whole or (awake and (self.due(state).update or state.missed.awaited)))
+        rows = self.assigned.solved_with_rows(awake, state.layers)
+        return bool(self.rule.needs_records or rows or (awake and (self.due(state).update or state.missed.awaited)))
 
     def resting(self, state: State) -> set[str]:
         """Layers whose method rests in the step to come; see `weighting`."""

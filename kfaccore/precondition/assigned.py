@@ -94,10 +94,15 @@ class Assigned:
 
     def free(self, grads: Mapping[str, Grad], alone: Mapping[str, object]) -> dict[str, Grad]:
         """The gradients of layers that are not solved with the rows of the batch: theirs must be the batch's own."""
-        held = set(self._able(grads, alone, RowsAtSolve))
-        if self.network is not None and self.network.needs_records:
-            held |= {name for name in grads if self.whose(name, alone) is self.network}
+        held = self.solved_with_rows(grads, alone)
         return {name: grad for name, grad in grads.items() if name not in held}
+
+    def solved_with_rows(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
+        """The layers of `names` whose method solves with the rows of the batch, whatever the clocks say."""
+        held = set(self._able(names, alone, RowsAtSolve))
+        if self.network is not None and self.network.needs_records:
+            held |= {name for name in names if self.whose(name, alone) is self.network}
+        return held
 
     def unmeasured(self, names: Iterable[str], alone: Mapping[str, object]) -> set[str]:
         """The layers of `names` whose method needs no records at all."""

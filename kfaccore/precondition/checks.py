@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,15 @@ def checked(
     if together - set(grads):
         raise ValueError(f"layers {sorted(together - set(grads))} have no gradients; {pre.network} needs them all")
     idle = pre.idle(state)
-    every_step = pre.rule.needs_records or (pre.network is not None and pre.network.needs_records and together - idle)
-    if not every_step and (not due.measures or not blocks.keys() - idle):
+    rows = pre.assigned.solved_with_rows(grads, state.layers) - idle
+    if not (pre.rule.needs_records or rows) and (not due.measures or not blocks.keys() - idle):
         return {}
+    if rows - together and not records:
+        method = type(pre.assigned.of(min(rows - together))).__name__
+        raise ValueError(
+            f"layers {sorted(rows - together)} have gradients but no records, and {method} solves with the rows of "
+            f"every batch, whatever the clocks: ask wants_records(state) before each step"
+        )
     _present(pre, due, state, records, set(grads), together - idle, set(grads) - idle)
     taken = {name: given for name, given in records.items() if name not in idle or pre.rule.needs_records}
     batches = {}
@@ -87,6 +94,7 @@ def checked(
         with named(name):
             batches[name] = _sequence(pre, name, given, name in together)
     for name, batch in batches.items():
+        _are_records(pre, name, batch, state, pre.rule.needs_records or name in rows | together)
         for record in records_of(batch):
             have = Block.of(record)
             need = blocks[name]
@@ -98,6 +106,21 @@ def checked(
             _one_kind(name, batch)
     _in_turns(pre, {name: batch for name, batch in batches.items() if name in together})
     return batches
+
+
+def _are_records(pre: Preconditioner, name: str, batch: Sequence[Given], state: State, rows: bool) -> None:
+    """TypeError for what is neither a Record nor Stats of one, and for Stats where the step needs the `rows`."""
+    for given in batch:
+        terms = given if isinstance(given, tuple) else (given,)
+        for x in terms:
+            if isinstance(x, Record) or (x is given and is_dataclass(x) and not rows):
+                continue
+            whose = pre.rule if pre.rule.needs_records else pre.assigned.whose(name, state.layers)
+            other = f": {type(whose).__name__} needs the rows themselves" if rows else ", or Stats made of one"
+            raise TypeError(
+                f"layer {name!r} was given a {type(x).__name__} as a record; need a Record, or a list of one a "
+                f"micro-batch{other}"
+            )
 
 
 def _one_kind(name: str, batches: Sequence[Given]) -> None:

@@ -69,6 +69,10 @@ class Rank:
         xp = namespace(like)
         return xp.full((blocks,), min(self.start, self.cap, d), dtype=xp.int32, device=device_of(like))
 
+    def cuts(self, k: int) -> bool:
+        """Whether of k modes some may not count."""
+        return self.start < k or bool(self.down)
+
     def next(self, low: LowRank) -> Array:
         """The count for the next decomposition."""
         xp = namespace(low.D)

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from kfaccore import factors
 from kfaccore.damping import Split, pi
-from kfaccore.linalg import side
+from kfaccore.linalg import equal, side
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.methods.lowrank import lowrank, modes
 from kfaccore.methods.lowrank.lowrank import Factor, LowRank, Outside, Rank, even, fixed
@@ -112,6 +112,8 @@ class RandomizedKFAC(InSteps[State], Modes[State], Additive):
         if not isinstance(old, LowRank):
             return mean, modes.well(mean)
         ((U, D, code),) = yield (Ask(Leading(self.sketch, old.D.shape[-1]), (mean, omega)),)
+        if self.rank.cuts(D.shape[-1]):
+            U = equal.counted(D, U, old.rank)
         trace = namespace(mean).sum(side.diagonal(mean), axis=-1)
         new = lowrank.with_modes(old, U, D, trace, self.outside)
         return replace(new, rank=self.rank.next(new)), code

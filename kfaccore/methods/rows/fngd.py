@@ -55,7 +55,8 @@ class FNGD(Additive, Coefficients):
 
     J (batch, d_out, d_in) are gradients of the training loss itself (pass fisher=empirical). After an epoch of `steps`
     the coefficients are shared and `weighted` puts them on output gradients: no solve. x (blocks, d_out, d_in). Exact
-    while they are computed. Ou et al. 2024, arxiv.org/abs/2403.03473.
+    while they are computed, which takes a record at each step, whatever the clocks. Ou et al. 2024,
+    arxiv.org/abs/2403.03473.
 
     share      mean_vector | position | sample | scalar_rate
     steps      steps of an epoch; 0 computes coefficients at every step

@@ -86,17 +86,20 @@ def widened(record: Record) -> Record:
 
 @dataclass(frozen=True)
 class Damped:
-    """system = K + n damping I and its inverse (blocks, units, units); the damping in use (blocks,), and a code."""
+    """system = K + n damping I and its inverse (blocks, units, units); the damping in use and n times it (blocks,), and
+    a code."""
 
     system: Array
     inverse: Array
     damping: Array
+    shift: Array
     code: Array
 
     def solve(self, b: Array) -> Array:
-        """system^-1 b (blocks, units), also of units that depend on each other, where the inverse has entries of
-        1 / damping."""
-        return refined.solved(self.system, self.inverse, b[:, :, None])[:, :, 0]
+        """system^-1 b (blocks, units) for b in the span of K, also of units that depend on each other, where the
+        inverse has entries of 1 / damping."""
+        inverse = refined.on_span(self.inverse, kernels.shifted(self.system, -self.shift), self.shift)
+        return refined.solved(self.system, inverse, b[:, :, None])[:, :, 0]
 
 
 def damped(K: Array, n: float | Array, damping: float | Array, relative: bool = False) -> Damped:
@@ -118,7 +121,7 @@ def damped(K: Array, n: float | Array, damping: float | Array, relative: bool = 
     eye = xp.eye(size, dtype=K.dtype, device=device_of(K))
     system = K + (shift * n)[:, None, None] * eye
     inverse, code = kernels.spd_inverse(system)
-    return Damped(system, inverse, shift, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code))
+    return Damped(system, inverse, shift, shift * n, choose(lifted & (code == int(Code.OK)), Code.JITTERED, code))
 
 
 def _by_pairs(record: Record) -> Array:

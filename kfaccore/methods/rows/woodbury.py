@@ -2,6 +2,8 @@
 
 S is capacity x capacity and lives in float64 where the namespace has it, as does the product with I - Y^T D S D Y,
 which cancels. Rows of Y itself need no difference: y_i (Y^T D^2 Y + c I)^-1 is row i of D^-1 S D Y (push-through).
+Where c is next to nothing S is made on the span of D Y alone: of rows that depend on each other, as those of repeated
+examples do, an inverse has no digits in their null space, and D Y has nothing there.
 Of more rows than their width S would be singular but for c, and all digits lost by c / eps: the inverse itself is kept.
 Source: Woodbury 1950; Tang et al. 2021 (CVPR, SKFAC), theorem 1.
 Cost: capacity^2 d + capacity^3 to make; 2 m capacity d + m capacity^2 on m rows, m capacity d by push-through; with
@@ -62,6 +64,8 @@ def inverting(stack: Stack, shift: Array) -> Asks[tuple[LowRank, Array]]:
     rows = xp.astype(stack.rows, wide) * xp.astype(scale, wide)[:, :, None]
     gram = kernels.gram(rows if _tall(stack.rows) else rows.mT)
     ((small, code),) = yield (Ask(kernels.spd_inverse, (kernels.shifted(gram, xp.astype(shift, wide)),)),)
+    if not _tall(stack.rows):
+        small = refined.on_span(small, gram, xp.astype(shift, wide))
     code = choose(lifted & (code == int(Code.OK)), Code.JITTERED, code)
     return LowRank(stack.rows, scale, small, shift), code
 

@@ -22,7 +22,7 @@ from kfaccore import tree
 from kfaccore.convolution.patches import Patches
 from kfaccore.linalg import side
 from kfaccore.linalg.inverse import floored
-from kfaccore.method import Block, Eigensystem, Hyper, Method, declares
+from kfaccore.method import Block, Eigensystem, Hyper, Method, RowsAtSolve, declares
 from kfaccore.method import State as LayerState
 from kfaccore.methods import KFAC
 from kfaccore.network.each import Each, Hypers, NetworkSolution, one_batch
@@ -85,6 +85,13 @@ class TwoLevel(Each[State]):
             raise ValueError(f"matrix=kronecker needs vectors that are products; {self.space} has others: use exact")
 
     def init(self, blocks: Mapping[str, Block], like: Array) -> State:
+        for name in blocks:
+            method = self._of(name)
+            if declares(method, RowsAtSolve):
+                raise ValueError(
+                    f"layer {name!r}: {type(method).__name__} solves with the rows of its batch, which TwoLevel hands "
+                    f"to no method: take another, such as KFAC() or CGFAC(Empirical())"
+                )
         layers = {name: self._of(name).init(block, like) for name, block in blocks.items()}
         state = State(layers, {}, tuple(blocks.items()))
         hyper = Hyper(0, 0.0, 0.0)
