@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,27 @@ def test_masked_pixels_pad_no_example_and_are_those_of_ignored_labels():
         directions.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*directions, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_micro_batch_costs_the_same_however_many_came_before():
+    """By the calls of Python that it makes, from its forward to the end of its backward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), kf.Preconditioner(kf.KFAC()), fisher=kf.type2)
+    x, y = torch.randn(4, 3), torch.arange(4) % 3
+    counted = []
+
+    def micro():
+        with pre.capture():
+            f = model(x)
+        (pre.loss(f, y) / 150).backward()
+
+    for i in range(150):
+        if i in (20, 139):
+            counted.append(0)
+            sys.setprofile(lambda frame, event, arg: counted.__setitem__(-1, counted[-1] + ("call" in event)))
+        try:
+            micro()
+        finally:
+            sys.setprofile(None)
+    assert counted[1] <= 1.05 * counted[0]
