@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.early import Early
 from kfaccore_torch.gone import Left, doubt, gone, gradients, same
 from kfaccore_torch.slopes import Common
@@ -192,6 +193,7 @@ class Pending:
             stacklevel=5,
         )
 
+    @uncompiled
     def _mark(self, trained: Sequence[torch.Tensor]) -> None:
         """At the end of a pass."""
         self._trained = trained

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
+from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.gone import Left, gradients
 from kfaccore_torch.thrown import Sample, sampled
 from kfaccore_torch.unread import known_at_once
@@ -109,6 +110,7 @@ class Written:
         alive = [one() for one in list(_WRITERS)]  # a copy: other threads may train other models
         return [one for one in alive if one is not None and one is not self and one._left]
 
+    @uncompiled
     def _added(self, one: Written, layers: Mapping[str, Layer], _: torch.Tensor) -> None:
         """By the pass that is running, to what `one` has written."""
         one._adds({id(p) for layer in layers.values() for p in layer.parameters.values()}, one is not self)
