@@ -290,6 +290,16 @@ def test_accumulation_of_several_losses_is_told_nothing(loss, scaled):
         assert not told(loop)
 
 
+def test_a_micro_batch_without_labels_is_a_part_of_the_mean():
+    """Its losses have no share, and were divided by the number of all."""
+    loop, (x, y) = Loop(), data()
+    for labels in (y, torch.full_like(y, -100), y):
+        with loop.pre.capture():
+            f, g = loop.one(loop.trunk(x)), loop.one(loop.trunk(x + 1))
+        ((loop.pre.loss(f, labels) + loop.pre.loss(g, labels)).nan_to_num() / 3).backward()
+    assert not told(loop)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_losses_as_they_are_are_told_nothing(scaled):
     loop = Loop()

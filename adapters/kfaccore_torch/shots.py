@@ -131,12 +131,13 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None, comm
     slopes = _slopes(counted) if apart else []
     if apart and not slopes:
         check_sum([shot.slopes for shot in counted], scale)
+    every = [shot.slopes for shot in shots if shot.slopes]  # parts of a mean too where no label of theirs counts
     if not apart:
-        common.check([shot.slopes for shot in counted], scale, world)
+        common.check(every, scale, world)
     slope = past(slopes, scale)
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0
     whole = evened(engine, counted, whole) or whole
-    own = {} if apart else _networks(counted, scale)
+    own = {} if apart else _networks(counted, every, scale)
     records: dict[str, list[Any]] = {}
     pieces = [(shot, shot.found) for shot in counted]
     for name in dict.fromkeys(name for _, found in pieces for name in found):
@@ -189,16 +190,18 @@ def _whole(shots: Sequence[Shot], counted: Sequence[Shot], world: int, apart: bo
     return _sum(shots) if len(shots) > 1 else shots[0].n
 
 
-def _networks(counted: Sequence[Shot], scale: torch.Tensor | None) -> dict[str, list[Shot]]:
+def _networks(
+    counted: Sequence[Shot], every: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None
+) -> dict[str, list[Shot]]:
     """Layer -> the forwards of its network, where they are of several that share no layer and of which each has a loss
-    of its own, as two discriminators; empty where all are of one, or where their losses are the parts of one mean."""
+    of its own, as two discriminators; empty where all are of one, or where `every` loss is a part of one mean."""
     groups: list[tuple[set[str], list[Shot]]] = []
     for shot in counted:
         names = set(shot.found)
         joined = [group for group in groups if group[0] & names]
         groups = [group for group in groups if not group[0] & names]
         groups.append((names.union(*(one[0] for one in joined)), [*(x for _, shots in joined for x in shots), shot]))
-    if len(groups) < 2 or not all(names for names, _ in groups) or means([shot.slopes for shot in counted], scale):
+    if len(groups) < 2 or not all(names for names, _ in groups) or means(every, scale):
         return {}
     return {name: shots for names, shots in groups for name in names}
 
