@@ -290,6 +290,39 @@ def test_accumulation_of_several_losses_is_told_nothing(loss, scaled):
         assert not told(loop)
 
 
+SUM = nn.CrossEntropyLoss(reduction="sum")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_sum_that_is_divided_past_the_loss_is_named(parts, scaled):
+    """By the number of all labels, say; a weight is known."""
+    found, said = [], []
+    for way in ("mean", "weight", "divided"):
+        loop, (x, y) = Loop(kf.Exact(), CE if way == "mean" else SUM), data()
+        scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+        for part, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = loop.pre.loss(loop.forward(part), labels, weight=1 / 12 if way == "weight" else 1.0)
+            scaler.scale(loss / {"mean": parts, "weight": 1, "divided": 12}[way]).backward()
+        if scaled:
+            scaler.unscale_(torch.optim.SGD(loop.model.parameters(), 0.1))
+        said.append(told(loop))
+        found.append({name: p.grad for name, p in loop.model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert said[:2] == [[], []]
+    assert ["the loss, which is a sum, was multiplied by 0.08333" in one for one in said[2]] == [True]
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 1 / 3])
+def test_sums_as_they_are_times_the_ranks_or_accumulated_are_told_nothing(factor):
+    loop, (x, y) = Loop(loss=SUM), data()
+    for _ in range(3):
+        loop.model.zero_grad()
+        for _ in range(3):
+            (factor * loop.pre.loss(loop.forward(x), y)).backward()
+        assert not told(loop)
+
+
 def test_a_micro_batch_without_labels_is_a_part_of_the_mean():
     """Its losses have no share, and were divided by the number of all."""
     loop, (x, y) = Loop(), data()

@@ -133,7 +133,7 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None, comm
         check_sum([shot.slopes for shot in counted], scale)
     every = [shot.slopes for shot in shots if shot.slopes]  # parts of a mean too where no label of theirs counts
     if not apart:
-        common.check(every, scale, world)
+        common.check(every, scale, world, any(shot.total for shot in counted))
     slope = past(slopes, scale)
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0
     whole = evened(engine, counted, whole) or whole
