@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_torch_distributed import two_ranks_are_one_process  # noqa: E402
+from test_torch_distributed import launch, two_ranks_are_one_process  # noqa: E402
 
 STATIC = """
 from torch.utils.checkpoint import checkpoint
@@ -81,3 +81,33 @@ if rank == 0:
 @pytest.mark.parametrize("body", [STATIC, HEADS], ids=["static_graph", "heads"])
 def test_two_ranks_are_one_process(body, tmp_path):
     two_ranks_are_one_process(body, tmp_path)
+
+
+JOIN = """
+def trained(together):
+    torch.manual_seed(0)
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(12, 3))
+    pre = kt.Preconditioner(wrapped, nn.CrossEntropyLoss(), core(comm=comm()), fisher=kf.type2)
+    with wrapped.join(throw_on_early_termination=together):
+        for step in range(2 + rank):
+            x, y = batch(step, 12)
+            wrapped.zero_grad()
+            with pre.capture():
+                f = wrapped(mine(x).flatten(1))
+            pre.loss(f, mine(y)).backward()
+            pre.step()
+
+for together, error, words in [(False, ValueError, "join(throw_on_early_termination=True)"),
+                               (True, RuntimeError, "exhausted")]:
+    try:
+        trained(together)
+    except error as raised:
+        assert words in str(raised)
+    else:
+        raise AssertionError("nothing was raised")
+"""
+
+
+def test_ranks_that_leave_off_before_others_are_refused(tmp_path):
+    """Before one has: what it would be sent goes to another question, and the process ends."""
+    launch(JOIN, tmp_path, 2)

@@ -215,3 +215,44 @@ def test_a_loss_that_is_not_what_its_class_does_is_refused(change):
     else:
         with pytest.raises(ValueError, match="CrossEntropyLoss has hooks or a `forward` of its own"):
             pre.loss(f, y)
+
+
+HEADS = {"a": nn.MSELoss(), "b": nn.CrossEntropyLoss()}
+UNLABELLED = {
+    "cross entropy": (nn.CrossEntropyLoss(), None, "CrossEntropyLoss got a target of type NoneType"),
+    "a list": (nn.CrossEntropyLoss(), [0, 1, 2, 0, 1], "CrossEntropyLoss got a target of type list"),
+    "weights of labels": (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)), None, "BCEWithLogitsLoss got a target"),
+    "squares": (nn.MSELoss(), None, "MSELoss got a target of type NoneType"),
+    "of the core": (kf.SoftmaxCrossEntropy(), None, "SoftmaxCrossEntropy got a target of type NoneType"),
+    "heads": (kf.Joint(HEADS), None, r"a dict of targets for \['a', 'b'\], got NoneType"),
+    "one of two heads": (kf.Joint(HEADS), {"a": torch.ones(5, 3)}, r"targets for \['a', 'b'\], got \['a'\]"),
+}
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["loss", "attach"])
+@pytest.mark.parametrize("case", UNLABELLED)
+def test_a_target_that_is_none_is_named(case, attached):
+    loss, target, words = UNLABELLED[case]
+    model = nn.Linear(3, 3)
+    pre = kt.Preconditioner(model, loss, fisher=kf.type2 if "heads" in case else kf.empirical)
+    with pre.capture():
+        f = model(torch.ones(5, 3))
+    value = f.sum()
+    f = {"a": f, "b": 2 * f} if isinstance(loss, kf.Joint) else f
+    with pytest.raises(TypeError, match=words):
+        pre.attach(value, f, target) if attached else pre.loss(f, target)
+
+
+def test_a_curvature_that_needs_no_labels_asks_for_none():
+    """Of squares whose value was formed elsewhere."""
+    found = []
+    for target in (None, torch.zeros(5, 3)):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        pre = kt.Preconditioner(model, nn.MSELoss(), fisher=kf.type2)
+        with pre.capture():
+            f = model(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)))
+        pre.attach((f**2).mean(), f, target).backward()
+        pre.step()
+        found.append(model.weight.grad)
+    torch.testing.assert_close(*found, rtol=0, atol=0)

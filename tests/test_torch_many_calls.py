@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,76 @@ def test_masked_pixels_pad_no_example_and_are_those_of_ignored_labels():
         directions.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*directions, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_micro_batch_costs_the_same_however_many_came_before():
+    """By the calls of Python that it makes, from its forward to the end of its backward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    pre = kt.Preconditioner(model, nn.CrossEntropyLoss(), kf.Preconditioner(kf.KFAC()), fisher=kf.type2)
+    x, y = torch.randn(4, 3), torch.arange(4) % 3
+    counted = []
+
+    def micro():
+        with pre.capture():
+            f = model(x)
+        (pre.loss(f, y) / 150).backward()
+
+    for i in range(150):
+        if i in (20, 139):
+            counted.append(0)
+            sys.setprofile(lambda frame, event, arg: counted.__setitem__(-1, counted[-1] + ("call" in event)))
+        try:
+            micro()
+        finally:
+            sys.setprofile(None)
+    assert counted[1] <= 1.05 * counted[0]
+
+
+GROUPED = getattr(torch.nn.functional, "grouped_mm", getattr(torch, "_grouped_mm", None))
+
+
+class Experts(nn.Module):
+    """Each token goes to one expert: called one by one, or all in one product of tokens sorted by expert."""
+
+    def __init__(self, together):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.together = nn.Linear(8, 5), together
+        self.up, self.down = (nn.Parameter(torch.randn(5, 8, 8) * 0.4) for _ in range(2))
+
+    def forward(self, x):
+        weight, expert = self.router(x).softmax(1).max(1)
+        if self.together:
+            order = expert.argsort(stable=True)
+            ends = torch.bincount(expert, minlength=5).cumsum(0).to(torch.int32)
+            h = GROUPED(x[order], self.up.mT, offs=ends).relu()
+            y = GROUPED(h, self.down.mT, offs=ends) * weight[order, None]
+            return x.index_add(0, order, y)
+        for i in range(5):
+            chosen = (expert == i).nonzero()[:, 0]
+            if len(chosen):
+                h = nn.functional.linear(x[chosen], self.up[i]).relu()
+                x = x.index_add(0, chosen, nn.functional.linear(h, self.down[i]) * weight[chosen, None])
+        return x
+
+
+@pytest.mark.skipif(GROUPED is None, reason="torch without grouped products")
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.EKFAC()], ids=["KFAC", "EKFAC"])
+def test_a_product_grouped_by_expert_is_a_call_of_each(method):
+    """In single precision, which the product is for; some experts get no token in some batches."""
+    found = []
+    for together in (False, True):
+        model = Experts(together)
+        pre = kt.Preconditioner(model, CE, kf.Preconditioner(method, kf.Clocks(1, 1)), fisher=kf.type2)
+        noise = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            x = torch.randn(6, 8, generator=noise)
+            model.zero_grad()
+            with pre.capture():
+                f = model(x)
+            pre.loss(f, torch.arange(6)).backward()
+            pre.step()
+            found.append([p.grad.clone() for p in model.parameters()])
+    assert len(pre.engine.plan.layers) == 11
+    torch.testing.assert_close(found[4:], found[:4], rtol=1e-5, atol=1e-6)

@@ -223,3 +223,179 @@ def test_a_weight_scales_draws_and_forward_only_takes_none():
         f = model(torch.ones(4, 3))
     with pytest.raises(ValueError, match="forward_only takes none: multiply the loss instead"):
         pre.loss(f, torch.arange(4) % 3, weight=0.5)
+
+
+def told(loop):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loop.pre.step()
+    return [str(w.message) for w in said]
+
+
+def views(loop, together):
+    """Two views, as of R-Drop or SimSiam: the mean of their losses."""
+    x, y = data()
+    with loop.pre.capture():
+        if together:
+            f, g = loop.one(loop.trunk(torch.cat([x, x + 1]))).chunk(2)
+        else:
+            f, g = loop.one(loop.trunk(x)), loop.one(loop.trunk(x + 1))
+    return f, g, y
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "two calls"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_mean_of_losses_of_one_forward_is_named_once(scaled, together):
+    loop = Loop()
+    scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+    found = []
+    for _ in range(2):
+        loop.model.zero_grad()
+        f, g, y = views(loop, together)
+        scaler.scale((loop.pre.loss(f, y) + loop.pre.loss(g, y)) / 2).backward()
+        found += told(loop)
+    assert len(found) == 1
+    assert "multiplied by 0.5" in found[0]
+    assert "weight=0.5" in found[0]
+
+
+def test_the_mean_of_the_losses_of_time_steps_is_named():
+    loop, (x, y) = Loop(), data()
+    with loop.pre.capture():
+        steps = [loop.one(loop.trunk(x + t)) for t in range(4)]
+    (sum(loop.pre.loss(f, y) for f in steps) / 4).backward()
+    assert any("the 4 losses of one forward were all multiplied by 0.25" in one for one in told(loop))
+
+
+def whole(loop):
+    f, g, y = views(loop, False)
+    return loop.pre.loss(f, y, weight=0.5) + loop.pre.loss(g, y, weight=0.5)
+
+
+def added(loop):
+    f, g, y = views(loop, False)
+    return loop.pre.loss(f, y) + loop.pre.loss(g, y)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("loss", [whole, added])
+def test_accumulation_of_several_losses_is_told_nothing(loss, scaled):
+    """Nor is its end, of fewer micro-batches, which are divided by the number of the others all the same."""
+    loop = Loop()
+    scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+    for count in (4, 4, 2, 1, 4, 3):
+        loop.model.zero_grad()
+        for _ in range(count):
+            scaler.scale(loss(loop) / 4).backward()
+        assert not told(loop)
+
+
+SUM = nn.CrossEntropyLoss(reduction="sum")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_sum_that_is_divided_past_the_loss_is_named(parts, scaled):
+    """By the number of all labels, say; a weight is known."""
+    found, said = [], []
+    for way in ("mean", "weight", "divided"):
+        loop, (x, y) = Loop(kf.Exact(), CE if way == "mean" else SUM), data()
+        scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+        for part, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = loop.pre.loss(loop.forward(part), labels, weight=1 / 12 if way == "weight" else 1.0)
+            scaler.scale(loss / {"mean": parts, "weight": 1, "divided": 12}[way]).backward()
+        if scaled:
+            scaler.unscale_(torch.optim.SGD(loop.model.parameters(), 0.1))
+        said.append(told(loop))
+        found.append({name: p.grad for name, p in loop.model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert said[:2] == [[], []]
+    assert ["the loss, which is a sum, was multiplied by 0.08333" in one for one in said[2]] == [True]
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 1 / 3])
+def test_sums_as_they_are_times_the_ranks_or_accumulated_are_told_nothing(factor):
+    loop, (x, y) = Loop(loss=SUM), data()
+    for _ in range(3):
+        loop.model.zero_grad()
+        for _ in range(3):
+            (factor * loop.pre.loss(loop.forward(x), y)).backward()
+        assert not told(loop)
+
+
+def test_a_micro_batch_without_labels_is_a_part_of_the_mean():
+    """Its losses have no share, and were divided by the number of all."""
+    loop, (x, y) = Loop(), data()
+    for labels in (y, torch.full_like(y, -100), y):
+        with loop.pre.capture():
+            f, g = loop.one(loop.trunk(x)), loop.one(loop.trunk(x + 1))
+        ((loop.pre.loss(f, labels) + loop.pre.loss(g, labels)).nan_to_num() / 3).backward()
+    assert not told(loop)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_losses_as_they_are_are_told_nothing(scaled):
+    loop = Loop()
+    scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+    for count in (1, 2, 1):
+        loop.model.zero_grad()
+        for _ in range(count):
+            scaler.scale(added(loop)).backward()
+        assert not told(loop)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", [kf.KFAC(), kf.Exact(), kf.EKFAC()], ids=["KFAC", "Exact", "EKFAC"])
+@pytest.mark.parametrize("each", [False, True], ids=["one pass", "passes"])
+def test_networks_without_a_common_layer_have_micro_batches_of_their_own(each, method):
+    """Two discriminators, a forward each, in the order of their losses or in turns, as in one forward of both."""
+    found = []
+    for order in ((0, 1, 0, 1), (0, 0, 1, 1), None):
+        torch.manual_seed(1)
+        model = nn.ModuleList([nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)) for _ in range(2)])
+        core = kf.Preconditioner(method, kf.Clocks(1, 1), kf.Schedules(1e-2, 0.0))
+        pre = kt.Preconditioner(model, CE, core, fisher=kf.type2)
+        (x, y), losses = data(), []
+        if order is None:
+            for half in (slice(0, 6), slice(6, 12)):
+                with pre.capture():
+                    f = [net(x[half]) for net in model]
+                losses.append(sum(pre.loss(one, y[half]) for one in f))
+        else:
+            seen = [0, 0]
+            for i in order:
+                half = slice(6 * seen[i], 6 * seen[i] + 6)
+                seen[i] += 1
+                with pre.capture():
+                    f = model[i](x[half])
+                losses.append(pre.loss(f, y[half]))
+        for one in losses if each else [sum(losses)]:
+            one.backward()
+        pre.step()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], rtol=1e-9, atol=1e-12)
+
+
+def test_parts_of_a_mean_over_forwards_are_all_its_forwards():
+    """Experts without a layer in common: each has J = 0 in the micro-batches of the other."""
+    found = []
+    for together in (False, True):
+        torch.manual_seed(1)
+        model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        core = kf.Preconditioner(kf.Exact(), kf.Clocks(1, 1), kf.Schedules(1e-2, 0.0))
+        pre = kt.Preconditioner(model, CE, core, fisher=kf.type2)
+        x, y = data()
+        halves = [(model[0], slice(0, 6)), (model[1], slice(6, 12))]
+        if together:
+            with pre.capture():
+                f = torch.cat([net(x[half]) for net, half in halves])
+            pre.loss(f, y).backward()
+        else:
+            for net, half in halves:
+                with pre.capture():
+                    f = net(x[half])
+                (pre.loss(f, y[half]) / 2).backward()
+        pre.step()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

@@ -57,6 +57,21 @@ def test_a_compiled_step_is_the_step(made):
         torch.testing.assert_close(float(compiled(*data())), float(plain(*data())), rtol=1e-12, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_backward_leaves_the_hooks_alone():
+    """Else the compiler makes what they do anew for each pass, until it gives up and says so."""
+    model, (x, y) = Net(), data()
+    pre = kt.Preconditioner(model, CE)
+    backward = torch.compile(lambda loss: loss.backward(), backend="eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=3):
+        for _ in range(5):
+            model.zero_grad()
+            with pre.capture():
+                f = model(x)
+            backward(pre.loss(f, y))
+            pre.step()
+
+
 def test_capture_is_a_context_that_can_be_entered_again_and_decorates():
     pre = kt.Preconditioner(Net(), CE)
     x, y = data()

@@ -300,3 +300,24 @@ def test_gradients_along_the_last_direction_are_gradients():
             optimizer.step()
 
     run()
+
+
+@pytest.mark.parametrize("zero", ZEROED)
+def test_an_attack_whose_gradients_are_thrown_away_is_told_nothing(zero):
+    """Its passes add to what the last step wrote, which is zeroed before the training loss."""
+    loop = Loop()
+
+    def run():
+        for _ in range(5):
+            attacked = X.clone().requires_grad_()
+            for _ in range(2):
+                with loop.pre.capture():
+                    f = loop.model(attacked)
+                loop.pre.loss(f, Y).backward()
+                attacked.data += 0.1 * attacked.grad.sign()
+            ZEROED[zero](loop)
+            loop.backward()
+            loop.pre.step()
+            loop.both("step")
+
+    assert not said(run)

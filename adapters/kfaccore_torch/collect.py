@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.compiled import uncompiled
 
 if TYPE_CHECKING:
     from kfaccore_torch.formed import Formed
@@ -128,6 +129,7 @@ def counted(
     return value
 
 
+@uncompiled
 def _count(pending: Pending, shot: Shot, let_go: Callable[[], None], formed: Formed | None, grad: torch.Tensor) -> None:
     """A loss is differentiated: what it left counts, once."""
     if formed is not None and not formed.note(grad, pending.follow):

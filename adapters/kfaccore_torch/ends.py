@@ -28,6 +28,20 @@ def check_alike(loss: Any, f: torch.Tensor, y: Any) -> None:
         )
 
 
+def check_labels(loss: Any, y: Any) -> None:
+    """TypeError for a target that is no tensor."""
+    if not isinstance(y, torch.Tensor):
+        raise TypeError(
+            f"{type(loss).__name__} got a target of type {type(y).__name__}; need the tensor of labels that the loss "
+            f"is of: pre.loss(f, y), or pre.attach(value, f, y) for a value formed elsewhere"
+        )
+
+
+def asks_labels(loss: Any) -> bool:
+    """Whether the curvature, or n, hangs on the labels."""
+    return isinstance(loss, nn.CrossEntropyLoss) or getattr(loss, "pos_weight", None) is not None
+
+
 def check_its_own(loss: nn.Module, value: torch.Tensor, *given: Any) -> None:
     """ValueError for a loss that does not come to what its class does, whose curvature is taken: one with hooks that
     change what it is given or gives, or with a `forward` of its own."""

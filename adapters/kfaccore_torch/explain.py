@@ -12,7 +12,14 @@ from kfaccore_torch.alone import Examples
 from kfaccore_torch.calls import Use
 from kfaccore_torch.elementwise import met, repeated
 from kfaccore_torch.graph import Behind, operations
-from kfaccore_torch.products import convolution, looked_up, matrix_product, stacked_product, vector_product
+from kfaccore_torch.products import (
+    convolution,
+    grouped_product,
+    looked_up,
+    matrix_product,
+    stacked_product,
+    vector_product,
+)
 from kfaccore_torch.provenance import output_shape
 
 PRODUCTS = {
@@ -21,6 +28,7 @@ PRODUCTS = {
     "MvBackward": vector_product,
     "BmmBackward": stacked_product,
     "BaddbmmBackward": stacked_product,
+    "GroupedMmBackward": grouped_product,
     "ConvolutionBackward": convolution,
     "EmbeddingBackward": looked_up,
     "EmbeddingBagBackward": looked_up,

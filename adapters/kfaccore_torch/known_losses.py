@@ -13,7 +13,7 @@ from torch import nn
 
 import kfaccore as kf
 from kfaccore_torch.bridge import detached
-from kfaccore_torch.ends import check_alike, check_its_own, nonnegative
+from kfaccore_torch.ends import asks_labels, check_alike, check_its_own, check_labels, nonnegative
 from kfaccore_torch.outputs import tensor_of
 from kfaccore_torch.split import Split
 from kfaccore_torch.unread import known_at_once, unread
@@ -64,6 +64,7 @@ class Objective:
 
     def value(self, f: Any, target: Any) -> torch.Tensor:
         """The training loss, 0-d, differentiable."""
+        check_labels(self.loss, target)
         if isinstance(self.loss, CORE):
             return self.loss.value(f, target) / self.loss.normaliser(f, target)
         if self.classes_second and f.ndim > 2 and f.stride(1) == 1:
@@ -76,6 +77,8 @@ class Objective:
 
     def share(self, f: Any, target: Any) -> float:
         """n of a record of this batch; 0 where no example or label counts."""
+        if asks_labels(self.loss):
+            check_labels(self.loss, target)
         return self.share_of(self.loss, self.core, f, target) if f.numel() else 0.0
 
     def unread_share(self, f: Any, target: Any) -> torch.Tensor | None:
@@ -86,13 +89,16 @@ class Objective:
         if isinstance(self.loss, CORE):
             return unread(self.loss.normaliser(f.detach(), target))
         labelled = isinstance(self.loss, nn.CrossEntropyLoss) and self.loss.reduction == "mean" and f.ndim > 1
-        return unread(_label_weight(self.core, f, target)) if labelled and target.ndim == f.ndim - 1 else None
+        hard = labelled and isinstance(target, torch.Tensor) and target.ndim == f.ndim - 1
+        return unread(_label_weight(self.core, f, target)) if hard else None
 
     def draws(
         self, fisher: Callable, count: int, f: Any, target: Any, rng: Any, split: Split | None = None
     ) -> torch.Tensor:
         """Gradients of the per-example loss with respect to f, (draws, *f.shape), in single precision or better; label
         positions of one example of `split` are drawn together."""
+        if fisher is kf.empirical:
+            check_labels(self.loss, target)
         core = self.core
         f = detached(f)
         if isinstance(target, torch.Tensor) and target.is_floating_point():

@@ -59,9 +59,17 @@ class Joined:
             raise TypeError(f"Joint needs a dict of predictions for {sorted(self.parts)}, got {given}")
         return [tensor_of(f[head]) for head in self.parts]
 
+    def _pairs(self, f: Any, target: Any) -> None:
+        """TypeError where predictions and targets are not those of the heads."""
+        self.heads(f)
+        missing = sorted(set(self.parts) - set(target)) if isinstance(target, Mapping) else sorted(self.parts)
+        if missing:
+            got = sorted(target) if isinstance(target, Mapping) else type(target).__name__
+            raise TypeError(f"Joint needs a dict of targets for {sorted(self.parts)}, got {got}")
+
     def value(self, f: Any, target: Any) -> torch.Tensor:
         """The weighted sum of the heads' losses, of those in which something counts; NaN where nothing does in any."""
-        self.heads(f)
+        self._pairs(f, target)
         values = []
         unread = []
         for head, part in self.parts.items():
@@ -76,6 +84,7 @@ class Joined:
 
     def share(self, f: Any, target: Any) -> float:
         """The number of examples, of sums 1; 0 where nothing counts in any head, as far as the host knows."""
+        self._pairs(f, target)
         heads = self.heads(f)
         each = [(part, f[head], target[head]) for head, part in self.parts.items()]
         if self.total:

@@ -34,6 +34,7 @@ class Opened:
     all: list[Open] = field(default_factory=list)
     lost: bool = False
     _inside: list[Capture] = field(default_factory=list)  # those that are not over
+    _weighed: bool = False  # whether a loss had another weight than 1
     _shots: list[ref[Shot]] = field(default_factory=list)  # those a loss was formed on; who forms it holds it
 
     def __bool__(self) -> bool:
@@ -69,12 +70,13 @@ class Opened:
         finally:
             self._inside.remove(seen)
 
-    def before(self, shot: Shot) -> list[Shot]:
-        """Others that losses were formed on, which may still count; a loss is formed on this one."""
-        others = [x for one in self._shots if (x := one()) is not None and x is not shot]
-        if not any(one() is shot for one in self._shots):
+    def before(self, shot: Shot, weight: float) -> list[Shot]:
+        """Others that losses were formed on, which may still count; a loss of this weight is formed on this one. None
+        while no weight is another than 1: then each is a micro-batch, and nothing of many is looked at."""
+        if not shot.formed:
             self._shots.append(ref(shot))
-        return others
+        self._weighed = self._weighed or weight != 1.0
+        return [x for one in self._shots if (x := one()) is not None and x is not shot] if self._weighed else []
 
     def of(self, heads: Sequence[torch.Tensor]) -> Open:
         """The forward that made a prediction, as autograd's record has it; the newest where the graph says nothing.

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.early import Early
 from kfaccore_torch.gone import Left, doubt, gone, gradients, same
+from kfaccore_torch.slopes import Common
 from kfaccore_torch.thrown import Sample, Sampler, Taken, Thrown, moves, sampled, used
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Pending:
     missed: bool = False
     idle: bool = False
     early: Early = field(default_factory=Early)
+    common: Common = field(default_factory=Common)
     _heard: list[RemovableHandle] = field(default_factory=list)
     _task: int = -1  # of the backward pass in progress, or the last one
     _firing: list[Formed] = field(default_factory=list)  # by a pass that has not reached its end
@@ -51,7 +54,7 @@ class Pending:
     _left: Left = field(default_factory=list)  # by the last backward pass
     _thrown: list[Thrown] = field(default_factory=list)
     _last: Sample = field(default_factory=dict)  # of what the last pass left, where others were set aside before
-    _doubts: list[tuple[torch.Tensor, list[Taken]]] = field(default_factory=list)
+    _doubts: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # and the pass after
 
     def fresh(self) -> Pending:
         """Where nothing waits; of losses that the loop keeps nothing is heard any more, and nothing kept for them."""
@@ -59,7 +62,7 @@ class Pending:
         for handle in self._heard:
             handle.remove()
         self.early.over()
-        return Pending(said=self.said, missed=self.missed, idle=self.idle, early=self.early)
+        return Pending(said=self.said, missed=self.missed, idle=self.idle, early=self.early, common=self.common)
 
     def hear(self, loss: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
         """Of the differentiation of a loss of this step."""
@@ -85,11 +88,12 @@ class Pending:
     def settle(self) -> None:
         """At a step: `shots` are those that count in its gradients."""
         self._drop_failed()
-        for zeros, taken in self._doubts:
+        for zeros, task in self._doubts:
             if not bool(zeros):
                 continue
             if same(gradients(self._trained), self._left):
-                self._thrown.append(Thrown([one.out() for one in taken], None, moves(self._trained)))
+                taken = [Taken.whole(loss, task).out() for shot in self.shots for loss in shot.losses]
+                self._thrown.append(Thrown(taken, None, moves(self._trained)))
             else:
                 self._tell()
         self._doubts = []
@@ -138,12 +142,12 @@ class Pending:
 
     def _compare(self) -> None:
         """At the start of a pass: what waits, with what has become of its gradients."""
-        losses = [loss for shot in self.shots for loss in shot.losses if any(a.into for a in loss.passes.values())]
-        # zeros that a batch without labels left are no sign that they were thrown away
-        void = all(loss.void for loss in losses) and same(gradients(self._trained), self._left)
+        into = (loss for shot in self.shots for loss in shot.losses if any(a.into for a in loss.passes.values()))
+        # zeros that a batch without labels left are no sign that they were thrown away; the first with some tells
+        void = all(loss.void for loss in into) and same(gradients(self._trained), self._left)
         found = set() if void else gone(self._left)
         if found is None:  # a device knows
-            self._doubts.append((doubt(self._left), [Taken.whole(loss) for loss in losses]))
+            self._doubts.append((doubt(self._left), self._task))
         if found and len(found) == len(self._left):
             self._set_aside()
         else:
@@ -189,6 +193,7 @@ class Pending:
             stacklevel=5,
         )
 
+    @uncompiled
     def _mark(self, trained: Sequence[torch.Tensor]) -> None:
         """At the end of a pass."""
         self._trained = trained

@@ -26,6 +26,7 @@ from kfaccore_torch.observe import Observer
 from kfaccore_torch.plan import Plan, again, remade, unwrapped
 from kfaccore_torch.report import Coverage, coverage
 from kfaccore_torch.rest import called, filled, with_method
+from kfaccore_torch.separate import check_together
 from kfaccore_torch.settle import Layer
 from kfaccore_torch.sight import Sight, sighted
 from kfaccore_torch.table import read, written
@@ -144,6 +145,7 @@ class Planning(Footing):
         comm = self.core.comm
         if comm.world == 1 or not isinstance(comm, Distributed):
             return
+        check_together(self.model)
         number = zlib.crc32(json.dumps(written(self.plan)).encode()) % 2**20
         missed = not self.plan.layers.keys() <= set(measured)
         told = comm.all_reduce([np.array([number, number**2, missed, counting, parted], np.float64)])[0]

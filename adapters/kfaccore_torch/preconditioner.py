@@ -148,7 +148,7 @@ class Preconditioner:
         seen.check_unspent()
         seen.plan = self.engine.plan  # other forwards of the step may have shown more since
         batch = Batch(f, target, opened.told)
-        common = unit(self._opened.before(shot), number)
+        common = unit(self._opened.before(shot, number), number)
         n = self.engine.share(batch, wait=shot.formed or common is not None) if number else 0.0
         shot.total = self.engine.objective.total
         void = not isinstance(n, torch.Tensor) and n <= 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -103,6 +105,30 @@ def stacked_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Foun
     arrange = _reshaped(spread, (*rows, d_out))
     call = replace(_call(node, x.reshape(*rows, d_in), rows), arrange=arrange)
     return [Use(Mark(Linear(d_in, d_out, bias=False), replace(ref, view=flat)), call)]
+
+
+def grouped_product(node: Any, refs: Refs, lead: tuple[int, ...] | None) -> Found:
+    """GroupedMm of rows sorted by expert and a stack of matrices: each slice with the rows of its own."""
+    ref = refs.get(1)
+    offs = node._saved_offs
+    if ref is None or 0 in refs or offs is None or len(ref.view.axes) != 3 or len(ref.view.axes[0]) != 1:
+        return node.name()
+    x = node._saved_self.detach()
+    if x.ndim != 2 or unusual(x):
+        return f"{node.name()} with {unusual(x) or 'rows in stacks'}"
+    stride = ref.view.axes[0][0][1]
+    found = []
+    for i, (start, end) in enumerate(pairwise([0, *offs.tolist()])):
+        if start < end:  # an expert without tokens is not called
+            view = View((ref.view.axes[2], ref.view.axes[1]), ref.view.offset + i * stride)
+            call = replace(_call(node, x[start:end], (end - start,)), arrange=partial(_rows, start, end))
+            d_out, d_in = view.shape
+            found.append(Use(Mark(Linear(d_in, d_out, bias=False), replace(ref, view=view)), call))
+    return found
+
+
+def _rows(start: int, end: int, g: torch.Tensor) -> torch.Tensor:
+    return g[..., start:end, :]
 
 
 def _gathered(x: torch.Tensor, sizes: tuple[int, ...], kept: tuple[int, ...]) -> torch.Tensor:

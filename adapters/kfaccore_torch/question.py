@@ -228,7 +228,8 @@ class Question:
             raise RuntimeError(
                 f"a second backward pass through this graph failed ({type(error).__name__}: {error}), where the first "
                 f"did not: draws pass it before the loss does, so that an autograd.Function must not let go of what it "
-                f"keeps in its backward; keep it by ctx.save_for_backward"
+                f"keeps in its backward; keep it by ctx.save_for_backward. A selective checkpoint, which can be passed "
+                f"once, goes without context_fn"
             ) from error
         self.passed = True
         return found

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kfaccore_torch.bridge import HALF
+from kfaccore_torch.compiled import uncompiled
 
 if TYPE_CHECKING:
     from kfaccore_torch.settle import Layer
@@ -79,6 +80,7 @@ class Scale:
     factor: torch.Tensor | None = None
     when: int = -1
 
+    @uncompiled
     def note(self, grad: torch.Tensor) -> None:
         """A loss is differentiated, which a hook of it tells, after those of what it goes into."""
         task = torch._C._current_graph_task_id()

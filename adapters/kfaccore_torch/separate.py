@@ -9,12 +9,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from kfaccore_torch.step import Engine
 
 _MOST = 1 << 12  # numbers of a tensor that are looked at
 _SAME = {"parameters": 1e-4, "gradients": 1e-2}  # of their norm, by which other machines may round otherwise
+
+
+def check_together(model: nn.Module) -> None:
+    """ValueError where ranks may leave off before others: those that do answer what DistributedDataParallel sends, by
+    its `join`, and nothing of what is sent here."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        config = getattr(model, "_join_config", None)
+        if config is not None and config.enable and not config.throw_on_early_termination:
+            raise ValueError(
+                "the model is under the `join` of DistributedDataParallel, in which ranks that have no more data do "
+                "not take part in step(): pass join(throw_on_early_termination=True), which ends all ranks with the "
+                "first, or give all ranks as many batches (drop_last=True of a DistributedSampler and DataLoader)"
+            )
+        wrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+        assert isinstance(wrapped, nn.Module)
+        model = wrapped
 
 
 @dataclass(eq=False)

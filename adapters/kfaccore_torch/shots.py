@@ -13,7 +13,7 @@ import torch
 from kfaccore_torch.collect import complaint, weighted
 from kfaccore_torch.evened import evened
 from kfaccore_torch.formed import Formed
-from kfaccore_torch.slopes import check_even, check_shares, check_sum, past
+from kfaccore_torch.slopes import Common, check_even, check_shares, check_sum, means, past
 from kfaccore_torch.uncounted import share_of_none, uncounted
 from kfaccore_torch.unread import read
 
@@ -111,14 +111,16 @@ class Gathered(NamedTuple):
     n: Any
 
 
-def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None = None) -> Gathered:
+def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None, common: Common) -> Gathered:
     """What was seen for one update, whose shares add up to its normaliser.
 
     A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
-    on one forward count it once. A sum over everything has n = 1, whatever the number of parts and ranks; where means
-    were given weights, F is the sum over forwards too, of one n for all, and the mean over ranks.
+    on one forward count it once. Those of networks that share no layer, whose losses are added, are micro-batches of
+    their own network alone. A sum over everything has n = 1, whatever the number of parts and ranks; where means were
+    given weights, F is the sum over forwards too, of one n for all, and the mean over ranks.
 
     scale   what a scaler multiplied the losses by
+    common  what was seen of such factors in steps before
     """
     world = engine.core.comm.world
     for shot in shots:
@@ -129,14 +131,18 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None = Non
     slopes = _slopes(counted) if apart else []
     if apart and not slopes:
         check_sum([shot.slopes for shot in counted], scale)
+    every = [shot.slopes for shot in shots if shot.slopes]  # parts of a mean too where no label of theirs counts
+    if not apart:
+        common.check(every, scale, world, any(shot.total for shot in counted))
     slope = past(slopes, scale)
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0
     whole = evened(engine, counted, whole) or whole
+    own = {} if apart else _networks(counted, every, scale)
     records: dict[str, list[Any]] = {}
     pieces = [(shot, shot.found) for shot in counted]
     for name in dict.fromkeys(name for _, found in pieces for name in found):
         here = [(shot, found[name]) for shot, found in pieces if name in found]
-        together = [shot for shot in counted if shot.reaches(name)]
+        together = [shot for shot in own.get(name, counted) if shot.reaches(name)]
         times = 1.0
         if apart or counted[0].total or len(here) < len(together):
             times = _whole(together, counted, world, apart) / slope / _sum([shot for shot, _ in here])
@@ -163,7 +169,7 @@ def completed(
 
     formed, captured   how many losses were, and the forwards
     """
-    found, n = gathered(engine, pending.shots, scale)
+    found, n = gathered(engine, pending.shots, scale, pending.common)
     records = {name: pieces for name, pieces in found.items() if name in grads}
     void = next((shot.void for shot in [*pending.shots, *captured] if shot.void), "")
     if not (engine.counting if engine.core.comm.world > 1 else records):
@@ -182,6 +188,22 @@ def _whole(shots: Sequence[Shot], counted: Sequence[Shot], world: int, apart: bo
     if counted[0].total:
         return 1.0 / world * _sum(shots) / len(shots)
     return _sum(shots) if len(shots) > 1 else shots[0].n
+
+
+def _networks(
+    counted: Sequence[Shot], every: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None
+) -> dict[str, list[Shot]]:
+    """Layer -> the forwards of its network, where they are of several that share no layer and of which each has a loss
+    of its own, as two discriminators; empty where all are of one, or where `every` loss is a part of one mean."""
+    groups: list[tuple[set[str], list[Shot]]] = []
+    for shot in counted:
+        names = set(shot.found)
+        joined = [group for group in groups if group[0] & names]
+        groups = [group for group in groups if not group[0] & names]
+        groups.append((names.union(*(one[0] for one in joined)), [*(x for _, shots in joined for x in shots), shot]))
+    if len(groups) < 2 or not all(names for names, _ in groups) or means(every, scale):
+        return {}
+    return {name: shots for names, shots in groups for name in names}
 
 
 def _slopes(counted: Sequence[Shot]) -> list[torch.Tensor]:

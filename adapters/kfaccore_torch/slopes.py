@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,13 +63,70 @@ def check_sum(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | No
     )
 
 
+@dataclass(eq=False)
+class Common:
+    """Numbers below 1 that losses were all multiplied by past `pre.loss`: those of accumulation make a mean of
+    forwards, as their curvatures are; others a mean of several losses of one forward, or of a loss that is a sum, whose
+    curvatures are the sum.
+
+    said   whether a warning was given
+    turn   steps with a loss a forward that is a sum: the host looks at the first, second, fourth, eighth and so on
+    """
+
+    said: bool = False
+    turn: int = 0
+    _parts: list[float] = field(default_factory=list)  # of accumulation, as steps have shown
+
+    def check(
+        self, losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None, world: int, total: bool
+    ) -> None:
+        """A warning, once, where that is no part of as many forwards, here or on all ranks, nor one that was: the last
+        micro-batches of an epoch may be fewer. `total`: the loss is a sum."""
+        most = max(map(len, losses), default=0)
+        if self.said or not self._looks(most, total):
+            return
+        factors = _factors([slopes[0] for slopes in losses], scale)
+        if not _alike(factors) or not 0.0 < factors[0] < 1.0 - _EVEN:  # of a scaler that is not known it is above 1
+            return
+        if any(_alike([sum(factors) * ranks, 1.0]) for ranks in (1, world)):
+            self._parts.append(factors[0])
+            self._parts[:] = dict.fromkeys(self._parts)
+        elif not any(_alike([part, factors[0]]) for part in self._parts):
+            self.said = True
+            what, how = f"the {most} losses of one forward were all", "their curvatures were added up"
+            if most < 2:
+                what, how = "the loss, which is a sum, was", "its curvature was taken"
+            warnings.warn(
+                f"{what} multiplied by {factors[0]:.4g} on the way to backward, and {how} without it: where that makes "
+                f"a mean, F is too large by as much. Let it be known, pre.loss(f, target, weight={factors[0]:.4g})"
+                + (", or take the mean, reduction='mean'" if most < 2 else ""),
+                stacklevel=2,
+            )
+
+    def _looks(self, most: int, total: bool) -> bool:
+        if most < 2 and total:
+            self.turn += 1
+        return most > 1 or (most == 1 and total and not self.turn & (self.turn - 1))
+
+
+def means(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None) -> bool:
+    """Whether forwards were multiplied by parts that add up to 1, as those of a mean over them are."""
+    return all(losses) and _alike([sum(_factors([slopes[0] for slopes in losses], scale)), 1.0])
+
+
 def past(slopes: Sequence[torch.Tensor], scale: torch.Tensor | None) -> float:
     """What the losses were all multiplied by, without the `scale` of a scaler; 1 where that is not known, or no
     number to divide by."""
     if not slopes:
         return 1.0
-    found = abs(_read(slopes)[0]) / (1.0 if scale is None else float(scale))
+    found = _factors(slopes, scale)[0]
     return found if math.isfinite(found) and found else 1.0
+
+
+def _factors(slopes: Sequence[torch.Tensor], scale: torch.Tensor | None) -> list[float]:
+    """How large each is without the `scale` of a scaler."""
+    unit = 1.0 if scale is None else float(scale)
+    return [abs(number) / unit for number in _read(slopes)]
 
 
 def _read(slopes: Sequence[torch.Tensor]) -> list[float]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import kfaccore as kf
+from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.unusual import dense, unusual
 
 Hear = Callable[[torch.Tensor, Callable[[torch.Tensor], None]], None]
@@ -41,6 +42,7 @@ class Terms:
         fresh = bool(expected) and all(p.grad is None or not bool(dense(p.grad).any()) for p in parameters)
         hear(value, partial(self._fire, expected if fresh else (), parameters))
 
+    @uncompiled
     def _fire(self, expected: Expected, parameters: Sequence[torch.nn.Parameter], grad: torch.Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if task != self._task:  # what is left of a pass before is of one that failed
@@ -49,6 +51,7 @@ class Terms:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._compare, parameters))
         self._fired.append((grad.detach(), expected))  # not read: a device would be waited for
 
+    @uncompiled
     def _compare(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         fired, self._fired = self._fired, []
         if self.declared or self.looked or not all(expected for _, expected in fired):

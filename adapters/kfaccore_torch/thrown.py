@@ -7,6 +7,7 @@ they are made of is found from some of their elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,9 +35,10 @@ class Taken:
     layers: frozenset[str] = frozenset()
 
     @classmethod
-    def whole(cls, loss: Formed) -> Taken:
-        """All that went into `.grad`."""
-        return cls(loss, {number: arrived for number, arrived in loss.passes.items() if arrived.into})
+    def whole(cls, loss: Formed, before: float = math.inf) -> Taken:
+        """All that went into `.grad`, `before` a pass."""
+        passes = {number: arrived for number, arrived in loss.passes.items() if arrived.into and number < before}
+        return cls(loss, passes)
 
     @classmethod
     def partly(cls, loss: Formed, gone: set[int]) -> Taken:

@@ -5,7 +5,7 @@ gradients pays nothing, and a device is not waited for."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
+from kfaccore_torch.compiled import uncompiled
 from kfaccore_torch.gone import Left, gradients
 from kfaccore_torch.thrown import Sample, sampled
 from kfaccore_torch.unread import known_at_once
@@ -44,6 +45,8 @@ class Written:
     said: bool = False
     _left: list[tuple[torch.Tensor, TensorWeakRef, int]] = field(default_factory=list)
     _sample: Sample = field(default_factory=dict)  # of the first: what goes past autograd leaves no version
+    _sums: list[tuple[torch.Tensor, TensorWeakRef]] = field(default_factory=list)  # those that passes have added to
+    _foreign: bool = False  # passes of another Preconditioner's loss
     _doubted: bool = False  # whether a device has shown a reason to take one
     _looks: int = 0
     _listed: bool = False
@@ -55,6 +58,7 @@ class Written:
             _WRITERS[:] = [*(one for one in list(_WRITERS) if one() is not None), ref(self)]
         now = gradients(list({id(p): p for layer in layers for p in layer.parameters.values()}.values()))
         self._left = [(p, TensorWeakRef(grad), version) for p, grad, version in now]
+        self._sums = []
         first = now[:1]
         here = bool(first) and (self._doubted or known_at_once(first[0][1]))
         self._sample = sampled(first) if here else {}
@@ -69,6 +73,8 @@ class Written:
         """Before a step on the gradients of the layers `given`. ValueError where all of them are what the last one
         wrote, as where it is called twice, or what others did; a warning, once, where some are."""
         now = {id(p) for name in given for p in layers[name].parameters.values()}
+        for one in (self, *self._others()):
+            one._tell_sums(layers, now)
         own = self._taken(now, self.said, False)
         found = [(one, taken) for one in self._others() if (taken := one._taken(now, self.said, one._clipped()))]
         foreign = {x for _, taken in found for x in taken}
@@ -91,7 +97,7 @@ class Written:
             return set()
         left = self._there() if clipped else self._still()
         own = {id(p) for p, _, _ in left} & now
-        if not own or (said and not now <= own) or not _nonzero(left):
+        if not own or (said and not now <= own) or not _nonzero(grad for _, grad, _ in left):
             return set()
         known = [torch.equal(sampled([one])[one[0]], self._sample[one[0]]) for one in left if one[0] in self._sample]
         if not known and not known_at_once(left[0][1]):
@@ -104,12 +110,15 @@ class Written:
         alive = [one() for one in list(_WRITERS)]  # a copy: other threads may train other models
         return [one for one in alive if one is not None and one is not self and one._left]
 
+    @uncompiled
     def _added(self, one: Written, layers: Mapping[str, Layer], _: torch.Tensor) -> None:
         """By the pass that is running, to what `one` has written."""
-        one._adds(layers, {id(p) for layer in layers.values() for p in layer.parameters.values()}, one is not self)
+        one._adds({id(p) for layer in layers.values() for p in layer.parameters.values()}, one is not self)
 
-    def _adds(self, layers: Mapping[str, Layer], known: set[int], foreign: bool) -> None:
-        """By the pass that is running, which is of a loss of a `foreign` Preconditioner or of this one's."""
+    def _adds(self, known: set[int], foreign: bool) -> None:
+        """By the pass that is running, which is of a loss of a `foreign` Preconditioner or of this one's. A step says
+        so: gradients that are zeroed before it, as those of an attack, are in none."""
+        self._sums = [(p, old) for p, old in self._sums if p.grad is old() and _nonzero([p.grad])]
         left = self._still() if self.said or not self._clipped() else self._there()
         try:
             into = [one for one in left if id(one[0]) in known and one[0].requires_grad and _reached(one[0])]
@@ -120,9 +129,16 @@ class Written:
         self._looks += 1
         if self._looks & (self._looks - 1):  # `p.grad.data.zero_()` leaves no version: looked at ever more rarely
             return
-        if _nonzero(into):
-            names = _names(layers, {id(p) for p, _, _ in into})
-            self._warn(names, "a backward pass adds gradients to them", _SHARED if foreign else _ZERO)
+        if _nonzero(grad for _, grad, _ in into):
+            self._sums = [(p, TensorWeakRef(grad)) for p, grad, _ in into]
+            self._foreign = foreign
+
+    def _tell_sums(self, layers: Mapping[str, Layer], now: set[int]) -> None:
+        """A warning, once, where a step is of gradients that were added to directions."""
+        added = {id(p) for p, old in self._sums if p.grad is not None and p.grad is old()} & now
+        if added:
+            do = _SHARED if self._foreign else _ZERO
+            self._warn(_names(layers, added), "a backward pass added gradients to them", do)
 
     def _there(self) -> Left:
         """Those that are still where the step has put them."""
@@ -156,7 +172,7 @@ class Written:
 
     def __getstate__(self) -> dict[str, object]:
         """Without tensors, which no copy shares."""
-        return {**self.__dict__, "_left": [], "_sample": {}, "_listed": False}
+        return {**self.__dict__, "_left": [], "_sums": [], "_sample": {}, "_listed": False}
 
 
 _WRITERS: list[ReferenceType[Written]] = []  # those that have written; each lives as long as its Preconditioner
@@ -167,8 +183,8 @@ def _reached(p: torch.Tensor) -> bool:
     return torch._C._will_engine_execute_node(get_gradient_edge(p).node)  # type: ignore[arg-type]
 
 
-def _nonzero(left: Sequence[tuple[torch.Tensor, torch.Tensor, int]]) -> bool:
-    return any(bool(dense(grad).any()) for _, grad, _ in left)
+def _nonzero(grads: Iterable[torch.Tensor | None]) -> bool:
+    return any(grad is not None and bool(dense(grad).any()) for grad in grads)
 
 
 def _names(layers: Mapping[str, Layer], own: set[int]) -> list[str]:
