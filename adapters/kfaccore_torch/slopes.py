@@ -70,7 +70,7 @@ class Common:
     curvatures are the sum.
 
     said   whether a warning was given
-    turn   steps with a loss a forward that is a sum: the host looks at the first, second, fourth, eighth and so on
+    turn   steps of this kind: the host looks at the first, second, fourth, eighth and so on
     """
 
     said: bool = False
@@ -104,9 +104,10 @@ class Common:
             )
 
     def _looks(self, most: int, total: bool) -> bool:
-        if most < 2 and total:
-            self.turn += 1
-        return most > 1 or (most == 1 and total and not self.turn & (self.turn - 1))
+        if most < 2 and not (most and total):
+            return False
+        self.turn += 1
+        return not self.turn & (self.turn - 1)
 
 
 def means(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None) -> bool:
