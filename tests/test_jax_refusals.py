@@ -36,7 +36,7 @@ REFUSED = {  # model of one leaf w (4, 4): the reason
     "a half tied": (lambda w, x: jnp.tanh(x @ w) @ w[:2].T, "goes into: dense in two arrangements"),
     "tied and added": (lambda w, x: jnp.tanh(x @ w) @ w.T + w[0], "goes into: used as bias and dense"),
     "shared and owned": (
-        lambda w, x: x @ w + jnp.ones(4) @ w,
+        lambda w, x: x @ w + jnp.ones(4) @ w @ w,
         "goes into: dense on rows of examples and on rows that all of them share",
     ),
     "scan carry": (carried, "goes into: scan as its carry"),

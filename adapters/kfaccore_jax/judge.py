@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfaccore_jax.plan import followed
+from kfaccore_jax.evaluate import followed
 from kfaccore_jax.probing import outline, turns
 from kfaccore_jax.trees import register
 from kfaccore_jax.wrappers import completed

@@ -20,12 +20,13 @@ from kfaccore import (
     Record,
     Serial,
 )
+from kfaccore_jax.evaluate import followed
 from kfaccore_jax.grafting import beside, grafted
 from kfaccore_jax.judge import arrays, finitely, judged, losses_of, started
 from kfaccore_jax.mesh import automatic, placed_like, specs_of
 from kfaccore_jax.names import named
 from kfaccore_jax.penalties import penalised, shrunk, sloped, weights
-from kfaccore_jax.plan import Plan, followed
+from kfaccore_jax.plan import Plan
 from kfaccore_jax.present import blocks_of, check_halves, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn, side_by_side
 from kfaccore_jax.replicas import Axes, averaged, check_axes, in_force, share_of
