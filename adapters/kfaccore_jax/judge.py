@@ -21,6 +21,11 @@ def losses_of(moves: Any, value: Any, value_fn: Callable, params: Any, whole: An
     return jnp.stack([jnp.asarray(value), jnp.asarray(after)])
 
 
+def whole_mean(value: Any, axes: Any, share: Any) -> Any:
+    """A mean over a device's part of the batch as that over all of it; `axes` are None where it is all."""
+    return value if axes is None else axes.mean(value, share)
+
+
 def added(params: Any, moves: Any) -> Any:
     """The parameters with updates added, in their own dtypes; what is no inexact number, and what has no update, stays
     what it is."""
@@ -53,9 +58,18 @@ def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
     return rest.init(leaves)
 
 
-def finitely(tx: Any, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """`tx.update`; a gradient that is not finite moves nothing and leaves the state what it was, as in the core."""
-    updates, after = tx.update(grads, state, params)
+def finitely(tx: Any, grads: Any, state: Any, params: Any, told: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`tx.update`, told what the caller's update was if it asks for more than gradients; a gradient that is not finite
+    moves nothing and leaves the state what it was, as in the core."""
+    import optax
+
+    try:
+        updates, after = optax.with_extra_args_support(tx).update(grads, state, params, **told)
+    except TypeError as error:
+        error.add_note(
+            f"graft and rest are told what the update of kfac(plan) is, here {sorted(told)}: update(..., value=loss)"
+        )
+        raise
     whole = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads) if followed(g)] or [True]).all()
     updates = jax.tree.map(lambda x: jnp.where(whole, x, jnp.zeros_like(x)), updates)
     return updates, jax.tree.map(lambda new, old: jnp.where(whole, new, old), after, state)
