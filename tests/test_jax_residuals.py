@@ -129,3 +129,43 @@ def test_what_cannot_be_followed_to_the_points_is_named():
     plan = kj.plan(lambda p, x: (u(p, x) - u(p, jnp.zeros(2)))[:, None], made(), X)
     row = next(row for row in plan.table if row.leaf == "w1")
     assert row.reason == "goes into: dense on rows of examples and on rows that all of them share"
+
+
+VIEWS = {
+    "one by one": lambda encode, a, b: (encode(a), encode(b)),
+    "stacked in front": lambda encode, a, b: tuple(encode(jnp.stack([a, b]))),
+    "stacked behind the examples": lambda encode, a, b: tuple(
+        encode(jnp.stack([a, b], 1).reshape(-1, 2)).reshape(-1, 2, 4).swapaxes(0, 1)
+    ),
+}
+
+
+def test_two_views_of_an_example_are_rows_of_it_however_they_are_put_together():
+    """But for one batch behind the other, which is named."""
+    params = made()
+    a, b = normal((6, 2), (6, 2), seed=3)
+
+    def apply(name, p, a, b):
+        def encode(x):
+            return jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+
+        z, y = VIEWS[name](encode, a, b)
+        return jnp.abs(z - y)
+
+    @partial(jax.jit, static_argnums=0)
+    def found(name, params):
+        plan = kj.plan(partial(apply, name), params, a, b, batched=(0, 1))
+        captured = kj.capture(plan, params, a, b)
+        records = captured.records(kf.type2(kf.Gaussian(), captured.prediction), 6, fisher=kf.type2)
+        return {k: (r.examples(), jnp.einsum("kzbsi,kzbsj->ij", r.g, r.g)) for k, r in records.items()}
+
+    want = found("one by one", params)
+    for name in list(VIEWS)[1:]:
+        close(found(name, params), want)
+
+    def behind(p, a, b):
+        z = jnp.concatenate([a, b]) @ p["w1"]
+        return z[: len(a)] - z[len(a) :]
+
+    row = next(row for row in kj.plan(behind, params, a, b, batched=(0, 1)).table if row.leaf == "w1")
+    assert row.reason == "goes into: dense on a batch axis joined behind another one"
