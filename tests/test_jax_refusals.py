@@ -215,3 +215,18 @@ def test_whole_that_a_wrapper_masks_too_is_named():
     step = kj.step(plan, kf.Gaussian(), optax.chain(tx, optax.scale(-1.0)))
     with pytest.raises(ValueError, match=r"whole without \['b'\]: .*mask_compatible_extra_args=True.* leave that"):
         step(params, step.init(params), (X, jnp.ones((6, 4))), jax.random.key(0))
+
+
+def test_an_error_of_the_model_itself_is_told_as_it_is():
+    late = []
+
+    def apply(p, x):
+        if late:
+            raise ValueError("of the model")
+        return x @ p
+
+    plan = kj.plan(apply, W, X)
+    late.append(True)
+    with pytest.raises(ValueError) as caught:
+        kj.capture(plan, W, X)
+    assert str(caught.value) == "of the model"
