@@ -180,3 +180,29 @@ def test_a_step_that_sets_its_rate_takes_layers_before_a_batch_norm_as_they_are(
         params, state, value = step(params, state, normal((1, 6, 3), seed=i))
         values.append(float(value))
     assert values[-1] < 0.2 * values[0]
+
+
+PLACES = {
+    "an index of literals before": lambda p, x, i: (lambda row: jnp.tanh(x @ p["v"]) @ p["w"] + row)(jnp.eye(4)[i]),
+    "leaves joined": lambda p, x, i: x @ jnp.concatenate([p["v"], p["w"]], 1),
+    "leaves joined in a scan": lambda p, x, i: lax.scan(
+        lambda c, _: (jnp.tanh(c @ jnp.concatenate([p["v"][:, :2], p["w"][:, 2:]], 1)), None), x, None, 2
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_stands_behind_an_equation_is_known_of_calls_that_have_other_places(name):
+    """Indices that are folded, and products that are done leaf by leaf, are not where the model's jaxpr has them."""
+    params = {"v": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}
+    x = jnp.ones((6, 4))
+
+    def centred(p, x, i):
+        f = PLACES[name](p, x, i)
+        return f - f.mean(0)
+
+    assert all(layer.mixed for layer in kj.plan(centred, params, x, 1, strict=True).layers)
+    moved = kj.plan(lambda p, x, i: PLACES[name](p, x, i)[::-1], params, x, 1)
+    assert [row.reason for row in moved.table] == ["goes into: dense on examples that rev moves along the batch"] * 2
+    alone = kj.plan(PLACES[name], params, x, 1, strict=True)
+    assert all(layer.own for layer in alone.layers)

@@ -36,7 +36,7 @@ REFUSED = {  # model of one leaf w (4, 4): the reason
     "a half tied": (lambda w, x: jnp.tanh(x @ w) @ w[:2].T, "goes into: dense in two arrangements"),
     "tied and added": (lambda w, x: jnp.tanh(x @ w) @ w.T + w[0], "goes into: used as bias and dense"),
     "shared and owned": (
-        lambda w, x: x @ w + jnp.ones(4) @ w,
+        lambda w, x: x @ w + jnp.ones(4) @ w @ w,
         "goes into: dense on rows of examples and on rows that all of them share",
     ),
     "scan carry": (carried, "goes into: scan as its carry"),
@@ -215,3 +215,18 @@ def test_whole_that_a_wrapper_masks_too_is_named():
     step = kj.step(plan, kf.Gaussian(), optax.chain(tx, optax.scale(-1.0)))
     with pytest.raises(ValueError, match=r"whole without \['b'\]: .*mask_compatible_extra_args=True.* leave that"):
         step(params, step.init(params), (X, jnp.ones((6, 4))), jax.random.key(0))
+
+
+def test_an_error_of_the_model_itself_is_told_as_it_is():
+    late = []
+
+    def apply(p, x):
+        if late:
+            raise ValueError("of the model")
+        return x @ p
+
+    plan = kj.plan(apply, W, X)
+    late.append(True)
+    with pytest.raises(ValueError) as caught:
+        kj.capture(plan, W, X)
+    assert str(caught.value) == "of the model"

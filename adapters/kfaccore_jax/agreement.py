@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from kfaccore_jax.calls import Call
+from kfaccore_jax.evaluate import evaluated
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.names import without_number
-from kfaccore_jax.plan import Plan, evaluated
+from kfaccore_jax.plan import Plan
 from kfaccore_jax.walk import OTHER
 
 
@@ -44,7 +45,8 @@ def probed(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
     found: dict[str, Shape] = {}
 
     def abstract(params: Any, args: tuple) -> None:
-        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2]
+        given = plan.known, frozenset(), plan.lifts
+        walk = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, *given)[2]
         check_calls(plan, walk.calls, n)
         found.update(walk.outputs)
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from kfaccore import Factored, Ids, Patches, Record
 from kfaccore_jax.agreement import check_calls, of_other_number, probed
 from kfaccore_jax.batch import examples, strong
+from kfaccore_jax.evaluate import evaluated
 from kfaccore_jax.mesh import Shape, differing, spread, zeros
 from kfaccore_jax.names import check_arrays, named
-from kfaccore_jax.plan import Plan, evaluated
+from kfaccore_jax.plan import Plan
 from kfaccore_jax.positions import Longer, marks, masks_of
 from kfaccore_jax.records import Drawn, Pair, pairs, widened
 from kfaccore_jax.signs import independent, signed
@@ -179,7 +180,8 @@ def capture(plan: Plan, params: Any, *args: Any) -> Captured:
         for i, x in zip(live, floats, strict=True):
             full[i] = x
         tree = jax.tree.unflatten(structure, full)
-        pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes, plan.known)
+        given = plan.known, frozenset(), plan.lifts
+        pred, aux, walk, _ = evaluated(plan.apply, tree, args, plan.has_aux, plan.explicit, probes, *given)
         check_calls(plan, walk.calls, n)
         return pred, (aux, walk.data)
 
@@ -201,7 +203,7 @@ def _otherwise(plan: Plan, params: Any, args: tuple, n: int, error: ValueError) 
     """The capture of a batch that runs other equations than the plan's, by way of more examples, some of them again."""
     from kfaccore_jax.single import again, fewer
 
-    if plan.explicit or (n > 1 and not of_other_number(plan, params, args)):
+    if plan.explicit or n == plan.count or (n > 1 and not of_other_number(plan, params, args)):
         raise error
     more = 2 if n == 1 else plan.count if n < plan.count else 2 * plan.count
     if more <= n:

@@ -48,11 +48,17 @@ class Taken(NamedTuple):
 
 
 def grafted(
-    graft: optax.GradientTransformation, plan: Plan, blocks: Mapping[str, Block], grads: Any, state: Any, params: Any
+    graft: optax.GradientTransformation,
+    plan: Plan,
+    blocks: Mapping[str, Block],
+    grads: Any,
+    state: Any,
+    params: Any,
+    told: Mapping[str, Any],
 ) -> tuple[Taken, dict[str, Any], Any]:
     """The step of `graft`, {layer or leaf: its norm without what shrinks}, and its state."""
     check_given("graft", blocks, matrices(plan, grads, blocks))
-    updates, after = finitely(graft, grads, state, params)
+    updates, after = finitely(graft, grads, state, params, told)
     bare = updates
     of = outline(grads if params is None else params)
     turned = turns(graft, of)
@@ -62,7 +68,7 @@ def grafted(
             "with a small rate in place of 0"
         )
     if params is not None and shrinks(graft, of):
-        bare, _ = finitely(graft, grads, state, jax.tree.map(jnp.zeros_like, params))
+        bare, _ = finitely(graft, grads, state, jax.tree.map(jnp.zeros_like, params), told)
     if turned:
         updates, bare = (jax.tree.map(jnp.negative, x) for x in (updates, bare))
     shrinking = None if bare is updates else jax.tree.map(jnp.subtract, updates, bare)

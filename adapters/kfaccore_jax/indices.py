@@ -16,7 +16,8 @@ INDICES: dict[str, Callable[..., Any]] = {
 
 
 def folded(jaxpr: Any) -> Any:
-    """The jaxpr with indices computed from literals alone as literals; jax 0.6 writes a[-1] so."""
+    """The jaxpr with indices computed from literals alone as literals; jax 0.6 writes a[-1] so. Their equations stay:
+    the others keep their places."""
     numbers: dict[Any, Literal] = {}
     eqns = []
 
@@ -31,6 +32,5 @@ def folded(jaxpr: Any) -> Any:
             if np.dtype(aval.dtype).kind in "ib":
                 value = INDICES[name](*(v.val for v in ins))
                 numbers[eqn.outvars[0]] = Literal(np.asarray(value, aval.dtype)[()], aval)
-                continue
         eqns.append(eqn.replace(invars=ins) if numbers else eqn)
     return jaxpr.replace(eqns=eqns, outvars=known(jaxpr.outvars)) if numbers else jaxpr

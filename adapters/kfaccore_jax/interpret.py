@@ -17,8 +17,22 @@ from jax.extend.core import Literal
 from kfaccore_jax.alive import alive, reached, within
 from kfaccore_jax.indices import folded
 from kfaccore_jax.joined import alike, concatenated
+from kfaccore_jax.lifted import spread, sunk, with_each
 from kfaccore_jax.meeting import as_calls, met
-from kfaccore_jax.tags import JITS, PLACED, REMATS, Joined, Out, Param, Tag, arrays_in, moved, scaled, with_arrays
+from kfaccore_jax.tags import (
+    JITS,
+    PLACED,
+    REMATS,
+    Joined,
+    Lifted,
+    Out,
+    Param,
+    Tag,
+    arrays_in,
+    moved,
+    scaled,
+    with_arrays,
+)
 from kfaccore_jax.walk import Walk
 
 
@@ -69,10 +83,14 @@ def _equation(
     cold: list[Tag] = [None] * len(eqn.outvars)
     if name in JITS and any(tag is not None for tag in tags):
         return run(walk.inside(place, False), _inner(eqn), inputs, tags, asked)
+    if name == "scan" and any(isinstance(tag, Param | Joined | Lifted) for tag in tags):
+        return _scan(walk, place, eqn, inputs, tags, within(eqn, asked)), cold
+    if any(isinstance(tag, Lifted) for tag in tags):
+        inputs, tags, done = spread(walk, place, eqn, inputs, tags, lambda values: _evaluate(jaxpr, eqn, values))
+        if done is not None:
+            return done
     if any(hot) and name in REMATS:
         return _remat(walk, place, eqn, inputs, tags, asked)
-    if any(hot) and name == "scan":
-        return _scan(walk, place, eqn, inputs, tags, within(eqn, asked)), cold
     if any(hot) and any(jnp.iscomplexobj(v.aval) for v in (*eqn.invars, *eqn.outvars)):
         walk.leak(tags, f"complex {name}")  # rows of a record are real
         return _evaluate(jaxpr, eqn, inputs), cold
@@ -103,7 +121,7 @@ def _met(walk: Walk, jaxpr: Any, place: int, eqn: Any, inputs: list, tags: list[
         return _evaluate(jaxpr, eqn, inputs), [new]
     outs = _evaluate(jaxpr, eqn, inputs)
     done = met(walk, place, eqn, inputs, tags, at[0], outs[0])
-    return None if done is None else ([done[0]], [done[1]])
+    return None if done is None else ([done[0]], [with_each(walk, done[1])])
 
 
 def _parts(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> tuple[list, list[Tag]] | None:
@@ -117,7 +135,8 @@ def _parts(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag]) -> t
     function, args, axis = found
     closed = jax.make_jaxpr(function)(*args)
     given = [*tag.tags, *[None] * (len(args) - len(tag.tags))]
-    outs, after = run(walk.inside(place, False), closed, args, given, [True] * len(closed.jaxpr.outvars))
+    outs, after = run(walk.beside(place), closed, args, given, [True] * len(closed.jaxpr.outvars))
+    after = sunk(walk, after)
     whole = outs[0] if axis < 0 else jnp.concatenate(outs, axis)
     hot = [t for t in after if isinstance(t, Param)]
     return [whole], [Joined(axis, tuple(outs), tuple(hot)) if len(hot) == len(outs) else None]
@@ -148,6 +167,7 @@ def _remat(
         inner.outputs = dict(walk.outputs)
         inner.probes = None if walk.probes is None else probes
         outs, found = run(inner, _inner(eqn), values, tags, asked)
+        found = sunk(inner, found)
         seen[:] = inner, found
         return outs, inner.data, [arrays_in(tag) for tag in found]
 
@@ -172,8 +192,8 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], asked
     carried = [tag if consts <= i < consts + carries else None for i, tag in enumerate(tags)]
     inputs[span] = as_calls(walk, place, inputs, carried, "scan as its carry")[span]
     walk.leak([tag for tag in tags if isinstance(tag, Joined)], "scan")
-    inner_tags: list[Tag] = [*(tag if isinstance(tag, Param) else None for tag in tags[:consts]), *[None] * carries]
-    for tag in tags[consts + carries :]:
+    inner_tags: list[Tag] = [*(t if isinstance(t, Param | Lifted) else None for t in tags[:consts]), *[None] * carries]
+    for tag in sunk(walk, tags[consts:])[carries:]:
         inner_tags.append(tag.row(walk.depth) if isinstance(tag, Param) else None)
     seen: list[Any] = []
 
@@ -182,7 +202,7 @@ def _scan(walk: Walk, place: int, eqn: Any, inputs: list, tags: list[Tag], asked
         inner.depth = walk.depth + 1
         inner.probes = None if walk.probes is None else x[1]
         outs, found = run(inner, closed, [*inputs[:consts], *carry, *x[0]], inner_tags, asked)
-        inner.leak(found, "scan as its result")
+        inner.leak(sunk(inner, found), "scan as its result")
         seen[:] = [inner]
         return outs[:carries], (outs[carries:], inner.data)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfaccore_jax.plan import followed
+from kfaccore_jax.evaluate import followed
 from kfaccore_jax.probing import outline, turns
 from kfaccore_jax.trees import register
 from kfaccore_jax.wrappers import completed
@@ -19,6 +19,11 @@ def losses_of(moves: Any, value: Any, value_fn: Callable, params: Any, whole: An
     back = jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else x, moves)
     after = value_fn(completed(added(params, back), whole))
     return jnp.stack([jnp.asarray(value), jnp.asarray(after)])
+
+
+def whole_mean(value: Any, axes: Any, share: Any) -> Any:
+    """A mean over a device's part of the batch as that over all of it; `axes` are None where it is all."""
+    return value if axes is None else axes.mean(value, share)
 
 
 def added(params: Any, moves: Any) -> Any:
@@ -53,9 +58,18 @@ def started(rest: Any, leaves: Mapping[str, Any]) -> Any:
     return rest.init(leaves)
 
 
-def finitely(tx: Any, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """`tx.update`; a gradient that is not finite moves nothing and leaves the state what it was, as in the core."""
-    updates, after = tx.update(grads, state, params)
+def finitely(tx: Any, grads: Any, state: Any, params: Any, told: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`tx.update`, told what the caller's update was if it asks for more than gradients; a gradient that is not finite
+    moves nothing and leaves the state what it was, as in the core."""
+    import optax
+
+    try:
+        updates, after = optax.with_extra_args_support(tx).update(grads, state, params, **told)
+    except TypeError as error:
+        error.add_note(
+            f"graft and rest are told what the update of kfac(plan) is, here {sorted(told)}: update(..., value=loss)"
+        )
+        raise
     whole = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads) if followed(g)] or [True]).all()
     updates = jax.tree.map(lambda x: jnp.where(whole, x, jnp.zeros_like(x)), updates)
     return updates, jax.tree.map(lambda new, old: jnp.where(whole, new, old), after, state)

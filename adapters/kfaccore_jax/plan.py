@@ -7,23 +7,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from kfaccore import Block
 from kfaccore_jax.batch import check_equations, check_rows, doubled, examples, joins_behind, settled, strong
 from kfaccore_jax.calls import Call
-from kfaccore_jax.interpret import run
+from kfaccore_jax.evaluate import traced
 from kfaccore_jax.layers import Layer, gathered
-from kfaccore_jax.layout import Layout
-from kfaccore_jax.meeting import as_calls
+from kfaccore_jax.lifted import Lifts, followed_up, lifts_of
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.mixing import mixed
 from kfaccore_jax.names import check_arrays, named, without_number
 from kfaccore_jax.order import moved
 from kfaccore_jax.ranges import ranged
-from kfaccore_jax.tags import Param, Tag
-from kfaccore_jax.tap import Tap
-from kfaccore_jax.walk import Walk
+from kfaccore_jax.walk import place_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,7 @@ class Plan:
     count: int = 0  # examples that it was planned with
     types: dict[Any, dict[str, Shape]] = field(default_factory=dict, repr=False)  # of outputs, by types of arguments
     ways: dict[Any, tuple] = field(default_factory=dict, repr=False)  # so, what positions lengthen
+    lifts: Lifts | None = None  # calls on shared rows that get a row an example
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -124,22 +121,31 @@ def plan(
     if n == 1:  # an axis of one element looks like no axis
         one = doubled(one, batched)
         n = 2
+
+    def traces(lifts: Lifts | None = None) -> list[tuple]:
+        return [traced(apply, shape[0], given, has_aux, explicit, lifts) for given in (one, doubled(one, batched))]
+
     try:
-        pairs = [traced(apply, shape[0], given, has_aux, explicit) for given in (one, doubled(one, batched))]
+        pairs = traces()
     except (TypeError, ValueError) as error:
         error.add_note(f"plan traces apply at {n} and {2 * n} examples on the first axis of arguments {batched}")
         raise
-    walk = pairs[0][0]
-    if walk.calls.keys() != pairs[1][0].calls.keys():
+    if pairs[0][0].calls.keys() != pairs[1][0].calls.keys():
         raise ValueError("apply runs other layers at another batch size; need the same equations at any size")
-    calls, refused, coupled = _placed(pairs[0], pairs[1], n)
+    found = _placed(pairs[0], pairs[1], n)
+    lifts = lifts_of(pairs[0][2], pairs[1][2], found[0], batched)
+    if lifts is not None:
+        pairs, lifts = followed_up(traces, lifts)
+        found = _placed(pairs[0], pairs[1], n)
+    calls, refused, coupled = found
+    walk = pairs[0][0]
     layers, table = gathered(params, calls, refused)
     rows = tuple(Row(*row) for row in table)
     missing = [f"{row.leaf} {row.shape}: {row.reason}" for row in rows if not row.covered]
     if strict and missing:
         raise ValueError("leaves that are not covered:\n" + "\n".join(missing))
     given = without_number(shape[0], shape[1], batched)
-    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit, coupled, given, n)
+    return Plan(apply, layers, calls, walk.outputs, rows, batched, has_aux, explicit, coupled, given, n, lifts=lifts)
 
 
 def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, list[str]], bool]:
@@ -160,88 +166,11 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
         x = (data.get(key), data2.get(key))
         y = (walk.outputs[key], other.outputs[key])
         calls[key], why = settled(call, x, y, n, minor)
-        calls[key] = replace(calls[key], mixed=key.partition("@")[0] + "@" * ("@" in key) in summed)
-        name = places.get(key.split("@")[0])
+        calls[key] = replace(calls[key], mixed=place_of(key) + "@" * ("@" in key) in summed)
+        name = places.get(place_of(key))
         if name and not why and calls[key].batch is not None:
             why = f"{call.kind} on examples that {name} moves along the batch"
         if why:
             for leaf in {call.leaf, *([call.bias.leaf] if call.bias else [])}:
                 refused.setdefault(leaf, []).append(why)
     return calls, refused, bool(summed)
-
-
-def traced(apply: Callable, params: Any, args: tuple, has_aux: bool, explicit: bool) -> tuple[Walk, dict, Any, list]:
-    """What one abstract evaluation finds: the walk, shapes of the inputs kept, the jaxpr (None if explicit), and the
-    shapes of the prediction, its first outputs."""
-    asked: frozenset[str] = frozenset()
-    while True:
-        found: list[Any] = []
-
-        def abstract(params: Any, args: tuple, found: list = found, asked: frozenset[str] = asked) -> dict:
-            pred, _, walk, jaxpr = evaluated(apply, params, args, has_aux, explicit, None, asked=asked)
-            found[:] = [walk, jaxpr, [x.shape for x in jax.tree.leaves(pred)]]
-            return walk.data
-
-        data = jax.eval_shape(abstract, params, args)
-        if found[0].late <= asked:
-            return found[0], data, found[1], found[2]
-        asked |= found[0].late
-
-
-def evaluated(
-    apply: Callable,
-    params: Any,
-    args: tuple,
-    has_aux: bool,
-    explicit: bool,
-    probes: dict | None,
-    known: frozenset[str] | None = None,
-    asked: frozenset[str] = frozenset(),
-) -> tuple[Any, Any, Walk, Any]:
-    """(prediction, aux, walk, jaxpr) of `apply` with probes added to the outputs of its calls."""
-    leaves, structure = jax.tree.flatten((params, args))
-    count = len(jax.tree.leaves(params))
-    walk = Walk(probes, known, asked)
-    if explicit:
-        out = apply(params, *args, Tap(walk, leaves[:count]))
-        pred, aux = out if has_aux else (out, None)
-        return pred, aux, walk, None
-
-    def flat(*leaves: Any) -> Any:
-        params, args = jax.tree.unflatten(structure, leaves)
-        return apply(params, *args)
-
-    closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-    tags: list[Tag] = [Param(i, Layout.of(x.shape)) if followed(x) else None for i, x in enumerate(leaves[:count])]
-    tags += [None] * (len(leaves) - count)
-    count = jax.tree.structure(shape[0] if has_aux else shape).num_leaves
-    derived = [i < count for i in range(len(closed.jaxpr.outvars))]
-    outs, found = run(walk, closed, leaves, tags, derived)
-    outs[:count] = as_calls(walk, -1, outs[:count], found[:count], "the output itself")
-    out = jax.tree.unflatten(jax.tree.structure(shape), outs)
-    pred, aux = out if has_aux else (out, None)
-    _check_prediction(pred)
-    return pred, aux, walk, closed
-
-
-def _check_prediction(pred: Any) -> None:
-    """TypeError for what draws cannot be taken of."""
-    arrays = list(pred.values()) if isinstance(pred, dict) else [pred]
-    if not arrays or not all(hasattr(x, "shape") for x in arrays):
-        raise TypeError(
-            f"apply gave a {type(pred).__name__}; need one array, a dict of arrays by head, or a pair of it and aux "
-            f"with has_aux=True"
-        )
-    wrong = [str(x.dtype) for x in arrays if not jnp.issubdtype(x.dtype, jnp.floating)]
-    if any("complex" in dtype for dtype in wrong):
-        raise TypeError(
-            f"apply gave a prediction of dtype {wrong[0]}; losses take real numbers: stack real and imaginary parts, "
-            f"jnp.stack([f.real, f.imag], -1)"
-        )
-    if wrong:
-        raise TypeError(f"apply gave a prediction of dtype {wrong[0]}; need a floating dtype")
-
-
-def followed(x: Any) -> bool:
-    """Whether a leaf can carry a gradient: of real numbers, one or more."""
-    return bool(jnp.issubdtype(x.dtype, jnp.floating)) and 0 not in x.shape

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from kfaccore import Block, Ids, Patches, Record
 from kfaccore_jax.alike import matrices_of
+from kfaccore_jax.evaluate import followed
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.names import check_arrays, named
-from kfaccore_jax.plan import Plan, followed
+from kfaccore_jax.plan import Plan
 
 
 @dataclass(frozen=True)

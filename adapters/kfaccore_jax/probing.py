@@ -24,6 +24,8 @@ _LARGE = 1 << 22  # numbers in all; of larger trees no axis is longer than the l
 _AXES = (256, 64, 16, 2)
 _STEPS = 100  # a rate may begin with 0, and gradients may be gathered over some steps
 
+_TOLD = {"value": 1.0, "value_fn": lambda params: 1.0}  # a batch that is made up
+
 _trying: ContextVar[bool] = ContextVar("_trying", default=False)  # whether a chain is tried on a made gradient
 
 Outline = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]
@@ -80,8 +82,7 @@ def signed_alone(init: Callable, update: Callable) -> tuple[Callable, Callable]:
 
 def tried(tx: Any) -> Any:
     """`tx` as `check_downhill` takes it: what `kfaccore_jax.step` tells of a batch is made up."""
-    told = {"value": 1.0, "value_fn": lambda params: 1.0, "records": None, "whole": None, "nonnegative": True}
-    return tx._replace(update=partial(tx.update, **told))
+    return tx._replace(update=partial(tx.update, **_TOLD, records=None, whole=None, nonnegative=True))
 
 
 def check_downhill(tx: Any, params: Any) -> None:
@@ -127,11 +128,14 @@ def shrinks(tx: optax.GradientTransformation, of: Outline) -> bool:
 
 def _update(tx: Any, grads: Any, state: Any, params: Any) -> Any:
     """`tx.update` as one program; as it is where it needs numbers to decide by."""
-    compiled = jax.jit(tx.update)
+    import optax
+
+    update = partial(optax.with_extra_args_support(tx).update, **_TOLD)
+    compiled = jax.jit(update)
     try:
         compiled(grads, state, params)
     except jax.errors.ConcretizationTypeError:
-        return tx.update
+        return update
     return compiled
 
 

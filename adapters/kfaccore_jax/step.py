@@ -163,7 +163,8 @@ class Step:
         self._run = jax.jit(self._step, donate_argnums=(0, 1))
 
     def init(self, params: Any) -> Any:
-        """The state of the transformation. ValueError for parameters that cannot be given away, one array twice."""
+        """The state of the transformation. ValueError for parameters that cannot be given away, one array twice; of
+        what a state has once more, as optimizers that remember where they began have, it gets a copy."""
         seen: dict[int, str] = {}
         for name, x in named(params).items():
             if seen.setdefault(id(x), name) != name:
@@ -171,7 +172,15 @@ class Step:
                     f"params has one array as {seen[id(x)]} and as {name}, and a step gives its arrays away: copy it, "
                     f"jnp.array(x), or keep a tied parameter under one name"
                 )
-        return self.tx.init(params)
+
+        def once(x: Any) -> Any:
+            if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+                return x
+            given = id(x) in seen
+            seen[id(x)] = ""
+            return x.copy() if given else x
+
+        return jax.tree.map(once, self.tx.init(params))
 
     def __call__(self, params: Any, opt_state: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, Any, dict]:
         """(params, opt_state, metrics) after one batch: (*args of apply, target). `params` and `opt_state` are given

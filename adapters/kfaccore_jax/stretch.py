@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from kfaccore_jax.agreement import types_of
+from kfaccore_jax.evaluate import evaluated
 from kfaccore_jax.mesh import Shape
 
 if TYPE_CHECKING:
@@ -133,12 +134,11 @@ class _Run:
 
 
 def _traced(plan: Plan, params: Any, args: tuple) -> Mapping[str, Shape] | None:
-    from kfaccore_jax.plan import evaluated
-
     found: dict[str, Shape] = {}
 
     def abstract(params: Any, args: tuple) -> None:
-        found.update(evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, plan.known)[2].outputs)
+        given = plan.known, frozenset(), plan.lifts
+        found.update(evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, *given)[2].outputs)
 
     try:
         jax.eval_shape(abstract, params, args)

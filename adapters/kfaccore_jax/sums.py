@@ -24,6 +24,7 @@ _APART = """
     random_gamma random_gamma_grad real regularized_incomplete_beta rem round rsqrt select_n sign sin sinh sqrt square
     squeeze stack stop_gradient sub tan tanh transpose zeta device_put
 """
+ELEMENTWISE = frozenset(_APART.split()) - {"broadcast_in_dim", "expand_dims", "squeeze", "stack", "transpose"}
 _AXES = {
     "argmax argmin reduce_sum reduce_max reduce_min reduce_prod psum psum2 psum_invariant pmax pmin": "axes",
     "reduce rev": "dimensions",

@@ -70,7 +70,15 @@ class Joined:
         return [int(x.shape[self.axis]) for x in self.values]
 
 
-Tag = Param | Out | Joined | None
+@dataclass(frozen=True)
+class Lifted:
+    """A value that came from the calls `keys`, made once for all examples, and `each` what it is for each of them."""
+
+    keys: frozenset[str]
+    each: Any
+
+
+Tag = Param | Out | Joined | Lifted | None
 JITS = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
 REMATS = {"checkpoint", "remat", "remat2"}
 PLACED = {"pvary", "pcast", "reshard", "mesh_cast", "sharding_constraint"}  # say where an array lies, not what it is

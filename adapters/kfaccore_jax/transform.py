@@ -10,22 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfaccore import (
-    Block,
-    Code,
-    Due,
-    Factored,
-    Method,
-    Preconditioner,
-    Record,
-    Serial,
-)
+from kfaccore import Block, Code, Due, Factored, Method, Preconditioner, Record, Serial
+from kfaccore_jax.evaluate import followed
 from kfaccore_jax.grafting import beside, grafted
-from kfaccore_jax.judge import arrays, finitely, judged, losses_of, started
+from kfaccore_jax.judge import arrays, finitely, judged, losses_of, started, whole_mean
 from kfaccore_jax.mesh import automatic, placed_like, specs_of
 from kfaccore_jax.names import named
 from kfaccore_jax.penalties import penalised, shrunk, sloped, weights
-from kfaccore_jax.plan import Plan, followed
+from kfaccore_jax.plan import Plan
 from kfaccore_jax.present import blocks_of, check_halves, check_leaves, held, matrices, tree_of
 from kfaccore_jax.records import Drawn, side_by_side
 from kfaccore_jax.replicas import Axes, averaged, check_axes, in_force, share_of
@@ -148,23 +140,29 @@ class Transformation:
         products = {} if schedules.penalised else {k: x for k, x in (factored or {}).items() if k in blocks}
         specs = specs_of(grads), specs_of(state.core), specs_of(state.codes)
         told = self._told(records, grads, value, axes, share)
-        taken, rest = self._grafted(blocks, grads, state.rest, params, told)
+        extra |= {} if value is None else {"value": whole_mean(value, axes, share)}
+        taken, rest = self._grafted(blocks, grads, state.rest, params, extra, told)
         moves, after, codes = automatic(stepped, specs, grads, state.core, given, products, damping, told, theta)
-        moves, rest = self._rest_moved(beside(self.plan, moves, taken), grads, rest, params)
+        moves, rest = self._rest_moved(beside(self.plan, moves, taken), grads, rest, params, extra)
         if value_fn is not None and self.step.judges:
-            losses = losses_of(moves, value, value_fn, params, whole)
-            losses = losses if axes is None else axes.mean(losses, share)
+            losses = whole_mean(losses_of(moves, value, value_fn, params, whole), axes, share)
             moves, motion = judged(self.step, state.core.motion, after.motion, moves, losses)
             after = replace(after, motion=motion)
         return moves, KFACState(after, codes, state.counts + codes.counted, rest)
 
     def _grafted(
-        self, blocks: Mapping[str, Block], grads: Any, state: Any, params: Any, told: dict[str, Any]
+        self,
+        blocks: Mapping[str, Block],
+        grads: Any,
+        state: Any,
+        params: Any,
+        extra: dict[str, Any],
+        told: dict[str, Any],
     ) -> tuple[Any, Any]:
         """What `graft` would take, whose lengths the rule is told, and the state of it or of `rest`."""
         if self.graft is None:
             return None, state
-        taken, told["lengths"], state = grafted(self.graft, self.plan, blocks, grads, state, params)
+        taken, told["lengths"], state = grafted(self.graft, self.plan, blocks, grads, state, params, extra)
         return taken, state
 
     def given_records(self, records: Mapping[str, Any] | None, grads: Any, blocks: Mapping[str, Block]) -> dict:
@@ -188,7 +186,7 @@ class Transformation:
         own = records.own if isinstance(records, Drawn) else {}
         here = held(self.plan, named(grads))
         found = {item.layer.name: item.record(own[item.full]) for item in here if item.full in own}
-        return {"loss": value if axes is None else axes.mean(value, share), "own": found}
+        return {"loss": whole_mean(value, axes, share), "own": found}
 
     def _wanting(
         self, given: Mapping[str, Any], fresh: Fresh, damping: Any, value: Any, value_fn: Any, params: Any, whole: Any
@@ -205,14 +203,16 @@ class Transformation:
         if self.step.judges:
             check_seen(self.plan, params, whole)
 
-    def _rest_moved(self, moves: Any, grads: Any, before: Any, params: Any) -> tuple[Any, Any]:
+    def _rest_moved(
+        self, moves: Any, grads: Any, before: Any, params: Any, extra: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
         """The tree with what `rest` makes of the leaves it has, and its state."""
         if self.rest is None:
             return moves, before
         known = None if params is None else self.leaves_left(params)
         left = self.leaves_left(grads)
         check_given("rest", known or left, left)
-        found, after = finitely(self.rest, left, before, known)
+        found, after = finitely(self.rest, left, before, known, extra)
         leaves = named(moves) | found
         return jax.tree.unflatten(jax.tree.structure(moves), list(leaves.values())), after
 

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kfaccore_jax.calls import Call
+from kfaccore_jax.lifted import Lifts
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.tags import Joined, Param, Tag
 
 OTHER = "apply runs other layers than when it was planned; make a plan for these arguments"
+
+
+def place_of(key: str) -> str:
+    """The place in the model's jaxpr of the equation that a call is, or its operand is."""
+    return key.partition("@")[0].partition("/")[0]
 
 
 @dataclass
@@ -18,7 +24,8 @@ class Walk:
     leaves went that no rule knows. `probes` are added to the outputs of calls. `known` are the calls of the plan, None
     while it is made: an array of one example cannot tell by its shape that a leaf was repeated over the batch. `late`
     are calls at products and sums that a leaf had gone through before they were asked for: planned again with them as
-    `asked`, the model is as it will be captured."""
+    `asked`, the model is as it will be captured. `lifts` are calls on shared rows that get a row an example, `each`
+    what these gave, and `sunk` those of them that could not be followed to the examples."""
 
     probes: dict[str, Any] | None = None
     known: frozenset[str] | None = None
@@ -30,12 +37,21 @@ class Walk:
     outputs: dict[str, Shape] = field(default_factory=dict)
     leaks: dict[int, list[str]] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
+    lifts: Lifts | None = None
+    each: dict[str, Any] = field(default_factory=dict)
+    sunk: set[str] = field(default_factory=set)
 
     def inside(self, place: int, fresh: bool) -> Walk:
         """For the jaxpr within equation `place`; a fresh one keeps its own data, to be handed out of a trace."""
-        prefix = f"{self.prefix}{place}."
+        return self._under(f"{self.prefix}{place}.", fresh)
+
+    def beside(self, place: int) -> Walk:
+        """For equations done in place of `place`, which the model's jaxpr has not: `place_of` them is that one."""
+        return self._under(f"{self.prefix}{place}/", False)
+
+    def _under(self, prefix: str, fresh: bool) -> Walk:
         if fresh:
-            return Walk(None, self.known, self.asked, prefix, self.depth)
+            return Walk(None, self.known, self.asked, prefix, self.depth, lifts=self.lifts)
         return replace(self, prefix=prefix)
 
     def probes_of(self, place: int) -> dict[str, Any]:
@@ -48,6 +64,7 @@ class Walk:
         self.calls.update(inner.calls)
         self.outputs.update(inner.outputs)
         self.late |= inner.late
+        self.sunk |= inner.sunk
         self.data.update(data)
         for leaf, places in inner.leaks.items():
             self.leaks.setdefault(leaf, []).extend(places)
@@ -64,12 +81,19 @@ class Walk:
 
     def capture(self, key: str, call: Call, x: Any, y: Any) -> Any:
         """The output of a call with its probe added."""
+        lifts = self.lifts if self.lifts is not None and key in self.lifts.keys else None
+        probed = y
+        if lifts is not None:
+            call, x, probed = lifts.raised(call, x, y)
         self.calls[key] = call
-        self.outputs[key] = Shape.of(y)
+        self.outputs[key] = Shape.of(probed)
         if x is not None:
             self.data[key] = x
-        if self.probes is None:
-            return y
-        if key not in self.probes:
-            raise ValueError(OTHER)
-        return y + self.probes[key]
+        if self.probes is not None:
+            if key not in self.probes:
+                raise ValueError(OTHER)
+            probed = probed + self.probes[key]
+        if lifts is None:
+            return probed
+        self.each[key] = probed
+        return y
