@@ -150,7 +150,25 @@ class Pool(L.Layer):
         return tf.reduce_sum(tf.where(~exists[..., None], tf.zeros_like(h), h), 1)
 
 
+def scored(x, exists, how):
+    """A mean under the softmax of scores, a number (batch, positions)."""
+    scores = L.Dense(1)(x)[..., 0]
+    if how == "chosen":
+        scores = keras.ops.where(exists, scores, -1e9)
+    else:
+        scores = scores - (1.0 - keras.ops.cast(exists, "float64")) * 1e9
+    return keras.ops.sum(keras.ops.softmax(scores)[..., None] * x, 1)
+
+
 OWN = {
+    "einsum": lambda ids, x: keras.ops.einsum("bt,btd->bd", keras.ops.cast(ids > 0, "float64"), x),
+    "row": lambda ids, x: L.Dot(1)([keras.ops.cast(ids > 0, "float64"), x]),
+    "column": lambda ids, x: keras.ops.matmul(
+        keras.ops.transpose(x, (0, 2, 1)), keras.ops.cast(ids > 0, "float64")[..., None]
+    )[..., 0],
+    "scores chosen": lambda ids, x: scored(x, ids > 0, "chosen"),
+    "scores lowered": lambda ids, x: scored(x, ids > 0, "lowered"),
+    "maximum": lambda ids, x: keras.ops.max(x + keras.ops.where(ids > 0, 0.0, -1e9)[..., None], 1),
     "mean": lambda ids, x: Pool("mean")(x, ids > 0),
     "there": lambda ids, x: Pool("there")(x, ids > 0),
     "not there": lambda ids, x: Pool("not there")(x, ids > 0),
@@ -180,6 +198,9 @@ def test_padding_that_operations_of_one_s_own_leave_out_leaves_no_trace(make, rn
 NO_MASKS = {
     "of an example": lambda x, h: h * x[:, :1, :1],
     "of each number": lambda x, h: h * x,
+    "of data": lambda x, h: h * x[..., :1],
+    "added": lambda x, h: h + x[..., :1],
+    "of a gate": lambda x, h: tf.cast(x[..., :1] > 0, x.dtype) * tf.reduce_mean(h, 1, keepdims=True),
     "of no example": lambda x, h: h * x[:1, :, :1],
     "of weights": lambda x, h: h * tf.nn.relu(tf.reduce_sum(h, -1, True)),
     "of the sizes": lambda x, h: h * tf.round(tf.random.stateless_uniform(tf.shape(x), [1, 2], dtype=x.dtype))[..., :1],
