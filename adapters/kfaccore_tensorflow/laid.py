@@ -131,4 +131,4 @@ def _one(number: Tensor, axes: list[int]) -> Tensor:
     number = tf.abs(_along(number, axes))
     there = number > 0
     top = tf.reduce_max(number, list(range(1, number.shape.rank)), keepdims=True)
-    return there | tf.reduce_any(there & (number != top))
+    return there | tf.reduce_any(there & tf.not_equal(number, top))
