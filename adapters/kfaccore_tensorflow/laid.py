@@ -123,7 +123,8 @@ def _large(number: Tensor) -> bool:
 
 def _along(number: Tensor, axes: list[int]) -> Tensor:
     """(batch, *positions)."""
-    return tf.squeeze(number, [axis for axis in range(1, number.shape.rank) if axis not in axes])
+    lone = [axis for axis in range(1, number.shape.rank) if axis not in axes]
+    return tf.squeeze(number, lone) if lone else number  # of none TensorFlow squeezes all
 
 
 def _one(number: Tensor, axes: list[int]) -> Tensor:
