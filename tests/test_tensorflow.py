@@ -288,7 +288,18 @@ LOSSES = {
     "categorical": (lambda: keras.losses.CategoricalCrossentropy(from_logits=True), (5, 3), "onehot"),
     "binary": (lambda: keras.losses.BinaryCrossentropy(from_logits=True), (5, 3), "binary"),
     "mse": (keras.losses.MeanSquaredError, (5, 2, 3), "real"),
+    "mse of positions": (keras.losses.MeanSquaredError, (5, 2, 1), "flat"),
 }
+LOSSES |= {
+    f"{name}, {reduction}": (lambda make=make, reduction=reduction: reduced(make(), reduction), shape, kind)
+    for name, (make, shape, kind) in LOSSES.items()
+    for reduction in ("sum", "mean_with_sample_weight")
+}
+
+
+def reduced(loss, reduction):
+    loss.reduction = reduction
+    return loss
 
 
 def target(kind, shape, rng):
@@ -298,6 +309,7 @@ def target(kind, shape, rng):
         "onehot": np.eye(3)[labels],
         "binary": rng.integers(0, 2, shape).astype(float),
         "real": rng.normal(size=shape),
+        "flat": rng.normal(size=shape[:-1]),
     }[kind]
 
 
@@ -305,7 +317,7 @@ def target(kind, shape, rng):
 @pytest.mark.parametrize(("make", "shape", "kind"), LOSSES.values(), ids=LOSSES)
 def test_type_2_draws_over_n_are_the_hessian_of_the_keras_loss(make, shape, kind, use_weights, rng):
     loss, f, y = make(), rng.normal(size=shape), target(kind, shape, rng)
-    w = rng.uniform(0.5, 2, shape[:-1]) if use_weights else None
+    w = rng.uniform(0.5, 2, shape[:1] if kind == "flat" else shape[:-1]) if use_weights else None
     ours = kt.objective(loss)
     draws = ours.draws(kf.type2, 1, f, y, w, None).reshape(-1, f.size // 5 * 5)
     draws = np.stack([d * e for d in draws for e in np.repeat(np.eye(5), f.size // 5, axis=1)])
@@ -315,10 +327,10 @@ def test_type_2_draws_over_n_are_the_hessian_of_the_keras_loss(make, shape, kind
             value = ours.value(tf.constant(y), flat, w)
         first = inner.gradient(value, flat)
     H = outer.jacobian(first, flat).numpy().reshape(f.size, f.size)
-    np.testing.assert_allclose(draws.T @ draws / ours.share(f, y, None), H, atol=1e-12)
+    np.testing.assert_allclose(draws.T @ draws / ours.share(f, y, None, w), H, atol=1e-12)
     if w is None and kind != "onehot":
         g = ours.draws(kf.empirical, 1, f, y, None, None)[0]
-        np.testing.assert_allclose(g / ours.share(f, y, None), first.numpy(), atol=1e-10)
+        np.testing.assert_allclose(g / ours.share(f, y, None, None), first.numpy(), atol=1e-10)
 
 
 @pytest.mark.parametrize("loss", [kf.SoftmaxCrossEntropy(), kf.Bernoulli(), kf.Gaussian()])

@@ -126,3 +126,102 @@ def test_a_mask_without_examples_leaves_all_positions(rng):
     )["looks.key"]
     assert record.mask is None
     assert not np.any(np.asarray(record.g)[..., -1, :])
+
+
+class Pool(L.Layer):
+    """A layer of one's own that is told which positions exist."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.inner = L.Dense(4, "tanh")
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x, exists):
+        h = self.inner(x)
+        if self.how == "mean":
+            there = tf.cast(exists, h.dtype)[..., None]
+            return tf.reduce_sum(there * h, 1) / tf.reduce_sum(there, 1)
+        if self.how == "there":
+            return tf.reduce_max(tf.where(exists[..., None], h, tf.cast(-2.0, h.dtype)), 1)
+        return tf.reduce_sum(tf.where(~exists[..., None], tf.zeros_like(h), h), 1)
+
+
+def scored(x, exists, how):
+    """A mean under the softmax of scores, a number (batch, positions)."""
+    scores = L.Dense(1)(x)[..., 0]
+    if how == "chosen":
+        scores = keras.ops.where(exists, scores, -1e9)
+    else:
+        scores = scores - (1.0 - keras.ops.cast(exists, "float64")) * 1e9
+    return keras.ops.sum(keras.ops.softmax(scores)[..., None] * x, 1)
+
+
+OWN = {
+    "einsum": lambda ids, x: keras.ops.einsum("bt,btd->bd", keras.ops.cast(ids > 0, "float64"), x),
+    "row": lambda ids, x: L.Dot(1)([keras.ops.cast(ids > 0, "float64"), x]),
+    "column": lambda ids, x: keras.ops.matmul(
+        keras.ops.transpose(x, (0, 2, 1)), keras.ops.cast(ids > 0, "float64")[..., None]
+    )[..., 0],
+    "scores chosen": lambda ids, x: scored(x, ids > 0, "chosen"),
+    "scores lowered": lambda ids, x: scored(x, ids > 0, "lowered"),
+    "maximum": lambda ids, x: keras.ops.max(x + keras.ops.where(ids > 0, 0.0, -1e9)[..., None], 1),
+    "mean": lambda ids, x: Pool("mean")(x, ids > 0),
+    "there": lambda ids, x: Pool("there")(x, ids > 0),
+    "not there": lambda ids, x: Pool("not there")(x, ids > 0),
+    "no layer": lambda ids, x: mean(L.Dense(4, "tanh")(x), ids > 0),
+    "heads": lambda ids, x: keras.ops.sum(
+        L.EinsumDense("abc,cde->abde", (None, 2, 3))(x) * keras.ops.cast(ids > 0, "float64")[..., None, None], (1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", OWN.values(), ids=OWN)
+def test_padding_that_operations_of_one_s_own_leave_out_leaves_no_trace(make, rng):
+    """A mask made of the inputs that no layer of Keras is told."""
+    ids, y = rng.integers(1, 9, (4, 5)), rng.integers(0, 3, 4)
+    ids[~(np.arange(5) < np.array([3, 5, 2, 4])[:, None])] = 0
+    found = []
+    for length in (5, 8):
+        keras.utils.set_random_seed(1)
+        i = keras.Input((length,), dtype="int32")
+        net = keras.Model(i, L.Dense(3)(make(i, L.Dense(6, "tanh")(L.Embedding(9, 6)(i)))))
+        step = kt.Optimizer(net, crossentropy(), SGD(1.0), fisher=kf.type2)
+        step.step(np.pad(ids, ((0, 0), (0, length - 5))), y)
+        found.append(np.concatenate([np.ravel(v) for v in net.trainable_variables]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+NO_MASKS = {
+    "of an example": lambda x, h: h * x[:, :1, :1],
+    "of each number": lambda x, h: h * x,
+    "of data": lambda x, h: h * x[..., :1],
+    "added": lambda x, h: h + x[..., :1],
+    "of a gate": lambda x, h: tf.cast(x[..., :1] > 0, x.dtype) * tf.reduce_mean(h, 1, keepdims=True),
+    "of no example": lambda x, h: h * x[:1, :, :1],
+    "of weights": lambda x, h: h * tf.nn.relu(tf.reduce_sum(h, -1, True)),
+    "of the sizes": lambda x, h: h * tf.round(tf.random.stateless_uniform(tf.shape(x), [1, 2], dtype=x.dtype))[..., :1],
+}
+
+
+@pytest.mark.parametrize("make", NO_MASKS.values(), ids=NO_MASKS)
+def test_what_else_multiplies_rows_is_no_mask(make, rng):
+    """Rows that have no gradient there are rows all the same."""
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = L.Dense(4, "tanh", name="inner"), L.Dense(3)
+
+        def call(self, x):
+            h = self.inner(x)
+            return self.head(tf.reduce_sum(make(x, h), 1))
+
+    x = rng.normal(size=(4, 5, 4))
+    x[1] = x[:, 3] = 0.0
+    net = Net()
+    net(x)
+    assert kt.records(net, x, rng.integers(0, 3, 4), crossentropy())["inner"].mask is None

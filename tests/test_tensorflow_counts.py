@@ -36,12 +36,15 @@ def target(name, rng):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_under_a_mask_draws_over_n_are_the_hessian_of_the_keras_loss(name, weighted, rng):
+def test_under_a_mask_draws_over_n_are_the_hessian_of_the_keras_loss(name, weighted, reduction, rng):
     """Masked positions that have a label too, and the other way."""
     f, y = rng.normal(size=SHAPE), target(name, rng)
     w = rng.uniform(0.5, 2, SHAPE[:-1]) if weighted else None
-    ours = kt.objective(LOSSES[name]())
+    loss = LOSSES[name]()
+    loss.reduction = reduction
+    ours = kt.objective(loss)
     told = [told_of.Told(y, w, MASK)]
     draws = ours.draws_of(kf.type2, 1, [f], told, None)[0].reshape(-1, 12, 3)
     H = np.einsum("vpi,vpj->pij", draws, draws) / ours.share_of([f], told)

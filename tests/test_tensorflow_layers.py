@@ -281,6 +281,37 @@ def test_low_rank_adapters_of_heads(rng):
     assert records["mha.query.lora_kernel_b"].g.shape[2:] == (3, 8, 3)  # a row a position and head
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["words", "tied"])
+def test_low_rank_adapters_of_tables(tied, rng):
+    """Of words, under a mask where the table is looked up alone, and of positions, that all examples share."""
+    words = L.ReversibleEmbedding(9, 4, name="words") if tied else L.Embedding(9, 4, mask_zero=True, name="words")
+    places = L.Embedding(5, 4, name="places")
+    ids = keras.Input((5,), dtype="int32")
+    h = L.Dense(4, "tanh", name="h")(words(ids) + places(keras.ops.arange(5)))
+    model = keras.Model(ids, words(h, reverse=True) if tied else L.Dense(3)(L.GlobalAveragePooling1D()(h)))
+    for layer in (words, places):
+        layer.enable_lora(2)
+        layer.lora_embeddings_b.assign(rng.normal(size=layer.lora_embeddings_b.shape))
+    plan = kt.coverage(model, strict=True)
+    blocks = plan.blocks()
+    assert blocks["words.lora_embeddings_a"] == kf.Block(2, 9, diagonal_in=not tied)
+    assert blocks["words.lora_embeddings_b"] == kf.Block(4, 2)
+    x = rng.integers(1, 9, (3, 5))
+    x[1, 3:] = 0
+    assert kt.unread(model, x, tolerance=1e-5) == {}
+    y = rng.integers(0, 3, x.shape if tied else 3)
+    found = kt.records(model, x, y, crossentropy(), fisher=kf.type2)
+    draws = kf.type2(kf.SoftmaxCrossEntropy(), np.asarray(model(x)))
+    every = slopes(model, x, draws)
+    for part in plan.parts:
+        want = of_part(part, every)
+        got = np.moveaxis(np.asarray(found[part.name].examples()), 1, 2)
+        if not part.name.startswith("places"):
+            np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=0, err_msg=part.name)
+        else:  # one example
+            np.testing.assert_allclose(got[:, 0], want.sum(1), atol=2e-6 * np.abs(want).max(), err_msg=part.name)
+
+
 @pytest.mark.parametrize("name", sorted({*slopes_of.FUNCTIONS, *slopes_of.BINARY}))
 def test_slopes_are_those_of_tensorflow(name):
     """Of every function that may change a weight, and of products and sums of it with itself."""

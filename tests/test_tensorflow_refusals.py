@@ -106,7 +106,7 @@ class Doubled(K.MeanSquaredError):
 LOSSES = {
     "probabilities": (K.SparseCategoricalCrossentropy(), "end the model linearly and set from_logits=True"),
     "probabilities by name": ("binary_crossentropy", r"loss=keras\.losses\.BinaryCrossentropy\(from_logits=True\)"),
-    "sum": (K.BinaryCrossentropy(from_logits=True, reduction="sum"), "has reduction 'sum'; need 'sum_over_batch_size'"),
+    "none": (K.BinaryCrossentropy(from_logits=True, reduction=None), "has reduction None; need that of one number"),
     "other": (K.KLDivergence(), "has no Fisher here"),
     "huber": (K.Huber(), "has no Fisher here"),
     "function": (lambda y, f: 0.0, "has no Fisher here"),

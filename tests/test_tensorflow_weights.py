@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,42 @@ def test_the_weight_of_a_loss_is_that_of_its_curvature(fisher, weights, rng):
         found.append(before - flat(net))
     factor = 0.25 if fisher is kf.empirical else 1.0
     np.testing.assert_allclose(found[1] * factor, found[0], rtol=1e-4, atol=1e-6 * np.abs(found[0]).max())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_step_of_a_sum_is_that_of_the_mean_under_as_much_damping(several, rng):
+    """And its records over a data set are those of the mean."""
+    x, y = rng.normal(size=(6, 4)), rng.integers(0, 3, 6)
+    targets = {"a": y, "b": rng.normal(size=6)} if several else y
+    found = []
+    for reduction, damping in (("sum_over_batch_size", 1e-2), ("sum", 6e-2)):
+        keras.utils.set_random_seed(1)
+        i = keras.Input((4,))
+        h = L.Dense(5, "tanh")(i)
+        net = keras.Model(i, {"a": L.Dense(3)(h), "b": L.Dense(1)(h)} if several else L.Dense(3)(h))
+        loss: Any = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+        loss = {"a": loss, "b": keras.losses.MeanSquaredError(reduction=reduction)} if several else loss
+        records = next(iter(kt.Stream(net, loss, [(x, targets)], fisher=kf.type2)))
+        assert {record.n for record in records.values()} == {6.0}
+        step = {"method": kf.Exact(), "fisher": kf.type2, "schedules": kf.Schedules(damping, 0.0)}
+        kt.Optimizer(net, loss, SGD(1.0), **step).step(x, targets)
+        found.append(flat(net))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [[None, 2.0], {"a": None, "b": 2.0}, [1, 2.0]], ids=["list", "dict", "numbers"])
+def test_a_weight_that_is_none_is_one(weights, rng):
+    x, targets = rng.normal(size=(6, 4)), [rng.integers(0, 3, 6), rng.normal(size=(6, 2))]
+    i = keras.Input((4,))
+    net = keras.Model(i, [L.Dense(3, name="a")(i), L.Dense(2, name="b")(i)])
+    model = kt.KFACModel(net)
+    loss = [crossentropy(), keras.losses.MeanSquaredError()]
+    model.compile(
+        SGD(0.1), loss if isinstance(weights, list) else dict(zip("ab", loss, strict=True)), loss_weights=weights
+    )
+    model.train_on_batch(x, targets)
+    assert model.engine.objective.weights == {"a": 1.0, "b": 2.0}
+    assert kt.objective(crossentropy(), weights=[None]).scale == 1.0
 
 
 def test_weights_of_losses_that_have_no_fisher_are_refused():

@@ -22,9 +22,7 @@ def weight_like(weight: np.ndarray, f: np.ndarray, y: np.ndarray | None, positio
 
     positions    spread from the last axis on, as Keras's losses do; else, and where that cannot be, from the first
     """
-    lead = f.shape[:-1]
-    if y is not None and y.ndim == f.ndim - 1 > 1 and f.shape[-1] == 1:
-        lead = lead[:-1]  # Keras takes the last axis away and has the mean over the next
+    lead = numbers(f, y)
     last = weight
     if weight.ndim == len(lead) - 1 and lead[-1] == 1:
         last = weight[..., None]
@@ -35,6 +33,19 @@ def weight_like(weight: np.ndarray, f: np.ndarray, y: np.ndarray | None, positio
     if 0 < weight.ndim <= f.ndim and weight.shape == f.shape[: weight.ndim]:
         return weight
     return _spread(last, lead, "sample_weight")
+
+
+def mask_like(mask: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """(batch, positions) as one entry a position of f (*positions, outputs)."""
+    lone = (1,) * (f.ndim - 1 - mask.ndim)
+    return np.broadcast_to(mask.reshape(*mask.shape, *lone), f.shape[:-1])
+
+
+def numbers(f: np.ndarray, y: np.ndarray | None) -> tuple[int, ...]:
+    """The shape of what a loss of Keras sums, or has the mean of: a number for each position of f."""
+    lead = f.shape[:-1]
+    # where the target has no last axis Keras takes it away, and has the mean over the next
+    return lead[:-1] if y is not None and y.ndim == f.ndim - 1 > 1 and f.shape[-1] == 1 else lead
 
 
 def _meets(shape: tuple[int, ...], lead: tuple[int, ...]) -> bool:

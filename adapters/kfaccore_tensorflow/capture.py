@@ -35,10 +35,12 @@ class Scope:
 
 @dataclass
 class Scopes:
-    """All calls of one forward pass, inner ones before those around them, and the masks that attention was told."""
+    """All calls of one forward pass, inner ones before those around them; the masks that attention was told, and those
+    that other operations lay on tensors, by id."""
 
     calls: list[Scope] = field(default_factory=list)
     told: Told = field(default_factory=Told)
+    laid: dict[int, list[Tensor]] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)  # name of an operation -> its number
 
     @cached_property

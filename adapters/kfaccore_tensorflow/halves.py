@@ -3,7 +3,8 @@
 W goes into an operation that is linear in it, with rows a and output gradients g. With W (inputs, outputs) that is
 linear in `first` for rows a and g second^T, and in `second` for a first and g; either factor is read with the other as
 it is. Where the first axes of W alone are inputs, as of heads (inputs, heads, outputs), `first` has as many outputs a
-head, and `second` a row a head.
+head, and `second` a row a head. A table (ids, outputs) that is looked up is the same with a the ids' one-hot rows:
+`first` is looked up itself, and `second` multiplied with the rows found there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from kfaccore import Patches
-from kfaccore_tensorflow.kinds import Convolution, Kind, Product, Seen
+from kfaccore_tensorflow.kinds import Convolution, Kind, Lookup, Product, Seen
 from kfaccore_tensorflow.layout import Layout, Matrix
 from kfaccore_tensorflow.uses import BY_ONE_NUMBER, Hot, Operation, Tensor, Use
 
@@ -44,6 +45,8 @@ class Half:
             g = seen.g.reshape(*seen.g.shape[:-1], *apart) @ other
             return Seen(seen.a, g.reshape(*seen.g.shape[:-1], -1))
         a = seen.a
+        if isinstance(self.kind, Lookup):
+            return Seen(other[np.asarray(a)][None].astype(seen.g.dtype), seen.g)
         if isinstance(a, Patches):
             unfolded = np.asarray(a.unfold())
             a = unfolded.reshape(unfolded.shape[0], *seen.rows, unfolded.shape[-1])
@@ -51,6 +54,17 @@ class Half:
             return Seen(a @ other, seen.g)
         made = a @ other.reshape(a.shape[-1], -1)
         return Seen(made.reshape(*a.shape[:-1], self.heads, -1), seen.g.reshape(*seen.g.shape[:-1], *apart))
+
+
+def table(kind: Kind) -> Lookup | None:
+    """The look-up by which an operation uses a weight, or a product that it is a factor of; None where it is none."""
+    kind = kind.kind if isinstance(kind, Half) else kind
+    return kind if isinstance(kind, Lookup) else None
+
+
+def looked_up(kind: Kind) -> Lookup | None:
+    """The look-up of a weight's own rows; None where it is used otherwise."""
+    return None if isinstance(kind, Half) and not kind.inputs else table(kind)
 
 
 def halves(use: Use, uses_of: Callable[[Hot], Sequence[Use] | None]) -> list[Use] | None:
@@ -70,7 +84,7 @@ def halves(use: Use, uses_of: Callable[[Hot], Sequence[Use] | None]) -> list[Use
         return None
     found = []
     for one in goes:
-        known = isinstance(one.kind, Product | Convolution) and one.hot.changed <= BY_ONE_NUMBER
+        known = isinstance(one.kind, Product | Convolution | Lookup) and one.hot.changed <= BY_ONE_NUMBER
         turned = one.matrix.key == straight.turned().key != straight.key
         ins = straight.sizes[2] if turned or not known else one.matrix.sizes[2]
         whole = _apart(layout, ins)

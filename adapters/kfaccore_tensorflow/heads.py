@@ -41,6 +41,10 @@ class Several:
         weights = {name: weight for name, weight in self.weights.items() if weight}
         return kf.Joint({name: self.objectives[name].core for name in weights}, weights)
 
+    def averaged(self) -> Several:
+        """Means of losses that are sums."""
+        return replace(self, objectives={name: one.averaged() for name, one in self.objectives.items()})
+
     def heads(self, f: Any) -> dict[str, Any]:
         """Predictions by output; ValueError where they are not the outputs that have losses."""
         named = self._named(f, "the model returns")
@@ -119,9 +123,8 @@ def objective(loss: Any, fisher: Callable = kf.monte_carlo, weights: Any = None,
     if not isinstance(loss, Mapping | list | tuple):
         return replace(single(loss, fisher), scale=_scale(weights))
     given = dict(loss) if isinstance(loss, Mapping) else dict(zip(_named(names, loss), loss, strict=True))
-    scales = (
-        dict(weights) if isinstance(weights, Mapping) else dict(zip(given, weights or [1.0] * len(given), strict=True))
-    )
+    each = weights if isinstance(weights, Mapping) else dict(zip(given, weights or [1.0] * len(given), strict=True))
+    scales = {name: 1.0 if scale is None else scale for name, scale in each.items()}  # None is 1, as Keras has it
     negative = {name: scale for name, scale in scales.items() if not float(scale) >= 0}
     if negative:
         raise ValueError(f"loss_weights are {negative}; need numbers that are not negative")
@@ -155,10 +158,12 @@ def over(given: Any, f: Any) -> Any:
 
 def _scale(weights: Any) -> float:
     """The one weight of one loss, as `compile` takes it: a number, or it alone in a list or dict."""
-    given = list(weights.values()) if isinstance(weights, Mapping) else np.ravel(1.0 if weights is None else weights)
-    if len(given) != 1 or not float(given[0]) >= 0:
+    given = list(weights.values()) if isinstance(weights, Mapping) else np.ravel(weights)
+    first = given[0] if len(given) == 1 else np.nan
+    scale = 1.0 if first is None else float(first)
+    if not scale >= 0:
         raise ValueError(f"loss_weights is {weights!r} for one loss; need one number, not negative")
-    return float(given[0])
+    return scale
 
 
 def _named(names: Sequence[str], loss: Sequence[Any]) -> Sequence[str]:

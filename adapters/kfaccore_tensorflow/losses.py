@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -12,7 +13,8 @@ import tensorflow as tf
 
 import kfaccore as kf
 from kfaccore_tensorflow.bridge import asked, to_numpy, to_tensor
-from kfaccore_tensorflow.broadcast import target_like, weight_like
+from kfaccore_tensorflow.broadcast import mask_like, target_like, weight_like
+from kfaccore_tensorflow.reductions import REDUCTIONS, reduction_of, share
 
 CORE = (kf.SoftmaxCrossEntropy, kf.Bernoulli, kf.Gaussian)
 FISHERS = (kf.monte_carlo, kf.type2, kf.empirical, kf.forward_only)
@@ -32,7 +34,7 @@ class Told:
 
     def valid(self, f: np.ndarray) -> np.ndarray | None:
         """The mask, one entry a position of f."""
-        return None if self.mask is None else spread(self.mask.astype(bool), f)
+        return None if self.mask is None else mask_like(self.mask.astype(bool), f)
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,18 @@ class Objective:
 
     core     the per-example loss
     value    (target, prediction, sample weight or None) -> 0-d tensor, differentiable
-    share    (prediction, target, mask of its positions or None) -> n, what the mean divides the core's sum by
+    share    (prediction, target, mask of its positions, weight) -> n, what the core's sum is divided by
     scale    what `compile` multiplies the loss with: the Fisher of c times a loss is c times its own
     keras    whether it is one of Keras's, which spreads weights from the last axis on
+    mean     of a loss that is a sum, the share of its mean
     """
 
     core: Any
     value: Callable[[Any, Any, Any], Any]
-    share: Callable[[np.ndarray, Any, Any], float]
+    share: Callable[[np.ndarray, Any, Any, Any], float]
     scale: float = 1.0
     keras: bool = False
+    mean: Callable[..., float] | None = None
 
     def draws(
         self, fisher: Callable, count: int, f: np.ndarray, y: Any, weight: Any, rng: Any, mask: Any = None
@@ -96,7 +100,11 @@ class Objective:
 
     def share_of(self, f: list[np.ndarray], told: list[Told]) -> float:
         """`share` of all outputs."""
-        return self.share(f[0], told[0].target, told[0].valid(f[0]))
+        return self.share(f[0], told[0].target, told[0].valid(f[0]), told[0].weight)
+
+    def averaged(self) -> Objective:
+        """The mean of a loss that is a sum."""
+        return self if self.mean is None else replace(self, share=self.mean)
 
     def present_of(self, f: list[np.ndarray], told: list[Told]) -> np.ndarray:
         """Which examples count, (batch,): those of no weight and with ignored labels alone are as none."""
@@ -133,11 +141,11 @@ def checked(f: Any) -> Any:
 
 
 def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
-    """From a loss of kfaccore, or a Keras loss of mean reduction on logits; ValueError for any other."""
+    """From a loss of kfaccore, or a Keras loss of one number on logits; ValueError for any other."""
     if fisher not in FISHERS:
         raise ValueError(f"fisher is {fisher!r}; need one of kfaccore's {[f.__name__ for f in FISHERS]}")
     if isinstance(loss, CORE):
-        return Objective(loss, _value(loss), lambda f, y, mask: float(loss.normaliser(f, _target(loss, f, y), mask)))
+        return Objective(loss, _value(loss), lambda f, y, mask, w: float(loss.normaliser(f, _target(loss, f, y), mask)))
     if loss is None:
         raise ValueError("there is no loss; compile the model with a Keras loss on logits")
     kind = type(loss) if isinstance(loss, keras.losses.Loss) else keras.losses.get(loss)
@@ -155,14 +163,15 @@ def single(loss: Any, fisher: Callable = kf.monte_carlo) -> Objective:
     if _option(loss, "axis") not in (None, -1):
         axis = _option(loss, "axis")
         raise ValueError(f"{kind.__name__} has axis {axis}; need outputs on the last one, axis=-1: permute them")
-    if getattr(loss, "reduction", "sum_over_batch_size") != "sum_over_batch_size":
-        raise ValueError(f"{kind.__name__} has reduction {loss.reduction!r}; need 'sum_over_batch_size', the default")
+    reduction = reduction_of(kind.__name__, loss)
     soft = kind is keras.losses.CategoricalCrossentropy or _option(loss, "label_smoothing")
     if soft and fisher is kf.empirical:
         raise ValueError(f"the empirical Fisher of {kind.__name__} needs hard labels; sample them: fisher=monte_carlo")
-    core, share = TABLE[kind](loss)
+    core, outputs = TABLE[kind](loss)
+    n, mean = (share(one, core, outputs, partial(_target, core)) for one in (reduction, REDUCTIONS[0]))
     function = loss if isinstance(loss, keras.losses.Loss) else keras.losses.MeanSquaredError()
-    return Objective(core, lambda y, f, w: function(only(y), only(f), sample_weight=only(w)), share, keras=True)
+    value = lambda y, f, w: function(only(y), only(f), sample_weight=only(w))  # noqa: E731
+    return Objective(core, value, n, keras=True, mean=mean if reduction == "sum" else None)
 
 
 def _target(core: Any, f: np.ndarray, y: np.ndarray | None) -> Any:
@@ -187,7 +196,7 @@ def _value(loss: Any) -> Callable:
     def both(f: Any, y: Any, *masks: Any) -> tuple[Any, Any]:
         f = to_numpy(f)
         y = _target(loss, f, to_numpy(y))
-        mask = spread(to_numpy(masks[0]), f) if masks else None
+        mask = mask_like(to_numpy(masks[0]), f) if masks else None
         n = float(loss.normaliser(f, y, mask)) or 1.0
         return to_tensor(loss.value(f, y, mask) / n), to_tensor(loss.gradient(f, y, mask) / n)
 
@@ -216,28 +225,17 @@ def mask_of(f: Any) -> Any:
     return getattr(f, "_keras_mask", None)
 
 
-def spread(mask: np.ndarray, f: np.ndarray) -> np.ndarray:
-    """(batch, positions) as one entry a position of f (*positions, outputs)."""
-    lone = (1,) * (f.ndim - 1 - mask.ndim)
-    return np.broadcast_to(mask.reshape(*mask.shape, *lone), f.shape[:-1])
-
-
 def _sparse(loss: Any) -> tuple[Any, Callable]:
-    core = kf.SoftmaxCrossEntropy(ignore=_option(loss, "ignore_class"))
-    return core, lambda f, y, mask: float(core.normaliser(f, _target(core, f, y), mask))
+    return kf.SoftmaxCrossEntropy(ignore=_option(loss, "ignore_class")), lambda f: 1
 
 
-def _over(outputs: Callable[[np.ndarray], float]) -> Callable:
-    """What Keras takes the mean over: positions that a mask leaves, times so many for each."""
-    return lambda f, y, mask: outputs(f) * float(np.prod(f.shape[:-1]) if mask is None else mask.sum())
-
-
+# the core's, and what Keras has the mean of a position over
 TABLE: dict[Any, Callable[[Any], tuple[Any, Callable]]] = {
     keras.losses.SparseCategoricalCrossentropy: _sparse,
-    keras.losses.CategoricalCrossentropy: lambda loss: (kf.SoftmaxCrossEntropy(), _over(lambda f: 1)),
-    keras.losses.BinaryCrossentropy: lambda loss: (kf.Bernoulli(), _over(lambda f: f.shape[-1])),
+    keras.losses.CategoricalCrossentropy: lambda loss: (kf.SoftmaxCrossEntropy(), lambda f: 1),
+    keras.losses.BinaryCrossentropy: lambda loss: (kf.Bernoulli(), lambda f: f.shape[-1]),
     # (f - y)^2 is twice the core's
-    keras.losses.MeanSquaredError: lambda loss: (kf.Gaussian(), _over(lambda f: f.shape[-1] / 2)),
+    keras.losses.MeanSquaredError: lambda loss: (kf.Gaussian(), lambda f: f.shape[-1] / 2),
 }
 FUNCTIONS = {  # what a name such as "mse" stands for
     keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,

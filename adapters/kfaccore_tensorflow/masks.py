@@ -96,7 +96,8 @@ class Rows:
         if mask is None:
             return None
         mask = mask.reshape(self.shape)
-        return mask if self.live is None else mask | self.live
+        mask = mask if self.live is None else mask | self.live
+        return None if mask.all() else mask
 
 
 def existing(

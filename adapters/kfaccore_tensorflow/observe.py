@@ -13,7 +13,8 @@ import tensorflow as tf
 from kfaccore_tensorflow.biases import joined_biases
 from kfaccore_tensorflow.capture import Scope, Scopes, every
 from kfaccore_tensorflow.follow import Followed, followed, made_of
-from kfaccore_tensorflow.kinds import Lookup
+from kfaccore_tensorflow.halves import looked_up, table
+from kfaccore_tensorflow.laid import laid
 from kfaccore_tensorflow.layout import Matrix
 from kfaccore_tensorflow.plan import Part, Plan
 from kfaccore_tensorflow.reach import reaching, sole
@@ -50,7 +51,8 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
     variables."""
     graph = tf.compat.v1.get_default_graph()
     inputs = tuple(t for t in tf.nest.flatten(x) if tf.is_tensor(t))
-    made = made_of(tf.nest.flatten(x, expand_composites=True))
+    leaves = [t for t in tf.nest.flatten(x, expand_composites=True) if tf.is_tensor(t)]
+    made = made_of(leaves)
     names = named(model)
     trained = list(model.trainable_variables)
     parts: list[Part] = []
@@ -58,6 +60,9 @@ def observe(model: Any, outputs: Sequence[Tensor], scopes: Scopes, x: Any) -> Ob
     refused: dict[str, tuple[tuple[Variable, ...], str]] = {}
     unused: dict[str, tuple[Variable, ...]] = {}
     reach = reaching(outputs)
+    ours = {id(v.value.handle) for v in trained}
+    hot = made_of(inside for outside, inside in graph.captures if id(outside) in ours)
+    scopes.laid = laid(graph, reach, made | {t.op.name for t in leaves}, hot)
     everything = followed(graph, reach, trained)
     remade = {id(v) for layer in every(model) if getattr(layer, "_remat_mode", None) for v in layer.trainable_variables}
     for one in everything:
@@ -112,7 +117,7 @@ def _grouped(one: Followed) -> list[tuple[Matrix, list[tuple[Use, bool]]]]:
     """Uses by the matrix that they make of the variable, a matrix and its transpose being one; a reason is added where
     several share elements."""
     groups: dict[tuple, tuple[Matrix, list[tuple[Use, bool]]]] = {}
-    for use in sorted(one.uses, key=lambda use: not isinstance(use.kind, Lookup)):
+    for use in sorted(one.uses, key=lambda use: table(use.kind) is None):
         key = use.matrix.key
         turned = use.matrix.turned().key
         if turned in groups and key not in groups:
@@ -138,7 +143,7 @@ def _overlap(matrices: Sequence[Matrix], variable: Variable) -> bool:
 def _part(name: str, variable: Variable, matrix: Matrix, uses: list[tuple[Use, bool]], bias: Any) -> Part:
     counted = Counter(use.out.op.type for use, _ in uses)
     how = tuple(op if many == 1 else f"{op} x {many}" for op, many in counted.items())
-    lookup = all(isinstance(use.kind, Lookup) and not turned for use, turned in uses)
+    lookup = all(looked_up(use.kind) and not turned for use, turned in uses)
     variables = {"weight": variable}
     matrices = {"weight": matrix}
     if bias is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import kfaccore as kf
-from kfaccore_tensorflow.halves import Half
-from kfaccore_tensorflow.kinds import Elementwise, Kind, Lookup, Seen
+from kfaccore_tensorflow.halves import Half, looked_up, table
+from kfaccore_tensorflow.kinds import Elementwise, Kind, Seen
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.loops import lay
 from kfaccore_tensorflow.masks import Rows
@@ -52,7 +52,7 @@ class Given:
 def seen(part: Part, shape: Shape, given: Given) -> Seen:
     """Rows of one call, the weight's change taken into g."""
     x = given.x
-    if isinstance(shape.kind, Lookup) and x is not None:
+    if table(shape.kind) and x is not None:
         x = x.astype(np.int64)
     found = shape.kind.rows(x, given.g, part.bias and not isinstance(shape.kind, Elementwise))
     if isinstance(shape.kind, Half):
@@ -140,7 +140,7 @@ def _stand(
     """Which rows of each call exist: by a mask along its own rows, else along all calls."""
     calls = []
     for shape, found, place, piece in zip(shapes, given, places, pieces, strict=True):
-        lookup = isinstance(shape.kind, Lookup)
+        lookup = table(shape.kind) is not None
         calls.append(Rows.of(piece.g, shape.masks, batch.examples, found.rows, place, lookup))
         calls[-1].lay(batch.masks)
     for mask in lay(calls, batch.masks):
@@ -160,11 +160,12 @@ def _piece(part: Part, shape: Shape, found: Seen, place: Place, examples: int) -
             unfolded = unfolded.reshape(unfolded.shape[0], *found.rows, unfolded.shape[-1])
             a = place.put(unfolded, 1, rows, examples)
         return _Piece(a, g, shape.turned)
-    if isinstance(shape.kind, Lookup):
+    looked = looked_up(shape.kind)
+    if looked:
         index = place.put(a[..., None], 0, rows, examples)[..., 0]
         if part.lookup:
-            return _Piece(kf.Ids(index, shape.kind.size), g)
-        hot = np.zeros((1, *index.shape, shape.kind.size), g.dtype)
+            return _Piece(kf.Ids(index, looked.size), g)
+        hot = np.zeros((1, *index.shape, looked.size), g.dtype)
         np.put_along_axis(hot, index[None, ..., None], 1, axis=-1)
         return _Piece(hot, g, shape.turned)
     return _Piece(place.put(a, 1, rows, examples), g, shape.turned)

@@ -35,8 +35,8 @@ class Stream:
     training      call the model as `fit` does
     settings      fields of `Settings`: draws, seed, strict, uncovered
 
-    n is a batch's share of the mean loss, so shares add up over batches of any sizes. ValueError for a batch in which
-    nothing counts.
+    n is a batch's share of the mean loss, that of a sum too, so shares add up over batches of any sizes. ValueError for
+    a batch in which nothing counts.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Stream:
         self.batches = batches
         self.training = training
         self.engine = Engine(loss, Settings(fisher=fisher, **settings), names=output_names(model))
+        self.engine.objective = self.engine.objective.averaged()
         self.engine.signs = False
         self._traced: dict[Any, tuple[Callable, list[Tensors]]] = {}
 

@@ -1,5 +1,5 @@
 """Which masks the rows of a call stand under: Keras's, of the layer calls around it, else of the nearest before it or
-behind; where there are none of those, masks that attention layers were told."""
+behind; where there are none of those, masks that attention layers were told, then those that operations lay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Noted = tuple[tuple[tuple[int, ...], int | None], ...]
 
 def noted(calls: Sequence[Call], scopes: Scopes, masks: Masks) -> list[Noted]:
     """(places among the batch's masks, step or None) of each call of one part, the innermost first."""
-    kinds = [Known.of_keras(scopes), Known.told(scopes)]
+    kinds = [Known.of_keras(scopes), Known.told(scopes), Known({}, scopes.laid)]
     if not any(known.inputs for known in kinds):
         return [()] * len(calls)
     within: dict[tuple[int, int], list[int]] = {}
