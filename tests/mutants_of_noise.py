@@ -1,12 +1,12 @@
 """One-line mutants of the step that knows the noise of its batch."""
 
 OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
-    ("weight of own shares", "step/own.py", "weight * unit * numbers(s)", "unit * numbers(s)", "test_noise.py"),
+    ("weight of own shares", "step/own.py", "weights[name] * unit * s", "unit * s", "test_noise.py"),
     (
         "weight of the slope's",
         "step/own.py",
-        "weight * unit * unit * number(own)",
-        "unit * unit * number(own)",
+        "weights[name] * unit * unit * own",
+        "unit * unit * own",
         "test_noise.py",
     ),
     (
@@ -49,7 +49,7 @@ OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "own n ignored",
         "step/own.py",
-        "unit = number(drawn[name].n) / number(mine.n)",
+        "unit = n / mine",
         "unit = 1.0",
         "test_own_shares.py",
     ),
