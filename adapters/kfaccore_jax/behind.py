@@ -78,7 +78,8 @@ class Behind:
         """By the equation's own operation."""
         name = p.primitive.name
         axes = [grown(v, w) for v, w in zip(p.outvars, q.outvars, strict=True)]
-        self.exact.discard(key)
+        if name not in PLACED:  # these share their place with the equation before them
+            self.exact.discard(key)
         if not any(before) or not any(axes):
             return [NOTHING] * len(axes)
         ruled = _RULES[name](p, q, self.n, before) if name in _RULES else None
@@ -88,9 +89,9 @@ class Behind:
         if min(found) < 0 and (max(before) > 1 or LOST in before):
             found = [LOST if k < 0 else k for k in found]
             self.lost.setdefault(key, name)
-        elif SCRAMBLED in before:
+        elif SCRAMBLED in before and name != "reshape":  # another one may lay them as they were
             found = [SCRAMBLED if k < 0 else k for k in found]
-        if ruled is None and name not in PLACED:  # these share their place with the equation before them
+        if ruled is None and name not in PLACED:
             self.outer[key] = (found[0], _size(p.outvars[0], q.outvars[0]))
         if ruled is not None and min(found) > 0:
             self.exact.add(key)
