@@ -143,6 +143,7 @@ MOVING = {
         lambda w, x: lax.scan(lambda h, _: (h[::-1], jnp.tanh(h @ w)), x, None, length=2)[1].sum(0),
         "rev",
     ),
+    "before turns that are examples": (lambda w, x: lax.map(jnp.tanh, x[::-1]) @ w, "rev"),
     "rolled in a branch": (
         lambda w, x: lax.cond(x[0, 0] > 9, lambda h: h, lambda h: jnp.roll(h, 1, 0), jnp.tanh(x @ w)),
         "slice",

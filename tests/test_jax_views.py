@@ -104,7 +104,7 @@ def test_rows_of_joined_views_are_their_examples(name):
         records = kj.capture(plan, params, a, b).records(draws, N)
         return examples(plan, params, records), reference(apply, params, draws, a, b)
 
-    close(*found(LAYERS, A, B), 1e-12)
+    close(*found(LAYERS, A, B), tolerance=1e-12)
 
 
 def test_the_factors_and_directions_are_those_of_views_stacked_behind_the_examples():
@@ -136,7 +136,7 @@ def test_the_factors_and_directions_are_those_of_views_stacked_behind_the_exampl
 
     for fill, count in zip(fills, (N, 5, 1), strict=True):
         found = jax.jit(lambda a, b, fill=fill: [directions(plan, fill, a, b) for plan in plans])
-        close(*found(A[:count], B[:count]), 1e-12)
+        close(*found(A[:count], B[:count]), tolerance=1e-12)
 
 
 def convolved(p, x):
@@ -185,7 +185,7 @@ def test_convolutions_tables_and_positions_of_joined_views(name):
         records = kj.capture(plan, params, a, b).records(draws, N)
         return examples(plan, params, records), reference(apply, params, draws, a, b)
 
-    close(*found(WIDE, a, b), 1e-12)
+    close(*found(WIDE, a, b), tolerance=1e-12)
 
 
 LEFT_OUT = {  # what is no join or cut of whole batches, and the primitive that is named
@@ -274,7 +274,7 @@ def test_words_in_the_order_of_time_are_their_examples():
         records = kj.capture(plan, params, ids).records(draws, N)
         return examples(plan, params, records), reference(apply, params, draws, ids)
 
-    close(*found(params, IDS[0]), 1e-12)
+    close(*found(params, IDS[0]), tolerance=1e-12)
 
 
 def test_what_stands_behind_a_reshape_across_examples_is_marked():

@@ -72,6 +72,8 @@ def _forwards(
             while (again := _turned(p, before, after)) != before:  # the next turn starts with what this one left
                 before = again
                 after = _forwards(found, behind, bodies, f"{key}.", before, flags)
+            if p.params.get("length") != q.params.get("length"):  # turns are examples: within one nothing grows
+                after = [w or name for w in after]
         else:
             name = ("" if key in behind.exact else _moves(p, q)) or name
             after = [name if grown(v, w) else "" for v, w in zip(p.outvars, q.outvars, strict=True)]
