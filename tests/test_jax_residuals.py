@@ -137,11 +137,11 @@ VIEWS = {
     "stacked behind the examples": lambda encode, a, b: tuple(
         encode(jnp.stack([a, b], 1).reshape(-1, 2)).reshape(-1, 2, 4).swapaxes(0, 1)
     ),
+    "one batch behind the other": lambda encode, a, b: tuple(jnp.split(encode(jnp.concatenate([a, b])), 2)),
 }
 
 
 def test_two_views_of_an_example_are_rows_of_it_however_they_are_put_together():
-    """But for one batch behind the other, which is named."""
     params = made()
     a, b = normal((6, 2), (6, 2), seed=3)
 
@@ -162,10 +162,3 @@ def test_two_views_of_an_example_are_rows_of_it_however_they_are_put_together():
     want = found("one by one", params)
     for name in list(VIEWS)[1:]:
         close(found(name, params), want)
-
-    def behind(p, a, b):
-        z = jnp.concatenate([a, b]) @ p["w1"]
-        return z[: len(a)] - z[len(a) :]
-
-    row = next(row for row in kj.plan(behind, params, a, b, batched=(0, 1)).table if row.leaf == "w1")
-    assert row.reason == "goes into: dense on a batch axis joined behind another one"

@@ -22,7 +22,7 @@ def check_calls(plan: Plan, calls: Mapping[str, Call], n: int) -> None:
         raise ValueError(OTHER)
     for key, call in calls.items():
         planned = plan.calls[key]
-        same = replace(call, batch=planned.batch, mixed=planned.mixed)
+        same = replace(call, batch=planned.batch, mixed=planned.mixed, outer=planned.outer)
         if n == 1:  # an axis of one element looks like no axis
             same = replace(same, x=planned.x, y=planned.y)
         if same != planned:
@@ -55,6 +55,7 @@ def probed(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
         return plan.types[key]
     try:
         jax.eval_shape(abstract, params, args)
+        _check_batches(plan, params, args)
     except ValueError as error:
         if OTHER in str(error) and (told := _differing(plan, params, args)):
             raise ValueError(f"{error}. Of what apply takes, {told}") from error
@@ -62,6 +63,17 @@ def probed(plan: Plan, params: Any, args: tuple, n: int) -> dict[str, Shape]:
     if key is not None:
         plan.types[key] = found
     return found
+
+
+def _check_batches(plan: Plan, params: Any, args: tuple) -> None:
+    """ValueError where batches lie one behind the other and arrays have other shapes than planned: how many do may go
+    by them, as with the steps of time that stand before the examples."""
+    shapes = jax.eval_shape(lambda *both: both, params, args)
+    here, planned = (
+        [shape for shape, _ in x[1]] for x in (without_number(shapes[0], shapes[1], plan.batched), plan.example)
+    )
+    if here != planned and any(call.outer > 1 for call in plan.calls.values()):
+        raise ValueError(f"{OTHER}, as apply joins rows of several batches along one axis")
 
 
 def _differing(plan: Plan, params: Any, args: tuple) -> str:

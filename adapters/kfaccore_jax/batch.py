@@ -13,6 +13,8 @@ import jax
 from kfaccore_jax.alive import alive, reached, within
 from kfaccore_jax.calls import Call, View
 
+LOST = -2  # in place of how many batches lie one behind the other: several did, and cannot be told apart any more
+
 
 def doubled(args: tuple, batched: tuple[int, ...]) -> tuple:
     """`args` with twice the examples in the arguments `batched`, as shapes."""
@@ -49,10 +51,10 @@ def examples(args: tuple, batched: tuple[int, ...]) -> int:
     return int(sizes.pop() or 0)
 
 
-def check_rows(one: list, two: list, n: int, minor: bool) -> None:
+def check_rows(one: list, two: list, n: int, unseen: list[bool]) -> None:
     """ValueError where a prediction, of these shapes at n and 2 n examples, has not the rows of each example in turn on
-    its first axis. `minor` as in `settled`."""
-    for a, b in zip(one, two, strict=True):
+    its first axis; `unseen` where it is not known that a joined axis has."""
+    for a, b, minor in zip(one, two, unseen, strict=True):
         if not a or a[0] % n or tuple(b) != (2 * a[0], *a[1:]):
             raise ValueError(
                 f"apply gave a prediction of shape {tuple(a)} for {n} examples and {tuple(b)} for {2 * n}; need the "
@@ -66,15 +68,19 @@ def check_rows(one: list, two: list, n: int, minor: bool) -> None:
             )
 
 
-def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: bool) -> tuple[Call, str]:
+def settled(
+    call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: bool, outer: tuple[int, int] = (0, 0)
+) -> tuple[Call, str]:
     """The call with its batch axis, and why it cannot be captured ("" if it can). x, y: shapes at n and 2 n.
 
     minor   somewhere the model joins the batch axis behind another one, so a joined axis cannot be told apart
+    outer   (batches one behind the other, the axis's size) where that is known, (LOST, 0) where it no longer is
     """
     views = [(call.y, y)] if call.kind in ("bias", "scale") else [(call.y, y), (call.x, x)]
     if all(one.shape == two.shape for _, (one, two) in views):
         return replace(call, batch=None), ""  # made once for all examples: what they share has one row of J
     places = []
+    sizes = set()
     for view, (one, two) in views:
         grown = [i for i, (p, q) in enumerate(zip(one.shape, two.shape, strict=True)) if p != q]
         if not grown:
@@ -84,12 +90,14 @@ def settled(call: Call, x: tuple[Any, Any], y: tuple[Any, Any], n: int, minor: b
         axis = _after(grown[0], view)
         if axis not in view.shared or two.shape[grown[0]] != 2 * one.shape[grown[0]] or one.shape[grown[0]] % n:
             return call, f"{call.kind} over the batch axis itself"
-        if one.shape[grown[0]] != n and minor:
-            return call, f"{call.kind} on a batch axis joined behind another one"
+        sizes.add(one.shape[grown[0]])
         places.append(view.shared.index(axis))
+    seen = outer[0] > 0 and sizes == {outer[1]}
+    if outer[0] == LOST or (minor and not seen and sizes != {n}):
+        return call, f"{call.kind} on a batch axis joined behind another one"
     if len(set(places)) > 1:
         return call, f"{call.kind} that moves the batch axis"
-    return replace(call, batch=places[0]), ""
+    return replace(call, batch=places[0], outer=outer[0] if seen else 1), ""
 
 
 def check_equations(one: Any, two: Any, n: int) -> None:

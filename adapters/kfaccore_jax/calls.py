@@ -69,6 +69,7 @@ class Call:
     stack    depths of the scans whose axis is one of blocks; they come first
     batch    place of the batch axis within `shared`, set by the plan; None for rows that all examples share
     mixed    outputs of other examples depend on a row, through a sum over examples; set by the plan
+    outer    batches that lie one behind the other on that axis, as two views concatenated do; set by the plan
     """
 
     kind: str
@@ -85,6 +86,7 @@ class Call:
     bias: BiasOf | None = None
     batch: int | None = 0
     mixed: bool = False
+    outer: int = 1
 
     def within(self, depth: int) -> Call:
         """Seen from outside the scan of that depth."""
@@ -99,12 +101,19 @@ class Call:
         """Examples in its record: n, or 1 where all share its rows."""
         return 1 if self.batch is None else n
 
+    def _arranged(self, view: View, x: Any, n: int, keep: bool = False) -> Any:
+        """View.arranged with all rows of an example after those of the example before it."""
+        x = view.arranged(x, self.batch, keep)
+        if self.outer == 1:
+            return x
+        return x.reshape(x.shape[0], self.outer, n, -1, *x.shape[2:]).swapaxes(1, 2).reshape(x.shape)
+
     def gradients(self, g: Any, x: Any, n: int) -> Any:
         """Output gradients (draws, *y.shape) -> g (draws, blocks, batch, shared, d_out)."""
 
         def one(g: Any) -> Any:
             g = g * x if self.kind == "scale" else g
-            g = self.y.arranged(g, self.batch)
+            g = self._arranged(self.y, g, n)
             return g.reshape(g.shape[0], self.owners(n), -1, g.shape[-1])
 
         return jax.vmap(one)(g)
@@ -117,9 +126,9 @@ class Call:
         shape = like.shape[1:4]
         n = self.owners(n)
         if self.kind == "embedding" and not lone:
-            return Ids(self.x.arranged(x, self.batch).reshape(n, -1), self.ins[0][0])
+            return Ids(self._arranged(self.x, x, n).reshape(n, -1), self.ins[0][0])
         if self.kind in ("dense", "conv") and not lone:
-            x = self._image(x, n) if self.kind == "conv" else self.x.arranged(x, self.batch)
+            x = self._image(x, n) if self.kind == "conv" else self._arranged(self.x, x, n)
             return x if isinstance(x, Patches) else x.reshape(*shape, x.shape[-1]).astype(like.dtype)
         size = prod(k for k, _ in self.ins)
         if lone or not self.ins:
@@ -130,7 +139,7 @@ class Call:
         """Patches (groups, batch, *spatial, C); their rows where more than one image belongs to an example."""
         window = self.window
         assert window is not None
-        x = self.x.arranged(x, self.batch, keep=True)
+        x = self._arranged(self.x, x, n, keep=True)
         blocks, batch, shared = x.shape[:3]
         if self.edges:
             x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 3 + list(self.edges) + [(0, 0, 0)])

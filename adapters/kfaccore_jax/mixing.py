@@ -7,8 +7,7 @@ For draws that are independent between examples and of zero mean E[g g^T] is exa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.extend.core import Literal
 
@@ -17,17 +16,24 @@ from kfaccore_jax.batch import deals_out
 from kfaccore_jax.order import carries, inner, places
 from kfaccore_jax.sums import mixes
 
-Sums = Callable[..., bool]  # `mixes` for one model
+if TYPE_CHECKING:
+    from kfaccore_jax.behind import Behind
+
+Sums = Callable[..., bool]  # `mixes` for one model, of an equation at a place
 
 
-def mixed(one: Any, two: Any, count: int, n: int) -> set[str]:
+def mixed(one: Any, two: Any, count: int, n: int, behind: Behind) -> set[str]:
     """Places of the equations whose results reach one of the first `count` outputs of a jaxpr, here at n and 2 n
-    examples, through a sum over examples."""
+    examples, through a sum over examples, which joins and cuts of whole batches are not."""
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
     found: set[str] = set()
     alone = [i < count for i in range(len(one.outvars))]
-    sums = partial(mixes, n=n, dealt=deals_out(one, two, count))
+    dealt = deals_out(one, two, count)
+
+    def sums(p: Any, q: Any, key: str, within: bool = True) -> bool:
+        return key in behind.scrambled or (key not in behind.exact and mixes(p, q, n, within, dealt))
+
     _backwards(found, one, two, "", alone, [False] * len(alone), sums)
     return found
 
@@ -46,7 +52,7 @@ def _backwards(
             found.add(key)
         bodies = inner(p, q)
         if bodies is None:
-            summing = below or sums(p, q)
+            summing = below or sums(p, q, key)
             found |= {f"{key}@"} if summing else set()
             ours = [v for v in p.invars if not isinstance(v, Literal) and carries(v)]
             reaching |= set(ours)
@@ -54,7 +60,7 @@ def _backwards(
             continue
         given = [v in reaching for v in p.outvars]
         through = [v in summed for v in p.outvars]
-        if sums(p, q, within=False):
+        if sums(p, q, key, within=False):
             through = given
         given, through = _within(found, p, bodies, f"{key}.", given, through, sums)
         reaching |= _of(p.invars, given)

@@ -3,7 +3,7 @@ batch (sorted, gathered, reversed, shifted), followed forwards and backwards thr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax.extend.core import Literal
@@ -11,6 +11,9 @@ from jax.extend.core import Literal
 from kfaccore_jax.alive import alive, reached, within
 from kfaccore_jax.batch import jaxprs
 from kfaccore_jax.tags import PLACED
+
+if TYPE_CHECKING:
+    from kfaccore_jax.behind import Behind
 
 _ALONG = {"sort": "dimension"} | dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), "axis")
 Names = list[str]  # what moved each value, "" where nothing did
@@ -22,15 +25,16 @@ def grown(p: Any, q: Any) -> list[int]:
     return [i for i, (a, b) in enumerate(pair) if a != b]
 
 
-def moved(one: Any, two: Any, count: int) -> dict[str, str]:
+def moved(one: Any, two: Any, count: int, behind: Behind) -> dict[str, str]:
     """{place of an equation: primitive} of the equations, inner ones included, whose operands or results such a
-    primitive moves, before or after them, on the way to one of the first `count` outputs."""
+    primitive moves, before or after them, on the way to one of the first `count` outputs. Joins and cuts of whole
+    batches are none; what takes rows of several batches elsewhere is one."""
     found: dict[str, str] = {}
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
     asked = [i < count for i in range(len(one.outvars))]
-    _forwards(found, one, two, "", [""] * len(one.invars), asked)
-    _backwards(found, one, two, "", [""] * len(one.outvars), asked)
+    _forwards(found, behind, (one, two), "", [""] * len(one.invars), asked)
+    _backwards(found, behind, (one, two), "", [""] * len(one.outvars), asked)
     return found
 
 
@@ -51,8 +55,11 @@ def _followed(one: Any, two: Any, prefix: str, asked: list[bool]) -> list[tuple[
     return [(p, q, key, within(p, flags)) for p, q, key, flags in pairs if any(flags)]
 
 
-def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Names, asked: list[bool]) -> Names:
+def _forwards(
+    found: dict[str, str], behind: Behind, both: tuple[Any, Any], prefix: str, given: Names, asked: list[bool]
+) -> Names:
     """Marks what stands behind a move; names for the outputs."""
+    one, two = both
     why: dict[Any, str] = dict(zip(one.invars, given, strict=True))
     for p, q, key, flags in _followed(one, two, prefix, asked):
         before = _known(why, p.invars)
@@ -61,35 +68,44 @@ def _forwards(found: dict[str, str], one: Any, two: Any, prefix: str, given: Nam
             found.setdefault(key, name)
         bodies = inner(p, q)
         if bodies is not None:
-            after = _forwards(found, *bodies, f"{key}.", before, flags)
+            after = _forwards(found, behind, bodies, f"{key}.", before, flags)
             while (again := _turned(p, before, after)) != before:  # the next turn starts with what this one left
                 before = again
-                after = _forwards(found, *bodies, f"{key}.", before, flags)
+                after = _forwards(found, behind, bodies, f"{key}.", before, flags)
+            if p.params.get("length") != q.params.get("length"):  # turns are examples: within one nothing grows
+                after = [w or name for w in after]
         else:
-            name = _moves(p, q) or name
+            name = ("" if key in behind.exact else _moves(p, q)) or name
             after = [name if grown(v, w) else "" for v, w in zip(p.outvars, q.outvars, strict=True)]
+        if key in behind.lost:
+            after = [behind.lost[key]] * len(after)
         why.update(zip(p.outvars, after, strict=True))
     return _known(why, one.outvars)
 
 
-def _backwards(found: dict[str, str], one: Any, two: Any, prefix: str, wanted: Names, asked: list[bool]) -> Names:
+def _backwards(
+    found: dict[str, str], behind: Behind, both: tuple[Any, Any], prefix: str, wanted: Names, asked: list[bool]
+) -> Names:
     """Marks what a move comes after; names for the inputs."""
+    one, two = both
     why: dict[Any, str] = {}
     _mark(why, one.outvars, wanted)
     for p, q, key, flags in reversed(_followed(one, two, prefix, asked)):
         after = _known(why, p.outvars)
+        if key in behind.lost:
+            after = [behind.lost[key]] * len(after)
         name = next((w for w in after if w), "")
         if name:
             found.setdefault(key, name)
         bodies = inner(p, q)
         if bodies is not None:
-            ahead = _backwards(found, *bodies, f"{key}.", after, flags)
+            ahead = _backwards(found, behind, bodies, f"{key}.", after, flags)
             while (again := _turned(p, after, ahead, back=True)) != after:
                 after = again
-                ahead = _backwards(found, *bodies, f"{key}.", after, flags)
+                ahead = _backwards(found, behind, bodies, f"{key}.", after, flags)
             _mark(why, p.invars, ahead)
             continue
-        name = _moves(p, q) or name
+        name = ("" if key in behind.exact else _moves(p, q)) or name
         _mark(why, p.invars, [name if carries(v) else "" for v in p.invars])
     return _known(why, one.invars)
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from kfaccore import Block
-from kfaccore_jax.batch import check_equations, check_rows, doubled, examples, joins_behind, settled, strong
+from kfaccore_jax.batch import LOST, check_equations, check_rows, doubled, examples, joins_behind, settled, strong
+from kfaccore_jax.behind import SCRAMBLED, Behind, followed
 from kfaccore_jax.calls import Call
 from kfaccore_jax.evaluate import traced
 from kfaccore_jax.layers import Layer, gathered
@@ -157,16 +158,18 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
         check_equations(jaxpr, second, n)
         jaxpr, second = ranged(jaxpr, second)
     minor = jaxpr is not None and joins_behind(jaxpr, second, len(shapes))
-    check_rows(shapes, shapes2, n, minor)
-    places = moved(jaxpr, second, len(shapes)) if jaxpr is not None else {}
-    summed = mixed(jaxpr, second, len(shapes), n) if jaxpr is not None else set()
+    behind = followed(jaxpr, second, len(shapes), n) if jaxpr is not None else Behind(n, results=[1] * len(shapes))
+    check_rows(shapes, shapes2, n, [k > 1 or k == LOST or (minor and k != 1) for k in behind.results])
+    places = moved(jaxpr, second, len(shapes), behind) if jaxpr is not None else {}
+    summed = mixed(jaxpr, second, len(shapes), n, behind) if jaxpr is not None else set()
     calls = {}
     refused = dict(walk.leaks)
     for key, call in walk.calls.items():
         x = (data.get(key), data2.get(key))
         y = (walk.outputs[key], other.outputs[key])
-        calls[key], why = settled(call, x, y, n, minor)
-        calls[key] = replace(calls[key], mixed=place_of(key) + "@" * ("@" in key) in summed)
+        calls[key], why = settled(call, x, y, n, minor, behind.of(key))
+        mixing = place_of(key) + "@" * ("@" in key) in summed or behind.of(key)[0] == SCRAMBLED
+        calls[key] = replace(calls[key], mixed=mixing)
         name = places.get(place_of(key))
         if name and not why and calls[key].batch is not None:
             why = f"{call.kind} on examples that {name} moves along the batch"

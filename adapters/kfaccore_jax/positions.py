@@ -153,6 +153,8 @@ def _call_mask(plan: Plan, layer: Layer, key: str, mask: Any, longer: Longer) ->
     each = shape[batch] // mask.shape[0]  # positions joined with the batch stand behind it
     rows = each * prod(sizes)
     known: list[int | None] = [axes[i] for i in others]
+    if call.outer > 1:
+        raise _Unseen((each, *sizes))
     if each == 1 and not others:
         return None, rows
     if each == prod(mask.shape[1:]) and not others and longer.joined(key, whole):
