@@ -89,22 +89,27 @@ JOINED = {
 }
 
 
+def rows_are_their_examples(apply, layers, a, b, draws):
+    """All layers are covered, and each example's rows are those of its own loss."""
+    plan = kj.plan(apply, layers, a, b, batched=(0, 1))
+    assert all(row.covered or row.reason == "never used" for row in plan.table), str(plan)
+    assert all(layer.own for layer in plan.layers)
+    g = normal((draws, N, 3), seed=7)
+
+    @jax.jit
+    def found(params, a, b):
+        records = kj.capture(plan, params, a, b).records(g, N)
+        return examples(plan, params, records), reference(apply, params, g, a, b)
+
+    close(*found(layers, a, b), tolerance=1e-12)
+
+
 @pytest.mark.parametrize("name", JOINED)
 def test_rows_of_joined_views_are_their_examples(name):
     def apply(p, a, b):
         return JOINED[name](p, a, b)
 
-    plan = kj.plan(apply, LAYERS, A, B, batched=(0, 1))
-    assert all(row.covered or row.reason == "never used" for row in plan.table)
-    assert all(layer.own for layer in plan.layers)
-    draws = normal((2, N, 3), seed=7)
-
-    @jax.jit
-    def found(params, a, b):
-        records = kj.capture(plan, params, a, b).records(draws, N)
-        return examples(plan, params, records), reference(apply, params, draws, a, b)
-
-    close(*found(LAYERS, A, B), tolerance=1e-12)
+    rows_are_their_examples(apply, LAYERS, A, B, draws=2)
 
 
 def test_the_factors_and_directions_are_those_of_views_stacked_behind_the_examples():
@@ -175,17 +180,7 @@ RICH = {
 @pytest.mark.parametrize("name", RICH)
 def test_convolutions_tables_and_positions_of_joined_views(name):
     apply, (a, b) = RICH[name]
-    plan = kj.plan(apply, WIDE, a, b, batched=(0, 1))
-    assert all(row.covered or row.reason == "never used" for row in plan.table), str(plan)
-    assert all(layer.own for layer in plan.layers)
-    draws = normal((1, N, 3), seed=7)
-
-    @jax.jit
-    def found(params, a, b):
-        records = kj.capture(plan, params, a, b).records(draws, N)
-        return examples(plan, params, records), reference(apply, params, draws, a, b)
-
-    close(*found(WIDE, a, b), tolerance=1e-12)
+    rows_are_their_examples(apply, WIDE, a, b, draws=1)
 
 
 LEFT_OUT = {  # what is no join or cut of whole batches, and the primitive that is named

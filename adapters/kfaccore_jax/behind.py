@@ -20,8 +20,10 @@ from kfaccore_jax.order import grown, inner, places
 from kfaccore_jax.tags import PLACED
 from kfaccore_jax.walk import place_of
 
-# in place of K: no rows of examples; rows of which it is not known whose they are; such that look like examples' own
-NOTHING, UNKNOWN, SCRAMBLED = 0, -1, -3
+# in place of K, as LOST is
+NOTHING = 0  # no rows of examples
+UNKNOWN = -1  # rows of which it is not known whose they are
+SCRAMBLED = -3  # such that look like examples' own
 Ks = list[int]
 
 
@@ -69,7 +71,8 @@ class Behind:
         after = self._through(*bodies, prefix, before)
         if eqn.primitive.name != "scan":
             return after
-        first, count = eqn.params["num_consts"], eqn.params["num_carry"]
+        first = eqn.params["num_consts"]
+        count = eqn.params["num_carry"]
         carry = [_same([a, b]) for a, b in zip(before[first : first + count], after[:count], strict=True)]
         again = [*before[:first], *carry, *before[first + count :]]
         return after if again == before else self._within(eqn, bodies, prefix, again)
@@ -209,8 +212,10 @@ def _tiled(p: Any, q: Any, n: int, before: Ks) -> Ks:
 
 def _reshaped(p: Any, q: Any, n: int, before: Ks) -> Ks:
     """What stands before the examples and behind them in an axis goes by the axes before and behind it."""
-    (v, w), (y, z) = ((a[0], b[0]) for a, b in ((p.invars, q.invars), (p.outvars, q.outvars)))
-    old, new = grown(v, w), grown(y, z)
+    v = p.invars[0]
+    y = p.outvars[0]
+    old = grown(v, q.invars[0])
+    new = grown(y, q.outvars[0])
     if len(old) != 1 or len(new) != 1 or before[0] < 1:
         return [UNKNOWN]
     order = p.params.get("dimensions") or range(v.aval.ndim)
@@ -219,7 +224,8 @@ def _reshaped(p: Any, q: Any, n: int, before: Ks) -> Ks:
     after = y.aval.shape
     first = prod(shape[:place]) * before[0]
     last, rest = divmod(prod(shape[place:]), before[0] * n)
-    lead, behind = prod(after[: new[0]]), prod(after[new[0] + 1 :])
+    lead = prod(after[: new[0]])
+    behind = prod(after[new[0] + 1 :])
     if rest == 0 and first % lead == 0 and last % behind == 0:
         return [first // lead]
     return [SCRAMBLED if after[new[0]] % n == 0 else UNKNOWN]

@@ -93,13 +93,14 @@ class Common:
             self._parts[:] = dict.fromkeys(self._parts)
         elif not any(_alike([part, factors[0]]) for part in self._parts):
             self.said = True
-            what, how = f"the {most} losses of one forward were all", "their curvatures were added up"
-            if most < 2:
-                what, how = "the loss, which is a sum, was", "its curvature was taken"
+            many = most > 1
+            what = f"the {most} losses of one forward were all" if many else "the loss, which is a sum, was"
+            how = "their curvatures were added up" if many else "its curvature was taken"
+            other = "" if many else ", or take the mean, reduction='mean'"
             warnings.warn(
                 f"{what} multiplied by {factors[0]:.4g} on the way to backward, and {how} without it: where that makes "
                 f"a mean, F is too large by as much. Let it be known, pre.loss(f, target, weight={factors[0]:.4g})"
-                + (", or take the mean, reduction='mean'" if most < 2 else ""),
+                f"{other}",
                 stacklevel=2,
             )
 
