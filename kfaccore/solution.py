@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from kfaccore.record import Factored
 from kfaccore.xp import Code
-from kfaccore.xp.arrays import Array, all_finite, is_half, kept, widen
+from kfaccore.xp.arrays import Array, all_finite, is_half, kept, on_gpu, widen
+from kfaccore.xp.blocks import together
 from kfaccore.xp.memory import in_rows
+from kfaccore.xp.tables import finite_of
 
 D = TypeVar("D")  # an array, or a dict of one a layer
+_LATER: ContextVar[bool] = ContextVar("kfaccore_checked_later", default=False)
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,44 @@ def check_gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> None
         raise ValueError(f"grad has shape {shape}; the state was made for (blocks, d_out, d_in) = {block_shape}")
 
 
-def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: Array) -> Solution:
-    """A Solution whose non-finite blocks are zero with code NONFINITE."""
+class Unchecked(Solution):
+    """A Solution whose directions may not be finite yet, for `check`."""
+
+
+@contextmanager
+def later() -> Iterator[None]:
+    """Inside, solutions that nothing reads before `check` come back unchecked from a GPU, where many small launches
+    would find out what few can."""
+    token = _LATER.set(True)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+
+
+def finish(direction: Array, code: Array, state: object, squeeze: bool, last: bool = False, **info: Array) -> Solution:
+    """A Solution whose non-finite blocks are zero with code NONFINITE.
+
+    last   nothing but the caller of `solve` reads it: inside `later` it may come back unchecked
+    """
+    if last and not squeeze and _LATER.get() and on_gpu(direction):
+        return Unchecked(direction, code, state, info)
     fine = all_finite(direction)
     direction = in_rows(kept(direction, fine, 0.0))
     code = kept(code, fine, int(Code.NONFINITE))
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)
+
+
+def check(solutions: list[Solution]) -> None:
+    """Finishes those that are unchecked, in the list: each makes room for the next."""
+    waiting = [i for i, each in enumerate(solutions) if isinstance(each, Unchecked)]
+    if not waiting:
+        return
+    fine = finite_of([solutions[i].direction for i in waiting])
+    codes = kept(together([solutions[i].code for i in waiting]), together(fine), int(Code.NONFINITE))
+    start = 0
+    for i, good in zip(waiting, fine, strict=True):
+        end = start + len(good)
+        direction = kept(solutions[i].direction, good, 0.0)
+        solutions[i] = Solution(direction, codes[start:end], solutions[i].state, solutions[i].info)
+        start = end

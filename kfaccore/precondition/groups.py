@@ -96,7 +96,7 @@ class Group(Protocol[N, K]):
         ...
 
     def solve(self, state: N, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
-        """Directions of its layers, in their gradients' dtype."""
+        """Directions of its layers, in their gradients' dtype; they may be unchecked, see `kfaccore.solution.check`."""
         ...
 
     def unsolved(self, state: N, grads: Grads) -> Solution:

@@ -11,7 +11,7 @@ import numpy as np
 from kfaccore.precondition.parts import Parts, Rows, Several, runs
 from kfaccore.xp import Code
 from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
-from kfaccore.xp.gram import squares_of
+from kfaccore.xp.tables import squares_of
 
 
 @dataclass(frozen=True)

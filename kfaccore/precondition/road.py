@@ -20,6 +20,7 @@ from kfaccore.precondition.placement import exchanged, sent
 from kfaccore.precondition.renewal import renewed
 from kfaccore.precondition.stack import Stack
 from kfaccore.precondition.stacks import part, put
+from kfaccore.solution import Solution, check
 from kfaccore.xp import precision
 from kfaccore.xp.arrays import Array, is_tracer, namespace, select
 
@@ -61,17 +62,25 @@ class Road:
             refreshed = self._refreshed(groups, [state for state, _ in moved], hypers)
             for piece in self.due.pieces:
                 refreshed = self._in_part(piece, groups, refreshed, hypers)
+            solutions = self._solved(groups, refreshed, batches, grads, hypers)
             found = []
-            after = []
-            for group, state, (_, refused) in zip(groups, refreshed, moved, strict=True):
+            for i, (group, (_, refused)) in enumerate(zip(groups, moved, strict=True)):
                 ranks = self.work[group.names[0]]
                 if self.comm.rank in ranks:
-                    solved = group.marked(group.solve(state, grads, hypers, batches), refused)
-                else:
-                    solved = group.unsolved(state, grads)
-                found.append(group.parts(sent(self.comm, solved, ranks), grads))
-                after.append(solved.state)
-            return found, after
+                    solutions[i] = group.marked(solutions[i], refused)
+                found.append(group.parts(sent(self.comm, solutions[i], ranks), grads))
+            return found, [solved.state for solved in solutions]
+
+    def _solved(
+        self, groups: Sequence[Group], states: Sequence[object], batches: Batches, grads: Grads, hypers: Hypers
+    ) -> list[Solution]:
+        """Of each group, zeros where other ranks solve for it; those of a GPU checked together."""
+        solutions = []
+        for group, state in zip(groups, states, strict=True):
+            ours = self.comm.rank in self.work[group.names[0]]
+            solutions.append(group.solve(state, grads, hypers, batches) if ours else group.unsolved(state, grads))
+        check(solutions)
+        return solutions
 
     def _begun(self, begun: list[Begun], group: Group, state: Any, batches: Batches, hypers: Hypers) -> tuple[Any, Any]:
         """As `_updated`, which is told."""

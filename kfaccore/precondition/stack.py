@@ -19,7 +19,7 @@ from kfaccore.precondition.side_by_side import gradients, kind_of, records_of_tu
 from kfaccore.precondition.stacks import Names, mergeable, merged, part, put
 from kfaccore.record import Factored, Record
 from kfaccore.refreshing import steps
-from kfaccore.solution import Solution
+from kfaccore.solution import Solution, check, later
 from kfaccore.xp import Code, precision
 from kfaccore.xp.arrays import Array, filled, namespace
 from kfaccore.xp.asking import Asks
@@ -116,10 +116,12 @@ class Stack:
 
     def _assembled(self, pieces: Mapping[Names, Solution]) -> Solution:
         """Solutions of parts of the stack as one of all."""
+        solved = list(pieces.values())
+        check(solved)
         order = tuple(name for names in pieces for name in names)
         whole = {}
         for field in ("direction", "code", "state", "info"):
-            whole[field] = part(merged([getattr(piece, field) for piece in pieces.values()]), order, self.names)
+            whole[field] = part(merged([getattr(piece, field) for piece in solved]), order, self.names)
         return Solution(**whole)
 
     def _alike(self, state: State, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
@@ -128,11 +130,11 @@ class Stack:
         rows = self._rows(batches) if declares(self.method, RowsAtSolve) else None
         if rows is not None and len(rows) > 1:
             return self._one_by_one(state, grads, hypers, batches)
-        with self._named(), precision.solving(self.names):
+        with self._named(), precision.solving(self.names), later():
             record = rows[0] if rows else None
             method: Any = self.method
             found: Solution = method.solve(state, gradients(ours), self._hyper(hypers, state), record)
-        return Solution(like_gradient(found.direction, ours[0]), found.code, found.state, found.info)
+        return replace(found, direction=like_gradient(found.direction, ours[0]))
 
     def _rows(self, batches: Batches) -> list[Any] | None:
         """The newest records that a solve is given: one of all layers if they stand side by side, else one each."""

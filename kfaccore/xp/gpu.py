@@ -108,7 +108,7 @@ def _whole(x: Any) -> Any:
     rows, columns = x.shape[1:]
     if rows % ALIGNED == 0 and columns % ALIGNED == 0:
         return x
-    known = _around(x)
+    known = around(x)
     if known is not None:
         return known
     if rows % ALIGNED == 0:  # one pass, where zeros first would be two
@@ -118,7 +118,7 @@ def _whole(x: Any) -> Any:
     return out
 
 
-def _around(x: Any) -> Any | None:
+def around(x: Any) -> Any | None:
     """The matrices in whose memory those of x lie, with zeros around; None where that is not known."""
     base = x._base
     if base is None or vars(base).get(_INSIDE) != tuple(x.shape[1:]) or x.stride()[1:] != base.stride()[1:]:

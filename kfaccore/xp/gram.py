@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat as aac
@@ -96,20 +95,6 @@ def squares(x: Array) -> Array:
             return xp.linalg.vector_norm(foreign, axis=-1) ** 2
         return xp.sum(foreign * foreign, axis=-1)
     return xp.matmul(flat[:, None, :], flat[:, :, None])[:, 0, 0]  # one product, where `vecdot` may be two operations
-
-
-def squares_of(tables: Sequence[Array]) -> list[Array]:
-    """The squared norms of the rows of several tables (rows, ...), (rows,) each; of all at once on CUDA."""
-    foreign: list[Any] = list(tables)
-    whole = [x for x in foreign if aac.is_torch_array(x) and x.is_cuda and x.is_contiguous() and x.numel()]
-    if len(whole) < 2:
-        return [squares(x) for x in tables]
-    import torch
-
-    rows = [row for x in whole for row in x.unbind(0)]
-    found = torch.stack(torch._foreach_norm(rows)) ** 2
-    of_whole = dict(zip(map(id, whole), found.split([len(x) for x in whole]), strict=True))
-    return [of_whole[id(x)] if id(x) in of_whole else squares(x) for x in foreign]
 
 
 def quadratic(x: Array, v: Array) -> Array:

@@ -4,7 +4,8 @@
 
 The tests of `tests/test_torch_gpu.py` that need neither CuPy nor TF32; then models and ways to train them, whose
 parameters after six steps are those of the CPU; then how often the host waits, which does not depend on how many layers
-there are. Where torch has CUDA, or there is no g++, it says so and ends with 0.
+there are; then the operations of a plain step that is not recorded, with norms and embeddings left to SGD. Where torch
+has CUDA, or there is no g++, it says so and ends with 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch import nn
 import kfaccore as kf
 
 TESTS = Path(__file__).parents[1]
+sys.path.append(str(TESTS.parent / "bench"))
 DTYPE = torch.float64
 STEPS = 6
 EXACT = 1e-7  # what six steps leave of another order of sums
@@ -173,9 +176,34 @@ def waits(depth: int, way: str) -> int:
     return pretended.waited() - counted[-2 if core.rule.judges else -1]  # a step that is judged runs the model again
 
 
+def operations() -> dict[str, int]:
+    """Of a plain step, by network: launches, but that one on lists of arrays may be a few."""
+    import operations as bench
+
+    from kfaccore_torch import launched
+
+    launched.MOST_BYTES = 0  # no graph
+    found = {}
+    for case in bench.cases():
+
+        def frozen(case: bench.Case = case) -> nn.Module:
+            model = case.model().cuda()
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d | nn.LayerNorm | nn.Embedding):
+                    module.requires_grad_(False)
+            return model
+
+        on_device = replace(case, model=frozen, x=case.x.cuda(), y=case.y.cuda())
+        found[case.name] = sum(bench.counted(on_device)["plain"][1].work.values())
+    return found
+
+
 def campaign() -> list[str]:
     """Broken promises."""
     broken = []
+    for (name, count), most in zip(operations().items(), (60, 110), strict=True):
+        print(f"operations of a plain step, {name}: {count}")
+        broken += [f"{name}: {count} operations, {most} at most"] * (count > most)
     for name in MODELS:
         for way in WAYS:
             far = apart(name, way)

@@ -106,7 +106,7 @@ class Moments(InSteps[State], Additive):
         grad, squeeze = gradient(grad, tuple(state.S.shape))
         Qa, Qg, values = self.eigensystem(state, hyper)
         below, code = floored(values, state.code)
-        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
+        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze, last=True)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         """Q_g [S * (Q_g^T v Q_a)] Q_a^T."""

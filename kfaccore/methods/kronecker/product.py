@@ -53,7 +53,7 @@ class Product(InSteps[S], Additive):
     def solve(self, state: S, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, (*state.G.shape[:2], state.A.shape[-1]))
         direction, code = state.inverse.solve(grad, self.split, hyper.damping, state.code)
-        return finish(direction, code, state, squeeze)
+        return finish(direction, code, state, squeeze, last=True)
 
     def matvec(self, state: S, v: Array, hyper: Hyper) -> Array:
         A, G = self.product(state)

@@ -70,7 +70,7 @@ class Modes(Generic[S]):
         grad, squeeze = gradient(grad, (state.code.shape[0], lowrank.size(sides.G), lowrank.size(sides.A)))
         A, G, lifted = self._damped(state, sides, hyper)
         code = choose(lifted & (state.code == int(Code.OK)), Code.JITTERED, state.code)
-        return finish(lowrank.between(G, grad, A), code, state, squeeze)
+        return finish(lowrank.between(G, grad, A), code, state, squeeze, last=True)
 
     def inverse_sides(self, state: S, hyper: Hyper) -> tuple[Factor, Factor]:
         """(A~ + d_a I)^-1 and (G~ + d_g I)^-1 by their modes."""

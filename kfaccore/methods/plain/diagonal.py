@@ -78,7 +78,7 @@ class Diagonal(Additive):
         v = grad.dense() if isinstance(grad, Factored) else grad
         _, _, values = self.eigensystem(state, hyper)
         below, code = floored(values, state.code)
-        return finish(v / below, code, state, squeeze)
+        return finish(v / below, code, state, squeeze, last=True)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         check_gradient(v, tuple(state.D.shape))

@@ -119,7 +119,7 @@ class SKFAC(InSteps[State]):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, (state.code.shape[0], _size(state.inverse_g), _size(state.inverse_a)))
-        return finish(_apply(state.inverse_g, grad, state.inverse_a), state.code, state, squeeze)
+        return finish(_apply(state.inverse_g, grad, state.inverse_a), state.code, state, squeeze, last=True)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         A, G = stacked.filled(state.factors)

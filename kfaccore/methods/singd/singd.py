@@ -186,7 +186,7 @@ class SINGD(Additive):
         )
         if not isinstance(grad, Factored):
             direction = instead(state.code == int(Code.IDENTITY), grad, direction)
-        return finish(direction, state.code, state, squeeze)
+        return finish(direction, state.code, state, squeeze, last=True)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         raise ValueError("SINGD keeps inverses only: it has no F~ to multiply by; compare directions instead")
