@@ -59,8 +59,7 @@ class Unchecked(Solution):
 
 @contextmanager
 def later() -> Iterator[None]:
-    """Inside, solutions that nothing reads before `check` come back unchecked from a GPU, where many small launches
-    would find out what few can."""
+    """Inside, `finish_later` leaves solutions of a GPU to `check`: few launches find out what would take many."""
     token = _LATER.set(True)
     try:
         yield
@@ -68,17 +67,20 @@ def later() -> Iterator[None]:
         _LATER.reset(token)
 
 
-def finish(direction: Array, code: Array, state: object, squeeze: bool, last: bool = False, **info: Array) -> Solution:
-    """A Solution whose non-finite blocks are zero with code NONFINITE.
-
-    last   nothing but the caller of `solve` reads it: inside `later` it may come back unchecked
-    """
-    if last and not squeeze and _LATER.get() and on_gpu(direction):
-        return Unchecked(direction, code, state, info)
+def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: Array) -> Solution:
+    """A Solution whose non-finite blocks are zero with code NONFINITE."""
     fine = all_finite(direction)
     direction = in_rows(kept(direction, fine, 0.0))
     code = kept(code, fine, int(Code.NONFINITE))
     return Solution(direction[0, ...] if squeeze else direction, code, state, info)
+
+
+def finish_later(direction: Array, code: Array, state: object, squeeze: bool) -> Solution:
+    """`finish`, of a direction that nothing but the caller of `solve` reads: inside `later` it comes back unchecked
+    from a GPU."""
+    if _LATER.get() and not squeeze and on_gpu(direction):
+        return Unchecked(direction, code, state)
+    return finish(direction, code, state, squeeze)
 
 
 def check(solutions: list[Solution]) -> None:

@@ -130,8 +130,8 @@ MUTANTS = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "momentum before",
         "step/fixed.py",
-        "self.momentum * namespace(d)",
-        "self.momentum**2 * namespace(d)",
+        "weighted(self.momentum, old",
+        "weighted(self.momentum**2, old",
         "test_preconditioner.py",
     ),
     ("clip without rate", "step/rescale.py", "(*sizes, none + lr)", "sizes", "test_preconditioner.py"),

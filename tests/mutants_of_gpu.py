@@ -48,4 +48,11 @@ OF_GPU = [
         "return found, root, good",
         "test_precision.py",
     ),
+    (
+        "directions of a device left unchecked",
+        "solution.py",
+        "codes = kept(together([solutions[i].code for i in waiting]), together(fine), int(Code.NONFINITE))",
+        "codes = together([solutions[i].code for i in waiting])",
+        "test_checked_together.py",
+    ),
 ]

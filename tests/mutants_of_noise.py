@@ -28,8 +28,8 @@ OF_NOISE = [  # name, file, line as it is, line mutated, tests that must notice
     (
         "a mean not divided",
         "step/motion.py",
-        "total * scalar(1 / pick(good, weight[name], 1.0), v)",
-        "total",
+        "1 / pick(good[name], weight[name], 1.0)",
+        "1.0",
         "test_noise.py",
     ),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfaccore as kf
 import kfaccore_torch as kt
@@ -66,3 +67,30 @@ def test_a_step_is_the_same_to_the_bit(rule, request):
     request.getfixturevalue("far")
     for found, expected in zip(trained(rule, 3)[0], want, strict=True):
         assert torch.equal(found, expected)
+
+
+class Elementwise(TorchDispatchMode):
+    """Counts sums and products of arrays while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.add, torch.ops.aten.sub_)
+        return func(*args, **(kwargs or {}))
+
+
+def elementwise(depth: int) -> int:
+    torch.manual_seed(1)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth))).double()
+    core = kf.Preconditioner(kf.KFAC(), kf.Clocks(8, 8), step=kf.Fixed(0.1, 0.9))
+    optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), core, namespace="torch")
+    for rows in torch.randn(5, 5, 6, dtype=torch.float64):
+        with Elementwise() as seen:
+            optimizer.step(rows, torch.arange(5))
+    return seen.count
+
+
+def test_momentum_and_parameters_move_all_at_once():
+    assert elementwise(2) == elementwise(6)

@@ -196,8 +196,8 @@ class Optimizer:
                 told = {"loss": before, "nonnegative": engine.objective.nonnegative(batch[1])}
                 found = moves(engine, engine.step(batches, grads, batch, own=own, **told))
                 old += [(p, p.detach().clone()) for p, _ in found] if engine.core.rule.judges else []
-                for p, move in found:
-                    p.sub_(move)
+                if found:
+                    torch._foreach_sub_([p for p, _ in found], [move for _, move in found])
                 torch.clear_autocast_cache()  # which has the old weights, while the caller's autocast is open
 
                 def place(share: float) -> None:

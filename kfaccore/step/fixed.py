@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from kfaccore.step.model import Penalty, Records
 from kfaccore.step.read import read_all
 from kfaccore.step.rescale import ByLayer, Modelled, Rescale, Unchanged
 from kfaccore.xp.arrays import Array, namespace, scalar
+from kfaccore.xp.lists import times, weighted
 from kfaccore.xp.numbers import Number
 from kfaccore.xp.ranges import AT_LEAST_0, SHARE, ranged
 
@@ -108,12 +109,13 @@ class Fixed:
         if not directions:
             return directions, motion, {"scale": 1.0, "alpha": self.lr}
         factors, motion, told = self._factors(motion, directions, grads, records, known)
-        moved = {name: _scaled(d, factors[name]) for name, d in directions.items()}
+        moved = _scaled(directions, [factors[name] for name in directions])
         if self.momentum:
-            moved = {name: self.momentum * namespace(d).reshape(motion[name], d.shape) + d for name, d in moved.items()}
+            old = [namespace(d).reshape(motion[name], d.shape) for name, d in moved.items()]
+            moved = dict(zip(moved, weighted(self.momentum, old, 1.0, list(moved.values())), strict=True))
             motion = {**motion, **{name: namespace(m).reshape(m, motion[name].shape) for name, m in moved.items()}}
         return (
-            {name: _scaled(m, self.lr) for name, m in moved.items()},
+            _scaled(moved, [self.lr] * len(moved)),
             motion,
             {**told, "alpha": self.lr * told["scale"]},
         )
@@ -143,8 +145,11 @@ class Fixed:
         return scales, {**motion, _FIRST: first, _HEIGHTS: heights}, told
 
 
-def _scaled(x: Array, factor: Number) -> Array:
-    return x if isinstance(factor, float) and factor == 1.0 else x * factor
+def _scaled(xs: dict[str, Array], factors: Sequence[Number]) -> dict[str, Array]:
+    """Each times its factor; as they are where all factors are the number 1."""
+    if all(isinstance(c, float) and c == 1.0 for c in factors):
+        return xs
+    return dict(zip(xs, times(list(xs.values()), factors), strict=True))
 
 
 PLAIN = Fixed()  # what no step at all is: directions are handed on

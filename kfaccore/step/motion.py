@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kfaccore.record import Factored
 from kfaccore.step.height import Heights
 from kfaccore.step.noise import Seen
 from kfaccore.step.taken import Taken
 from kfaccore.tree import added, static
-from kfaccore.xp.arrays import Array, all_finite, eps, is_tracer, namespace, scalar
+from kfaccore.xp.arrays import Array, all_finite, eps, is_tracer, namespace
 from kfaccore.xp.codes import Code
+from kfaccore.xp.lists import times, weighted
 from kfaccore.xp.numbers import Number, number, pick, read
 
 _LEAST = 1e-8  # of damping, over the first one: the loss may be in any unit
@@ -39,12 +41,17 @@ class Average:
         weight = dict(self.weight)
         means = {}
         dense = {name: grad.dense() if isinstance(grad, Factored) else grad for name, grad in grads.items()}
-        for (name, v), good in zip(dense.items(), _finite(list(dense.values())), strict=True):
-            old = _typed(namespace(v).reshape(sums[name], v.shape), v)
-            total = pick(good, keep * old + (1 - keep) * v, old)
-            weight[name] = pick(good, keep * self.weight[name] + (1 - keep), self.weight[name])
-            sums[name] = namespace(v).reshape(total, sums[name].shape)
-            means[name] = pick(good, total * scalar(1 / pick(good, weight[name], 1.0), v), v)
+        vs = list(dense.values())
+        good = dict(zip(dense, _finite(vs), strict=True))
+        old = [_typed(namespace(v).reshape(sums[name], v.shape), v) for name, v in dense.items()]
+        fresh = weighted(keep, old, 1 - keep, vs)
+        total: dict[str, Any] = {name: pick(good[name], x, y) for name, x, y in zip(dense, fresh, old, strict=True)}
+        for name, x in total.items():
+            weight[name] = pick(good[name], keep * self.weight[name] + (1 - keep), self.weight[name])
+            sums[name] = namespace(x).reshape(x, sums[name].shape)
+        mean = times(list(total.values()), [1 / pick(good[name], weight[name], 1.0) for name in dense])
+        for (name, v), x in zip(dense.items(), mean, strict=True):
+            means[name] = pick(good[name], x, v)
         return Average(sums, weight), means
 
     def part(self, name: str, keep: float) -> Number:

@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 
 from kfaccore.step.model import inners, weighed
-from kfaccore.xp.arrays import Array, eps, namespace, scalar
+from kfaccore.xp.arrays import Array, eps, namespace
 from kfaccore.xp.codes import Code
+from kfaccore.xp.lists import times, weighted
 from kfaccore.xp.numbers import Number, finite, number, pick, root, stack
 
 
@@ -68,11 +69,12 @@ def capped(alpha: Number, mu: Number, cap: float) -> tuple[Number, Number]:
     return alpha * shrink, mu * shrink
 
 
-def combined(alpha: Number, x: Array, mu: Number, y: Array) -> Array:
-    """alpha x + mu y; a mu that is the number 0, as at the first step, costs no pass over y."""
+def combined(alpha: Number, x: Mapping[str, Array], mu: Number, y: Mapping[str, Array]) -> dict[str, Array]:
+    """alpha x + mu y by layer; a mu that is the number 0, as at the first step, costs no pass over y."""
+    xs = list(x.values())
     if isinstance(mu, float) and not mu:
-        return alpha * x
-    return scalar(alpha, x) * x + scalar(mu, y) * y
+        return dict(zip(x, times(xs, [alpha] * len(xs)), strict=True))
+    return dict(zip(x, weighted(alpha, xs, mu, [y[name] for name in x]), strict=True))
 
 
 def gram(x: dict[str, Array], previous: dict[str, Array], l2: Mapping[str, float] | None = None) -> Array:

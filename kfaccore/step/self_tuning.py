@@ -156,7 +156,7 @@ class SelfTuning(ByModel):
         step = promised(step, F, found.down, self.noise.believed(heights.end(known.loss, first), seen.rho(examples)))
         alpha = number(step[0])
         mu = number(step[1])
-        updates = {name: combined(alpha, pair[0][name], mu, previous[name]) for name in directions}
+        updates = combined(alpha, pair[0], mu, previous)
         sound = code != Code.NONFINITE
         after = replace(
             _moved(motion, updates, sound),

@@ -21,7 +21,7 @@ from kfaccore.options import function
 from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
 from kfaccore.refreshing import InSteps
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, finish_later, gradient
 from kfaccore.xp.arrays import Array, all_finite, namespace, scalar
 
 
@@ -106,7 +106,7 @@ class Moments(InSteps[State], Additive):
         grad, squeeze = gradient(grad, tuple(state.S.shape))
         Qa, Qg, values = self.eigensystem(state, hyper)
         below, code = floored(values, state.code)
-        return finish(kron.solve(Qg, grad, Qa, below), code, state, squeeze, last=True)
+        return finish_later(kron.solve(Qg, grad, Qa, below), code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         """Q_g [S * (Q_g^T v Q_a)] Q_a^T."""

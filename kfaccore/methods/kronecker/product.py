@@ -17,7 +17,7 @@ from kfaccore.method import Additive, Block, Hyper
 from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
 from kfaccore.refreshing import InSteps
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, finish_later, gradient
 from kfaccore.xp.arrays import Array
 
 
@@ -53,7 +53,7 @@ class Product(InSteps[S], Additive):
     def solve(self, state: S, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, (*state.G.shape[:2], state.A.shape[-1]))
         direction, code = state.inverse.solve(grad, self.split, hyper.damping, state.code)
-        return finish(direction, code, state, squeeze, last=True)
+        return finish_later(direction, code, state, squeeze)
 
     def matvec(self, state: S, v: Array, hyper: Hyper) -> Array:
         A, G = self.product(state)

@@ -19,7 +19,7 @@ from kfaccore.methods.lowrank import lowrank
 from kfaccore.methods.lowrank.lowrank import RANKS, Factor, Outside, Rank
 from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, finish_later, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, device_of, namespace, place
 from kfaccore.xp.ranges import AT_LEAST_0, ranged
@@ -70,7 +70,7 @@ class Modes(Generic[S]):
         grad, squeeze = gradient(grad, (state.code.shape[0], lowrank.size(sides.G), lowrank.size(sides.A)))
         A, G, lifted = self._damped(state, sides, hyper)
         code = choose(lifted & (state.code == int(Code.OK)), Code.JITTERED, state.code)
-        return finish(lowrank.between(G, grad, A), code, state, squeeze, last=True)
+        return finish_later(lowrank.between(G, grad, A), code, state, squeeze)
 
     def inverse_sides(self, state: S, hyper: Hyper) -> tuple[Factor, Factor]:
         """(A~ + d_a I)^-1 and (G~ + d_g I)^-1 by their modes."""

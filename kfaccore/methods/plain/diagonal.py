@@ -16,7 +16,7 @@ from kfaccore.linalg.inverse import floored
 from kfaccore.method import Additive, Block, Hyper
 from kfaccore.record import Factored, Record
 from kfaccore.record.squares import squares
-from kfaccore.solution import Solution, check_gradient, finish, gradient
+from kfaccore.solution import Solution, check_gradient, finish_later, gradient
 from kfaccore.xp import Code, choose
 from kfaccore.xp.arrays import Array, all_finite, namespace, place
 
@@ -78,7 +78,7 @@ class Diagonal(Additive):
         v = grad.dense() if isinstance(grad, Factored) else grad
         _, _, values = self.eigensystem(state, hyper)
         below, code = floored(values, state.code)
-        return finish(v / below, code, state, squeeze, last=True)
+        return finish_later(v / below, code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         check_gradient(v, tuple(state.D.shape))

@@ -34,7 +34,7 @@ from kfaccore.options import function, instance
 from kfaccore.record import Factored, Record
 from kfaccore.record.sharing import expand, mean_mean
 from kfaccore.refreshing import InSteps
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, finish_later, gradient
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.asking import Ask, Asks, lockstep
 from kfaccore.xp.ranges import COUNT, SOME, ranged
@@ -119,7 +119,7 @@ class SKFAC(InSteps[State]):
 
     def solve(self, state: State, grad: Array | Factored, hyper: Hyper, record: Record | None = None) -> Solution:
         grad, squeeze = gradient(grad, (state.code.shape[0], _size(state.inverse_g), _size(state.inverse_a)))
-        return finish(_apply(state.inverse_g, grad, state.inverse_a), state.code, state, squeeze, last=True)
+        return finish_later(_apply(state.inverse_g, grad, state.inverse_a), state.code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         A, G = stacked.filled(state.factors)

@@ -37,7 +37,7 @@ from kfaccore.options import function, instance
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.chunks import input_chunks
 from kfaccore.record.sharing import expand
-from kfaccore.solution import Solution, finish, gradient
+from kfaccore.solution import Solution, finish_later, gradient
 from kfaccore.xp import Code, at_once, choose, spans
 from kfaccore.xp.arrays import Array, all_finite, namespace, place, scalar, select
 from kfaccore.xp.owned import instead
@@ -186,7 +186,7 @@ class SINGD(Additive):
         )
         if not isinstance(grad, Factored):
             direction = instead(state.code == int(Code.IDENTITY), grad, direction)
-        return finish(direction, state.code, state, squeeze, last=True)
+        return finish_later(direction, state.code, state, squeeze)
 
     def matvec(self, state: State, v: Array, hyper: Hyper) -> Array:
         raise ValueError("SINGD keeps inverses only: it has no F~ to multiply by; compare directions instead")
