@@ -94,3 +94,25 @@ def elementwise(depth: int) -> int:
 
 def test_momentum_and_parameters_move_all_at_once():
     assert elementwise(2) == elementwise(6)
+
+
+def test_parameters_of_a_class_of_ones_own_move_alike():
+    """It may know no operations on lists."""
+
+    class Own(nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            assert "foreach" not in func.__name__
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    found = []
+    for kind in (nn.Parameter, Own):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)).double()
+        model[0].weight = kind(model[0].weight.detach())
+        core = kf.Preconditioner(kf.KFAC(), kf.Clocks(8, 8), step=kf.Fixed(0.1, 0.9))
+        optimizer = kt.Optimizer(model, nn.CrossEntropyLoss(), core, namespace="torch")
+        for rows in torch.randn(3, 5, 6, dtype=torch.float64):
+            optimizer.step(rows, torch.arange(5))
+        found.append([p.detach().as_subclass(torch.Tensor) for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

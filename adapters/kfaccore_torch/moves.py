@@ -25,6 +25,15 @@ def moves(engine: Engine, updates: Mapping[str, Any]) -> list[tuple[nn.Parameter
     return list(found.values())
 
 
+def move_by(found: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    """Subtracts from each parameter; at once where all are torch's own, as a subclass may know no lists."""
+    if found and all(type(p) is nn.Parameter for p, _ in found):
+        torch._foreach_sub_([p for p, _ in found], [move for _, move in found])
+        return
+    for p, move in found:
+        p.sub_(move)
+
+
 def stepped(engine: Engine, grads: Mapping[str, Any], rest: Sequence[Any]) -> Iterator[nn.Parameter]:
     """Parameters that a step with these gradients, of layers and of what the plan leaves over, moves."""
     yield from (p for name in grads for p in engine.plan.layers[name].parameters.values())

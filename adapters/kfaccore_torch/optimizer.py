@@ -20,7 +20,7 @@ from kfaccore_torch.handed import Handed
 from kfaccore_torch.kept import again as once_more
 from kfaccore_torch.look import Look
 from kfaccore_torch.masks import Told
-from kfaccore_torch.moves import moves, penalty
+from kfaccore_torch.moves import move_by, moves, penalty
 from kfaccore_torch.outputs import Output, picked
 from kfaccore_torch.own import recorded
 from kfaccore_torch.records import called
@@ -196,8 +196,7 @@ class Optimizer:
                 told = {"loss": before, "nonnegative": engine.objective.nonnegative(batch[1])}
                 found = moves(engine, engine.step(batches, grads, batch, own=own, **told))
                 old += [(p, p.detach().clone()) for p, _ in found] if engine.core.rule.judges else []
-                if found:
-                    torch._foreach_sub_([p for p, _ in found], [move for _, move in found])
+                move_by(found)
                 torch.clear_autocast_cache()  # which has the old weights, while the caller's autocast is open
 
                 def place(share: float) -> None:
