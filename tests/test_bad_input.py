@@ -312,3 +312,38 @@ def test_what_is_no_record_is_named_before_anything_moves(how, given, message):
     with pytest.raises(TypeError, match=message):
         pre.step(state, {"first": _RECORD, "fc": given}, grads, loss=1.0)
     assert all(np.array_equal(x, y) for x, y in zip(before, tree.leaves(state), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_numpy_matrices_are_arrays_or_refused(rng):
+    """Their * is a product of matrices: of a square layer numbers came out that were wrong."""
+    a, g, V = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)), rng.normal(size=(3, 3))
+    record = kf.Record(np.asmatrix(a), np.asmatrix(g), 6.0)
+    plain = kf.Record(a, g, 6.0)
+    np.testing.assert_array_equal(kf.dense(record), kf.dense(plain))
+    P = kf.Posterior({"w": np.asmatrix(V)}, kf.fit(kf.KFAC(), [{"w": plain}]), precision=0.5)
+    for name in ("matvec", "solve", "root"):
+        of = getattr(P, name)
+        np.testing.assert_array_equal(of({"w": np.asmatrix(V)})["w"], of({"w": V})["w"])
+    assert P.energy({"w": np.asmatrix(V + 1)}) == P.energy({"w": V + 1})
+    for method in (kf.Diagonal(), kf.KFAC()):
+        with pytest.raises(TypeError, match=r"grad is an np.matrix.* give np.asarray\(x\)"):
+            kf.direction(record, np.asmatrix(V), method)
+
+
+@pytest.mark.parametrize("theta", [[[1.0] * 4] * 3, None, 1.0], ids=["list", "none", "number"])
+def test_an_energy_of_what_is_no_array_is_named(theta):
+    P = kf.Posterior({"w": np.ones((3, 4))}, kf.fit(kf.KFAC(), [{"w": kf.Record(A, G, 6.0)}]), precision=0.5)
+    with pytest.raises(TypeError, match="arrays must come from one Array API namespace, got builtins"):
+        P.energy({"w": theta})
+
+
+@pytest.mark.parametrize("what", ["records", "grads"])
+def test_what_is_no_mapping_from_layer_is_named(what):
+    """Micro-batches are a list inside the mapping, not a list of mappings, as `fit` takes it."""
+    pre = kf.Preconditioner(kf.KFAC())
+    state = pre.init({"w": kf.Block(3, 4)}, A)
+    given = {"records": {"w": kf.Record(A, G, 6.0)}, "grads": {"w": np.ones((3, 4))}}
+    given[what] = [given[what]]
+    with pytest.raises(TypeError, match=rf"{what} is a list; need a mapping from layer"):
+        pre.step(state, given["records"], given["grads"])

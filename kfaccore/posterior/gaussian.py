@@ -133,6 +133,7 @@ class Posterior:
     def energy(self, theta: Vectors) -> Array:
         """1/2 (theta - mean)^T L (theta - mean), 0-d: minus the log density, up to a constant."""
         check_layers("theta and curvature", theta, self.curvature.layers)
+        theta = {name: widen(x, "theta") for name, x in theta.items()}
         for name, mean in self.mean.items():
             shape = tuple(theta[name].shape)
             if shape != tuple(mean.shape):

@@ -13,7 +13,7 @@ from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method
 from kfaccore.precondition.asked import Asked
 from kfaccore.precondition.assigned import Assigned
-from kfaccore.precondition.checks import Fisher, agreeing, beside, fitting
+from kfaccore.precondition.checks import Fisher, agreeing, beside, fitting, mappings
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.footprint import Footprint, footprints
@@ -163,6 +163,7 @@ class Preconditioner(Asked):
 
         Updates are the caller's, to scale or to keep: none lies in the memory of the state or of `grads`.
         """
+        mappings(records=records or {}, grads=grads)
         due = self.due(state, grads)
         updates, state, info = self.do(
             due, state, records, grads, fisher, loss=loss, own=own, lengths=lengths, nonnegative=nonnegative
