@@ -21,6 +21,7 @@ from kfaccore.analysis.own import noise
 from kfaccore.analysis.sides import side_of_gradients, side_of_inputs
 from kfaccore.analysis.spectrum import Spectrum
 from kfaccore.linalg.grams import present
+from kfaccore.options import by_layer
 from kfaccore.record import Record
 from kfaccore.record.stored import Stored
 from kfaccore.xp.arrays import Array, to_host
@@ -129,6 +130,8 @@ def report(records: Given, grads: Mapping[str, Array] | None = None) -> Report:
     Raises ValueError for records without draws or with values that are not finite, and what `load_records` raises.
     """
     stored = Stored(records) if isinstance(records, str | PathLike) else None
+    if stored is None:
+        by_layer(" to Record or (a, g), or a file", records=records)
     layers: Mapping[str, Record | tuple[Array, Array]] = records if stored is None else stored  # type: ignore[assignment]
     rows = []
     spectra = {}

@@ -143,12 +143,11 @@ def _in_turns(pre: Preconditioner, batches: Mapping[str, Sequence[Given]]) -> No
         )
 
 
-def mappings(**given: object) -> None:
-    """TypeError for what a step is given that is not by layer."""
-    for what, layers in given.items():
-        if not isinstance(layers, Mapping):
-            kind = type(layers).__name__
-            raise TypeError(f"{what} is a {kind}; need a mapping from layer, a list of micro-batches inside of it")
+def kinds(**given: tuple[object, type]) -> None:
+    """TypeError for what is not of the class that it must be."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"Preconditioner({name}={value!r}): need {kind.__name__}(...)")
 
 
 def beside(
