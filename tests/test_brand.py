@@ -266,6 +266,31 @@ def test_modes_of_eigenvalue_zero_are_outside(few, rng):
         assert same(A, want, 1e-11)
 
 
+@pytest.mark.parametrize("sizes", [(14, 11), (4, 9)], ids=["others outside", "none outside"])
+@KINDS
+def test_the_order_of_the_examples_moves_nothing(kind, sizes):
+    """Masks and repeated examples leave held modes empty, of which rounding picks the directions: also in a refresh."""
+    d_in, d_out = sizes
+    found = []
+    for turned in (False, True):
+        rng, orders = np.random.default_rng(23), np.random.default_rng(0)
+        method = kind(rank=Rank(3, 3))
+        state, directions = method.init(kf.Block(d_out, d_in, rows=6), np.zeros(1)), []
+        for k in range(10):
+            a, g, mask = rng.normal(size=(3, 2, d_in)), rng.normal(size=(3, 2, d_out)), rng.random((3, 2)) > 0.3
+            mask[0, 0] = True
+            if k % 3 == 2:
+                a[1], g[1] = a[0], g[0]
+            order = orders.permutation(3) if turned else np.arange(3)
+            record = kf.Record(a[order], g[order], 3.0, mask=mask[order])
+            hyper = kf.Hyper(k, 0.5, 0.01)
+            state = method.update(state, method.measure(state, record, hyper), hyper)
+            state = state if k % 3 else method.refresh(state, hyper)
+            directions.append(method.solve(state, rng.normal(size=(d_out, d_in)), hyper).direction)
+        found.append(np.stack(directions))
+    assert same(*found, 1e-10)
+
+
 def test_short_batches_are_padded(rng):
     """Fewer rows than Block.rows promised: the same as zero rows."""
     method = kf.BrandKFAC(rank=Rank(R, R))

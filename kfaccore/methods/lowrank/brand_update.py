@@ -62,8 +62,10 @@ def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outsi
     |M - U diag(D) U^T|_F never grows; with all modes chosen the D is the best for the span. Cost: 2 m d^2 for m chosen.
     """
     xp = namespace(M)
-    U = _taken(low.U, chosen)
-    kept = _taken(low.U, rest)
+    # with no outside, modes of eigenvalue 0 are there, and rounding picked them: not which of them are chosen
+    held = equal.settled(low.D, low.U) if lowrank.full(low) else low.U
+    U = _taken(held, chosen)
+    kept = _taken(held, rest)
     inner = xp.matmul(U.mT, xp.matmul(M, U))
     ((values, vectors, _),) = yield (Ask(kernels.eigh, (inner,)),)
     code = choose(all_finite(inner), Code.OK, Code.INDEFINITE)
