@@ -266,9 +266,10 @@ def test_modes_of_eigenvalue_zero_are_outside(few, rng):
         assert same(A, want, 1e-11)
 
 
-@pytest.mark.parametrize("sizes", [(14, 11), (4, 9)], ids=["others outside", "none outside"])
+@pytest.mark.parametrize("clocks", [(1, 3), (2, 1)], ids=["rare refresh", "rare update"])
+@pytest.mark.parametrize("sizes", [(14, 11), (4, 9), (8, 8)], ids=["others outside", "one side", "none outside"])
 @KINDS
-def test_the_order_of_the_examples_moves_nothing(kind, sizes):
+def test_the_order_of_the_examples_moves_nothing(kind, sizes, clocks):
     """Masks and repeated examples leave held modes empty, of which rounding picks the directions: also in a refresh."""
     d_in, d_out = sizes
     found = []
@@ -284,8 +285,8 @@ def test_the_order_of_the_examples_moves_nothing(kind, sizes):
             order = orders.permutation(3) if turned else np.arange(3)
             record = kf.Record(a[order], g[order], 3.0, mask=mask[order])
             hyper = kf.Hyper(k, 0.5, 0.01)
-            state = method.update(state, method.measure(state, record, hyper), hyper)
-            state = state if k % 3 else method.refresh(state, hyper)
+            state = state if k % clocks[0] else method.update(state, method.measure(state, record, hyper), hyper)
+            state = state if k % clocks[1] else method.refresh(state, hyper)
             directions.append(method.solve(state, rng.normal(size=(d_out, d_in)), hyper).direction)
         found.append(np.stack(directions))
     assert same(*found, 1e-10)

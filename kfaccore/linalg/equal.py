@@ -73,6 +73,24 @@ def settled(values: Array, Q: Array, again: bool = False) -> Array:
     return xp.matmul(Q, turn)
 
 
+def lasting(values: Array, Q: Array) -> Array:
+    """Q with the basis of each space of one eigenvalue in which fixed weights are diagonal: it does not depend on
+    rounding, and what stays of it once some of it went is that of the rest, as often as that happens.
+
+    `settled` has a basis that moves less, but orthogonal to the vectors that made what went.
+    """
+    xp = namespace(values)
+    equal = same(values, Q)
+    weights = _fixed(Q)[:, :1]  # in (-1/2, 1/2)
+    inner = xp.where(equal, xp.matmul(Q.mT, weights * Q), xp.zeros_like(equal, dtype=Q.dtype))
+    place = xp.arange(Q.shape[-1], device=device_of(Q))
+    before = xp.sum(xp.astype(~equal & (place[None, :] < place[:, None]), Q.dtype), axis=-1)
+    eye = xp.eye(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
+    # the spectra of the spaces lie one behind the other, so that each keeps its columns
+    _, turn, _ = kernels.eigh(inner + eye * (2 * before)[:, None, :])
+    return xp.matmul(Q, turn)
+
+
 def leading(values: Array, Q: Array, k: int) -> tuple[Array, Array]:
     """The last k of ascending eigenvalues (blocks, m) and of their eigenvectors Q (blocks, d, m).
 

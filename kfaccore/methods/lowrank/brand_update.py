@@ -62,8 +62,7 @@ def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outsi
     |M - U diag(D) U^T|_F never grows; with all modes chosen the D is the best for the span. Cost: 2 m d^2 for m chosen.
     """
     xp = namespace(M)
-    # with no outside, modes of eigenvalue 0 are there, and rounding picked them: not which of them are chosen
-    held = equal.settled(low.D, low.U) if lowrank.full(low) else low.U
+    held = equal.lasting(low.D, low.U)  # of modes of one eigenvalue, such as 0, rounding picked some, and not which
     U = _taken(held, chosen)
     kept = _taken(held, rest)
     inner = xp.matmul(U.mT, xp.matmul(M, U))
