@@ -73,11 +73,12 @@ def settled(values: Array, Q: Array, again: bool = False) -> Array:
     return xp.matmul(Q, turn)
 
 
-def lasting(values: Array, Q: Array) -> Array:
-    """Q with the basis of each space of one eigenvalue in which fixed weights are diagonal: it does not depend on
-    rounding, and what stays of it once some of it went is that of the rest, as often as that happens.
+def weighed(values: Array, Q: Array) -> Array:
+    """A matrix (blocks, k, k) whose eigenvectors, in ascending order, turn Q: in each space of one eigenvalue to the
+    basis in which fixed weights are diagonal.
 
-    `settled` has a basis that moves less, but orthogonal to the vectors that made what went.
+    It does not depend on rounding, and what stays of it once some of it went is that of the rest, as often as that
+    happens: that of `settled` is orthogonal to the vectors that made what went.
     """
     xp = namespace(values)
     equal = same(values, Q)
@@ -87,8 +88,7 @@ def lasting(values: Array, Q: Array) -> Array:
     before = xp.sum(xp.astype(~equal & (place[None, :] < place[:, None]), Q.dtype), axis=-1)
     eye = xp.eye(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
     # the spectra of the spaces lie one behind the other, so that each keeps its columns
-    _, turn, _ = kernels.eigh(inner + eye * (2 * before)[:, None, :])
-    return xp.matmul(Q, turn)
+    return inner + eye * (2 * before)[:, None, :]
 
 
 def leading(values: Array, Q: Array, k: int) -> tuple[Array, Array]:

@@ -63,7 +63,9 @@ def corrected(low: LowRank, M: Array, chosen: Array, rest: Array, outside: Outsi
     and 2 k^2 d + k^3 for which they are.
     """
     xp = namespace(M)
-    held = equal.lasting(low.D, low.U)  # of modes of one eigenvalue, such as 0, rounding picked some, and not which
+    # of modes of one eigenvalue, such as 0, rounding picked the directions: it has no say in which are chosen
+    ((_, turn, _),) = yield (Ask(kernels.eigh, (equal.weighed(low.D, low.U),)),)
+    held = xp.matmul(low.U, turn)
     U = _taken(held, chosen)
     kept = _taken(held, rest)
     inner = xp.matmul(U.mT, xp.matmul(M, U))
