@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kfaccore.record import Ids, Record
 from kfaccore.xp.arrays import Array
-from kfaccore.xp.ranges import AT_LEAST_0, SHARE, Range, within
+from kfaccore.xp.ranges import AT_LEAST_0, COUNT, SHARE, SOME, Range, ranged, within
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Block:
     diagonal_out: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.d_out, self.d_in, self.blocks) < 1:
-            raise ValueError(f"{self}: d_out, d_in and blocks must be at least 1")
+        ranged(self, d_out=COUNT, d_in=COUNT, blocks=COUNT, rows=SOME, samples=SOME)
 
     @classmethod
     def of(cls, record: Record) -> Block:

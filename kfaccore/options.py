@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kfaccore.method import Terms, declares, names
+from collections.abc import Mapping
+
+from kfaccore.method import Method, Terms, declares, names
 
 
 def instance(owner: object, field: str, kind: type, choices: str) -> None:
@@ -24,6 +26,18 @@ def need(owner: str, field: str, value: object, kind: type, choices: str) -> Non
     missing = [name for name in names(kind) if not hasattr(value, name)]
     if missing:
         raise TypeError(f"{owner}({field}={value!r}): need {choices}; {missing} is missing there")
+
+
+def by_layer(hint: str = "", **given: object) -> None:
+    """TypeError for what is given otherwise than by layer."""
+    for what, layers in given.items():
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"{what} is a {type(layers).__name__}; need a mapping from layer{hint}")
+
+
+def is_method(owner: str, method: object) -> None:
+    """TypeError for what is no method."""
+    need(owner, "method", method, Method, "a method such as KFAC()")
 
 
 def one_term(method: object, given: object) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kfaccore.method import Block, Hyper, Method, S, T
-from kfaccore.options import one_term
+from kfaccore.options import is_method, one_term
 from kfaccore.record import Record
+from kfaccore.xp.ranges import SOME, within
 
 
 def cycle(method: Method[S, T], state: S, record: Record | tuple[Record, ...], hyper: Hyper) -> S:
@@ -18,7 +19,11 @@ def settle(method: Method[S, T], record: Record | tuple[Record, ...], k: int | N
     k cycles (default `method.cycles`), then one more measure and update, for what lives in the basis of the last
     refresh: EKFAC's moments.
     """
+    is_method("settle", method)
+    within("settle(k)", 0 if k is None else k, SOME)
     one_term(method, record)
+    if not all(isinstance(x, Record) for x in (record if isinstance(record, tuple) else (record,))):
+        raise TypeError(f"settle got a {type(record).__name__} as record; need Record(a, g, n) of one layer")
     hyper = Hyper(0, 0.0, damping)
     one = record[0] if isinstance(record, tuple) else record
     state = method.init(Block.of(one), one.g)

@@ -312,3 +312,96 @@ def test_what_is_no_record_is_named_before_anything_moves(how, given, message):
     with pytest.raises(TypeError, match=message):
         pre.step(state, {"first": _RECORD, "fc": given}, grads, loss=1.0)
     assert all(np.array_equal(x, y) for x, y in zip(before, tree.leaves(state), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_numpy_matrices_are_arrays_or_refused(rng):
+    """Their * is a product of matrices: of a square layer numbers came out that were wrong."""
+    a, g, V = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)), rng.normal(size=(3, 3))
+    record = kf.Record(np.asmatrix(a), np.asmatrix(g), 6.0)
+    plain = kf.Record(a, g, 6.0)
+    np.testing.assert_array_equal(kf.dense(record), kf.dense(plain))
+    P = kf.Posterior({"w": np.asmatrix(V)}, kf.fit(kf.KFAC(), [{"w": plain}]), precision=0.5)
+    for name in ("matvec", "solve", "root"):
+        of = getattr(P, name)
+        np.testing.assert_array_equal(of({"w": np.asmatrix(V)})["w"], of({"w": V})["w"])
+    assert P.energy({"w": np.asmatrix(V + 1)}) == P.energy({"w": V + 1})
+    for method in (kf.Diagonal(), kf.KFAC()):
+        with pytest.raises(TypeError, match=r"grad is an np.matrix.* give np.asarray\(x\)"):
+            kf.direction(record, np.asmatrix(V), method)
+
+
+@pytest.mark.parametrize("theta", [[[1.0] * 4] * 3, None, 1.0], ids=["list", "none", "number"])
+def test_an_energy_of_what_is_no_array_is_named(theta):
+    P = kf.Posterior({"w": np.ones((3, 4))}, kf.fit(kf.KFAC(), [{"w": kf.Record(A, G, 6.0)}]), precision=0.5)
+    with pytest.raises(TypeError, match="arrays must come from one Array API namespace, got builtins"):
+        P.energy({"w": theta})
+
+
+@pytest.mark.parametrize("what", ["records", "grads"])
+def test_what_is_no_mapping_from_layer_is_named(what):
+    """Micro-batches are a list inside the mapping, not a list of mappings, as `fit` takes it."""
+    pre = kf.Preconditioner(kf.KFAC())
+    state = pre.init({"w": kf.Block(3, 4)}, A)
+    given = {"records": {"w": kf.Record(A, G, 6.0)}, "grads": {"w": np.ones((3, 4))}}
+    given[what] = [given[what]]
+    with pytest.raises(TypeError, match=rf"{what} is a list; need a mapping from layer"):
+        pre.step(state, given["records"], given["grads"])
+
+
+RECORD = kf.Record(A, G, 6.0)
+FIT = [{"w": RECORD}]
+
+
+def posterior(**given):
+    return kf.Posterior(
+        **{"mean": {"w": np.ones((3, 4))}, "curvature": kf.fit(kf.KFAC(), FIT), "precision": 0.5, **given}
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kf.direction(RECORD, np.ones((3, 4)), kf.KFAC), "method=KFAC. is the class itself"),
+        (lambda: kf.direction(RECORD, np.ones((3, 4)), "kfac"), "settle.method='kfac'.: need a method such as"),
+        (lambda: kf.direction({"w": RECORD}, np.ones((3, 4))), "settle got a dict as record; need Record"),
+        (lambda: kf.fit(kf.KFAC, FIT), r"fit\(method=KFAC\) is the class itself"),
+        (lambda: kf.fit(kf.KFAC(), [RECORD]), "batch 0 is a Record; need a mapping from layer to Record"),
+        (lambda: kf.fit(kf.KFAC(), [{"w": (A, G)}]), "batch 0 has a tuple for layer 'w'; need a Record"),
+        (lambda: kf.Preconditioner(kf.KFAC(), clocks=(1, 10)), r"clocks=\(1, 10\)\): need Clocks"),
+        (lambda: kf.Preconditioner(kf.KFAC(), schedules=0.1), r"schedules=0.1\): need Schedules"),
+        (lambda: kf.Preconditioner(kf.KFAC()).init({"w": (3, 4)}, A), r"blocks\['w'\]=\(3, 4\)\): need Block"),
+        (lambda: kf.Preconditioner(kf.KFAC()).init(kf.Block(3, 4), A), "blocks is a Block; need a mapping from layer"),
+        (lambda: kf.Fixed(rescale=kf.KLClip), r"rescale=KLClip\) is the class itself"),
+        (lambda: kf.TwoLevel(kf.KFAC), r"TwoLevel\(method=KFAC\) is the class itself"),
+        (lambda: posterior(mean=np.ones((3, 4))), "one of mean and curvature is a ndarray; need a mapping from layer"),
+        (lambda: posterior(curvature=kf.settle(kf.KFAC(), RECORD)), "curvature is a State; need kf.fit"),
+        (lambda: posterior(precision="1"), "precision of layer 'w' is '1'; need a number"),
+        (lambda: posterior(precision=None), "precision of layer 'w' is None; need a number"),
+        (lambda: posterior().solve(np.ones((3, 4))), "vector is a ndarray; need a mapping from layer"),
+        (lambda: posterior().covariance(RECORD), "is a Record; need a mapping from layer"),
+        (lambda: kf.scores(posterior(), [FIT[0]], FIT), "is a list; need a mapping from layer"),
+        (lambda: kf.scores(posterior(), FIT[0], FIT, memory="1GB"), "memory is '1GB'"),
+        (lambda: kf.merge(posterior()), "merge got a Posterior; need a list of posteriors"),
+        (lambda: kf.tuned(posterior(), together=("w",)), r"together is \('w',\); need tuples of layers"),
+        (lambda: kf.analysis.compare(RECORD, {"k": kf.KFAC()}), "records is a Record; need a mapping from layer"),
+        (lambda: kf.analysis.compare(FIT[0], [kf.KFAC()]), "methods is a list; need a mapping from name"),
+        (lambda: kf.analysis.compare(FIT[0], {"k": kf.KFAC}), "is the class itself"),
+        (lambda: kf.analysis.report(RECORD), "records is a Record; need a mapping from layer"),
+        (
+            lambda: kf.analysis.operator(kf.KFAC(), kf.settle(kf.KFAC(), RECORD), {}),
+            "states is a State; need a",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_named(call, message):
+    """A class for an instance, an array for a mapping: the argument is named, where it is given."""
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_whole_numbers_are_asked_for():
+    with pytest.raises(ValueError, match=r"k\) is -1; need a whole number of at least 0"):
+        kf.settle(kf.KFAC(), RECORD, -1)
+    with pytest.raises(ValueError, match=r"rank is 2\.5; need a whole number of at least 1"):
+        kf.scores(posterior(), FIT[0], FIT, rank=2.5)

@@ -112,7 +112,7 @@ def test_modes_stay_orthonormal_for_awkward_rows(case, xp, rng):
     for low, held in ((there, R), (wide, R + N)):
         new = brand.moved(low, xp.put(rows[None]), keep, add, Rank(R, R), nothing)
         U, values = xp.get(new.U)[0], xp.get(new.D)[0]
-        assert np.abs(U.T @ U - np.eye(held)).max() < 1e-13
+        assert np.abs(U.T @ U - np.diag(values > 0)).max() < 1e-13  # those of eigenvalue 0 are zero
         best = np.linalg.eigh(want)
         cut = (best[1][:, -held:] * best[0][-held:]) @ best[1][:, -held:].T
         assert same((U * values) @ U.T, cut, 1e-11)
@@ -237,6 +237,59 @@ def test_the_spectrum_outside_of_held_modes(outside, rng):
     state, A = run(kf.BrandKFAC(rank=Rank(R, R), outside=outside), rng, 8)
     want = {kf.nothing: 0.0, kf.lowest: state.A.D[0, 0], kf.even: (np.trace(A) - state.A.D.sum()) / (D - R)}
     assert state.A.outside[0] == pytest.approx(want[outside], rel=1e-10)
+
+
+@pytest.mark.parametrize("few", ["masked", "repeated"])
+def test_modes_of_eigenvalue_zero_are_outside(few, rng):
+    """Once an average was cut, a batch of fewer different rows leaves held modes empty: rounding picks their
+    directions, which have what all others have, and no order of the rows matters."""
+    method = kf.BrandKFAC(rank=Rank(R, R), outside=kf.even)
+    state, _ = run(method, rng, 8, rows=N)
+    rows = np.concatenate([rng.normal(size=(3, D)), np.zeros((N - 3, D))])
+    many = 3
+    if few == "repeated":
+        rows = rows[[0, 1, 2] + [2] * (N - 3)]
+        many = N
+    mask = None if few == "repeated" else np.arange(N) < 3
+    found = []
+    for order in (np.arange(N), rng.permutation(N)):
+        record = kf.Record(rows[order], batch(rng).g[0, 0, :, 0], float(N), mask=mask if mask is None else mask[order])
+        new = method.update(state, method.measure(state, record, HYPER), HYPER)
+        found.append(lowrank.dense(method.sides(new).A)[0])
+    low = (state.A.U * state.A.D[:, None])[0, :, -R:] @ state.A.U[0, :, -R:].T
+    values, Q = np.linalg.eigh(HYPER.decay * low + (1 - HYPER.decay) * rows.T @ rows / many)
+    trace = HYPER.decay * state.A.trace[0] + (1 - HYPER.decay) * np.sum(rows**2) / many
+    values[: D - R - 3] = (trace - values[D - R - 3 :].sum()) / (D - R - 3)
+    want = (Q * values) @ Q.T / new.weight[0]
+    assert values[0] > 1e-4 * values[-1]
+    for A in found:
+        assert same(A, want, 1e-11)
+
+
+@pytest.mark.parametrize("clocks", [(1, 3), (2, 1)], ids=["rare refresh", "rare update"])
+@pytest.mark.parametrize("sizes", [(14, 11), (4, 9), (8, 8)], ids=["others outside", "one side", "none outside"])
+@KINDS
+def test_the_order_of_the_examples_moves_nothing(kind, sizes, clocks):
+    """Masks and repeated examples leave held modes empty, of which rounding picks the directions: also in a refresh."""
+    d_in, d_out = sizes
+    found = []
+    for turned in (False, True):
+        rng, orders = np.random.default_rng(23), np.random.default_rng(0)
+        method = kind(rank=Rank(3, 3))
+        state, directions = method.init(kf.Block(d_out, d_in, rows=6), np.zeros(1)), []
+        for k in range(10):
+            a, g, mask = rng.normal(size=(3, 2, d_in)), rng.normal(size=(3, 2, d_out)), rng.random((3, 2)) > 0.3
+            mask[0, 0] = True
+            if k % 3 == 2:
+                a[1], g[1] = a[0], g[0]
+            order = orders.permutation(3) if turned else np.arange(3)
+            record = kf.Record(a[order], g[order], 3.0, mask=mask[order])
+            hyper = kf.Hyper(k, 0.5, 0.01)
+            state = state if k % clocks[0] else method.update(state, method.measure(state, record, hyper), hyper)
+            state = state if k % clocks[1] else method.refresh(state, hyper)
+            directions.append(method.solve(state, rng.normal(size=(d_out, d_in)), hyper).direction)
+        found.append(np.stack(directions))
+    assert same(*found, 1e-10)
 
 
 def test_short_batches_are_padded(rng):

@@ -304,7 +304,8 @@ def blocks(path):
         (("compare", "FILE", "--methods", "kfca"), "no method 'kfca'; there are kfac"),
         (("compare", "FILE", "--damping", "-1"), "--damping is -1.0"),
         (("advise", "FILE"), "give one budget"),
-        (("advise", "FILE", "--memory", "4 apples"), "need a number with one of"),
+        (("advise", "FILE", "--memory", "4 apples"), "need a number above 0, with one of"),
+        (("advise", "FILE", "--memory", "0MB"), "need a number above 0, with one of"),
         (("advise", "FILE", "--memory", "4MB", "--by", "luck"), "--by is 'luck'"),
     ],
 )

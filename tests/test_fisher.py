@@ -210,6 +210,18 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, np.nan])
+def test_noise_that_is_not_uniform_is_named(wrong, rng):
+    """Standard normal noise drew the first class for half of the labels."""
+    for loss, shape in ((kf.SoftmaxCrossEntropy(), (4, 3)), (kf.Bernoulli(), (4, 3, 2))):
+        noise = rng.random(shape)
+        noise[0, 0] = 1.0  # what rounding to float32 makes of a number below it
+        kf.monte_carlo(loss, np.zeros((3, 2)), noise)
+        noise[-1, -1] = wrong
+        with pytest.raises(ValueError, match=r"noise has entries outside of \[0, 1\)"):
+            kf.monte_carlo(loss, np.zeros((3, 2)), noise)
+
+
 @pytest.mark.parametrize("loss", **ids)
 def test_half_precision_is_summed_wide(loss, rng):
     """More examples than float16 can count, at predictions and targets that it holds exactly."""

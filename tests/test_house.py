@@ -48,8 +48,8 @@ ALLOWED = {  # room: rooms it may import; a name with a dot is a single file
     "precondition": FLOOR | {"fisher", "method", "refreshing", "options", "solution", "step"},
     "step": FLOOR | {"linalg", "method", "precondition.comm"},
     "oneshot": FLOOR | {"method", "methods", "settle"},
-    "posterior": FLOOR | {"method", "factors", "linalg", "written"},
-    "analysis": FLOOR | {"method", "settle", "factors", "linalg", "posterior", "written"},
+    "posterior": FLOOR | {"method", "options", "factors", "linalg", "written"},
+    "analysis": FLOOR | {"method", "options", "settle", "factors", "linalg", "posterior", "written"},
     "saved": FLOOR | {"io", "method", "methods", "posterior", "precondition"},
 }
 

@@ -340,6 +340,42 @@ def test_cosine_and_lds(rng):
         cosine(scores, np.ones(8), np.ones(3))
 
 
+@pytest.mark.parametrize("subset", [[1, 1, 0, 1], [0.0, 2.0], [True, False, True, False], [0, 8], [-1, 2], [[0, 1]]])
+def test_places_of_a_subset_are_whole_and_each_there_once(subset, rng):
+    """A list of 0 and 1 was read as the places 0 and 1."""
+    scores = rng.normal(size=(3, 8))
+    with pytest.raises(
+        ValueError, match=r"need the places of its examples, whole numbers from 0 to 7, .* array \(M, T\)"
+    ):
+        lds(scores, [subset, [0, 1]], rng.normal(size=(2, 3)))
+    with pytest.raises(ValueError, match=r"scores have shape \(8,\); need \(Q, T\)"):
+        lds(scores[0], [[0], [1]], rng.normal(size=(2, 3)))
+
+
+def test_uses_of_what_are_no_arrays_are_named(rng):
+    f = rng.normal(size=(4, 3))
+    V = np.broadcast_to(np.eye(3), (4, 3, 3))
+    records = {"w": kf.Record(rng.normal(size=(9, 4)), rng.normal(size=(9, 3)), 9.0)}
+    P = kf.Posterior({"w": rng.normal(size=(3, 4))}, kf.fit(kf.KFAC(), [records]), 0.3)
+    stays = np.zeros((3, 4), bool)
+    for call in (
+        lambda: probit(f.tolist(), V),
+        lambda: bridge(f, V.tolist()),
+        lambda: regression(f.tolist(), V, 0.1),
+        lambda: cosine(f, [1.0] * 4, np.ones(3)),
+        lambda: kf.posterior.given(P, {"w": [[0.0] * 4] * 3}, {"w": stays}),
+        lambda: kf.posterior.given(P, 0.0, {"w": stays.tolist()}),
+        lambda: kf.posterior.quantise(f.tolist(), np.eye(3), np.round),
+    ):
+        with pytest.raises(TypeError, match="arrays must come from one Array API namespace, got builtins"):
+            call()
+    with pytest.raises(ValueError, match=r"fixed of layer 'w' has entries that are neither True nor False"):
+        kf.posterior.given(P, 0.0, {"w": P.diagonal()["w"]})
+    assert kf.posterior.given(P, 0.0, {"w": stays.astype(float)})[0]["w"].shape == (3, 4)
+    with pytest.raises(ValueError, match=r"f has shape \(\) and V"):
+        probit(np.array(1.0), np.array(1.0))
+
+
 def softmax(f):
     e = np.exp(f - f.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)

@@ -134,5 +134,9 @@ def test_it_can_be_shown(rng):
 def test_bad_records_are_named():
     with pytest.raises(ValueError, match=r"'x'.* not finite"):
         kf.analysis.report({"x": (np.full((2, 2), np.inf), np.ones((2, 2)))})
+    with pytest.raises(ValueError, match=r"'x'.* whose squares are not"):
+        kf.analysis.report({"x": (np.full((2, 2), 1e200), np.ones((2, 2)))})
+    with pytest.raises(ValueError, match=r"'x': the trace of F is no number"):
+        kf.analysis.report({"x": (np.full((2, 2), 1e100), np.full((2, 2), 1e100))})
     with pytest.raises(ValueError, match="'x' has no draws"):
         kf.analysis.report({"x": kf.Record(np.ones((3, 2)), np.ones((0, 3, 2)), 3.0)})

@@ -22,6 +22,7 @@ from kfaccore.analysis.survey import Survey
 from kfaccore.analysis.target import GIB, Limits, Target
 from kfaccore.analysis.threads import fitting
 from kfaccore.method import Method
+from kfaccore.options import by_layer, is_method
 from kfaccore.record import Factored, Record
 from kfaccore.xp.arrays import Array
 
@@ -45,6 +46,11 @@ def compare(
 
     Raises ValueError for a record without draws or with values that are not finite.
     """
+    by_layer(records=records)
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods is a {type(methods).__name__}; need a mapping from name to method")
+    for method in methods.values():
+        is_method("compare", method)
     survey = Survey(damping, repeats, converged, Limits(peak, rows))
     order = {label: place for place, label in enumerate(methods)}
     found = []

@@ -21,6 +21,7 @@ from kfaccore.analysis.own import noise
 from kfaccore.analysis.sides import side_of_gradients, side_of_inputs
 from kfaccore.analysis.spectrum import Spectrum
 from kfaccore.linalg.grams import present
+from kfaccore.options import by_layer
 from kfaccore.record import Record
 from kfaccore.record.stored import Stored
 from kfaccore.xp.arrays import Array, to_host
@@ -129,6 +130,8 @@ def report(records: Given, grads: Mapping[str, Array] | None = None) -> Report:
     Raises ValueError for records without draws or with values that are not finite, and what `load_records` raises.
     """
     stored = Stored(records) if isinstance(records, str | PathLike) else None
+    if stored is None:
+        by_layer(" to Record or (a, g), or a file", records=records)
     layers: Mapping[str, Record | tuple[Array, Array]] = records if stored is None else stored  # type: ignore[assignment]
     rows = []
     spectra = {}
@@ -136,7 +139,10 @@ def report(records: Given, grads: Mapping[str, Array] | None = None) -> Report:
         given = layers[name]
         record = _of_pair(*given) if isinstance(given, tuple) else given
         grad = (grads or {}).get(name)
-        row, found = _of_layer(name, record, stored.finite_grad(name) if grad is None and stored is not None else grad)
+        if grad is None and stored is not None:
+            grad = stored.finite_grad(name)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is named, or stands as no number
+            row, found = _of_layer(name, record, grad)
         rows.append(row)
         spectra[name] = found
     return Report(tuple(rows), spectra)
@@ -157,6 +163,8 @@ def _of_layer(name: str, record: Record, grad: Array | None) -> tuple[Row, dict[
     if not (A.finite and G.finite):
         raise ValueError(f"layer {name!r}: a or g holds values that are not finite, or whose squares are not")
     exact = ExactBlock(host, ROWS, wide=True)
+    if not np.isfinite(exact.trace):
+        raise ValueError(f"layer {name!r}: the trace of F is no number: a times g is too large for squares in float64")
     of_f = [_of_rows(rows, exact) for rows in exact.grams] if exact.exact else []
     found = {"A": A.spectra, "G": G.spectra, "F": of_f}
     blocks = f"{record.blocks} x " if record.blocks > 1 else ""

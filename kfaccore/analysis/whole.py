@@ -11,6 +11,7 @@ import numpy as np
 from kfaccore.analysis.fitted import on_host
 from kfaccore.analysis.operator import Figure, LayerOperator, effective_rank, exported
 from kfaccore.method import Block, Method, State
+from kfaccore.options import by_layer
 from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def operator(
 
     methods, damping   one for all layers, or a mapping from layer; arrays of the states may live anywhere
     """
+    by_layer(states=states, blocks=blocks)
     layers = {}
     for name, state in states.items():
         method = methods[name] if isinstance(methods, Mapping) else methods

@@ -116,7 +116,7 @@ def quantity(option: str, text: str, units: Mapping[str, float]) -> float:
 
 
 def _no_quantity(option: str, text: str, units: Mapping[str, float]) -> NoReturn:
-    fail(f"{option} is {text!r}; need a number with one of {', '.join(filter(None, units))}")
+    fail(f"{option} is {text!r}; need a number above 0, with one of {', '.join(filter(None, units))}")
 
 
 def measured(

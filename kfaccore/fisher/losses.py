@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from kfaccore.fisher.positions import Positions, beside, labelled, masked
-from kfaccore.xp.arrays import Array, device_of, namespace, widen
+from kfaccore.xp.arrays import Array, device_of, is_numpy, namespace, widen
 
 
 class Loss(Protocol):
@@ -241,3 +241,8 @@ def _times(weight: Array, x: Array) -> Array:
 def _check_noise(noise: Array, shape: tuple[int, ...], kind: str) -> None:
     if noise.ndim != len(shape) + 1 or tuple(noise.shape[1:]) != tuple(shape):
         raise ValueError(f"noise has shape {tuple(noise.shape)}; need {kind} noise of shape (draws, *{tuple(shape)})")
+    # rounded to the dtype of f it may be 1
+    if kind == "uniform" and is_numpy(noise) and not ((noise >= 0) & (noise <= 1)).all():
+        raise ValueError(
+            "noise has entries outside of [0, 1), where labels are drawn: need uniform noise, as draw_noise"
+        )

@@ -18,11 +18,15 @@ def tolerance(x: Array) -> float:
     return _rounding(x) ** _GAP
 
 
+def null(x: Array, largest: Array) -> Array:
+    """Where an eigenvalue x of a positive matrix is 0, of a spectrum up to `largest`."""
+    return x <= _NULL * _rounding(x) * largest
+
+
 def near(x: Array, y: Array, largest: Array) -> Array:
     """Where an eigenvalue x >= y is equal to y, of a spectrum up to `largest`."""
     distance = x - y
-    null = x <= _NULL * _rounding(x) * largest
-    return (distance == 0) | null | ((distance <= tolerance(x) * largest) & (distance <= _WIDTH * y))
+    return (distance == 0) | null(x, largest) | ((distance <= tolerance(x) * largest) & (distance <= _WIDTH * y))
 
 
 def same(values: Array, Q: Array) -> Array:
@@ -34,16 +38,16 @@ def same(values: Array, Q: Array) -> Array:
     xp = namespace(values)
     rounding = _rounding(values)
     largest = xp.max(values, axis=-1, keepdims=True)
-    null = values <= _NULL * rounding * largest
+    zero = null(values, largest)
     gap = xp.abs(values[:, 1:] - values[:, :-1]) > tolerance(values) * largest
-    gap = gap | (null[:, :-1] & ~null[:, 1:]) | (~null[:, :-1] & null[:, 1:])
+    gap = gap | (zero[:, :-1] & ~zero[:, 1:]) | (~zero[:, :-1] & zero[:, 1:])
     run = xp.cumulative_sum(xp.astype(gap, values.dtype), axis=-1, include_initial=True)
     joined = run[:, :, None] == run[:, None, :]
     distance = xp.abs(values[:, :, None] - values[:, None, :])
     far = xp.any(joined & (distance > _WIDTH * values[:, None, :]), axis=-1)
     wide = xp.any(joined & far[:, None, :], axis=-1)
     single = xp.max(xp.abs(Q), axis=-2) >= 1.0 - _NULL * rounding
-    stays = (wide | single) & ~null
+    stays = (wide | single) & ~zero
     itself = xp.astype(xp.eye(values.shape[-1], device=device_of(values)), xp.bool)
     return itself | (joined & ~stays[:, :, None] & ~stays[:, None, :])
 
@@ -67,6 +71,24 @@ def settled(values: Array, Q: Array, again: bool = False) -> Array:
     seen = xp.where(equal, seen, xp.zeros_like(seen))
     turn, _ = kernels.qr(xp.where((counts == 1)[:, :, None], eye, seen))  # zeros between two spaces stay zeros
     return xp.matmul(Q, turn)
+
+
+def weighed(values: Array, Q: Array) -> Array:
+    """A matrix (blocks, k, k) whose eigenvectors, in ascending order, turn Q: in each space of one eigenvalue to the
+    basis in which fixed weights are diagonal.
+
+    It does not depend on rounding, and what stays of it once some of it went is that of the rest, as often as that
+    happens: that of `settled` is orthogonal to the vectors that made what went.
+    """
+    xp = namespace(values)
+    equal = same(values, Q)
+    weights = _fixed(Q)[:, :1]  # in (-1/2, 1/2)
+    inner = xp.where(equal, xp.matmul(Q.mT, weights * Q), xp.zeros_like(equal, dtype=Q.dtype))
+    place = xp.arange(Q.shape[-1], device=device_of(Q))
+    before = xp.sum(xp.astype(~equal & (place[None, :] < place[:, None]), Q.dtype), axis=-1)
+    eye = xp.eye(Q.shape[-1], dtype=Q.dtype, device=device_of(Q))
+    # the spectra of the spaces lie one behind the other, so that each keeps its columns
+    return inner + eye * (2 * before)[:, None, :]
 
 
 def leading(values: Array, Q: Array, k: int) -> tuple[Array, Array]:
@@ -97,7 +119,7 @@ def _settled_at(values: Array, Q: Array, first: Array, last: Array, again: bool)
     """Q, settled in blocks whose `first` eigenvalue that stays is equal to the `last` that goes, unless both are 0."""
     xp = namespace(values)
     top = values[:, -1]
-    tied = near(first, last, top) & (first > _NULL * _rounding(values) * top) & (last > 0)
+    tied = near(first, last, top) & ~null(first, top) & (last > 0)
     # a loop of at most one turn: made only where it is needed, also under a trace
     (Q,) = loop(lambda _: xp.any(tied), lambda x: (select(tied, settled(values, x[0], again), x[0]),), (Q,), 1)
     return Q

@@ -14,7 +14,9 @@ def cosine(scores: Array, self_q: Array, self_t: Array) -> Array:
 
     scores (Q, T); self_q (Q,) and self_t (T,) are `P.covariance(records, diagonal=True)[:, 0]`. Zero where one is zero.
     """
-    if tuple(scores.shape) != (self_q.shape[0], self_t.shape[0]):
+    for x in (scores, self_q, self_t):
+        namespace(x)  # TypeError for what is no array
+    if tuple(scores.shape) != (*self_q.shape, *self_t.shape) or scores.ndim != 2:
         raise ValueError(
             f"scores have shape {tuple(scores.shape)}, self-influences {tuple(self_q.shape)} and {tuple(self_t.shape)}"
             f"; need (Q, T), (Q,) and (T,)"
@@ -32,9 +34,12 @@ def lds(scores: Array, subsets: Array | Sequence[Sequence[int]], outcomes: Array
     subsets    (M, T), 1 where an example is in, or M lists of the places of those that are
     outcomes   (M, Q), m_q of the model trained on each subset
 
-    Source: Park et al. 2023 (TRAK). ValueError for shapes that do not fit, or fewer than 2 subsets.
+    Source: Park et al. 2023 (TRAK). ValueError for shapes that do not fit, fewer than 2 subsets, and places that are
+    none: a list of 0 and 1 is no list of places.
     """
     given = to_host(scores)
+    if given.ndim != 2:
+        raise ValueError(f"scores have shape {given.shape}; need (Q, T)")
     inside = _membership(subsets, given.shape[1])
     seen = to_host(outcomes)
     if seen.shape != (len(inside), len(given)) or len(inside) < 2:
@@ -61,5 +66,17 @@ def _membership(subsets: Array | Sequence[Sequence[int]], count: int) -> np.ndar
         return inside.astype(np.float64)
     found = np.zeros((len(subsets), count))
     for row, places in zip(found, subsets, strict=True):
-        row[np.asarray(places, dtype=int)] = 1.0
+        row[_places(places, count)] = 1.0
     return found
+
+
+def _places(places: Sequence[int], count: int) -> np.ndarray:
+    """The places of a subset; ValueError unless each is one of `count` examples, and there once."""
+    index = np.asarray(places)
+    good = index.ndim == 1 and index.dtype.kind in "iu" and len(set(index.tolist())) == index.size
+    if index.size and not (good and index.min() >= 0 and index.max() < count):
+        raise ValueError(
+            f"a subset is {places!r:.60}; need the places of its examples, whole numbers from 0 to {count - 1}, each "
+            f"once, or for all subsets one array (M, T), 1 where an example is in"
+        )
+    return index.astype(int)

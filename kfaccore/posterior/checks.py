@@ -8,12 +8,17 @@ from math import isfinite, prod
 import numpy as np
 
 from kfaccore.linalg.basis import Basis
+from kfaccore.options import by_layer
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, is_tracer, namespace, to_host
+from kfaccore.xp.ranges import Range, within
+
+_NUMBER = Range("a number", lambda x: True)
 
 
 def check_layers(what: str, first: Mapping[str, object], second: Mapping[str, object]) -> None:
-    """ValueError unless both have the same layers."""
+    """ValueError unless both have the same layers, TypeError for what is no mapping."""
+    by_layer(**{f"one of {what}": x for x in (first, second) if not isinstance(x, Mapping)})
     if set(first) != set(second):
         raise ValueError(
             f"layers of {what} differ: only in the first {sorted(set(first) - set(second))}, only in the second "
@@ -32,6 +37,8 @@ def check_positive(name: str, basis: Basis, precision: float | Array, scale: flo
     """ValueError unless scale F~ + precision I is positive definite; tracers are believed."""
     if any(is_tracer(x) for x in (basis.values, precision, scale)):
         return
+    for what, number in (("precision", precision), ("scale", scale)):
+        within(f"{what} of layer {name!r}", number, _NUMBER)
     values = Basis(to_host(basis.values), basis.Qg, basis.Qa).cleaned(signed=True)
     shift = float(to_host(precision))
     times = float(to_host(scale))

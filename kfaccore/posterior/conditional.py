@@ -11,7 +11,7 @@ from kfaccore.linalg import cg
 from kfaccore.linalg.cg import CG, Residual
 from kfaccore.posterior.checks import check_layers
 from kfaccore.posterior.gaussian import Posterior, Vectors
-from kfaccore.xp.arrays import Array, namespace
+from kfaccore.xp.arrays import Array, is_numpy, namespace
 
 CLOSE = CG(Residual(1e-10), 200)
 
@@ -25,6 +25,7 @@ def given(
     fixed    {layer: bool, like the mean}
     codes    {layer: (blocks,)}: UNCONVERGED at the limit of `how`, whose last iterate is returned
 
+    ValueError for layers or shapes that differ and, in NumPy, for a `fixed` of other numbers than 0 and 1.
     Preconditioned conjugate gradients on the free weights, L^-1 masked being the preconditioner.
     """
     check_layers("fixed and mean", fixed, P.mean)
@@ -34,6 +35,8 @@ def given(
     codes = {}
     for name, mean in P.mean.items():
         wanted = values[name] if isinstance(values, Mapping) else namespace(mean).zeros_like(mean) + values
+        for x in (wanted, fixed[name]):
+            namespace(x)  # TypeError for what is no array
         shape = tuple(mean.shape)
         if tuple(fixed[name].shape) != shape or tuple(wanted.shape) != shape:
             raise ValueError(
@@ -50,6 +53,10 @@ def _given(P: Posterior, name: str, values: Array, fixed: Array, how: CG) -> tup
     basis = P.curvature.layers[name]
     spectrum = P.spectrum(name)
     mean = xp.reshape(P.mean[name], basis.shape)
+    if is_numpy(fixed) and not ((fixed == 0) | (fixed == 1)).all():
+        raise ValueError(
+            f"fixed of layer {name!r} has entries that are neither True nor False: need which weights stay"
+        )
     held = xp.reshape(xp.astype(fixed, xp.bool), basis.shape)
     zero = xp.zeros_like(mean)
     moved = xp.where(held, xp.reshape(values, basis.shape) - mean, zero)

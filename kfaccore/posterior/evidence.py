@@ -61,6 +61,8 @@ def tuned(
 
     No root within 1e+-12 mean eigenvalues (theta = center, or F~ = 0): that bound, UNCONVERGED.
     """
+    if isinstance(together, str) or any(isinstance(group, str) for group in together):
+        raise TypeError(f"together is {together!r}; need tuples of layers, such as (('fc1', 'fc2'),)")
     named = [name for group in together for name in group]
     check_together(P, named)
     groups = [*together, *((name,) for name in P.curvature.layers if name not in named)]

@@ -9,6 +9,7 @@ from typing import Any
 from kfaccore import tree
 from kfaccore.linalg.basis import Basis
 from kfaccore.method import Block, Halves, Hyper, Method, MovesWithBasis, declares
+from kfaccore.options import by_layer, is_method
 from kfaccore.posterior.curvature import Curvature
 from kfaccore.record import Record
 from kfaccore.xp.arrays import Array, is_tracer, namespace
@@ -30,6 +31,8 @@ def fit(method: Methods, batches: Batches) -> Curvature:
     then the eigenvectors of each factor.
     """
     every = list(method.values()) if isinstance(method, Mapping) else [method]
+    for each in every:
+        is_method("fit", each)
     passes = max(map(_passes, every), default=1)
     _check(batches, passes)
     layers: dict[str, _Layer] = {}
@@ -91,6 +94,11 @@ def _measured(method: Methods, layers: dict[str, _Layer], batches: Batches, turn
     found: dict[str, Any] = {}
     number = -1
     for number, batch in enumerate(batches):
+        by_layer(" to Record", **{f"batch {number}": batch})
+        wrong = [name for name, record in batch.items() if not isinstance(record, Record)]
+        if wrong:
+            kind = type(batch[wrong[0]]).__name__
+            raise TypeError(f"batch {number} has a {kind} for layer {wrong[0]!r}; need a Record")
         if not layers:
             _check_methods(method, batch)
             own = {name: method[name] if isinstance(method, Mapping) else method for name in batch}

@@ -17,6 +17,7 @@ from operator import add
 from kfaccore import tree
 from kfaccore.linalg import forms
 from kfaccore.linalg.basis import Basis, alike
+from kfaccore.options import by_layer
 from kfaccore.posterior.checks import check_layers, check_positive, check_records, check_shapes
 from kfaccore.posterior.curvature import Curvature
 from kfaccore.record import Record
@@ -49,6 +50,9 @@ class Posterior:
     scale: float | Array = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.curvature, Curvature):
+            kind = type(self.curvature).__name__
+            raise TypeError(f"curvature is a {kind}; need kf.fit(method, batches), or kf.Curvature.of a run's states")
         check_layers("mean and curvature", self.mean, self.curvature.layers)
         # parameters are trained on in place: a posterior is of those of now
         object.__setattr__(self, "mean", {name: owned(widen(x, "mean")) for name, x in self.mean.items()})
@@ -133,6 +137,7 @@ class Posterior:
     def energy(self, theta: Vectors) -> Array:
         """1/2 (theta - mean)^T L (theta - mean), 0-d: minus the log density, up to a constant."""
         check_layers("theta and curvature", theta, self.curvature.layers)
+        theta = {name: widen(x, "theta") for name, x in theta.items()}
         for name, mean in self.mean.items():
             shape = tuple(theta[name].shape)
             if shape != tuple(mean.shape):
@@ -151,6 +156,7 @@ class Posterior:
 
     def _mapped(self, v: Vectors, weights: Callable[[Array], Array]) -> dict[str, Array]:
         """The matrix whose eigenvalues are `weights` of L's, times v."""
+        by_layer(vector=v)
         unknown = sorted(set(v) - set(self.curvature.layers))
         if unknown:
             raise ValueError(f"no curvature for layers {unknown}; it has {sorted(self.curvature.layers)}")

@@ -25,6 +25,7 @@ from kfaccore.record.chunks import parts
 from kfaccore.record.digest import digest
 from kfaccore.xp.arrays import Array, namespace
 from kfaccore.xp.codes import Code, choose
+from kfaccore.xp.ranges import ANY, COUNT, within
 
 Ready = Mapping[str, Turned | Thin]
 
@@ -57,8 +58,8 @@ def scores(
     cannot be iterated again or come in another order.
     """
     check_records(P.curvature.layers, queries)
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is {rank}; need at least 1, or None for all")
+    within("rank", 1 if rank is None else rank, COUNT)
+    within("memory", memory, ANY)
     groups = list(_groups(P, queries, memory, rank))
     if isinstance(batches, Mapping):
         raise ValueError("batches is one mapping; need an iterable of them: put it into a list")

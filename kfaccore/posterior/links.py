@@ -80,7 +80,9 @@ def _variances(V: Array) -> Array:
 
 
 def _check(f: Array, V: Array, full: bool = False) -> None:
-    wanted = [(*f.shape, f.shape[-1])] + ([] if full else [tuple(f.shape)])
+    for x in (f, V):
+        namespace(x)  # TypeError for what is no array
+    wanted = [(*f.shape, *f.shape[1:])] + ([] if full else [tuple(f.shape)])
     if f.ndim != 2 or tuple(V.shape) not in wanted:
         raise ValueError(
             f"f has shape {tuple(f.shape)} and V {tuple(V.shape)}; need (batch, C) and (batch, C, C)"

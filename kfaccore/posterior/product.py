@@ -9,7 +9,7 @@ eigendecompositions and no iteration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 
@@ -31,6 +31,8 @@ def merge(posteriors: Sequence[Posterior], how: CG = CLOSE) -> tuple[dict[str, A
     UNCONVERGED at the limit of `how`, whose last iterate is returned. ValueError for no posteriors and for layers or
     shapes that differ.
     """
+    if isinstance(posteriors, Posterior | Mapping):
+        raise TypeError(f"merge got a {type(posteriors).__name__}; need a list of posteriors")
     if not posteriors:
         raise ValueError("merge got no posteriors; need at least one")
     first = posteriors[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kfaccore import xp as kernels
-from kfaccore.xp.arrays import Array, namespace, to_host
+from kfaccore.xp.arrays import Array, namespace, to_host, widen
 from kfaccore.xp.codes import Code
 
 Grid = Callable[[Array], Array]
@@ -27,8 +27,10 @@ def quantise(W: Array, A: Array, grid: Grid, order: Array | None = None, block: 
     order   columns from first to last, (d_in,); by default as they stand
     block   columns after which the rest is moved, in one product
 
-    ValueError where A has no inverse, or for an order that is no permutation.
+    ValueError where A has no inverse, or for an order that is no permutation. Half precision is widened.
     """
+    W = widen(W, "W")
+    A = widen(A, "A")
     xp = namespace(W)
     flat = W.ndim == 2
     W = W[None, ...] if flat else W

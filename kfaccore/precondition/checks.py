@@ -143,6 +143,13 @@ def _in_turns(pre: Preconditioner, batches: Mapping[str, Sequence[Given]]) -> No
         )
 
 
+def kinds(**given: tuple[object, type]) -> None:
+    """TypeError for what is not of the class that it must be."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"Preconditioner({name}={value!r}): need {kind.__name__}(...)")
+
+
 def beside(
     pre: Preconditioner,
     state: State,

@@ -11,9 +11,10 @@ import numpy as np
 
 from kfaccore import tree
 from kfaccore.method import Block, Hyper, Method
+from kfaccore.options import by_layer
 from kfaccore.precondition.asked import Asked
 from kfaccore.precondition.assigned import Assigned
-from kfaccore.precondition.checks import Fisher, agreeing, beside, fitting
+from kfaccore.precondition.checks import Fisher, agreeing, beside, fitting, kinds
 from kfaccore.precondition.comm import Communicator, Serial
 from kfaccore.precondition.due import Due
 from kfaccore.precondition.footprint import Footprint, footprints
@@ -76,6 +77,7 @@ class Preconditioner(Asked):
     ) -> None:
         step = spread(rule if rule is not None and step is PLAIN else step, comm)
         agreeing(network, step, comm)
+        kinds(clocks=(clocks, Clocks), schedules=(schedules, Schedules))
         methods = dict(methods) if isinstance(methods, Mapping) else methods  # asked once: what it makes is held
         numbers = {"methods": methods, "clocks": clocks, "schedules": schedules, "network": network, "rule": step}
         numbers |= {"comm": comm, "donate": donate, "widest": widest, "stacked": stacked}
@@ -89,6 +91,8 @@ class Preconditioner(Asked):
         A float64 `like` keeps averages and inverses in float64 for float32 records, one of half precision in float32;
         updates keep the gradients' dtype.
         """
+        by_layer(" to Block(d_out, d_in)", blocks=blocks)
+        kinds(**{f"blocks[{name!r}]": (block, Block) for name, block in blocks.items()})
         like = widen(like, "like")
         together = self.assigned.together(blocks)
         methods = {name: self.assigned.of(name) for name in blocks if name not in together}
@@ -163,6 +167,7 @@ class Preconditioner(Asked):
 
         Updates are the caller's, to scale or to keep: none lies in the memory of the state or of `grads`.
         """
+        by_layer(", a list of micro-batches inside of it", records=records or {}, grads=grads)
         due = self.due(state, grads)
         updates, state, info = self.do(
             due, state, records, grads, fisher, loss=loss, own=own, lengths=lengths, nonnegative=nonnegative

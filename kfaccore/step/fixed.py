@@ -42,6 +42,9 @@ class Fixed:
 
     def __post_init__(self) -> None:
         ranged(self, lr=AT_LEAST_0, momentum=SHARE)
+        if isinstance(self.rescale, type):
+            name = self.rescale.__name__
+            raise TypeError(f"Fixed(rescale={name}) is the class itself; give it an instance: {name}()")
 
     @property
     def needs_records(self) -> bool:

@@ -60,10 +60,10 @@ def on_gpu(x: object) -> bool:
 
 
 def widen(x: Array, what: str) -> Array:
-    """`x` as float32 or float64: half precision is widened at the door, anything else is refused.
-
-    Raises TypeError for integers, booleans and complex numbers, naming the argument `what`.
-    """
+    """`x` as float32 or float64: half precision is widened at the door, and of a subclass of NumPy's array, such as
+    np.matrix, only the numbers are kept. TypeError for integers, booleans and complex numbers, naming `what`."""
+    if is_numpy(x) and type(x) is not np.ndarray and not isinstance(x, np.ma.MaskedArray):
+        x = np.asarray(x)
     return namespace(x).astype(x, namespace(x).float32) if is_half(x, what) else x
 
 
@@ -71,6 +71,8 @@ def is_half(x: Array, what: str) -> bool:
     """Whether the real numbers x are of half precision; TypeError as `widen`."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{what} is a masked array, shape {x.shape}: give its data, and mask= of what exists")
+    if isinstance(x, np.matrix):
+        raise TypeError(f"{what} is an np.matrix, whose products are not those of arrays: give np.asarray(x)")
     xp = namespace(x)
     if x.dtype in (xp.float32, xp.float64):
         return False
@@ -160,8 +162,7 @@ def select(condition: Array, yes: Array, no: Array) -> Array:
         if not condition.any():
             return no
     xp = namespace(yes, no)
-    condition = xp.reshape(condition, (*condition.shape, *(1,) * (yes.ndim - condition.ndim)))
-    return xp.where(condition, yes, no)
+    return xp.where(_before(condition, yes), yes, no)
 
 
 def kept(x: Array, condition: Array, value: float) -> Array:
@@ -170,15 +171,15 @@ def kept(x: Array, condition: Array, value: float) -> Array:
     if is_numpy(condition) and condition.all():
         return x
     xp = namespace(x)
-    condition = _before(condition, x)
-    return xp.where(condition, x, _constant(value, x) if aac.is_torch_array(x) else xp.full_like(x, value))
+    other = _constant(value, x) if aac.is_torch_array(x) else xp.full_like(x, value)
+    return xp.where(_before(condition, x), x, other)
 
 
 def filled(x: Array, condition: Array, value: float) -> Array:
     """`value` where the per-block `condition` (leading axes) holds, `x` elsewhere, in the dtype of x."""
     xp = namespace(x)
-    condition = _before(condition, x)
-    return xp.where(condition, _constant(value, x) if aac.is_torch_array(x) else xp.full_like(x, value), x)
+    other = _constant(value, x) if aac.is_torch_array(x) else xp.full_like(x, value)
+    return xp.where(_before(condition, x), other, x)
 
 
 def _before(condition: Array, x: Array) -> Array:

@@ -6,8 +6,8 @@ each mode has its turn. The averages A and G are kept for it.
 
 Exact where BrandKFAC is: at most `rank` non-zero eigenvalues, then equal to K-FAC.
 Source: Puiu 2022 (2210.08494), B-KFAC-C.
-Cost: update of K-FAC and of BrandKFAC; refresh 2 share (rank + Block.rows) d^2 a side; solve of BrandKFAC; memory
-d^2 + (rank + Block.rows) d a side.
+Cost: update of K-FAC and of BrandKFAC; refresh 2 share k d^2 + 2 k^2 d + k^3 a side of k = rank + Block.rows modes;
+solve of BrandKFAC; memory d^2 + k d a side.
 """
 
 from __future__ import annotations

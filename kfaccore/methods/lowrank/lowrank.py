@@ -1,7 +1,8 @@
 """A symmetric factor as U diag(D) U^T + outside (I - U U^T), or its diagonal (blocks, d).
 
 U (blocks, d, k) has orthonormal columns. Products and damped inverses cost k d a row and no (d, d) is formed:
-(M + shift I)^-1 is of this form too, with 1 / (D + shift) and 1 / (outside + shift). A side with k = d has no outside.
+(M + shift I)^-1 is of this form too, with 1 / (D + shift) and 1 / (outside + shift). A side with k = d has no outside;
+with k < d columns of eigenvalue 0 are zero: rounding picked their directions, which are some of the others.
 Source: Puiu 2022 (2206.15397), and its later code for the continued spectrum and the adaptive rank.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kfaccore.linalg import kron, side
+from kfaccore.linalg import equal, kron, side
 from kfaccore.record import Factored
 from kfaccore.xp.arrays import Array, device_of, eps, namespace, place, select
 from kfaccore.xp.ranges import AT_LEAST_0, SOME, ranged
@@ -110,7 +111,7 @@ def even(low: LowRank) -> Array:
     """The other directions share what the modes leave of the trace."""
     xp = namespace(low.D)
     left = low.trace - xp.sum(low.D, axis=-1)
-    many = xp.astype(low.U.shape[1] - low.rank, low.D.dtype)
+    many = low.U.shape[1] - xp.sum(xp.astype(low.D > 0, low.D.dtype), axis=-1)
     return xp.where((left > 0) & (many > 0), left, xp.zeros_like(left)) / xp.where(many > 0, many, xp.ones_like(many))
 
 
@@ -133,9 +134,14 @@ def start(blocks: int, d: int, k: int, rank: Rank, like: Array) -> LowRank:
 
 
 def with_modes(low: LowRank, U: Array, D: Array, trace: Array, outside: Outside) -> LowRank:
-    """`low` with new modes, negative eigenvalues and those that do not count at zero, and its outside by `outside`."""
+    """`low` with new modes U, ascending D, and its outside by `outside`; D is zero where it is negative, does not count
+    or, with an outside to be in, is zero up to rounding: there U is zero as well."""
     xp = namespace(D)
-    new = replace(low, U=U, D=xp.where((D > 0) & counted(low), D, xp.zeros_like(D)), trace=trace)
+    D = xp.where((D > 0) & counted(low), D, xp.zeros_like(D))
+    if 0 < D.shape[-1] < U.shape[1]:
+        D = xp.where(equal.null(D, D[:, -1:]), xp.zeros_like(D), D)
+        U = U * xp.astype(D > 0, U.dtype)[:, None, :]
+    new = replace(low, U=U, D=D, trace=trace)
     new = replace(new, outside=outside(new))
     # modes that do not count, zero so far, join the outside
     return replace(new, D=xp.maximum(new.D, xp.where(counted(new), new.D, new.outside[:, None])))

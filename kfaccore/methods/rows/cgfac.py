@@ -73,7 +73,8 @@ class CGFAC:
 
     operator    Kron(...) | KronFactored(...) | Empirical(...)
     solver      CG(stop, limit, warm, jacobi) | InRows()
-    rows        capacity, where Block.rows is 0
+    rows        capacity, where Block.rows is 0. Of the oldest batch only the first rows may fit, in their order: a
+                multiple of a batch's rows cuts none
     """
 
     operator: Operator[Any, Any] = field(default=Kron())

@@ -67,7 +67,8 @@ class SKFAC(InSteps[State]):
               expand, so only the others keep them fewer than d
     split     pi | equal | per_factor | Relative(...): each factor's own damping, baked at refresh
     branch    fewer_rows | always: when a side of (rows, d) is kept as rows
-    rows      capacity of a side kept as rows, where Block.rows is 0; a larger batch is compressed to it
+    rows      capacity of a side kept as rows, where Block.rows is 0; a larger batch is compressed to it. Of the oldest
+              batch only the first rows may fit, in their order: a multiple of a batch's rows cuts none
     rank      rows of the capacity that hold the compressed past; 0 drops it
     explicit  cheaper_dense | always | never: when a side of (rows, d) kept as rows is inverted as a matrix after all
     """

@@ -1,8 +1,8 @@
 """A factor kept as rows: sum_r share_r y_r y_r^T / sum_r mass_r, without a d x d matrix.
 
 The moving average A <- decay A + (1 - decay) Y^T Y / count multiplies every old share by `decay` and puts the new rows
-in front; what no longer fits is dropped with its mass (a truncated average, still debiased), or merged into `rank`
-rows at the end: the best approximation of that rank.
+in front; what no longer fits, the last rows of the oldest batch first, is dropped with its mass (a truncated average,
+still debiased), or merged into `rank` rows at the end: the best approximation of that rank.
 Source: Tang et al. 2021 (CVPR, SKFAC) for factors as rows; the average and the compression are ours.
 Cost: a copy of capacity d; a merge (rank + count)^2 d + (rank + count)^3.
 """

@@ -35,6 +35,7 @@ from kfaccore.network.two_level.matrices import exact, kronecker
 from kfaccore.network.two_level.products import gathered, images, residuals, ridge
 from kfaccore.network.two_level.turned import Turned
 from kfaccore.network.two_level.vectors import Outer, Vector, dense, unit
+from kfaccore.options import is_method
 from kfaccore.record import Factored, Ids, Record
 from kfaccore.record.jacobian import outputs
 from kfaccore.solution import Solution
@@ -81,6 +82,8 @@ class TwoLevel(Each[State]):
 
     def __post_init__(self) -> None:
         ranged(self, coefficient=ANY)
+        for method in self.method.values() if isinstance(self.method, Mapping) else (self.method,):
+            is_method("TwoLevel", method)
         if self.matrix is kronecker and not self.space.outer:
             raise ValueError(f"matrix=kronecker needs vectors that are products; {self.space} has others: use exact")
 
