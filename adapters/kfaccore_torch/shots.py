@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+import kfaccore as kf
 from kfaccore_torch.collect import complaint, weighted
 from kfaccore_torch.evened import evened
 from kfaccore_torch.formed import Formed
@@ -132,7 +133,7 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None, comm
     if apart and not slopes:
         check_sum([shot.slopes for shot in counted], scale)
     every = [shot.slopes for shot in shots if shot.slopes]  # parts of a mean too where no label of theirs counts
-    if not apart:
+    if not apart and engine.settings.fisher is not kf.forward_only:  # which has no draws that a weight could scale
         common.check(every, scale, world, any(shot.total for shot in counted))
     slope = past(slopes, scale)
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0

@@ -48,9 +48,9 @@ def check_shares(losses: Sequence[Sequence[torch.Tensor]], shares: Sequence[Any]
 
 
 def check_sum(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None) -> None:
-    """A warning for forwards of several losses each, added up by weights in one backward pass, that were all multiplied
-    by a number: where that makes them a mean of micro-batches, their curvatures are the sum all the same."""
-    if len(losses) < 2 or any(len(slopes) < 2 for slopes in losses):
+    """A warning for forwards whose losses, added up by weights in one backward pass, were all multiplied by a number:
+    where that makes them a mean of micro-batches, their curvatures are the sum all the same."""
+    if len(losses) < 2 or not all(losses):
         return
     factor = past(losses[0], scale)
     if abs(factor - 1.0) <= _EVEN:
@@ -67,10 +67,10 @@ def check_sum(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | No
 class Common:
     """Numbers below 1 that losses were all multiplied by past `pre.loss`: those of accumulation make a mean of
     forwards, as their curvatures are; others a mean of several losses of one forward, or of a loss that is a sum, whose
-    curvatures are the sum.
+    curvatures are the sum, or weigh a loss beside other terms, whose curvature is that of the whole.
 
     said   whether a warning was given
-    turn   steps of this kind: the host looks at the first, second, fourth, eighth and so on
+    turn   steps that updated: the host looks at the first, second, fourth, eighth and so on
     """
 
     said: bool = False
@@ -83,7 +83,7 @@ class Common:
         """A warning, once, where that is no part of as many forwards, here or on all ranks, nor one that was: the last
         micro-batches of an epoch may be fewer. `total`: the loss is a sum."""
         most = max(map(len, losses), default=0)
-        if self.said or not self._looks(most, total):
+        if self.said or not self._looks(most):
             return
         factors = _factors([slopes[0] for slopes in losses], scale)
         if not _alike(factors) or not 0.0 < factors[0] < 1.0 - _EVEN:  # of a scaler that is not known it is above 1
@@ -93,22 +93,29 @@ class Common:
             self._parts[:] = dict.fromkeys(self._parts)
         elif not any(_alike([part, factors[0]]) for part in self._parts):
             self.said = True
-            many = most > 1
-            what = f"the {most} losses of one forward were all" if many else "the loss, which is a sum, was"
-            how = "their curvatures were added up" if many else "its curvature was taken"
-            other = "" if many else ", or take the mean, reduction='mean'"
-            warnings.warn(
-                f"{what} multiplied by {factors[0]:.4g} on the way to backward, and {how} without it: where that makes "
-                f"a mean, F is too large by as much. Let it be known, pre.loss(f, target, weight={factors[0]:.4g})"
-                f"{other}",
-                stacklevel=2,
-            )
+            warnings.warn(_told(f"{factors[0]:.4g}", most, total), stacklevel=2)
 
-    def _looks(self, most: int, total: bool) -> bool:
-        if most < 2 and not (most and total):
+    def _looks(self, most: int) -> bool:
+        if not most:
             return False
         self.turn += 1
         return not self.turn & (self.turn - 1)
+
+
+def _told(factor: str, most: int, total: bool) -> str:
+    """What is said of a factor past `most` losses of a forward."""
+    if most > 1:
+        what, when, other = f"the {most} losses of one forward were all", "that makes a mean", ""
+    elif total:
+        what, when, other = "the loss, which is a sum, was", "that makes a mean", ", or take reduction='mean'"
+    else:
+        what, when = "the loss was", "that is its weight"
+        other = f"; where F is to stay that of the whole loss, pre.attach({factor} * criterion(f, target), f, target)"
+    how = "their curvatures were added up" if most > 1 else "its curvature was taken"
+    return (
+        f"{what} multiplied by {factor} on the way to backward, and {how} without it: where {when}, F is too large by "
+        f"as much. Let it be known, pre.loss(f, target, weight={factor}), times a weight that it has{other}"
+    )
 
 
 def means(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None) -> bool:
