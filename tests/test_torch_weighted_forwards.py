@@ -313,9 +313,10 @@ def test_a_sum_that_is_divided_past_the_loss_is_named(parts, scaled):
     assert ["the loss, which is a sum, was multiplied by 0.08333" in one for one in said[2]] == [True]
 
 
+@pytest.mark.parametrize("weight", [0.3, 10.0])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("forwards", [1, 2])
-def test_a_weight_past_a_mean_loss_is_named_once(forwards, scaled):
+def test_a_weight_past_a_mean_loss_is_named_once(forwards, scaled, weight):
     """Beside another term, as in 0.3 loss + term; given as a weight it weighs F too, and a loss formed elsewhere is
     told nothing: then F is that of the loss without it."""
     found, said = [], []
@@ -329,10 +330,10 @@ def test_a_weight_past_a_mean_loss_is_named_once(forwards, scaled):
             for part, labels in zip(x.chunk(forwards), y.chunk(forwards), strict=True):
                 f = loop.forward(part)
                 if way == "attach":
-                    loss = loss + loop.pre.attach(0.3 * CE(f, labels), f, labels)
+                    loss = loss + loop.pre.attach(weight * CE(f, labels), f, labels)
                 else:
-                    one = loop.pre.loss(f, labels, weight=0.3 if way == "weight" else 1.0)
-                    loss = loss + (0.3 if way == "factor" else 1.0) * one
+                    one = loop.pre.loss(f, labels, weight=weight if way == "weight" else 1.0)
+                    loss = loss + (weight if way == "factor" else 1.0) * one
             scaler.scale(loss).backward()
             if scaled:
                 scaler.unscale_(torch.optim.SGD(loop.model.parameters(), 0.1))
@@ -340,10 +341,27 @@ def test_a_weight_past_a_mean_loss_is_named_once(forwards, scaled):
             scaler.update()
         found.append(torch.cat([p.grad.flatten() for p in loop.model.parameters() if p.grad is not None]))
     assert [len(one) for one in said] == [0, 1, 0]
-    assert "the loss was multiplied by 0.3" in said[1][0]
-    assert "weight=0.3" in said[1][0]
+    assert f"the loss was multiplied by {weight:.4g}" in said[1][0]
+    assert f"F is too {'large' if weight < 1 else 'small'}" in said[1][0]
+    assert f"weight={weight:.4g}" in said[1][0]
     torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=1e-12)
     assert float((found[0] - found[1]).abs().max()) > 0.1 * float(found[0].abs().max())
+
+
+def test_a_part_beside_one_that_was_thrown_away_is_told_nothing():
+    loop, (x, y) = Loop(), data()
+    for _ in range(2):
+        loop.model.zero_grad()
+        (loop.pre.loss(loop.forward(x), y) / 2).backward()
+    assert not told(loop)
+
+
+def test_a_scaler_of_ones_own_is_told_nothing():
+    """It looks at the gradients before the step."""
+    loop, (x, y) = Loop(), data()
+    (1024 * loop.pre.loss(loop.forward(x), y)).backward()
+    torch._foreach_div_([p.grad for p in loop.model.parameters() if p.grad is not None], 1024.0)
+    assert not told(loop)
 
 
 def test_parts_of_a_mean_over_forwards_are_told_nothing():
