@@ -626,6 +626,7 @@ def test_a_term_without_curvature_is_noticed_once():
     model = mlp()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the loss was multiplied by 7")
         run(pre_of(model), model, (x, y), scale=7.0)
 
 

@@ -187,6 +187,7 @@ class Outer(torch.amp.GradScaler):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("times", [0.25, 2.0, 1024.0, None], ids=str)
 @pytest.mark.parametrize("init", [None, 0.125, 2.0**16, 0.0], ids=["none", "small", "large", "disabled"])
+@pytest.mark.filterwarnings("ignore:the loss was multiplied")
 def test_what_is_not_finite_is_shown_to_a_scaler_and_to_nobody_else(init, times, bad):
     """Whatever the loss is multiplied by: how large that is tells nothing of a scaler."""
     model, (x, y) = mlp(), labelled()
@@ -683,6 +684,44 @@ def test_inputs_of_several_kinds():
         torch.manual_seed(0)
         values.append(kt.Optimizer(Two(), nn.CrossEntropyLoss()).step(inputs, y))
     assert values[0] == values[1]
+
+
+def test_a_packed_sequence_is_one_input():
+    """Though it is a tuple."""
+
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.out = nn.GRU(3, 4), nn.Linear(4, 2)
+
+        def forward(self, packed):
+            return self.out(self.gru(packed)[1][0])
+
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 4, 3), [5, 4, 2, 1])
+    found = []
+    for inputs in (packed, (packed,)):
+        torch.manual_seed(0)
+        optimizer = kt.Optimizer(Read(), nn.CrossEntropyLoss())
+        found.append([optimizer.step(inputs, torch.tensor([0, 1, 1, 0])) for _ in range(3)])
+    assert found[0] == found[1]
+
+
+GIVEN = {
+    "parameters": (lambda m: kt.Preconditioner(m.parameters(), nn.CrossEntropyLoss()), TypeError, "class generator"),
+    "optimizer": (lambda m: kt.Optimizer(torch.optim.SGD(m.parameters(), 0.1), nn.MSELoss()), TypeError, "class SGD"),
+    "rate": (lambda m: kt.Preconditioner(m, nn.MSELoss(), lr=0.1), TypeError, r"\['lr'\].*of the torch optimizer"),
+    "damping": (lambda m: kt.Optimizer(m, nn.MSELoss(), damping=0.1), TypeError, r"\['damping'\].*Schedules\(damping"),
+    "function": (lambda m: kt.Optimizer(m, nn.functional.cross_entropy), ValueError, r"give nn\.CrossEntropyLoss\(\)"),
+    "class": (lambda m: kt.Optimizer(m, nn.MSELoss), ValueError, r"give an instance, MSELoss\(\)"),
+    "other loss": (lambda m: kt.Optimizer(m, nn.HuberLoss()), ValueError, r"ExampleLoss it needs.*each\(f, target\)"),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_what_is_none_of_ours_says_what_to_give(given):
+    make, kind, words = GIVEN[given]
+    with pytest.raises(kind, match=words):
+        make(mlp())
 
 
 def test_a_token_mask_leaves_padding_out():

@@ -36,6 +36,7 @@ def taken(backward):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "the loss was multiplied")  # as it is here by each
         backward(pre, model, loss)
         pre.step()
     return torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -313,6 +313,84 @@ def test_a_sum_that_is_divided_past_the_loss_is_named(parts, scaled):
     assert ["the loss, which is a sum, was multiplied by 0.08333" in one for one in said[2]] == [True]
 
 
+@pytest.mark.parametrize("weight", [0.3, 10.0])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_a_weight_past_a_mean_loss_is_named_once(forwards, scaled, weight):
+    """Beside another term, as in 0.3 loss + term; given as a weight it weighs F too, and a loss formed elsewhere is
+    told nothing: then F is that of the loss without it."""
+    found, said = [], []
+    for way in ("weight", "factor", "attach"):
+        loop, (x, y) = Loop(kf.Exact()), data()
+        scaler = torch.amp.GradScaler("cpu", 256.0, enabled=scaled)
+        said.append([])
+        for _ in range(2):
+            loop.model.zero_grad()
+            loss = loop.pre.extra(0.1 * loop.one.weight.square().sum())
+            for part, labels in zip(x.chunk(forwards), y.chunk(forwards), strict=True):
+                f = loop.forward(part)
+                if way == "attach":
+                    loss = loss + loop.pre.attach(weight * CE(f, labels), f, labels)
+                else:
+                    one = loop.pre.loss(f, labels, weight=weight if way == "weight" else 1.0)
+                    loss = loss + (weight if way == "factor" else 1.0) * one
+            scaler.scale(loss).backward()
+            if scaled:
+                scaler.unscale_(torch.optim.SGD(loop.model.parameters(), 0.1))
+            said[-1] += told(loop)
+            scaler.update()
+        found.append(torch.cat([p.grad.flatten() for p in loop.model.parameters() if p.grad is not None]))
+    assert [len(one) for one in said] == [0, 1, 0]
+    assert f"the loss was multiplied by {weight:.4g}" in said[1][0]
+    assert f"F is too {'large' if weight < 1 else 'small'}" in said[1][0]
+    assert f"weight={weight:.4g}" in said[1][0]
+    torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=1e-12)
+    assert float((found[0] - found[1]).abs().max()) > 0.1 * float(found[0].abs().max())
+
+
+def test_a_part_beside_one_that_was_thrown_away_is_told_nothing():
+    loop, (x, y) = Loop(), data()
+    for _ in range(2):
+        loop.model.zero_grad()
+        (loop.pre.loss(loop.forward(x), y) / 2).backward()
+    assert not told(loop)
+
+
+def test_a_scaler_of_ones_own_is_told_nothing():
+    """It looks at the gradients before the step."""
+    loop, (x, y) = Loop(), data()
+    (1024 * loop.pre.loss(loop.forward(x), y)).backward()
+    torch._foreach_div_([p.grad for p in loop.model.parameters() if p.grad is not None], 1024.0)
+    assert not told(loop)
+
+
+def test_parts_of_a_mean_over_forwards_are_told_nothing():
+    """The end of an epoch has fewer."""
+    loop, (x, y) = Loop(), data()
+    for count in (4, 4, 2, 1, 4, 3, 1, 1):
+        loop.model.zero_grad()
+        for _ in range(count):
+            (loop.pre.loss(loop.forward(x), y) / 4).backward()
+        assert not told(loop)
+
+
+def test_where_no_draw_is_taken_a_factor_is_told_nothing():
+    """No weight could scale it."""
+    loop, (x, y) = Loop(fisher=kf.forward_only), data()
+    (0.5 * loop.pre.loss(loop.forward(x), y)).backward()
+    assert not told(loop)
+
+
+def test_a_factor_past_weighted_forwards_in_one_pass_is_named():
+    """Of one loss each: their curvatures are added up by the weights alone."""
+    loop, (x, y) = Loop(), data()
+    loss = loop.pre.loss(loop.forward(x), y, weight=0.3) + loop.pre.loss(loop.forward(x + 1), y, weight=0.4)
+    (0.5 * loss).backward()
+    (one,) = told(loop)
+    assert "multiplied by 0.5" in one
+    assert "weight=0.5 * weight" in one
+
+
 @pytest.mark.parametrize("factor", [1.0, 2.0, 1 / 3])
 def test_sums_as_they_are_times_the_ranks_or_accumulated_are_told_nothing(factor):
     loop, (x, y) = Loop(loss=SUM), data()

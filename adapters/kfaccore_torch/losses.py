@@ -139,13 +139,31 @@ def _single(loss: Any) -> Objective | Own:
     if isinstance(loss, Loss):
         return Own(loss)
     known = sorted(kind.__name__ for kind in TABLE)
-    hint = next((text for kind, text in HINTS.items() if isinstance(loss, kind)), "")
     raise ValueError(
         f"loss {loss!r} has no Fisher here; need one of {known}, of kfaccore, or one's own with the methods of "
-        f"kfaccore_torch.Loss{hint}"
+        f"kfaccore_torch.Loss{_hint(loss)}"
     )
 
 
+def _hint(loss: Any) -> str:
+    """What to give instead."""
+    if isinstance(loss, type):
+        return f"; give an instance, {loss.__name__}()"
+    function = next((kind for kind in TABLE if FUNCTIONS[kind] is loss), None)
+    if function is not None:
+        return f"; give nn.{function.__name__}()"
+    own = (
+        "; as a kfaccore_torch.ExampleLoss it needs each example's loss, each(f, target), and no more where "
+        "fisher=kfaccore.type2 or kfaccore.empirical is passed"
+    )
+    return next((text for kind, text in HINTS.items() if isinstance(loss, kind)), own)
+
+
+FUNCTIONS = {
+    nn.CrossEntropyLoss: nn.functional.cross_entropy,
+    nn.MSELoss: nn.functional.mse_loss,
+    nn.BCEWithLogitsLoss: nn.functional.binary_cross_entropy_with_logits,
+}
 HINTS = {
     nn.BCELoss: "; drop the sigmoid at the model's end, so that it gives logits, and use BCEWithLogitsLoss",
     nn.NLLLoss: "; drop the log-softmax at the model's end, so that it gives logits, and use CrossEntropyLoss",

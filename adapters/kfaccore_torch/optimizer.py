@@ -68,7 +68,7 @@ class Optimizer:
         if rest is None and settings.get("fisher") is not kf.forward_only and not kf.own_gradients(core):
             settings = {"uncovered": kf.Diagonal(), **settings}
         core = kept(over_ranks(core, model))
-        self.engine = Engine(model, loss, core, Settings(**settings))
+        self.engine = Engine(model, loss, core, Settings.of(settings))
         check_same(self.engine, parameters=True)
         self.output = output
         self.scaler = Scaler(scaler) if scaler is not None and scaler.is_enabled() else None

@@ -118,6 +118,10 @@ class Pending:
             stacklevel=4,
         )
 
+    def untouched(self) -> bool:
+        """Whether the gradients are as the last pass left them."""
+        return same(gradients(self._trained), self._left)
+
     def tell_idle(self, rank: int) -> None:
         """A warning, once, that this rank has no share in the statistics of a step."""
         if self.idle:

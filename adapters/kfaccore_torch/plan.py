@@ -149,6 +149,8 @@ def modules(model: nn.Module, skip: tuple[str, ...] = ()) -> Plan:
 
     Raises ValueError for lazy modules that have not seen a batch, and for a pattern that matches nothing.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of the class {type(model).__name__}; need a torch.nn.Module, not its parameters")
     model = unwrapped(model)
     check_whole(model)
     names = [name for name, _ in model.named_parameters()]

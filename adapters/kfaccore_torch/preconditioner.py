@@ -67,7 +67,7 @@ class Preconditioner:
             raise ValueError(f"{core.rule} looks at the loss after the step: give it to Optimizer instead")
         if core.schedules.weight_decay or core.schedules.penalised:
             raise ValueError("weight decay and l2 are the optimizer's: set them there")
-        self.engine = Engine(model, loss, core, Settings(**settings))
+        self.engine = Engine(model, loss, core, Settings.of(settings))
         check_same(self.engine)
         self.output = output
         self._opened = Opened()

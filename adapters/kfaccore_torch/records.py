@@ -47,7 +47,7 @@ def records(
     """
     given = None if isinstance(draws, int) else draws
     settings = {**settings, "draws": draws if isinstance(draws, int) else 1}
-    engine = Engine(model, loss, kf.Preconditioner(kf.Identity()), Settings(**settings))
+    engine = Engine(model, loss, kf.Preconditioner(kf.Identity()), Settings.of(settings))
     with torch.enable_grad():
         with engine.captured() as seen:
             f = picked(called(model, inputs), output)
@@ -71,10 +71,15 @@ def records(
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
-    """The model on a tensor, a tuple of positional or a mapping of keyword arguments."""
+    """The model on a tensor or packed sequence, a tuple of positional or a mapping of keyword arguments."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    return model(*inputs) if _several(inputs) else model(inputs)
+
+
+def _several(inputs: Any) -> bool:
+    """Whether they are positional arguments; a packed sequence is a tuple too, and one of them."""
+    return isinstance(inputs, tuple | list) and not isinstance(inputs, nn.utils.rnn.PackedSequence)
 
 
 def save_records(
@@ -83,6 +88,6 @@ def save_records(
     """Write `records` to a file that `kfaccore compare` and `kfaccore advise` read."""
     found, grads = records(model, loss, inputs, target, **settings)
     named = inputs if isinstance(inputs, Mapping) else {}
-    placed = inputs if isinstance(inputs, tuple) else () if named else (inputs,)
+    placed = tuple(inputs) if _several(inputs) else () if named else (inputs,)
     told = of_model(model, plan(model, *placed, skip=settings.get("skip", ()), **named))
     kf.save_records(path, found, grads, seed=settings.get("seed", 0), **told)

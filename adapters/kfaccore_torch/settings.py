@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import kfaccore as kf
 from kfaccore_torch.losses import FISHERS
@@ -44,6 +45,20 @@ class Settings:
     skip: tuple[str, ...] = ()
     strict: bool = False
     uncovered: kf.Diagonal | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """Those given by name; TypeError that says where others go."""
+        known = [one.name for one in fields(cls)]
+        unknown = sorted({*given} - {*known})
+        if unknown:
+            raise TypeError(
+                f"there are no settings {unknown} of a shell; there are {known}. Damping, decay and clocks are of the "
+                f"core, kfaccore.Preconditioner(kfaccore.KFAC(), clocks=kfaccore.Clocks(update, refresh), "
+                f"schedules=kfaccore.Schedules(damping, decay)); rate and momentum are of the torch optimizer beside a "
+                f"Preconditioner, and of the core's step in an Optimizer, step=kfaccore.Fixed(rate)"
+            )
+        return cls(**given)
 
     def __post_init__(self) -> None:
         if self.fisher not in FISHERS:

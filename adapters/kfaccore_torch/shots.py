@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+import kfaccore as kf
 from kfaccore_torch.collect import complaint, weighted
 from kfaccore_torch.evened import evened
 from kfaccore_torch.formed import Formed
-from kfaccore_torch.slopes import Common, check_even, check_shares, check_sum, means, past
+from kfaccore_torch.slopes import Passed, check_even, check_shares, check_sum, means, past
 from kfaccore_torch.uncounted import share_of_none, uncounted
 from kfaccore_torch.unread import read
 
@@ -111,7 +112,7 @@ class Gathered(NamedTuple):
     n: Any
 
 
-def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None, common: Common) -> Gathered:
+def gathered(engine: Engine, pending: Pending, scale: torch.Tensor | None, captured: Sequence[Shot]) -> Gathered:
     """What was seen for one update, whose shares add up to its normaliser.
 
     A layer that some forwards did not reach counts them all the same: their examples have J = 0 there. Several losses
@@ -119,10 +120,10 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None, comm
     their own network alone. A sum over everything has n = 1, whatever the number of parts and ranks; where means were
     given weights, F is the sum over forwards too, of one n for all, and the mean over ranks.
 
-    scale   what a scaler multiplied the losses by
-    common  what was seen of such factors in steps before
+    scale     what a scaler multiplied the losses by
+    captured  all forwards, those whose gradients were thrown away too
     """
-    world = engine.core.comm.world
+    shots, world = pending.shots, engine.core.comm.world
     for shot in shots:
         check_even(shot.slopes)
     counted = _counting(shots)
@@ -132,8 +133,12 @@ def gathered(engine: Engine, shots: list[Shot], scale: torch.Tensor | None, comm
     if apart and not slopes:
         check_sum([shot.slopes for shot in counted], scale)
     every = [shot.slopes for shot in shots if shot.slopes]  # parts of a mean too where no label of theirs counts
-    if not apart:
-        common.check(every, scale, world, any(shot.total for shot in counted))
+    known = {id(shot) for shot in shots}
+    lost = any(shot.formed and id(shot) not in known for shot in captured)  # parts that a sum of factors would miss
+    # forward_only has no draws that a weight could scale
+    if not (apart or lost or engine.settings.fisher is kf.forward_only):
+        total = any(shot.total for shot in counted)
+        pending.common.check(every, Passed(scale, world, total, pending.untouched))
     slope = past(slopes, scale)
     whole = _whole(counted, counted, world, apart) / slope if counted else 0.0
     whole = evened(engine, counted, whole) or whole
@@ -169,7 +174,7 @@ def completed(
 
     formed, captured   how many losses were, and the forwards
     """
-    found, n = gathered(engine, pending.shots, scale, pending.common)
+    found, n = gathered(engine, pending, scale, captured)
     records = {name: pieces for name, pieces in found.items() if name in grads}
     void = next((shot.void for shot in [*pending.shots, *captured] if shot.void), "")
     if not (engine.counting if engine.core.comm.world > 1 else records):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +48,9 @@ def check_shares(losses: Sequence[Sequence[torch.Tensor]], shares: Sequence[Any]
 
 
 def check_sum(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None) -> None:
-    """A warning for forwards of several losses each, added up by weights in one backward pass, that were all multiplied
-    by a number: where that makes them a mean of micro-batches, their curvatures are the sum all the same."""
-    if len(losses) < 2 or any(len(slopes) < 2 for slopes in losses):
+    """A warning for forwards whose losses, added up by weights in one backward pass, were all multiplied by a number:
+    where that makes them a mean of micro-batches, their curvatures are the sum all the same."""
+    if len(losses) < 2 or not all(losses):
         return
     factor = past(losses[0], scale)
     if abs(factor - 1.0) <= _EVEN:
@@ -63,52 +63,85 @@ def check_sum(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | No
     )
 
 
+@dataclass(frozen=True)
+class Passed:
+    """How losses of a step came to backward.
+
+    scale      what a scaler multiplied them by
+    world      ranks
+    total      whether they are sums
+    untouched  whether the gradients are as backward left them
+    """
+
+    scale: torch.Tensor | None
+    world: int
+    total: bool
+    untouched: Callable[[], bool]
+
+    def weighs(self, factor: float) -> bool:
+        """Whether a factor above 1 weighs a mean: no number of ranks, nor that of a scaler that is not known, which has
+        divided the gradients by it, or will divide the directions by what is a power of two, to round nothing."""
+        if self.total or _alike([factor, self.world]):
+            return False
+        return self.scale is not None or (math.frexp(factor)[0] != 0.5 and self.untouched())
+
+
 @dataclass(eq=False)
 class Common:
-    """Numbers below 1 that losses were all multiplied by past `pre.loss`: those of accumulation make a mean of
-    forwards, as their curvatures are; others a mean of several losses of one forward, or of a loss that is a sum, whose
-    curvatures are the sum.
+    """Numbers that losses were all multiplied by past `pre.loss`: those of accumulation make a mean of forwards, as
+    their curvatures are; others a mean of several losses of one forward, or of a loss that is a sum, whose curvatures
+    are the sum, or weigh a loss beside other terms, whose curvature is that of the whole.
 
     said   whether a warning was given
-    turn   steps of this kind: the host looks at the first, second, fourth, eighth and so on
+    turn   steps that updated: the host looks at the first, second, fourth, eighth and so on
     """
 
     said: bool = False
     turn: int = 0
     _parts: list[float] = field(default_factory=list)  # of accumulation, as steps have shown
 
-    def check(
-        self, losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None, world: int, total: bool
-    ) -> None:
+    def check(self, losses: Sequence[Sequence[torch.Tensor]], passed: Passed) -> None:
         """A warning, once, where that is no part of as many forwards, here or on all ranks, nor one that was: the last
-        micro-batches of an epoch may be fewer. `total`: the loss is a sum."""
+        micro-batches of an epoch may be fewer."""
         most = max(map(len, losses), default=0)
-        if self.said or not self._looks(most, total):
+        if self.said or not self._looks(most):
             return
-        factors = _factors([slopes[0] for slopes in losses], scale)
-        if not _alike(factors) or not 0.0 < factors[0] < 1.0 - _EVEN:  # of a scaler that is not known it is above 1
+        factors = _factors([slopes[0] for slopes in losses], passed.scale)
+        if not _alike(factors) or not 0.0 < factors[0] < math.inf or _alike([factors[0], 1.0]):
             return
-        if any(_alike([sum(factors) * ranks, 1.0]) for ranks in (1, world)):
+        if factors[0] > 1.0:
+            self.said = passed.weighs(factors[0])
+        elif any(_alike([sum(factors) * ranks, 1.0]) for ranks in (1, passed.world)):
             self._parts.append(factors[0])
             self._parts[:] = dict.fromkeys(self._parts)
-        elif not any(_alike([part, factors[0]]) for part in self._parts):
-            self.said = True
-            many = most > 1
-            what = f"the {most} losses of one forward were all" if many else "the loss, which is a sum, was"
-            how = "their curvatures were added up" if many else "its curvature was taken"
-            other = "" if many else ", or take the mean, reduction='mean'"
-            warnings.warn(
-                f"{what} multiplied by {factors[0]:.4g} on the way to backward, and {how} without it: where that makes "
-                f"a mean, F is too large by as much. Let it be known, pre.loss(f, target, weight={factors[0]:.4g})"
-                f"{other}",
-                stacklevel=2,
-            )
+        else:
+            self.said = not any(_alike([part, factors[0]]) for part in self._parts)
+        if self.said:
+            warnings.warn(_told(factors[0], most, passed.total), stacklevel=2)
 
-    def _looks(self, most: int, total: bool) -> bool:
-        if most < 2 and not (most and total):
+    def _looks(self, most: int) -> bool:
+        if not most:
             return False
         self.turn += 1
         return not self.turn & (self.turn - 1)
+
+
+def _told(number: float, most: int, total: bool) -> str:
+    """What is said of a factor past `most` losses of a forward."""
+    factor = f"{number:.4g}"
+    if most > 1:
+        what, when, other = f"the {most} losses of one forward were all", "that makes a mean", ""
+    elif total:
+        what, when, other = "the loss, which is a sum, was", "that makes a mean", ", or take reduction='mean'"
+    else:
+        what, when = "the loss was", "that is its weight"
+        other = f"; where F is to stay that of the whole loss, pre.attach({factor} * criterion(f, target), f, target)"
+    how = "their curvatures were added up" if most > 1 else "its curvature was taken"
+    wrong = "large" if number < 1.0 else "small"
+    return (
+        f"{what} multiplied by {factor} on the way to backward, and {how} without it: where {when}, F is too {wrong} "
+        f"by as much. Let it be known, pre.loss(f, target, weight={factor}), times a weight that it has{other}"
+    )
 
 
 def means(losses: Sequence[Sequence[torch.Tensor]], scale: torch.Tensor | None) -> bool:

@@ -56,7 +56,7 @@ class Stream:
         self.model = model
         self.batches = batches
         self.train = train
-        self.engine = _engine(model, _mean(loss), Settings(fisher=fisher, **settings))
+        self.engine = _engine(model, _mean(loss), Settings.of({"fisher": fisher, **settings}))
 
     @property
     def coverage(self) -> Coverage:

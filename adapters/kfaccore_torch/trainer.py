@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from kfaccore_torch.compiled import eagerly, uncompiled
 from kfaccore_torch.preconditioner import Preconditioner
 
 Read = Callable[[Mapping[str, Any], Any], tuple[torch.Tensor, torch.Tensor]]
 _FILE = "kfaccore.pt"
+_LOSSES = (
+    "Under the Trainer a step's loss is the model's own, of labels among its inputs, or what a compute_loss or "
+    "compute_loss_func forms by callback.pre.loss(outputs.logits, labels), of labels taken out of the inputs. A label "
+    "smoother takes them out too: CrossEntropyLoss(label_smoothing=...) is one"
+)
 
 
 class KFACCallback(importlib.import_module("transformers").TrainerCallback):
@@ -33,6 +39,13 @@ class KFACCallback(importlib.import_module("transformers").TrainerCallback):
 
     Micro-batches of `gradient_accumulation_steps` are one update, each with its share of the labels, as the Trainer
     divides them. Evaluation is not seen. Checkpoints of the Trainer get the state beside the optimizer's.
+
+    A `compute_loss` of one's own, or a `compute_loss_func`, takes the labels out of the inputs, so that the model forms
+    no loss, and forms it by `pre.loss` of the callback:
+
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = callback.pre.loss(outputs.logits, labels)
     """
 
     def __init__(
@@ -46,6 +59,7 @@ class KFACCallback(importlib.import_module("transformers").TrainerCallback):
         self._way = 0  # which of the ways explained the last loss
         self._inside: AbstractContextManager | None = None
         self._hooks: list[Any] = []
+        self._eager = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **more: Any) -> None:
         """Plan the model, and go on from the checkpoint that the Trainer goes on from."""
@@ -60,10 +74,22 @@ class KFACCallback(importlib.import_module("transformers").TrainerCallback):
             model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """A model that the Trainer compiles runs as it was written where it is captured: its hooks are inside."""
+        self._eager.close()
+        if args.torch_compile and self.pre is not None and self.pre.engine.due:
+            self._eager.enter_context(eagerly())  # until the forward begins, and no longer where the step fails
+
+    on_substep_end = on_step_begin  # before the next micro-batch
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **more: Any) -> None:
         """Gradients, clipped if the Trainer clips, become directions."""
         assert self.pre is not None
-        self.pre.step()
+        try:
+            self.pre.step()
+        except ValueError as error:
+            error.add_note(_LOSSES)
+            raise
         if self.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.clip)
 
@@ -76,15 +102,19 @@ class KFACCallback(importlib.import_module("transformers").TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Leave the model as it was."""
+        self._eager.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
+    @uncompiled
     def _enter(self, model: nn.Module, args: Any) -> None:
+        self._eager.close()
         if model.training and torch.is_grad_enabled() and self.pre is not None:
             self._inside = self.pre.capture()
             self._inside.__enter__()
 
+    @uncompiled
     def _leave(self, model: nn.Module, args: tuple, given: dict[str, Any], output: Any) -> None:
         if self._inside is None or self.pre is None:
             return
@@ -92,12 +122,9 @@ class KFACCallback(importlib.import_module("transformers").TrainerCallback):
         inside.__exit__(None, None, None)
         if output is None:  # the forward raised
             return
-        value = output["loss"] if isinstance(output, Mapping) else output[0]
-        if not isinstance(value, torch.Tensor) or not value.requires_grad:
-            raise ValueError(
-                "the model formed no loss: KFACCallback needs labels among its inputs, without a label smoother or "
-                "compute_loss_func of the Trainer, which take them away"
-            )
+        value: Any = output.get("loss") if isinstance(output, Mapping) else output[0]
+        if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+            return  # it is the loop's to form
         self.pre.attach(value, *self._read(given, output, value.detach()))
 
     def _read(self, given: Mapping[str, Any], output: Any, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +141,8 @@ class KFACCallback(importlib.import_module("transformers").TrainerCallback):
         raise ValueError(
             f"no way of transformers makes the loss {float(value):.6g} of {type(self.made_of[0]).__name__}, logits "
             f"{tuple(logits.shape)} and labels {tuple(given['labels'].shape)}: pass loss= for another, or "
-            f"read=(inputs, outputs) -> (prediction, target)"
+            f"read=(inputs, outputs) -> (prediction, target); one that compute_loss forms is callback.pre.loss(logits, "
+            f"labels), of labels taken out of the inputs"
         )
 
     def _explains(self, f: torch.Tensor, target: torch.Tensor, value: torch.Tensor, items: Any) -> bool:
