@@ -20,7 +20,7 @@ from kfaccore_jax.mixing import mixed
 from kfaccore_jax.names import check_arrays, named, without_number
 from kfaccore_jax.order import moved
 from kfaccore_jax.ranges import ranged
-from kfaccore_jax.walk import place_of
+from kfaccore_jax.walk import marked, place_of
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
         x = (data.get(key), data2.get(key))
         y = (walk.outputs[key], other.outputs[key])
         calls[key], why = settled(call, x, y, n, minor, behind.of(key))
-        mixing = place_of(key) + "@" * ("@" in key) in summed or behind.of(key)[0] == SCRAMBLED
+        mixing = bool(marked(summed, key)) or behind.of(key)[0] == SCRAMBLED
         calls[key] = replace(calls[key], mixed=mixing)
-        name = places.get(place_of(key))
+        name = places.get(place_of(key)) or places.get(marked(places, key))
         if name and not why and calls[key].batch is not None:
             why = f"{call.kind} on examples that {name} moves along the batch"
         if why:
