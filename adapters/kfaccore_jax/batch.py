@@ -73,7 +73,7 @@ def _compared(a: Any, b: Any) -> str:
     if len(a) != len(b) or sum(p != q for p, q in zip(a, b, strict=True)) < 2:
         return ""
     return (
-        ". Where examples of a batch are compared with each other, as in contrastive losses, give their embeddings, and "
+        ". Where examples of a batch are compared with each other, as in contrastive losses, give embeddings, and "
         "pull draws of the logits back to them by jax.vjp: adapters/kfaccore_jax/examples/contrastive.py"
     )
 

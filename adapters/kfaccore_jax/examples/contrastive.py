@@ -1,4 +1,4 @@
-"""Two encoders trained by the logits (batch, batch) of each image with each text; `apply` gives the embeddings alone."""
+"""Two encoders trained by the logits (batch, batch) of each image with each text; `apply` gives embeddings alone."""
 
 import jax
 import jax.numpy as jnp
