@@ -81,8 +81,8 @@ def masks_of(plan: Plan, mask: Any, longer: Longer, draws: int) -> dict[str, Any
         rows = ", ".join(f"layer {name!r} has rows of shape {shape} an example" for name, shape in unseen.items())
         raise ValueError(
             f"{rows}, and which of them a mask of shape {tuple(mask.shape)} means cannot be seen, as the model does "
-            f"not run, or not have them so, at another length: give mask={{layer: (batch, rows)}}, None for layers "
-            f"without one"
+            f"not run, or not have them so, at another length, or joins several batches along one axis: give "
+            f"mask={{layer: (batch, rows)}}, all rows of an example in order, None for layers without one"
         )
     return found if any(x is not None for x in found.values()) else _of_examples(plan, mask, draws)
 
@@ -153,8 +153,8 @@ def _call_mask(plan: Plan, layer: Layer, key: str, mask: Any, longer: Longer) ->
     each = shape[batch] // mask.shape[0]  # positions joined with the batch stand behind it
     rows = each * prod(sizes)
     known: list[int | None] = [axes[i] for i in others]
-    if call.outer > 1:
-        raise _Unseen((each, *sizes))
+    if call.outer > 1 and (each != call.outer or (each,) != mask.shape[1:] or others):
+        raise _Unseen((each, *sizes))  # of several views; steps of time before the examples are in their order
     if each == 1 and not others:
         return None, rows
     if each == prod(mask.shape[1:]) and not others and longer.joined(key, whole):
