@@ -12,7 +12,7 @@ from jax_needed import jax, jnp, kj, lax
 N, TIME = 3, 4
 X = normal((N, TIME, 2), seed=2)
 MASK = jnp.arange(TIME) < jnp.asarray([2, 3, 4])[:, None]
-PARAMS = dict(zip("wvut", normal((2, 3), (2, 3), (3, 3), (TIME, 2)), strict=True))
+PARAMS = dict(zip("wvu", normal((2, 3), (2, 3), (3, 3)), strict=True))
 
 
 def steps(w, u, x, mask, reverse=False):
@@ -42,7 +42,6 @@ FORWARDS = {
     "turned back before it": lambda p, x, m: jnp.flip(jnp.tanh(jnp.flip(x, 1)), 1) @ p["v"],
     "a scan in reverse": lambda p, x, m: steps(p["v"], p["u"], x, m, reverse=True),
     "beside numbers that run backwards": lambda p, x, m: (x + jnp.arange(x.shape[1])[::-1, None]) @ p["v"],
-    "beside a table that runs backwards": lambda p, x, m: (x + p["t"][::-1]) @ p["v"],
     "columns turned": lambda p, x, m: x[..., ::-1] @ p["v"],
     "after both ways": lambda p, x, m: jnp.tanh(x @ p["w"] + flipped(p, x, m))[..., :2] @ p["v"],
 }
