@@ -128,6 +128,26 @@ def test_micro_batches_that_do_not_belong_together_are_refused():
         tx.update(*start, records=[])
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: kj.accumulate(tx, 1)], ids=["kfac", "accumulate"])
+def test_micro_batches_that_a_scan_puts_together_are_named(wrap, k):
+    """With as many positions as outputs, of one micro-batch, each array could be one of another kind."""
+    params = {"w": normal((4, 4))}
+    x = normal((k, 6 // k, 4, 4), seed=2)
+    plan = kj.plan(lambda p, x: x @ p["w"], params, x[0])
+    tx = wrap(kj.kfac(plan))
+
+    def one(x):
+        captured = kj.capture(plan, params, x)
+        return captured.records(captured.prediction[None], len(x), fisher=kf.monte_carlo)
+
+    records = jax.eval_shape(lambda x: jax.lax.map(one, x), x)
+    state = tx.init(params)
+    wanted = rf"layer 'w' has g of shape \({k}, 1, 1, {6 // k}, 4, 4\), micro-batches first"
+    with pytest.raises(ValueError, match=wanted):
+        jax.eval_shape(lambda records: tx.update(params, state, params, records=records), records)
+
+
 def test_what_cannot_be_added_up_is_refused():
     with pytest.raises(ValueError, match=r"with one kfac\(plan\) in it; this one has 0"):
         kj.accumulate(optax.sgd(0.1), 2)

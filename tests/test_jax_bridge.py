@@ -187,7 +187,7 @@ def test_taps_record_what_the_interpreter_finds():
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
-RECIPES = ("packed_graphs", "ppo_two_heads", "wave_function", "pinn")
+RECIPES = ("packed_graphs", "ppo_two_heads", "contrastive", "wave_function", "pinn")
 
 
 @pytest.mark.parametrize(

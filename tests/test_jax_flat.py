@@ -57,6 +57,7 @@ REFUSED = {
     "positions first": (lambda p, x: deep(p, x).swapaxes(0, 1), r"shape \(5, 6, 3\) for 6 examples and \(5, 12, 3\)"),
     "as many positions": (lambda p, x: (x[:, :1] @ x.mT[..., :1] + deep(p, x)).swapaxes(0, 1), "examples on its first"),
     "the mean": (lambda p, x: deep(p, x).mean(), r"no mean over the batch"),
+    "compared with each other": (lambda p, x: deep(p, x)[:, 0] @ deep(p, x)[:, 0].T, r"embeddings, and pull draws"),
     "joined behind": (lambda p, x: deep(p, x).swapaxes(0, 1).reshape(-1, 3), "whose rows they are cannot be seen"),
 }
 

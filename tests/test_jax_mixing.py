@@ -72,6 +72,26 @@ def written_to_itself(h):
     return jax.vmap(lambda row, i: row.at[i].multiply(row[3]))(h, place)
 
 
+def from_first_state(cell, after=lambda h: h):
+    """A vector that is learned, a row an example of it, goes into a scan."""
+
+    def apply(p, x):
+        seen = x @ p[0][0]
+        start = jnp.broadcast_to(p[0][1], seen.shape)
+        h = lax.scan(lambda h, _: (jnp.tanh(seen + cell(h)), None), start, None, length=2)[0]
+        return after(h) @ p[1][0] + p[1][1]
+
+    return apply
+
+
+@jax.custom_jvp
+def centred_by_rule(h):
+    return h - h.mean(0)
+
+
+centred_by_rule.defjvp(lambda h, moves: jax.jvp(lambda h: h - h.mean(0), h, moves))
+
+
 PLAIN = {
     "batch norm": between(partial(norm, axes=(0,))),
     "under checkpoint and jit": between(jax.jit(jax.checkpoint(partial(norm, axes=(0,))))),
@@ -96,6 +116,10 @@ PLAIN = {
     "solved for each example": between(
         lambda h: jnp.linalg.solve(jnp.eye(4) + h[:, :, None] * h[:, None], h[..., None])[..., 0]
     ),
+    "a first state before a batch norm": from_first_state(lambda h: 0.5 * h, partial(norm, axes=(0,))),
+    "a first state and the batch's mean": from_first_state(lambda h: h - h.mean(0)),
+    "a first state alone": from_first_state(lambda h: 0.5 * h),
+    "a row of its own under a rule": lambda p, x: mlp(p, x) - centred_by_rule(jnp.broadcast_to(p[1][1], (len(x), 3))),
     "nothing": mlp,
 }
 KNOWN = [name for name in MODELS if "batch_norm" in name]

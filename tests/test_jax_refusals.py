@@ -131,6 +131,14 @@ def test_one_array_under_two_names_is_not_given_away():
         step.init(params)
 
 
+@jax.custom_vjp
+def turned_by_rule(rows):
+    return rows[::-1]
+
+
+turned_by_rule.defvjp(lambda rows: (rows[::-1], None), lambda _, g: (g[::-1],))
+
+
 MOVING = {
     "sorted": (lambda w, x: jnp.sort(x, 0) @ w, "sort"),
     "permuted by data": (lambda w, x: jnp.tanh(x[jnp.argsort(x[:, 0])]) @ w, "gather"),
@@ -162,6 +170,24 @@ def test_examples_that_leave_their_places_are_refused(name):
     apply, primitive = MOVING[name]
     (row,) = kj.plan(lambda p, x: apply(p["w"], x), {"w": W}, X).table
     assert row.reason == f"goes into: dense on examples that {primitive} moves along the batch"
+
+
+ROWS = {
+    "in a scan": lambda rows: lax.scan(lambda h, _: (jnp.tanh(h[::-1]), None), rows, None, length=3)[0],
+    "by a rule": turned_by_rule,
+    "at once": lambda rows: rows[::-1],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_a_leaf_that_leave_their_places_are_refused(name):
+    """A vector with a row for each example: the equation that takes these rows elsewhere is the one that they enter."""
+
+    def apply(p, x):
+        return x @ p["w"] * ROWS[name](jnp.broadcast_to(p["b"], (len(x), 4)))
+
+    first, _ = kj.plan(apply, {"b": W[0], "w": W}, X).table
+    assert first.reason == "goes into: bias on examples that rev moves along the batch"
 
 
 def test_what_moves_within_an_example_is_followed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,38 @@ def test_unequal_parts_are_weighted_by_their_n():
     for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a[0], b, rtol=1e-11)
         np.testing.assert_allclose(a[1], b, rtol=1e-11)
+
+
+def test_a_model_that_sums_over_devices_is_planned_outside_of_them():
+    """BatchNorm over two axes: a step of all devices is that of the whole batch."""
+
+    def apply(p, x, names=("d", "e")):
+        h = x @ p["w"]
+        mean = h.mean(0)
+        square = (h**2).mean(0)
+        if names:
+            mean, square = jax.lax.pmean((mean, square), names)
+        return jnp.tanh((h - mean) / jnp.sqrt(square - mean**2 + 0.1) * p["g"]) @ p["v"]
+
+    params = dict(zip("wgv", normal((5, 4), (4,), (4, 3)), strict=True))
+    x = normal((8, 5), seed=2)
+    draws = normal((1, 8, 3), seed=3)
+
+    def run(plan, tx, x, draws):
+        captured = kj.capture(plan, params, x)
+        records = captured.records(draws, len(x), fisher=kf.monte_carlo)
+        return tx.update(captured.gradients(draws[0] / len(x)), tx.init(params), records=records)[0]
+
+    with pytest.raises(NameError) as caught:
+        kj.plan(apply, params, x[:2])
+    assert any("plan(axis_name=...)" in note for note in caught.value.__notes__)
+    plan = kj.plan(apply, params, x[:2], axis_name=("d", "e"))
+    assert [layer.name for layer in plan.layers if layer.mixed] == ["w"]
+    devices = partial(run, plan, kj.kfac(plan, axis_name=("d", "e")))
+    split = x.reshape(2, 2, 2, 5), draws.reshape(1, 2, 2, 2, 3)
+    named = jax.vmap(jax.vmap(devices, (0, 1), axis_name="e"), (0, 1), axis_name="d")
+    got = jax.jit(named, compiler_options=FAST)(*split)
+    alone = kj.plan(partial(apply, names=()), params, x)
+    want = jax.jit(partial(run, alone, kj.kfac(alone)), compiler_options=FAST)(x, draws)
+    for name, whole in want.items():
+        np.testing.assert_allclose(got[name], np.broadcast_to(whole, got[name].shape), rtol=1e-10)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 
 import kfaccore as kf
@@ -39,3 +44,38 @@ def test_steps_where_nothing_is_promoted(loss, target, promoted, by_default, str
         with promoted(setting):
             found.append(jax.eval_shape(run, params, X, target, jax.random.key(0)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found[0]) == jax.tree.map(lambda x: (x.shape, x.dtype), found[1])
+
+
+def products(jaxpr, within=False):
+    """(whether it is in a loop, precision) of all products, those of inner jaxprs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield within, eqn.params["precision"]
+        for value in eqn.params.values():
+            body = getattr(value, "jaxpr", value)
+            if hasattr(body, "eqns"):
+                yield from products(body, within or eqn.primitive.name == "while")
+
+
+def test_inverses_are_as_exact_as_their_numbers():
+    """JAX multiplies float32 arrays in TF32 on a GPU and bfloat16 on a TPU, or as the process has it: an inverse made
+    so is none from condition 1e6 on. Products of the step are as the process has them, or as `Precision` says."""
+
+    def run(params, state, x):
+        captured = kj.capture(plan, params, x)
+        records = captured.records(captured.prediction[None], 6.0, fisher=kf.monte_carlo)
+        return tx.update(params, state, records=records, fresh=True)
+
+    home = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")  # before jax 0.8
+    found = []
+    with home.enable_x64(False), jax.default_matmul_precision("bfloat16"):
+        params, x = (jnp.asarray(v, jnp.float32) for v in (normal((4, 3)), X[:, 0]))
+        plan = kj.plan(lambda p, x: x @ p, params, x)
+        tx = kj.kfac(plan)
+        state = tx.init(params)
+        for said in (nullcontext(), kf.Precision().in_force()):
+            with said:
+                found.append(Counter(products(jax.make_jaxpr(partial(run, x=x))(params, state).jaxpr)))
+    exact, fast = ((how,) * 2 for how in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT))
+    assert [how for loop, how in found[0] if loop] == [exact]
+    assert found[0][False, fast] - found[1][False, fast] == 2  # G^-1 V A^-1

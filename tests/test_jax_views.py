@@ -285,21 +285,50 @@ def test_what_stands_behind_a_reshape_across_examples_is_marked():
         assert all(layer.mixed for layer in plan.layers)
 
 
-def test_a_capture_of_other_shapes_is_refused_and_a_mask_asked_for():
-    """How many batches lie behind each other goes by the shapes; positions of such rows are not looked for."""
+def test_a_capture_of_other_shapes_is_refused():
+    """How many batches lie behind each other goes by the shapes."""
 
     def apply(p, x):
         return (x.swapaxes(0, 1).reshape(-1, 4) @ p).reshape(x.shape[1], -1, 5).sum(0)
 
     plan = kj.plan(apply, LAYERS["w1"], TIMES)
     captured = kj.capture(plan, LAYERS["w1"], TIMES[:2])
-    draws = jnp.ones((1, 2, 5))
-    assert captured.records(draws, 2)["params"].a.shape == (1, 2, 3, 4)
+    assert captured.records(jnp.ones((1, 2, 5)), 2)["params"].a.shape == (1, 2, 3, 4)
     with pytest.raises(
         ValueError, match=r"several batches along one axis. Of what apply takes, argument 0 .* \(4, 4\)"
     ):
         kj.capture(plan, LAYERS["w1"], np.ones((N, 4, 4)))
-    with pytest.raises(ValueError, match=r"layer 'params' has rows of shape \(3,\) an example"):
-        captured.records(draws, 2, mask=jnp.ones((2, 3), bool))
-    mask = jnp.asarray([[True, True, False], [True, True, True]])
-    assert captured.records(draws, 2, mask={"params": mask})["params"].mask.shape == (2, 3)
+
+
+@pytest.mark.parametrize("turned", [lambda x: x, jnp.flip], ids=["in order", "backwards"])
+def test_a_mask_of_steps_of_time_before_the_examples(turned):
+    """Its rows are those of the model that has the examples first, so that padding changes nothing."""
+
+    def apply(p, x, m):
+        z = jnp.tanh(x.swapaxes(0, 1).reshape(-1, 4) @ p["w1"])
+        return ((z @ p["w2"]).reshape(x.shape[1], -1, 5) * m.T[..., None]).sum(0)
+
+    def plain(p, x, m):
+        return ((jnp.tanh(x @ p["w1"]) @ p["w2"]) * m[..., None]).sum(1)
+
+    params = {name: LAYERS[name] for name in ("w1", "w2")}
+    mask = turned(jnp.arange(3) < 1 + jnp.arange(N)[:, None] % 3)
+    draws = normal((1, N, 5), seed=7)
+    found = []
+    for model in (apply, plain):
+        plan = kj.plan(model, params, TIMES, mask * 1.0, batched=(0, 1))
+        found.append(kj.capture(plan, params, TIMES, mask * 1.0).records(draws, N, fisher=kf.monte_carlo, mask=mask))
+    for name, record in found[0].items():
+        np.testing.assert_array_equal(record.mask, mask)
+        for got, want in zip(jax.tree.leaves(record), jax.tree.leaves(found[1][name]), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_a_mask_of_joined_views_is_asked_for():
+    """It may mean one view or all."""
+    plan = kj.plan(lambda p, x: sum(halves(jnp.concatenate([x, -x]) @ p)).sum(1), LAYERS["w1"], TIMES)
+    captured = kj.capture(plan, LAYERS["w1"], TIMES)
+    with pytest.raises(ValueError, match=r"layer 'params' has rows of shape \(2, 3\) an .* joins several batches"):
+        captured.records(jnp.ones((1, N, 5)), N, mask=jnp.ones((N, 3), bool))
+    mask = jnp.arange(6) < jnp.arange(N)[:, None]
+    assert captured.records(jnp.ones((1, N, 5)), N, mask={"params": mask})["params"].mask.shape == (N, 6)

@@ -13,7 +13,7 @@ from kfaccore import Block, Ids, Record, measured
 from kfaccore_jax.mesh import promoting
 from kfaccore_jax.present import matrices, seen
 from kfaccore_jax.probing import unless_tried
-from kfaccore_jax.records import Drawn, widened
+from kfaccore_jax.records import Drawn, check_one, widened
 from kfaccore_jax.replicas import share_of
 from kfaccore_jax.state import Fresh, KFACState, restored, state_of
 from kfaccore_jax.transform import Transformation
@@ -99,6 +99,7 @@ class _Accumulation:
         fresh: Fresh = None,
         **extra: Any,
     ) -> tuple[Any, AccumulateState]:
+        check_one(records)
         n = jnp.asarray(share_of(records), state.share.dtype)
         sums = _mapped(
             lambda g, total: total if g is None else total + jnp.asarray(n, total.dtype) * g, grads, state.grads

@@ -59,13 +59,23 @@ def check_rows(one: list, two: list, n: int, unseen: list[bool]) -> None:
             raise ValueError(
                 f"apply gave a prediction of shape {tuple(a)} for {n} examples and {tuple(b)} for {2 * n}; need the "
                 f"examples on its first axis, (batch, *positions, outputs): give each example its own output, no mean "
-                f"over the batch, and move its axis to the front"
+                f"over the batch, and move its axis to the front{_compared(a, b)}"
             )
         if a[0] != n and minor:
             raise ValueError(
                 f"apply gave a prediction of shape {tuple(a)} for {n} examples, and the model joins the batch axis "
                 f"behind another one, so that whose rows they are cannot be seen: make it (batch, *positions, outputs)"
             )
+
+
+def _compared(a: Any, b: Any) -> str:
+    """What to do with a prediction (batch, batch), whose shapes at two batch sizes these are."""
+    if len(a) != len(b) or sum(p != q for p, q in zip(a, b, strict=True)) < 2:
+        return ""
+    return (
+        ". Where examples of a batch are compared with each other, as in contrastive losses, give embeddings, and "
+        "pull draws of the logits back to them by jax.vjp: adapters/kfaccore_jax/examples/contrastive.py"
+    )
 
 
 def settled(

@@ -131,6 +131,19 @@ def promoting(function: Callable) -> Callable:
     return run
 
 
+def under(names: tuple[str, ...], made: Callable[[], Any]) -> Any:
+    """`made()` while axes of these names are in force, of two devices each, which nothing is computed on."""
+    if not names:
+        return made()
+    found: list[Any] = []
+
+    def one(_: object) -> None:
+        found.append(under(names[1:], made))
+
+    jax.eval_shape(jax.vmap(one, axis_name=names[0]), jax.ShapeDtypeStruct((2,), jnp.float32))
+    return found[0]
+
+
 def named_axes() -> tuple[str, ...]:
     """Axes in force of shard_map, pmap and named vmaps, as far as this jax tells."""
     names = dict.fromkeys(str(name) for name in jax.sharding.get_abstract_mesh().manual_axes)

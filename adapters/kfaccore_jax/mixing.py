@@ -24,7 +24,8 @@ Sums = Callable[..., bool]  # `mixes` for one model, of an equation at a place
 
 def mixed(one: Any, two: Any, count: int, n: int, behind: Behind) -> set[str]:
     """Places of the equations whose results reach one of the first `count` outputs of a jaxpr, here at n and 2 n
-    examples, through a sum over examples, which joins and cuts of whole batches are not."""
+    examples, through a sum over examples, which joins and cuts of whole batches are not; with "@" those whose operands
+    do, with its number where it is one of those of a jaxpr within."""
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
     found: set[str] = set()
@@ -63,6 +64,7 @@ def _backwards(
         if sums(p, q, key, within=False):
             through = given
         given, through = _within(found, p, bodies, f"{key}.", given, through, sums)
+        found |= {f"{key}@{i}" for i, flag in enumerate(through) if flag}
         reaching |= _of(p.invars, given)
         summed |= _of(p.invars, through)
     return [v in reaching for v in one.invars], [v in summed for v in one.invars]

@@ -28,7 +28,8 @@ def grown(p: Any, q: Any) -> list[int]:
 def moved(one: Any, two: Any, count: int, behind: Behind) -> dict[str, str]:
     """{place of an equation: primitive} of the equations, inner ones included, whose operands or results such a
     primitive moves, before or after them, on the way to one of the first `count` outputs. Joins and cuts of whole
-    batches are none; what takes rows of several batches elsewhere is one."""
+    batches are none; what takes rows of several batches elsewhere is one. With "@" are those that move their operands
+    themselves, with its number where it is one of those of a jaxpr within."""
     found: dict[str, str] = {}
     one = getattr(one, "jaxpr", one)
     two = getattr(two, "jaxpr", two)
@@ -103,9 +104,11 @@ def _backwards(
             while (again := _turned(p, after, ahead, back=True)) != after:
                 after = again
                 ahead = _backwards(found, behind, bodies, f"{key}.", after, flags)
+            found |= {f"{key}@{i}": name for i, name in enumerate(ahead) if name}
             _mark(why, p.invars, ahead)
             continue
         name = ("" if key in behind.exact else _moves(p, q)) or name
+        found |= {f"{key}@": name} if name else {}
         _mark(why, p.invars, [name if carries(v) else "" for v in p.invars])
     return _known(why, one.invars)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,12 +16,12 @@ from kfaccore_jax.calls import Call
 from kfaccore_jax.evaluate import traced
 from kfaccore_jax.layers import Layer, gathered
 from kfaccore_jax.lifted import Lifts, followed_up, lifts_of
-from kfaccore_jax.mesh import Shape
+from kfaccore_jax.mesh import Shape, under
 from kfaccore_jax.mixing import mixed
 from kfaccore_jax.names import check_arrays, named, without_number
 from kfaccore_jax.order import moved
 from kfaccore_jax.ranges import ranged
-from kfaccore_jax.walk import place_of
+from kfaccore_jax.walk import marked, place_of
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def plan(
     has_aux: bool = False,
     strict: bool = False,
     explicit: bool = False,
+    axis_name: str | tuple[str, ...] = (),
 ) -> Plan:
     """Trace `apply(params, *args)` abstractly and find its layers; arrays or jax.ShapeDtypeStruct will do.
 
@@ -112,10 +114,30 @@ def plan(
     batched   which of `args` hold examples, on the first axis of each of their arrays
     strict    ValueError naming each leaf that is not covered; otherwise such leaves keep their gradient
     explicit  follow no jaxpr: `apply` takes one more argument, a Tap, and calls it for each layer
+    axis_name of axes of shard_map or pmap that `apply` itself sums over, as BatchNorm with axis_name does: the plan is
+              made outside of them
 
     Capture the prediction, not the loss: a penalty on a parameter inside `apply` would make it uncovered.
     """
     check_arrays(params)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    try:
+        return under(names, partial(_planned, apply, params, args, batched, has_aux, strict, explicit))
+    except NameError as error:
+        error.add_note("an axis of shard_map or pmap that apply sums over is not in force here: plan(axis_name=...)")
+        raise
+
+
+def _planned(
+    apply: Callable,
+    params: Any,
+    args: tuple,
+    batched: tuple[int, ...],
+    has_aux: bool,
+    strict: bool,
+    explicit: bool,
+) -> Plan:
+    """`plan` where the axes are in force that `apply` names."""
     n = examples(args, batched)
     shape = strong(jax.eval_shape(lambda p, a: (p, a), params, args))
     one = shape[1]
@@ -168,9 +190,9 @@ def _placed(one: tuple, two: tuple, n: int) -> tuple[dict[str, Call], dict[int, 
         x = (data.get(key), data2.get(key))
         y = (walk.outputs[key], other.outputs[key])
         calls[key], why = settled(call, x, y, n, minor, behind.of(key))
-        mixing = place_of(key) + "@" * ("@" in key) in summed or behind.of(key)[0] == SCRAMBLED
+        mixing = bool(marked(summed, key)) or behind.of(key)[0] == SCRAMBLED
         calls[key] = replace(calls[key], mixed=mixing)
-        name = places.get(place_of(key))
+        name = places.get(place_of(key)) or places.get(marked(places, key))
         if name and not why and calls[key].batch is not None:
             why = f"{call.kind} on examples that {name} moves along the batch"
         if why:

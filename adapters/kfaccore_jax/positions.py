@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from kfaccore_jax.direction import BACKWARDS, UNKNOWN, direction_of
 from kfaccore_jax.mesh import Shape
 from kfaccore_jax.stretch import Way, ways
 
@@ -60,6 +61,17 @@ class Longer:
                         found[i] = k
         return found
 
+    def along(self, key: str, mask: Any) -> Any:
+        """The mask as positions run in the rows of a call; None where they run both ways, or in another order."""
+        axes = range(len(self.here[key].shape))
+        for k, several in enumerate(self.ways, start=1):
+            its = [way for way in several if way.ours and any(way.stretches(self.here[key], key, i) for i in axes)]
+            ways = {direction_of(way.order, key) for way in its}
+            if UNKNOWN in ways or len(ways) > 1:
+                return None
+            mask = jnp.flip(mask, k) if BACKWARDS in ways else mask
+        return mask
+
     def joined(self, key: str, axis: int) -> bool:
         """Whether an axis of the call's output holds the positions of all the mask's axes."""
         return all(any(way.ours and way.stretches(self.here[key], key, axis) for way in part) for part in self.ways)
@@ -81,7 +93,8 @@ def masks_of(plan: Plan, mask: Any, longer: Longer, draws: int) -> dict[str, Any
         rows = ", ".join(f"layer {name!r} has rows of shape {shape} an example" for name, shape in unseen.items())
         raise ValueError(
             f"{rows}, and which of them a mask of shape {tuple(mask.shape)} means cannot be seen, as the model does "
-            f"not run, or not have them so, at another length: give mask={{layer: (batch, rows)}}, None for layers "
+            f"not run, or not have them so, at another length, joins several batches along one axis, or has them in "
+            f"another order: give mask={{layer: (batch, rows)}}, all rows of an example in order, None for layers "
             f"without one"
         )
     return found if any(x is not None for x in found.values()) else _of_examples(plan, mask, draws)
@@ -153,10 +166,13 @@ def _call_mask(plan: Plan, layer: Layer, key: str, mask: Any, longer: Longer) ->
     each = shape[batch] // mask.shape[0]  # positions joined with the batch stand behind it
     rows = each * prod(sizes)
     known: list[int | None] = [axes[i] for i in others]
-    if call.outer > 1:
-        raise _Unseen((each, *sizes))
+    if call.outer > 1 and (each != call.outer or (each,) != mask.shape[1:] or others):
+        raise _Unseen((each, *sizes))  # of several views; steps of time before the examples are in their order
     if each == 1 and not others:
         return None, rows
+    mask = longer.along(key, mask)
+    if mask is None:
+        raise _Unseen((each, *sizes))
     if each == prod(mask.shape[1:]) and not others and longer.joined(key, whole):
         return mask.reshape(mask.shape[0], -1), rows
     if each != 1 or not any(k is not None for k in known):

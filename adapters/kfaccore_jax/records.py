@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kfaccore import Ids, Patches
+from kfaccore import Ids, Patches, Record
 from kfaccore_jax.layers import Layer
 from kfaccore_jax.mesh import automatic, explicit_mesh
 
@@ -61,9 +61,12 @@ def side_by_side(
 ) -> Mapping[str, Any] | None:
     """Records of one update that came as those of several micro-batches: {layer: [Record, ...]}; others as they are."""
     if records is None or isinstance(records, Mapping):
+        check_one(records)
         return records
     if not all(isinstance(part, Mapping) for part in records) or not records:
         raise TypeError("records is a sequence; need one {layer: Record} a micro-batch, as Captured.records gives them")
+    for part in records:
+        check_one(part)
     parts = [part if isinstance(part, Drawn) else Drawn(part) for part in records]
     if any(part.keys() != parts[0].keys() or part.own.keys() != parts[0].own.keys() for part in parts):
         raise ValueError(
@@ -77,6 +80,17 @@ def side_by_side(
 
     rest = listed(lambda part: part.rest)
     return Drawn(listed(lambda part: part), parts[0].fisher, rest=rest, own=listed(lambda part: part.own))
+
+
+def check_one(records: Mapping[str, Any] | None) -> None:
+    """ValueError where records are those of several micro-batches in one array, as lax.scan, lax.map and vmap do."""
+    for name, record in (records or {}).items():
+        if isinstance(record, Record) and record.g.ndim > 5:
+            raise ValueError(
+                f"the record of layer {name!r} has g of shape {record.g.shape}, micro-batches first, as lax.scan or "
+                f"vmap puts them together; need (draws, blocks, batch, shared, outputs): give records=[jax.tree.map("
+                f"lambda x: x[i], records) for i in range(k)], or step inside the scan by kfaccore_jax.accumulate"
+            )
 
 
 def pairs(plan: Plan, data: Mapping[str, Any], g: Mapping[str, Any], n: int, spec: Any = None) -> dict[str, Pair]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from kfaccore_jax.agreement import types_of
+from kfaccore_jax.direction import directions
 from kfaccore_jax.evaluate import evaluated
 from kfaccore_jax.mesh import Shape
 
@@ -27,12 +28,14 @@ class Way:
 
     size, other   their length as it is, and as it was traced
     ours          whether arrays of examples have them; else tables of params alone
+    order         which way they run at each place, as `directions` has it
     """
 
     size: int
     other: int
     ours: bool
     outputs: Mapping[str, Shape]
+    order: dict[str, int]
 
     def stretches(self, before: Shape, key: str, axis: int) -> bool:
         """Whether an axis of a call's output is as much longer."""
@@ -55,9 +58,10 @@ def ways(plan: Plan, params: Any, args: tuple, axis: int, size: int) -> tuple[Wa
 def _found(plan: Plan, params: Any, args: tuple, axis: int, size: int) -> tuple[Way, ...]:
     half = (size // 2,) if size > 2 and size % 2 == 0 else ()  # of one that broadcasts nothing is seen
     ours = _ours(plan, params, args)
+    _, jaxpr = _traced(plan, params, args) or (None, None)
     for other in (2 * size, *half):
         for axes in _candidates(plan, params, args, axis, size):
-            run = _Run(plan, params, args, size, other, frozenset((i, axis) for i in ours))
+            run = _Run(plan, params, args, size, other, frozenset((i, axis) for i in ours), jaxpr)
             whole = run.of(axes)
             if whole is not None:
                 # one element broadcasts, so that all arrays seem to go alone
@@ -92,7 +96,8 @@ def _candidates(plan: Plan, params: Any, args: tuple, axis: int, size: int) -> l
 
 @dataclass(frozen=True)
 class _Run:
-    """Traces of the model with some axes, `size` long, of length `other`; axes in `ours` are of examples."""
+    """Traces of the model with some axes, `size` long, of length `other`; axes in `ours` are of examples. `jaxpr` is
+    that of the model as it is."""
 
     plan: Plan
     params: Any
@@ -100,6 +105,7 @@ class _Run:
     size: int
     other: int
     ours: frozenset[tuple[int, int]]
+    jaxpr: Any
 
     def of(self, axes: Axes) -> Way | None:
         """None where it does not run so."""
@@ -108,10 +114,11 @@ class _Run:
             shape = list(leaves[i].shape)
             shape[k] = self.other
             leaves[i] = jax.ShapeDtypeStruct(tuple(shape), leaves[i].dtype)
-        outputs = _traced(self.plan, *jax.tree.unflatten(structure, leaves))
-        if outputs is None:
+        traced = _traced(self.plan, *jax.tree.unflatten(structure, leaves))
+        if traced is None:
             return None
-        return Way(self.size, self.other, not self.ours.isdisjoint(axes), outputs)
+        order = {} if self.jaxpr is None else directions(self.jaxpr, traced[1], {i for i, _ in self.ours})
+        return Way(self.size, self.other, not self.ours.isdisjoint(axes), traced[0], order)
 
     def parted(self, axes: Axes, whole: Way) -> Iterator[Way]:
         """The least sets of axes at which it runs: what runs with all and with some runs with the others."""
@@ -133,15 +140,19 @@ class _Run:
             yield (whole if len(left) == len(axes) else self.of(tuple(left))) or whole
 
 
-def _traced(plan: Plan, params: Any, args: tuple) -> Mapping[str, Shape] | None:
+def _traced(plan: Plan, params: Any, args: tuple) -> tuple[Mapping[str, Shape], Any] | None:
+    """Types of the calls' outputs, and the jaxpr, None where it is not followed; None where it does not run so."""
     found: dict[str, Shape] = {}
+    jaxprs = []
 
     def abstract(params: Any, args: tuple) -> None:
         given = plan.known, frozenset(), plan.lifts
-        found.update(evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, *given)[2].outputs)
+        *_, walk, jaxpr = evaluated(plan.apply, params, args, plan.has_aux, plan.explicit, None, *given)
+        found.update(walk.outputs)
+        jaxprs.append(jaxpr)
 
     try:
         jax.eval_shape(abstract, params, args)
     except Exception:  # whatever a model raises: asserts, and errors of its library, at a length that it does not take
         return None
-    return found if found.keys() == plan.calls.keys() else None
+    return (found, jaxprs[0]) if found.keys() == plan.calls.keys() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,14 @@ OTHER = "apply runs other layers than when it was planned; make a plan for these
 def place_of(key: str) -> str:
     """The place in the model's jaxpr of the equation that a call is, or its operand is."""
     return key.partition("@")[0].partition("/")[0]
+
+
+def marked(found: Container[str], key: str) -> str:
+    """The place among those found that a call stands at, "" for none: an equation, of a call on an operand all
+    operands of one ("place@") or this one."""
+    place = place_of(key)
+    _, at, number = key.partition("@")
+    return next((spot for spot in (f"{place}{at}", f"{place}{at}{number}") if spot in found), "")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -103,7 +103,8 @@ def _of(names: Sequence[str]) -> Precision | None:
 
 @contextmanager
 def products(how: str | None) -> Iterator[None]:
-    """Inside, float32 products of torch and CuPy on a GPU are TF32 or float32; None leaves the process's choice."""
+    """Inside, float32 products of torch and CuPy on a GPU, and those that JAX traces, are TF32 or float32; None leaves
+    the process's choice."""
     if how is None:
         yield
         return
@@ -111,10 +112,17 @@ def products(how: str | None) -> Iterator[None]:
     live = [switch for switch in switches if switch is not None]
     before = [switch(how) for switch in live]
     try:
-        yield
+        with _traced(how):
+            yield
     finally:
         for switch, old in zip(live, before, strict=True):
             switch(old)
+
+
+def _traced(how: str) -> AbstractContextManager[object]:
+    """JAX's: by itself its products are TF32 on a GPU, and of bfloat16 rows on a TPU."""
+    jax: Any = sys.modules.get("jax")
+    return nullcontext() if jax is None else jax.default_matmul_precision("highest" if how == FLOAT32 else "high")
 
 
 def _torch_switch() -> Any:
