@@ -123,7 +123,8 @@ def gathered(engine: Engine, pending: Pending, scale: torch.Tensor | None, captu
     scale     what a scaler multiplied the losses by
     captured  all forwards, those whose gradients were thrown away too
     """
-    shots, world = pending.shots, engine.core.comm.world
+    shots = pending.shots
+    world = engine.core.comm.world
     for shot in shots:
         check_even(shot.slopes)
     counted = _counting(shots)
