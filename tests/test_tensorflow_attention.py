@@ -176,6 +176,15 @@ OWN = {
     "there": lambda ids, x: Pool("there")(x, ids > 0),
     "not there": lambda ids, x: Pool("not there")(x, ids > 0),
     "no layer": lambda ids, x: mean(L.Dense(4, "tanh")(x), ids > 0),
+    "repeated": lambda ids, x: keras.ops.sum(
+        x * keras.ops.repeat(keras.ops.cast(ids > 0, "float64")[..., None], 6, 2), 1
+    ),
+    "repeated, chosen": lambda ids, x: keras.ops.max(
+        keras.ops.where(keras.ops.tile((ids > 0)[..., None], (1, 1, 6)), x, -1e9), 1
+    ),
+    "repeated, each with a number": lambda ids, x: keras.ops.sum(
+        x * (keras.ops.cast(ids > 0, "float64")[..., None] * np.arange(6.0)), 1
+    ),
     "heads": lambda ids, x: keras.ops.sum(
         L.EinsumDense("abc,cde->abde", (None, 2, 3))(x) * keras.ops.cast(ids > 0, "float64")[..., None, None], (1, 2)
     ),
@@ -203,6 +212,7 @@ NO_MASKS = {
     "of each number": lambda x, h: h * x,
     "of data": lambda x, h: h * x[..., :1],
     "added": lambda x, h: h + x[..., :1],
+    "of numbers by feature": lambda x, h: h * tf.cast(x > 0, x.dtype),
     "of a gate": lambda x, h: tf.cast(x[..., :1] > 0, x.dtype) * tf.reduce_mean(h, 1, keepdims=True),
     "of no example": lambda x, h: h * x[:1, :, :1],
     "of weights": lambda x, h: h * tf.nn.relu(tf.reduce_sum(h, -1, True)),

@@ -127,7 +127,7 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
 
 
 def _unseen(engine: Engine, batch: Batch) -> None:
-    """Warnings of masks that leave out rows of a part, though which is not to be seen, of each part once; and of padding
+    """Warnings of masks that leave out rows of a part, though which is not to be seen, of each part once; of padding
     that no mask tells of."""
     new = {name: mask for name, mask in batch.unseen.items() if name not in engine.unseen}
     engine.unseen |= set(new)

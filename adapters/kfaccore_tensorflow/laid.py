@@ -32,7 +32,8 @@ def laid(graph: Any, reach: Names, given: Names, hot: Names) -> dict[int, list[T
         if op.type not in WAYS or op.name not in reach:
             continue
         for rows, number, there in WAYS[op.type](op):
-            if rows.op.name in hot and number.op.name in given and number.op.name not in hot:
+            cold = number.op.name in given and number.op.name not in hot
+            if rows.op.name in hot and cold and (op.type in SUMS or _lone(number, given)):
                 found.setdefault(id(rows), []).append(there())
     return found
 
@@ -49,7 +50,7 @@ def _added(op: Operation) -> Met:
     for rows, number in (op.inputs, *([] if sign < 0 else [reversed(op.inputs)])):
         axes = _positions(rows, number)
         if axes and _large(number):
-            yield rows, number, lambda x=number, axes=axes: tf.cast(sign, x.dtype) * _along(x, axes) > NEVER
+            yield rows, number, lambda x=number, axes=axes: _along(tf.cast(sign, x.dtype) * x > NEVER, axes)
 
 
 def _chosen(op: Operation) -> Met:
@@ -57,7 +58,7 @@ def _chosen(op: Operation) -> Met:
     for rows, kept in zip(both, (True, False), strict=True):
         axes = _positions(rows, which)
         if axes:
-            yield rows, which, lambda axes=axes, kept=kept: tf.equal(_along(which, axes), kept)
+            yield rows, which, lambda axes=axes, kept=kept: _along(tf.equal(which, kept), axes)
 
 
 def _product(op: Operation) -> Met:
@@ -90,12 +91,13 @@ WAYS: dict[str, Callable[[Operation], Met]] = {
     "SelectV2": _chosen,
     "Sub": _added,
 }
+SUMS = ("BatchMatMulV2", "BatchMatMulV3", "Einsum")
 
 
 def _positions(rows: Tensor, number: Tensor) -> list[int]:
-    """Axes of positions, of rows (batch, *positions, d) and a number for each, or of numbers (batch, positions)."""
+    """Axes of positions, of rows (batch, *positions, d) and one number for each or as many, or of (batch, positions)."""
     rank = number.shape.rank
-    if rank is None or rank < 2 or rows.shape.rank != rank or (rank > 2 and number.shape[-1] != 1):
+    if rank is None or rank < 2 or rows.shape.rank != rank:
         return []
     axes = [axis for axis in range(1, max(rank - 1, 2)) if number.shape[axis] != 1]
     return axes if _many(number, axes) and _many(rows, axes) else []
@@ -121,15 +123,29 @@ def _large(number: Tensor) -> bool:
     return False
 
 
+def _lone(number: Tensor, given: Names) -> bool:
+    """Whether there is one for each position, or one was repeated for all that it is multiplied with."""
+    waiting = [number] if number.shape.rank > 2 and number.shape[-1] != 1 else []
+    seen = {number.op.name}
+    while waiting:
+        made = [x for x in waiting.pop().op.inputs if x.op.name in given]
+        if not made or any(x.shape.rank is None for x in made):  # the inputs themselves
+            return False
+        new = [x for x in made if x.op.name not in seen and x.shape.rank and x.shape[-1] != 1]
+        seen |= {x.op.name for x in new}
+        waiting += new
+    return True
+
+
 def _along(number: Tensor, axes: list[int]) -> Tensor:
-    """(batch, *positions)."""
+    """(batch, *positions), of what is repeated the largest."""
     lone = [axis for axis in range(1, number.shape.rank) if axis not in axes]
-    return tf.squeeze(number, lone) if lone else number  # of none TensorFlow squeezes all
+    return (tf.reduce_any if number.dtype == tf.bool else tf.reduce_max)(number, lone)
 
 
 def _one(number: Tensor, axes: list[int]) -> Tensor:
     """Where it is not 0; everywhere for numbers that differ otherwise within an example, which are data."""
-    number = tf.abs(_along(number, axes))
+    number = _along(tf.abs(number), axes)
     there = number > 0
     top = tf.reduce_max(number, list(range(1, number.shape.rank)), keepdims=True)
     return there | tf.reduce_any(there & tf.not_equal(number, top))
