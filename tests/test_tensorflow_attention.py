@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import numpy as np
@@ -317,3 +318,19 @@ def test_padding_that_only_labels_tell_of_is_named(masked, rng):
         warnings.simplefilter("always")
         step.step(ids, y)
     assert any("move nothing" in str(one.message) for one in told) != masked
+
+
+def test_no_mask_is_searched_or_made_where_there_can_be_none(monkeypatch):
+    """Among what is added to rows are rows themselves, made of the whole network; and a plan needs no mask."""
+    module = importlib.import_module("kfaccore_tensorflow.laid")
+    asked = []
+    monkeypatch.setattr(module, "_large", lambda number: asked.append(number))
+    monkeypatch.setattr(module, "_along", lambda number, axes: pytest.fail("a mask was made"))
+    i = keras.Input((5,), dtype="int32")
+    x = L.Embedding(9, 6)(i)
+    for _ in range(3):
+        x = x + L.Dense(6, "tanh")(x)
+    x = x + keras.ops.where(i > 0, 0.0, -1e9)[..., None]
+    x = x * keras.ops.cast(i > 0, "float64")[..., None]
+    kt.coverage(keras.Model(i, L.Dense(3)(keras.ops.max(x, 1))))
+    assert len(asked) == 1

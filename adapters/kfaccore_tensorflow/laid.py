@@ -21,20 +21,32 @@ Met = Iterator[tuple[Tensor, Tensor, Callable[[], Tensor]]]  # rows, numbers, an
 NEVER = -9999.0  # what is added to that is never the largest
 
 
-def laid(graph: Any, reach: Names, given: Names, hot: Names) -> dict[int, list[Tensor]]:
-    """{id of a tensor that is made of weights: masks (batch, *positions) laid on it}.
+class Laid(dict[int, list[Any]]):
+    """{id of a tensor that is made of weights: masks (batch, *positions) laid on it}; a mask is made when it is asked
+    for, as a loop lays one at each step that Keras's own masks tell of already."""
+
+    def __getitem__(self, key: int) -> list[Tensor]:
+        made = [mask if tf.is_tensor(mask) else mask() for mask in super().__getitem__(key)]
+        self[key] = made
+        return made
+
+
+def laid(graph: Any, reach: Names, given: Names, hot: Names) -> Laid:
+    """Where operations lay masks.
 
     reach, given, hot    names of the operations that gradients of the prediction reach, that are made of the inputs or
                          are one, and that are made of weights
     """
-    found: dict[int, list[Tensor]] = {}
+    found = Laid()
     for op in graph.get_operations():
         if op.type not in WAYS or op.name not in reach:
             continue
         for rows, number, there in WAYS[op.type](op):
             cold = number.op.name in given and number.op.name not in hot
-            if rows.op.name in hot and cold and (op.type in SUMS or _lone(number, given)):
-                found.setdefault(id(rows), []).append(there())
+            if rows.op.name not in hot or not cold or (op.type not in SUMS and not _lone(number, given)):
+                continue
+            if op.type not in ADDED or _large(number):
+                found.setdefault(id(rows), []).append(there)
     return found
 
 
@@ -49,7 +61,7 @@ def _added(op: Operation) -> Met:
     sign = -1.0 if op.type == "Sub" else 1.0
     for rows, number in (op.inputs, *([] if sign < 0 else [reversed(op.inputs)])):
         axes = _positions(rows, number)
-        if axes and _large(number):
+        if axes:
             yield rows, number, lambda x=number, axes=axes: _along(tf.cast(sign, x.dtype) * x > NEVER, axes)
 
 
@@ -91,11 +103,12 @@ WAYS: dict[str, Callable[[Operation], Met]] = {
     "SelectV2": _chosen,
     "Sub": _added,
 }
+ADDED = ("Add", "AddV2", "Sub")
 SUMS = ("BatchMatMulV2", "BatchMatMulV3", "Einsum")
 
 
 def _positions(rows: Tensor, number: Tensor) -> list[int]:
-    """Axes of positions, of rows (batch, *positions, d) and one number for each or as many, or of (batch, positions)."""
+    """Axes of positions, of rows (batch, *positions, d) and one number for each, or d; or of (batch, positions)."""
     rank = number.shape.rank
     if rank is None or rank < 2 or rows.shape.rank != rank:
         return []
