@@ -289,6 +289,12 @@ UNTOLD = {
         lambda net, i, x, last: tf.gather(net.loop(x), last, batch_dims=1),
         ("table", "inner", "loop.gru_cell"),
     ),
+    "behind a gate of data": (
+        lambda net, i, x, last: tf.reduce_sum(
+            x * tf.cast(i + 1, x.dtype)[..., None] * tf.cast(i > 0, x.dtype)[..., None], 1
+        ),
+        ("table", "inner"),
+    ),
     "mean": (lambda net, i, x, last: tf.reduce_mean(net.loop(x), 1), ()),
     "maximum": (lambda net, i, x, last: tf.reduce_max(tf.concat([x[..., :2]] * 3, -1), 1), ()),
     "a mask": (lambda net, i, x, last: tf.reduce_sum(x * tf.cast(i > 0, x.dtype)[..., None], 1), ()),

@@ -17,7 +17,7 @@ FEW = 3  # positions, or calls of a loop over steps: of fewer, units at rest may
 class Alive:
     """Which of (examples, positions) of a part move the prediction.
 
-    masked    whether a mask was laid along them
+    masked    whether a mask was laid along them that leaves some out
     looped    whether the positions are calls
     """
 
@@ -30,17 +30,21 @@ def alive(calls: Sequence[Rows]) -> list[Alive]:
     """Of the calls of a part: of each whose rows have one axis of positions, or of all, of one row each."""
     drawn = [call for call in calls if call.live is not None and _whole(call)]
     rows = [call for call in drawn if sum(size > 1 for size in call.sizes) == 1]
-    found = [Alive(call.moved, call.left is not None, False) for call in rows]
+    found = [Alive(call.moved, _masked(call), False) for call in rows]
     single = [call for call in drawn if call.moved.shape[1] == 1]
     if len(single) == len(calls) >= FEW:
         moved = np.concatenate([call.moved for call in single], axis=1)
-        found.append(Alive(moved, any(call.left is not None for call in single), True))
+        found.append(Alive(moved, any(_masked(call) for call in single), True))
     return found
 
 
 def _whole(call: Rows) -> bool:
     """Whether it has the same number of rows of each example."""
     return int(np.prod(call.shape)) == call.examples * int(np.prod(call.sizes)) and not call.single
+
+
+def _masked(call: Rows) -> bool:
+    return call.left is not None and not call.left.all()
 
 
 def untold(parts: Mapping[str, Sequence[Alive]], present: np.ndarray | None) -> list[str]:
