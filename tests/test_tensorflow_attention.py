@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
+
 import numpy as np
 import pytest
 
@@ -87,6 +90,7 @@ def test_padding_that_nobody_looks_at_leaves_no_trace(make, rng):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:examples of:UserWarning")  # those without a label are named
 @pytest.mark.parametrize("masked", ["keys", "queries"])
 @pytest.mark.parametrize("how", ["Keras", "attention_mask"])
 def test_a_mask_of_the_other_sequence_leaves_all_positions(masked, how, rng):
@@ -173,6 +177,15 @@ OWN = {
     "there": lambda ids, x: Pool("there")(x, ids > 0),
     "not there": lambda ids, x: Pool("not there")(x, ids > 0),
     "no layer": lambda ids, x: mean(L.Dense(4, "tanh")(x), ids > 0),
+    "repeated": lambda ids, x: keras.ops.sum(
+        x * keras.ops.repeat(keras.ops.cast(ids > 0, "float64")[..., None], 6, 2), 1
+    ),
+    "repeated, chosen": lambda ids, x: keras.ops.max(
+        keras.ops.where(keras.ops.tile((ids > 0)[..., None], (1, 1, 6)), x, -1e9), 1
+    ),
+    "repeated, each with a number": lambda ids, x: keras.ops.sum(
+        x * (keras.ops.cast(ids > 0, "float64")[..., None] * np.arange(6.0)), 1
+    ),
     "heads": lambda ids, x: keras.ops.sum(
         L.EinsumDense("abc,cde->abde", (None, 2, 3))(x) * keras.ops.cast(ids > 0, "float64")[..., None, None], (1, 2)
     ),
@@ -200,6 +213,7 @@ NO_MASKS = {
     "of each number": lambda x, h: h * x,
     "of data": lambda x, h: h * x[..., :1],
     "added": lambda x, h: h + x[..., :1],
+    "of numbers by feature": lambda x, h: h * tf.cast(x > 0, x.dtype),
     "of a gate": lambda x, h: tf.cast(x[..., :1] > 0, x.dtype) * tf.reduce_mean(h, 1, keepdims=True),
     "of no example": lambda x, h: h * x[:1, :, :1],
     "of weights": lambda x, h: h * tf.nn.relu(tf.reduce_sum(h, -1, True)),
@@ -225,3 +239,104 @@ def test_what_else_multiplies_rows_is_no_mask(make, rng):
     net = Net()
     net(x)
     assert kt.records(net, x, rng.integers(0, 3, 4), crossentropy())["inner"].mask is None
+
+
+def seen_in(names, net, x, y, **settings):
+    """Whether padding was named, of which parts, in three steps of one batch."""
+    step = kt.Optimizer(net, crossentropy(), SGD(0.1), **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step.step(x, y)
+    found = [str(one.message) for one in told if "move nothing" in str(one.message)]
+    return len(found) == 1 and all(repr(name) in found[0] for name in names) if names else not found
+
+
+def flat(i, x):
+    """Tokens of all examples behind each other, then their sums."""
+    there = i > 0
+    return tf.math.segment_sum(tf.boolean_mask(x, there), tf.cast(tf.where(there)[:, 0], "int32"))
+
+
+class Untold(keras.Model):
+    """Positions that only operations know of."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.table, self.inner, self.head = L.Embedding(9, 6, name="table"), L.Dense(6, name="inner"), L.Dense(3)
+        self.loop = L.GRU(6, return_sequences=True, name="loop")
+
+    def build(self, shape):
+        self.table.build(shape)
+        for layer in (self.inner, self.loop, self.head):
+            layer.build((*shape, 6))
+        self.built = True
+
+    def call(self, i):
+        x = self.inner(self.table(i))
+        last = tf.reduce_sum(tf.cast(i > 0, "int32"), 1) - 1
+        return self.head(self.loop(x) if self.how is None else self.how(self, i, x, last))
+
+
+UNTOLD = {
+    "boolean_mask": (lambda net, i, x, last: flat(i, x), ("table", "inner")),
+    "ragged": (
+        lambda net, i, x, last: tf.reduce_mean(tf.RaggedTensor.from_tensor(x, last + 1), 1),
+        ("table", "inner"),
+    ),
+    "the last step": (
+        lambda net, i, x, last: tf.gather(net.loop(x), last, batch_dims=1),
+        ("table", "inner", "loop.gru_cell"),
+    ),
+    "behind a gate of data": (
+        lambda net, i, x, last: tf.reduce_sum(
+            x * tf.cast(i + 1, x.dtype)[..., None] * tf.cast(i > 0, x.dtype)[..., None], 1
+        ),
+        ("table", "inner"),
+    ),
+    "mean": (lambda net, i, x, last: tf.reduce_mean(net.loop(x), 1), ()),
+    "maximum": (lambda net, i, x, last: tf.reduce_max(tf.concat([x[..., :2]] * 3, -1), 1), ()),
+    "a mask": (lambda net, i, x, last: tf.reduce_sum(x * tf.cast(i > 0, x.dtype)[..., None], 1), ()),
+}
+
+
+@pytest.mark.parametrize(("how", "names"), UNTOLD.values(), ids=UNTOLD)
+def test_padding_that_no_mask_tells_of_is_named_once(how, names, rng):
+    ids = rng.integers(1, 9, (4, 5))
+    ids[~(np.arange(5) < np.array([3, 5, 2, 4])[:, None])] = 0
+    net = Untold(how)
+    net(ids)
+    assert seen_in(names, net, ids, rng.integers(0, 3, 4))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "mask_zero"])
+def test_padding_that_only_labels_tell_of_is_named(masked, rng):
+    ids, y = rng.integers(1, 9, (4, 5)), rng.integers(0, 3, (4, 5))
+    ids[~(np.arange(5) < np.array([3, 5, 2, 4])[:, None])] = 0
+    y[ids == 0] = -1
+    net = Untold(None)
+    net.table = L.Embedding(9, 6, mask_zero=masked, name="table")
+    net(ids)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    step = kt.Optimizer(net, loss, SGD(0.1))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        step.step(ids, y)
+    assert any("move nothing" in str(one.message) for one in told) != masked
+
+
+def test_no_mask_is_searched_or_made_where_there_can_be_none(monkeypatch):
+    """Among what is added to rows are rows themselves, made of the whole network; and a plan needs no mask."""
+    module = importlib.import_module("kfaccore_tensorflow.laid")
+    asked = []
+    monkeypatch.setattr(module, "_large", lambda number: asked.append(number))
+    monkeypatch.setattr(module, "_along", lambda number, axes: pytest.fail("a mask was made"))
+    i = keras.Input((5,), dtype="int32")
+    x = L.Embedding(9, 6)(i)
+    for _ in range(3):
+        x = x + L.Dense(6, "tanh")(x)
+    x = x + keras.ops.where(i > 0, 0.0, -1e9)[..., None]
+    x = x * keras.ops.cast(i > 0, "float64")[..., None]
+    kt.coverage(keras.Model(i, L.Dense(3)(keras.ops.max(x, 1))))
+    assert len(asked) == 1

@@ -71,6 +71,18 @@ class Decorated(keras.Model):
         return self.dense(x)
 
 
+class Asking(Decorated):
+    """One that asks tensors in Python, which a tf.function may."""
+
+    @tf.function
+    def call(self, x):
+        if tf.reduce_sum(x) > 100:
+            x = x / 100
+        for _ in tf.range(2):
+            x = tf.tanh(x)
+        return self.dense(x)
+
+
 class Scale(L.Layer):
     """A gain of one's own, as ConvNeXt has it."""
 
@@ -183,6 +195,7 @@ CASES = {
     "tied by einsum": (lambda: Tied("einsum"), ids),
     "subclass": (sequence(lambda: Doubled(3), **TEXT), words),
     "decorated": (Decorated, words),
+    "asking in Python": (Asking, words),
 }
 
 

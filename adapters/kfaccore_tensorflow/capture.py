@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import keras
@@ -92,8 +92,16 @@ def every(layer: Layer) -> Iterator[Layer]:
 
 
 def _inline(call: Callable) -> Callable:
-    """What a `tf.function` wraps: its operations then belong to the graph around it."""
-    return getattr(call, "python_function", call)
+    """What a `tf.function` wraps: its operations then belong to the graph around it. Where it asks tensors in an `if`
+    or a loop of Python it is converted, as the `tf.function` would do."""
+    inner = getattr(call, "python_function", None)
+    if inner is None:
+        return call
+    try:
+        converted = tf.autograph.to_graph(inner)
+    except Exception:  # of code whose source is not to be had; a model says itself what it cannot do then
+        return inner
+    return wraps(inner)(converted)
 
 
 def _seen(layer: Layer, call: Callable, scopes: Scopes, graph: Any) -> Callable:

@@ -14,6 +14,7 @@ import kfaccore as kf
 from kfaccore_tensorflow.bridge import to_numpy, to_tensor
 from kfaccore_tensorflow.kinds import Seen
 from kfaccore_tensorflow.losses import Told
+from kfaccore_tensorflow.padding import untold
 from kfaccore_tensorflow.places import Place, factors, suggested
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.rows import Batch, Given, Shape, record, seen
@@ -126,7 +127,8 @@ def recorded(engine: Engine, tensors: Tensors, arrays: Sequence[np.ndarray], exa
 
 
 def _unseen(engine: Engine, batch: Batch) -> None:
-    """A warning of masks that leave out rows of a part, though which is not to be seen; of each part once."""
+    """Warnings of masks that leave out rows of a part, though which is not to be seen, of each part once; of padding
+    that no mask tells of."""
     new = {name: mask for name, mask in batch.unseen.items() if name not in engine.unseen}
     engine.unseen |= set(new)
     for name, mask in new.items():
@@ -134,6 +136,17 @@ def _unseen(engine: Engine, batch: Batch) -> None:
             f"the Keras mask {mask} that rows of {name!r} stand under fits neither their axes nor a loop over its "
             f"steps: rows that move nothing are left out where the masked examples tell them, else padding counts. "
             f"Keep an axis, or a call, for each position of the mask",
+            stacklevel=2,
+        )
+    names = [] if engine.padded else untold(batch.alive, batch.present)
+    if names:
+        engine.padded = True
+        listed = f"{names[:5]}{' and others' if len(names) > 5 else ''}"
+        warnings.warn(
+            f"examples of {listed} move nothing from some position on, each from another, and no mask tells of it: if "
+            f"that is padding, it counts in A, and directions depend on how far a batch is padded. Let a layer tell: "
+            f"Embedding(mask_zero=True), Masking, mask=, attention_mask= of Keras's attention, or a layer of your own "
+            f"with compute_mask",
             stacklevel=2,
         )
 
@@ -166,7 +179,7 @@ class _Batch(Batch):
             for (part, shape), operand, each, other, rows in zip(calls, x, slopes, by, g[: len(x)], strict=True):
                 given[part.name].append(seen(part, shape, Given(operand, each, rows, other)))
         wholes = zip((part.name for part in tensors.parts if part.whole), g[len(x) :], strict=True)
-        return cls(n, int(examples), masks, present, {}, int(asked), given, dict(wholes))
+        return cls(n, int(examples), masks, present, {}, {}, int(asked), given, dict(wholes))
 
 
 def _whole(g: np.ndarray, n: float) -> kf.Record:

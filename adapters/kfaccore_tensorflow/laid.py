@@ -21,19 +21,32 @@ Met = Iterator[tuple[Tensor, Tensor, Callable[[], Tensor]]]  # rows, numbers, an
 NEVER = -9999.0  # what is added to that is never the largest
 
 
-def laid(graph: Any, reach: Names, given: Names, hot: Names) -> dict[int, list[Tensor]]:
-    """{id of a tensor that is made of weights: masks (batch, *positions) laid on it}.
+class Laid(dict[int, list[Any]]):
+    """{id of a tensor that is made of weights: masks (batch, *positions) laid on it}; a mask is made when it is asked
+    for, as a loop lays one at each step that Keras's own masks tell of already."""
+
+    def __getitem__(self, key: int) -> list[Tensor]:
+        made = [mask if tf.is_tensor(mask) else mask() for mask in super().__getitem__(key)]
+        self[key] = made
+        return made
+
+
+def laid(graph: Any, reach: Names, given: Names, hot: Names) -> Laid:
+    """Where operations lay masks.
 
     reach, given, hot    names of the operations that gradients of the prediction reach, that are made of the inputs or
                          are one, and that are made of weights
     """
-    found: dict[int, list[Tensor]] = {}
+    found = Laid()
     for op in graph.get_operations():
         if op.type not in WAYS or op.name not in reach:
             continue
         for rows, number, there in WAYS[op.type](op):
-            if rows.op.name in hot and number.op.name in given and number.op.name not in hot:
-                found.setdefault(id(rows), []).append(there())
+            cold = number.op.name in given and number.op.name not in hot
+            if rows.op.name not in hot or not cold or (op.type not in SUMS and not _lone(number, given)):
+                continue
+            if op.type not in ADDED or _large(number):
+                found.setdefault(id(rows), []).append(there)
     return found
 
 
@@ -48,8 +61,8 @@ def _added(op: Operation) -> Met:
     sign = -1.0 if op.type == "Sub" else 1.0
     for rows, number in (op.inputs, *([] if sign < 0 else [reversed(op.inputs)])):
         axes = _positions(rows, number)
-        if axes and _large(number):
-            yield rows, number, lambda x=number, axes=axes: tf.cast(sign, x.dtype) * _along(x, axes) > NEVER
+        if axes:
+            yield rows, number, lambda x=number, axes=axes: _along(tf.cast(sign, x.dtype) * x > NEVER, axes)
 
 
 def _chosen(op: Operation) -> Met:
@@ -57,7 +70,7 @@ def _chosen(op: Operation) -> Met:
     for rows, kept in zip(both, (True, False), strict=True):
         axes = _positions(rows, which)
         if axes:
-            yield rows, which, lambda axes=axes, kept=kept: tf.equal(_along(which, axes), kept)
+            yield rows, which, lambda axes=axes, kept=kept: _along(tf.equal(which, kept), axes)
 
 
 def _product(op: Operation) -> Met:
@@ -90,12 +103,14 @@ WAYS: dict[str, Callable[[Operation], Met]] = {
     "SelectV2": _chosen,
     "Sub": _added,
 }
+ADDED = ("Add", "AddV2", "Sub")
+SUMS = ("BatchMatMulV2", "BatchMatMulV3", "Einsum")
 
 
 def _positions(rows: Tensor, number: Tensor) -> list[int]:
-    """Axes of positions, of rows (batch, *positions, d) and a number for each, or of numbers (batch, positions)."""
+    """Axes of positions, of rows (batch, *positions, d) and one number for each, or d; or of (batch, positions)."""
     rank = number.shape.rank
-    if rank is None or rank < 2 or rows.shape.rank != rank or (rank > 2 and number.shape[-1] != 1):
+    if rank is None or rank < 2 or rows.shape.rank != rank:
         return []
     axes = [axis for axis in range(1, max(rank - 1, 2)) if number.shape[axis] != 1]
     return axes if _many(number, axes) and _many(rows, axes) else []
@@ -121,15 +136,29 @@ def _large(number: Tensor) -> bool:
     return False
 
 
+def _lone(number: Tensor, given: Names) -> bool:
+    """Whether there is one for each position, or one was repeated for all that it is multiplied with."""
+    waiting = [number] if number.shape.rank > 2 and number.shape[-1] != 1 else []
+    seen = {number.op.name}
+    while waiting:
+        made = [x for x in waiting.pop().op.inputs if x.op.name in given]
+        if not made or any(x.shape.rank is None for x in made):  # the inputs themselves
+            return False
+        new = [x for x in made if x.op.name not in seen and x.shape.rank and x.shape[-1] != 1]
+        seen |= {x.op.name for x in new}
+        waiting += new
+    return True
+
+
 def _along(number: Tensor, axes: list[int]) -> Tensor:
-    """(batch, *positions)."""
+    """(batch, *positions), of what is repeated the largest."""
     lone = [axis for axis in range(1, number.shape.rank) if axis not in axes]
-    return tf.squeeze(number, lone) if lone else number  # of none TensorFlow squeezes all
+    return (tf.reduce_any if number.dtype == tf.bool else tf.reduce_max)(number, lone)
 
 
 def _one(number: Tensor, axes: list[int]) -> Tensor:
     """Where it is not 0; everywhere for numbers that differ otherwise within an example, which are data."""
-    number = tf.abs(_along(number, axes))
+    number = _along(tf.abs(number), axes)
     there = number > 0
     top = tf.reduce_max(number, list(range(1, number.shape.rank)), keepdims=True)
     return there | tf.reduce_any(there & tf.not_equal(number, top))

@@ -14,6 +14,7 @@ from kfaccore_tensorflow.kinds import Elementwise, Kind, Seen
 from kfaccore_tensorflow.layout import Layout
 from kfaccore_tensorflow.loops import lay
 from kfaccore_tensorflow.masks import Rows
+from kfaccore_tensorflow.padding import Alive, alive
 from kfaccore_tensorflow.places import Place
 from kfaccore_tensorflow.plan import Part
 from kfaccore_tensorflow.slopes import change
@@ -74,7 +75,7 @@ class Batch:
     or None for all.
 
     unseen    {part: shape of a mask that leaves out some of its rows, though which is not to be seen}; filled by
-              `record`
+              `record`, as is `alive`, which positions of it move the prediction
     """
 
     n: float
@@ -82,6 +83,7 @@ class Batch:
     masks: Sequence[np.ndarray]
     present: np.ndarray | None
     unseen: dict[str, tuple[int, ...]]
+    alive: dict[str, list[Alive]]
 
 
 def record(
@@ -145,6 +147,7 @@ def _stand(
         calls[-1].lay(batch.masks)
     for mask in lay(calls, batch.masks):
         batch.unseen[part.name] = mask
+    batch.alive[part.name] = alive(calls)
     for piece, call in zip(pieces, calls, strict=True):
         piece.exists = call.existing(batch.present)
 

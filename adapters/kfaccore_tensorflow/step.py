@@ -105,6 +105,7 @@ class Engine:
         self.plain: set[str] = set()  # variables that were named because only their gradients are known
         self.loose: list[str] = []  # operations whose draws a judge's pass does not repeat
         self.unseen: set[str] = set()  # parts that were named because a mask of theirs could not be laid
+        self.padded = False  # whether padding that no mask tells of was named
         self.flat = False  # whether a prediction of more rows than inputs was named
         self.negative = False  # whether negative weights were named
         self.void = False  # whether nothing counted in the last batch
