@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 import kfaccore as kf
+from jax_models import FAST
 from jax_needed import jax, jnp, kj, optax
 from kfaccore.xp.blocks import parted, unstacked
 from kfaccore_jax.present import matrices
@@ -136,11 +139,16 @@ def test_codes_are_one_array_that_reads_as_a_mapping(tmp_path):
     codes = state[0].codes
     assert {name: code.shape for name, code in codes.items()} == {"w": (2,), "v": (1,), "n": (1,)}
     assert len(jax.tree.leaves(codes)) == 1
-    captured = kj.capture(plan, params, numbers(3, 4, 2, 3))
-    records = captured.records(numbers(5, 1, 4, 2), 4.0)
-    grads = captured.gradients(numbers(6, 4, 2))
-    bad = grads | {"v": jnp.full_like(grads["v"], jnp.nan)}
-    codes = tx.update(bad, state, params, records=records)[1][0].codes
+
+    @partial(jax.jit, compiler_options=FAST)
+    def after_a_bad_gradient(state):
+        captured = kj.capture(plan, params, numbers(3, 4, 2, 3))
+        records = captured.records(numbers(5, 1, 4, 2), 4.0)
+        grads = captured.gradients(numbers(6, 4, 2))
+        bad = grads | {"v": jnp.full_like(grads["v"], jnp.nan)}
+        return tx.update(bad, state, params, records=records)[1][0].codes
+
+    codes = after_a_bad_gradient(state)
     assert codes["w"].tolist() == [kf.Code.OK, kf.Code.OK]
     assert codes["v"].tolist() == [kf.Code.NONFINITE]
     assert codes["n"].tolist() == [kf.Code.OK]
@@ -167,13 +175,21 @@ def test_grafting_takes_the_length_of_another_optimizer():
     state = tx.init(params)
     beside = other.init(params)
     free = plain.init(params)
-    for step in range(3):
+
+    @partial(jax.jit, compiler_options=FAST)
+    def step(states, draws, cotangent):
         captured = kj.capture(plan, params, x)
-        records = captured.records(numbers(10 + step, 1, 6, 2), 6.0)
-        grads = captured.gradients(numbers(20 + step, 6, 2))
+        records = captured.records(draws, 6.0)
+        grads = captured.gradients(cotangent)
+        state, free, beside = states
         moves, state = tx.update(grads, state, params, records=records)
         directions, free = plain.update(grads, free, params, records=records)
         updates, beside = other.update(grads, beside, params)
+        return (state, free, beside), moves, directions, updates
+
+    states = state, free, beside
+    for turn in range(3):
+        states, moves, directions, updates = step(states, numbers(10 + turn, 1, 6, 2), numbers(20 + turn, 6, 2))
         np.testing.assert_allclose(moves["odd"], -updates["odd"], rtol=1e-12)
         for names in (("w", "b"), ("v",)):
             length = np.sqrt(sum(np.sum(np.square(updates[name])) for name in names))
@@ -181,8 +197,16 @@ def test_grafting_takes_the_length_of_another_optimizer():
             for name in names:
                 np.testing.assert_allclose(moves[name], directions[name] * length / size, rtol=1e-10)
     signed = kj.kfac(plan, graft=optax.scale(2.0))  # a transformation that keeps the sign
-    moves, _ = signed.update(grads, signed.init(params), params, records=records)
-    np.testing.assert_allclose(moves["odd"], 2.0 * grads["odd"], rtol=1e-12)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def of_uncovered(state, draws, cotangent):
+        captured = kj.capture(plan, params, x)
+        records = captured.records(draws, 6.0)
+        grads = captured.gradients(cotangent)
+        return signed.update(grads, state, params, records=records)[0]["odd"], grads["odd"]
+
+    moves, grads = of_uncovered(signed.init(params), numbers(10, 1, 6, 2), numbers(20, 6, 2))
+    np.testing.assert_allclose(moves, 2.0 * grads, rtol=1e-12)
 
 
 @pytest.mark.parametrize("given", [{"step": kf.Fixed(0.1)}, {"rest": optax.scale_by_adam()}])

@@ -42,7 +42,8 @@ def test_an_axis_that_nobody_spoke_of_is_refused():
 
     def under(axis_name, name="d"):
         tx = kj.kfac(plan, kf.Diagonal(), axis_name=axis_name)
-        return jax.vmap(lambda x: updated(tx, plan, x), axis_name=name)(X.reshape(2, 3, 5))
+        run = jax.vmap(lambda x: updated(tx, plan, x), axis_name=name)
+        return jax.jit(run, compiler_options=FAST)(X.reshape(2, 3, 5))
 
     with pytest.raises(ValueError, match=r"kfac\(plan, axis_name='d'\) to average statistics over it, axis_name=\(\)"):
         under(None)
@@ -50,7 +51,7 @@ def test_an_axis_that_nobody_spoke_of_is_refused():
         under("e")
     apart = under(())
     for i, half in enumerate(X.reshape(2, 3, 5)):
-        alone = updated(kj.kfac(plan, kf.Diagonal()), plan, half)
+        alone = jax.jit(partial(updated, kj.kfac(plan, kf.Diagonal()), plan), compiler_options=FAST)(half)
         for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-12)
 
@@ -87,7 +88,8 @@ def test_unequal_parts_are_weighted_by_their_n():
         grads = captured.gradients(captured.prediction * w[:, None] / n)
         return tx.update(grads, tx.init(mlp_params()), records=records)[0]
 
-    apart = jax.vmap(lambda x, w: run(tx, x, w), axis_name="d")(X.reshape(2, 3, 5), weights)
+    devices = jax.vmap(partial(run, tx), axis_name="d")
+    apart = jax.jit(devices, compiler_options=FAST)(X.reshape(2, 3, 5), weights)
     whole = jax.jit(lambda: run(one, X, weights.reshape(-1)), compiler_options=FAST)()
     for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a[0], b, rtol=1e-11)

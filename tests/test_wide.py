@@ -178,7 +178,8 @@ def test_the_diagonal_of_patches_is_that_of_their_gram(masked, blocks, bias, xp,
     v = xp.put(rng.normal(size=(blocks, 5, d_in)))
     block = block_of(record, True, True)
     for method in (kf.KFAC(), kf.TKFAC(), kf.EKFAC()):
-        assert close(xp.get(run(method, block, [record], v)[0]), xp.get(run(method, block, [unfolded], v)[0]))
+        both = xp.whole(lambda method=method: [run(method, block, [given], v)[0] for given in (record, unfolded)])()
+        assert close(*map(xp.get, both))
 
 
 def test_a_diagonal_of_patches_unfolds_nothing(rng, monkeypatch):
