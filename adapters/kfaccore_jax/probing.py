@@ -24,7 +24,7 @@ _LARGE = 1 << 22  # numbers in all; of larger trees no axis is longer than the l
 _AXES = (256, 64, 16, 2)
 _STEPS = 100  # a rate may begin with 0, and gradients may be gathered over some steps
 
-_ONCE = {"xla_backend_optimization_level": 0}  # a program that runs a few times on small arrays
+_ONCE = {"xla_backend_optimization_level": 0}  # of XLA on a CPU: a program that runs a few times on small arrays
 _TOLD = {"value": 1.0, "value_fn": lambda params: 1.0}  # a batch that is made up
 
 _trying: ContextVar[bool] = ContextVar("_trying", default=False)  # whether a chain is tried on a made gradient
@@ -132,7 +132,7 @@ def _update(tx: Any, grads: Any, state: Any, params: Any) -> Any:
     import optax
 
     update = partial(optax.with_extra_args_support(tx).update, **_TOLD)
-    compiled = jax.jit(update, compiler_options=_ONCE)
+    compiled = jax.jit(update, compiler_options=_ONCE if jax.default_backend() == "cpu" else None)
     try:
         compiled(grads, state, params)
     except jax.errors.ConcretizationTypeError:
