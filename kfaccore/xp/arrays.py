@@ -18,21 +18,21 @@ Carry = TypeVar("Carry", bound=tuple)
 
 def namespace(*arrays: Array) -> Any:
     """The Array API namespace shared by `arrays`; TypeError when they come from different ones."""
-    for x in arrays:
-        if type(x) is not np.ndarray:
-            break
-    else:
-        return _numpy()
+    kinds = set(map(type, arrays)) or {np.ndarray}
+    known = _KNOWN.get(*kinds) if len(kinds) == 1 else None
+    if known is not None:
+        return known
     try:
-        return aac.array_namespace(*arrays)
+        found = aac.array_namespace(*arrays)
     except TypeError as error:
-        kinds = ", ".join(sorted({f"{type(x).__module__}.{type(x).__name__}" for x in arrays}))
-        raise TypeError(f"arrays must come from one Array API namespace, got {kinds}; convert them first") from error
+        names = ", ".join(sorted({f"{type(x).__module__}.{type(x).__name__}" for x in arrays}))
+        raise TypeError(f"arrays must come from one Array API namespace, got {names}; convert them first") from error
+    if len(kinds) == 1:
+        _KNOWN[kinds.pop()] = found
+    return found
 
 
-@cache
-def _numpy() -> Any:
-    return aac.array_namespace(np.zeros(0))
+_KNOWN: dict[type, Any] = {np.ndarray: aac.array_namespace(np.zeros(0))}  # of a class: asking takes a microsecond
 
 
 def is_numpy(x: object) -> TypeGuard[np.ndarray]:
