@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from kfaccore.record import Factored
@@ -53,13 +53,9 @@ def check_gradient(grad: Array | Factored, block_shape: tuple[int, ...]) -> None
         raise ValueError(f"grad has shape {shape}; the state was made for (blocks, d_out, d_in) = {block_shape}")
 
 
-class Unchecked(Solution):
-    """A Solution whose directions may not be finite yet, for `check`."""
-
-
 @contextmanager
 def later() -> Iterator[None]:
-    """Inside, `finish_later` leaves solutions of a GPU to `check`: few launches find out what would take many."""
+    """Inside, `finish_later` leaves what lies on a GPU to `check`: few launches find out what would take many."""
     token = _LATER.set(True)
     try:
         yield
@@ -76,23 +72,24 @@ def finish(direction: Array, code: Array, state: object, squeeze: bool, **info: 
 
 
 def finish_later(direction: Array, code: Array, state: object, squeeze: bool) -> Solution:
-    """`finish`, of a direction that nothing but the caller of `solve` reads: inside `later` it comes back unchecked
-    from a GPU."""
+    """`finish`, of a direction that nothing but the caller of `solve` reads: inside `later` a GPU's is left to
+    `check`."""
     if _LATER.get() and not squeeze and on_gpu(direction):
-        return Unchecked(direction, code, state)
+        return Solution(direction, code, state)
     return finish(direction, code, state, squeeze)
 
 
 def check(solutions: list[Solution]) -> None:
-    """Finishes those that are unchecked, in the list: each makes room for the next."""
-    waiting = [i for i, each in enumerate(solutions) if isinstance(each, Unchecked)]
-    if not waiting:
+    """`finish` of those on a GPU, in the list, where each makes room for the next; what a method has finished itself
+    costs a pass more."""
+    ours = [i for i, each in enumerate(solutions) if on_gpu(each.direction)]
+    if not ours:
         return
-    fine = finite_of([solutions[i].direction for i in waiting])
-    codes = kept(together([solutions[i].code for i in waiting]), together(fine), int(Code.NONFINITE))
+    fine = finite_of([solutions[i].direction for i in ours])
+    codes = kept(together([solutions[i].code for i in ours]), together(fine), int(Code.NONFINITE))
     start = 0
-    for i, good in zip(waiting, fine, strict=True):
+    for i, good in zip(ours, fine, strict=True):
         end = start + len(good)
         direction = kept(solutions[i].direction, good, 0.0)
-        solutions[i] = Solution(direction, codes[start:end], solutions[i].state, solutions[i].info)
+        solutions[i] = replace(solutions[i], direction=direction, code=codes[start:end])
         start = end

@@ -51,8 +51,8 @@ OF_GPU = [
     (
         "directions of a device left unchecked",
         "solution.py",
-        "codes = kept(together([solutions[i].code for i in waiting]), together(fine), int(Code.NONFINITE))",
-        "codes = together([solutions[i].code for i in waiting])",
+        "codes = kept(together([solutions[i].code for i in ours]), together(fine), int(Code.NONFINITE))",
+        "codes = together([solutions[i].code for i in ours])",
         "test_checked_together.py",
     ),
 ]

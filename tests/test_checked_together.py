@@ -10,6 +10,16 @@ from kfaccore import solution
 from kfaccore.xp import Code, gpu, tables
 
 SIZES = {"a": (3, 5), "b": (4, 9), "c": (4, 9), "d": (2, 5), "broken": (4, 9), "endless": (3, 7)}
+
+
+class Twice(kf.KFAC):
+    """A method of one's own that goes on from what another's solve gives."""
+
+    def solve(self, state, grad, hyper, record=None):
+        found = super().solve(state, grad, hyper, record)
+        return kf.Solution(2 * found.direction, found.code, found.state)
+
+
 METHODS = {
     "kfac": kf.KFAC(),
     "eigenvalues": kf.KFAC(inverse=kf.eigh),
@@ -20,6 +30,7 @@ METHODS = {
     "diagonal": kf.Diagonal(),
     "cgfac": kf.CGFAC(),  # which goes on from its last direction
     "lanczos": kf.KFACCorrected(),  # which adds to that of another
+    "own": Twice(),
 }
 NETWORKS = {"alone": None, "two levels": kf.TwoLevel()}  # which reads the directions of its layers
 
