@@ -149,9 +149,9 @@ def _hint(loss: Any) -> str:
     """What to give instead."""
     if isinstance(loss, type):
         return f"; give an instance, {loss.__name__}()"
-    function = next((kind for kind in TABLE if FUNCTIONS[kind] is loss), None)
-    if function is not None:
-        return f"; give nn.{function.__name__}()"
+    for function, kind in FUNCTIONS.items():
+        if loss is function:
+            return f"; give nn.{kind.__name__}()"
     own = (
         "; as a kfaccore_torch.ExampleLoss it needs each example's loss, each(f, target), and no more where "
         "fisher=kfaccore.type2 or kfaccore.empirical is passed"
@@ -160,9 +160,9 @@ def _hint(loss: Any) -> str:
 
 
 FUNCTIONS = {
-    nn.CrossEntropyLoss: nn.functional.cross_entropy,
-    nn.MSELoss: nn.functional.mse_loss,
-    nn.BCEWithLogitsLoss: nn.functional.binary_cross_entropy_with_logits,
+    nn.functional.cross_entropy: nn.CrossEntropyLoss,
+    nn.functional.mse_loss: nn.MSELoss,
+    nn.functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
 }
 HINTS = {
     nn.BCELoss: "; drop the sigmoid at the model's end, so that it gives logits, and use BCEWithLogitsLoss",

@@ -129,12 +129,16 @@ class Common:
 def _told(number: float, most: int, total: bool) -> str:
     """What is said of a factor past `most` losses of a forward."""
     factor = f"{number:.4g}"
+    other = ""
+    when = "that makes a mean"
     if most > 1:
-        what, when, other = f"the {most} losses of one forward were all", "that makes a mean", ""
+        what = f"the {most} losses of one forward were all"
     elif total:
-        what, when, other = "the loss, which is a sum, was", "that makes a mean", ", or take reduction='mean'"
+        what = "the loss, which is a sum, was"
+        other = ", or take reduction='mean'"
     else:
-        what, when = "the loss was", "that is its weight"
+        what = "the loss was"
+        when = "that is its weight"
         other = f"; where F is to stay that of the whole loss, pre.attach({factor} * criterion(f, target), f, target)"
     how = "their curvatures were added up" if most > 1 else "its curvature was taken"
     wrong = "large" if number < 1.0 else "small"

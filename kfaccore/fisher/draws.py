@@ -42,7 +42,7 @@ def monte_carlo(loss: Any, f: Any, noise: Any, target: Any = None, mask: Any = N
     """Gradients at labels drawn from the model, weighted 1/sqrt(draws): (draws, *f.shape), unbiased for type2.
 
     noise   uniform [0, 1) (draws, *f.shape[:-1]) for softmax and (draws, *f.shape) for Bernoulli, standard normal
-            (draws, *f.shape) for Gaussian: `draw_noise`. ValueError of NumPy's that is not in [0, 1) where it must be
+            (draws, *f.shape) for Gaussian: `draw_noise`. ValueError for NumPy's outside of [0, 1] where it is uniform
     target  needed when the loss has class weights or ignored labels
     """
     if isinstance(f, Mapping):

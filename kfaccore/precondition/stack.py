@@ -19,7 +19,7 @@ from kfaccore.precondition.side_by_side import gradients, kind_of, records_of_tu
 from kfaccore.precondition.stacks import Names, mergeable, merged, part, put
 from kfaccore.record import Factored, Record
 from kfaccore.refreshing import steps
-from kfaccore.solution import Solution, check, later
+from kfaccore.solution import Solution, later
 from kfaccore.xp import Code, precision
 from kfaccore.xp.arrays import Array, filled, namespace
 from kfaccore.xp.asking import Asks
@@ -116,12 +116,10 @@ class Stack:
 
     def _assembled(self, pieces: Mapping[Names, Solution]) -> Solution:
         """Solutions of parts of the stack as one of all."""
-        solved = list(pieces.values())
-        check(solved)
         order = tuple(name for names in pieces for name in names)
         whole = {}
         for field in ("direction", "code", "state", "info"):
-            whole[field] = part(merged([getattr(piece, field) for piece in solved]), order, self.names)
+            whole[field] = part(merged([getattr(piece, field) for piece in pieces.values()]), order, self.names)
         return Solution(**whole)
 
     def _alike(self, state: State, grads: Grads, hypers: Hypers, batches: Batches) -> Solution:
